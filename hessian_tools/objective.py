@@ -1,0 +1,148 @@
+"""The objective: a mean loss over named parameters and a fixed set of samples. Everything curved is curved on it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+Batch = tuple[Tensor, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> mean over the batch's samples
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """L(w) = mean over samples of loss(model(x), y); `model` is a private copy in evaluation mode.
+
+    parameters: name -> tensor, in the order of the flat vector [P]; all others are constants.
+    """
+
+    model: nn.Module
+    loss: Loss
+    batches: tuple[Batch, ...]
+    parameters: dict[str, Tensor]
+    reset: Callable[[nn.Module], None] | None = None
+
+    @property
+    def samples(self) -> int:
+        return sum(len(y) for _, y in self.batches)
+
+    @property
+    def size(self) -> int:
+        """P, the number of parameters."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.parameters.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """Forward pass from a reset state."""
+        if self.reset is not None:
+            self.reset(self.model)
+        out: Tensor = self.model(x)
+        return out
+
+    def split(self, v: Tensor) -> list[Tensor]:
+        """Flat [P] (or [k, P]) -> one tensor per parameter, shaped like it (with the leading k)."""
+        tensors = v.split([p.numel() for p in self.parameters.values()], -1)
+        return [t.reshape(*v.shape[:-1], *p.shape) for t, p in zip(tensors, self.parameters.values(), strict=True)]
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """The inverse of split for [P]; None (no dependence) counts as zeros."""
+        pairs = zip(tensors, self.parameters.values(), strict=True)
+        return torch.cat([(torch.zeros_like(p) if t is None else t).reshape(-1) for t, p in pairs])
+
+    def weights(self) -> Tensor:
+        """The parameters as a flat vector [P]."""
+        return self.flatten([p.detach() for p in self.parameters.values()])
+
+    def value_and_gradient(self) -> tuple[float, Tensor]:
+        """L and its (surrogate) gradient [P]."""
+        value, gradient = 0.0, torch.zeros(self.size, dtype=torch.float64, device=self.device)
+        for (x, y), weight in self.weighted_batches():
+            loss = self.loss(self.outputs(x), y)
+            value += weight * loss.item()
+            if loss.requires_grad:
+                grads = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+                gradient += weight * self.flatten(grads)
+        return value, gradient
+
+    def weighted_batches(self) -> Iterator[tuple[Batch, float]]:
+        """Each batch with its share of the samples, so that a ragged last one counts for what it holds."""
+        total = self.samples
+        for batch in self.batches:
+            yield batch, len(batch[1]) / total
+
+    def rebatched(self, size: int) -> Objective:
+        """The same samples in other batches."""
+        x, y = (torch.cat(part) for part in zip(*self.batches, strict=True))
+        return replace(self, batches=tuple(zip(x.split(size), y.split(size), strict=True)))
+
+
+def evaluation_mode(model: nn.Module) -> None:
+    """BatchNorm and Dropout evaluate; every other module stays as in training.
+
+    Not model.eval(): some spiking libraries swap the surrogate out there, and no gradient is left.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm | _DropoutNd | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d):
+            module.eval()
+
+
+def make_objective(
+    model: nn.Module,
+    loss: Loss,
+    data: Batch | Sequence[Batch],
+    *,
+    batch_size: int | None = None,
+    params: str = "*",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    reset: Callable[[nn.Module], None] | None = None,
+) -> Objective:
+    """An objective on a private copy of `model`.
+
+    loss(outputs, targets) must be a mean over the batch. data is (inputs [N, ...], targets [N, ...]) or a sequence
+    of such batches. params is a pattern of parameter names (`fc*`, or several with commas). reset(model), if given,
+    runs before every forward. Raises ValueError for no data, no matching parameter, or weights that are not finite.
+    """
+    model = copy.deepcopy(model)
+    if dtype is not None or device is not None:
+        model = model.to(device=device, dtype=dtype)
+    evaluation_mode(model)
+    patterns = params.split(",")
+    chosen = {}
+    for name, p in model.named_parameters():
+        wanted = p.requires_grad and any(fnmatchcase(name, pattern.strip()) for pattern in patterns)
+        p.requires_grad_(wanted)
+        if wanted:
+            chosen[name] = p
+    if not chosen:
+        known = ", ".join(name for name, _ in model.named_parameters())
+        raise ValueError(f"no parameter matches '{params}': the model has {known or 'none'}")
+    for name, p in chosen.items():
+        if not torch.isfinite(p).all():
+            raise ValueError(f"parameter '{name}' has NaN or infinite entries")
+    first = next(iter(chosen.values()))
+    batches: list[Batch] = [data] if isinstance(data, tuple) else list(data)  # type: ignore[list-item]
+    batches = [(_to(x, first), _to(y, first)) for x, y in batches if len(y)]
+    if not batches:
+        raise ValueError("no samples: the Hessian of an empty mean is undefined")
+    objective = Objective(model, loss, tuple(batches), chosen, reset)
+    return objective if batch_size is None else objective.rebatched(batch_size)
+
+
+def _to(t: Tensor, like: Tensor) -> Tensor:
+    return t.to(device=like.device, dtype=like.dtype if t.is_floating_point() else t.dtype)

@@ -1,0 +1,296 @@
+"""Symmetric linear operators. An algorithm sees `.shape`, `.dtype`, `.device` and `op @ v`, v [P] or [P, k].
+
+hessian, ggn and fisher are products through backpropagation in time over an objective's samples; dense, scaled,
+shifted, projected and summed ones are algebra on any operator.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from hessian_tools.objective import Batch, Objective
+
+
+class Operator(ABC):
+    """A symmetric P x P operator. `products` counts the vectors it was applied to."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = (size, size)
+        self.dtype = dtype
+        self.device = device
+        self.products = 0
+
+    @abstractmethod
+    def _apply(self, block: Tensor) -> Tensor:
+        """[P, k] -> [P, k], in dtype."""
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """The product with v [P] or [P, k], in this operator's dtype. Raises ValueError for another length."""
+        if v.dim() not in (1, 2) or v.shape[0] != self.shape[0]:
+            raise ValueError(f"the operator has size {self.shape[0]}, the vector has shape {list(v.shape)}")
+        block = v.to(self.device, self.dtype).reshape(self.shape[0], -1)
+        self.products += block.shape[1]
+        return self._apply(block).reshape(v.shape)
+
+
+class Dense(Operator):
+    """A symmetric matrix [P, P]. Raises ValueError if it is not symmetric to 1e-6 of its largest entry."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"a square matrix is needed, not {list(matrix.shape)}")
+        if not (matrix - matrix.T).abs().max() <= 1e-6 * matrix.abs().max():
+            raise ValueError("the matrix is not symmetric")
+        super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
+        self.matrix = matrix
+
+    def _apply(self, block: Tensor) -> Tensor:
+        return self.matrix @ block
+
+
+class Composed(Operator):
+    """An operator given by a function of blocks [P, k]; counts products of its own."""
+
+    def __init__(
+        self, size: int, dtype: torch.dtype, device: torch.device, function: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__(size, dtype, device)
+        self._function = function
+
+    def _apply(self, block: Tensor) -> Tensor:
+        return self._function(block)
+
+
+def _like(op: Operator, function: Callable[[Tensor], Tensor]) -> Operator:
+    return Composed(op.shape[0], op.dtype, op.device, function)
+
+
+def scaled(op: Operator, scale: Tensor | float) -> Operator:
+    """D A D for a vector D [P], c A for a number c."""
+    if not isinstance(scale, Tensor):
+        return _like(op, lambda v: scale * (op @ v))
+    d = scale.to(op.device, op.dtype)[:, None]
+    return _like(op, lambda v: d * (op @ (d * v)))
+
+
+def shifted(op: Operator, shift: float) -> Operator:
+    """A + shift I."""
+    return _like(op, lambda v: op @ v + shift * v)
+
+
+def summed(*ops: Operator) -> Operator:
+    """A + B + ..."""
+    if len({op.shape for op in ops}) != 1:
+        raise ValueError(f"operators of sizes {[op.shape[0] for op in ops]} cannot be added")
+    return _like(ops[0], lambda v: torch.stack([op @ v for op in ops]).sum(0))
+
+
+def projected(op: Operator, basis: Tensor) -> Operator:
+    """(I - QQ') A (I - QQ') for orthonormal columns Q [P, k]."""
+    q = basis.to(op.device, op.dtype)
+
+    def complement(v: Tensor) -> Tensor:
+        return v - q @ (q.T @ v)
+
+    return _like(op, lambda v: complement(op @ complement(v)))
+
+
+def dense(op: Operator) -> Tensor:
+    """The matrix [P, P] of an operator; P products."""
+    return op @ torch.eye(op.shape[0], dtype=op.dtype, device=op.device)
+
+
+def to_scipy(op: Operator) -> LinearOperator:
+    """For scipy.sparse.linalg (eigsh, lobpcg, ...): products in the operator's dtype, float64 outside."""
+
+    def matmat(v: Any) -> Any:
+        return (op @ torch.from_numpy(np.array(v, dtype=np.float64))).to("cpu", torch.float64).numpy()
+
+    return LinearOperator(op.shape, matvec=lambda v: matmat(v.reshape(-1)), matmat=matmat, dtype=np.float64)
+
+
+def from_scipy(a: Any) -> Operator:
+    """An operator from a symmetric scipy operator, sparse or dense matrix; float64 on the CPU."""
+    return Composed(
+        a.shape[0],
+        torch.float64,
+        torch.device("cpu"),
+        lambda v: torch.from_numpy(np.asarray(a @ v.numpy(), dtype=np.float64)),
+    )
+
+
+Map = Callable[[Tensor], Tensor]  # one batch's product: [P] -> [P]
+
+
+class CurvatureOperator(Operator):
+    """Mean over an objective's batches of one curvature matrix per batch, by double backward.
+
+    The part that depends on the weights alone (the primal) is kept for as many batches as fit into `memory` bytes of
+    saved tensors and recomputed for the rest.
+    """
+
+    def __init__(
+        self, objective: Objective, linearize: Callable[[Objective, Batch], Map], memory: float = 4 * 2**30
+    ) -> None:
+        super().__init__(objective.size, objective.dtype, objective.device)
+        self.objective = objective
+        self._linearize = linearize
+        self._memory = memory
+        self._kept: dict[int, Map] = {}
+        self._used = 0.0
+
+    def _map(self, index: int, batch: Batch) -> Map:
+        if index in self._kept:
+            return self._kept[index]
+        if self._used >= self._memory:
+            return self._linearize(self.objective, batch)
+        saved: dict[int, int] = {}
+
+        def note(t: Tensor) -> Tensor:
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            product = self._linearize(self.objective, batch)
+        size = sum(saved.values())
+        if self._used + size <= self._memory:
+            self._kept[index] = product
+            self._used += size
+        else:
+            self._used = float(self._memory)  # full: the batches that follow are not smaller
+        return product
+
+    def _apply(self, block: Tensor) -> Tensor:
+        total = torch.zeros_like(block)
+        for i, (batch, weight) in enumerate(self.objective.weighted_batches()):
+            product = self._map(i, batch)
+            total += weight * torch.stack([product(v) for v in block.unbind(1)], 1)
+        return total
+
+    def batch_forms(self, block: Tensor) -> tuple[Tensor, Tensor]:
+        """v' A_b v of every batch b and column v of [P, k]: (values [B, k], samples per batch [B]), float64."""
+        block = block.to(self.device, self.dtype)
+        self.products += block.shape[1]
+        rows, counts = [], []
+        for i, (batch, _) in enumerate(self.objective.weighted_batches()):
+            product = self._map(i, batch)
+            rows.append(torch.stack([product(v).double() @ v.double() for v in block.unbind(1)]))
+            counts.append(len(batch[1]))
+        return torch.stack(rows).cpu(), torch.tensor(counts, dtype=torch.float64)
+
+
+def _zero(v: Tensor) -> Tensor:
+    return torch.zeros_like(v)
+
+
+def _linearize_hessian(objective: Objective, batch: Batch) -> Map:
+    parameters = list(objective.parameters.values())
+    x, y = batch
+    loss = objective.loss(objective.outputs(x), y)
+    if not loss.requires_grad:
+        return _zero
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    live = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+    if not live:
+        return _zero
+    chosen = [gradients[i] for i in live]
+
+    def product(v: Tensor) -> Tensor:
+        parts = objective.split(v)
+        return objective.flatten(
+            torch.autograd.grad(
+                chosen, parameters, [parts[i] for i in live], retain_graph=True, allow_unused=True
+            )  # type: ignore[arg-type]
+        )
+
+    return product
+
+
+def _pushforward(objective: Objective, outputs: Tensor) -> tuple[Map, Map]:
+    """(v -> J v, u -> J' u) for the Jacobian of `outputs`; J v by the transpose of a transpose."""
+    parameters = list(objective.parameters.values())
+    dummy = torch.zeros_like(outputs, requires_grad=True)
+    pulled = torch.autograd.grad(outputs, parameters, dummy, create_graph=True, allow_unused=True)
+    live = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
+
+    def forward(v: Tensor) -> Tensor:
+        if not live:
+            return torch.zeros_like(outputs)
+        parts = objective.split(v)
+        chosen = [pulled[i] for i in live]
+        (result,) = torch.autograd.grad(chosen, dummy, [parts[i] for i in live], retain_graph=True)  # type: ignore[arg-type]
+        return result
+
+    def backward(u: Tensor) -> Tensor:
+        return objective.flatten(
+            torch.autograd.grad(outputs, parameters, u, retain_graph=True, allow_unused=True)
+        )
+
+    return forward, backward
+
+
+def _linearize_ggn(objective: Objective, batch: Batch) -> Map:
+    x, y = batch
+    outputs = objective.outputs(x)
+    if not outputs.requires_grad:
+        return _zero
+    forward, backward = _pushforward(objective, outputs)
+    leaf = outputs.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(objective.loss(leaf, y), leaf, create_graph=True)
+    if not slope.requires_grad:
+        return _zero
+
+    def product(v: Tensor) -> Tensor:
+        (curved,) = torch.autograd.grad(slope, leaf, forward(v), retain_graph=True)
+        return backward(curved)
+
+    return product
+
+
+def _linearize_fisher(objective: Objective, batch: Batch) -> Map:
+    x, y = batch
+    outputs = objective.outputs(x)
+    if not outputs.requires_grad:
+        return _zero
+    losses = torch.func.vmap(lambda o, t: objective.loss(o[None], t[None]))(outputs, y)
+    forward, backward = _pushforward(objective, losses)
+    return lambda v: backward(forward(v) / len(y))
+
+
+def hessian(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator:
+    """The surrogate Hessian: the exact Hessian of the network whose spikes are their local 2-jets. Indefinite."""
+    return CurvatureOperator(objective, _linearize_hessian, memory)
+
+
+def ggn(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator:
+    """Generalized Gauss-Newton J' H_out J with surrogate Jacobians; positive semidefinite for a convex loss."""
+    return CurvatureOperator(objective, _linearize_ggn, memory)
+
+
+def fisher(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator:
+    """Empirical Fisher: the mean over samples of g g', g a sample's surrogate gradient."""
+    return CurvatureOperator(objective, _linearize_fisher, memory)
+
+
+OPERATORS: dict[str, Callable[[Objective, float], CurvatureOperator]] = {
+    "hessian": hessian,
+    "ggn": ggn,
+    "fisher": fisher,
+}
+
+
+def symmetry_error(op: Operator, generator: torch.Generator) -> float:
+    """|u'Av - v'Au| / ||Au|| for random u, v of unit variance; 0 for the zero operator."""
+    u, v = torch.randn(2, op.shape[0], dtype=torch.float64, generator=generator).to(op.device)
+    products = (op @ torch.stack([u, v], 1)).double()
+    norm = products[:, 0].norm()
+    if norm == 0:
+        return 0.0
+    return float((v @ products[:, 0] - u @ products[:, 1]).abs() / norm)

@@ -1,0 +1,66 @@
+"""Trace and Frobenius norm by Hutchinson's estimator with Rademacher probes, outliers deflated.
+
+Undeflated, Var = 2 (||A||_F^2 - sum A_ii^2), which the few large eigenvalues of a Hessian dominate: their converged
+pairs are summed exactly and the probes estimate the rest (Meyer, Musco, Musco & Woodruff 2021, the idea of Hutch++).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from hessian_tools.density import rademacher
+from hessian_tools.lanczos import Eigenpairs, orthogonalize
+from hessian_tools.operators import Operator
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over random probes with its standard error and 95% t-interval; infinite for a single probe."""
+
+    estimate: float
+    stderr: float
+    ci95: tuple[float, float]
+    probes: int
+
+
+def estimate(values: Tensor, offset: float = 0.0) -> Estimate:
+    """offset + mean of values [n], with Student's t interval."""
+    n = len(values)
+    mean = offset + float(values.mean())
+    stderr = float(values.std()) / n**0.5 if n > 1 else float("inf")
+    half = float(stats.t.ppf(0.975, n - 1)) * stderr if n > 1 else float("inf")
+    return Estimate(mean, stderr, (mean - half, mean + half), n)
+
+
+def probe_forms(
+    op: Operator, probes: int, generator: torch.Generator, deflate: Eigenpairs | None = None
+) -> tuple[Tensor, Tensor]:
+    """(z'Az [probes], ||Az||^2 [probes]) for Rademacher probes projected on the complement of `deflate`."""
+    z = rademacher(op, probes, generator)
+    if deflate is not None:
+        z, _ = orthogonalize(z, deflate.vectors)
+    images = (op @ z).double()
+    if deflate is not None:
+        images = images - deflate.vectors @ (deflate.vectors.T @ images)
+    return (z * images).sum(0).cpu(), images.square().sum(0).cpu()
+
+
+def trace(op: Operator, *, probes: int = 32, generator: torch.Generator, deflate: Eigenpairs | None = None) -> Estimate:
+    """tr A: the deflated eigenvalues exactly, plus the mean of z'Az over probes on their complement.
+
+    The generator must not be the one that made `deflate`'s start vector. Raises ValueError for no probes.
+    """
+    if probes < 1:
+        raise ValueError("a trace needs at least one probe")
+    forms, _ = probe_forms(op, probes, generator, deflate)
+    return estimate(forms, 0.0 if deflate is None else float(deflate.values.sum()))
+
+
+def frobenius(squared: Tensor, deflate: Eigenpairs | None = None) -> float:
+    """||A||_F from the probes' ||Az||^2 [n] and the deflated eigenvalues."""
+    known = 0.0 if deflate is None else float(deflate.values.square().sum())
+    return float((known + squared.mean()).clamp_min(0).sqrt())

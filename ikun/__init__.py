@@ -1,0 +1,1 @@
+"""Spiking networks and the curvature of their loss."""

@@ -1,0 +1,366 @@
+"""Surrogate derivatives of the spike: F, f' = F', f'' of every family in one place.
+
+A neuron fires where x = h - theta >= 0. Training replaces the derivative of that step by f'(x); the second
+derivative of a network's loss then needs f''(x) as well (the local 2-jet of the spike). `spike` is the step with
+these two derivatives attached, in reverse mode, forward mode and vmap.
+
+Sources: atan, sigmoid, softsign, piecewise_exp, erf, rect: SpikingJelly (Fang et al. 2023); fast_sigmoid: snnTorch
+(Eshraghian et al. 2023); superspike: Zenke & Ganguli 2018, slope as in Norse; triangle: Bellec et al. 2018.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import special
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table: functions of (x, p), p the family's one parameter.
+
+    slope: +1 if the derivative steepens as p grows, -1 if p is a width. length(p): the scale of x on which f' varies.
+    """
+
+    default: float
+    slope: int
+    primitive: Callable[[Tensor, float], Tensor]
+    first: Callable[[Tensor, float], Tensor]
+    second: Callable[[Tensor, float], Tensor]
+    peak: Callable[[float], float]
+    area: Callable[[float], float]
+    length: Callable[[float], float]
+    formula: str
+
+
+def _bump(x: Tensor, k: float) -> Tensor:
+    """1 / (1 + k|x|): the building block of fast_sigmoid and softsign; underflows to 0, never to NaN."""
+    return (1 + k * x.abs()).reciprocal()
+
+
+def _lorentz(x: Tensor, a: float) -> Tensor:
+    return (1 + (math.pi * a / 2 * x).square()).reciprocal()
+
+
+def _triangle_first(x: Tensor, w: float) -> Tensor:
+    return (1 - x.abs() / w).clamp_min(0) / w
+
+
+def _triangle_primitive(x: Tensor, w: float) -> Tensor:
+    u = (x / w).clamp(-1, 1)
+    return 0.5 + u - 0.5 * u * u.abs()
+
+
+def _normal_density(x: Tensor, s: float) -> Tensor:
+    return torch.exp(-0.5 * (x / s).square()) / (s * math.sqrt(2 * math.pi))
+
+
+def _one(_: float) -> float:
+    return 1.0
+
+
+def _fast_sigmoid(default: float) -> Family:
+    return Family(
+        default,
+        +1,
+        primitive=lambda x, k: 1 / k + x * _bump(x, k),
+        first=lambda x, k: _bump(x, k).square(),
+        second=lambda x, k: -2 * k * x.sign() * _bump(x, k) ** 3,
+        peak=_one,
+        area=lambda k: 2 / k,
+        length=lambda k: 1 / k,
+        formula="1 / (1 + k|x|)^2",
+    )
+
+
+def _triangle() -> Family:
+    return Family(
+        1.0,
+        -1,
+        primitive=_triangle_primitive,
+        first=_triangle_first,
+        second=lambda x, w: -x.sign() / w**2 * (x.abs() < w),
+        peak=lambda w: 1 / w,
+        area=_one,
+        length=lambda w: w,
+        formula="(1/w) (1 - |x|/w)+",
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "atan": Family(
+        2.0,
+        +1,
+        primitive=lambda x, a: torch.atan(math.pi * a / 2 * x) / math.pi + 0.5,
+        first=lambda x, a: a / 2 * _lorentz(x, a),
+        second=lambda x, a: -a * (math.pi * a / 2) ** 2 * x * _lorentz(x, a).square(),
+        peak=lambda a: a / 2,
+        area=_one,
+        length=lambda a: 2 / (math.pi * a),
+        formula="(a/2) / (1 + (pi a x / 2)^2)",
+    ),
+    "sigmoid": Family(
+        4.0,
+        +1,
+        primitive=lambda x, a: torch.sigmoid(a * x),
+        first=lambda x, a: a * torch.sigmoid(a * x) * torch.sigmoid(-a * x),
+        second=lambda x, a: -(a**2) * torch.sigmoid(a * x) * torch.sigmoid(-a * x) * torch.tanh(a * x / 2),
+        peak=lambda a: a / 4,
+        area=_one,
+        length=lambda a: 1 / a,
+        formula="a s (1 - s), s = sigmoid(a x)",
+    ),
+    "tanh": Family(
+        2.0,
+        +1,
+        primitive=lambda x, k: torch.sigmoid(2 * k * x),
+        first=lambda x, k: 2 * k * torch.sigmoid(2 * k * x) * torch.sigmoid(-2 * k * x),
+        second=lambda x, k: -4 * k**2 * torch.tanh(k * x) * torch.sigmoid(2 * k * x) * torch.sigmoid(-2 * k * x),
+        peak=lambda k: k / 2,
+        area=_one,
+        length=lambda k: 1 / k,
+        formula="(k/2) (1 - tanh(k x)^2)",
+    ),
+    "triangle": _triangle(),
+    "linear": _triangle(),
+    "fast_sigmoid": _fast_sigmoid(25.0),
+    "superspike": _fast_sigmoid(100.0),
+    "softsign": Family(
+        2.0,
+        +1,
+        primitive=lambda x, a: 0.5 + a / 2 * x * _bump(x, a),
+        first=lambda x, a: a / 2 * _bump(x, a).square(),
+        second=lambda x, a: -(a**2) * x.sign() * _bump(x, a) ** 3,
+        peak=lambda a: a / 2,
+        area=_one,
+        length=lambda a: 1 / a,
+        formula="a / (2 (1 + a|x|)^2)",
+    ),
+    "piecewise_exp": Family(
+        1.0,
+        +1,
+        primitive=lambda x, a: 0.5 - 0.5 * x.sign() * torch.expm1(-a * x.abs()),
+        first=lambda x, a: a / 2 * torch.exp(-a * x.abs()),
+        second=lambda x, a: -(a**2) / 2 * x.sign() * torch.exp(-a * x.abs()),
+        peak=lambda a: a / 2,
+        area=_one,
+        length=lambda a: 1 / a,
+        formula="(a/2) exp(-a|x|)",
+    ),
+    "erf": Family(
+        2.0,
+        +1,
+        primitive=lambda x, a: 0.5 * torch.erfc(-a * x),
+        first=lambda x, a: a / math.sqrt(math.pi) * torch.exp(-(a * x).square()),
+        second=lambda x, a: -2 * a**3 / math.sqrt(math.pi) * x * torch.exp(-(a * x).square()),
+        peak=lambda a: a / math.sqrt(math.pi),
+        area=_one,
+        length=lambda a: 1 / a,
+        formula="(a/sqrt(pi)) exp(-a^2 x^2)",
+    ),
+    "gaussian": Family(
+        0.5,
+        -1,
+        primitive=lambda x, s: 0.5 * torch.erfc(-x / (s * math.sqrt(2))),
+        first=_normal_density,
+        second=lambda x, s: -x / s**2 * _normal_density(x, s),
+        peak=lambda s: 1 / (s * math.sqrt(2 * math.pi)),
+        area=_one,
+        length=lambda s: s,
+        formula="N(x; 0, s^2)",
+    ),
+    "rect": Family(
+        1.0,
+        -1,
+        primitive=lambda x, w: (x / w + 0.5).clamp(0, 1),
+        first=lambda x, w: (x.abs() < w / 2).to(x.dtype) / w,
+        second=lambda x, w: torch.zeros_like(x),
+        peak=lambda w: 1 / w,
+        area=_one,
+        length=lambda w: w / 2,
+        formula="1/w for |x| < w/2 (f'' = 0: second-order terms vanish)",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A family with its parameter, written `name:parameter`, for instance `atan:2`."""
+
+    name: str
+    parameter: float
+
+    @staticmethod
+    def parse(text: str) -> Surrogate:
+        """`atan` or `atan:2`. Raises ValueError, naming the choices, for anything else."""
+        name, _, value = text.partition(":")
+        if name not in FAMILIES:
+            raise ValueError(f"unknown surrogate '{name}': choose one of {', '.join(FAMILIES)}")
+        try:
+            parameter = float(value) if value else FAMILIES[name].default
+        except ValueError:
+            raise ValueError(f"surrogate '{text}': '{value}' is not a number") from None
+        if not 1e-3 <= parameter <= 1e3:
+            raise ValueError(f"surrogate '{text}': the parameter must lie between 0.001 and 1000")
+        return Surrogate(name, parameter)
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.name]
+
+    def steeper(self, factor: float) -> Surrogate:
+        """The same family with its slope multiplied by `factor`."""
+        return Surrogate(self.name, self.parameter * factor**self.family.slope)
+
+    def primitive(self, x: Tensor) -> Tensor:
+        """F(x), from 0 to `area`."""
+        return self.family.primitive(x, self.parameter)
+
+    def first(self, x: Tensor) -> Tensor:
+        """f'(x)."""
+        return self.family.first(x, self.parameter)
+
+    def second(self, x: Tensor) -> Tensor:
+        """f''(x); 0 at the kinks."""
+        return self.family.second(x, self.parameter)
+
+    @property
+    def peak(self) -> float:
+        """f'(0)."""
+        return self.family.peak(self.parameter)
+
+    @property
+    def area(self) -> float:
+        """The integral of f'; 1 where F is a distribution function."""
+        return self.family.area(self.parameter)
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.parameter:g}"
+
+
+class _Derivative(torch.autograd.Function):
+    """f'(x), differentiable once: its derivative is f''(x)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, surrogate: Surrogate) -> Tensor:
+        return surrogate.first(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, ctx.surrogate = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return grads[0] * ctx.surrogate.second(x), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return tangents[0] * ctx.surrogate.second(x)
+
+
+class _Spike(torch.autograd.Function):
+    """step(x >= 0), or F(x) when relaxed, with the derivatives f' and f''."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, surrogate: Surrogate, relaxed: bool) -> Tensor:
+        return surrogate.primitive(x) if relaxed else (x >= 0).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, ctx.surrogate, _ = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return grads[0] * _Derivative.apply(x, ctx.surrogate), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return tangents[0] * _Derivative.apply(x, ctx.surrogate)
+
+
+def spike(x: Tensor, surrogate: Surrogate, relaxed: bool = False) -> Tensor:
+    """The spike at x = h - theta, any shape, values 0 or 1, with derivatives f'(x) and f''(x).
+
+    relaxed=True gives F(x) in the forward pass too: the network is then an ordinary smooth function. Raises ValueError
+    where F is no distribution function (area other than 1).
+    """
+    if relaxed and abs(surrogate.area - 1) > 1e-12:
+        raise ValueError(f"surrogate {surrogate} has area {surrogate.area:.3g}, not 1: it has no relaxed network")
+    result: Tensor = _Spike.apply(x, surrogate, relaxed)
+    return result
+
+
+def _truncated_moments(lo: float, hi: float, mu: float, s: float) -> tuple[float, float, float]:
+    """E[1], E[x], E[x^2] of N(mu, s^2) over lo < x < hi."""
+    a, b = (lo - mu) / s, (hi - mu) / s
+    density_a, density_b = (math.exp(-t * t / 2) / math.sqrt(2 * math.pi) for t in (a, b))
+    m0 = float(special.ndtr(b) - special.ndtr(a))
+    m1 = mu * m0 - s * (density_b - density_a)
+    m2 = (mu * mu + s * s) * m0 - s * ((hi + mu) * density_b - (lo + mu) * density_a)
+    return m0, m1, m2
+
+
+def _quadrature(surrogate: Surrogate, mu: float, s: float) -> float:
+    """Composite Gauss-Legendre, panels graded towards 0 (where f' varies) and over +-9.5 standard deviations."""
+    lo, hi = mu - 9.5 * s, mu + 9.5 * s
+    graded = surrogate.family.length(surrogate.parameter) * 2.0 ** np.arange(-8, 40)
+    edges = np.concatenate([[0.0], graded, -graded, np.linspace(lo, hi, 39)])
+    edges = np.unique(edges[(edges >= lo) & (edges <= hi)])
+    points, weights = np.polynomial.legendre.leggauss(16)
+    half = np.diff(edges)[:, None] / 2
+    x = edges[:-1, None] + half * (1 + points)
+    first = surrogate.first(torch.from_numpy(x)).numpy()
+    density = np.exp(-(((x - mu) / s) ** 2) / 2) / (s * math.sqrt(2 * math.pi))
+    return float(np.sum(half * weights * first**2 * density))
+
+
+def expected_square(surrogate: Surrogate, mu: float, s: float) -> float:
+    """E[f'(x)^2] for x ~ N(mu, s^2), the constant of IKUN's Theorem 1; mu is the mean of h minus the threshold.
+
+    Closed form for erf, gaussian, rect, triangle, piecewise_exp, and atan at mu = 0; quadrature elsewhere.
+    Raises ValueError unless s > 0.
+    """
+    if not s > 0:
+        raise ValueError(f"the standard deviation must be positive, not {s}")
+    p = surrogate.parameter
+    match surrogate.name:
+        case "erf":
+            width = 1 + 4 * p * p * s * s
+            return p * p / math.pi / math.sqrt(width) * math.exp(-2 * p * p * mu * mu / width)
+        case "gaussian":
+            return math.exp(-mu * mu / (p * p + 2 * s * s)) / (2 * math.pi * p * math.sqrt(p * p + 2 * s * s))
+        case "rect":
+            return _truncated_moments(-p / 2, p / 2, mu, s)[0] / p**2
+        case "triangle" | "linear":
+            total = 0.0
+            for sign in (1.0, -1.0):
+                m0, m1, m2 = _truncated_moments(0.0, p, sign * mu, s)
+                total += m0 - 2 * m1 / p + m2 / p**2
+            return total / p**2
+        case "piecewise_exp":
+            c = 2 * p  # E exp(-c|x|), each half in logarithms: erfcx alone overflows for |mu| >> s
+            halves = [c * c * s * s / 2 - c * m + float(special.log_ndtr(m / s - c * s)) for m in (mu, -mu)]
+            return p * p / 4 * sum(math.exp(h) for h in halves)
+        case "atan" if mu == 0:
+            b = math.sqrt(2) / (math.pi * p * s)
+            return p * p / 4 * (b * b + math.sqrt(math.pi) * b * (0.5 - b * b) * float(special.erfcx(b)))
+        case _:
+            return _quadrature(surrogate, mu, s)
