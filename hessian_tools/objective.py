@@ -56,7 +56,7 @@ class Objective:
     def split(self, v: Tensor) -> list[Tensor]:
         """Flat [P] (or [k, P]) -> one tensor per parameter, shaped like it (with the leading k)."""
         tensors = v.split([p.numel() for p in self.parameters.values()], -1)
-        return [t.reshape(*v.shape[:-1], *p.shape) for t, p in zip(tensors, self.parameters.values(), strict=True)]
+        return [t.reshape((*v.shape[:-1], *p.shape)) for t, p in zip(tensors, self.parameters.values(), strict=True)]
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """The inverse of split for [P]; None (no dependence) counts as zeros."""

@@ -1,7 +1,8 @@
 """Symmetric linear operators. An algorithm sees `.shape`, `.dtype`, `.device` and `op @ v`, v [P] or [P, k].
 
-hessian, ggn and fisher are products through backpropagation in time over an objective's samples; dense, scaled,
-shifted, projected and summed ones are algebra on any operator.
+hessian, ggn and fisher are products through backpropagation in time over an objective's samples, by the passes of
+second_order.py where every layer of the model has them, by double backward elsewhere; dense, scaled, shifted, projected
+and summed ones are algebra on any operator.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from hessian_tools import second_order
 from hessian_tools.objective import Batch, Objective
 
 
@@ -130,7 +132,7 @@ Map = Callable[[Tensor], Tensor]  # one batch's product: [P] -> [P]
 
 
 class CurvatureOperator(Operator):
-    """Mean over an objective's batches of one curvature matrix per batch, by double backward.
+    """Mean over an objective's batches of one curvature matrix per batch.
 
     The part that depends on the weights alone (the primal) is kept for as many batches as fit into `memory` bytes of
     saved tensors and recomputed for the rest.
@@ -159,7 +161,7 @@ class CurvatureOperator(Operator):
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             product = self._linearize(self.objective, batch)
-        size = sum(saved.values())
+        size = getattr(product, "nbytes", 0) or sum(saved.values())
         if self._used + size <= self._memory:
             self._kept[index] = product
             self._used += size
@@ -190,7 +192,7 @@ def _zero(v: Tensor) -> Tensor:
     return torch.zeros_like(v)
 
 
-def _linearize_hessian(objective: Objective, batch: Batch) -> Map:
+def _autograd_hessian(objective: Objective, batch: Batch) -> Map:
     parameters = list(objective.parameters.values())
     x, y = batch
     loss = objective.loss(objective.outputs(x), y)
@@ -205,9 +207,7 @@ def _linearize_hessian(objective: Objective, batch: Batch) -> Map:
     def product(v: Tensor) -> Tensor:
         parts = objective.split(v)
         return objective.flatten(
-            torch.autograd.grad(
-                chosen, parameters, [parts[i] for i in live], retain_graph=True, allow_unused=True
-            )  # type: ignore[arg-type]
+            torch.autograd.grad(chosen, parameters, [parts[i] for i in live], retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
         )
 
     return product
@@ -229,14 +229,12 @@ def _pushforward(objective: Objective, outputs: Tensor) -> tuple[Map, Map]:
         return result
 
     def backward(u: Tensor) -> Tensor:
-        return objective.flatten(
-            torch.autograd.grad(outputs, parameters, u, retain_graph=True, allow_unused=True)
-        )
+        return objective.flatten(torch.autograd.grad(outputs, parameters, u, retain_graph=True, allow_unused=True))
 
     return forward, backward
 
 
-def _linearize_ggn(objective: Objective, batch: Batch) -> Map:
+def _autograd_ggn(objective: Objective, batch: Batch) -> Map:
     x, y = batch
     outputs = objective.outputs(x)
     if not outputs.requires_grad:
@@ -254,7 +252,7 @@ def _linearize_ggn(objective: Objective, batch: Batch) -> Map:
     return product
 
 
-def _linearize_fisher(objective: Objective, batch: Batch) -> Map:
+def _autograd_fisher(objective: Objective, batch: Batch) -> Map:
     x, y = batch
     outputs = objective.outputs(x)
     if not outputs.requires_grad:
@@ -262,6 +260,18 @@ def _linearize_fisher(objective: Objective, batch: Batch) -> Map:
     losses = torch.func.vmap(lambda o, t: objective.loss(o[None], t[None]))(outputs, y)
     forward, backward = _pushforward(objective, losses)
     return lambda v: backward(forward(v) / len(y))
+
+
+def _linearize_hessian(objective: Objective, batch: Batch) -> Map:
+    return second_order.linearize(objective, batch, "hessian") or _autograd_hessian(objective, batch)
+
+
+def _linearize_ggn(objective: Objective, batch: Batch) -> Map:
+    return second_order.linearize(objective, batch, "ggn") or _autograd_ggn(objective, batch)
+
+
+def _linearize_fisher(objective: Objective, batch: Batch) -> Map:
+    return second_order.linearize(objective, batch, "fisher") or _autograd_fisher(objective, batch)
 
 
 def hessian(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator:

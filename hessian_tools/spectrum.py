@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
 import time
@@ -20,6 +21,7 @@ from hessian_tools.objective import Objective
 from hessian_tools.operators import OPERATORS, CurvatureOperator, scaled, symmetry_error
 from hessian_tools.power import power_iteration
 from hessian_tools.reference import pyhessian_eigenpairs
+from hessian_tools.report import warnings_of
 from hessian_tools.trace import Estimate, estimate, frobenius, probe_forms
 
 Progress = Callable[[str, int, int], None]  # (phase, products done, products at most)
@@ -52,7 +54,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if unknown := set(self.operators) - {*OPERATORS, "relaxed"}:
-            raise ValueError(f"unknown operator {', '.join(sorted(unknown))}: choose from {', '.join(OPERATORS)}, relaxed")
+            raise ValueError(
+                f"unknown operator {', '.join(sorted(unknown))}: choose from {', '.join(OPERATORS)}, relaxed"
+            )
         if not self.operators:
             raise ValueError("no operator chosen")
         if self.top < 1 or self.smallest < 0 or self.steps < 1 or self.probes < 1 or self.trace_probes < 2:
@@ -123,7 +127,7 @@ def spectrum(
         seconds=time.perf_counter() - began,
         versions=versions(),
     )
-    return result
+    return dataclasses.replace(result, warnings=warnings_of(result))
 
 
 def _spectrum(
@@ -147,9 +151,11 @@ def _spectrum(
             f"the {name} operator is not symmetric (|u'Hv - v'Hu| / ||Hu|| = {asymmetry:.1e}), so it is the Hessian "
             "of nothing: look for state that survives a forward, random layers, or a surrogate without second derivative"
         )
-    top, smallest = _counts(settings, op.shape[0])
+    top, smallest = _counts(name, settings, op.shape[0])
     try:
-        pairs = _pairs(objective, op, top, smallest, settings, seeded("lanczos"), _phase(report, f"{name}: eigenvalues"))
+        pairs = _pairs(
+            objective, op, top, smallest, settings, seeded("lanczos"), _phase(report, f"{name}: eigenvalues")
+        )
     except FloatingPointError as error:
         raise AnalysisError(f"{name}: {error}") from None
     exact = pairs.take(pairs.converged)
@@ -189,10 +195,15 @@ def _spectrum(
     return record, pairs
 
 
-def _counts(settings: Settings, size: int) -> tuple[int, int]:
-    """How many eigenvalues at either end, cut to what a small operator has."""
+def _counts(name: str, settings: Settings, size: int) -> tuple[int, int]:
+    """How many eigenvalues at either end, cut to what a small operator has.
+
+    ggn and fisher are positive semidefinite with a large null space: their smallest eigenvalues are 0 and are sought
+    only where they come first.
+    """
     top = min(settings.top, size)
-    return top, 0 if settings.method == "power" else min(settings.smallest, size - top)
+    null = name in ("ggn", "fisher") and name != settings.operators[0]
+    return top, 0 if settings.method == "power" or null else min(settings.smallest, size - top)
 
 
 def _pairs(

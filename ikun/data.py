@@ -185,7 +185,9 @@ def encode(images: torch.Tensor, timesteps: int, coding: str, generator: torch.G
     probability = images.detach().to("cpu", torch.float32)
     if not bool(((probability >= 0) & (probability <= 1)).all()):
         raise DataError("poisson coding of pixels outside [0,1]: scale the images first")
-    draws = torch.rand((len(images), timesteps, *images.shape[1:]), generator=generator, dtype=torch.float32, device="cpu")
+    draws = torch.rand(
+        (len(images), timesteps, *images.shape[1:]), generator=generator, dtype=torch.float32, device="cpu"
+    )
     dtype = images.dtype if images.is_floating_point() else torch.float32
     return (draws < probability[:, None]).to(images.device, dtype)
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ikun import fused
 from ikun.data import CODINGS
 from ikun.neurons import KINDS, RESETS, Dynamics, Neuron
 from ikun.surrogates import Surrogate
@@ -67,7 +70,9 @@ class Spec:
         if len(self.input_shape) != 3 or not all(1 <= n <= 4096 for n in self.input_shape):
             raise ValueError(f"input_shape must be (channels, height, width), not {self.input_shape}")
         if self.model == "csnn" and min(self.input_shape[1:]) < 4:
-            raise ValueError(f"the CSNN pools twice: images of {self.input_shape[1:]} are too small, 4 x 4 is the least")
+            raise ValueError(
+                f"the CSNN pools twice: images of {self.input_shape[1:]} are too small, 4 x 4 is the least"
+            )
         if len(self.hidden) > 1000 or not all(1 <= n <= 1_000_000 for n in self.hidden):
             raise ValueError(f"hidden sizes must lie between 1 and 1,000,000, not {self.hidden}")
         if not self.tau > 1:
@@ -120,6 +125,9 @@ class MaxPool(nn.Module):
         return best
 
 
+LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.Flatten, Neuron, MaxPool)
+
+
 class Network(nn.Module):
     """Images [N, C, H, W] (repeated for T steps) or coded input [N, T, C, H, W] -> mean firing rates [N, classes]."""
 
@@ -127,29 +135,28 @@ class Network(nn.Module):
         super().__init__()
         self.spec = spec
         channels, height, width = spec.input_shape
-        self.layers = nn.ModuleDict()
         if spec.model == "csnn":
             self._conv(1, channels)
             self._conv(2, spec.channels)
-            self.layers["flatten"] = nn.Flatten()
+            self.add_module("flatten", nn.Flatten())
             inputs, sizes = spec.channels * (height // 4) * (width // 4), (spec.channels * 16, spec.classes)
         else:
-            self.layers["flatten"] = nn.Flatten()
+            self.add_module("flatten", nn.Flatten())
             inputs, sizes = channels * height * width, (*spec.hidden, spec.classes)
-        first = sum(isinstance(m, Neuron) for m in self.layers.values()) + 1
+        first = sum(isinstance(m, Neuron) for m in self.children()) + 1
         for i, size in enumerate(sizes, 1):
-            self.layers[f"fc{i}"] = nn.Linear(inputs, size, bias=False)
+            self.add_module(f"fc{i}", nn.Linear(inputs, size, bias=False))
             if spec.model == "mlp" and spec.norm == "bn" and i < len(sizes):
-                self.layers[f"norm{i}"] = nn.BatchNorm1d(size)
-            self.layers[f"spike{first + i - 1}"] = self._neuron()
+                self.add_module(f"norm{i}", nn.BatchNorm1d(size))
+            self.add_module(f"spike{first + i - 1}", self._neuron())
             inputs = size
 
     def _conv(self, i: int, inputs: int) -> None:
-        self.layers[f"conv{i}"] = nn.Conv2d(inputs, self.spec.channels, 3, padding=1, bias=False)
+        self.add_module(f"conv{i}", nn.Conv2d(inputs, self.spec.channels, 3, padding=1, bias=False))
         if self.spec.norm == "bn":
-            self.layers[f"norm{i}"] = nn.BatchNorm2d(self.spec.channels)
-        self.layers[f"spike{i}"] = self._neuron()
-        self.layers[f"pool{i}"] = MaxPool(self.spec.ties)
+            self.add_module(f"norm{i}", nn.BatchNorm2d(self.spec.channels))
+        self.add_module(f"spike{i}", self._neuron())
+        self.add_module(f"pool{i}", MaxPool(self.spec.ties))
 
     def _neuron(self) -> Neuron:
         spec = self.spec
@@ -165,7 +172,7 @@ class Network(nn.Module):
             if x.dim() != 5 or x.shape[1] != steps:
                 raise ValueError(f"input must be [N, C, H, W] or [N, {steps}, C, H, W], not {list(x.shape)}")
             x = x.transpose(0, 1)
-        for layer in self.layers.values():
+        for layer in self.children():
             if isinstance(layer, Neuron):
                 x = layer(x.expand(steps, *x.shape) if static else x)
                 static = False
@@ -175,11 +182,30 @@ class Network(nn.Module):
                 x = layer(x.flatten(0, 1)).unflatten(0, (steps, -1))
         return x.mean(0)
 
+    def second_order_chain(self, x: Tensor) -> tuple[Tensor, list[Any]] | None:
+        """The layers of forward(x), as hessian_tools.second_order wants them, on [N, ...] or time first, [T N, ...].
+
+        None for a network that has been changed since it was built.
+        """
+        steps, static, layers = self.spec.timesteps, x.dim() == 4, list(self.children())
+        if type(self) is not Network or any(type(m) not in LAYERS for m in layers):
+            return None
+        items: list[Any] = []
+        for layer, following in zip(layers, [*layers[1:], None], strict=True):
+            if isinstance(layer, Neuron):
+                pool = following if isinstance(following, MaxPool) else None
+                items.append(partial(fused.linearize, layer, steps, static, pool))
+                static = False
+            elif not isinstance(layer, MaxPool):
+                items.append(layer)
+        items.append(partial(fused.time_mean, steps))
+        return x if x.dim() == 4 else x.transpose(0, 1).flatten(0, 1), items
+
     def stages(self) -> Iterator[tuple[str, nn.Conv2d | nn.Linear, nn.Module | None, str, Neuron]]:
         """(layer name, weights, norm or None, neuron name, neuron) of every weight layer, in order."""
         weights: tuple[str, nn.Conv2d | nn.Linear] | None = None
         norm: nn.Module | None = None
-        for name, layer in self.layers.items():
+        for name, layer in self.named_children():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 weights, norm = (name, layer), None
             elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):

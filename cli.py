@@ -1,0 +1,576 @@
+"""The command line: joins ikun and hessian_tools, and does no mathematics of its own.
+
+Heavy imports happen inside the commands, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import torch
+
+    from hessian_tools.results import SpectrumResult
+    from ikun.checkpoint import Checkpoint
+    from ikun.data import Dataset
+
+Command = Callable[..., Any]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="ikun-hessian")
+def cli() -> None:
+    """How flat is the minimum my spiking network found?
+
+    Train a spiking network from a chosen initializer, open its checkpoint, and see the Hessian spectrum with its
+    errors: `ikun-hessian train`, then `ikun-hessian spectrum ckpt.pt`.
+    """
+
+
+def _shared(*options: Command) -> Command:
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+_device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+_data_dir = click.option(
+    "--data-dir", type=click.Path(path_type=Path), help="Folder with the data set's files [default: the cache]."
+)
+
+
+@cli.command()
+@click.option("--data", "data_name", default="digits", show_default=True, help="digits or fashion-mnist.")
+@click.option("--model", default="csnn", show_default=True, help="csnn (the paper's) or mlp.")
+@click.option("--norm", default="bn", show_default=True, help="none or bn (BatchNorm).")
+@click.option(
+    "--init",
+    default="ikun",
+    show_default=True,
+    help="ikun, ikun_v1, ikun_v2, xavier, kaiming, lecun, normal or orthogonal.",
+)
+@click.option("--alpha", default=1.0, show_default=True, help="alpha of the ikun rule.")
+@click.option("--law", default="empirical", show_default=True, help="ikun's law of h: empirical or analytic.")
+@click.option(
+    "--surrogate", default="atan:2", show_default=True, metavar="NAME[:P]", help="Surrogate and its parameter."
+)
+@click.option("--neuron", default="if", show_default=True, help="if, lif or plif.")
+@click.option("--tau", default=2.0, show_default=True, help="Time constant of lif (start of plif), in steps.")
+@click.option("--reset", default="hard", show_default=True, help="hard or soft.")
+@click.option("--detach-reset", is_flag=True, help="No derivative through the reset.")
+@click.option("--timesteps", default=4, show_default=True, help="T.")
+@click.option("--coding", default="direct", show_default=True, help="direct or poisson.")
+@click.option("--channels", default=16, show_default=True, help="Width C of the csnn.")
+@click.option("--hidden", default="128,128", show_default=True, help="Layer sizes of the mlp.")
+@click.option("--loss", default="mse", show_default=True, help="mse (on rates) or ce.")
+@click.option("--optimizer", default="adam", show_default=True, help="adam or sgd (momentum 0.9).")
+@click.option("--lr", default=1e-3, show_default=True)
+@click.option("--schedule", default="cosine", show_default=True, help="cosine, step or none.")
+@click.option("--weight-decay", default=0.0, show_default=True)
+@click.option("--epochs", default=20, show_default=True)
+@click.option("--batch-size", default=128, show_default=True)
+@click.option("--patience", default=0, show_default=True, help="Early stopping: epochs without a better held-out loss.")
+@click.option(
+    "--held-out", default=0, show_default=True, help="Images held out for early stopping [with --patience: 10%]."
+)
+@click.option("--subset", type=int, help="Train on so many images [default: all].")
+@click.option("--seed", default=42, show_default=True)
+@click.option("--snapshots", default=0, show_default=True, help="So many checkpoints on the way.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@click.option("--force", is_flag=True, help="Overwrite an existing checkpoint or interrupted run.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("ckpt.pt"), show_default=True)
+@_shared(_data_dir, _device)
+def train(
+    data_name: str,
+    hidden: str,
+    held_out: int,
+    subset: int | None,
+    seed: int,
+    resume: bool,
+    force: bool,
+    out: Path,
+    data_dir: Path | None,
+    device: str,
+    patience: int,
+    **options: Any,
+) -> None:
+    """Train a network from an initializer and write a checkpoint.
+
+    The log, one JSON line an epoch, lies beside it. An interrupted run goes on with --resume and the same options.
+    """
+    from ikun.checkpoint import DataSpec
+    from ikun.networks import Spec
+    from ikun.training import TrainingSpec, run_paths
+    from ikun.training import train as run
+
+    if out.exists() and not force:
+        raise click.UsageError(f"{out} exists: choose another --out, or --force to overwrite it")
+    if run_paths(out)["resume"].exists() and not (force or resume):
+        raise click.UsageError(
+            f"an interrupted run lies at {run_paths(out)['resume']}: --resume it, or --force a new one"
+        )
+    fields = {f.name for f in dataclasses.fields(TrainingSpec)}
+    spec = TrainingSpec(**{k: v for k, v in options.items() if k in fields}, seed=seed, patience=patience)
+    probe = DataSpec(data_name, subset, seed)
+    images = probe.load(data_dir=data_dir)
+    if patience and not held_out:
+        held_out = max(1, len(images) // 10)
+    if held_out and not 0 < held_out < len(images):
+        raise click.UsageError(f"--held-out {held_out} leaves nothing of {len(images)} images to train on")
+    try:
+        sizes = tuple(int(part) for part in hidden.split(","))
+    except ValueError:
+        raise click.UsageError(f"--hidden '{hidden}' is no list of sizes like 128,128") from None
+    network = Spec(
+        input_shape=tuple(images.images.shape[1:]),
+        classes=images.classes,
+        hidden=sizes,
+        **{k: v for k, v in options.items() if k not in fields},
+    )
+    with _Bar("train") as bar:
+        checkpoint = run(
+            network,
+            dataclasses.replace(probe, held_out=held_out),
+            spec,
+            out,
+            data_dir=data_dir,
+            device=_pick(device),
+            resume=resume,
+            progress=lambda done, total, note: bar.update(note, done, total),
+        )
+    last = checkpoint.history[-1] if checkpoint.history else {}
+    if last:
+        click.echo(
+            f"epoch {last['epoch']}: train loss {last['loss']:.4g}, accuracy {last['accuracy']:.1%}; "
+            f"test loss {last['test_loss']:.4g}, accuracy {last['test_accuracy']:.1%}"
+        )
+    for failure in checkpoint.training["failures"]:
+        click.echo(f"! {failure}")
+    click.echo(f"{out}  (log {run_paths(out)['log'].name})")
+    click.echo(f"next: ikun-hessian spectrum {out}")
+    if any(f.startswith("NaN") for f in checkpoint.training["failures"]):
+        raise _Failed("training diverged; the checkpoint holds the last finite epoch")
+
+
+@cli.command()
+@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--top", default=10, show_default=True, help="Largest eigenvalues.")
+@click.option("--smallest", default=5, show_default=True, help="Smallest (most negative) eigenvalues.")
+@click.option("--method", type=click.Choice(["lanczos", "power"]), default="lanczos", show_default=True)
+@click.option("--backend", type=click.Choice(["own", "pyhessian"]), default="own", show_default=True)
+@click.option(
+    "--operator",
+    "operators",
+    multiple=True,
+    help="hessian, ggn, fisher or relaxed; may be given several times [default: hessian and ggn].",
+)
+@click.option("--density/--no-density", default=True, show_default=True)
+@click.option("--steps", default=60, show_default=True, help="Lanczos steps a density probe.")
+@click.option("--probes", default=4, show_default=True, help="Density probes.")
+@click.option("--samples", default="all", show_default=True, help="So many samples, or all.")
+@click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)
+@click.option("--batch-size", default=512, show_default=True, help="Samples a forward pass; changes no number.")
+@click.option("--tol", default=1e-4, show_default=True, help="Residual over norm at which a pair has converged.")
+@click.option("--params", default="*", show_default=True, help="Pattern of parameter names, for instance 'fc*'.")
+@click.option("--surrogate", help="Analyse with this surrogate instead of the one trained with.")
+@click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
+@click.option("--memory", default=4.0, show_default=True, help="GiB for kept graphs and the Lanczos basis.")
+@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for results [default: beside it]."
+)
+@click.option("--tag", help="Part of the results' name, to keep results of several settings.")
+@click.option("--force", is_flag=True, help="Overwrite a result that was made with other settings.")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON on standard output and nothing else.")
+@_shared(_data_dir, _device)
+def spectrum(
+    checkpoints: tuple[Path, ...],
+    samples: str,
+    split: str,
+    batch_size: int,
+    params: str,
+    surrogate: str | None,
+    dtype: str,
+    out: Path | None,
+    tag: str | None,
+    force: bool,
+    as_json: bool,
+    data_dir: Path | None,
+    device: str,
+    operators: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Eigenvalues, density and trace of the Hessian at each checkpoint, with errors.
+
+    Data, loss and subset come from the checkpoint. Leaves NAME.spectrum.json, .npz, .png and .pdf beside it.
+    """
+    click.echo(f"opening {', '.join(str(c) for c in checkpoints)}", err=True)
+    from hessian_tools.figures import save_figure, spectrum_figure
+    from hessian_tools.report import spectrum_lines
+    from hessian_tools.results import save_spectrum, to_json
+    from hessian_tools.spectrum import Settings
+    from hessian_tools.spectrum import spectrum as analyse
+
+    settings = Settings(**options, **({"operators": operators} if operators else {}))
+    if batch_size < 1 or not options["memory"] > 0:
+        raise click.UsageError("--batch-size and --memory must be positive")
+    stems = [_stem(path, out, tag) for path in checkpoints]
+    if len(set(stems)) < len(stems):
+        raise click.UsageError("two checkpoints would write the same result: give them other names, or one --out each")
+    printed = []
+    for path, stem in zip(checkpoints, stems, strict=True):
+        job = _open(path, split, samples, batch_size, params, surrogate, dtype, device, data_dir, settings)
+        if not force:
+            _refuse_other_settings(Path(f"{stem}.json"), settings, job)
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        with _Bar(path.name) as bar:
+            result = analyse(
+                job.objective,
+                settings,
+                variants=job.variants,
+                relaxed=job.relaxed,
+                provenance=job.provenance,
+                progress=bar.update,
+            )
+        files = [*save_spectrum(result, stem), *save_figure(spectrum_figure(result), stem)]
+        if not as_json:
+            click.echo("\n".join(spectrum_lines(result)))
+            click.echo(f"files       {stem}.{{{','.join(f.suffix[1:] for f in files)}}}")
+        printed.append(to_json(result))
+    if as_json:
+        click.echo(json.dumps(printed[0] if len(printed) == 1 else printed))
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output and nothing else.")
+@_shared(_data_dir)
+def info(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
+    """What a checkpoint is, and what every layer does: at initialization and as trained.
+
+    The realised weight variance stands beside the one of IKUN's rule; the gains are measured, from layer to layer.
+    """
+    from ikun.checkpoint import load_checkpoint
+    from ikun.networks import LOSSES
+    from ikun.statistics import LayerStatistics, batch_norm_by_batch, observe
+    from ikun.training import TrainingSpec, start
+
+    found = load_checkpoint(checkpoint)
+    data = found.data.load(data_dir=data_dir)
+    x, y = found.inputs(data.images)[:512], data.labels[:512]
+    known = {f.name for f in dataclasses.fields(TrainingSpec)}
+    spec = TrainingSpec(**{k: v for k, v in found.training.items() if k in known})
+    fresh = start(found.network, data, spec)
+    with batch_norm_by_batch(fresh):
+        before = observe(fresh, x, y, LOSSES[found.loss])
+    after = observe(found.build(), x, y, LOSSES[found.loss])
+    if as_json:
+        states = {"initialization": before, "trained": after}
+        table = {
+            k: [{**dataclasses.asdict(s), "rule_variance": s.rule_variance(spec.alpha)} for s in v]
+            for k, v in states.items()
+        }
+        click.echo(_dumps({"network": dataclasses.asdict(found.network), "training": found.training, "layers": table}))
+        return
+    n = found.network
+    click.echo(
+        f"{checkpoint}: {n.model}, {n.neuron} neurons, {n.reset} reset, surrogate {n.surrogate}, T = {n.timesteps}, "
+    )
+    click.echo(f"norm {n.norm}, loss {found.loss}, {sum(p.numel() for p in found.build().parameters()):,} parameters")
+    t = found.training
+    click.echo(
+        f"{t['init']} (alpha {t['alpha']:g}), {t['optimizer']} lr {t['lr']:g}, {t['epochs_run']} epochs on "
+        f"{found.data.name} ({t['samples']} samples), seed {t['seed']}"
+    )
+    if found.history:
+        last = found.history[-1]
+        click.echo(f"train accuracy {last['accuracy']:.1%}, test accuracy {last['test_accuracy']:.1%}")
+
+    def show(title: str, rows: Sequence[LayerStatistics]) -> None:
+        click.echo(f"\n{title}")
+        click.echo("layer    Var W   rule's  E[f'^2]  firing  dead  Var current  forward  backward")
+        for s in rows:
+            click.echo(
+                f"{s.name:<6}{s.weight_variance:>8.2g} {s.rule_variance(spec.alpha):>8.2g} {s.derivative_square:>8.3g} "
+                f"{s.firing_rate:>7.3f} {s.dead:>5.0%} {s.current_variance:>12.3g} {s.forward_gain:>8.3g} "
+                f"{s.backward_gain:>9.3g}"
+            )
+
+    show("at initialization (BatchNorm, if any, by the batch)", before)
+    show("as trained (BatchNorm, if any, by its running statistics)", after)
+    click.echo(
+        f"\nrule's: alpha / (fan_in E[x^2] E[f'^2]) with alpha = {spec.alpha:g} and this layer's measured moments.\n"
+        "forward: Var current over the layer before's; backward: mean square of the loss\n"
+        "gradient at the layer before over this one's. 1 is what an initializer wants to keep."
+    )
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path(), help="Folder for the figure [here]."
+)
+@click.option("--tag", help="Part of the figure's name.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output and nothing else.")
+def compare(paths: tuple[Path, ...], out: Path, tag: str | None, as_json: bool) -> None:
+    """Several saved spectra side by side: a table and the eigenvalue-against-rank figure.
+
+    PATH is NAME.spectrum.json, a checkpoint that has one beside it, or a folder of them. Refuses to compare what was
+    not measured alike, and says which condition differs.
+    """
+    from hessian_tools.compare import comparable, labelled
+    from hessian_tools.figures import rank_figure, save_figure
+    from hessian_tools.report import compare_lines
+    from hessian_tools.results import ResultError, load_spectrum, to_json
+
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(path.glob("*.spectrum.json"))
+            if not inside:
+                raise ResultError(f"{path}: no *.spectrum.json in this folder: run `ikun-hessian spectrum` first")
+            files += inside
+        else:
+            files.append(path.with_suffix(".spectrum.json") if path.suffix == ".pt" else path)
+    results = labelled([load_spectrum(f) for f in files])
+    comparable(results)
+    stem = out / ".".join(["compare", *([tag] if tag else []), "eigenvalues"])
+    written = save_figure(rank_figure(results), stem)
+    if as_json:
+        click.echo(_dumps({label: to_json(r) for label, r in results}))
+        return
+    click.echo("\n".join(compare_lines(results)))
+    click.echo(f"files       {stem}.{{{','.join(f.suffix[1:] for f in written)}}}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    objective: Any
+    variants: dict[str, Any]
+    relaxed: Any
+    provenance: dict[str, Any]
+
+
+def _open(
+    path: Path,
+    split: str,
+    samples: str,
+    batch_size: int,
+    params: str,
+    surrogate: str | None,
+    dtype: str,
+    device: str,
+    data_dir: Path | None,
+    settings: Any,
+) -> _Job:
+    """A checkpoint and its data as objectives."""
+    import torch
+
+    from hessian_tools.objective import make_objective
+    from ikun.checkpoint import load_checkpoint, sha256
+    from ikun.networks import LOSSES
+    from ikun.statistics import observe
+    from ikun.surrogates import Surrogate
+
+    where = _pick(device)
+    checkpoint = load_checkpoint(path)
+    trained = Surrogate.parse(checkpoint.network.surrogate)
+    analysed = Surrogate.parse(surrogate) if surrogate else trained
+    data, x, digest = _samples(checkpoint, split, samples, data_dir)
+    y = data.labels[: len(x)]
+
+    def objective(steeper: float = 1.0, **changes: Any) -> Any:
+        network = checkpoint.build(surrogate=str(analysed.steeper(steeper)), **changes)
+        return make_objective(
+            network,
+            LOSSES[checkpoint.loss],
+            (x, y),
+            batch_size=batch_size,
+            params=params,
+            dtype=getattr(torch, dtype),
+            device=where,
+        )
+
+    first = objective()
+    reversed_ties = "last" if checkpoint.network.ties == "first" else "first"
+    variants = {"slope x 1/2": objective(0.5), "slope x 2": objective(2.0)}
+    if checkpoint.network.model == "csnn":
+        variants["ties reversed"] = objective(ties=reversed_ties)
+    statistics = observe(first.model, *first.batches[0], LOSSES[checkpoint.loss])
+    for p in first.parameters.values():
+        p.grad = None
+    provenance = {
+        "checkpoint": {"path": str(path), "sha256": sha256(path)},
+        "data": {"name": data.name, "split": split, "sha256": digest, "loss": checkpoint.loss},
+        "network": {
+            **dataclasses.asdict(checkpoint.network),
+            "surrogate": str(analysed),
+            "trained_surrogate": str(trained),
+        },
+        "training": checkpoint.training,
+        "activity": {s.neuron: {"firing_rate": s.firing_rate, "dead": s.dead} for s in statistics},
+    }
+    relaxed = objective(relaxed=True) if "relaxed" in settings.operators else None
+    return _Job(first, variants, relaxed, json.loads(json.dumps(provenance)))
+
+
+def _samples(
+    checkpoint: Checkpoint, split: str, samples: str, data_dir: Path | None
+) -> tuple[Dataset, torch.Tensor, str]:
+    """(data set, network inputs, a hash of the very samples)."""
+    data = checkpoint.data.load(split, data_dir)
+    if samples != "all":
+        if not samples.isdecimal() or not 1 <= int(samples) <= len(data):
+            raise click.UsageError(f"--samples {samples}: give a number from 1 to {len(data)}, or all")
+    count = len(data) if samples == "all" else int(samples)
+    x = checkpoint.inputs(data.images)[:count]
+    return data, x, hashlib.sha256(f"{data.sha256} {count}".encode()).hexdigest()
+
+
+def _stem(path: Path, out: Path | None, tag: str | None) -> Path:
+    name = ".".join([path.stem, *([tag] if tag else []), "spectrum"])
+    return (out or path.parent) / name
+
+
+def _refuse_other_settings(existing: Path, settings: Any, job: _Job) -> None:
+    """Nothing that cost somebody an hour is overwritten by a result made in another way."""
+    from hessian_tools.results import ResultError, load_spectrum
+
+    if not existing.exists():
+        return
+    try:
+        old = load_spectrum(existing)
+    except ResultError:
+        raise click.UsageError(f"{existing} exists and is no result of this version: --tag NAME or --force") from None
+    new = {
+        "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
+        "checkpoint": {"sha256": job.provenance["checkpoint"]["sha256"]},
+        "data": job.provenance["data"],
+        "network": job.provenance["network"],
+        "dtype": str(job.objective.dtype).removeprefix("torch."),
+        "parameters": {name: p.numel() for name, p in job.objective.parameters.items()},
+    }
+    for part, values in new.items():
+        before = getattr(old, part)
+        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+            then = before.get(key) if isinstance(before, dict) else before
+            if then != value:
+                raise click.UsageError(
+                    f"{existing} was made with another {part} {key}".rstrip()
+                    + ": keep both with --tag NAME, or overwrite it with --force"
+                )
+
+
+class _Bar:
+    """One progress bar on standard error, none when that is no terminal."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> _Bar:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=1, disable=None, leave=False, dynamic_ncols=True, unit="", desc=self.name)
+        self.phase = ""
+        return self
+
+    def update(self, phase: str, done: int, total: int) -> None:
+        if phase != self.phase and not phase.startswith("epoch"):
+            self.bar.reset(total)
+        self.phase = phase
+        self.bar.total = total
+        self.bar.set_description(f"{self.name}: {phase}", refresh=False)
+        self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+class _Failed(Exception):
+    """The computation failed through no fault of the command line: exit code 1."""
+
+
+def _pick(device: str) -> str:
+    """The device asked for; on CUDA, full precision and deterministic algorithms."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.UsageError("--device cuda: this PyTorch finds no CUDA device: use --device cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    return device
+
+
+def _dumps(value: Any) -> str:
+    """JSON with null for what is not finite."""
+    import math
+
+    def clean(v: Any) -> Any:
+        if isinstance(v, dict):
+            return {str(k): clean(x) for k, x in v.items()}
+        if isinstance(v, list | tuple):
+            return [clean(x) for x in v]
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+
+    return json.dumps(clean(value))
+
+
+def _message(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 the computation failed, 2 the user's mistake, 130 interrupted."""
+    try:
+        cli.main(arguments, prog_name="ikun-hessian", standalone_mode=False)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        return 130
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else "", err=True)
+        return 2
+    except click.exceptions.Exit as error:
+        return int(error.exit_code)
+    except click.ClickException as error:
+        click.echo(f"error: {_message(Exception(error.format_message()))}", err=True)
+        return 2
+    except ValueError as error:  # CheckpointError, DataError, ResultError and settings that do not fit are ValueErrors
+        click.echo(f"error: {_message(error)}", err=True)
+        return 2
+    except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
+        click.echo(f"error: {error.filename}: {error.strerror}: choose another place with --out", err=True)
+        return 2
+    except OSError as error:
+        click.echo(f"error: {error.filename or 'writing failed'}: {error.strerror or error}", err=True)
+        return 1
+    except _Failed as error:
+        click.echo(f"error: {_message(error)}", err=True)
+        return 1
+    except (RuntimeError, MemoryError) as error:  # AnalysisError and torch's own, out of memory among them
+        hint = ": lower --batch-size or --memory" if "memory" in str(error).lower() else ""
+        click.echo(f"error: {_message(error) or 'out of memory'}{hint}", err=True)
+        return 1
+    return 0
+
+
+def main() -> None:
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

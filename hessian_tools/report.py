@@ -1,0 +1,241 @@
+"""What the terminal shows of a spectrum: 80 columns, from the saved result alone, and the warnings that it earns."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator
+
+from hessian_tools.results import Eigenvalue, SpectrumResult, Trace
+
+WIDTH = 80
+
+
+def warnings_of(result: SpectrumResult) -> tuple[str, ...]:
+    """What not to conclude, each from a measured number."""
+    return tuple(_warnings(result))
+
+
+def _warnings(result: SpectrumResult) -> Iterator[str]:
+    name, spectrum = result.main
+    pairs = (*spectrum.eigenvalues, *spectrum.smallest_eigenvalues)
+    if all(p.value == 0 for p in pairs):
+        yield f"The {name} is zero: no surrogate gradient reaches these weights (a layer that never comes near threshold?)."
+        return
+    for kind, s in result.spectra.items():
+        if lost := sum(not p.converged for p in (*s.eigenvalues, *s.smallest_eigenvalues)):
+            yield f"{lost} eigenvalue(s) of the {kind} did not converge: trust them only to within their residual."
+    top = spectrum.eigenvalues[0]
+    if math.isnan(top.data_stderr):
+        yield "One batch of samples alone: there is no error from the data, and no claim about the minimum either."
+    elif top.data_stderr > 0.1 * abs(top.value):
+        yield (
+            f"lambda_max is known to {_ratio(top.data_stderr, top.value)} only: {result.data.get('samples')} samples "
+            "are few for this network; a ranking by it needs more."
+        )
+    negative = [p for p in pairs if p.value < -p.residual]
+    if name == "hessian" and negative:
+        yield (
+            f"Negative eigenvalues (down to {_ratio(min(p.value for p in negative), top.value)} of lambda_max) belong to "
+            "the surrogate's 2-jet. Do not read them as saddle directions of the spiking loss."
+        )
+    drop = result.gradient_norm**2 / (2 * top.value) if top.value > 0 else math.inf
+    if drop > 0.01 * result.loss:
+        yield (
+            f"The gradient is not small (||g||^2 / (2 lambda_max) is {_ratio(drop, result.loss)} of the loss): these "
+            "weights are not at a stationary point of the evaluation-mode surrogate loss."
+        )
+    slopes = [v for k, v in result.sensitivity.items() if k.startswith("slope") and math.isfinite(v)]
+    if slopes and top.value > 0 and (max(slopes) > 1.5 * top.value or min(slopes) < top.value / 1.5):
+        yield (
+            f"lambda_max goes from {min(slopes):.3g} to {max(slopes):.3g} as the surrogate's slope goes x 1/2, x 2: "
+            "compare only under one common surrogate (--surrogate)."
+        )
+    if str(result.network.get("surrogate", "")).startswith("rect"):
+        yield "The rect surrogate has f'' = 0: every term of the Hessian that needs it is absent."
+    for layer, values in result.activity.items():
+        if isinstance(values, dict) and values.get("dead", 0) >= 0.5:
+            yield f"{values['dead']:.0%} of the neurons of {layer} never fire on these samples."
+    if result.training.get("failures"):
+        yield "Training reported: " + "; ".join(str(f) for f in result.training["failures"]) + "."
+
+
+def spectrum_lines(result: SpectrumResult) -> list[str]:
+    """The whole screen."""
+    sections = (_opened, _state, _minimum, _table, _traces, _scales, _cautions, _cost)
+    return [line for section in sections for line in [*section(result), ""]][:-1]
+
+
+def _field(name: str, text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=f"{name:<12}", subsequent_indent=" " * 12)
+
+
+def _opened(r: SpectrumResult) -> list[str]:
+    n, t = r.network, r.training
+    lines = _field("checkpoint", f"{r.checkpoint.get('path', '-')}  sha256 {str(r.checkpoint.get('sha256', '-'))[:12]}")
+    if n:
+        analysed = (
+            f", analysed with {n['surrogate']}" if n.get("trained_surrogate", n["surrogate"]) != n["surrogate"] else ""
+        )
+        norm = "BatchNorm in evaluation mode" if n["norm"] == "bn" else "no BatchNorm"
+        reset = f"{n['reset']} reset{', detached' if n['detach_reset'] else ''}"
+        lines += _field(
+            "network",
+            f"{n['model']}, {n['neuron']} neurons, {reset}, surrogate {n.get('trained_surrogate', n['surrogate'])}"
+            f"{analysed}, T = {n['timesteps']}, {n['coding']} coding{' drawn once' if n['coding'] == 'poisson' else ''}, "
+            f"{norm}, pooling ties: {n['ties']}",
+        )
+    where = r.device.replace("cpu", "CPU")
+    lines += _field(
+        "parameters", f"{r.num_parameters:,} in {len(r.parameters)} tensors; {r.dtype} on {where}, seed {r.seed}"
+    )
+    d = r.data
+    lines += _field(
+        "data", f"{d.get('name', '-')} {d.get('split', '')}, {d['samples']:,} samples, loss {d.get('loss', '-')}"
+    )
+    if t:
+        lines += _field(
+            "trained",
+            f"{t['init']} initializer{_alpha(t)}, {t['optimizer']} lr {t['lr']:g}, {t['schedule']} schedule, weight decay "
+            f"{t['weight_decay']:g} (not in the Hessian), batch {t['batch_size']}, {t['epochs_run']} epochs, seed {t['seed']}",
+        )
+    return lines
+
+
+def _alpha(training: dict[str, object]) -> str:
+    return f" (alpha {training['alpha']:g})" if training["init"] == "ikun" else ""
+
+
+def _state(r: SpectrumResult) -> list[str]:
+    name, spectrum = r.main
+    accuracy = "" if math.isnan(r.accuracy) else f", accuracy {r.accuracy:.2%}"
+    lines = _field("loss", f"{r.loss:.6g}{accuracy}")
+    if r.activity:
+        rates = ", ".join(f"{k} {v['firing_rate']:.3f} ({v['dead']:.0%} dead)" for k, v in r.activity.items())
+        lines += _field("firing", rates)
+    lines += _field(
+        "gradient", f"norm {r.gradient_norm:.4g}; symmetry error of the {name} {spectrum.symmetry_error:.1e}"
+    )
+    return lines
+
+
+def _minimum(r: SpectrumResult) -> list[str]:
+    """Whether this is a minimum of the surrogate loss at all."""
+    name, s = r.main
+    if not s.smallest_eigenvalues:
+        return _field("minimum?", "the smallest eigenvalues were not computed (--smallest)")
+    top, low = s.eigenvalues[0], s.smallest_eigenvalues[0]
+    if low.value < -low.residual and not (low.converged is False and abs(low.value) < low.residual):
+        verdict = f"no: the {name} has lambda_min = {low.value:.4g} against lambda_max = {top.value:.4g}"
+        if top.value > 0:
+            verdict += f" ({-low.value / top.value:.1%} of it)"
+    else:
+        verdict = f"yes, to this accuracy: lambda_min = {low.value:.3g} +- {low.residual:.1g} is not negative"
+    return _field("minimum?", verdict)
+
+
+def _rows(pairs: tuple[Eigenvalue, ...], start: int, step: int) -> Iterator[str]:
+    for i, p in enumerate(pairs):
+        layer, share = max(p.layers.items(), key=lambda item: item[1]) if p.layers else ("-", math.nan)
+        yield (
+            f"{start + step * i:>5}  {p.value:>12.5g}  {p.residual:>9.1e}  {_error(p.data_stderr):>11}  "
+            f"{'yes' if p.converged else 'NO':>4}  {_short(layer, 22)} {share:.0%}"
+        )
+
+
+def _table(r: SpectrumResult) -> list[str]:
+    lines: list[str] = []
+    for name, s in r.spectra.items():
+        lines += ["", f"{name}: eigenvalues, largest first"] if lines else [f"{name}: eigenvalues, largest first"]
+        lines += [f"{'rank':>5}  {'value':>12}  {'residual':>9}  {'data stderr':>11}  {'conv':>4}  main layer"]
+        lines += _rows(s.eigenvalues, 1, 1)
+        if s.smallest_eigenvalues:
+            lines += ["  ..."]
+            lines += _rows(s.smallest_eigenvalues, r.num_parameters, -1)
+    return lines
+
+
+def _traces(r: SpectrumResult) -> list[str]:
+    lines = [f"{'':<9}{'trace':>11}  {'95% interval (probes)':<24}{'data stderr':>11}  {'trace/P':>9}  {'||.||_F':>8}"]
+    for name, s in r.spectra.items():
+        if s.trace is not None:
+            t = s.trace
+            interval = f"[{t.ci95[0]:.5g}, {t.ci95[1]:.5g}]"
+            lines.append(
+                f"{name:<9}{t.estimate:>11.5g}  {interval:<24}{_error(t.data_stderr):>11}  "
+                f"{t.estimate / r.num_parameters:>9.2e}  {s.frobenius_norm:>8.4g}"
+            )
+    traces: dict[str, Trace] = {k: s.trace for k, s in r.spectra.items() if s.trace is not None}
+    if {"hessian", "ggn"} <= set(traces) and traces["ggn"].estimate:
+        h, g = traces["hessian"].estimate, traces["ggn"].estimate
+        lines += [""]
+        lines += textwrap.wrap(
+            f"tr(H - GGN) is {(h - g):.4g}, {_ratio(abs(h - g), abs(h) or 1)} of |tr H|. The GGN keeps the loss's curvature "
+            "only and cannot be negative; the Hessian adds the surrogate's own curvature f''. On networks tried so far "
+            "the GGN followed the smoothed spiking loss better.",
+            WIDTH,
+        )
+    return lines
+
+
+def _scales(r: SpectrumResult) -> list[str]:
+    lines = []
+    for name, s in r.spectra.items():
+        lines += _field(
+            "scale-free", f"{name} lambda_max {_number(s.scale_free_lambda_max)} (weights in units of filter norm)"
+        )
+    if r.sensitivity:
+        top = r.main[1].eigenvalues[0].value
+        text = ", ".join(f"{k}: {_number(v)}" for k, v in r.sensitivity.items())
+        lines += _field("sensitivity", f"{r.main[0]} lambda_max {top:.4g} becomes, {text}")
+    return lines
+
+
+def _cautions(r: SpectrumResult) -> list[str]:
+    lines = []
+    for text in r.warnings:
+        lines += textwrap.wrap(text, WIDTH, initial_indent="! ", subsequent_indent="  ")
+    return lines or ["no warnings"]
+
+
+def _cost(r: SpectrumResult) -> list[str]:
+    products = sum(s.hessian_vector_products for s in r.spectra.values())
+    return _field("cost", f"{products} products with the operators, {r.seconds:.1f} s")
+
+
+def compare_lines(labelled: list[tuple[str, SpectrumResult]]) -> list[str]:
+    """One row a result: raw and scale-free lambda_max, lambda_min, traces, with data errors."""
+    width = min(20, max(len(label) for label, _ in labelled))
+    lines = [
+        f"{'':<{width}} {'loss':>8} {'acc':>6}  {'lambda_max':>17} {'scale-free':>10} {'lambda_min':>10}  {'trace':>15}"
+    ]
+    for kind in labelled[0][1].spectra:
+        lines.append(kind)
+        for label, r in labelled:
+            s = r.spectra[kind]
+            top = s.eigenvalues[0]
+            low = f"{s.smallest_eigenvalues[0].value:.3g}" if s.smallest_eigenvalues else "-"
+            trace = f"{s.trace.estimate:.4g} +- {s.trace.data_stderr:.1g}" if s.trace else "-"
+            accuracy = "-" if math.isnan(r.accuracy) else f"{r.accuracy:.1%}"
+            lines.append(
+                f"{_short(label, width):<{width}} {r.loss:>8.4g} {accuracy:>6}  "
+                f"{f'{top.value:.4g} +- {top.data_stderr:.1g}':>17} {_number(s.scale_free_lambda_max):>10} {low:>10}  {trace:>15}"
+            )
+    lines += ["", "+- is one standard error from the data, for these weights; it says nothing about other seeds."]
+    return lines
+
+
+def _short(text: str, width: int) -> str:
+    return text if len(text) <= width else "…" + text[1 - width :]
+
+
+def _number(value: float) -> str:
+    return "not converged" if math.isnan(value) else f"{value:.4g}"
+
+
+def _error(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2g}"
+
+
+def _ratio(part: float, whole: float) -> str:
+    return f"{abs(part / whole):.0%}" if whole else "-"

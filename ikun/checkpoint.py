@@ -1,0 +1,202 @@
+"""The checkpoint: one .pt that says everything needed to rebuild the network, its data, its loss, and how it was made.
+
+Files come from strangers: they are loaded with weights_only=True, checked field by field, and the network is built
+only after the shapes of its weights are known to agree with its description.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+import platform
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ikun.data import NAMES, Dataset, encode, load
+from ikun.networks import LOSSES, Network, Spec
+
+SCHEMA = "ikun-hessian/checkpoint/1"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: one line that names the file and says why and what to do."""
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """The samples: `subset` of data set `name` drawn with `seed`, of which the last `held_out` were not trained on."""
+
+    name: str = "digits"
+    subset: int | None = None
+    seed: int = 0
+    held_out: int = 0
+
+    def load(self, split: str = "train", data_dir: str | Path | None = None) -> Dataset:
+        """The training samples, or the data set's whole test split. Raises DataError."""
+        if split != "train":
+            return load(self.name, split, data_dir=data_dir)
+        return self.parts(data_dir)[0]
+
+    def parts(self, data_dir: str | Path | None = None) -> tuple[Dataset, Dataset | None]:
+        """(training samples, held-out samples or None)."""
+        count = self.subset
+        if count is None and self.held_out:
+            count = len(load(self.name, data_dir=data_dir))  # a full permutation: what is held out is random
+        whole = load(self.name, subset=count, seed=self.seed, data_dir=data_dir)
+        if not self.held_out:
+            return whole, None
+        cut = len(whole) - self.held_out
+        return tuple(  # type: ignore[return-value]
+            dataclasses.replace(
+                whole,
+                images=whole.images[part],
+                labels=whole.labels[part],
+                sha256=hashlib.sha256(f"{whole.sha256} {part.start} {part.stop}".encode()).hexdigest(),
+            )
+            for part in (slice(0, cut), slice(cut, len(whole)))
+        )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """network and state: the trained weights. data, loss: what they were trained on. training: how, as plain values.
+    history: one dict per epoch, the lines of the training log."""
+
+    network: Spec
+    data: DataSpec
+    loss: str
+    state: dict[str, Tensor]
+    training: dict[str, Any]
+    history: list[dict[str, Any]]
+
+    def build(self, **changes: Any) -> Network:
+        """The network with its weights; changes replace fields of the description (surrogate, ties, relaxed)."""
+        network = Network(dataclasses.replace(self.network, **changes))
+        network.load_state_dict(self.state)
+        return network.eval()
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """Network inputs: images as they are, or Poisson spikes drawn once from the data seed and frozen."""
+        generator = torch.Generator().manual_seed(self.data.seed)
+        return encode(images, self.network.timesteps, self.network.coding, generator)
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
+    """Write the whole file or nothing."""
+    save_atomically(
+        {
+            "schema": SCHEMA,
+            "network": {**dataclasses.asdict(checkpoint.network)},
+            "data": dataclasses.asdict(checkpoint.data),
+            "loss": checkpoint.loss,
+            "state": {k: v.detach().cpu().clone() for k, v in checkpoint.state.items()},
+            "training": checkpoint.training,
+            "history": checkpoint.history,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": importlib.metadata.version("torch"),
+            },
+        },
+        Path(path),
+    )
+
+
+def save_atomically(values: dict[str, Any], path: Path) -> None:
+    """torch.save to a temporary name in the same folder, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with temporary.open("xb") as file:
+            torch.save(values, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(path: str | Path) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_plain(path: str | Path) -> dict[str, Any]:
+    """The dict in a .pt file, without running any code from it. Raises CheckpointError."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file: `ikun-hessian train --out {path}` makes one")
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise CheckpointError(f"{path}: may not be read: check its permissions") from None
+    except Exception as error:  # torch.load raises many kinds on damaged files
+        reason = (
+            "it holds objects that need code to load" if "Unsupported" in str(error) else "truncated or not a .pt file"
+        )
+        raise CheckpointError(f"{path}: not a checkpoint that can be loaded safely ({reason})") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: not a checkpoint of ikun-hessian: it holds a {type(values).__name__}")
+    return values
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read and check a checkpoint. Raises CheckpointError with one line for any file that is not one."""
+    values = read_plain(path)
+    schema = values.get("schema")
+    if schema != SCHEMA:
+        if isinstance(schema, str) and schema.startswith("ikun-hessian/checkpoint/"):
+            raise CheckpointError(
+                f"{path}: written by another version ({schema}, expected {SCHEMA}): upgrade ikun-hessian"
+            )
+        raise CheckpointError(f"{path}: not a checkpoint of ikun-hessian (no schema {SCHEMA} in it)")
+    try:
+        network, data, loss, state, training, history = _fields(values)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged or foreign checkpoint: {error}") from None
+    _check_state(path, network, state)
+    return Checkpoint(network, data, loss, state, training, history)
+
+
+def _fields(values: dict[str, Any]) -> tuple[Spec, DataSpec, str, dict[str, Tensor], dict[str, Any], list[Any]]:
+    wanted = {"network": dict, "data": dict, "loss": str, "state": dict, "training": dict, "history": list}
+    for name, kind in wanted.items():
+        if not isinstance(values.get(name), kind):
+            raise ValueError(f"field '{name}' is missing or no {kind.__name__}")
+    network = Spec.from_dict(values["network"])
+    raw = values["data"]
+    if set(raw) != {"name", "subset", "seed", "held_out"} or raw["name"] not in NAMES:
+        raise ValueError("field 'data' does not name a known data set")
+    if any(type(raw[k]) is not int or raw[k] < 0 for k in ("seed", "held_out")):
+        raise ValueError("field 'data': seed and held_out must be whole numbers")
+    if raw["subset"] is not None and type(raw["subset"]) is not int:
+        raise ValueError("field 'data': subset must be a whole number")
+    if values["loss"] not in LOSSES:
+        raise ValueError(f"unknown loss '{values['loss']}'")
+    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in values["state"].items()):
+        raise ValueError("field 'state' must map names to tensors")
+    return network, DataSpec(**raw), values["loss"], values["state"], values["training"], values["history"]
+
+
+def _check_state(path: str | Path, network: Spec, state: dict[str, Tensor]) -> None:
+    with torch.device("meta"):  # shapes without memory: a description may claim any size
+        expected = Network(network).state_dict()
+    if wrong := sorted(set(expected) ^ set(state)):
+        raise CheckpointError(f"{path}: the weights do not fit the network described: {', '.join(wrong[:3])}")
+    for name, tensor in expected.items():
+        found = state[name]
+        if found.shape != tensor.shape or found.dtype != tensor.dtype:
+            raise CheckpointError(
+                f"{path}: '{name}' is {found.dtype} {list(found.shape)}, the network has {tensor.dtype} "
+                f"{list(tensor.shape)}"
+            )
+        if found.layout != torch.strided or not bool(torch.isfinite(found).all()):
+            raise CheckpointError(
+                f"{path}: '{name}' has NaN or infinite entries: the training diverged, take an earlier one"
+            )
