@@ -18,6 +18,7 @@ import click
 if TYPE_CHECKING:
     import torch
 
+    from hessian_tools.objective import Objective
     from hessian_tools.results import SpectrumResult
     from ikun.checkpoint import Checkpoint
     from ikun.data import Dataset
@@ -133,7 +134,7 @@ def train(
     except ValueError:
         raise click.UsageError(f"--hidden '{hidden}' is no list of sizes like 128,128") from None
     network = Spec(
-        input_shape=tuple(images.images.shape[1:]),
+        input_shape=(images.images.shape[1], images.images.shape[2], images.images.shape[3]),
         classes=images.classes,
         hidden=sizes,
         **{k: v for k, v in options.items() if k not in fields},
@@ -180,7 +181,7 @@ def train(
 @click.option("--probes", default=4, show_default=True, help="Density probes.")
 @click.option("--samples", default="all", show_default=True, help="So many samples, or all.")
 @click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)
-@click.option("--batch-size", default=512, show_default=True, help="Samples a forward pass; changes no number.")
+@click.option("--batch-size", type=int, help="Samples a forward pass [default: what fits into a quarter of --memory].")
 @click.option("--tol", default=1e-4, show_default=True, help="Residual over norm at which a pair has converged.")
 @click.option("--params", default="*", show_default=True, help="Pattern of parameter names, for instance 'fc*'.")
 @click.option("--surrogate", help="Analyse with this surrogate instead of the one trained with.")
@@ -198,7 +199,7 @@ def spectrum(
     checkpoints: tuple[Path, ...],
     samples: str,
     split: str,
-    batch_size: int,
+    batch_size: int | None,
     params: str,
     surrogate: str | None,
     dtype: str,
@@ -222,8 +223,10 @@ def spectrum(
     from hessian_tools.spectrum import Settings
     from hessian_tools.spectrum import spectrum as analyse
 
-    settings = Settings(**options, **({"operators": operators} if operators else {}))
-    if batch_size < 1 or not options["memory"] > 0:
+    settings = Settings(**options)
+    if operators:
+        settings = dataclasses.replace(settings, operators=tuple(dict.fromkeys(operators)))
+    if (batch_size is not None and batch_size < 1) or not options["memory"] > 0:
         raise click.UsageError("--batch-size and --memory must be positive")
     stems = [_stem(path, out, tag) for path in checkpoints]
     if len(set(stems)) < len(stems):
@@ -291,7 +294,7 @@ def info(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
     t = found.training
     click.echo(
         f"{t['init']} (alpha {t['alpha']:g}), {t['optimizer']} lr {t['lr']:g}, {t['epochs_run']} epochs on "
-        f"{found.data.name} ({t['samples']} samples), seed {t['seed']}"
+        f"{found.data.name}, {t['samples']} samples, seed {t['seed']}"
     )
     if found.history:
         last = found.history[-1]
@@ -366,7 +369,7 @@ def _open(
     path: Path,
     split: str,
     samples: str,
-    batch_size: int,
+    batch_size: int | None,
     params: str,
     surrogate: str | None,
     dtype: str,
@@ -378,6 +381,7 @@ def _open(
     import torch
 
     from hessian_tools.objective import make_objective
+    from hessian_tools.operators import batch_size_within
     from ikun.checkpoint import load_checkpoint, sha256
     from ikun.networks import LOSSES
     from ikun.statistics import observe
@@ -390,7 +394,7 @@ def _open(
     data, x, digest = _samples(checkpoint, split, samples, data_dir)
     y = data.labels[: len(x)]
 
-    def objective(steeper: float = 1.0, **changes: Any) -> Any:
+    def objective(steeper: float = 1.0, **changes: Any) -> Objective:
         network = checkpoint.build(surrogate=str(analysed.steeper(steeper)), **changes)
         return make_objective(
             network,
@@ -402,14 +406,14 @@ def _open(
             device=where,
         )
 
+    if batch_size is None:
+        batch_size = batch_size_within(objective(), settings.memory * 2**30 / 4)
     first = objective()
     reversed_ties = "last" if checkpoint.network.ties == "first" else "first"
     variants = {"slope x 1/2": objective(0.5), "slope x 2": objective(2.0)}
     if checkpoint.network.model == "csnn":
         variants["ties reversed"] = objective(ties=reversed_ties)
-    statistics = observe(first.model, *first.batches[0], LOSSES[checkpoint.loss])
-    for p in first.parameters.values():
-        p.grad = None
+    statistics = observe(checkpoint.build(), x[:512], y[:512], LOSSES[checkpoint.loss])
     provenance = {
         "checkpoint": {"path": str(path), "sha256": sha256(path)},
         "data": {"name": data.name, "split": split, "sha256": digest, "loss": checkpoint.loss},
@@ -562,8 +566,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         click.echo(f"error: {_message(error)}", err=True)
         return 1
     except (RuntimeError, MemoryError) as error:  # AnalysisError and torch's own, out of memory among them
-        hint = ": lower --batch-size or --memory" if "memory" in str(error).lower() else ""
-        click.echo(f"error: {_message(error) or 'out of memory'}{hint}", err=True)
+        message = _message(error) or type(error).__name__
+        hint = ": lower --batch-size or --memory" if "memory" in message.lower() else ""
+        click.echo(f"error: {message}{hint}", err=True)
         return 1
     return 0
 

@@ -7,6 +7,7 @@ a constant give the same picture with other tick labels.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -36,7 +37,8 @@ Array = npt.NDArray[np.float64]
 Style = tuple[tuple[float, float, float], Any]  # colour, dashes
 
 WIDTH = 7.0  # two columns, inches
-SMALL, NORMAL = 7.0, 8.0  # points
+SMALL, MEDIUM, NORMAL = 7.0, 7.5, 8.0  # points
+PANEL = 166.0  # points, the narrowest a panel becomes
 BROADENING = 1.0  # the constant c in sigma = c * (range of the nodes) / steps
 DECADES = 4  # of |lambda| below the largest; what is smaller lies on the floor
 RUG = 0.055  # height of one row of the rug, as a share of the panel
@@ -51,8 +53,8 @@ STYLE: dict[str, Any] = {
     "axes.titlepad": 4.0,
     "axes.labelpad": 2.0,
     "axes.linewidth": 0.6,
-    "xtick.labelsize": NORMAL,
-    "ytick.labelsize": NORMAL,
+    "xtick.labelsize": MEDIUM,
+    "ytick.labelsize": MEDIUM,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "xtick.major.pad": 2.0,
@@ -203,6 +205,17 @@ def _broadened(nodes: Array, weights: Array, grid: Array, axis: SymlogAxis) -> A
     return total
 
 
+def one_eigenvalue(densities: Sequence[Density], grid: Array, axis: SymlogAxis) -> Array:
+    """P times the density of a single eigenvalue where it lies, broadened as widely as any node at that place."""
+    widest = axis.sigma / axis.slope(grid)
+    for nodes, _ in (pair for d in densities for pair in _bulk(d)):
+        spacing = _spacing(nodes)
+        coarse = spacing > axis.sigma / axis.slope(nodes)
+        widest = np.maximum(widest, spacing[coarse].max(initial=0.0))
+    density: Array = 1 / (widest * math.sqrt(2 * math.pi))
+    return density
+
+
 def _gaussian(x: Array, centres: Array, sigma: Array | float) -> Array:
     """[centres, x]: normal densities."""
     s = np.broadcast_to(sigma, centres.shape)[:, None]
@@ -260,16 +273,19 @@ def _draw_density(ax: Axes, result: SpectrumResult, styles: dict[str, Style], ax
         return _say(ax, "all eigenvalues are 0")
     curves = {n: density_curves(d, axis) for n, d in drawn.items()}
     peak = max((y.max(initial=0.0) for _, y in curves.values()), default=0.0)
-    ax.set_yscale("log")
     low, high = axis.forward(np.array([axis.low, axis.high]))
     grid = axis.inverse(np.linspace(low, high, 400))
-    one = axis.slope(grid) / (max(result.num_parameters, 1) * axis.sigma * math.sqrt(2 * math.pi))
-    bottom = float(one.min()) / 2
-    top = max(peak, float(one.max())) * 2
-    head = 1.1 * RUG * len(drawn)
+    one = one_eigenvalue(list(drawn.values()), grid, axis) / max(result.num_parameters, 1)
+    bottom, top = float(one.min()) / 2, max(peak, float(one.max())) * 2
+    head = 1.1 * RUG * len(drawn) if any(d.atoms for d in drawn.values()) else 0.0
+    ax.set_yscale("log")
     ax.set_ylim(bottom, bottom * (top / bottom) ** (1 / (1 - head)))
-    ax.fill_between(grid, bottom, one, color="0.9", linewidth=0, zorder=0)
-    ax.plot(grid, one, color="0.45", linestyle=":", linewidth=0.8, zorder=1, label="floor")
+    if peak:
+        _log_ticks(ax, bottom, top)
+        ax.fill_between(grid, bottom, one, color="0.9", linewidth=0, zorder=0)
+        ax.plot(grid, one, color="0.45", linestyle=":", linewidth=0.8, zorder=1, label="floor")
+    else:
+        _say(ax, "no bulk: every eigenvalue is deflated")
     for i, (name, density) in enumerate(drawn.items()):
         x, y = curves[name]
         colour, dashes = styles[name]
@@ -280,10 +296,8 @@ def _draw_density(ax: Axes, result: SpectrumResult, styles: dict[str, Style], ax
         rows = (1 - RUG * (i + 0.9), 1 - RUG * (i + 0.15))
         atoms = _finite(density.nodes[0][: density.atoms])
         ax.vlines(atoms, *rows, color=colour, linewidth=0.8, transform=ax.get_xaxis_transform(), label=f"rug {name}")
-    ax.axhline(bottom * (top / bottom), color="0.6", linewidth=0.5)
-    if not peak:
-        _say(ax, "no bulk: every eigenvalue is deflated", keep=True)
-    _log_ticks(ax, bottom, top)
+    if head:
+        ax.axhline(top, color="0.6", linewidth=0.5)
     _symlog(ax, axis)
     ax.set_ylabel("density (per unit λ)")
 
@@ -300,6 +314,7 @@ def _draw_cdf(ax: Axes, result: SpectrumResult, styles: dict[str, Style], axis: 
         colour, dashes = styles[name]
         ax.fill_between(x, y.min(0), y.max(0), step="post", color=colour, alpha=0.3, linewidth=0)
         ax.plot(x, y.mean(0), drawstyle="steps-post", color=colour, linestyle=dashes, label=name)
+    ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     ax.set_ylim(-0.03, 1.03)
     _symlog(ax, axis)
     ax.set_ylabel("fraction of eigenvalues ≤ λ")
@@ -325,6 +340,7 @@ def _draw_ranks(ax: Axes, series: Sequence[tuple[Spectrum, Style]]) -> None:
         ax.text(
             0.02, math.sqrt(low * floor), "floor: smaller |λ| lie on it", transform=ax.get_yaxis_transform(),
             va="center", fontsize=SMALL, color="0.3",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )  # fmt: skip
     for i, (spectrum, look) in enumerate(series):
         shift = 0.5 * ((i + 0.5) / len(series) - 0.5)
@@ -333,7 +349,7 @@ def _draw_ranks(ax: Axes, series: Sequence[tuple[Spectrum, Style]]) -> None:
         _draw_series(ax, small, tops + 2 + smalls - len(small) + shift, floor, low, look)
     _log_ticks(ax, low, high)
     ax.set_xlim(0.3, tops + (smalls + 1 if smalls else 0) + 0.7)
-    ax.set_xticks(*_rank_ticks(tops, smalls))
+    ax.set_xticks(*_rank_ticks(tops, smalls, 1))
     if smalls:
         ax.axvline(tops + 1, color="0.75", linewidth=0.6, zorder=0)
     ax.set_xlabel("rank (1: largest λ, P: smallest)" if smalls else "rank (1: largest λ)")
@@ -368,16 +384,16 @@ def _draw_layers(ax: Axes, spectrum: Spectrum) -> None:
     layers, shares = layer_shares([*tops, *smalls])
     if not layers:
         return _say(ax, "no layer shares")
-    gap = np.full((len(layers), 1 if smalls else 0), np.nan)
-    values = np.concatenate([shares[:, : len(tops)], gap, shares[:, len(tops) :]], axis=1)
     sns.heatmap(
-        values, ax=ax, vmin=0, vmax=1, cmap="viridis", xticklabels=False, yticklabels=False,
+        shares, ax=ax, vmin=0, vmax=1, cmap="viridis", xticklabels=False, yticklabels=False,
         cbar_kws={"label": "share of squared norm", "ticks": [0, 0.5, 1], "pad": 0.02, "fraction": 0.06},
     )  # fmt: skip
     ax.collections[0].colorbar.outline.set_visible(False)  # type: ignore[union-attr]
-    positions, labels = _rank_ticks(len(tops), len(smalls))
-    ax.set_xticks([p - 0.5 for p in positions], labels, rotation=0)
-    ax.set_yticks(np.arange(len(layers)) + 0.5, [_text(n, 18) for n in layers], rotation=0)
+    if smalls:
+        ax.axvline(len(tops), color="white", linewidth=3)
+    ranks, labels = _rank_ticks(len(tops), len(smalls), 0)
+    ax.set_xticks([r - 0.5 for r in ranks], labels, rotation=0)
+    ax.set_yticks(np.arange(len(layers)) + 0.5, [_text(n, 20) for n in layers], rotation=0, fontsize=SMALL)
     ax.tick_params(axis="y", length=0)
     ax.set_xlabel("rank")
 
@@ -399,7 +415,7 @@ def caption(result: SpectrumResult, axis: SymlogAxis) -> str:
     checkpoint, data, network = result.checkpoint, result.data, result.network
     parts = []
     if path := checkpoint.get("path"):
-        digest = f" (sha256 {str(checkpoint['sha256'])[:8]})" if checkpoint.get("sha256") else ""
+        digest = f" (sha256\u00a0{str(checkpoint['sha256'])[:8]})" if checkpoint.get("sha256") else ""
         parts.append(f"Checkpoint {_text(PurePath(str(path)).name, 60)}{digest}")
     model = [_text(network[key], 30) for key in ("model", "name", "architecture") if network.get(key)][:1]
     model += [f"surrogate {_text(network['surrogate'], 30)}"] if network.get("surrogate") else []
@@ -423,11 +439,15 @@ def _symlog(ax: Axes, axis: SymlogAxis) -> None:
     """The symlog scale, its slope continuous at linthresh, with 0 and as many decades labelled as fit."""
     ax.set_xscale("symlog", linthresh=axis.linthresh, linscale=0.9 / math.log(10))
     ax.set_xlim(axis.low, axis.high)
-    decades = range(math.ceil(math.log10(axis.linthresh)), math.floor(math.log10(max(axis.high, -axis.low))) + 1)
-    ticks = [0.0, *(s * 10.0**k for k in decades for s in (1, -1) if axis.low <= s * 10.0**k <= axis.high)]
+    furthest = max(axis.high, -axis.low)
+    decades = [0.0, *(10.0**k for k in range(-300, 301) if axis.linthresh <= 10.0**k <= furthest)]
     low, high = axis.forward(np.array([axis.low, axis.high]))
-    room = 0.13 if _plain(ticks) else 0.2
-    shown = _apart(ticks, [float(axis.forward(np.array(t)) / (high - low)) for t in ticks], room)
+    places = [float(axis.forward(np.array(t)) / (high - low)) for t in decades]
+    widths = [(_width(label, MEDIUM) + 3) / PANEL for label in _numbers([-t for t in decades])]
+    ticks, shown = (
+        [t for t in sorted({s * t + 0.0 for t in found for s in (-1, 1)}) if axis.low <= t <= axis.high]
+        for found in (decades, _apart(decades, places, widths))
+    )
     ax.set_xticks(shown, _numbers(shown))
     ax.set_xticks(ticks, minor=True)
     ax.xaxis.set_minor_formatter(NullFormatter())
@@ -445,35 +465,32 @@ def _log_ticks(ax: Axes, low: float, high: float) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _rank_ticks(tops: int, smalls: int) -> tuple[list[float], list[str]]:
-    """Where the ranks worth a label stand: 1, 2, ... for the largest, after a gap P-1, P for the smallest."""
+def _rank_ticks(tops: int, smalls: int, gap: int) -> tuple[list[float], list[str]]:
+    """Where the ranks worth a label stand: 1, 2, ... for the largest, after the gap up to P for the smallest."""
     step = next(s for s in (1, 5, 10, 20, 50, 100, 200, 500, 10**9) if tops <= 4 * s)
     ticks = {1: "1", tops: f"{tops}", **{i: f"{i}" for i in range(step, tops + 1, step)}} if tops else {}
-    first = {tops + 2: f"P−{smalls - 1}"} if smalls > 1 else {}
-    last = {tops + 1 + smalls: "P"} if smalls else {}
+    first = {tops + gap + 1: f"P−{smalls - 1}"} if smalls > 1 else {}
+    last = {tops + gap + smalls: "P"} if smalls else {}
     ticks = {**last, **first, **ticks}
-    kept = _apart(list(ticks), [i / (tops + smalls + 1) for i in ticks], 0.075)
+    widths = [(_width(label, MEDIUM) + 3) / PANEL for label in ticks.values()]
+    kept = _apart(list(ticks), [i / (tops + gap + smalls) for i in ticks], widths)
     return [float(i) for i in kept], [ticks[i] for i in kept]
 
 
-def _apart(items: Sequence[T], places: Sequence[float], gap: float) -> list[T]:
-    """The items, first come first served, that stand at least `gap` from those kept before."""
+def _apart(items: Sequence[T], places: Sequence[float], widths: Sequence[float]) -> list[T]:
+    """The items, first come first served, whose labels clear those kept before."""
     kept: list[int] = []
     for i, place in enumerate(places):
-        if all(abs(place - places[j]) >= gap for j in kept):
+        if all(abs(place - places[j]) >= (widths[i] + widths[j]) / 2 for j in kept):
             kept.append(i)
     return [items[i] for i in kept]
 
 
 def _numbers(ticks: Sequence[float]) -> list[str]:
     """Plain where all are short, otherwise as powers of ten."""
-    if _plain(ticks):
+    if all(t == 0 or 1e-3 <= abs(t) < 1.1e3 for t in ticks):
         return [f"{t:g}".replace("-", "−") for t in ticks]
     return [_power(t) for t in ticks]
-
-
-def _plain(ticks: Sequence[float]) -> bool:
-    return all(t == 0 or 1e-3 <= abs(t) < 1.1e3 for t in ticks)
 
 
 def _power(value: float) -> str:
@@ -526,12 +543,12 @@ def _set_title(ax: Axes, letter: str, title: str) -> None:
     ax.set_title(rf"$\mathbf{{({letter})}}$  {title}", loc="left")
 
 
-def _say(ax: Axes, message: str, keep: bool = False) -> None:
-    """A message instead of a panel, or across it."""
-    if not keep:
-        ax.set_xticks([])
-        ax.set_yticks([])
-        ax.spines[:].set_color("0.8")
+def _say(ax: Axes, message: str) -> None:
+    """A message instead of a panel's content."""
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.minorticks_off()
+    ax.spines[:].set_color("0.8")
     ax.text(0.5, 0.5, message, transform=ax.transAxes, ha="center", va="center", color="0.3")
 
 
@@ -545,7 +562,9 @@ def _layout() -> ConstrainedLayoutEngine:
 
 def _settled(figure: Figure) -> Figure:
     """The layout made and kept, so that drawing again changes nothing."""
-    figure.draw_without_rendering()
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
     figure.set_layout_engine("none")
     return figure
 
@@ -570,10 +589,13 @@ def _text(value: Any, longest: int) -> str:
     return text.replace("$", r"\$") if not text.startswith("_") else " " + text.replace("$", r"\$")
 
 
-def _width(text: str) -> float:
-    """Of small print, in points."""
-    font = FontProperties(family="DejaVu Sans", size=SMALL)
-    return float(text_to_path.get_text_width_height_descent(text.replace(r"\$", "$"), font, ismath=False)[0])
+@functools.lru_cache(maxsize=4096)
+def _width(text: str, size: float = SMALL) -> float:
+    """In points, of text as matplotlib takes it."""
+    font = FontProperties(family="DejaVu Sans", size=size)
+    math_text = text.startswith("$")
+    shown = text if math_text else text.replace(r"\$", "$")
+    return float(text_to_path.get_text_width_height_descent(shown, font, ismath=math_text)[0])
 
 
 def _wrapped(text: str, width: float) -> str:

@@ -153,15 +153,7 @@ class CurvatureOperator(Operator):
             return self._kept[index]
         if self._used >= self._memory:
             return self._linearize(self.objective, batch)
-        saved: dict[int, int] = {}
-
-        def note(t: Tensor) -> Tensor:
-            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            product = self._linearize(self.objective, batch)
-        size = getattr(product, "nbytes", 0) or sum(saved.values())
+        product, size = _measured(self.objective, batch, self._linearize)
         if self._used + size <= self._memory:
             self._kept[index] = product
             self._used += size
@@ -188,6 +180,29 @@ class CurvatureOperator(Operator):
         return torch.stack(rows).cpu(), torch.tensor(counts, dtype=torch.float64)
 
 
+def _measured(objective: Objective, batch: Batch, linearize: Callable[[Objective, Batch], Map]) -> tuple[Map, int]:
+    """A batch's product and the bytes that it keeps."""
+    saved: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        product = linearize(objective, batch)
+    return product, getattr(product, "nbytes", 0) or sum(saved.values())
+
+
+def batch_size_within(objective: Objective, memory: float, most: int = 2048) -> int:
+    """How many samples one batch's primal may hold within `memory` bytes, from a trial on 8 of them; at least 1.
+
+    Large batches are faster as long as they fit (the overhead is per batch).
+    """
+    x, y = objective.batches[0]
+    _, size = _measured(objective, (x[:8], y[:8]), _linearize_hessian)
+    return int(max(1, min(most, memory * len(y[:8]) / max(size, 1))))
+
+
 def _zero(v: Tensor) -> Tensor:
     return torch.zeros_like(v)
 
@@ -207,7 +222,7 @@ def _autograd_hessian(objective: Objective, batch: Batch) -> Map:
     def product(v: Tensor) -> Tensor:
         parts = objective.split(v)
         return objective.flatten(
-            torch.autograd.grad(chosen, parameters, [parts[i] for i in live], retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+            torch.autograd.grad(chosen, parameters, [parts[i] for i in live], retain_graph=True, allow_unused=True)
         )
 
     return product
@@ -225,7 +240,7 @@ def _pushforward(objective: Objective, outputs: Tensor) -> tuple[Map, Map]:
             return torch.zeros_like(outputs)
         parts = objective.split(v)
         chosen = [pulled[i] for i in live]
-        (result,) = torch.autograd.grad(chosen, dummy, [parts[i] for i in live], retain_graph=True)  # type: ignore[arg-type]
+        (result,) = torch.autograd.grad(chosen, dummy, [parts[i] for i in live], retain_graph=True)
         return result
 
     def backward(u: Tensor) -> Tensor:

@@ -170,9 +170,9 @@ def _traces(r: SpectrumResult) -> list[str]:
         h, g = traces["hessian"].estimate, traces["ggn"].estimate
         lines += [""]
         lines += textwrap.wrap(
-            f"tr(H - GGN) is {(h - g):.4g}, {_ratio(abs(h - g), abs(h) or 1)} of |tr H|. The GGN keeps the loss's curvature "
-            "only and cannot be negative; the Hessian adds the surrogate's own curvature f''. On networks tried so far "
-            "the GGN followed the smoothed spiking loss better.",
+            f"tr(H - GGN) is {h - g:.4g}, {_ratio(h - g, g)} of tr GGN in size: the part that comes from the surrogate's own "
+            "curvature f''. The GGN leaves it out, keeps the curvature of the loss alone, and is never negative. Neither "
+            "is the curvature of the spiking loss itself, which is piecewise constant.",
             WIDTH,
         )
     return lines
@@ -204,25 +204,35 @@ def _cost(r: SpectrumResult) -> list[str]:
 
 
 def compare_lines(labelled: list[tuple[str, SpectrumResult]]) -> list[str]:
-    """One row a result: raw and scale-free lambda_max, lambda_min, traces, with data errors."""
-    width = min(20, max(len(label) for label, _ in labelled))
-    lines = [
-        f"{'':<{width}} {'loss':>8} {'acc':>6}  {'lambda_max':>17} {'scale-free':>10} {'lambda_min':>10}  {'trace':>15}"
-    ]
+    """A table an operator, one row a result: lambda_max raw and scale-free, lambda_min, trace, errors from the data."""
+    width = min(12, max(len(label) for label, _ in labelled))
+    lines = [f"{'':<{width}} {'loss':>9} {'accuracy':>8} {'|weights|':>9}"]
+    for label, r in labelled:
+        norm = math.sqrt(sum(v**2 for v in r.weight_norms.values()))
+        accuracy = "-" if math.isnan(r.accuracy) else f"{r.accuracy:.1%}"
+        lines.append(f"{_short(label, width):<{width}} {r.loss:>9.4g} {accuracy:>8} {norm:>9.3g}")
     for kind in labelled[0][1].spectra:
-        lines.append(kind)
+        lines += ["", kind]
+        lines.append(f"{'':<{width}} {'lambda_max':>19} {'scale-free':>10} {'lambda_min':>10} {'trace':>21}")
         for label, r in labelled:
             s = r.spectra[kind]
-            top = s.eigenvalues[0]
             low = f"{s.smallest_eigenvalues[0].value:.3g}" if s.smallest_eigenvalues else "-"
-            trace = f"{s.trace.estimate:.4g} +- {s.trace.data_stderr:.1g}" if s.trace else "-"
-            accuracy = "-" if math.isnan(r.accuracy) else f"{r.accuracy:.1%}"
+            trace = _with_error(s.trace.estimate, s.trace.data_stderr) if s.trace else "-"
+            top = _with_error(s.eigenvalues[0].value, s.eigenvalues[0].data_stderr)
             lines.append(
-                f"{_short(label, width):<{width}} {r.loss:>8.4g} {accuracy:>6}  "
-                f"{f'{top.value:.4g} +- {top.data_stderr:.1g}':>17} {_number(s.scale_free_lambda_max):>10} {low:>10}  {trace:>15}"
+                f"{_short(label, width):<{width}} {top:>19} {s.scale_free_lambda_max:>10.3g} {low:>10} {trace:>21}"
             )
-    lines += ["", "+- is one standard error from the data, for these weights; it says nothing about other seeds."]
+    lines += [""]
+    lines += textwrap.wrap(
+        "+- is one standard error from the data, for these weights: it says nothing about other seeds. scale-free: "
+        "weights in units of their filter's norm, which a BatchNorm behind them makes necessary.",
+        WIDTH,
+    )
     return lines
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{value:.3g}" if math.isnan(error) else f"{value:.3g} +- {error:.1g}"
 
 
 def _short(text: str, width: int) -> str:

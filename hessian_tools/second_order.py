@@ -27,18 +27,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from hessian_tools.objective import Batch, Objective
 
 Tangents = Sequence[Tensor | None]  # one per parameter of a layer; None: no tangent, or no gradient wanted
 
-CHUNK = 256  # samples linearized together: their arrays stay in cache, the calls stay few
-
 
 class Want(NamedTuple):
-    """Which gradients a layer's adjoint shall compute."""
+    """Which gradients of a layer are used; it need not compute the others."""
 
     input: bool
     parameters: tuple[bool, ...]
@@ -195,7 +192,8 @@ class Affine:
         dw, db, dgamma, dbeta = self._four(dp)
         if self.a is None:
             return dw, db, None
-        assert self.inverse is not None and self.offset is not None
+        assert self.inverse is not None
+        assert self.offset is not None
         da = None if dgamma is None else self.inverse * dgamma
         folded = _add(
             None if dw is None else dw * _rows(dw, self.a), None if da is None else self.w * _rows(self.w, da)
@@ -215,15 +213,13 @@ class Affine:
         wanted = [self._slots[i] for i, w in enumerate(want.parameters) if w]
         grads: dict[int, Tensor | None] = {3: gc, 0: gf, 1: gc}
         if self.a is not None:
-            assert self.inverse is not None and self.offset is not None
+            assert self.inverse is not None
+            assert self.offset is not None
             if 0 in wanted and gf is not None:
-                grads[0] = gf * _rows(gf, self.a)
-                if da is not None and self.g_folded is not None:
-                    grads[0] = grads[0] + self.g_folded * _rows(gf, da)
+                curved = None if da is None or self.g_folded is None else self.g_folded * _rows(gf, da)
+                grads[0] = _add(gf * _rows(gf, self.a), curved)
             if 1 in wanted and gc is not None:
-                grads[1] = self.a * gc
-                if da is not None and self.g_bias is not None:
-                    grads[1] = grads[1] + da * self.g_bias
+                grads[1] = _add(self.a * gc, None if da is None or self.g_bias is None else da * self.g_bias)
             if 2 in wanted and gf is not None and gc is not None:
                 slope = _row_dot(gf, self.w) + self.offset * gc
                 if tangent and dw is not None and self.g_folded is not None:
@@ -252,7 +248,7 @@ class Affine:
         if dx is None:
             return self.op.apply(self.x, torch.zeros_like(self.w) if folded is None else folded, bias)
         y = self.op.apply(dx, self.folded, bias)
-        return y if folded is None else _accumulate(y, partial(self.op.apply, self.x, folded, None))
+        return y if folded is None else y.add_(self.op.apply(self.x, folded, None))
 
     def adjoint_tangent(
         self, dg: Tensor, dx: Tensor | None, dp: Tangents, want: Want
@@ -270,10 +266,6 @@ class Affine:
             if dx is not None:
                 gf += self.op.pull_weight(self.g, dx, self.w)
         return gx, self._unfold(gf, self._sum(dg) if bias else None, want, da, dp)
-
-
-def _accumulate(y: Tensor, more: Callable[[], Tensor]) -> Tensor:
-    return y.add_(more())
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -363,7 +355,15 @@ def _is_norm(module: Any) -> bool:
     return type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) and not module.training and module.running_mean is not None
 
 
+class UnknownLayerError(Exception):
+    """A layer or an input that no rule here covers."""
+
+
 def _affine(op: Bilinear, module: Any, norm: Any, x: Tensor) -> tuple[Tensor, Layer]:
+    if (norm is not None and isinstance(op, Product) and x.dim() != 2) or (
+        isinstance(op, Convolution) and x.dim() != 4
+    ):
+        raise UnknownLayerError  # the norm's channels are not the linear map's outputs; an input without a batch axis
     y = x if module is None else module(x)
     weight, bias = (None, None) if module is None else (module.weight, module.bias)
     return y if norm is None else norm(y), Affine(x, op, weight, bias, norm)
@@ -437,8 +437,7 @@ class Chain:
         total: list[Tensor | None] = [None] * len(self.index)
         for layer, group in zip(self.layers, grads, strict=True):
             for p, g in zip(layer.parameters, group, strict=True):
-                if g is not None:
-                    i = self.index[id(p)]
+                if g is not None and (i := self.index.get(id(p))) is not None:
                     total[i] = _add(total[i], g)
         return self.objective.flatten(total)
 
@@ -494,54 +493,41 @@ def _tensors(thing: object) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class Linearized:
-    """One batch's product v [P] -> A v [P], the sum of its chunks'; nbytes is the memory it holds."""
+    """One batch's product v [P] -> A v [P]; nbytes is the memory it holds."""
 
-    products: tuple[Callable[[Tensor], Tensor], ...]
-    shares: tuple[float, ...]
+    product: Callable[[Tensor], Tensor]
     nbytes: int
 
     def __call__(self, v: Tensor) -> Tensor:
-        total = torch.zeros_like(v)
         with torch.no_grad():
-            for product, share in zip(self.products, self.shares, strict=True):
-                total.add_(product(v), alpha=share)
-        return total
+            return self.product(v)
 
 
-def linearize(objective: Objective, batch: Batch, kind: str, chunk: int = CHUNK) -> Linearized | None:
+def linearize(objective: Objective, batch: Batch, kind: str) -> Linearized | None:
     """The product of `kind` (hessian, ggn, fisher) on one batch, or None if the model has an unknown layer."""
     if objective.reset is not None:
         return None
     x, y = batch
-    products: list[Callable[[Tensor], Tensor]] = []
-    shares, held = [], 0
-    for part, target in zip(x.split(chunk), y.split(chunk), strict=True):
-        found = _chunk(objective, part, target, kind)
-        if found is None:
-            return None
-        products.append(found[0])
-        held += found[1]
-        shares.append(len(target) / len(y))
-    return Linearized(tuple(products), tuple(shares), held)
-
-
-def _chunk(objective: Objective, x: Tensor, y: Tensor, kind: str) -> tuple[Callable[[Tensor], Tensor], int] | None:
     with torch.no_grad():
         offered = _items(objective.model, x)
         makers = None if offered is None else _makers(offered[1])
         if offered is None or makers is None:
             return None
-        value, layers = offered[0], []
+        value = offered[0]
+        layers: list[Layer] = []
         known = {id(p) for p in objective.parameters.values()}
         for make in makers:
-            value, layer = make(value)
+            try:
+                value, layer = make(value)
+            except UnknownLayerError:
+                return None
             if layers or any(id(p) in known for p in layer.parameters):
                 layers.append(layer)
         if known - {id(p) for layer in layers for p in layer.parameters}:
             return None  # a parameter that no layer knows
         chain = Chain(objective, layers)
     with torch.enable_grad():
-        return PRODUCTS[kind](chain, value.detach().requires_grad_(), y)
+        return Linearized(*PRODUCTS[kind](chain, value.detach().requires_grad_(), y))
 
 
 def _hessian(chain: Chain, outputs: Tensor, y: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:

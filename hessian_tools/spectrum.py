@@ -53,6 +53,11 @@ class Settings:
     max_products: int = 1000
 
     def __post_init__(self) -> None:
+        if any(name.startswith(("fd", "finite")) for name in self.operators):
+            raise ValueError(
+                "finite differences of the surrogate gradient are no Hessian: spikes stay frozen in them and the matrix "
+                "is not symmetric; use hessian (the surrogate's 2-jet) or relaxed"
+            )
         if unknown := set(self.operators) - {*OPERATORS, "relaxed"}:
             raise ValueError(
                 f"unknown operator {', '.join(sorted(unknown))}: choose from {', '.join(OPERATORS)}, relaxed"

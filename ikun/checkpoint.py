@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ikun.data import NAMES, Dataset, encode, load
+from ikun.data import NAMES, DataError, Dataset, encode, load
 from ikun.networks import LOSSES, Network, Spec
 
 SCHEMA = "ikun-hessian/checkpoint/1"
@@ -27,6 +27,9 @@ SCHEMA = "ikun-hessian/checkpoint/1"
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: one line that names the file and says why and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # values quoted from a foreign file may hold line breaks
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class DataSpec:
         return self.parts(data_dir)[0]
 
     def parts(self, data_dir: str | Path | None = None) -> tuple[Dataset, Dataset | None]:
-        """(training samples, held-out samples or None)."""
+        """(training samples, held-out samples or None). Raises DataError."""
         count = self.subset
         if count is None and self.held_out:
             count = len(load(self.name, data_dir=data_dir))  # a full permutation: what is held out is random
@@ -53,6 +56,8 @@ class DataSpec:
         if not self.held_out:
             return whole, None
         cut = len(whole) - self.held_out
+        if cut < 1:
+            raise DataError(f"{self.held_out} held-out samples of {len(whole)} leave none to train on: hold out fewer")
         return tuple(  # type: ignore[return-value]
             dataclasses.replace(
                 whole,
@@ -181,6 +186,8 @@ def _fields(values: dict[str, Any]) -> tuple[Spec, DataSpec, str, dict[str, Tens
         raise ValueError(f"unknown loss '{values['loss']}'")
     if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in values["state"].items()):
         raise ValueError("field 'state' must map names to tensors")
+    if not all(isinstance(line, dict) for line in values["history"]):
+        raise ValueError("field 'history' must hold one dict per epoch")
     return network, DataSpec(**raw), values["loss"], values["state"], values["training"], values["history"]
 
 
@@ -196,7 +203,10 @@ def _check_state(path: str | Path, network: Spec, state: dict[str, Tensor]) -> N
                 f"{path}: '{name}' is {found.dtype} {list(found.shape)}, the network has {tensor.dtype} "
                 f"{list(tensor.shape)}"
             )
-        if found.layout != torch.strided or not bool(torch.isfinite(found).all()):
+        stored = found.layout == torch.strided and found.device.type == "cpu"
+        if not stored or found.untyped_storage().nbytes() < found.numel() * found.element_size():
+            raise CheckpointError(f"{path}: '{name}' is not stored in full: not a checkpoint that ikun-hessian wrote")
+        if not bool(torch.isfinite(found).all()):
             raise CheckpointError(
                 f"{path}: '{name}' has NaN or infinite entries: the training diverged, take an earlier one"
             )

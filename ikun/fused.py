@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -254,10 +255,12 @@ def _adjoint_tangent(g, x, f1, c, e, u, gh, decay, gain, dgain, index, block, fi
     return total
 
 
+_state = {"broken": False}
+
+
 @cache
-def kernels() -> dict[str, Callable[..., Any]] | None:
-    """The three compiled kernels by name, or None, with a warning, if numba does not work here."""
-    sources = {"tangent": _tangent, "adjoint": _adjoint, "adjoint_tangent": _adjoint_tangent}
+def _compiled() -> dict[str, Callable[..., Any]] | None:
+    sources: dict[str, Any] = {"tangent": _tangent, "adjoint": _adjoint, "adjoint_tangent": _adjoint_tangent}
     try:
         import numba
 
@@ -270,13 +273,9 @@ def kernels() -> dict[str, Callable[..., Any]] | None:
         return None
 
 
-def _disable(error: BaseException) -> None:
-    warnings.warn(f"numba failed ({error}): curvature products run in plain torch, slower", stacklevel=2)
-    global _broken
-    _broken = True
-
-
-_broken = False
+def kernels() -> dict[str, Callable[..., Any]] | None:
+    """The three kernels by name, compiled when first called; None, after one warning, if numba does not work here."""
+    return None if _state["broken"] else _compiled()
 
 
 @cache
@@ -284,59 +283,58 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="scan")
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
-def _view(t: Tensor | None, like: Tensor) -> Any:
-    return np.empty((0, 0), like.numpy().dtype) if t is None else t.contiguous().numpy()
-
-
-def _launch(name: str, scan: Scan, arrays: list[Any], rates: list[float], out: Tensor) -> float | None:
-    """Run one kernel over all blocks; the sum of what its slices return, None if numba does not work."""
-    if _broken or scan.f1.device.type != "cpu" or (found := kernels()) is None:
+def _launch(
+    name: str, scan: Scan, tensors: Sequence[Tensor | None], rates: Sequence[float], out: Tensor
+) -> float | None:
+    """Run one kernel over all blocks into `out`; the sum of what its slices return, or None where it cannot run."""
+    f1 = scan.f1
+    if f1.device.type != "cpu" or f1.dtype not in (torch.float32, torch.float64) or (found := kernels()) is None:
         return None
-    kernel, dtype = found[name], scan.f1.numpy().dtype.type
-    size = scan.f1.shape[1]
+    dtype, size = f1.numpy().dtype, f1.shape[1]
     block = max(1, BLOCK // scan.unit) * scan.unit
-    index = np.empty((0, 0), np.int32) if scan.index is None else scan.index.numpy()
     blocks = -(-size // block)
-    threads = max(1, min(torch.get_num_threads(), blocks, 1 + scan.f1.numel() // 32768))
+    threads = max(1, min(torch.get_num_threads(), blocks, 1 + f1.numel() // 32768))
     edges = [blocks * i // threads for i in range(threads + 1)]
-    fixed = [*arrays, *(dtype(r) for r in rates), index, block]
+    arrays = [np.empty((0, 0), dtype) if t is None else t.contiguous().numpy() for t in tensors]
+    index = np.empty((0, 0), np.int32) if scan.index is None else scan.index.numpy()
+    fixed, target = [*arrays, *(dtype.type(r) for r in rates), index, block], out.numpy()
+    kernel, slices = found[name], list(pairwise(edges))
     try:
-        others = [_pool(threads - 1).submit(kernel, *fixed, a, b, out.numpy()) for a, b in zip(edges[1:], edges[2:])]
-        total = kernel(*fixed, edges[0], edges[1], out.numpy()) or 0.0
-        return float(total + sum(f.result() or 0.0 for f in others))
-    except Exception as error:
-        _disable(error)
+        others = [_pool(threads - 1).submit(kernel, *fixed, a, b, target) for a, b in slices[1:]]
+        totals = [kernel(*fixed, *slices[0], target), *(f.result() for f in others)]
+    except Exception as error:  # numba compiles at the first call
+        warnings.warn(f"numba failed ({error}): curvature products run in plain torch, slower", stacklevel=2)
+        _state["broken"] = True
         return None
+    return float(sum(total or 0.0 for total in totals))
+
+
+def _gx(scan: Scan) -> Tensor:
+    return scan.f1.new_empty((1 if scan.static else len(scan.f1), scan.f1.shape[1]))
 
 
 def tangent(scan: Scan, dx: Tensor, dgain: float = 0.0) -> Tensor:
     """x' [T or 1, M] -> s' [T, M or Q]."""
-    f1 = scan.f1
-    out = torch.empty_like(f1) if scan.index is None else f1.new_empty(scan.index.shape)
-    arrays = [_view(t, f1) for t in (dx, f1, scan.c, scan.u)] if f1.device.type == "cpu" else []
-    done = _launch("tangent", scan, arrays, [scan.decay, scan.gain, dgain], out)
+    out = scan.f1.new_empty((scan.f1 if scan.index is None else scan.index).shape)
+    done = _launch("tangent", scan, (dx, scan.f1, scan.c, scan.u), (scan.decay, scan.gain, dgain), out)
     return torch_tangent(scan, dx, dgain) if done is None else out
 
 
 def adjoint(scan: Scan, g: Tensor) -> tuple[Tensor, float]:
     """gs [T, M or Q] -> (gx [T or 1, M], dL/dgain or 0)."""
-    f1 = scan.f1
-    out = f1.new_empty((1 if scan.static else len(f1), f1.shape[1]))
-    arrays = [_view(t, f1) for t in (g, f1, scan.c, scan.u)] if f1.device.type == "cpu" else []
-    total = _launch("adjoint", scan, arrays, [scan.decay, scan.gain], out)
+    out = _gx(scan)
+    total = _launch("adjoint", scan, (g, scan.f1, scan.c, scan.u), (scan.decay, scan.gain), out)
     return torch_adjoint(scan, g) if total is None else (out, total)
 
 
 def adjoint_tangent(scan: Scan, dg: Tensor, dx: Tensor, dgain: float = 0.0) -> tuple[Tensor, float]:
     """(gs' [T, M or Q], x' [T or 1, M]) -> (gx' [T or 1, M], (dL/dgain)' or 0)."""
-    f1 = scan.f1
-    out = f1.new_empty((1 if scan.static else len(f1), f1.shape[1]))
-    fields = (dg, dx, f1, scan.c, scan.e, scan.u, scan.gh)
-    arrays = [_view(t, f1) for t in fields] if f1.device.type == "cpu" else []
-    total = _launch("adjoint_tangent", scan, arrays, [scan.decay, scan.gain, dgain], out)
+    out, tensors = _gx(scan), (dg, dx, scan.f1, scan.c, scan.e, scan.u, scan.gh)
+    total = _launch("adjoint_tangent", scan, tensors, (scan.decay, scan.gain, dgain), out)
     return torch_adjoint_tangent(scan, dg, dx, dgain) if total is None else (out, total)
 
 
@@ -479,7 +477,7 @@ class Mean:
     parameters: tuple[Tensor, ...] = ()
 
     def tangent(self, dx: Tensor, dp: object) -> Tensor:
-        return dx.unflatten(0, (self.steps, -1)).mean(0)
+        return dx.reshape(self.steps, -1, *dx.shape[1:]).mean(0)
 
     def adjoint(self, g: Tensor, want: object, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         return (g / self.steps).repeat(self.steps, *(1,) * (g.dim() - 1)), ()

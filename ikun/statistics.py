@@ -129,13 +129,13 @@ def _mean_square(x: Tensor) -> float:
 def batch_norm_by_batch(net: Network) -> Iterator[None]:
     """Normalize by the batch for a while, the running statistics untouched: what a fresh network does in training."""
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
-    before = [(m.training, m.momentum) for m in norms]
+    before = [(m.training, m.track_running_stats) for m in norms]
     for m in norms:
         m.train()
-        m.momentum = 0.0
+        m.track_running_stats = False  # while False, not even num_batches_tracked moves
     try:
         yield
     finally:
-        for m, (training, momentum) in zip(norms, before, strict=True):
+        for m, (training, tracked) in zip(norms, before, strict=True):
             m.train(training)
-            m.momentum = momentum
+            m.track_running_stats = tracked

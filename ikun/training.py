@@ -107,8 +107,11 @@ def train(
 
     A run whose weights become NaN stops; the checkpoint then holds the last finite epoch and says so under
     training['failures']. Raises CheckpointError if there is nothing to resume or it was made with other settings,
-    DataError for data that cannot be had, ValueError for an initializer that has no solution.
+    DataError for data that cannot be had, ValueError for patience without held-out samples or an initializer that has
+    no solution.
     """
+    if spec.patience and not data.held_out:
+        raise ValueError("patience needs held-out samples: without them there is no loss to stop by")
     paths = run_paths(out)
     train_set, held_out = data.parts(data_dir)
     test_set = data.load("test", data_dir)

@@ -1,0 +1,253 @@
+"""The whole analysis on networks small enough for a dense reference, and the errors that it prints."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hessian_tools.objective import Objective, make_objective
+from hessian_tools.operators import dense, ggn, hessian
+from hessian_tools.reference import pyhessian_eigenpairs
+from hessian_tools.results import Spectrum, SpectrumResult
+from hessian_tools.spectrum import AnalysisError, Settings, filter_norms, layer_shares, spectrum, standard_error
+from ikun.networks import LOSSES, Network, Spec
+
+
+def network(**changes: object) -> Network:
+    torch.manual_seed(5)
+    spec = Spec(**{"channels": 2, "input_shape": (1, 4, 4), "classes": 3, **changes})  # type: ignore[arg-type]
+    net = Network(spec)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(2)
+    return net.eval()
+
+
+def objective(net: nn.Module | None = None, samples: int = 64, dtype: torch.dtype = torch.float64) -> Objective:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(samples, 1, 4, 4, generator=generator)
+    y = torch.randint(0, 3, (samples,), generator=generator)
+    return make_objective(net or network(), LOSSES["mse"], (x, y), batch_size=24, dtype=dtype)
+
+
+SMALL = Settings(top=4, smallest=3, steps=15, probes=2, trace_probes=8)
+
+
+def numbers(result: SpectrumResult) -> list[float]:
+    found = []
+    for s in result.spectra.values():
+        found += [v for p in (*s.eigenvalues, *s.smallest_eigenvalues) for v in (p.value, p.residual, p.data_stderr)]
+        found += [s.scale_free_lambda_max, s.frobenius_norm]
+        if s.trace is not None:
+            found += [s.trace.estimate, s.trace.stderr, s.trace.data_stderr]
+        if s.density is not None:
+            found += [x for nodes in s.density.nodes for x in nodes]
+    return found
+
+
+def test_against_the_dense_matrices() -> None:
+    target = objective()
+    result = spectrum(target, SMALL)
+    for name, factory in (("hessian", hessian), ("ggn", ggn)):
+        matrix = dense(factory(target))
+        exact, vectors = torch.linalg.eigh(matrix)
+        found: Spectrum = result.spectra[name]
+        values = torch.tensor([p.value for p in found.eigenvalues])
+        torch.testing.assert_close(values, exact.flip(0)[:4].float(), rtol=1e-6, atol=1e-9)
+        assert all(p.converged and p.residual <= 1e-4 * exact.abs().max() for p in found.eigenvalues)
+        assert found.trace is not None
+        assert abs(found.trace.estimate - matrix.trace()) <= 6 * found.trace.stderr
+        d = filter_norms(target)
+        assert found.scale_free_lambda_max == pytest.approx(
+            float(torch.linalg.eigvalsh(d[:, None] * matrix * d)[-1]), rel=1e-4
+        )
+        shares = layer_shares(target, vectors[:, -1:])[0]
+        assert sum(found.eigenvalues[0].layers.values()) == pytest.approx(1)
+        for layer, share in found.eigenvalues[0].layers.items():
+            assert share == pytest.approx(shares[layer], abs=1e-3)
+    low = [p.value for p in result.spectra["hessian"].smallest_eigenvalues]
+    torch.testing.assert_close(
+        torch.tensor(low), torch.linalg.eigvalsh(dense(hessian(target)))[:3].float(), rtol=1e-6, atol=1e-9
+    )
+    assert result.spectra["ggn"].smallest_eigenvalues == ()
+    value, gradient = target.value_and_gradient()
+    assert result.loss == value
+    assert result.gradient_norm == pytest.approx(float(gradient.norm()))
+    assert result.num_parameters == target.size == sum(result.parameters.values())
+
+
+def test_same_seed_same_numbers() -> None:
+    one, two = (spectrum(objective(dtype=torch.float32), SMALL) for _ in range(2))
+    assert numbers(one) == numbers(two)
+    other = spectrum(objective(dtype=torch.float32), dataclasses.replace(SMALL, seed=1))
+    assert numbers(other) != numbers(one)
+    assert other.spectra["hessian"].eigenvalues[0].value == pytest.approx(
+        one.spectra["hessian"].eigenvalues[0].value, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_scaling_the_loss_scales_every_number(scale: float) -> None:
+    base = objective()
+    other = dataclasses.replace(base, loss=lambda o, t: scale * LOSSES["mse"](o, t))
+    a, b = numbers(spectrum(base, SMALL)), numbers(spectrum(other, SMALL))
+    top = max(abs(v) for v in a)
+    assert len(a) == len(b)
+    assert max(abs(x - y / scale) for x, y in zip(a, b, strict=True)) <= 1e-8 * top
+
+
+def test_sensitivity_is_the_variants_lambda_max() -> None:
+    steep = objective(network(surrogate="atan:4"))
+    result = spectrum(objective(), SMALL, variants={"slope x 2": steep})
+    exact = float(torch.linalg.eigvalsh(dense(hessian(steep)))[-1])
+    assert result.sensitivity["slope x 2"] == pytest.approx(exact, rel=1e-3)
+
+
+def test_relaxed_operator_needs_its_objective() -> None:
+    settings = dataclasses.replace(SMALL, operators=("relaxed",))
+    with pytest.raises(ValueError, match="relaxed"):
+        spectrum(objective(), settings)
+    relaxed = objective(network(relaxed=True))
+    found = spectrum(objective(), settings, relaxed=relaxed).spectra["relaxed"]
+    assert found.eigenvalues[0].value == pytest.approx(
+        float(torch.linalg.eigvalsh(dense(hessian(relaxed)))[-1]), rel=1e-6
+    )
+
+
+def test_scale_free_lambda_max_ignores_the_scale_before_a_batchnorm() -> None:
+    """Weights before a BatchNorm x 0.1 (running statistics following) leave the function as it is, not lambda_max."""
+    net = network(norm="bn")
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.eps = 0.0
+            m.running_mean.normal_(0, 0.1)  # type: ignore[union-attr]
+    first = spectrum(objective(net), SMALL)
+    with torch.no_grad():
+        net.get_parameter("conv1.weight").mul_(0.1)
+        net.get_buffer("norm1.running_mean").mul_(0.1)
+        net.get_buffer("norm1.running_var").mul_(0.01)
+    second = spectrum(objective(net), SMALL)
+    assert second.loss == pytest.approx(first.loss)
+    one, two = first.spectra["hessian"], second.spectra["hessian"]
+    assert two.scale_free_lambda_max == pytest.approx(one.scale_free_lambda_max, rel=2e-3)
+    assert abs(two.eigenvalues[0].value / one.eigenvalues[0].value - 1) > 0.05
+
+
+def test_standard_error_of_a_mean_covers_with_ragged_batches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes, hits = [20] * 31 + [7], 0
+    for _ in range(500):
+        x = torch.randn(sum(sizes), dtype=torch.float64, generator=generator) * 3 + 1
+        means = torch.stack([part.mean() for part in x.split(sizes)])[:, None]
+        error = standard_error(means, torch.tensor(sizes, dtype=torch.float64))
+        hits += abs(float(x.mean()) - 1) <= 2.04 * float(error[0])
+    assert 0.92 <= hits / 500 <= 0.98
+    assert standard_error(torch.ones(1, 2), torch.tensor([5.0])).isnan().all()
+
+
+def test_data_error_against_the_spread_over_disjoint_samples() -> None:
+    """The printed data stderr of lambda_max and the trace against their spread over 20 independent sets of samples."""
+    net = network(norm="none")
+    generator = torch.Generator().manual_seed(3)
+    settings = Settings(operators=("ggn",), top=2, smallest=0, density=False, trace_probes=8)
+    tops, traces, top_errors, trace_errors = [], [], [], []
+    for _ in range(20):
+        x = torch.rand(96, 1, 4, 4, generator=generator)
+        y = torch.randint(0, 3, (96,), generator=generator)
+        target = make_objective(net, LOSSES["mse"], (x, y), dtype=torch.float64)
+        found = spectrum(target, settings).spectra["ggn"]
+        assert found.trace is not None
+        tops.append(found.eigenvalues[0].value)
+        top_errors.append(found.eigenvalues[0].data_stderr)
+        traces.append(float(dense(ggn(target)).trace()))
+        trace_errors.append(found.trace.data_stderr)
+    for values, errors in ((tops, top_errors), (traces, trace_errors)):
+        spread = torch.tensor(values).std().item()
+        assert 0.5 <= torch.tensor(errors).mean().item() / spread <= 2
+
+
+def test_one_sample_has_no_error_and_says_so() -> None:
+    result = spectrum(objective(samples=1), SMALL)
+    assert result.spectra["hessian"].eigenvalues[0].data_stderr != result.spectra["hessian"].eigenvalues[0].data_stderr
+    assert any("One batch of samples" in w for w in result.warnings)
+
+
+def test_zero_hessian_is_reported_not_a_crash() -> None:
+    dead = network(norm="none", surrogate="rect:0.01")
+    with torch.no_grad():
+        for p in dead.parameters():
+            p.zero_()
+    result = spectrum(objective(dead), SMALL)
+    assert result.spectra["hessian"].eigenvalues[0].value == 0
+    assert any("is zero" in w for w in result.warnings)
+
+
+def test_nan_loss_is_refused() -> None:
+    target = dataclasses.replace(objective(), loss=lambda o, t: o.mean() * float("nan"))
+    with pytest.raises(AnalysisError, match="not finite"):
+        spectrum(target, SMALL)
+
+
+def test_a_layer_at_a_time_and_fewer_parameters_than_asked_for() -> None:
+    net = network()
+    x, y = torch.rand(8, 1, 4, 4), torch.randint(0, 3, (8,))
+    target = make_objective(net, LOSSES["mse"], (x, y), params="norm1.bias")
+    result = spectrum(target, Settings(steps=5))
+    assert result.num_parameters == 2
+    assert len(result.spectra["hessian"].eigenvalues) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"operators": ("nonsense",)}, "unknown operator nonsense"),
+        ({"operators": ()}, "no operator"),
+        ({"top": 0}, "at least 1"),
+        ({"tol": 0.0}, "tol"),
+        ({"method": "qr"}, "method"),
+        ({"backend": "pyhessian"}, "backend pyhessian"),
+    ],
+)
+def test_bad_settings(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**changes)  # type: ignore[arg-type]
+
+
+# --- PyHessian as the independent reference
+
+
+def smooth() -> Objective:
+    """A smooth network of 11,178 parameters, a little trained, so that its top eigenvalue stands apart."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 21), nn.Tanh(), nn.Linear(21, 7))
+    x, y = torch.randn(96, 64), torch.randint(0, 7, (96,))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return make_objective(model, nn.functional.cross_entropy, (x, y), batch_size=40)
+
+
+def test_pyhessian_agrees_on_the_top_eigenvalue() -> None:
+    target = smooth()
+    assert target.size >= 10_000
+    theirs = pyhessian_eigenpairs(target, hessian(target), 1, tol=1e-2, seed=0, max_iterations=500)
+    ours = spectrum(target, Settings(operators=("hessian",), top=1, smallest=0, density=False)).spectra["hessian"]
+    residual = float(theirs.residuals[0])
+    assert residual <= 0.05 * float(theirs.values[0])  # both meet this
+    assert ours.eigenvalues[0].residual <= residual
+    assert abs(float(theirs.values[0]) - ours.eigenvalues[0].value) <= residual**2 / (0.1 * ours.eigenvalues[0].value)
+    assert all(p.grad is None for p in target.model.parameters())
+
+
+def test_pyhessian_backend_and_power_method_through_the_analysis() -> None:
+    base = Settings(operators=("hessian",), top=2, smallest=0, density=False)
+    ours = spectrum(smooth(), base).spectra["hessian"].eigenvalues[0]
+    for changes in ({"method": "power"}, {"method": "power", "backend": "pyhessian"}):
+        other = spectrum(smooth(), dataclasses.replace(base, **changes)).spectra["hessian"]
+        assert other.eigenvalues[0].value == pytest.approx(ours.value, rel=0.02)
+        assert other.smallest_eigenvalues == ()

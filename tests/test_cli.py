@@ -1,0 +1,282 @@
+"""The command line end to end, and the line and exit code that every mistake gets."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import cli
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "checkpoints"
+FAST = ["--top", "3", "--smallest", "2", "--steps", "8", "--probes", "2", "--samples", "96"]
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    options = ["--channels", "2", "--epochs", "2", "--subset", "200", "--snapshots", "1", "--lr", "0.01"]
+    assert cli.run(["train", *options, "--out", str(folder / "a.pt")]) == 0
+    assert cli.run(["train", *options, "--init", "kaiming", "--out", str(folder / "b.pt")]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def analysed(trained: Path) -> Path:
+    assert cli.run(["spectrum", str(trained / "a.pt"), str(trained / "b.pt"), *FAST]) == 0
+    return trained
+
+
+def fails(capture: Capture, code: int, message: str, *arguments: str) -> None:
+    """The command ends with the code and one line on standard error, with no traceback."""
+    capture.readouterr()
+    assert cli.run(list(arguments)) == code
+    lines = [line for line in capture.readouterr().err.splitlines() if not line.startswith("opening ")]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+def test_train_leaves_a_checkpoint_its_log_and_snapshots(trained: Path) -> None:
+    log = [json.loads(line) for line in (trained / "a.train.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [1, 2]
+    assert {"loss", "accuracy", "test_accuracy", "gradient_norm", "layers", "failures"} <= set(log[0])
+    assert {"firing_rate", "derivative_square", "distance"} == set(log[0]["layers"]["conv1"])
+    assert (trained / "a.epoch0002.pt").exists()
+    assert not list(trained.glob("*.resume"))
+
+
+def test_spectrum_leaves_results_and_figures(analysed: Path, capsys: Capture) -> None:
+    for name in ("a", "b"):
+        for suffix in ("json", "npz", "png", "pdf"):
+            assert (analysed / f"{name}.spectrum.{suffix}").stat().st_size > 500
+    raw = json.loads((analysed / "a.spectrum.json").read_text())
+    assert raw["data"]["samples"] == 96
+    assert raw["network"]["surrogate"] == "atan:2"
+    assert list(raw["spectra"]) == ["hessian", "ggn"]
+    values = [e["value"] for e in raw["spectra"]["hessian"]["eigenvalues"]]
+    assert values == sorted(values, reverse=True)
+    low = [e["value"] for e in raw["spectra"]["hessian"]["smallest_eigenvalues"]]
+    assert low == sorted(low)
+    assert set(raw["sensitivity"]) == {"slope x 1/2", "slope x 2", "ties reversed"}
+
+
+def test_screen_fits_80_columns(analysed: Path, capsys: Capture) -> None:
+    assert cli.run(["info", str(analysed / "a.pt")]) == 0
+    assert cli.run(["compare", str(analysed / "a.pt"), str(analysed / "b.pt"), "--out", str(analysed)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if str(analysed) not in line]
+    assert len(lines) > 30
+    assert max(map(len, lines)) <= 80
+    assert (analysed / "compare.eigenvalues.png").exists()
+
+
+def test_json_and_nothing_else_on_stdout(analysed: Path, capsys: Capture) -> None:
+    capsys.readouterr()
+    both = [str(analysed / "a.pt"), str(analysed / "b.pt")]
+    assert cli.run(["spectrum", *both, *FAST, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [r["training"]["init"] for r in found] == ["ikun", "kaiming"]
+    assert cli.run(["spectrum", both[0], *FAST, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["schema"] == "ikun-hessian/spectrum/1"
+    assert cli.run(["info", both[0], "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert {"initialization", "trained"} == set(layers)
+    assert {"rule_variance", "weight_variance", "derivative_square", "forward_gain", "backward_gain"} <= set(
+        layers["trained"][1]
+    )
+
+
+def test_other_settings_do_not_overwrite(analysed: Path, capsys: Capture) -> None:
+    path = str(analysed / "a.pt")
+    before = (analysed / "a.spectrum.json").read_bytes()
+    fails(capsys, 2, "was made with another settings steps", "spectrum", path, *FAST, "--steps", "9")
+    fails(capsys, 2, "--tag", "spectrum", path, *FAST, "--samples", "95")
+    fails(capsys, 2, "network surrogate", "spectrum", path, *FAST, "--surrogate", "atan:4")
+    fails(capsys, 2, "dtype", "spectrum", path, *FAST, "--dtype", "float64")
+    fails(capsys, 2, "parameters", "spectrum", path, *FAST, "--params", "fc*")
+    assert (analysed / "a.spectrum.json").read_bytes() == before
+    quick = ["--no-density", "--operator", "ggn", "--samples", "20", "--params", "fc*", "--dtype", "float64"]
+    assert cli.run(["spectrum", path, *quick, "--top", "2", "--smallest", "0", "--tag", "fc"]) == 0
+    tagged = json.loads((analysed / "a.fc.spectrum.json").read_text())
+    assert list(tagged["parameters"]) == ["fc1.weight", "fc2.weight"]
+    assert (analysed / "a.spectrum.json").read_bytes() == before
+    assert cli.run(["spectrum", path, *quick, "--top", "1", "--smallest", "0", "--tag", "fc", "--force"]) == 0
+
+
+def test_compare_refuses_what_was_not_measured_alike(analysed: Path, capsys: Capture) -> None:
+    path = str(analysed / "b.pt")
+    assert cli.run(["spectrum", path, *FAST, "--samples", "50", "--no-density", "--tag", "few"]) == 0
+    fails(
+        capsys,
+        2,
+        "number of samples differs, 96",
+        "compare",
+        str(analysed / "a.pt"),
+        str(analysed / "b.few.spectrum.json"),
+    )
+    fails(capsys, 2, "at least two", "compare", path)
+    fails(capsys, 2, "cannot be read", "compare", path, str(analysed / "none.pt"))
+    fails(capsys, 2, "no *.spectrum.json", "compare", str(SHIPPED / "..") + "/ikun")
+
+
+def damaged(folder: Path) -> dict[str, Path]:
+    good = (SHIPPED / "digits-csnn-ikun.pt").read_bytes()
+    files = {name: folder / f"{name}.pt" for name in ("empty", "truncated", "text", "foreign", "nan", "future")}
+    files["empty"].write_bytes(b"")
+    files["truncated"].write_bytes(good[: len(good) // 2])
+    files["text"].write_text("hello")
+    torch.save({"state_dict": {"w": torch.ones(2)}}, files["foreign"])
+    values = torch.load(SHIPPED / "digits-csnn-ikun.pt", weights_only=True)
+    torch.save({**values, "schema": "ikun-hessian/checkpoint/9"}, files["future"])
+    values["state"]["conv1.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(values, files["nan"])
+    return files
+
+
+@pytest.mark.parametrize("command", ["spectrum", "info"])
+def test_bad_checkpoints(tmp_path: Path, capsys: Capture, command: str) -> None:
+    expected = {
+        "empty": "not a checkpoint that can be loaded safely",
+        "truncated": "not a checkpoint that can be loaded safely",
+        "text": "not a checkpoint that can be loaded safely",
+        "foreign": "not a checkpoint of ikun-hessian",
+        "nan": "NaN or infinite",
+        "future": "another version",
+    }
+    for name, path in damaged(tmp_path).items():
+        fails(capsys, 2, expected[name], command, str(path))
+    fails(capsys, 2, "no such file", command, str(tmp_path / "missing.pt"))
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, ...]]:
+        return (exec, ("import pathlib; pathlib.Path('executed').touch()",))
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"schema": "ikun-hessian/checkpoint/1", "state": Evil()}, "evil.pt")
+    fails(capsys, 2, "evil.pt: not a checkpoint that can be loaded safely", "spectrum", "evil.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--init", "xaviar"], "init must be one of ikun"),
+        (["--surrogate", "atan:x"], "'x' is not a number"),
+        (["--surrogate", "stairs"], "unknown surrogate 'stairs'"),
+        (["--data", "mnist"], "unknown data set 'mnist'"),
+        (["--model", "vgg"], "model must be one of csnn, mlp"),
+        (["--lr", "-1"], "lr and alpha must be positive"),
+        (["--tau", "1"], "tau must exceed 1"),
+        (["--subset", "99999"], "a subset of 99999"),
+        (["--hidden", "a,b"], "--hidden 'a,b'"),
+        (["--epochs", "few"], "'few' is not a valid integer"),
+        (["--resume"], "no interrupted run to resume"),
+        (["--held-out", "5000"], "leaves nothing"),
+        (["--data", "fashion-mnist", "--data-dir", "/dev/null"], "/dev/null is not a folder"),
+    ],
+)
+def test_bad_training_options(tmp_path: Path, capsys: Capture, options: list[str], message: str) -> None:
+    fails(capsys, 2, message, "train", *options, "--out", str(tmp_path / "x.pt"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--samples", "0"], "give a number from 1 to 200, or all"),
+        (["--samples", "many"], "give a number from 1 to 200, or all"),
+        (["--operator", "jacobian"], "unknown operator jacobian"),
+        (["--operator", "finite-differences"], "are no Hessian"),
+        (["--params", "conv9*"], "no parameter matches 'conv9*'"),
+        (["--surrogate", "nothing"], "unknown surrogate"),
+        (["--top", "0"], "at least 1"),
+        (["--batch-size", "0"], "must be positive"),
+        (["--backend", "pyhessian"], "backend pyhessian"),
+        (["--operator", "relaxed", "--surrogate", "fast_sigmoid:25"], "no relaxed network"),
+        (["--frobnicate"], "No such option"),
+    ],
+)
+def test_bad_spectrum_options(trained: Path, capsys: Capture, options: list[str], message: str, tmp_path: Path) -> None:
+    fails(capsys, 2, message, "spectrum", str(trained / "a.pt"), "--out", str(tmp_path), *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten_by_train(trained: Path, capsys: Capture) -> None:
+    fails(capsys, 2, "exists: choose another --out", "train", "--out", str(trained / "a.pt"))
+
+
+def test_places_that_cannot_be_written(trained: Path, capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    fails(
+        capsys, 2, "choose another place", "spectrum", str(trained / "a.pt"), *FAST, "--out", str(tmp_path / "file/x")
+    )
+    fails(capsys, 2, "choose another place", "train", "--epochs", "0", "--out", str(tmp_path / "file" / "x.pt"))
+
+
+def test_help_is_light_and_interruption_is_130(monkeypatch: pytest.MonkeyPatch, trained: Path) -> None:
+    code = "import sys, cli; cli.run(['spectrum', '--help']); assert 'torch' not in sys.modules; assert 'numpy' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--smallest" in done.stdout
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hessian_tools.spectrum.spectrum", interrupted)
+    assert cli.run(["spectrum", str(trained / "a.pt"), "--tag", "x"]) == 130
+
+
+def test_computation_failures_are_exit_code_1(monkeypatch: pytest.MonkeyPatch, trained: Path, capsys: Capture) -> None:
+    from hessian_tools.spectrum import AnalysisError
+
+    for error, message in ((AnalysisError("not symmetric"), "not symmetric"), (MemoryError(), "lower --batch-size")):
+
+        def fail(*_: object, error: BaseException = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("hessian_tools.spectrum.spectrum", fail)
+        fails(capsys, 1, message, "spectrum", str(trained / "a.pt"), "--tag", "x")
+
+
+def test_diverged_training_keeps_finite_weights_and_fails(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "x.pt"
+    options = [
+        "--norm",
+        "none",
+        "--optimizer",
+        "sgd",
+        "--lr",
+        "1e39",
+        "--epochs",
+        "3",
+        "--subset",
+        "100",
+        "--channels",
+        "2",
+    ]
+    assert cli.run(["train", *options, "--out", str(out)]) == 1
+    assert "diverged" in capsys.readouterr().err
+    assert cli.run(["info", str(out)]) == 0
+
+
+@pytest.mark.parametrize("init", ["ikun", "kaiming", "xavier"])
+def test_shipped_checkpoints_are_what_their_readme_says(init: str) -> None:
+    from ikun.checkpoint import load_checkpoint
+    from ikun.training import evaluate
+
+    path = SHIPPED / f"digits-csnn-{init}.pt"
+    assert path.stat().st_size < 1_000_000
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.training["init"] == init
+    assert evaluate(checkpoint.build(), checkpoint.data.load("test"), checkpoint.loss)[1] >= 0.95
+    assert checkpoint.data.load().sha256 == checkpoint.training["data_sha256"]
