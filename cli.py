@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
     from hessian_tools.objective import Objective
-    from hessian_tools.results import SpectrumResult
     from ikun.checkpoint import Checkpoint
     from ikun.data import Dataset
 
@@ -161,7 +160,7 @@ def train(
     click.echo(f"{out}  (log {run_paths(out)['log'].name})")
     click.echo(f"next: ikun-hessian spectrum {out}")
     if any(f.startswith("NaN") for f in checkpoint.training["failures"]):
-        raise _Failed("training diverged; the checkpoint holds the last finite epoch")
+        raise _FailedError("training diverged; the checkpoint holds the last finite epoch")
 
 
 @cli.command()
@@ -286,12 +285,12 @@ def info(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
         }
         click.echo(_dumps({"network": dataclasses.asdict(found.network), "training": found.training, "layers": table}))
         return
-    n = found.network
+    n, t = found.network, found.training
+    click.echo(str(checkpoint))
     click.echo(
-        f"{checkpoint}: {n.model}, {n.neuron} neurons, {n.reset} reset, surrogate {n.surrogate}, T = {n.timesteps}, "
+        f"{n.model}, {n.neuron} neurons, {n.reset} reset, surrogate {n.surrogate}, T = {n.timesteps}, norm {n.norm},"
     )
-    click.echo(f"norm {n.norm}, loss {found.loss}, {sum(p.numel() for p in found.build().parameters()):,} parameters")
-    t = found.training
+    click.echo(f"loss {found.loss}, {sum(p.numel() for p in found.build().parameters()):,} parameters")
     click.echo(
         f"{t['init']} (alpha {t['alpha']:g}), {t['optimizer']} lr {t['lr']:g}, {t['epochs_run']} epochs on "
         f"{found.data.name}, {t['samples']} samples, seed {t['seed']}"
@@ -313,9 +312,10 @@ def info(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
     show("at initialization (BatchNorm, if any, by the batch)", before)
     show("as trained (BatchNorm, if any, by its running statistics)", after)
     click.echo(
-        f"\nrule's: alpha / (fan_in E[x^2] E[f'^2]) with alpha = {spec.alpha:g} and this layer's measured moments.\n"
-        "forward: Var current over the layer before's; backward: mean square of the loss\n"
-        "gradient at the layer before over this one's. 1 is what an initializer wants to keep."
+        f"\nrule's: alpha / (fan_in E[x^2] E[f'^2]), alpha = {spec.alpha:g}, this layer's own moments.\n"
+        "forward: Var current over the layer before's. backward: mean square of the loss\n"
+        "gradient at the layer before over this one's. An initializer wants to keep both\n"
+        "near 1. dead: neurons that never fire on 512 samples."
     )
 
 
@@ -434,9 +434,8 @@ def _samples(
 ) -> tuple[Dataset, torch.Tensor, str]:
     """(data set, network inputs, a hash of the very samples)."""
     data = checkpoint.data.load(split, data_dir)
-    if samples != "all":
-        if not samples.isdecimal() or not 1 <= int(samples) <= len(data):
-            raise click.UsageError(f"--samples {samples}: give a number from 1 to {len(data)}, or all")
+    if samples != "all" and not (samples.isdecimal() and 1 <= int(samples) <= len(data)):
+        raise click.UsageError(f"--samples {samples}: give a number from 1 to {len(data)}, or all")
     count = len(data) if samples == "all" else int(samples)
     x = checkpoint.inputs(data.images)[:count]
     return data, x, hashlib.sha256(f"{data.sha256} {count}".encode()).hexdigest()
@@ -462,18 +461,21 @@ def _refuse_other_settings(existing: Path, settings: Any, job: _Job) -> None:
         "checkpoint": {"sha256": job.provenance["checkpoint"]["sha256"]},
         "data": job.provenance["data"],
         "network": job.provenance["network"],
-        "dtype": str(job.objective.dtype).removeprefix("torch."),
-        "parameters": {name: p.numel() for name, p in job.objective.parameters.items()},
     }
-    for part, values in new.items():
-        before = getattr(old, part)
-        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
-            then = before.get(key) if isinstance(before, dict) else before
-            if then != value:
-                raise click.UsageError(
-                    f"{existing} was made with another {part} {key}".rstrip()
-                    + ": keep both with --tag NAME, or overwrite it with --force"
-                )
+    differing = [
+        f"{part} {key}"
+        for part, values in new.items()
+        for key, value in values.items()
+        if getattr(old, part).get(key) != value
+    ]
+    if old.dtype != str(job.objective.dtype).removeprefix("torch."):
+        differing.append("dtype")
+    if old.parameters != {name: p.numel() for name, p in job.objective.parameters.items()}:
+        differing.append("set of parameters")
+    if differing:
+        raise click.UsageError(
+            f"{existing} was made with another {differing[0]}: keep both with --tag NAME, or overwrite it with --force"
+        )
 
 
 class _Bar:
@@ -501,7 +503,7 @@ class _Bar:
         self.bar.close()
 
 
-class _Failed(Exception):
+class _FailedError(Exception):
     """The computation failed through no fault of the command line: exit code 1."""
 
 
@@ -539,7 +541,7 @@ def _message(error: BaseException) -> str:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 the computation failed, 2 the user's mistake, 130 interrupted."""
+    """Run one command; the exit code: 0 done, 1 the computation failed, 2 the user's mistake, 130 interrupted."""
     try:
         cli.main(arguments, prog_name="ikun-hessian", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
@@ -562,7 +564,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         click.echo(f"error: {error.filename or 'writing failed'}: {error.strerror or error}", err=True)
         return 1
-    except _Failed as error:
+    except _FailedError as error:
         click.echo(f"error: {_message(error)}", err=True)
         return 1
     except (RuntimeError, MemoryError) as error:  # AnalysisError and torch's own, out of memory among them

@@ -123,7 +123,7 @@ def make_objective(
         model = model.to(device=device, dtype=dtype)
     evaluation_mode(model)
     patterns = params.split(",")
-    chosen = {}
+    chosen: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
         wanted = p.requires_grad and any(fnmatchcase(name, pattern.strip()) for pattern in patterns)
         p.requires_grad_(wanted)
@@ -132,11 +132,11 @@ def make_objective(
     if not chosen:
         known = ", ".join(name for name, _ in model.named_parameters())
         raise ValueError(f"no parameter matches '{params}': the model has {known or 'none'}")
-    for name, p in chosen.items():
-        if not torch.isfinite(p).all():
+    for name, tensor in chosen.items():
+        if not torch.isfinite(tensor).all():
             raise ValueError(f"parameter '{name}' has NaN or infinite entries")
     first = next(iter(chosen.values()))
-    batches: list[Batch] = [data] if isinstance(data, tuple) else list(data)  # type: ignore[list-item]
+    batches: list[Batch] = [data] if isinstance(data, tuple) else list(data)
     batches = [(_to(x, first), _to(y, first)) for x, y in batches if len(y)]
     if not batches:
         raise ValueError("no samples: the Hessian of an empty mean is undefined")

@@ -20,7 +20,7 @@ def _warnings(result: SpectrumResult) -> Iterator[str]:
     name, spectrum = result.main
     pairs = (*spectrum.eigenvalues, *spectrum.smallest_eigenvalues)
     if all(p.value == 0 for p in pairs):
-        yield f"The {name} is zero: no surrogate gradient reaches these weights (a layer that never comes near threshold?)."
+        yield f"The {name} is zero: no surrogate gradient reaches these weights. Is a layer far from its threshold?"
         return
     for kind, s in result.spectra.items():
         if lost := sum(not p.converged for p in (*s.eigenvalues, *s.smallest_eigenvalues)):
@@ -36,8 +36,8 @@ def _warnings(result: SpectrumResult) -> Iterator[str]:
     negative = [p for p in pairs if p.value < -p.residual]
     if name == "hessian" and negative:
         yield (
-            f"Negative eigenvalues (down to {_ratio(min(p.value for p in negative), top.value)} of lambda_max) belong to "
-            "the surrogate's 2-jet. Do not read them as saddle directions of the spiking loss."
+            f"Negative eigenvalues (down to {_ratio(min(p.value for p in negative), top.value)} of lambda_max) belong "
+            "to the surrogate's 2-jet. Do not read them as saddle directions of the spiking loss."
         )
     drop = result.gradient_norm**2 / (2 * top.value) if top.value > 0 else math.inf
     if drop > 0.01 * result.loss:
@@ -78,12 +78,12 @@ def _opened(r: SpectrumResult) -> list[str]:
             f", analysed with {n['surrogate']}" if n.get("trained_surrogate", n["surrogate"]) != n["surrogate"] else ""
         )
         norm = "BatchNorm in evaluation mode" if n["norm"] == "bn" else "no BatchNorm"
+        once = " drawn once" if n["coding"] == "poisson" else ""
         reset = f"{n['reset']} reset{', detached' if n['detach_reset'] else ''}"
         lines += _field(
             "network",
             f"{n['model']}, {n['neuron']} neurons, {reset}, surrogate {n.get('trained_surrogate', n['surrogate'])}"
-            f"{analysed}, T = {n['timesteps']}, {n['coding']} coding{' drawn once' if n['coding'] == 'poisson' else ''}, "
-            f"{norm}, pooling ties: {n['ties']}",
+            f"{analysed}, T = {n['timesteps']}, {n['coding']} coding{once}, {norm}, pooling ties: {n['ties']}",
         )
     where = r.device.replace("cpu", "CPU")
     lines += _field(
@@ -96,8 +96,9 @@ def _opened(r: SpectrumResult) -> list[str]:
     if t:
         lines += _field(
             "trained",
-            f"{t['init']} initializer{_alpha(t)}, {t['optimizer']} lr {t['lr']:g}, {t['schedule']} schedule, weight decay "
-            f"{t['weight_decay']:g} (not in the Hessian), batch {t['batch_size']}, {t['epochs_run']} epochs, seed {t['seed']}",
+            f"{t['init']} initializer{_alpha(t)}, {t['optimizer']} lr {t['lr']:g}, {t['schedule']} schedule, "
+            f"weight decay {t['weight_decay']:g} (not in the Hessian), batch {t['batch_size']}, "
+            f"{t['epochs_run']} epochs, seed {t['seed']}",
         )
     return lines
 
@@ -170,9 +171,9 @@ def _traces(r: SpectrumResult) -> list[str]:
         h, g = traces["hessian"].estimate, traces["ggn"].estimate
         lines += [""]
         lines += textwrap.wrap(
-            f"tr(H - GGN) is {h - g:.4g}, {_ratio(h - g, g)} of tr GGN in size: the part that comes from the surrogate's own "
-            "curvature f''. The GGN leaves it out, keeps the curvature of the loss alone, and is never negative. Neither "
-            "is the curvature of the spiking loss itself, which is piecewise constant.",
+            f"tr(H - GGN) is {h - g:.4g}, {_ratio(h - g, g)} of tr GGN in size: the part that comes from the "
+            "surrogate's own curvature f''. The GGN leaves it out, keeps the curvature of the loss alone, and is never "
+            "negative. Neither is the curvature of the spiking loss itself, which is piecewise constant.",
             WIDTH,
         )
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import platform
@@ -55,8 +56,8 @@ class Settings:
     def __post_init__(self) -> None:
         if any(name.startswith(("fd", "finite")) for name in self.operators):
             raise ValueError(
-                "finite differences of the surrogate gradient are no Hessian: spikes stay frozen in them and the matrix "
-                "is not symmetric; use hessian (the surrogate's 2-jet) or relaxed"
+                "finite differences of the surrogate gradient are no Hessian: spikes stay frozen in them and the "
+                "matrix is not symmetric; use hessian (the surrogate's 2-jet) or relaxed"
             )
         if unknown := set(self.operators) - {*OPERATORS, "relaxed"}:
             raise ValueError(
@@ -154,7 +155,7 @@ def _spectrum(
     if not asymmetry <= SYMMETRY_LIMIT.get(op.dtype, 1e-4):
         raise AnalysisError(
             f"the {name} operator is not symmetric (|u'Hv - v'Hu| / ||Hu|| = {asymmetry:.1e}), so it is the Hessian "
-            "of nothing: look for state that survives a forward, random layers, or a surrogate without second derivative"
+            "of nothing: look for state that survives a forward, random layers, or a surrogate without f''"
         )
     top, smallest = _counts(name, settings, op.shape[0])
     try:
@@ -329,7 +330,8 @@ def _top(op: Any, start: Tensor, progress: Callable[[int, int], None]) -> float:
 def _near(v: Tensor, op: CurvatureOperator, generator: torch.Generator) -> Tensor:
     """A start vector close to a known eigenvector, with something of every other direction in it."""
     noise = random_vector(op, generator)
-    return v + 0.3 * noise / noise.norm()
+    start: Tensor = v + 0.3 * noise / noise.norm()
+    return start
 
 
 def _generator(seed: int, phase: str, index: int) -> torch.Generator:
@@ -369,8 +371,6 @@ def versions() -> dict[str, str]:
     """Of everything that can change a number."""
     names: Sequence[str] = ("torch", "numpy", "scipy")
     found = {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in names}}
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a checkout
         found["ikun-hessian"] = importlib.metadata.version("ikun-hessian")
-    except importlib.metadata.PackageNotFoundError:
-        pass
     return found

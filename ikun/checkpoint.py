@@ -142,9 +142,8 @@ def read_plain(path: str | Path) -> dict[str, Any]:
     except PermissionError:
         raise CheckpointError(f"{path}: may not be read: check its permissions") from None
     except Exception as error:  # torch.load raises many kinds on damaged files
-        reason = (
-            "it holds objects that need code to load" if "Unsupported" in str(error) else "truncated or not a .pt file"
-        )
+        foreign = "unsupported global" in str(error).lower()
+        reason = "it holds objects that need code to load" if foreign else "truncated or not a .pt file"
         raise CheckpointError(f"{path}: not a checkpoint that can be loaded safely ({reason})") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a checkpoint of ikun-hessian: it holds a {type(values).__name__}")

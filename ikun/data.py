@@ -219,7 +219,7 @@ def default_data_dir() -> Path:
 def _digits(split: str) -> tuple[UInt8Array, Int64Array, int]:
     """Pixels [N,8,8] in 0..16, labels [N], and the largest pixel value."""
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits
     except ImportError as error:
         raise DataError(f"digits needs scikit-learn ({_reason(error)}): install scikit-learn") from error
     bunch = load_digits()

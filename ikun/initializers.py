@@ -126,10 +126,7 @@ def _empirical(
     fan_in, _ = fans(shape)
     source, current = _capture(network, weights, neuron, x)
     square = float(source.double().square().mean())
-    if square == 0:
-        raise ValueError(
-            f"the ikun rule has no solution for layer {name}: its input is zero (the layer before never fires)"
-        )
+    _require_input(name, square)
     variance, moment, converged, passes = 1 / (fan_in * square), 0.0, False, 0
     while passes < 50 and not converged:
         passes += 1
@@ -145,7 +142,14 @@ def _empirical(
     return Solution(name, variance, square, moment, passes, converged)
 
 
-class _Found(Exception):
+def _require_input(name: str, square: float) -> None:
+    if square == 0:
+        raise ValueError(
+            f"the ikun rule has no solution for layer {name}: its input is zero (the layer before never fires)"
+        )
+
+
+class _FoundError(Exception):
     """Ends a forward pass: what follows the layer of interest is not needed."""
 
 
@@ -158,11 +162,11 @@ def _capture(network: Network, weights: nn.Module, neuron: Neuron, x: Tensor) ->
 
     def stop(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         note(module, arguments)
-        raise _Found
+        raise _FoundError
 
     handles = [weights.register_forward_pre_hook(note), neuron.register_forward_pre_hook(stop)]
     try:
-        with batch_norm_by_batch(network), suppress(_Found):
+        with batch_norm_by_batch(network), suppress(_FoundError):
             network(x)
     finally:
         for handle in handles:
@@ -193,9 +197,12 @@ def _analytic(
     name: str, fan_in: int, square: float, neuron: Neuron, normed: bool, alpha: float
 ) -> tuple[Solution, float]:
     """The layer's solution under the Gaussian law, and the model's E[x^2] = P(h >= threshold) for the next layer."""
+    _require_input(name, square)
     surrogate, threshold = neuron.dynamics.surrogate, neuron.dynamics.threshold
     s = 1.0 if normed else potential_scale(surrogate, threshold, alpha)
     moment = expected_square(surrogate, -threshold, s)
+    if moment == 0:
+        raise ValueError(f"the ikun rule has no solution for layer {name}: the surrogate derivative is zero there")
     return Solution(name, alpha / (fan_in * square * moment), square, moment, 1, True), float(
         special.ndtr(-threshold / s)
     )

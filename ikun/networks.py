@@ -139,10 +139,12 @@ class Network(nn.Module):
             self._conv(1, channels)
             self._conv(2, spec.channels)
             self.add_module("flatten", nn.Flatten())
-            inputs, sizes = spec.channels * (height // 4) * (width // 4), (spec.channels * 16, spec.classes)
+            hidden: tuple[int, ...] = (spec.channels * 16,)
+            inputs = spec.channels * (height // 4) * (width // 4)
         else:
             self.add_module("flatten", nn.Flatten())
-            inputs, sizes = channels * height * width, (*spec.hidden, spec.classes)
+            inputs, hidden = channels * height * width, spec.hidden
+        sizes = (*hidden, spec.classes)
         first = sum(isinstance(m, Neuron) for m in self.children()) + 1
         for i, size in enumerate(sizes, 1):
             self.add_module(f"fc{i}", nn.Linear(inputs, size, bias=False))

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators import dense, ggn, hessian

@@ -257,7 +257,15 @@ def test_analytic_rule_refuses_a_dead_input() -> None:
 
 def test_a_dead_layer_is_named() -> None:
     with pytest.raises(ValueError, match="layer fc2: its input is zero"):
-        initialize(wide(hidden=(5,), threshold=1e4, surrogate="atan:0.001"), "ikun", generator=generator(), x=images(8))
+        initialize(wide(hidden=(5,)), "ikun", generator=generator(), x=images(8), alpha=1e-6)
+
+
+def test_analytic_rule_refuses_what_underflows() -> None:
+    """Behind a BatchNorm h ~ N(0, 1): 50 standard deviations below the threshold nothing fires and f' is 0."""
+    for surrogate, part in (("gaussian:0.1", "derivative is zero"), ("atan:2", "layer fc2: its input is zero")):
+        net = wide(hidden=(5,), norm="bn", threshold=50.0, surrogate=surrogate)
+        with pytest.raises(ValueError, match=part):
+            initialize(net, "ikun", generator=generator(), x=images(8), law="analytic")
 
 
 def test_a_derivative_of_zero_is_named() -> None:

@@ -1,0 +1,561 @@
+"""ikun.training: learning, determinism, kill and resume, schedules, optimizers, early stopping, failures, the log."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ikun import training
+from ikun.checkpoint import Checkpoint, CheckpointError, DataSpec, load_checkpoint, read_plain
+from ikun.initializers import initialize
+from ikun.networks import Network, Spec
+from ikun.statistics import LayerStatistics
+from ikun.training import TrainingSpec, evaluate, failures, learning_rate, run_paths, snapshot_path, start, train
+
+ROOT = Path(__file__).parents[2]
+NET = Spec(channels=3, timesteps=2)
+MLP = Spec(model="mlp", hidden=(24,), timesteps=2)
+DATA = DataSpec("digits", 96, 5)
+RUN = TrainingSpec(epochs=4, batch_size=32, lr=5e-3)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "run.pt"
+
+
+def log(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run_paths(out)["log"].read_text().splitlines()]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+# ---------------------------------------------------------------- learning, and the log
+@pytest.mark.parametrize(("net", "loss"), [(MLP, "mse"), (NET, "ce")])
+def test_loss_falls_and_the_log_says_how(net: Spec, loss: str, out: Path) -> None:
+    spec = dataclasses.replace(RUN, epochs=8, loss=loss, lr=1e-2, schedule="none")
+    found = train(net, DATA, spec, out)
+    lines = log(out)
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert lines[-1]["accuracy"] > lines[0]["accuracy"] + 0.2
+    assert [line["epoch"] for line in lines] == list(range(1, 9))
+    layers = [name for name, *_ in Network(net).stages()]
+    for line in lines:
+        assert {"epoch", "lr", "loss", "accuracy", "gradient_norm", "test_loss", "test_accuracy", "layers"} <= set(line)
+        assert line["lr"] == spec.lr
+        assert line["gradient_norm"] > 0
+        assert list(line["layers"]) == layers
+        for layer in line["layers"].values():
+            assert set(layer) == {"firing_rate", "derivative_square", "distance"}
+            assert 0 <= layer["firing_rate"] <= 1
+            assert 0 < layer["derivative_square"] <= 1
+            assert layer["distance"] > 0
+    assert found.history == lines
+    assert not run_paths(out)["resume"].exists()
+    assert sorted(p.name for p in out.parent.iterdir()) == ["run.pt", "run.train.jsonl"]
+
+
+def test_the_checkpoint_tells_everything(out: Path) -> None:
+    returned = train(MLP, DATA, RUN, out)
+    found = load_checkpoint(out)
+    assert (found.network, found.data, found.loss) == (MLP, DATA, "mse")
+    assert found.training | dataclasses.asdict(RUN) == found.training
+    assert (found.training["epochs_run"], found.training["best_epoch"], found.training["samples"]) == (4, 4, 96)
+    assert found.training["data_sha256"] == DATA.load().sha256
+    assert found.history == returned.history == log(out)
+    assert same(found.state, returned.state)
+    loss, accuracy = evaluate(found.build(), DATA.load("test"), "mse")
+    assert [loss, accuracy] == [found.history[-1]["test_loss"], found.history[-1]["test_accuracy"]]
+
+
+def test_log_numbers_are_the_direct_ones(out: Path) -> None:
+    """One epoch of one batch: loss, accuracy and gradient norm before the step; the rest after it."""
+    spec = dataclasses.replace(RUN, epochs=1, batch_size=96)
+    found = train(MLP, DATA, spec, out)
+    data, net = DATA.load(), start(MLP, DATA.load(), spec)
+    first = {k: v.clone() for k, v in net.state_dict().items()}
+    rates = net.train()(data.images)
+    loss = ((rates - torch.eye(10)[data.labels]) ** 2).mean()
+    loss.backward()
+    norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in net.parameters() if p.grad is not None))
+    line = found.history[0]
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert line["accuracy"] == pytest.approx(float((rates.argmax(1) == data.labels).double().mean()), abs=2 / 96)
+    assert line["gradient_norm"] == pytest.approx(norm, rel=1e-3)
+    trained = found.build()
+    images = data.images.expand(-1, 1, 8, 8)
+    for name in ("fc1", "fc2"):
+        w = found.state[f"{name}.weight"]
+        distance = float((w - first[f"{name}.weight"]).norm() / first[f"{name}.weight"].norm())
+        assert line["layers"][name]["distance"] == pytest.approx(distance, rel=1e-5)
+    assert line["layers"]["fc2"]["firing_rate"] == pytest.approx(float(trained(images).mean()), rel=1e-5)
+    test = DATA.load("test")
+    rates = trained(test.images)
+    assert line["test_loss"] == pytest.approx(float(((rates - torch.eye(10)[test.labels]) ** 2).mean()), rel=1e-4)
+    assert line["test_accuracy"] == pytest.approx(float((rates.argmax(1) == test.labels).double().mean()), rel=1e-6)
+
+
+def test_evaluate_counts_samples_and_not_batches() -> None:
+    data, net = DATA.load(), Network(MLP).train()
+    whole = evaluate(net, data, "ce")
+    assert evaluate(net, data, "ce", batch_size=25) == pytest.approx(whole, rel=1e-6)
+    assert not net.training
+
+
+def test_no_epochs_is_the_initialization(out: Path) -> None:
+    found = train(NET, DATA, dataclasses.replace(RUN, epochs=0), out)
+    assert found.history == []
+    assert run_paths(out)["log"].read_text() == ""
+    assert same(found.state, start(NET, DATA.load(), RUN).state_dict())
+
+
+# ---------------------------------------------------------------- determinism
+@pytest.mark.parametrize("net", [dataclasses.replace(NET, coding="poisson", neuron="plif"), MLP])
+def test_two_runs_are_the_same_bits(net: Spec, tmp_path: Path) -> None:
+    found = []
+    for i in range(2):
+        torch.manual_seed(i)
+        np.random.seed(i)
+        found.append(train(net, DATA, dataclasses.replace(RUN, epochs=2), tmp_path / f"{i}.pt"))
+    assert same(found[0].state, found[1].state)
+    assert found[0].history == found[1].history
+    other = train(net, DATA, dataclasses.replace(RUN, epochs=2, seed=1), tmp_path / "2.pt")
+    assert not same(found[0].state, other.state)
+
+
+def test_streams_are_independent_of_each_other() -> None:
+    keys = [(42,), (42, 0), (42, 1), (42, 0, 2), (42, 1, 2), (42, 0, 3), (0, 42), (43, 0)]
+    draws = [tuple(torch.rand(3, generator=training.generator(*k)).tolist()) for k in keys]
+    assert len(set(draws)) == len(keys)
+    assert draws[3] == tuple(torch.rand(3, generator=training.generator(42, 0, 2)).tolist())
+
+
+def test_start_is_the_named_initializer() -> None:
+    data = DATA.load()
+    for name in ("ikun", "xavier"):
+        spec = dataclasses.replace(RUN, init=name, alpha=0.5)
+        net = Network(NET)
+        initialize(net, name, generator=training.generator(42, 0), x=data.images[:256], alpha=0.5)
+        assert same(net.state_dict(), start(NET, data, spec).state_dict())
+
+
+# ---------------------------------------------------------------- kill and resume
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from ikun.checkpoint import DataSpec
+from ikun.networks import Spec
+from ikun.training import TrainingSpec, train
+
+def progress(done, total, note):
+    if {mode!r} == "exit" and done == {at}:
+        os._exit(9)
+    if {mode!r} == "wait" and done == {at}:
+        time.sleep(60)
+
+train({net!r}, {data!r}, {spec!r}, Path(sys.argv[1]), progress=progress)
+"""
+
+HELD = dataclasses.replace(DATA, held_out=16)  # 80 train: batches of 32, 32, 16
+LONG = dataclasses.replace(RUN, patience=3, snapshots=2, weight_decay=1e-4)
+COUNTED = dataclasses.replace(NET, coding="poisson", neuron="plif")
+
+
+def child(out: Path, mode: str, at: int) -> subprocess.Popen[bytes]:
+    """A process that trains and, when `at` batches are done, dies or waits to be killed."""
+    code = SCRIPT.format(mode=mode, at=at, net=COUNTED, data=HELD, spec=LONG)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", code, str(out)], env=environment, stderr=subprocess.PIPE)
+
+
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
+    """Death in the middle of the second epoch, then a SIGKILL in the fourth, then to the end."""
+    whole = train(COUNTED, HELD, LONG, tmp_path / "whole" / "run.pt")
+    out = tmp_path / "killed" / "run.pt"
+    process = child(out, "exit", 5)
+    assert process.wait(60) == 9, process.stderr and process.stderr.read()
+    assert not out.exists()
+    assert len(log(out)) == 1
+    assert read_plain(run_paths(out)["resume"])["epoch"] == 1
+
+    def die(done: int, total: int, note: str) -> None:
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(COUNTED, HELD, LONG, out, resume=True, progress=die)
+    assert len(log(out)) == 2
+    with run_paths(out)["log"].open("a") as file:  # as if killed between the log and the state
+        file.write('{"epoch": 3}\n{"epo')
+    found = train(COUNTED, HELD, LONG, out, resume=True)
+    assert same(found.state, whole.state)
+    assert found.history == whole.history
+    assert run_paths(out)["log"].read_bytes() == run_paths(tmp_path / "whole" / "run.pt")["log"].read_bytes()
+    assert found.training == whole.training
+    for epoch in (2, 4):
+        a, b = (load_checkpoint(snapshot_path(p, epoch)) for p in (out, tmp_path / "whole" / "run.pt"))
+        assert same(a.state, b.state)
+    assert not run_paths(out)["resume"].exists()
+
+
+def test_sigkill_at_a_line_of_the_log(tmp_path: Path) -> None:
+    whole = train(COUNTED, HELD, LONG, tmp_path / "whole.pt")
+    out = tmp_path / "killed.pt"
+    process, end = child(out, "wait", 7), time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < end:
+        if run_paths(out)["log"].is_file() and len(run_paths(out)["log"].read_text().splitlines()) == 2:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(10) == -signal.SIGKILL
+    found = train(COUNTED, HELD, LONG, out, resume=True)
+    assert same(found.state, whole.state)
+    assert found.history == whole.history
+    assert run_paths(out)["log"].read_bytes() == run_paths(tmp_path / "whole.pt")["log"].read_bytes()
+
+
+def interrupt(out: Path, net: Spec = MLP, data: DataSpec = DATA, spec: TrainingSpec = RUN) -> None:
+    def die(done: int, total: int, note: str) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(net, data, spec, out, progress=die)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("lr", {"spec": dataclasses.replace(RUN, lr=1e-2)}),
+        ("epochs", {"spec": dataclasses.replace(RUN, epochs=5)}),
+        ("seed", {"spec": dataclasses.replace(RUN, seed=1)}),
+        ("subset", {"data": dataclasses.replace(DATA, subset=95)}),
+        ("surrogate", {"net": dataclasses.replace(MLP, surrogate="atan:3")}),
+        ("hidden", {"net": dataclasses.replace(MLP, hidden=(25,))}),
+    ],
+)
+def test_resume_with_other_options_is_refused(part: str, changes: dict[str, Any], out: Path) -> None:
+    interrupt(out)
+    before = run_paths(out)["resume"].read_bytes()
+    whole: dict[str, Any] = {"net": MLP, "data": DATA, "spec": RUN, **changes}
+    with pytest.raises(CheckpointError, match=f"had {part} ") as caught:
+        train(whole["net"], whole["data"], whole["spec"], out, resume=True)
+    assert len(str(caught.value).splitlines()) == 1
+    assert run_paths(out)["resume"].read_bytes() == before
+    assert len(log(out)) == 1
+
+
+def test_nothing_to_resume_is_said(out: Path) -> None:
+    with pytest.raises(CheckpointError, match="no interrupted run to resume"):
+        train(MLP, DATA, RUN, out, resume=True)
+    train(MLP, DATA, dataclasses.replace(RUN, epochs=0), out)
+    run_paths(out)["resume"].write_bytes(out.read_bytes())
+    with pytest.raises(CheckpointError, match="not the state of an interrupted run"):
+        train(MLP, DATA, RUN, out, resume=True)
+
+
+# ---------------------------------------------------------------- schedules, snapshots, early stopping
+def test_schedules_are_their_closed_forms(out: Path) -> None:
+    for epochs in (1, 6, 64):
+        for epoch in range(epochs):
+            cosine, step, none = (
+                learning_rate(TrainingSpec(lr=0.4, epochs=epochs, schedule=s), epoch)
+                for s in ("cosine", "step", "none")
+            )
+            assert cosine == pytest.approx(0.2 * (1 + math.cos(math.pi * epoch / epochs)), rel=1e-12)
+            assert step == pytest.approx(0.4 * 10.0 ** -sum(epoch >= epochs * k / 3 for k in (1, 2)), rel=1e-12)
+            assert none == 0.4
+    spec = dataclasses.replace(RUN, epochs=3, schedule="step")
+    train(MLP, dataclasses.replace(DATA, subset=32), spec, out)
+    assert [line["lr"] for line in log(out)] == pytest.approx([5e-3, 5e-4, 5e-5])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "count", "expected"), [(4, 2, [2, 4]), (3, 3, [1, 2, 3]), (2, 5, [1, 2]), (3, 0, [])]
+)
+def test_snapshots_are_whole_checkpoints(epochs: int, count: int, expected: list[int], out: Path) -> None:
+    spec = dataclasses.replace(RUN, epochs=epochs, snapshots=count)
+    found = train(MLP, dataclasses.replace(DATA, subset=40), spec, out)
+    names = [snapshot_path(out, e).name for e in expected]
+    assert sorted(p.name for p in out.parent.glob("run.epoch*")) == names
+    for epoch in expected:
+        snapshot = load_checkpoint(snapshot_path(out, epoch))
+        assert len(snapshot.history) == snapshot.training["epochs_run"] == epoch
+        assert snapshot.build()(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+        assert same(snapshot.state, found.state) == (epoch == epochs)
+
+
+def test_early_stopping_keeps_the_best_weights(out: Path) -> None:
+    """A learning rate that ruins the network: the held-out loss is best early, and that epoch's weights are kept."""
+    spec = TrainingSpec(epochs=12, batch_size=20, lr=0.3, schedule="none", patience=2, snapshots=12)
+    found = train(MLP, HELD, spec, out)
+    losses = [line["held_out_loss"] for line in found.history]
+    best = int(np.argmin(losses)) + 1
+    assert len(losses) < 12
+    assert len(losses) == best + 2
+    assert (found.training["best_epoch"], found.training["epochs_run"]) == (best, len(losses))
+    assert same(found.state, load_checkpoint(snapshot_path(out, best)).state)
+    held = HELD.parts()[1]
+    assert held is not None
+    assert evaluate(found.build(), held, "mse")[0] == min(losses)
+    assert all("held_out_accuracy" in line for line in log(out))
+
+
+def test_early_stopping_counts_epochs_without_a_better_loss() -> None:
+    net = Network(MLP)
+    state: dict[str, Any] = {"best": None, "stopped": False}
+    spec = TrainingSpec(patience=2)
+    for epoch, loss in enumerate([3.0, 2.0, 2.5, 1.0, 1.0, 1.5], 1):
+        assert not state["stopped"]
+        with torch.no_grad():
+            net.fc1.weight.fill_(epoch)
+        training._early_stop(state, {"epoch": epoch, "held_out_loss": loss}, net, spec)
+    assert state["stopped"]
+    assert (state["best"]["epoch"], state["best"]["loss"]) == (4, 1.0)
+    assert float(state["best"]["network"]["fc1.weight"][0, 0]) == 4
+
+
+def test_patience_without_held_out_samples_is_refused(out: Path) -> None:
+    with pytest.raises(ValueError, match="held-out"):
+        train(MLP, DATA, dataclasses.replace(RUN, patience=2), out)
+    assert not list(out.parent.iterdir())
+
+
+# ---------------------------------------------------------------- optimizers
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_optimizer_is_the_update_by_hand(name: str, decay: float) -> None:
+    """Two steps in float64: SGD with momentum .9, Adam with .9, .999, 1e-8; L2 weight decay in the gradient."""
+    net = Network(dataclasses.replace(MLP, norm="none")).double()
+    optimizer = training._optimizer(net, TrainingSpec(optimizer=name, lr=0.01, weight_decay=decay))
+    w = {k: v.detach().numpy().copy() for k, v in net.named_parameters()}
+    m, v = ({k: np.zeros_like(q) for k, q in w.items()} for _ in range(2))
+    data = DATA.load()
+    for step in (1, 2):
+        optimizer.zero_grad()
+        ((net(data.images.double()) - torch.eye(10)[data.labels].double()) ** 2).mean().backward()
+        for k, p in net.named_parameters():
+            assert p.grad is not None
+            g = p.grad.numpy() + decay * w[k]
+            if name == "sgd":
+                m[k] = 0.9 * m[k] + g
+                w[k] = w[k] - 0.01 * m[k]
+            else:
+                m[k], v[k] = 0.9 * m[k] + 0.1 * g, 0.999 * v[k] + 0.001 * g**2
+                w[k] = w[k] - 0.01 * (m[k] / (1 - 0.9**step)) / (np.sqrt(v[k] / (1 - 0.999**step)) + 1e-8)
+        optimizer.step()
+        for k, p in net.named_parameters():
+            np.testing.assert_allclose(p.detach(), w[k], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_one_step_of_train_is_the_update_by_hand(name: str, out: Path) -> None:
+    spec = TrainingSpec(optimizer=name, lr=0.05, weight_decay=0.01, epochs=1, batch_size=96)
+    found = train(MLP, DATA, spec, out)
+    data, net = DATA.load(), start(MLP, DATA.load(), spec)
+    ((net.train()(data.images) - torch.eye(10)[data.labels]) ** 2).mean().backward()
+    for k, p in net.named_parameters():
+        assert p.grad is not None
+        g = p.grad + 0.01 * p.detach()
+        step = 0.05 * (g if name == "sgd" else g / (g.abs() + 1e-8))
+        large = p.grad.abs() > 1e-5  # where Adam's first step, the sign of g, does not hang on round-off
+        assert float(large.double().mean()) > 0.1
+        torch.testing.assert_close(found.state[k][large], (p.detach() - step)[large], rtol=1e-3, atol=1e-6)
+
+
+def test_every_sample_once_an_epoch_in_a_new_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also: a last batch of one sample is dropped."""
+    data, spec = DATA.load(), dataclasses.replace(RUN, batch_size=20)
+    net = start(MLP, data, spec)
+    seen: list[Tensor] = []
+    original = training.encode
+
+    def watch(images: Tensor, *rest: Any) -> Tensor:
+        seen.append(images)
+        return original(images, *rest)
+
+    monkeypatch.setattr(training, "encode", watch)
+    orders = []
+    for epoch in (0, 1, 0):
+        seen.clear()
+        list(training._epoch(net, training._optimizer(net, spec), data, spec, epoch))
+        assert [len(s) for s in seen] == [20, 20, 20, 20, 16]
+        orders.append(torch.cat(seen).flatten(1))
+    flat = data.images.flatten(1)
+    assert sorted(map(tuple, orders[0].tolist())) == sorted(map(tuple, flat.tolist()))
+    assert not torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], flat)
+    assert torch.equal(orders[0], orders[2])
+    assert training._cuts(41, 20) == [(0, 20), (20, 40)]
+    assert training._cuts(42, 20) == [(0, 20), (20, 40), (40, 42)]
+    assert training._cuts(1, 20) == [(0, 1)]
+
+
+# ---------------------------------------------------------------- failures
+def layer(i: int, **fields: float) -> LayerStatistics:
+    values = {"dead": 0.0, "saturated": 0.0, "gradient_square": 1e-6, **fields}
+    return LayerStatistics(
+        f"fc{i}", f"spike{i}", 5, 5, 1, 1, 0.1, 0.2, values["dead"], values["saturated"], 1, values["gradient_square"]
+    )
+
+
+HEALTHY = {"loss": 0.1, "gradient_norm": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("line", "layers", "expected"),
+    [
+        ({}, [{}, {}], None),
+        ({}, [{"dead": 0.98}, {"saturated": 0.98}], None),
+        ({}, [{}, {"dead": 0.99}], "dead layer: 99% of spike2 (fc2) never fires"),
+        ({}, [{"saturated": 1.0}, {}], "saturated layer: 100% of spike1 (fc1) always fires"),
+        ({"gradient_norm": 2e4}, [{}, {}], "exploding gradient: norm 2.0e+04"),
+        ({}, [{"gradient_square": 1e3}, {}], "exploding gradient: norm 1.0e+00, first to last layer 1.0e+09"),
+        ({"gradient_norm": 1e-11}, [{}, {}], "vanishing gradient: norm 1.0e-11"),
+        ({}, [{"gradient_square": 1e-15}, {}], "vanishing gradient: norm 1.0e+00, first to last layer 1.0e-09"),
+        ({}, [{"gradient_square": 0.0}, {"gradient_square": 0.0}], None),
+        ({"loss": math.nan}, [{}, {}], "NaN: the loss is not finite"),
+        ({"loss": math.inf}, [{}, {"dead": 1.0}], "NaN: the loss is not finite"),
+    ],
+)
+def test_failures_have_names(line: dict[str, float], layers: list[dict[str, float]], expected: str | None) -> None:
+    observed = tuple(layer(i, **fields) for i, fields in enumerate(layers, 1))
+    found = failures(HEALTHY | line, observed, Network(MLP))
+    assert len(found) == (expected is not None)
+    if expected is not None:
+        assert found[0].startswith(expected)
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    net = Network(MLP)
+    with torch.no_grad():
+        net.fc2.weight[0, 0] = math.inf
+    assert failures(HEALTHY, (layer(1), layer(2)), net) == ["NaN: fc2.weight is not finite"]
+
+
+def scaled(monkeypatch: pytest.MonkeyPatch, change: Callable[[Network], object]) -> None:
+    """Let training start from a network that `change` has spoilt."""
+    original = training.start
+
+    def spoilt(*arguments: Any) -> Network:
+        net = original(*arguments)
+        with torch.no_grad():
+            change(net)
+        return net
+
+    monkeypatch.setattr(training, "start", spoilt)
+
+
+PLAIN = dataclasses.replace(MLP, norm="none")
+
+
+@pytest.mark.parametrize(
+    ("change", "loss", "expected"),
+    [
+        (lambda net: net.fc1.weight.abs_().neg_(), "mse", "dead layer: 100% of spike1 (fc1) never fires"),
+        (lambda net: net.fc2.weight.fill_(50.0), "mse", "saturated layer: 100% of spike2 (fc2) always fires"),
+        (lambda net: net.fc2.weight.mul_(1e12), "mse", "vanishing gradient"),
+    ],
+)
+def test_a_spoilt_network_is_recognized(
+    change: Callable[[Network], object], loss: str, expected: str, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled(monkeypatch, change)
+    spec = TrainingSpec(epochs=1, batch_size=96, lr=1e-9, loss=loss)
+    found = train(PLAIN, DATA, spec, out)
+    assert any(f.startswith(expected) for f in log(out)[0]["failures"])
+    assert any(f.startswith(expected) for f in found.training["failures"])
+
+
+def test_a_healthy_run_reports_none(out: Path) -> None:
+    assert train(MLP, DATA, RUN, out).training["failures"] == []
+
+
+def diverge(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
+    """Spoil one weight in the middle of `epoch`."""
+    original = training._epoch
+
+    def spoilt(net: Network, *rest: Any) -> Any:
+        for i, done in enumerate(original(net, *rest)):
+            if i == 1 and rest[-1] == epoch:
+                with torch.no_grad():
+                    net.fc1.weight[0, 0] = math.nan
+            yield done
+
+    monkeypatch.setattr(training, "_epoch", spoilt)
+
+
+def test_nan_ends_the_run_with_the_last_finite_weights(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(MLP, DATA, dataclasses.replace(RUN, schedule="none", snapshots=4), out.with_name("whole.pt"))
+    assert whole.training["failures"] == []
+    diverge(monkeypatch, 2)
+    found = train(MLP, DATA, dataclasses.replace(RUN, schedule="none"), out)
+    assert any(f.startswith("NaN: fc1.weight") for f in found.training["failures"])
+    assert found.training["epochs_run"] == 3
+    assert same(found.state, load_checkpoint(snapshot_path(out.with_name("whole.pt"), 2)).state)
+    loaded = load_checkpoint(out)
+    assert same(loaded.state, found.state)
+    lines = log(out)  # strict JSON: NaN is null
+    assert len(lines) == 3
+    assert lines[2]["layers"]["fc1"]["distance"] is None
+    assert "NaN" not in run_paths(out)["log"].read_text().replace('"NaN:', "")
+
+
+def test_nan_with_early_stopping_keeps_the_best(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    diverge(monkeypatch, 2)
+    found = train(MLP, HELD, dataclasses.replace(RUN, schedule="none", patience=4), out)
+    losses = [line["held_out_loss"] for line in found.history[:2]]
+    assert found.training["best_epoch"] == int(np.argmin(losses)) + 1
+    assert all(torch.isfinite(v).all() for v in found.state.values())
+    held = HELD.parts()[1]
+    assert held is not None
+    assert evaluate(found.build(), held, "mse")[0] == min(losses)
+
+
+# ---------------------------------------------------------------- the specification
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"init": "he"}, "init must be one of ikun"),
+        ({"law": "exact"}, "law"),
+        ({"loss": "hinge"}, "loss"),
+        ({"optimizer": "lamb"}, "optimizer must be one of adam, sgd"),
+        ({"schedule": "linear"}, "schedule"),
+        ({"lr": 0.0}, "lr"),
+        ({"lr": math.nan}, "lr"),
+        ({"lr": math.inf}, "lr"),
+        ({"alpha": -1.0}, "alpha"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"weight_decay": math.nan}, "weight_decay"),
+        ({"epochs": -1}, "epochs"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"patience": -1}, "patience"),
+        ({"snapshots": -1}, "snapshots"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(fields: dict[str, Any], part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        TrainingSpec(**fields)
+
+
+def test_checkpoint_of_train_is_a_checkpoint(out: Path) -> None:
+    assert isinstance(train(MLP, DATA, dataclasses.replace(RUN, epochs=0), out), Checkpoint)
