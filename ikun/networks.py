@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ikun import fused
+from ikun import spikes
 from ikun.data import CODINGS
 from ikun.neurons import KINDS, RESETS, Dynamics, Neuron
 from ikun.surrogates import Surrogate
@@ -196,11 +196,11 @@ class Network(nn.Module):
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
             if isinstance(layer, Neuron):
                 pool = following if isinstance(following, MaxPool) else None
-                items.append(partial(fused.linearize, layer, steps, static, pool))
+                items.append(partial(spikes.linearize, layer, steps, static, pool))
                 static = False
             elif not isinstance(layer, MaxPool):
                 items.append(layer)
-        items.append(partial(fused.time_mean, steps))
+        items.append(partial(spikes.time_mean, steps))
         return x if x.dim() == 4 else x.transpose(0, 1).flatten(0, 1), items
 
     def stages(self) -> Iterator[tuple[str, nn.Conv2d | nn.Linear, nn.Module | None, str, Neuron]]:

@@ -35,7 +35,7 @@ class Dynamics:
     relaxed: bool = False
 
 
-def _step(x: Tensor, v: Tensor, decay: Tensor | float, gain: Tensor | float, dynamics: Dynamics) -> tuple[Tensor, ...]:
+def step(x: Tensor, v: Tensor, decay: Tensor | float, gain: Tensor | float, dynamics: Dynamics) -> tuple[Tensor, ...]:
     h = decay * v + gain * x
     if dynamics.v_reset:
         h = h + (1 - decay) * dynamics.v_reset
@@ -54,7 +54,7 @@ def scan(
     """
     v, spikes = v0, []
     for current in x.unbind(0):
-        _, s, v = _step(current, v, decay, gain, dynamics)
+        _, s, v = step(current, v, decay, gain, dynamics)
         spikes.append(s)
     return torch.stack(spikes), v
 
@@ -64,7 +64,7 @@ def membrane(x: Tensor, v0: Tensor, decay: Tensor | float, gain: Tensor | float,
     """h[t] [T, ...] of the same scan, without derivatives: what E[f'(h - threshold)^2] is taken over."""
     v, potentials = v0, []
     for current in x.unbind(0):
-        h, _, v = _step(current, v, decay, gain, dynamics)
+        h, _, v = step(current, v, decay, gain, dynamics)
         potentials.append(h)
     return torch.stack(potentials)
 

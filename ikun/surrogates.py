@@ -312,7 +312,7 @@ def spike(x: Tensor, surrogate: Surrogate, relaxed: bool = False) -> Tensor:
 
 
 def _half_exp(c: float, mu: float, s: float) -> float:
-    """E[exp(-c x); x > 0] of N(mu, s^2): erfcx would overflow for a large mu / s, its logarithm cancels for a large c s."""
+    """E[exp(-c x); x > 0] of N(mu, s^2): erfcx overflows for a large mu / s, its logarithm cancels for a large c s."""
     z = c * s - mu / s
     if z > 0:
         return math.exp(-((mu / s) ** 2) / 2) * float(special.erfcx(z / math.sqrt(2))) / 2

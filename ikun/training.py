@@ -69,7 +69,7 @@ Progress = Callable[[int, int, str], None]  # (batches done, batches in all, not
 
 
 def generator(*key: int) -> torch.Generator:
-    """An independent stream for every key, for instance (seed, epoch)."""
+    """An independent stream for every key, for instance (seed, epoch); (1, 0) and (1,) are one key."""
     words = np.random.SeedSequence(key).generate_state(2)
     return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
 

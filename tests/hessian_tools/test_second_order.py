@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hessian_tools import operators, second_order
 from hessian_tools.objective import Objective, make_objective
-from ikun import fused
+from ikun import fused, spikes
 from ikun.networks import LOSSES, Network, Spec
 from tests import jet_oracle
 
@@ -227,7 +227,9 @@ def test_kernels_over_several_blocks_and_threads(learned: bool, pooled: bool, st
     def array() -> Tensor:
         return torch.randn(steps, size, dtype=torch.float64)
 
-    index = fused.selection(torch.randn(steps, 1, planes, height, width).sign(), "first").flatten(1) if pooled else None
+    index = (
+        spikes.selection(torch.randn(steps, 1, planes, height, width).sign(), "first").flatten(1) if pooled else None
+    )
     scan = fused.Scan(array(), array(), 0.4, 0.6, static, index, height * width if pooled else 1, array())
     if learned:
         scan.u, scan.gh = array(), array()

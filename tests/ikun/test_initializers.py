@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -128,7 +129,7 @@ def test_empirical_weights_meet_the_theorem_as_measured(norm: str, alpha: float,
         fan_in, _ = fans(weights.weight)
         assert s.variance == pytest.approx(alpha / (fan_in * s.input_square * s.derivative_square), rel=0.01)
         sampling = 5 * math.sqrt(2 / weights.weight.numel())
-        assert float(weights.weight.var()) == pytest.approx(s.variance, rel=sampling)
+        assert weights.weight.var().item() == pytest.approx(s.variance, rel=sampling)
 
 
 def test_empirical_weights_of_the_csnn() -> None:
@@ -172,7 +173,7 @@ def gaussian_moment(first: Callable[[float], float], mu: float, s: float) -> flo
     edges = sorted(
         {mu - 12 * s, mu + 12 * s, *(e for e in (-10.0, -1.0, -0.1, 0.0, 0.1, 1.0, 10.0) if abs(e - mu) < 12 * s)}
     )
-    return sum(integrate.quad(f, a, b, epsabs=0, epsrel=1e-10)[0] for a, b in zip(edges, edges[1:], strict=False))
+    return sum(integrate.quad(f, a, b, epsabs=0, epsrel=1e-10)[0] for a, b in itertools.pairwise(edges))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_analytic_weights_are_the_closed_rule(norm: str) -> None:
         if layer_norm is None:
             assert s.variance * fan_in * square == pytest.approx(scale**2, rel=1e-6)
         sampling = 5 * math.sqrt(2 / weights.weight.numel())
-        assert float(weights.weight.var()) == pytest.approx(s.variance, rel=sampling)
+        assert weights.weight.var().item() == pytest.approx(s.variance, rel=sampling)
         square = 0.5 * math.erfc(1 / (scale * math.sqrt(2)))  # P(h >= threshold)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ikun.networks import LOSSES, MaxPool, Network, Spec
 from ikun.neurons import Neuron
+from ikun.statistics import observe
 
 Array = npt.NDArray[np.float64]
 
@@ -45,14 +46,10 @@ def build(seed: int = 0, gain: float = 1.0, **fields: Any) -> Network:
 def lively(**fields: Any) -> Network:
     """The first of build's networks in which every layer fires, but not at every step."""
     for seed in range(100):
-        net, rates = build(seed, **fields), []
-        for m in net.modules():
-            if isinstance(m, Neuron):
-                m.register_forward_hook(lambda _, arguments, output: rates.append(output.mean().item()))
-        with torch.no_grad():
-            net(samples(net)[0])
-        if all(0.1 < rate < 0.9 for rate in rates):
-            return build(seed, **fields)
+        net = build(seed, **fields)
+        x, y = samples(net)
+        if all(0.1 < s.firing_rate < 0.9 for s in observe(net, x, y, LOSSES["mse"])):
+            return net
     raise AssertionError(f"no seed for {fields}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -101,7 +102,7 @@ def test_chained_chunks_have_the_derivatives_of_one_run(reset: str, detach: bool
         leaves = [drive(), potentials(), torch.tensor(0.7).double(), torch.tensor(0.9).double()]
         x, v, decay, gain = (leaf.requires_grad_() for leaf in leaves)
         out, state = [], v
-        for a, b in zip(cuts, cuts[1:], strict=False):
+        for a, b in itertools.pairwise(cuts):
             s, state = scan(x[a:b], state, decay, gain, d)
             out.append(s)
         value = (torch.cat(out) * weights).sum() + state.square().sum()

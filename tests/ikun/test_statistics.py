@@ -37,7 +37,7 @@ def batch(net: Network, count: int = 7) -> tuple[Tensor, Tensor]:
 
 
 def by_hand(net: Network, x: Array, y: Array) -> list[dict[str, float]]:
-    """The same statistics of a hard-reset LIF MLP with atan:2 and the mean-square loss, in loops over layers and time."""
+    """The same statistics of a hard-reset LIF MLP with atan:2 and the mean-square loss, in loops."""
     weights = [w.weight.detach().numpy() for _, w, *_ in net.stages()]
     decay, gain = 1 - 1 / TAU, 1 / TAU
     layer_in = np.repeat(x.reshape(1, len(x), -1), STEPS, 0)
@@ -99,10 +99,22 @@ def test_every_field_is_the_direct_computation() -> None:
     for s, values in zip(found, exact, strict=True):
         # the stride-0 input is repeated over time; ddof = 1 counts T times as many values
         for name, value in values.items():
-            assert getattr(s, name) == pytest.approx(value, rel=1e-10, nan_ok=True), (s.name, name)
+            assert getattr(s, name) == pytest.approx(value, rel=1e-10, abs=0, nan_ok=True), (s.name, name)
     assert found[0].dead >= 1 / 8
     assert found[0].saturated >= 1 / 8
     assert all(s.gradient_square > 0 for s in found)
+
+
+def test_dead_means_never_and_saturated_means_always() -> None:
+    """Four neurons over 20 samples: one always fires, one all but once, one only once, one never."""
+    net = network(input_shape=(1, 1, 4), hidden=(), classes=4, neuron="if", v_reset=0.0, timesteps=2)
+    with torch.no_grad():
+        net.fc1.weight.copy_(torch.eye(4))
+    x = torch.tensor([1.0, 1.0, 0.0, 0.0]).double().repeat(20, 1)
+    x[3, 1], x[5, 2] = 0.4, 0.4  # below the threshold, .7, at the first step, above it at the second
+    (s,) = observe(net, x.reshape(20, 1, 1, 4), torch.zeros(20).long(), LOSSES["mse"])
+    assert (s.dead, s.saturated) == (0.25, 0.25)
+    assert s.firing_rate == pytest.approx((40 + 39 + 1) / 160)
 
 
 def test_observing_changes_nothing() -> None:

@@ -1,0 +1,376 @@
+"""Layers with the four passes of a curvature product: value, adjoint, tangent, tangent of the adjoint.
+
+The protocol, and torch's own layers under it: convolutions, linear maps, batch norms in evaluation mode (folded into
+the layer before them), element-wise activations. second_order.py joins them to a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+Tangents = Sequence[Tensor | None]  # one per parameter of a layer; None: no tangent, or no gradient wanted
+
+
+class Want(NamedTuple):
+    """Which gradients of a layer are used; it need not compute the others."""
+
+    input: bool
+    parameters: tuple[bool, ...]
+
+
+class Layer(Protocol):
+    """One layer at fixed weights and a fixed input x. A missing (None) x' or p' is zero."""
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """p, in the order of every sequence below."""
+
+    def adjoint(self, g: Tensor, want: Want, keep: bool) -> tuple[Tensor | None, Tangents]:
+        """gy -> (gx, gp). keep: this is the adjoint that adjoint_tangent will differentiate."""
+
+    def tangent(self, dx: Tensor | None, dp: Tangents) -> Tensor:
+        """(x', p') -> y'."""
+
+    def adjoint_tangent(
+        self, dg: Tensor, dx: Tensor | None, dp: Tangents, want: Want
+    ) -> tuple[Tensor | None, Tangents]:
+        """(gy', x', p') -> (gx', gp')."""
+
+
+Make = Callable[[Tensor], tuple[Tensor, Layer]]  # x -> (y, the layer at x)
+
+
+# ---------------------------------------------------------------- bilinear layers, batch norm folded in
+class Bilinear(Protocol):
+    """y = B(x, w) + bias, and its two transposes."""
+
+    def apply(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    def pull_input(self, g: Tensor, w: Tensor, like: Tensor) -> Tensor: ...
+
+    def pull_weight(self, g: Tensor, x: Tensor, like: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """Two-dimensional; x [N, C, H, W], w [O, C / groups, kh, kw]."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+    def apply(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, w, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def _backward(self, g: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+            g, x, w, None, self.stride, self.padding, self.dilation, False, [0, 0], self.groups, mask
+        )
+        return result
+
+    def pull_input(self, g: Tensor, w: Tensor, like: Tensor) -> Tensor:
+        return self._backward(g, like, w, [True, False, False])[0]
+
+    def pull_weight(self, g: Tensor, x: Tensor, like: Tensor) -> Tensor:
+        return self._backward(g, x, like, [False, True, False])[1]
+
+
+@dataclass(frozen=True)
+class Product:
+    """x [..., in], w [out, in]."""
+
+    def apply(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, w, bias)
+
+    def pull_input(self, g: Tensor, w: Tensor, like: Tensor) -> Tensor:
+        return g @ w
+
+    def pull_weight(self, g: Tensor, x: Tensor, like: Tensor) -> Tensor:
+        return g.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+@dataclass(frozen=True)
+class Channelwise:
+    """x [N, C, ...], w [C]: what is left of a batch norm that follows no linear map."""
+
+    def apply(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        y = x * _per_channel(w, x)
+        return y if bias is None else y + _per_channel(bias, x)
+
+    def pull_input(self, g: Tensor, w: Tensor, like: Tensor) -> Tensor:
+        return g * _per_channel(w, g)
+
+    def pull_weight(self, g: Tensor, x: Tensor, like: Tensor) -> Tensor:
+        return _channel_sum(g * x)
+
+
+def _per_channel(w: Tensor, x: Tensor) -> Tensor:
+    return w.reshape(-1, *(1,) * (x.dim() - 2))
+
+
+def _channel_sum(g: Tensor) -> Tensor:
+    """[N, C, ...] -> [C]."""
+    return g.flatten(2).sum((0, 2)) if g.dim() > 2 else g.sum(0)
+
+
+def _rows(w: Tensor, a: Tensor) -> Tensor:
+    """a [O] against w [O, ...]."""
+    return a.reshape(-1, *(1,) * (w.dim() - 1))
+
+
+class Affine:
+    """y = B(x, W) + b, followed by y -> (y - mean) gamma / std + beta if there is a batch norm.
+
+    Both are one bilinear map with weights and bias
+
+        A = a W,   c = a (b - mean) + beta,   a = gamma / std  [O]
+        A' = a W' + a' W,   c' = a b' + a' (b - mean) + beta'
+
+    so that the norm costs nothing per sample; its gradients follow from gA and gc = sum gy:
+
+        gW = a gA,   gb = a gc,   gbeta = gc,   std ggamma = <gA, W>_O + (b - mean) gc
+    """
+
+    def __init__(self, x: Tensor, op: Bilinear, weight: nn.Parameter | None, bias: Tensor | None, norm: Any) -> None:
+        self.op, self.x, self.norm = op, x, norm
+        self.channel = -1 if isinstance(op, Product) else 1
+        width = norm.num_features if weight is None else weight.shape[0]
+        self.w = x.new_ones(width) if weight is None else weight.detach()
+        self.b = None if bias is None else bias.detach()
+        slots = [weight, bias, getattr(norm, "weight", None), getattr(norm, "bias", None)]
+        self._slots = [i for i, p in enumerate(slots) if p is not None]
+        self._parameters = tuple(p for p in slots if p is not None)
+        if norm is None:
+            self.a, self.offset, self.inverse = None, None, None
+            self.folded = self.w
+        else:
+            self.inverse = (norm.running_var + norm.eps).rsqrt()
+            self.a = self.inverse if norm.weight is None else self.inverse * norm.weight.detach()
+            self.offset = -norm.running_mean if self.b is None else self.b - norm.running_mean
+            self.folded = self.w * _rows(self.w, self.a)
+        self.g: Tensor | None = None  # gy, gA and gc of the kept adjoint
+        self.g_folded: Tensor | None = None
+        self.g_bias: Tensor | None = None
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return self._parameters
+
+    def _four(self, dp: Tangents) -> list[Tensor | None]:
+        """Tangents of weight, bias, gamma, beta."""
+        four: list[Tensor | None] = [None] * 4
+        for i, t in zip(self._slots, dp, strict=True):
+            four[i] = t
+        return four
+
+    def _fold(self, dp: Tangents) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(A', c', a')."""
+        dw, db, dgamma, dbeta = self._four(dp)
+        if self.a is None:
+            return dw, db, None
+        assert self.inverse is not None
+        assert self.offset is not None
+        da = None if dgamma is None else self.inverse * dgamma
+        folded = add(None if dw is None else dw * _rows(dw, self.a), None if da is None else self.w * _rows(self.w, da))
+        bias = add(dbeta, None if da is None else self.offset * da)
+        return folded, add(bias, None if db is None else self.a * db), da
+
+    def _sum(self, g: Tensor) -> Tensor:
+        return g.flatten(0, -2).sum(0) if self.channel == -1 else _channel_sum(g)
+
+    def _unfold(
+        self, gf: Tensor | None, gc: Tensor | None, want: Want, da: Tensor | None = None, dp: Tangents | None = None
+    ) -> Tangents:
+        """Gradients of the parameters from gA and gc; with dp, their tangents from gA' and gc'."""
+        tangent = dp is not None
+        dw, db, _, _ = self._four(dp) if dp is not None else (None,) * 4
+        wanted = [self._slots[i] for i, w in enumerate(want.parameters) if w]
+        grads: dict[int, Tensor | None] = {3: gc, 0: gf, 1: gc}
+        if self.a is not None:
+            assert self.inverse is not None
+            assert self.offset is not None
+            if 0 in wanted and gf is not None:
+                curved = None if da is None or self.g_folded is None else self.g_folded * _rows(gf, da)
+                grads[0] = add(gf * _rows(gf, self.a), curved)
+            if 1 in wanted and gc is not None:
+                grads[1] = add(self.a * gc, None if da is None or self.g_bias is None else da * self.g_bias)
+            if 2 in wanted and gf is not None and gc is not None:
+                slope = _row_dot(gf, self.w) + self.offset * gc
+                if tangent and dw is not None and self.g_folded is not None:
+                    slope = slope + _row_dot(self.g_folded, dw)
+                if tangent and db is not None and self.g_bias is not None:
+                    slope = slope + db * self.g_bias
+                grads[2] = self.inverse * slope
+        return [grads.get(i) if w else None for i, w in zip(self._slots, want.parameters, strict=True)]
+
+    def _needs(self, want: Want) -> tuple[bool, bool]:
+        """(gA, gc)."""
+        wanted = {self._slots[i] for i, w in enumerate(want.parameters) if w}
+        return bool(wanted & {0, 2}), bool(wanted & {1, 2, 3})
+
+    def adjoint(self, g: Tensor, want: Want, keep: bool) -> tuple[Tensor | None, Tangents]:
+        weight, bias = self._needs(want)
+        gf = self.op.pull_weight(g, self.x, self.w) if weight else None
+        gc = self._sum(g) if bias else None
+        gx = self.op.pull_input(g, self.folded, self.x) if want.input else None
+        if keep:
+            self.g, self.g_folded, self.g_bias = g, gf, gc
+        return gx, self._unfold(gf, gc, want)
+
+    def tangent(self, dx: Tensor | None, dp: Tangents) -> Tensor:
+        folded, bias, _ = self._fold(dp)
+        if dx is None:
+            return self.op.apply(self.x, torch.zeros_like(self.w) if folded is None else folded, bias)
+        y = self.op.apply(dx, self.folded, bias)
+        return y if folded is None else y.add_(self.op.apply(self.x, folded, None))
+
+    def adjoint_tangent(
+        self, dg: Tensor, dx: Tensor | None, dp: Tangents, want: Want
+    ) -> tuple[Tensor | None, Tangents]:
+        assert self.g is not None
+        folded, _, da = self._fold(dp)
+        weight, bias = self._needs(want)
+        gx = gf = None
+        if want.input:
+            gx = self.op.pull_input(dg, self.folded, self.x)
+            if folded is not None:
+                gx += self.op.pull_input(self.g, folded, self.x)
+        if weight:
+            gf = self.op.pull_weight(dg, self.x, self.w)
+            if dx is not None:
+                gf += self.op.pull_weight(self.g, dx, self.w)
+        return gx, self._unfold(gf, self._sum(dg) if bias else None, want, da, dp)
+
+
+def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """sum of a b over all axes but the first."""
+    return (a * b).flatten(1).sum(1) if a.dim() > 1 else a * b
+
+
+# ---------------------------------------------------------------- element-wise and shape layers
+class Elementwise:
+    """y = f(x): y' = f1 x', gx = f1 gy, gx' = f1 gy' + f2 gy x'."""
+
+    parameters: tuple[Tensor, ...] = ()
+
+    def __init__(self, first: Tensor, second: Tensor) -> None:
+        self.first, self.second = first, second
+
+    def adjoint(self, g: Tensor, want: Want, keep: bool) -> tuple[Tensor | None, Tangents]:
+        if keep:
+            self.second = self.second * g
+        return self.first * g, ()
+
+    def tangent(self, dx: Tensor | None, dp: Tangents) -> Tensor:
+        assert dx is not None
+        return self.first * dx
+
+    def adjoint_tangent(
+        self, dg: Tensor, dx: Tensor | None, dp: Tangents, want: Want
+    ) -> tuple[Tensor | None, Tangents]:
+        assert dx is not None
+        return torch.addcmul(self.first * dg, self.second, dx), ()
+
+
+def _elementwise(module: nn.Module, x: Tensor) -> tuple[Tensor, Layer]:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        y = module(leaf.clone())
+        (first,) = torch.autograd.grad(y.sum(), leaf, create_graph=True)
+        second = None
+        if first.requires_grad:
+            (second,) = torch.autograd.grad(first.sum(), leaf, allow_unused=True)
+    return y.detach(), Elementwise(first.detach(), torch.zeros_like(x) if second is None else second)
+
+
+class Linear:
+    """A fixed linear map without parameters, given with its transpose."""
+
+    parameters: tuple[Tensor, ...] = ()
+
+    def __init__(self, forward: Callable[[Tensor], Tensor], transpose: Callable[[Tensor], Tensor]) -> None:
+        self.forward, self.transpose = forward, transpose
+
+    def adjoint(self, g: Tensor, want: Want, keep: bool) -> tuple[Tensor | None, Tangents]:
+        return self.transpose(g), ()
+
+    def tangent(self, dx: Tensor | None, dp: Tangents) -> Tensor:
+        assert dx is not None
+        return self.forward(dx)
+
+    def adjoint_tangent(
+        self, dg: Tensor, dx: Tensor | None, dp: Tangents, want: Want
+    ) -> tuple[Tensor | None, Tangents]:
+        return self.transpose(dg), ()
+
+
+def _reshaped(module: nn.Module, x: Tensor) -> tuple[Tensor, Layer]:
+    y: Tensor = module(x)
+    return y, Linear(lambda t, shape=y.shape: t.reshape(shape), lambda t, shape=x.shape: t.reshape(shape))  # type: ignore[misc]
+
+
+SMOOTH = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.GELU, nn.SiLU, nn.ELU)
+
+
+# ---------------------------------------------------------------- from modules to layers
+def _bilinear(module: nn.Module) -> Bilinear | None:
+    if type(module) is nn.Linear:
+        return Product()
+    if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        return Convolution(list(module.stride), list(module.padding), list(module.dilation), module.groups)
+    return None
+
+
+def _is_norm(module: Any) -> bool:
+    return type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) and not module.training and module.running_mean is not None
+
+
+class UnknownLayerError(Exception):
+    """A layer or an input that no rule here covers."""
+
+
+def _affine(op: Bilinear, module: Any, norm: Any, x: Tensor) -> tuple[Tensor, Layer]:
+    if (norm is not None and isinstance(op, Product) and x.dim() != 2) or (
+        isinstance(op, Convolution) and x.dim() != 4
+    ):
+        raise UnknownLayerError  # the norm's channels are not the linear map's outputs; an input without a batch axis
+    y = x if module is None else module(x)
+    weight, bias = (None, None) if module is None else (module.weight, module.bias)
+    return y if norm is None else norm(y), Affine(x, op, weight, bias, norm)
+
+
+def layer_makers(items: list[Any]) -> list[Make] | None:
+    """One function x -> (y, Layer) per layer; None if a module is unknown."""
+    makers: list[Make] = []
+    i = 0
+    while i < len(items):
+        module, following = items[i], items[i + 1] if i + 1 < len(items) else None
+        i += 1
+        if not isinstance(module, nn.Module):
+            makers.append(module)
+        elif (op := _bilinear(module)) is not None:
+            norm = following if _is_norm(following) else None
+            i += norm is not None
+            makers.append(partial(_affine, op, module, norm))
+        elif _is_norm(module):
+            makers.append(partial(_affine, Channelwise(), None, module))
+        elif type(module) in SMOOTH:
+            makers.append(partial(_elementwise, module))
+        elif type(module) is nn.Flatten:
+            makers.append(partial(_reshaped, module))
+        elif not (type(module) is nn.Identity or (isinstance(module, _DropoutNd) and not module.training)):
+            return None
+    return makers
