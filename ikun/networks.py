@@ -6,6 +6,7 @@ pool1, ..., fc1, so that parameters can be chosen by pattern ('conv*', 'fc1.weig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
@@ -79,6 +80,8 @@ class Spec:
             raise ValueError(f"tau must exceed 1, not {self.tau}")
         if not self.threshold > self.v_reset:
             raise ValueError(f"the threshold ({self.threshold}) must exceed the reset potential ({self.v_reset})")
+        if not all(math.isfinite(v) for v in (self.tau, self.threshold, self.v_reset)):
+            raise ValueError(f"tau, threshold and v_reset must be finite, not {self.tau, self.threshold, self.v_reset}")
 
     @staticmethod
     def from_dict(values: dict[str, object]) -> Spec:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -244,71 +243,20 @@ class Surrogate:
         return f"{self.name}:{self.parameter:g}"
 
 
-class _Derivative(torch.autograd.Function):
-    """f'(x), differentiable once: its derivative is f''(x)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, surrogate: Surrogate) -> Tensor:
-        return surrogate.first(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, ctx.surrogate = inputs
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        return grads[0] * ctx.surrogate.second(x), None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        return tangents[0] * ctx.surrogate.second(x)
-
-
-class _Spike(torch.autograd.Function):
-    """step(x >= 0), or F(x) when relaxed, with the derivatives f' and f''."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, surrogate: Surrogate, relaxed: bool) -> Tensor:
-        return surrogate.primitive(x) if relaxed else (x >= 0).to(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, ctx.surrogate, _ = inputs
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        return grads[0] * _Derivative.apply(x, ctx.surrogate), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        return tangents[0] * _Derivative.apply(x, ctx.surrogate)
-
-
 def spike(x: Tensor, surrogate: Surrogate, relaxed: bool = False) -> Tensor:
-    """The spike at x = h - theta, any shape, values 0 or 1, with derivatives f'(x) and f''(x).
+    """The spike at x = h - theta (finite, any shape), values 0 or 1, with derivatives f'(x) and f''(x).
 
-    f'' comes with reverse over reverse, forward over reverse and reverse over forward; forward over forward (jvp of
-    jvp) gives 0 in its place without a word, as PyTorch 2.13 does for every autograd.Function.
-
-    relaxed=True gives F(x) in the forward pass too: the network is then an ordinary smooth function. Raises ValueError
-    where F is no distribution function (area other than 1).
+    Written as the 2-jet that it is, step(c) + f'(c) (x - c) + f''(c) (x - c)^2 / 2 at the constant c = x, so that every
+    mode of differentiation gives both derivatives, in any nesting: a jvp of a jvp through an autograd.Function would
+    silently lose f''. relaxed=True gives F(x) in the forward pass too: the network is then an ordinary smooth
+    function. Raises ValueError where F is no distribution function (area other than 1).
     """
     if relaxed and abs(surrogate.area - 1) > 1e-12:
         raise ValueError(f"surrogate {surrogate} has area {surrogate.area:.3g}, not 1: it has no relaxed network")
-    result: Tensor = _Spike.apply(x, surrogate, relaxed)
-    return result
+    c = x.detach()
+    value = surrogate.primitive(c) if relaxed else (c >= 0).to(x.dtype)
+    e = x - c
+    return value + e * (surrogate.first(c) + 0.5 * e * surrogate.second(c))
 
 
 def _half_exp(c: float, mu: float, s: float) -> float:

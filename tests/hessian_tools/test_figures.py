@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from hessian_tools import figures, results
-from hessian_tools.curves import cumulative, density_curves, symlog_axis
+from hessian_tools.curves import cumulative, density_curves, one_eigenvalue, symlog_axis
 from hessian_tools.figures import rank_figure, save_figure, spectrum_figure
 from hessian_tools.results import SCHEMA, Density, Eigenvalue, Spectrum, SpectrumResult
 
@@ -189,7 +189,7 @@ def test_floor_is_the_density_of_one_eigenvalue() -> None:
     axis = symlog_axis(result({"hessian": dataclasses.replace(spectrum(), density=density)}))
     x, curves = density_curves(density, axis)
     near = np.abs(x - 50).argmin()
-    floor = curves.one_eigenvalue([density], x, axis)[near] / 100
+    floor = one_eigenvalue([density], x, axis)[near] / 100
     assert curves[0][near] == pytest.approx(floor, rel=0.02)
 
 

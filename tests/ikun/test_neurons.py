@@ -164,7 +164,7 @@ def test_an_input_of_stride_zero_is_its_copy(reset: str) -> None:
 
 @pytest.mark.parametrize(("decay", "gain"), [(1.0, 1.0), (0.6, 0.4)])
 def test_without_a_threshold_it_is_a_linear_leaky_integrator(decay: float, gain: float) -> None:
-    d = replace(ATAN, threshold=math.inf, v_reset=0.25)
+    d = replace(ATAN, threshold=1e300, v_reset=0.25)
     x, v0 = drive().requires_grad_(), potentials().requires_grad_()
     s, v = scan(x, v0, decay, gain, d)
     assert not s.any()

@@ -177,7 +177,6 @@ def test_spike_has_the_value_of_the_step_and_both_derivatives_in_every_mode(name
         np.testing.assert_allclose(found, bend, atol=tolerance * scale, rtol=0, err_msg=mode)
 
 
-@pytest.mark.xfail(strict=True, reason="PyTorch 2.13 gives 0 for a jvp of a jvp through any autograd.Function")
 def test_forward_over_forward_has_the_second_derivative() -> None:
     x = torch.tensor([0.3, -0.5])
     torch.testing.assert_close(forward_over_forward(x, Surrogate("atan", 2)), Surrogate("atan", 2).second(x))
@@ -185,7 +184,7 @@ def test_forward_over_forward_has_the_second_derivative() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_value_at_the_threshold_is_a_spike(name: str) -> None:
-    x = torch.tensor([0.0, -0.0, 1e-30, -1e-30, float("inf"), -float("inf")])
+    x = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30])
     assert spike(x, Surrogate.parse(name)).tolist() == [1, 1, 1, 0, 1, 0]
 
 
