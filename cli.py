@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from hessian_tools.objective import Objective
+    from hessian_tools.results import SpectrumResult
     from ikun.checkpoint import Checkpoint
     from ikun.data import Dataset
 
@@ -183,6 +185,7 @@ def train(
 @click.option("--batch-size", type=int, help="Samples a forward pass [default: what fits into a quarter of --memory].")
 @click.option("--tol", default=1e-4, show_default=True, help="Residual over norm at which a pair has converged.")
 @click.option("--params", default="*", show_default=True, help="Pattern of parameter names, for instance 'fc*'.")
+@click.option("--per-layer", is_flag=True, help="Every layer's diagonal block of the first operator too.")
 @click.option("--surrogate", help="Analyse with this surrogate instead of the one trained with.")
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
 @click.option("--memory", default=4.0, show_default=True, help="GiB for kept graphs and the Lanczos basis.")
@@ -191,7 +194,8 @@ def train(
     "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for results [default: beside it]."
 )
 @click.option("--tag", help="Part of the results' name, to keep results of several settings.")
-@click.option("--force", is_flag=True, help="Overwrite a result that was made with other settings.")
+@click.option("--force", is_flag=True, help="Overwrite a result of other settings, or an interrupted analysis.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted analysis; finished checkpoints are kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON on standard output and nothing else.")
 @_shared(_data_dir, _device)
 def spectrum(
@@ -205,6 +209,7 @@ def spectrum(
     out: Path | None,
     tag: str | None,
     force: bool,
+    resume: bool,
     as_json: bool,
     data_dir: Path | None,
     device: str,
@@ -216,10 +221,11 @@ def spectrum(
     Data, loss and subset come from the checkpoint. Leaves NAME.spectrum.json, .npz, .png and .pdf beside it.
     """
     click.echo(f"opening {', '.join(str(c) for c in checkpoints)}", err=True)
-    from hessian_tools.figures import save_figure, spectrum_figure
+    from hessian_tools.figures import layers_figure, save_figure, spectrum_figure
+    from hessian_tools.phases import Phases
     from hessian_tools.report import spectrum_lines
     from hessian_tools.results import save_spectrum, to_json
-    from hessian_tools.spectrum import Settings
+    from hessian_tools.spectrum import Settings, versions
     from hessian_tools.spectrum import spectrum as analyse
 
     settings = Settings(**options)
@@ -230,23 +236,36 @@ def spectrum(
     stems = [_stem(path, out, tag) for path in checkpoints]
     if len(set(stems)) < len(stems):
         raise click.UsageError("two checkpoints would write the same result: give them other names, or one --out each")
-    printed = []
+    printed: list[dict[str, Any]] = []
     for path, stem in zip(checkpoints, stems, strict=True):
         job = _open(path, split, samples, batch_size, params, surrogate, dtype, device, data_dir, settings)
-        if not force:
-            _refuse_other_settings(Path(f"{stem}.json"), settings, job)
+        old = None if force else _existing(Path(f"{stem}.json"), settings, job)
+        state = Path(f"{stem}.resume")
+        if force:
+            state.unlink(missing_ok=True)
+        elif state.exists() and not resume:
+            raise click.UsageError(f"an interrupted analysis lies at {state}: --resume it, or --force a new one")
         stem.parent.mkdir(parents=True, exist_ok=True)
-        with _Bar(path.name) as bar:
-            result = analyse(
-                job.objective,
-                settings,
-                variants=job.variants,
-                relaxed=job.relaxed,
-                provenance=job.provenance,
-                progress=bar.update,
-            )
+        if resume and old is not None and not state.exists():
+            result = old
+        else:
+            with _Bar(path.name) as bar:
+                result = analyse(
+                    job.objective,
+                    settings,
+                    variants=job.variants,
+                    relaxed=job.relaxed,
+                    provenance=job.provenance,
+                    progress=bar.update,
+                    phases=Phases(state, [dataclasses.asdict(settings), job.provenance, _measured_on(job), versions()]),
+                )
         files = [*save_spectrum(result, stem), *save_figure(spectrum_figure(result), stem)]
+        if result.blocks:
+            save_figure(layers_figure(result), f"{stem}.layers")
+        state.unlink(missing_ok=True)
         if not as_json:
+            if printed:
+                click.echo("-" * 80)
             click.echo("\n".join(spectrum_lines(result)))
             click.echo(f"files       {stem}.{{{','.join(f.suffix[1:] for f in files)}}}")
         printed.append(to_json(result))
@@ -446,12 +465,21 @@ def _stem(path: Path, out: Path | None, tag: str | None) -> Path:
     return (out or path.parent) / name
 
 
-def _refuse_other_settings(existing: Path, settings: Any, job: _Job) -> None:
-    """Nothing that cost somebody an hour is overwritten by a result made in another way."""
+def _measured_on(job: _Job) -> dict[str, Any]:
+    o = job.objective
+    return {"dtype": str(o.dtype), "device": str(o.device), "batches": [len(y) for _, y in o.batches], **_sizes(o)}
+
+
+def _sizes(objective: Objective) -> dict[str, int]:
+    return {name: p.numel() for name, p in objective.parameters.items()}
+
+
+def _existing(existing: Path, settings: Any, job: _Job) -> SpectrumResult | None:
+    """The result there already, if it was made in the same way; refuses if it was not: it may have cost an hour."""
     from hessian_tools.results import ResultError, load_spectrum
 
     if not existing.exists():
-        return
+        return None
     try:
         old = load_spectrum(existing)
     except ResultError:
@@ -470,12 +498,13 @@ def _refuse_other_settings(existing: Path, settings: Any, job: _Job) -> None:
     ]
     if old.dtype != str(job.objective.dtype).removeprefix("torch."):
         differing.append("dtype")
-    if old.parameters != {name: p.numel() for name, p in job.objective.parameters.items()}:
+    if old.parameters != _sizes(job.objective):
         differing.append("set of parameters")
     if differing:
         raise click.UsageError(
             f"{existing} was made with another {differing[0]}: keep both with --tag NAME, or overwrite it with --force"
         )
+    return old
 
 
 class _Bar:
@@ -545,7 +574,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         cli.main(arguments, prog_name="ikun-hessian", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
+        click.echo("interrupted: --resume goes on", err=True)
         return 130
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "", err=True)
@@ -576,6 +605,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated run ends as an interrupted one
     sys.exit(run())
 
 

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
@@ -97,6 +98,34 @@ def spectrum_figure(result: SpectrumResult) -> Figure:
         _draw_layers(d, result.main[1])
         _add_legend(figure, _legend(result, styles))
         figure.supxlabel(caption(result, axis), x=0.008, ha="left", fontsize=SMALL, linespacing=1.25)
+        return _settled(figure)
+
+
+def layers_figure(result: SpectrumResult) -> Figure:
+    """The bulk density of every layer's diagonal block, small multiples on one axis of eigenvalues.
+
+    Raises ValueError for a result without blocks.
+    """
+    if not result.blocks:
+        raise ValueError("no diagonal blocks to draw")
+    columns = min(3, len(result.blocks))
+    rows = -(-len(result.blocks) // columns)
+    with _style():
+        figure = Figure(figsize=(WIDTH, 1.1 + 1.7 * rows), layout=_layout())
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+        axis = symlog_axis(replace(result, spectra=result.blocks))
+        (style, *_) = _styles(1)
+        for (name, block), ax in zip(result.blocks.items(), panels, strict=False):  # this order loses no panel
+            ax.set_title(_text(name, 24))
+            size = sum(n for parameter, n in result.parameters.items() if parameter.rpartition(".")[0] in (name, ""))
+            _draw_density(ax, replace(result, spectra={name: block}, num_parameters=size), {name: style}, axis)
+            if not ax.get_subplotspec().is_first_col():
+                ax.set_ylabel("")
+        for ax in list(panels):
+            ax.axis("off")
+        text = f"{_name(result.main[0])}, diagonal block of each layer; ticks: deflated eigenvalues; "
+        text += "grey: less than one eigenvalue. " + caption(replace(result, spectra={}), axis)
+        figure.supxlabel(_wrapped(text, (WIDTH - 0.15) * 72), x=0.008, ha="left", fontsize=SMALL, linespacing=1.25)
         return _settled(figure)
 
 

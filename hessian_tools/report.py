@@ -62,8 +62,8 @@ def _warnings(result: SpectrumResult) -> Iterator[str]:
 
 def spectrum_lines(result: SpectrumResult) -> list[str]:
     """The whole screen."""
-    sections = (_opened, _state, _minimum, _table, _traces, _scales, _cautions, _cost)
-    return [line for section in sections for line in [*section(result), ""]][:-1]
+    sections = (_opened, _state, _minimum, _table, _blocks, _traces, _scales, _cautions, _cost)
+    return [line for section in sections if (lines := section(result)) for line in [*lines, ""]][:-1]
 
 
 def _field(name: str, text: str) -> list[str]:
@@ -153,6 +153,21 @@ def _table(r: SpectrumResult) -> list[str]:
         if s.smallest_eigenvalues:
             lines += ["  ..."]
             lines += _rows(s.smallest_eigenvalues, r.num_parameters, -1)
+    return lines
+
+
+def _blocks(r: SpectrumResult) -> list[str]:
+    """The diagonal blocks, a row a layer."""
+    if not r.blocks:
+        return []
+    lines = [f"{r.main[0]}: each layer's diagonal block"]
+    lines.append(f"{'layer':<14} {'P':>9} {'lambda_max':>19} {'lambda_min':>10} {'trace':>21}")
+    for name, s in r.blocks.items():
+        size = sum(n for parameter, n in r.parameters.items() if parameter.rpartition(".")[0] in (name, ""))
+        top = _with_error(s.eigenvalues[0].value, s.eigenvalues[0].data_stderr)
+        low = f"{s.smallest_eigenvalues[0].value:.3g}" if s.smallest_eigenvalues else "-"
+        trace = _with_error(s.trace.estimate, s.trace.data_stderr) if s.trace else "-"
+        lines.append(f"{_short(name, 14):<14} {size:>9,} {top:>19} {low:>10} {trace:>21}")
     return lines
 
 

@@ -80,7 +80,10 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class SpectrumResult:
-    """Everything that `spectrum` measured, and what it was measured on."""
+    """Everything that `spectrum` measured, and what it was measured on.
+
+    spectra: by operator. blocks: by layer, of the first operator's diagonal blocks; empty unless asked for.
+    """
 
     schema: str
     checkpoint: dict[str, Any]
@@ -100,6 +103,7 @@ class SpectrumResult:
     seed: int
     sensitivity: dict[str, float]
     spectra: dict[str, Spectrum]
+    blocks: dict[str, Spectrum]
     warnings: tuple[str, ...]
     seconds: float
     versions: dict[str, str]

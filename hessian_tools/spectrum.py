@@ -19,7 +19,8 @@ from hessian_tools import results
 from hessian_tools.density import Density, density, rademacher
 from hessian_tools.lanczos import Eigenpairs, eigenpairs, orthogonalize, random_vector
 from hessian_tools.objective import Objective
-from hessian_tools.operators import OPERATORS, CurvatureOperator, scaled, symmetry_error
+from hessian_tools.operators import OPERATORS, CurvatureOperator, Operator, scaled, symmetry_error
+from hessian_tools.phases import Phases
 from hessian_tools.power import power_iteration
 from hessian_tools.reference import pyhessian_eigenpairs
 from hessian_tools.report import warnings_of
@@ -52,6 +53,7 @@ class Settings:
     seed: int = 0
     memory: float = 4.0
     max_products: int = 1000
+    per_layer: bool = False
 
     def __post_init__(self) -> None:
         if any(name.startswith(("fd", "finite")) for name in self.operators):
@@ -83,18 +85,21 @@ def spectrum(
     relaxed: Objective | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    phases: Phases | None = None,
 ) -> results.SpectrumResult:
     """Eigenvalues, density and trace of an objective's curvature, with errors.
 
     variants: objectives with the same parameters under another convention (surrogate slope, tie rule); lambda_max of
     the first operator is measured on each. relaxed: the objective of the relaxed network, for operator `relaxed`.
-    provenance: the dicts checkpoint, data, network, training, activity of the result. Raises AnalysisError if an
+    provenance: the dicts checkpoint, data, network, training, activity of the result. phases: where finished phases
+    are kept. Raises AnalysisError if an
     operator is not symmetric (then it is the Hessian of nothing) or a number is not finite, ValueError for settings
     that do not fit.
     """
     settings = settings or Settings()
     began = time.perf_counter()
     report = progress or (lambda phase, done, total: None)
+    phases = phases or Phases()
     report("loss and gradient", 0, 1)
     loss, gradient = objective.value_and_gradient()
     if not (np.isfinite(loss) and torch.isfinite(gradient).all()):
@@ -106,12 +111,21 @@ def spectrum(
         if source is None:
             raise ValueError("operator relaxed needs the relaxed network's objective")
         factory = OPERATORS["hessian" if name == "relaxed" else name]
-        spectra[name], pairs = _spectrum(name, source, factory, settings, report)
+        spectra[name], pairs = _spectrum(
+            name, source, factory, settings, settings.operators.index(name), report, phases
+        )
         if name == settings.operators[0] and pairs.norm > 0:
             for i, (label, variant) in enumerate((variants or {}).items()):
                 op = factory(variant, settings.memory * 2**30)
                 start = _near(pairs.vectors[:, 0], op, _generator(settings.seed, "variant", i))
-                sensitivity[label] = _top(op, start, _phase(report, f"{name}: {label}"))
+                sensitivity[label] = _top(op, start, report, phases, f"{name}: {label}")
+    blocks: dict[str, results.Spectrum] = {}
+    if settings.per_layer:
+        name = settings.operators[0]
+        source = relaxed if name == "relaxed" and relaxed is not None else objective
+        factory = OPERATORS["hessian" if name == "relaxed" else name]
+        for i, (layer, part) in enumerate(layer_objectives(source).items(), 100):  # streams apart from the operators'
+            blocks[layer], _ = _spectrum(f"{name} of {layer}", part, factory, settings, i, report, phases)
     known = {"checkpoint": {}, "data": {}, "network": {}, "training": {}, "activity": {}, **(provenance or {})}
     known["data"] = {**known["data"], "samples": objective.samples}
     result = results.SpectrumResult(
@@ -129,6 +143,7 @@ def spectrum(
         seed=settings.seed,
         sensitivity=sensitivity,
         spectra=spectra,
+        blocks=blocks,
         warnings=(),
         seconds=time.perf_counter() - began,
         versions=versions(),
@@ -141,75 +156,93 @@ def _spectrum(
     objective: Objective,
     factory: Callable[[Objective, float], CurvatureOperator],
     settings: Settings,
+    index: int,
     report: Progress,
+    phases: Phases,
 ) -> tuple[results.Spectrum, Eigenpairs]:
-    """One operator: symmetry, eigenpairs, density, trace, errors from the data, scale-free lambda_max."""
+    """One operator: symmetry, eigenpairs, density, trace, errors from the data, scale-free lambda_max.
+
+    index: its place among the operators; every place has random streams of its own.
+    """
     op = factory(objective, settings.memory * 2**30)
-    index = settings.operators.index(name)
+    before = phases.products
 
     def seeded(phase: str) -> torch.Generator:
         return _generator(settings.seed, phase, index)
 
     report(f"{name}: symmetry", 0, 2)
-    asymmetry = symmetry_error(op, seeded("symmetry"))
+    symmetry = phases.run(f"{name}: symmetry", op, lambda: {"error": symmetry_error(op, seeded("symmetry"))})
+    asymmetry = symmetry["error"]
     if not asymmetry <= SYMMETRY_LIMIT.get(op.dtype, 1e-4):
         raise AnalysisError(
             f"the {name} operator is not symmetric (|u'Hv - v'Hu| / ||Hu|| = {asymmetry:.1e}), so it is the Hessian "
             "of nothing: look for state that survives a forward, random layers, or a surrogate without f''"
         )
-    top, smallest = _counts(name, settings, op.shape[0])
+    # ggn and fisher have a large null space: their smallest eigenvalues are 0, sought only where they come first
+    null = index > 0 and factory is not OPERATORS["hessian"]
+    top = min(settings.top, op.shape[0])
+    smallest = 0 if settings.method == "power" or null else min(settings.smallest, op.shape[0] - top)
     try:
-        pairs = _pairs(
-            objective, op, top, smallest, settings, seeded("lanczos"), _phase(report, f"{name}: eigenvalues")
+        step = _phase(report, f"{name}: eigenvalues")
+        pairs = Eigenpairs(
+            **phases.run(
+                f"{name}: eigenvalues",
+                op,
+                lambda: vars(_pairs(objective, op, top, smallest, settings, seeded("lanczos"), step)),
+            )
         )
     except FloatingPointError as error:
         raise AnalysisError(f"{name}: {error}") from None
     exact = pairs.take(pairs.converged)
     spectral: Density | None = None
     if settings.density:
-        spectral = density(
-            op,
-            probes=settings.probes,
-            steps=settings.steps,
-            generator=seeded("density"),
-            deflate=exact,
-            progress=_phase(report, f"{name}: density"),
+        step = _phase(report, f"{name}: density")
+        counts = {"probes": settings.probes, "steps": settings.steps}
+        spectral = Density(
+            **phases.run(
+                f"{name}: density",
+                op,
+                lambda: vars(density(op, **counts, generator=seeded("density"), deflate=exact, progress=step)),
+            )
         )
-    forms, squared = _trace_forms(op, exact, spectral, settings, seeded("trace"), _phase(report, f"{name}: trace"))
-    probe_trace = estimate(forms, float(exact.values.sum()))
-    errors, trace_error = _data_errors(objective, factory, pairs, exact, seeded("data"), report, name)
+    step = _phase(report, f"{name}: trace")
+    probed = phases.run(
+        f"{name}: trace", op, lambda: _trace_forms(op, exact, spectral, settings, seeded("trace"), step)
+    )
+    probe_trace = estimate(probed["forms"], float(exact.values.sum()))
+    report(f"{name}: error from the data", 0, 1)
+    groups = factory(objective.rebatched(max(1, objective.samples // GROUPS)), 0)
+    spread = phases.run(f"{name}: data", groups, lambda: _data_errors(groups, pairs, exact, seeded("data")))
     free = _top(
-        scaled(op, filter_norms(objective)),
-        random_vector(op, seeded("scale")),
-        _phase(report, f"{name}: scale-free"),
+        scaled(op, filter_norms(objective)), random_vector(op, seeded("scale")), report, phases, f"{name}: scale-free"
     )
     shares = layer_shares(objective, pairs.vectors)
     found = tuple(
         results.Eigenvalue(float(v), float(r), float(e), bool(c), s)
-        for v, r, e, c, s in zip(pairs.values, pairs.residuals, errors, pairs.converged, shares, strict=True)
+        for v, r, e, c, s in zip(pairs.values, pairs.residuals, spread["pairs"], pairs.converged, shares, strict=True)
     )
     record = results.Spectrum(
         symmetry_error=asymmetry,
-        hessian_vector_products=op.products,
+        hessian_vector_products=phases.products - before,
         eigenvalues=tuple(sorted(found[:top], key=lambda e: -e.value)),
         smallest_eigenvalues=found[top:],
-        trace=_trace(probe_trace, trace_error),
-        frobenius_norm=frobenius(squared, exact),
+        trace=_trace(probe_trace, spread["trace"]),
+        frobenius_norm=frobenius(probed["squared"], exact),
         scale_free_lambda_max=free,
         density=_density(spectral),
     )
     return record, pairs
 
 
-def _counts(name: str, settings: Settings, size: int) -> tuple[int, int]:
-    """How many eigenvalues at either end, cut to what a small operator has.
-
-    ggn and fisher are positive semidefinite with a large null space: their smallest eigenvalues are 0 and are sought
-    only where they come first.
-    """
-    top = min(settings.top, size)
-    null = name in ("ggn", "fisher") and name != settings.operators[0]
-    return top, 0 if settings.method == "power" or null else min(settings.smallest, size - top)
+def layer_objectives(objective: Objective) -> dict[str, Objective]:
+    """One objective a layer (weights, biases and the like of one module), all other parameters held constant."""
+    names: dict[str, list[str]] = {}
+    for name in objective.parameters:
+        names.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    return {
+        layer: dataclasses.replace(objective, parameters={name: objective.parameters[name] for name in own})
+        for layer, own in names.items()
+    }
 
 
 def _pairs(
@@ -246,8 +279,8 @@ def _trace_forms(
     settings: Settings,
     generator: torch.Generator,
     progress: Callable[[int, int], None],
-) -> tuple[Tensor, Tensor]:
-    """z'Az and ||Az||^2 over trace_probes probes; the density's probes count among them."""
+) -> dict[str, Any]:
+    """forms z'Az and squared ||Az||^2 over trace_probes probes; the density's probes count among them."""
     quadratic, squared = [], []
     if spectral is not None:
         quadratic.append(spectral.quadratic)
@@ -260,32 +293,23 @@ def _trace_forms(
         squared.append(s)
         missing -= count
         progress(settings.trace_probes - missing, settings.trace_probes)
-    return torch.cat(quadratic), torch.cat(squared)
+    return {"forms": torch.cat(quadratic), "squared": torch.cat(squared)}
 
 
 def _data_errors(
-    objective: Objective,
-    factory: Callable[[Objective, float], CurvatureOperator],
-    pairs: Eigenpairs,
-    exact: Eigenpairs,
-    generator: torch.Generator,
-    report: Progress,
-    name: str,
-) -> tuple[Tensor, float]:
-    """Standard errors of the eigenvalues [k] and of the trace, from the spread of v'H_b v over small batches.
+    groups: CurvatureOperator, pairs: Eigenpairs, exact: Eigenpairs, generator: torch.Generator
+) -> dict[str, Any]:
+    """Standard errors of the eigenvalues (pairs [k]) and of the trace, from the spread of v'H_b v over small batches.
 
     To first order an eigenvalue moves by v' dH v when the data change; the trace is the converged pairs' forms plus
     the mean over a few probes on their complement.
     """
-    report(f"{name}: error from the data", 0, 1)
-    groups = objective.rebatched(max(1, objective.samples // GROUPS))
-    op = factory(groups, 0)
-    probes, _ = orthogonalize(rademacher(op, 4, generator), exact.vectors)
-    forms, counts = op.batch_forms(torch.cat([pairs.vectors, probes], 1))
+    probes, _ = orthogonalize(rademacher(groups, 4, generator), exact.vectors)
+    forms, counts = groups.batch_forms(torch.cat([pairs.vectors, probes], 1))
     known = pairs.converged
     traces = forms[:, : len(known)][:, known].sum(1) + forms[:, len(known) :].mean(1)
     errors = standard_error(torch.cat([forms[:, : len(known)], traces[:, None]], 1), counts)
-    return errors[:-1], float(errors[-1])
+    return {"pairs": errors[:-1], "trace": float(errors[-1])}
 
 
 def standard_error(values: Tensor, counts: Tensor) -> Tensor:
@@ -319,12 +343,24 @@ def layer_shares(objective: Objective, vectors: Tensor) -> list[dict[str, float]
     return [dict(zip(objective.parameters, column.tolist(), strict=True)) for column in masses.unbind(1)]
 
 
-def _top(op: Any, start: Tensor, progress: Callable[[int, int], None]) -> float:
-    """lambda_max to 1e-3 of the norm."""
-    pairs = eigenpairs(
-        op, 1, 0, generator=torch.Generator(), tol=1e-3, max_products=100, max_basis=100, start=start, progress=progress
-    )
-    return float(pairs.values[0]) if bool(pairs.converged[0]) else float("nan")
+def _top(op: Operator, start: Tensor, report: Progress, phases: Phases, name: str) -> float:
+    """lambda_max to 1e-3 of the norm; NaN where 100 products do not suffice."""
+
+    def compute() -> dict[str, Any]:
+        pairs = eigenpairs(
+            op,
+            1,
+            generator=torch.Generator(),
+            tol=1e-3,
+            max_products=100,
+            max_basis=100,
+            start=start,
+            progress=_phase(report, name),
+        )
+        return {"value": float(pairs.values[0]) if bool(pairs.converged[0]) else float("nan")}
+
+    value: float = phases.run(name, op, compute)["value"]
+    return value
 
 
 def _near(v: Tensor, op: CurvatureOperator, generator: torch.Generator) -> Tensor:

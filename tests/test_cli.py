@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,9 +107,55 @@ def test_other_settings_do_not_overwrite(analysed: Path, capsys: Capture) -> Non
     quick = ["--no-density", "--operator", "ggn", "--samples", "20", "--params", "fc*", "--dtype", "float64"]
     assert cli.run(["spectrum", path, *quick, "--top", "2", "--smallest", "0", "--tag", "fc"]) == 0
     tagged = json.loads((analysed / "a.fc.spectrum.json").read_text())
+    assert tagged["blocks"] == {}
     assert list(tagged["parameters"]) == ["fc1.weight", "fc2.weight"]
     assert (analysed / "a.spectrum.json").read_bytes() == before
     assert cli.run(["spectrum", path, *quick, "--top", "1", "--smallest", "0", "--tag", "fc", "--force"]) == 0
+
+
+def test_per_layer(trained: Path, tmp_path: Path) -> None:
+    command = ["spectrum", str(trained / "a.pt"), *FAST, "--operator", "hessian", "--per-layer", "--out", str(tmp_path)]
+    assert cli.run(command) == 0
+    raw = json.loads((tmp_path / "a.spectrum.json").read_text())
+    assert list(raw["blocks"]) == ["conv1", "norm1", "conv2", "norm2", "fc1", "fc2"]
+    assert (tmp_path / "a.spectrum.layers.png").exists()
+
+
+def arrays(path: Path) -> list[bytes]:
+    with np.load(path) as found:
+        return [found[name].tobytes() for name in sorted(found)]
+
+
+@pytest.mark.parametrize("phase", ["hessian: eigenvalues", "hessian: density", "hessian: ties reversed", "ggn: trace"])
+def test_interrupted_in_any_phase_and_resumed(
+    analysed: Path, tmp_path: Path, phase: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Stopped in the middle of a phase, resumed: the same arrays, bit for bit, as without the interruption."""
+    part = ["spectrum", str(analysed / "a.pt"), *FAST, "--out", str(tmp_path / "part")]
+    whole = analysed / "a.spectrum"
+
+    def stop(self: object, name: str, done: int, total: int) -> None:
+        if name == phase and done > 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli._Bar, "update", stop)
+        assert cli.run(part) == 130
+    assert [p.name for p in (tmp_path / "part").iterdir()] == ["a.spectrum.resume"]
+    fails(capsys, 2, "an interrupted analysis lies at", *part)
+    fails(capsys, 2, "had other settings", *part, "--seed", "3", "--resume")
+    assert cli.run([*part, "--resume"]) == 0
+    assert arrays(tmp_path / "part/a.spectrum.npz") == arrays(whole.with_suffix(".spectrum.npz"))
+    files = (tmp_path / "part/a.spectrum.json", whole.with_suffix(".spectrum.json"))
+    raw = [json.loads(file.read_text()) for file in files]
+    assert raw[0]["spectra"] == raw[1]["spectra"]
+    assert raw[0]["sensitivity"] == raw[1]["sensitivity"]
+    assert not (tmp_path / "part/a.spectrum.resume").exists()
+    before = (tmp_path / "part/a.spectrum.json").read_bytes()
+    assert cli.run([*part, "--resume"]) == 0  # nothing left to do
+    assert (tmp_path / "part/a.spectrum.json").read_bytes() == before
+    (tmp_path / "part/a.spectrum.resume").write_bytes(b"broken")
+    fails(capsys, 2, "not the state of an interrupted analysis", *part, "--resume")
 
 
 def test_compare_refuses_what_was_not_measured_alike(analysed: Path, capsys: Capture) -> None:

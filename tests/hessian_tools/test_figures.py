@@ -78,6 +78,7 @@ def result(spectra: dict[str, Spectrum] | None = None, **changes: Any) -> Spectr
         seed=7,
         sensitivity={},
         spectra=spectra if spectra is not None else {"hessian": spectrum(), "ggn": spectrum(0.5, seed=1)},
+        blocks={},
         warnings=(),
         seconds=1.0,
         versions={},
@@ -421,3 +422,14 @@ def test_neither_torch_nor_global_state() -> None:
     rank_figure([("a", without_density())])
     assert dict(matplotlib.rcParams) == before
     assert pyplot.get_fignums() == []
+
+
+def test_layers_figure_has_a_panel_a_layer_on_one_axis() -> None:
+    base = result()
+    blocks = {name: spectrum(scale, seed=i) for i, (name, scale) in enumerate((("conv1", 1.0), ("fc1", 3.0)))}
+    figure = figures.layers_figure(dataclasses.replace(base, blocks=blocks))
+    drawn = [ax for ax in figure.axes if ax.axison]
+    assert [ax.get_title() for ax in drawn] == ["conv1", "fc1"]
+    assert drawn[0].get_xlim() == drawn[1].get_xlim()
+    with pytest.raises(ValueError, match="no diagonal blocks"):
+        figures.layers_figure(base)

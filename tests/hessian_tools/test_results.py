@@ -86,6 +86,7 @@ def sample(init: str = "ikun", scale: float = 1.0, **changes: object) -> Spectru
         0,
         {"slope x 1/2": 2.5 * scale, "slope x 2": 3.5 * scale, "ties reversed": NAN},
         {"hessian": spectrum((-1.0, -0.5)), "ggn": spectrum(())},
+        {},
         (),
         1.5,
         {"torch": "2.6"},
@@ -234,6 +235,14 @@ def test_the_screen_fits_80_columns_and_holds_the_numbers(scale: float) -> None:
     assert "100 samples" in text
     compared = compare_lines(labelled([sample("ikun", scale), sample("kaiming", 2 * scale)]))
     assert max(map(len, compared)) <= 80
+
+
+def test_layers_are_listed_when_there_are_blocks() -> None:
+    result = sample()
+    lines = spectrum_lines(dataclasses.replace(result, blocks={"fc1": result.spectra["hessian"]}))
+    assert max(map(len, lines)) <= 80
+    row = next(line for line in lines if line.startswith("fc1"))
+    assert row.split()[:3] == ["fc1", "6", "3"]
 
 
 def test_a_plain_model_has_a_screen_too() -> None:

@@ -191,6 +191,23 @@ def test_nan_loss_is_refused() -> None:
         spectrum(target, SMALL)
 
 
+def test_diagonal_blocks_of_the_layers() -> None:
+    target = objective()
+    result = spectrum(target, dataclasses.replace(SMALL, per_layer=True, operators=("hessian",)))
+    matrix = dense(hessian(target))
+    start = 0
+    sizes = {"conv1": 18, "norm1": 4, "conv2": 36, "norm2": 4, "fc1": 64, "fc2": 96}
+    assert list(result.blocks) == list(sizes)
+    for layer, size in sizes.items():
+        block = torch.linalg.eigvalsh(matrix[start : start + size, start : start + size])
+        found = result.blocks[layer]
+        for pairs, exact in ((found.eigenvalues, block.flip(0)), (found.smallest_eigenvalues, block)):
+            for p, value in zip(pairs, exact.tolist(), strict=False):
+                assert p.value == pytest.approx(value, rel=1e-4, abs=1e-6 * float(block.abs().max()) + 1e-12)
+        start += size
+    assert start == target.size
+
+
 def test_a_layer_at_a_time_and_fewer_parameters_than_asked_for() -> None:
     net = network()
     x, y = torch.rand(8, 1, 4, 4), torch.randint(0, 3, (8,))

@@ -502,6 +502,7 @@ def test_poisson_is_repeatable_in_every_dtype() -> None:
     assert torch.equal(default, encode(images, 6, "poisson"))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_poisson_is_the_same_on_a_cuda_device() -> None:
     images = load("digits", subset=5).images
