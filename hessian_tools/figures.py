@@ -194,7 +194,7 @@ def _draw_density(ax: Axes, result: SpectrumResult, styles: dict[str, Style], ax
         ax.fill_between(grid, bottom, one, color="0.9", linewidth=0, zorder=0)
         ax.plot(grid, one, color="0.45", linestyle=":", linewidth=0.8, zorder=1, label="floor")
     else:
-        _say(ax, "no bulk: every eigenvalue is deflated")
+        _say(ax, "no bulk:\nevery eigenvalue\nis deflated")
     for i, (name, density) in enumerate(drawn.items()):
         x, y = curves[name]
         colour, dashes = styles[name]
@@ -208,7 +208,8 @@ def _draw_density(ax: Axes, result: SpectrumResult, styles: dict[str, Style], ax
     if head:
         ax.axhline(top, color="0.6", linewidth=0.5)
     _symlog(ax, axis)
-    ax.set_ylabel("density (per unit λ)")
+    if peak:
+        ax.set_ylabel("density (per unit λ)")
 
 
 def _draw_cdf(ax: Axes, result: SpectrumResult, styles: dict[str, Style], axis: SymlogAxis) -> None:

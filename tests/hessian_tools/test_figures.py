@@ -342,7 +342,7 @@ CASES: dict[str, tuple[Callable[[], SpectrumResult], str]] = {
     "all zero": (lambda: mapped(lambda x: 0.0), "all eigenvalues are 0"),
     "negative": (lambda: mapped(lambda x: -abs(x) - 0.01), "λ < 0"),
     "far from zero": (lambda: mapped(lambda x: 100 + x), "P = 500"),
-    "three, all deflated": (lambda: of_three(3), "no bulk: every eigenvalue is deflated"),
+    "three, all deflated": (lambda: of_three(3), "no bulk:\nevery eigenvalue\nis deflated"),
     "three": (lambda: of_three(1), "P = 3"),
     "bare": (bare, "no layer shares"),
     "strange": (strange, "other (18)"),
