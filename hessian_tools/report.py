@@ -135,24 +135,25 @@ def _minimum(r: SpectrumResult) -> list[str]:
     return _field("minimum?", verdict)
 
 
-def _rows(pairs: tuple[Eigenvalue, ...], start: int, step: int) -> Iterator[str]:
+def _rows(pairs: tuple[Eigenvalue, ...], start: int, step: int, width: int) -> Iterator[str]:
     for i, p in enumerate(pairs):
         layer, share = max(p.layers.items(), key=lambda item: item[1]) if p.layers else ("-", math.nan)
         yield (
-            f"{start + step * i:>5}  {p.value:>12.5g}  {p.residual:>9.1e}  {_error(p.data_stderr):>11}  "
-            f"{'yes' if p.converged else 'NO':>4}  {_short(layer, 22)} {share:.0%}"
+            f"{start + step * i:>{width}}  {p.value:>12.5g}  {p.residual:>9.1e}  {_error(p.data_stderr):>11}  "
+            f"{'yes' if p.converged else 'NO':>4}  {_short(layer, 24 - width)} {share:.0%}"
         )
 
 
 def _table(r: SpectrumResult) -> list[str]:
     lines: list[str] = []
+    width = max(5, len(str(r.num_parameters)))
     for name, s in r.spectra.items():
         lines += ["", f"{name}: eigenvalues, largest first"] if lines else [f"{name}: eigenvalues, largest first"]
-        lines += [f"{'rank':>5}  {'value':>12}  {'residual':>9}  {'data stderr':>11}  {'conv':>4}  main layer"]
-        lines += _rows(s.eigenvalues, 1, 1)
+        lines += [f"{'rank':>{width}}  {'value':>12}  {'residual':>9}  {'data stderr':>11}  {'conv':>4}  main layer"]
+        lines += _rows(s.eigenvalues, 1, 1, width)
         if s.smallest_eigenvalues:
             lines += ["  ..."]
-            lines += _rows(s.smallest_eigenvalues, r.num_parameters, -1)
+            lines += _rows(s.smallest_eigenvalues, r.num_parameters, -1, width)
     return lines
 
 
