@@ -122,6 +122,14 @@ def test_coverage_of_the_trace_interval_on_a_real_hessian(probes: int) -> None:
     assert 0.92 <= hits / 500 <= 0.98
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_trace_is_scale_equivariant(scale: float) -> None:
+    op = Dense(torch.diag(torch.linspace(-1, 3, 50, dtype=torch.float64)) + 0.1)
+    one, other = (trace(o, probes=8, generator=seeded()) for o in (op, scaled(op, scale)))
+    assert other.estimate / scale == pytest.approx(one.estimate)
+    assert other.stderr / scale == pytest.approx(one.stderr)
+
+
 def test_few_probes_and_bad_counts() -> None:
     op = Dense(torch.eye(5, dtype=torch.float64))
     single = trace(op, probes=1, generator=seeded())

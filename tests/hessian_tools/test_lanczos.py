@@ -169,6 +169,16 @@ def test_power_iteration_by_magnitude_with_signs() -> None:
     assert pairs.residuals.max() <= 1e-8
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_power_iteration_is_scale_equivariant(scale: float) -> None:
+    op, _ = with_eigenvalues(torch.tensor([-10.0, 7.0, 4.0, -2.0, 1.0]))
+    one = power_iteration(op, 2, generator=seeded())
+    other = power_iteration(scaled(op, scale), 2, generator=seeded())
+    torch.testing.assert_close(other.values / scale, one.values)
+    assert other.products == one.products
+    assert torch.equal(other.converged, one.converged)
+
+
 def test_power_iteration_admits_what_it_cannot_do() -> None:
     op, _ = with_eigenvalues(torch.tensor([5.0, -5.0, 1.0, 0.1]))
     pairs = power_iteration(op, 1, generator=seeded(), max_iterations=300)
