@@ -553,14 +553,7 @@ def _pick(device: str) -> str:
 
 def _dumps(value: Any) -> str:
     """JSON with null for what is not finite."""
-    import math
-
-    def clean(v: Any) -> Any:
-        if isinstance(v, dict):
-            return {str(k): clean(x) for k, x in v.items()}
-        if isinstance(v, list | tuple):
-            return [clean(x) for x in v]
-        return None if isinstance(v, float) and not math.isfinite(v) else v
+    from hessian_tools.results import clean
 
     return json.dumps(clean(value))
 

@@ -116,17 +116,18 @@ class SpectrumResult:
 
 def to_json(result: SpectrumResult) -> dict[str, Any]:
     """A plain dict with null for what is not finite."""
-    cleaned: dict[str, Any] = _clean(dataclasses.asdict(result))
+    cleaned: dict[str, Any] = clean(dataclasses.asdict(result))
     return cleaned
 
 
-def _clean(value: Any) -> Any:
+def clean(value: Any) -> Any:
+    """Plain values for JSON: null for what is not finite, lists for tuples."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(k): _clean(v) for k, v in value.items()}
+        return {str(k): clean(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_clean(v) for v in value]
+        return [clean(v) for v in value]
     return value
 
 

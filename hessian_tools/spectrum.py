@@ -92,9 +92,8 @@ def spectrum(
     variants: objectives with the same parameters under another convention (surrogate slope, tie rule); lambda_max of
     the first operator is measured on each. relaxed: the objective of the relaxed network, for operator `relaxed`.
     provenance: the dicts checkpoint, data, network, training, activity of the result. phases: where finished phases
-    are kept. Raises AnalysisError if an
-    operator is not symmetric (then it is the Hessian of nothing) or a number is not finite, ValueError for settings
-    that do not fit.
+    are kept. Raises AnalysisError if an operator is not symmetric (then it is the Hessian of nothing) or a number is
+    not finite, ValueError for settings that do not fit.
     """
     settings = settings or Settings()
     began = time.perf_counter()
@@ -105,27 +104,22 @@ def spectrum(
     if not (np.isfinite(loss) and torch.isfinite(gradient).all()):
         raise AnalysisError(f"the loss ({loss}) or its gradient is not finite at these weights")
     spectra: dict[str, results.Spectrum] = {}
+    blocks: dict[str, results.Spectrum] = {}
     sensitivity: dict[str, float] = {}
-    for name in settings.operators:
+    for index, name in enumerate(settings.operators):
         source = relaxed if name == "relaxed" else objective
         if source is None:
             raise ValueError("operator relaxed needs the relaxed network's objective")
         factory = OPERATORS["hessian" if name == "relaxed" else name]
-        spectra[name], pairs = _spectrum(
-            name, source, factory, settings, settings.operators.index(name), report, phases
-        )
-        if name == settings.operators[0] and pairs.norm > 0:
+        spectra[name], pairs = _spectrum(name, source, factory, settings, index, report, phases)
+        if index == 0 and settings.per_layer:
+            for i, (layer, part) in enumerate(layer_objectives(source).items(), 100):  # random streams of their own
+                blocks[layer], _ = _spectrum(f"{name} of {layer}", part, factory, settings, i, report, phases)
+        if index == 0 and pairs.norm > 0:
             for i, (label, variant) in enumerate((variants or {}).items()):
                 op = factory(variant, settings.memory * 2**30)
                 start = _near(pairs.vectors[:, 0], op, _generator(settings.seed, "variant", i))
                 sensitivity[label] = _top(op, start, report, phases, f"{name}: {label}")
-    blocks: dict[str, results.Spectrum] = {}
-    if settings.per_layer:
-        name = settings.operators[0]
-        source = relaxed if name == "relaxed" and relaxed is not None else objective
-        factory = OPERATORS["hessian" if name == "relaxed" else name]
-        for i, (layer, part) in enumerate(layer_objectives(source).items(), 100):  # streams apart from the operators'
-            blocks[layer], _ = _spectrum(f"{name} of {layer}", part, factory, settings, i, report, phases)
     known = {"checkpoint": {}, "data": {}, "network": {}, "training": {}, "activity": {}, **(provenance or {})}
     known["data"] = {**known["data"], "samples": objective.samples}
     result = results.SpectrumResult(

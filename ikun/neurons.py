@@ -36,6 +36,7 @@ class Dynamics:
 
 
 def step(x: Tensor, v: Tensor, decay: Tensor | float, gain: Tensor | float, dynamics: Dynamics) -> tuple[Tensor, ...]:
+    """One time step: current x and potential v [...] -> (h before the reset, spikes, potential after it)."""
     h = decay * v + gain * x
     if dynamics.v_reset:
         h = h + (1 - decay) * dynamics.v_reset

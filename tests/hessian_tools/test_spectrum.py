@@ -136,6 +136,16 @@ def test_scale_free_lambda_max_ignores_the_scale_before_a_batchnorm() -> None:
     assert abs(two.eigenvalues[0].value / one.eigenvalues[0].value - 1) > 0.05
 
 
+def test_filter_norms_are_those_of_all_weights_into_a_unit() -> None:
+    target = objective()
+    expected = []
+    for p in target.parameters.values():
+        for row in p.detach().numpy():
+            norm = float((row**2).sum() ** 0.5)
+            expected += [norm] * row.size
+    torch.testing.assert_close(filter_norms(target), torch.tensor(expected, dtype=torch.float64))
+
+
 def test_standard_error_of_a_mean_covers_with_ragged_batches() -> None:
     generator = torch.Generator().manual_seed(0)
     sizes, hits = [20] * 31 + [7], 0
