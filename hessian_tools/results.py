@@ -14,11 +14,12 @@ import types
 import typing
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 
 SCHEMA = "ikun-hessian/spectrum/1"
 
@@ -31,13 +32,60 @@ class ResultError(ValueError):
 class Eigenvalue:
     """An eigenvalue lies within `residual` of `value` for the samples used; `data_stderr` is the standard error of
     `value` as an estimate over all data these samples were drawn from. layers: share of each parameter in the
-    eigenvector's squared norm."""
+    eigenvector's squared norm. bound: Kato and Temple's residual^2 / gap where that is smaller than the residual, the
+    gap taken from the other Ritz values. gradient: share of the gradient's squared norm along the eigenvector.
+    participation: 1 / (P sum v_i^4), the share of the weights that takes part: 1 if all alike, 1/P for a single one.
+    """
 
     value: float
     residual: float
     data_stderr: float
     converged: bool
     layers: dict[str, float]
+    bound: float = math.nan
+    gradient: float = math.nan
+    participation: float = math.nan
+
+
+@dataclass(frozen=True)
+class Search:
+    """How sure we are that no eigenvalue beyond the printed ones was missed.
+
+    steps: dimension of the first Krylov space, from a random start. excess: with 95% probability over the start no
+    eigenvalue lies farther than this beyond the outermost ones found (Kuczynski & Wozniakowski 1992). starts: other,
+    independent random starts of `start_steps` steps on the complement of the converged pairs; largest and smallest:
+    the outermost values that they found there.
+    """
+
+    steps: int
+    excess: float
+    starts: int
+    start_steps: int
+    largest: float
+    smallest: float
+
+
+@dataclass(frozen=True)
+class Functional:
+    """tr f(A), or a ratio of such traces, by stochastic quadrature: stderr and ci95 from the probes; quadrature_error:
+    change from half as many Lanczos steps. damping: the z in f, NaN where f has none."""
+
+    estimate: float
+    stderr: float
+    ci95: tuple[float, float]
+    probes: int
+    quadrature_error: float
+    damping: float = math.nan
+
+
+@dataclass(frozen=True)
+class SamplePoint:
+    """Eigenvalues (largest first, one tuple a resample) and traces of the Hessian on `samples` samples."""
+
+    samples: int
+    disjoint: bool
+    eigenvalues: tuple[tuple[float, ...], ...]
+    traces: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -54,19 +102,27 @@ class Trace:
 @dataclass(frozen=True)
 class Density:
     """One quadrature of the spectral density per probe, weights summing to 1. The first `atoms` nodes of each are
-    deflated eigenvalues of weight 1/P."""
+    deflated eigenvalues of weight 1/P. accuracy: Wasserstein distance to the quadrature of half as many steps, over the
+    range of the spectrum, largest of the probes."""
 
     nodes: tuple[tuple[float, ...], ...]
     weights: tuple[tuple[float, ...], ...]
     probes: int
     steps: int
     atoms: int
+    accuracy: float = math.nan
 
 
 @dataclass(frozen=True)
 class Spectrum:
     """One operator's spectrum. scale_free_lambda_max: largest eigenvalue of D A D, D the norm of the filter (row of
-    weights) that each weight belongs to, so that rescaling filters before a BatchNorm does not change it."""
+    weights) that each weight belongs to, so that rescaling filters before a BatchNorm does not change it.
+
+    gradient_share: share of the gradient's squared norm in the span of the converged largest eigenvectors.
+    effective_dimension: sum l / (l + z); log_determinant: log det(A + z I); both where A + z I is positive definite.
+    negative_share: sum of |negative eigenvalues| / sum of |all|. vectors: eigenvectors [P, k], the largest then the
+    smallest, saved in the npz on request and never in the JSON.
+    """
 
     symmetry_error: float
     hessian_vector_products: int
@@ -76,6 +132,12 @@ class Spectrum:
     frobenius_norm: float
     scale_free_lambda_max: float
     density: Density | None
+    search: Search | None = None
+    gradient_share: float = math.nan
+    effective_dimension: Functional | None = None
+    log_determinant: Functional | None = None
+    negative_share: Functional | None = None
+    vectors: npt.NDArray[Any] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -107,6 +169,7 @@ class SpectrumResult:
     warnings: tuple[str, ...]
     seconds: float
     versions: dict[str, str]
+    samples_curve: tuple[SamplePoint, ...] = ()
 
     @property
     def main(self) -> tuple[str, Spectrum]:
@@ -115,8 +178,13 @@ class SpectrumResult:
 
 
 def to_json(result: SpectrumResult) -> dict[str, Any]:
-    """A plain dict with null for what is not finite."""
-    cleaned: dict[str, Any] = clean(dataclasses.asdict(result))
+    """A plain dict with null for what is not finite, without the eigenvectors."""
+
+    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in pairs if name != "vectors"}
+
+    bare = {name: dataclasses.replace(s, vectors=None) for name, s in result.spectra.items()}
+    cleaned: dict[str, Any] = clean(dataclasses.asdict(dataclasses.replace(result, spectra=bare), dict_factory=fields))
     return cleaned
 
 
@@ -140,9 +208,11 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         return None if value is None else _build(arguments[0], value, where)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
-        if missing := [name for name in hints if name not in value]:
+        optional = {f.name for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+        if missing := [name for name in hints if name not in value and name not in optional]:
             raise ResultError(f"field '{where}' lacks {', '.join(missing)}")
-        return kind(**{name: _build(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})  # type: ignore[operator]
+        known = {name: hint for name, hint in hints.items() if name in value and name != "vectors"}
+        return kind(**{name: _build(hint, value[name], f"{where}.{name}") for name, hint in known.items()})  # type: ignore[operator]
     if origin is tuple and isinstance(value, list):
         return tuple(_build(arguments[0], item, where) for item in value)
     if origin is dict and isinstance(value, dict):
@@ -185,6 +255,8 @@ def save_spectrum(result: SpectrumResult, stem: str | Path) -> list[Path]:
             arrays[f"{name}.{kind}.residual"] = np.array([p.residual for p in pairs])
             arrays[f"{name}.{kind}.data_stderr"] = np.array([p.data_stderr for p in pairs])
             arrays[f"{name}.{kind}.layers"] = np.array([list(p.layers.values()) for p in pairs])
+        if spectrum.vectors is not None:
+            arrays[f"{name}.vectors"] = spectrum.vectors
         if spectrum.density is not None:
             for i, (x, w) in enumerate(zip(spectrum.density.nodes, spectrum.density.weights, strict=True)):
                 arrays[f"{name}.density.{i}"] = np.array([x, w])
