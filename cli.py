@@ -19,8 +19,10 @@ import click
 if TYPE_CHECKING:
     import torch
 
+    from hessian_tools.distributed import Group
     from hessian_tools.objective import Objective
     from hessian_tools.results import SpectrumResult
+    from hessian_tools.settings import Settings
     from ikun.checkpoint import Checkpoint
     from ikun.data import Dataset
 
@@ -76,7 +78,8 @@ _data_dir = click.option(
 @click.option("--channels", default=16, show_default=True, help="Width C of the csnn.")
 @click.option("--hidden", default="128,128", show_default=True, help="Layer sizes of the mlp.")
 @click.option("--loss", default="mse", show_default=True, help="mse (on rates) or ce.")
-@click.option("--optimizer", default="adam", show_default=True, help="adam or sgd (momentum 0.9).")
+@click.option("--optimizer", default="adam", show_default=True, help="adam or sgd.")
+@click.option("--momentum", default=0.9, show_default=True, help="Of sgd.")
 @click.option("--lr", default=1e-3, show_default=True)
 @click.option("--schedule", default="cosine", show_default=True, help="cosine, step or none.")
 @click.option("--weight-decay", default=0.0, show_default=True)
@@ -169,6 +172,9 @@ def train(
 @click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--top", default=10, show_default=True, help="Largest eigenvalues.")
 @click.option("--smallest", default=5, show_default=True, help="Smallest (most negative) eigenvalues.")
+@click.option(
+    "--magnitude", default=0, show_default=True, help="So many of largest size instead of --top and --smallest."
+)
 @click.option("--method", type=click.Choice(["lanczos", "power"]), default="lanczos", show_default=True)
 @click.option("--backend", type=click.Choice(["own", "pyhessian"]), default="own", show_default=True)
 @click.option(
@@ -178,17 +184,27 @@ def train(
     help="hessian, ggn, fisher or relaxed; may be given several times [default: hessian and ggn].",
 )
 @click.option("--density/--no-density", default=True, show_default=True)
-@click.option("--steps", default=60, show_default=True, help="Lanczos steps a density probe.")
-@click.option("--probes", default=4, show_default=True, help="Density probes.")
+@click.option("--steps", type=int, help="Lanczos steps a density probe [default: 60, or by --accuracy].")
+@click.option("--probes", type=int, help="Density probes [default: 4, or by --accuracy].")
+@click.option("--accuracy", type=float, help="Wasserstein accuracy of the density, over the range: chooses both.")
+@click.option("--damping", type=float, help="z of effective dimension and log det [default: 1% of lambda_max].")
 @click.option("--samples", default="all", show_default=True, help="So many samples, or all.")
 @click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)
 @click.option("--batch-size", type=int, help="Samples a forward pass [default: what fits into a quarter of --memory].")
 @click.option("--tol", default=1e-4, show_default=True, help="Residual over norm at which a pair has converged.")
 @click.option("--params", default="*", show_default=True, help="Pattern of parameter names, for instance 'fc*'.")
 @click.option("--per-layer", is_flag=True, help="Every layer's diagonal block of the first operator too.")
+@click.option("--save-vectors", "vectors", is_flag=True, help="Eigenvectors too, in the .npz.")
+@click.option(
+    "--samples-curve", "curve", metavar="N,N,...", help="Eigenvalues and trace on so many samples too, each resampled."
+)
+@click.option("--resamples", default=5, show_default=True, help="Subsets of each size for --samples-curve.")
+@click.option(
+    "--trajectory", is_flag=True, help="The checkpoints are snapshots of one run: draw them against the epoch."
+)
 @click.option("--surrogate", help="Analyse with this surrogate instead of the one trained with.")
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
-@click.option("--memory", default=4.0, show_default=True, help="GiB for kept graphs and the Lanczos basis.")
+@click.option("--memory", type=float, help="GiB for kept primals and eigenvectors [default: half of the memory].")
 @click.option("--seed", default=0, show_default=True)
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for results [default: beside it]."
@@ -214,63 +230,133 @@ def spectrum(
     data_dir: Path | None,
     device: str,
     operators: tuple[str, ...],
+    curve: str | None,
+    memory: float | None,
+    trajectory: bool,
     **options: Any,
 ) -> None:
     """Eigenvalues, density and trace of the Hessian at each checkpoint, with errors.
 
-    Data, loss and subset come from the checkpoint. Leaves NAME.spectrum.json, .npz, .png and .pdf beside it.
+    Data, loss and subset come from the checkpoint. Leaves NAME.spectrum.json, .npz, .png and .pdf beside it. Started by
+    torchrun, the processes share the work.
     """
-    click.echo(f"opening {', '.join(str(c) for c in checkpoints)}", err=True)
-    from hessian_tools.figures import layers_figure, save_figure, spectrum_figure
-    from hessian_tools.phases import Phases
+    from hessian_tools import distributed
+    from hessian_tools.figures import save_figure, trajectory_figure
     from hessian_tools.report import spectrum_lines
-    from hessian_tools.results import save_spectrum, to_json
-    from hessian_tools.spectrum import Settings, versions
-    from hessian_tools.spectrum import spectrum as analyse
+    from hessian_tools.results import to_json, write_table
+    from hessian_tools.settings import Settings
+    from hessian_tools.trajectory import trajectory_rows
 
-    settings = Settings(**options)
-    if operators:
-        settings = dataclasses.replace(settings, operators=tuple(dict.fromkeys(operators)))
-    if (batch_size is not None and batch_size < 1) or not options["memory"] > 0:
+    where = _pick(device)
+    settings = Settings(
+        **options,
+        operators=tuple(dict.fromkeys(operators)) or Settings.operators,
+        samples_curve=_counts(curve),
+        memory=memory or _half_of_the_memory(where),
+    )
+    if (batch_size is not None and batch_size < 1) or not settings.memory > 0:
         raise click.UsageError("--batch-size and --memory must be positive")
+    if trajectory and len(checkpoints) < 2:
+        raise click.UsageError("--trajectory needs several snapshots of one run")
     stems = [_stem(path, out, tag) for path in checkpoints]
     if len(set(stems)) < len(stems):
         raise click.UsageError("two checkpoints would write the same result: give them other names, or one --out each")
-    printed: list[dict[str, Any]] = []
+    group = distributed.initialize(where)
+    first = group is None or group.rank == 0
+    if first:
+        click.echo(f"opening {', '.join(str(c) for c in checkpoints)}", err=True)
+    found = []
     for path, stem in zip(checkpoints, stems, strict=True):
-        job = _open(path, split, samples, batch_size, params, surrogate, dtype, device, data_dir, settings)
+        job = _open(path, split, samples, batch_size, params, surrogate, dtype, where, data_dir, settings, group)
         old = None if force else _existing(Path(f"{stem}.json"), settings, job)
-        state = Path(f"{stem}.resume")
-        if force:
-            state.unlink(missing_ok=True)
-        elif state.exists() and not resume:
-            raise click.UsageError(f"an interrupted analysis lies at {state}: --resume it, or --force a new one")
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        if resume and old is not None and not state.exists():
-            result = old
-        else:
-            with _Bar(path.name) as bar:
-                result = analyse(
-                    job.objective,
-                    settings,
-                    variants=job.variants,
-                    relaxed=job.relaxed,
-                    provenance=job.provenance,
-                    progress=bar.update,
-                    phases=Phases(state, [dataclasses.asdict(settings), job.provenance, _measured_on(job), versions()]),
-                )
-        files = [*save_spectrum(result, stem), *save_figure(spectrum_figure(result), stem)]
-        if result.blocks:
-            save_figure(layers_figure(result), f"{stem}.layers")
-        state.unlink(missing_ok=True)
+        done = resume and old is not None and not Path(f"{stem}.resume").exists()
+        result = old if done and old is not None else _analyse(job, settings, stem, force, resume, group)
+        found.append(result)
+        if not first:
+            continue
+        files = [] if done else _write(result, stem)
         if not as_json:
-            if printed:
+            if len(found) > 1:
                 click.echo("-" * 80)
             click.echo("\n".join(spectrum_lines(result)))
-            click.echo(f"files       {stem}.{{{','.join(f.suffix[1:] for f in files)}}}")
-        printed.append(to_json(result))
-    if as_json:
+            click.echo(f"files       {stem}.{{{','.join(files) or 'json,...'}}}{' (as they were)' if done else ''}")
+    if trajectory and first:
+        stem = (out or checkpoints[0].parent) / ".".join([*([tag] if tag else []), "trajectory"])
+        save_figure(trajectory_figure(found), stem)
+        write_table(trajectory_rows(found), Path(f"{stem}.csv"))
+        if not as_json:
+            click.echo(f"trajectory  {stem}.{{png,pdf,csv}}")
+    if as_json and first:
+        printed = [to_json(result) for result in found]
         click.echo(json.dumps(printed[0] if len(printed) == 1 else printed))
+    if group is not None:
+        group.close()
+
+
+def _counts(text: str | None) -> tuple[int, ...]:
+    try:
+        counts = tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        counts = (0,)
+    if any(n < 1 for n in counts) or list(counts) != sorted(set(counts)):
+        raise click.UsageError(f"--samples-curve '{text}' is no growing list of sample counts like 1,16,64,256")
+    return counts
+
+
+def _half_of_the_memory(device: str) -> float:
+    """GiB."""
+    import os
+
+    import torch
+
+    if device == "cuda":
+        total = torch.cuda.mem_get_info()[1]
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return round(total / 2**31, 1)
+
+
+def _analyse(
+    job: _Job, settings: Settings, stem: Path, force: bool, resume: bool, group: Group | None
+) -> SpectrumResult:
+    """The result of one checkpoint, computed from the start or from where an interrupted run stopped."""
+    from hessian_tools.phases import Phases
+    from hessian_tools.results import clean
+    from hessian_tools.settings import versions
+    from hessian_tools.spectrum import spectrum as analyse
+
+    state = Path(f"{stem}.resume")
+    if force and (group is None or group.rank == 0):
+        Phases.remove(state)
+    elif state.exists() and not (resume or force):
+        raise click.UsageError(f"an interrupted analysis lies at {state}: --resume it, or --force a new one")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    key = {"settings": dataclasses.asdict(settings), **job.provenance, **_measured_on(job), "versions": versions()}
+    with _Bar(job.path.name, group is None or group.rank == 0) as bar:
+        return analyse(
+            job.objective,
+            settings,
+            variants=job.variants,
+            relaxed=job.relaxed,
+            provenance=job.provenance,
+            progress=bar.update,
+            phases=Phases(state, clean(key), group),
+        )
+
+
+def _write(result: SpectrumResult, stem: Path) -> list[str]:
+    """Arrays, figures, and away with the interrupted state; returns the endings of what was written."""
+    from hessian_tools.figures import layers_figure, samples_figure, save_figure, spectrum_figure
+    from hessian_tools.phases import Phases
+    from hessian_tools.results import save_spectrum
+
+    files = [*save_spectrum(result, stem), *save_figure(spectrum_figure(result), stem)]
+    if result.blocks:
+        files += save_figure(layers_figure(result), f"{stem}.layers")
+    if result.samples_curve:
+        files += save_figure(samples_figure(result), f"{stem}.samples")
+    Phases.remove(Path(f"{stem}.resume"))
+    return [f.name.removeprefix(f"{stem.name}.") for f in files]
 
 
 @cli.command()
@@ -378,6 +464,7 @@ def compare(paths: tuple[Path, ...], out: Path, tag: str | None, as_json: bool) 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
+    path: Path
     objective: Any
     variants: dict[str, Any]
     relaxed: Any
@@ -394,7 +481,8 @@ def _open(
     dtype: str,
     device: str,
     data_dir: Path | None,
-    settings: Any,
+    settings: Settings,
+    group: Group | None,
 ) -> _Job:
     """A checkpoint and its data as objectives."""
     import torch
@@ -406,7 +494,6 @@ def _open(
     from ikun.statistics import observe
     from ikun.surrogates import Surrogate
 
-    where = _pick(device)
     checkpoint = load_checkpoint(path)
     trained = Surrogate.parse(checkpoint.network.surrogate)
     analysed = Surrogate.parse(surrogate) if surrogate else trained
@@ -415,18 +502,20 @@ def _open(
 
     def objective(steeper: float = 1.0, **changes: Any) -> Objective:
         network = checkpoint.build(surrogate=str(analysed.steeper(steeper)), **changes)
-        return make_objective(
+        made = make_objective(
             network,
             LOSSES[checkpoint.loss],
             (x, y),
             batch_size=batch_size,
             params=params,
             dtype=getattr(torch, dtype),
-            device=where,
+            device=device,
         )
+        return dataclasses.replace(made, group=group)
 
     if batch_size is None:
-        batch_size = batch_size_within(objective(), settings.memory * 2**30 / 4)
+        fitting = batch_size_within(objective(), settings.memory * 2**30 / 4)
+        batch_size = min(fitting, -(-len(y) // (group.size if group else 1)))  # a batch for every process at least
     first = objective()
     reversed_ties = "last" if checkpoint.network.ties == "first" else "first"
     variants = {"slope x 1/2": objective(0.5), "slope x 2": objective(2.0)}
@@ -442,10 +531,13 @@ def _open(
             "trained_surrogate": str(trained),
         },
         "training": checkpoint.training,
-        "activity": {s.neuron: {"firing_rate": s.firing_rate, "dead": s.dead} for s in statistics},
+        "activity": {
+            s.neuron: {"firing_rate": s.firing_rate, "dead": s.dead, "derivative_square": s.derivative_square}
+            for s in statistics
+        },
     }
     relaxed = objective(relaxed=True) if "relaxed" in settings.operators else None
-    return _Job(first, variants, relaxed, json.loads(json.dumps(provenance)))
+    return _Job(path, first, variants, relaxed, json.loads(json.dumps(provenance)))
 
 
 def _samples(
@@ -467,14 +559,19 @@ def _stem(path: Path, out: Path | None, tag: str | None) -> Path:
 
 def _measured_on(job: _Job) -> dict[str, Any]:
     o = job.objective
-    return {"dtype": str(o.dtype), "device": str(o.device), "batches": [len(y) for _, y in o.batches], **_sizes(o)}
+    return {
+        "dtype": str(o.dtype),
+        "device": str(o.device),
+        "batches": [len(y) for _, y in o.batches],
+        "parameters": _sizes(o),
+    }
 
 
 def _sizes(objective: Objective) -> dict[str, int]:
     return {name: p.numel() for name, p in objective.parameters.items()}
 
 
-def _existing(existing: Path, settings: Any, job: _Job) -> SpectrumResult | None:
+def _existing(existing: Path, settings: Settings, job: _Job) -> SpectrumResult | None:
     """The result there already, if it was made in the same way; refuses if it was not: it may have cost an hour."""
     from hessian_tools.results import ResultError, load_spectrum
 
@@ -484,8 +581,9 @@ def _existing(existing: Path, settings: Any, job: _Job) -> SpectrumResult | None
         old = load_spectrum(existing)
     except ResultError:
         raise click.UsageError(f"{existing} exists and is no result of this version: --tag NAME or --force") from None
+    asked = json.loads(json.dumps(dataclasses.asdict(settings)))
     new = {
-        "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
+        "settings": {name: value for name, value in asked.items() if name != "memory"},  # which changes no number
         "checkpoint": {"sha256": job.provenance["checkpoint"]["sha256"]},
         "data": job.provenance["data"],
         "network": job.provenance["network"],
@@ -510,22 +608,22 @@ def _existing(existing: Path, settings: Any, job: _Job) -> SpectrumResult | None
 class _Bar:
     """One progress bar on standard error, none when that is no terminal."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, shown: bool = True) -> None:
         self.name = name
+        self.shown = shown
 
     def __enter__(self) -> _Bar:
         from tqdm import tqdm
 
-        self.bar = tqdm(total=1, disable=None, leave=False, dynamic_ncols=True, unit="", desc=self.name)
-        self.phase = ""
+        self.bar = tqdm(
+            total=1, disable=None if self.shown else True, leave=False, dynamic_ncols=True, unit="", desc=self.name
+        )
         return self
 
-    def update(self, phase: str, done: int, total: int) -> None:
-        if phase != self.phase and not phase.startswith("epoch"):
-            self.bar.reset(total)
-        self.phase = phase
-        self.bar.total = total
+    def update(self, phase: str, done: int, total: int, worst: float = float("nan")) -> None:
+        self.bar.total = max(total, done, 1)
         self.bar.set_description(f"{self.name}: {phase}", refresh=False)
+        self.bar.set_postfix_str(f"worst residual {worst:.0e}" if worst == worst else "", refresh=False)
         self.bar.update(done - self.bar.n)
 
     def __exit__(self, *_: object) -> None:

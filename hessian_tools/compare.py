@@ -24,18 +24,62 @@ CONDITIONS = (
 )
 
 
+def method_of(result: SpectrumResult) -> str:
+    """What found the eigenvalues: lanczos, power or pyhessian."""
+    if result.settings.get("backend", "own") == "pyhessian":
+        return "pyhessian"
+    return str(result.settings.get("method", "lanczos"))
+
+
 def labelled(found: list[SpectrumResult]) -> list[tuple[str, SpectrumResult]]:
-    """Each result with the shortest name that tells it apart: its initializer, else its checkpoint's file name."""
+    """Each result with the shortest name that tells it apart: its initializer, else its checkpoint's file name.
+
+    Results of one checkpoint by several methods get the method's name besides.
+    """
     inits = [str(r.training.get("init", "")) for r in found]
-    if all(inits) and len(set(inits)) == len(inits):
-        return list(zip(inits, found, strict=True))
-    names = [PurePath(str(r.checkpoint.get("path", "result"))).stem for r in found]
-    unique = len(set(names)) == len(names)
-    return [(name if unique else f"{i} {name}", r) for i, (name, r) in enumerate(zip(names, found, strict=True), 1)]
+    stems = [PurePath(str(r.checkpoint.get("path", "result"))).stem for r in found]
+    for bare in (inits, stems):
+        names = _with_methods(bare, found)
+        if all(bare) and len(set(names)) == len(names):
+            return list(zip(names, found, strict=True))
+    return [(f"{i} {name}", r) for i, (name, r) in enumerate(zip(stems, found, strict=True), 1)]
+
+
+def _with_methods(names: list[str], found: list[SpectrumResult]) -> list[str]:
+    """The method added to the names that results of one checkpoint by different methods have in common."""
+    labels = []
+    for name, result in zip(names, found, strict=True):
+        same = [r for n, r in zip(names, found, strict=True) if n == name]
+        methods, checkpoints = {method_of(r) for r in same}, {r.checkpoint.get("sha256") for r in same}
+        labels.append(f"{name} {method_of(result)}" if len(methods) > 1 and len(checkpoints) == 1 else name)
+    return labels
+
+
+def common_operators(labelled: list[tuple[str, SpectrumResult]]) -> list[str]:
+    """The operators that all results have, in the order of the first."""
+    first, *others = (r.spectra for _, r in labelled)
+    return [name for name in first if all(name in spectra for spectra in others)]
+
+
+def by_method(labelled: list[tuple[str, SpectrumResult]]) -> list[tuple[SpectrumResult, SpectrumResult]]:
+    """Pairs of results of one checkpoint by two methods, the more trustworthy first: Lanczos, then power iteration."""
+    order = {"lanczos": 0, "power": 1}
+    checkpoints: dict[str, list[SpectrumResult]] = {}
+    for _, r in labelled:
+        if "sha256" in r.checkpoint:
+            checkpoints.setdefault(str(r.checkpoint["sha256"]), []).append(r)
+    pairs = []
+    for results in checkpoints.values():
+        best, *others = sorted(results, key=lambda r: order.get(method_of(r), 2))
+        pairs += [(best, other) for other in others if method_of(other) != method_of(best)]
+    return pairs
 
 
 def comparable(labelled: list[tuple[str, SpectrumResult]]) -> None:
-    """Raises ResultError, naming the condition and both values, unless all results were measured alike."""
+    """Raises ResultError, naming the condition and both values, unless all results were measured alike.
+
+    They need one operator in common; what is not in all of them is left out of a comparison.
+    """
     if len(labelled) < 2:
         raise ResultError("a comparison needs at least two results")
     first_label, first = labelled[0]
@@ -43,8 +87,10 @@ def comparable(labelled: list[tuple[str, SpectrumResult]]) -> None:
         for part, key, meaning in CONDITIONS:
             here, there = getattr(first, part).get(key), getattr(other, part).get(key)
             _agree(meaning, first_label, here, label, there)
-        _agree("operators", first_label, list(first.spectra), label, list(other.spectra))
         _agree("set of parameters", first_label, sorted(first.parameters), label, sorted(other.parameters))
+    if not common_operators(labelled):
+        found = "; ".join(f"{label} has {', '.join(r.spectra)}" for label, r in labelled)
+        raise ResultError(f"not comparable: no operator is in all results ({found}): run spectrum with one --operator")
 
 
 def _agree(meaning: str, first: str, here: Any, other: str, there: Any) -> None:

@@ -13,6 +13,8 @@ from hessian_tools.results import Density, SpectrumResult
 
 Array = npt.NDArray[np.float64]
 BROADENING = 1.0  # the constant c in sigma = c * (range of the nodes) / steps
+LOG_DECADES = 6  # of positive values on a logarithmic axis
+SYMLOG_DECADES = 3  # below the largest size, where the linear part of a symlog axis begins at the latest
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,55 @@ class SymlogAxis:
         """du / dx."""
         slope: Array = 1 / np.hypot(x, self.linthresh)
         return slope
+
+
+@dataclass(frozen=True)
+class ValueAxis:
+    """The axis of a curve: kind is log, symlog (linear within +-linthresh, NaN for the others) or linear; low and high:
+    limits."""
+
+    kind: str
+    low: float
+    high: float
+    linthresh: float = math.nan
+
+
+def value_axis(values: Array, errors: Array) -> ValueAxis:
+    """An axis that shows all values [n] with their errors [n]; what is not finite has no say.
+
+    Logarithmic for positive values within LOG_DECADES whose errors are less than 90% of them; otherwise symlog, or
+    linear if the smallest size is more than a tenth of the largest. Raises ValueError without a finite value.
+    """
+    y, e = _known(values, errors)
+    sizes = np.abs(y[y != 0])
+    largest, smallest = float(sizes.max(initial=0.0)), float(sizes.min(initial=math.inf))
+    low, high = float((y - e).min()), float((y + e).max())
+    if (e < 0.9 * y).all() and smallest >= largest * 10.0**-LOG_DECADES:
+        room = max(1.2, (high / low) ** 0.05, math.sqrt(3 * low / high))
+        return ValueAxis("log", low / room, high * room)
+    linthresh = max(smallest, largest * 10.0 ** -(LOG_DECADES if y.min() > 0 else SYMLOG_DECADES))
+    if linthresh > largest / 10:
+        return linear_axis(values, errors)
+    ends = np.arcsinh(np.array([low, high]) / linthresh)
+    ends += 0.05 * (ends[1] - ends[0]) * np.array([-1, 1])
+    low, high = (float(x) for x in linthresh * np.sinh(ends))
+    return ValueAxis("symlog", low, high, linthresh)
+
+
+def linear_axis(values: Array, errors: Array) -> ValueAxis:
+    """A linear axis that shows all values [n] with their errors [n]. Raises ValueError without a finite value."""
+    y, e = _known(values, errors)
+    low, high = float((y - e).min()), float((y + e).max())
+    size = max(-low, high)
+    room = 0.06 * (high - low) if high - low > 1e-6 * size else 0.5 * size or 1.0
+    return ValueAxis("linear", low - room, high + room)
+
+
+def _known(values: Array, errors: Array) -> tuple[Array, Array]:
+    known = np.isfinite(values)
+    if not known.any():
+        raise ValueError("no value to draw")
+    return values[known], np.nan_to_num(errors, nan=0.0, posinf=0.0)[known]
 
 
 def symlog_axis(result: SpectrumResult) -> SymlogAxis:

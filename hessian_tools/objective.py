@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from hessian_tools.distributed import Group
+
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> mean over the batch's samples
 
@@ -20,7 +22,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> mean over the
 class Objective:
     """L(w) = mean over samples of loss(model(x), y); `model` is a private copy in evaluation mode.
 
-    parameters: name -> tensor, in the order of the flat vector [P]; all others are constants.
+    parameters: name -> tensor, in the order of the flat vector [P]; all others are constants. group: processes that
+    share the batches; each holds all of them and computes its own, what is returned is of all.
     """
 
     model: nn.Module
@@ -28,6 +31,7 @@ class Objective:
     batches: tuple[Batch, ...]
     parameters: dict[str, Tensor]
     reset: Callable[[nn.Module], None] | None = None
+    group: Group | None = None
 
     @property
     def samples(self) -> int:
@@ -67,22 +71,34 @@ class Objective:
         """The parameters as a flat vector [P]."""
         return self.flatten([p.detach() for p in self.parameters.values()])
 
+    @property
+    def share(self) -> range:
+        """Indices of the batches that this process computes: all, or every size-th under a group."""
+        rank, size = (0, 1) if self.group is None else (self.group.rank, self.group.size)
+        return range(rank, len(self.batches), size)
+
+    def summed(self, t: Tensor) -> Tensor:
+        """The sum over the processes that share the batches; t itself in a single one."""
+        return t if self.group is None else self.group.sum(t)
+
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """L and its (surrogate) gradient [P]."""
-        value, gradient = 0.0, torch.zeros(self.size, dtype=torch.float64, device=self.device)
+        both = torch.zeros(self.size + 1, dtype=torch.float64, device=self.device)
         for (x, y), weight in self.weighted_batches():
             loss = self.loss(self.outputs(x), y)
-            value += weight * loss.item()
+            both[-1] += weight * loss.item()
             if loss.requires_grad:
                 grads = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-                gradient += weight * self.flatten(grads)
-        return value, gradient
+                both[:-1] += weight * self.flatten(grads)
+        both = self.summed(both)
+        return float(both[-1]), both[:-1]
 
     def weighted_batches(self) -> Iterator[tuple[Batch, float]]:
-        """Each batch with its share of the samples, so that a ragged last one counts for what it holds."""
+        """This process's batches (see share), each with its part of all samples: a ragged last one counts for what
+        it holds."""
         total = self.samples
-        for batch in self.batches:
-            yield batch, len(batch[1]) / total
+        for i in self.share:
+            yield self.batches[i], len(self.batches[i][1]) / total
 
     def rebatched(self, size: int) -> Objective:
         """The same samples in other batches."""

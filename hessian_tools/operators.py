@@ -132,7 +132,7 @@ Map = Callable[[Tensor], Tensor]  # one batch's product: [P] -> [P]
 
 
 class CurvatureOperator(Operator):
-    """Mean over an objective's batches of one curvature matrix per batch.
+    """Mean over an objective's batches of one curvature matrix per batch; under a group, all ranks get the same.
 
     The part that depends on the weights alone (the primal) is kept for as many batches as fit into `memory` bytes of
     saved tensors and recomputed for the rest.
@@ -163,21 +163,21 @@ class CurvatureOperator(Operator):
 
     def _apply(self, block: Tensor) -> Tensor:
         total = torch.zeros_like(block)
-        for i, (batch, weight) in enumerate(self.objective.weighted_batches()):
+        for i, (batch, weight) in zip(self.objective.share, self.objective.weighted_batches(), strict=True):
             product = self._map(i, batch)
             total += weight * torch.stack([product(v) for v in block.unbind(1)], 1)
-        return total
+        return self.objective.summed(total)
 
     def batch_forms(self, block: Tensor) -> tuple[Tensor, Tensor]:
         """v' A_b v of every batch b and column v of [P, k]: (values [B, k], samples per batch [B]), float64."""
         block = block.to(self.device, self.dtype)
         self.products += block.shape[1]
-        rows, counts = [], []
-        for i, (batch, _) in enumerate(self.objective.weighted_batches()):
+        counts = torch.tensor([len(y) for _, y in self.objective.batches], dtype=torch.float64)
+        forms = torch.zeros(len(counts), block.shape[1], dtype=torch.float64, device=self.device)
+        for i, (batch, _) in zip(self.objective.share, self.objective.weighted_batches(), strict=True):
             product = self._map(i, batch)
-            rows.append(torch.stack([product(v).double() @ v.double() for v in block.unbind(1)]))
-            counts.append(len(batch[1]))
-        return torch.stack(rows).cpu(), torch.tensor(counts, dtype=torch.float64)
+            forms[i] = torch.stack([product(v).double() @ v.double() for v in block.unbind(1)])
+        return self.objective.summed(forms).cpu(), counts
 
 
 def _measured(objective: Objective, batch: Batch, linearize: Callable[[Objective, Batch], Map]) -> tuple[Map, int]:

@@ -6,6 +6,8 @@ and never for a pair +a, -a; so signs, explicit residuals and an honest flag com
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from hessian_tools.lanczos import Eigenpairs, Progress, certified, orthogonalize, random_vector
@@ -26,9 +28,9 @@ def power_iteration(
     A pair stops at residual <= tol * ||A||, ||A|| estimated by the largest |value| so far, and counts as converged
     only then. Raises ValueError for a count that does not fit, FloatingPointError if a product is not finite.
     """
-    if not 1 <= count <= op.shape[0]:
-        raise ValueError(f"cannot find {count} of {op.shape[0]} eigenvalues")
-    before, norm = op.products, 0.0
+    if not 1 <= count <= op.shape[0] or max_iterations < 1:
+        raise ValueError(f"cannot find {count} of {op.shape[0]} eigenvalues in {max_iterations} iterations each")
+    before, norm, finished = op.products, 0.0, 0.0
     basis = torch.empty(op.shape[0], count, dtype=torch.float64, device=op.device)
     for i in range(count):
         v, _ = orthogonalize(random_vector(op, generator), basis[:, :i])
@@ -41,12 +43,14 @@ def power_iteration(
             residual = float((w - value * v).norm())
             norm = max(norm, abs(value))
             if progress is not None:
-                progress(op.products - before, count * max_iterations)
+                worst = max(finished, residual) / norm if norm else 0.0
+                progress(op.products - before, count * (max_iterations + 1), worst)
             w, _ = orthogonalize(w, basis[:, :i])
             length = float(w.norm())
             if residual <= tol * norm or length == 0:
                 break
             v = w / length
         basis[:, i] = v
-    pairs = certified(op, basis, tol, norm)
+        finished = max(finished, residual)
+    pairs = dataclasses.replace(certified(op, basis, tol, norm), products=op.products - before)
     return pairs.take(torch.argsort(pairs.values.abs(), descending=True))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator
+from pathlib import PurePath
 
-from hessian_tools.results import Eigenvalue, SpectrumResult, Trace
+from hessian_tools.compare import by_method, common_operators, method_of
+from hessian_tools.results import Eigenvalue, Spectrum, SpectrumResult, Trace
 
 WIDTH = 80
 
@@ -23,6 +25,13 @@ def _warnings(result: SpectrumResult) -> Iterator[str]:
         yield f"The {name} is zero: no surrogate gradient reaches these weights. Is a layer far from its threshold?"
         return
     for kind, s in result.spectra.items():
+        if text := _missed(s):
+            yield f"{text} of the {kind}: run again with another --seed, or with a larger --top or --smallest."
+        if kind in ("ggn", "fisher") and s.search and s.search.smallest < -1e-5 * max(abs(p.value) for p in pairs):
+            yield (
+                f"The {kind} has negative eigenvalues (down to {s.search.smallest:.2g}), so the loss is not convex in "
+                "the outputs: nothing that rests on a positive semidefinite operator holds."
+            )
         if lost := sum(not p.converged for p in (*s.eigenvalues, *s.smallest_eigenvalues)):
             yield f"{lost} eigenvalue(s) of the {kind} did not converge: trust them only to within their residual."
     top = spectrum.eigenvalues[0]
@@ -33,6 +42,14 @@ def _warnings(result: SpectrumResult) -> Iterator[str]:
             f"lambda_max is known to {_ratio(top.data_stderr, top.value)} only: {result.data.get('samples')} samples "
             "are few for this network; a ranking by it needs more."
         )
+    damping = result.settings.get("damping")
+    for kind, s in result.spectra.items():
+        if damping and s.density is not None and s.effective_dimension is None:
+            low = min(p.value for p in (*s.eigenvalues, *s.smallest_eigenvalues))
+            yield (
+                f"No effective dimension and log det of the {kind}: A + z I is not sure to be positive definite at z = "
+                f"{damping:g} (lambda_min {low:.3g}): give a --damping above that in size."
+            )
     negative = [p for p in pairs if p.value < -p.residual]
     if name == "hessian" and negative:
         yield (
@@ -60,9 +77,26 @@ def _warnings(result: SpectrumResult) -> Iterator[str]:
         yield "Training reported: " + "; ".join(str(f) for f in result.training["failures"]) + "."
 
 
+def _missed(s: Spectrum) -> str | None:
+    """Whether another start found something beyond the pairs that are printed, by more than round-off."""
+    pairs = (*s.eigenvalues, *s.smallest_eigenvalues)
+    if s.search is None or not all(p.converged for p in pairs):
+        return None
+    slack = 1e-3 * max(abs(p.value) for p in pairs)
+    last = min(p.value for p in s.eigenvalues)
+    low = max((p.value for p in s.smallest_eigenvalues), default=-math.inf)
+    if s.search.largest > last + slack:
+        return f"An independent start found {s.search.largest:.4g}, above a printed value: there are missed eigenvalues"
+    if s.search.smallest < low - slack:
+        return (
+            f"An independent start found {s.search.smallest:.4g}, below a printed value: there are missed eigenvalues"
+        )
+    return None
+
+
 def spectrum_lines(result: SpectrumResult) -> list[str]:
     """The whole screen."""
-    sections = (_opened, _state, _minimum, _table, _blocks, _traces, _scales, _cautions, _cost)
+    sections = (_opened, _state, _minimum, _table, _search, _blocks, _traces, _functionals, _scales, _cautions, _cost)
     return [line for section in sections if (lines := section(result)) for line in [*lines, ""]][:-1]
 
 
@@ -139,8 +173,8 @@ def _rows(pairs: tuple[Eigenvalue, ...], start: int, step: int, width: int) -> I
     for i, p in enumerate(pairs):
         layer, share = max(p.layers.items(), key=lambda item: item[1]) if p.layers else ("-", math.nan)
         yield (
-            f"{start + step * i:>{width}}  {p.value:>12.5g}  {p.residual:>9.1e}  {_error(p.data_stderr):>11}  "
-            f"{'yes' if p.converged else 'NO':>4}  {_short(layer, 24 - width)} {share:.0%}"
+            f"{start + step * i:>{width}} {p.value:>12.5g} {p.residual:>9.1e} {_error(p.data_stderr):>11} "
+            f"{'yes' if p.converged else 'NO':>4} {_percent(p.gradient):>5}  {_short(layer, 26 - width)} {share:.0%}"
         )
 
 
@@ -149,11 +183,36 @@ def _table(r: SpectrumResult) -> list[str]:
     width = max(5, len(str(r.num_parameters)))
     for name, s in r.spectra.items():
         lines += ["", f"{name}: eigenvalues, largest first"] if lines else [f"{name}: eigenvalues, largest first"]
-        lines += [f"{'rank':>{width}}  {'value':>12}  {'residual':>9}  {'data stderr':>11}  {'conv':>4}  main layer"]
+        head = (
+            f"{'rank':>{width}} {'value':>12} {'residual':>9} {'data stderr':>11} {'conv':>4} {'grad':>5}  main layer"
+        )
+        lines += [head]
         lines += _rows(s.eigenvalues, 1, 1, width)
         if s.smallest_eigenvalues:
             lines += ["  ..."]
             lines += _rows(s.smallest_eigenvalues, r.num_parameters, -1, width)
+    return lines
+
+
+def _search(r: SpectrumResult) -> list[str]:
+    """How sure it is that nothing beyond the printed ends was missed, and where the gradient points."""
+    lines = []
+    for name, s in r.spectra.items():
+        if s.search is not None and math.isfinite(s.search.excess):
+            others = "another start" if s.search.starts == 1 else f"{s.search.starts} other starts"
+            text = (
+                f"{name}: with 95% probability nothing lies more than {s.search.excess:.2g} beyond the outermost "
+                f"values ({s.search.steps} steps from a random start)"
+            )
+            if math.isfinite(s.search.largest):
+                text += (
+                    f"; outside the converged pairs {others} found {s.search.smallest:.3g} to {s.search.largest:.3g}"
+                )
+            lines += _field("missed?", text)
+    name, s = r.main
+    if math.isfinite(s.gradient_share):
+        text = f"{_percent(s.gradient_share)} of the gradient's squared norm lies along the converged {name}"
+        lines += _field("grad", f"{text} eigenvectors of rank 1 to {len(s.eigenvalues)} (column grad: along each)")
     return lines
 
 
@@ -195,6 +254,22 @@ def _traces(r: SpectrumResult) -> list[str]:
     return lines
 
 
+def _functionals(r: SpectrumResult) -> list[str]:
+    rows = []
+    for name, s in r.spectra.items():
+        z = s.effective_dimension.damping if s.effective_dimension else math.nan
+        kinds = (
+            ("sum |negative| / sum |all|", s.negative_share),
+            (f"effective dimension, z = {z:.3g}", s.effective_dimension),
+            (f"log det(A + z I), z = {z:.3g}", s.log_determinant),
+        )
+        for label, f in kinds:
+            if f is not None:
+                interval = f"[{f.ci95[0]:.5g}, {f.ci95[1]:.5g}]"
+                rows.append(f"{name:<9}{label:<34}{f.estimate:>10.5g}  {interval:<22}{f.quadrature_error:.0e}")
+    return [f"{'':<53}  {'95% (probes)':<22}quad.", *rows] if rows else []
+
+
 def _scales(r: SpectrumResult) -> list[str]:
     lines = []
     for name, s in r.spectra.items():
@@ -222,13 +297,14 @@ def _cost(r: SpectrumResult) -> list[str]:
 
 def compare_lines(labelled: list[tuple[str, SpectrumResult]]) -> list[str]:
     """A table an operator, one row a result: lambda_max raw and scale-free, lambda_min, trace, errors from the data."""
-    width = min(12, max(len(label) for label, _ in labelled))
+    width = min(16, max(len(label) for label, _ in labelled))
     lines = [f"{'':<{width}} {'loss':>9} {'accuracy':>8} {'|weights|':>9}"]
     for label, r in labelled:
         norm = math.sqrt(sum(v**2 for v in r.weight_norms.values()))
         accuracy = "-" if math.isnan(r.accuracy) else f"{r.accuracy:.1%}"
         lines.append(f"{_short(label, width):<{width}} {r.loss:>9.4g} {accuracy:>8} {norm:>9.3g}")
-    for kind in labelled[0][1].spectra:
+    common = common_operators(labelled)
+    for kind in common:
         lines += ["", kind]
         lines.append(f"{'':<{width}} {'lambda_max':>19} {'scale-free':>10} {'lambda_min':>10} {'trace':>21}")
         for label, r in labelled:
@@ -239,12 +315,46 @@ def compare_lines(labelled: list[tuple[str, SpectrumResult]]) -> list[str]:
             lines.append(
                 f"{_short(label, width):<{width}} {top:>19} {s.scale_free_lambda_max:>10.3g} {low:>10} {trace:>21}"
             )
+    if rest := [f"{kind} ({label})" for label, r in labelled for kind in r.spectra if kind not in common]:
+        lines += ["", *textwrap.wrap(f"left out, for not all results have it: {', '.join(rest)}", WIDTH)]
+    pairs = by_method(labelled)
+    for ours, theirs in pairs:
+        lines += _two_methods(ours, theirs, common)
+    if pairs:
+        lines += ["", *textwrap.wrap(_METHODS, WIDTH)]
     lines += [""]
     lines += textwrap.wrap(
         "+- is one standard error from the data, for these weights: it says nothing about other seeds. scale-free: "
         "weights in units of their filter's norm, which a BatchNorm behind them makes necessary.",
         WIDTH,
     )
+    return lines
+
+
+_METHODS = (
+    "Within its residual of a value lies some eigenvalue, not always the one of that rank: a method that misses one "
+    "shifts all that follow. Trust the smaller residual. products: with the operator, for all that was measured."
+)
+
+
+def _two_methods(ours: SpectrumResult, theirs: SpectrumResult, kinds: list[str]) -> list[str]:
+    """The eigenvalues of one checkpoint by two methods, rank by rank, as far as the second found them."""
+    lines = []
+    name, first, second = PurePath(str(ours.checkpoint.get("path", "result"))).name, method_of(ours), method_of(theirs)
+    for kind in kinds:
+        a, b = ours.spectra[kind], theirs.spectra[kind]
+        lines += ["", *textwrap.wrap(f"{name}, {kind}: {second} against {first}", WIDTH)]
+        lines += [f"{'rank':>9} {first:>13} {'residual':>9} {second:>13} {'residual':>9} {'converged':>10}"]
+        last = ours.num_parameters
+        for mine, other, start, step in (
+            (a.eigenvalues, b.eigenvalues, 1, 1),
+            (a.smallest_eigenvalues, b.smallest_eigenvalues, last, -1),
+        ):
+            for i, e in enumerate(other):
+                left = f"{mine[i].value:>13.5g} {mine[i].residual:>9.1e}" if i < len(mine) else f"{'-':>13} {'-':>9}"
+                right = f"{e.value:>13.5g} {e.residual:>9.1e} {'yes' if e.converged else 'NO':>10}"
+                lines.append(f"{start + step * i:>9} {left} {right}")
+        lines.append(f"{'products':>9} {a.hessian_vector_products:>13} {'':>9} {b.hessian_vector_products:>13}")
     return lines
 
 
@@ -262,6 +372,10 @@ def _number(value: float) -> str:
 
 def _error(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2g}"
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.0%}" if value >= 0.0995 else f"{value:.1%}"
 
 
 def _ratio(part: float, whole: float) -> str:

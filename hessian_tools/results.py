@@ -6,14 +6,16 @@ of one probe) are NaN here and null in the JSON.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import math
 import os
 import types
 import typing
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -265,6 +267,16 @@ def save_spectrum(result: SpectrumResult, stem: str | Path) -> list[Path]:
     write_atomically(paths[1], lambda file: np.savez(file, **arrays))
     write_atomically(paths[0], lambda file: file.write(text.encode()))
     return paths
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """CSV with one line a row; columns in the order in which they first appear."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

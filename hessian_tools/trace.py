@@ -16,10 +16,15 @@ from hessian_tools.density import rademacher
 from hessian_tools.lanczos import Eigenpairs, orthogonalize
 from hessian_tools.operators import Operator
 
+# The least number at which the 95% interval covers in 92 to 98% of 500 replicates, on the Hessian and the GGN of a
+# trained spiking network with both ends of the spectrum deflated: test_coverage_of_the_trace_interval in test_density.
+# With the outliers left in, whose forms are skew, it is 90 to 93% for 3 to 32 probes alike: deflating is what helps.
+LEAST_PROBES = 2
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over random probes with its standard error and 95% t-interval; infinite for a single probe."""
+    """A mean over random probes with its standard error and 95% t-interval."""
 
     estimate: float
     stderr: float
@@ -28,12 +33,18 @@ class Estimate:
 
 
 def estimate(values: Tensor, offset: float = 0.0) -> Estimate:
-    """offset + mean of values [n], with Student's t interval."""
+    """offset + mean of values [n], with Student's t interval. Raises ValueError for n below LEAST_PROBES."""
     n = len(values)
+    _check(n)
     mean = offset + float(values.mean())
-    stderr = float(values.std()) / n**0.5 if n > 1 else float("inf")
-    half = float(stats.t.ppf(0.975, n - 1)) * stderr if n > 1 else float("inf")
+    stderr = float(values.std()) / n**0.5
+    half = float(stats.t.ppf(0.975, n - 1)) * stderr
     return Estimate(mean, stderr, (mean - half, mean + half), n)
+
+
+def _check(probes: int) -> None:
+    if probes < LEAST_PROBES:
+        raise ValueError(f"an estimate with an interval needs at least {LEAST_PROBES} probes, not {probes}")
 
 
 def probe_forms(
@@ -52,10 +63,10 @@ def probe_forms(
 def trace(op: Operator, *, probes: int = 32, generator: torch.Generator, deflate: Eigenpairs | None = None) -> Estimate:
     """tr A: the deflated eigenvalues exactly, plus the mean of z'Az over probes on their complement.
 
-    The generator must not be the one that made `deflate`'s start vector. Raises ValueError for no probes.
+    The generator must not be the one that made `deflate`'s start vector. Raises ValueError for fewer probes than
+    LEAST_PROBES.
     """
-    if probes < 1:
-        raise ValueError("a trace needs at least one probe")
+    _check(probes)
     forms, _ = probe_forms(op, probes, generator, deflate)
     return estimate(forms, 0.0 if deflate is None else float(deflate.values.sum()))
 

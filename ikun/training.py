@@ -26,7 +26,6 @@ from ikun.statistics import LayerStatistics, observe
 
 OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("cosine", "step", "none")
-MOMENTUM = 0.9
 
 # What counts as a failure. A layer is dead (saturated) when this share of its neurons never (always) fires on the
 # fixed batch; a gradient explodes or vanishes by its norm, or by the ratio of mean squares of first and last layer.
@@ -37,8 +36,9 @@ EXPLODING_RATIO, VANISHING_RATIO = 1e8, 1e-8
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """How to train. patience: stop after so many epochs without a better held-out loss and keep the best (0: never).
-    step schedule: lr x 0.1 after each third of the epochs. snapshots: so many checkpoints on the way."""
+    """How to train. momentum: of sgd. patience: stop after so many epochs without a better held-out loss and keep the
+    best (0: never). step schedule: lr x 0.1 after each third of the epochs. snapshots: so many checkpoints on the way.
+    """
 
     init: str = "ikun"
     alpha: float = 1.0
@@ -48,6 +48,7 @@ class TrainingSpec:
     lr: float = 1e-3
     schedule: str = "cosine"
     weight_decay: float = 0.0
+    momentum: float = 0.9
     epochs: int = 20
     batch_size: int = 128
     seed: int = 42
@@ -61,6 +62,8 @@ class TrainingSpec:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not '{getattr(self, name)}'")
         if not (self.lr > 0 and math.isfinite(self.lr) and self.alpha > 0 and self.weight_decay >= 0):
             raise ValueError("lr and alpha must be positive, weight_decay not negative")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, not {self.momentum}")
         if self.epochs < 0 or self.batch_size < 1 or min(self.seed, self.patience, self.snapshots) < 0:
             raise ValueError("epochs, seed, patience and snapshots must not be negative, batch_size at least 1")
 
@@ -200,7 +203,7 @@ def _read_resume(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _optimizer(net: Network, spec: TrainingSpec) -> torch.optim.Optimizer:
     if spec.optimizer == "sgd":
-        return torch.optim.SGD(net.parameters(), spec.lr, momentum=MOMENTUM, weight_decay=spec.weight_decay)
+        return torch.optim.SGD(net.parameters(), spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
     return torch.optim.Adam(net.parameters(), spec.lr, weight_decay=spec.weight_decay)
 
 

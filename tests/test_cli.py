@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -126,36 +129,126 @@ def arrays(path: Path) -> list[bytes]:
         return [found[name].tobytes() for name in sorted(found)]
 
 
-@pytest.mark.parametrize("phase", ["hessian: eigenvalues", "hessian: density", "hessian: ties reversed", "ggn: trace"])
-def test_interrupted_in_any_phase_and_resumed(
-    analysed: Path, tmp_path: Path, phase: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    """Stopped in the middle of a phase, resumed: the same arrays, bit for bit, as without the interruption."""
-    part = ["spectrum", str(analysed / "a.pt"), *FAST, "--out", str(tmp_path / "part")]
-    whole = analysed / "a.spectrum"
+PHASES = ["symmetry", "eigenvalues", "density", "trace", "error from the data", "scale-free"]
+KILL = """
+import os, signal, sys
+import cli
+calls = 0
+def update(self, name, done, total, worst):
+    global calls
+    calls += name == {phase!r}
+    if calls == {call}:
+        os.kill(os.getpid(), signal.{signal})
+cli._Bar.update = update
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+sys.exit(cli.run(sys.argv[1:]))
+"""
 
-    def stop(self: object, name: str, done: int, total: int) -> None:
-        if name == phase and done > 0:
+
+def equal(found: Path, expected: Path) -> None:
+    """Two runs' spectra and arrays, to the bit."""
+    assert arrays(found.with_suffix(".spectrum.npz")) == arrays(expected.with_suffix(".spectrum.npz"))
+    raw = [json.loads(path.with_suffix(".spectrum.json").read_text()) for path in (found, expected)]
+    for part in ("spectra", "sensitivity", "loss", "gradient_norm"):
+        assert raw[0][part] == raw[1][part]
+
+
+@pytest.mark.parametrize(
+    ("phase", "call"), [*((f"hessian: {p}", c) for p in PHASES for c in (1, 2)), ("ggn: density", 9)]
+)
+def test_interrupted_in_any_phase_and_resumed(
+    analysed: Path, tmp_path: Path, phase: str, call: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Stopped at the beginning or in the middle of a phase, resumed: the same arrays as without the interruption."""
+    part = ["spectrum", str(analysed / "a.pt"), *FAST, "--out", str(tmp_path)]
+    calls = 0
+
+    def stop(self: object, name: str, done: int, total: int, worst: float) -> None:
+        nonlocal calls
+        calls += name == phase
+        if calls == call:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(cli._Bar, "update", stop)
         assert cli.run(part) == 130
-    assert [p.name for p in (tmp_path / "part").iterdir()] == ["a.spectrum.resume"]
-    fails(capsys, 2, "an interrupted analysis lies at", *part)
-    fails(capsys, 2, "had other settings", *part, "--seed", "3", "--resume")
     assert cli.run([*part, "--resume"]) == 0
-    assert arrays(tmp_path / "part/a.spectrum.npz") == arrays(whole.with_suffix(".spectrum.npz"))
-    files = (tmp_path / "part/a.spectrum.json", whole.with_suffix(".spectrum.json"))
-    raw = [json.loads(file.read_text()) for file in files]
-    assert raw[0]["spectra"] == raw[1]["spectra"]
-    assert raw[0]["sensitivity"] == raw[1]["sensitivity"]
-    assert not (tmp_path / "part/a.spectrum.resume").exists()
-    before = (tmp_path / "part/a.spectrum.json").read_bytes()
+    equal(tmp_path / "a", analysed / "a")
+    assert not list(tmp_path.glob("*.resume*"))
+
+
+@pytest.mark.parametrize(
+    ("phase", "call", "name"),
+    [
+        ("hessian: eigenvalues", 9, "SIGKILL"),
+        ("hessian: density", 5, "SIGKILL"),
+        ("hessian: slope x 2", 3, "SIGTERM"),
+        ("ggn: trace", 2, "SIGKILL"),
+    ],
+)
+def test_killed_and_resumed(analysed: Path, tmp_path: Path, phase: str, call: int, name: str) -> None:
+    part = ["spectrum", str(analysed / "a.pt"), *FAST, "--out", str(tmp_path)]
+    script = KILL.format(phase=phase, call=call, signal=name)
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the run it is compared with
+    killed = subprocess.run([sys.executable, "-c", script, *part], cwd=ROOT, env=one, capture_output=True, text=True)
+    if name == "SIGKILL":
+        assert killed.returncode == -signal.SIGKILL
+    else:
+        assert killed.returncode == 130
+        assert killed.stderr.splitlines()[-1] == "interrupted: --resume goes on"
+    assert (tmp_path / "a.spectrum.resume").exists()
+    assert not (tmp_path / "a.spectrum.json").exists()
+    assert cli.run([*part, "--resume"]) == 0
+    equal(tmp_path / "a", analysed / "a")
+    assert not list(tmp_path.glob("*.resume*"))
+
+
+def test_resuming_what_has_changed(
+    analysed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    for file in ("a", "b"):
+        shutil.copy(analysed / f"{file}.pt", tmp_path)
+    part = ["spectrum", str(tmp_path / "a.pt"), *FAST]
+
+    def stop(self: object, name: str, done: int, total: int, worst: float) -> None:
+        if name == "hessian: density":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli._Bar, "update", stop)
+        assert cli.run(part) == 130
+    fails(capsys, 2, "an interrupted analysis lies at", *part)
+    fails(capsys, 2, "the settings changed since", *part, "--seed", "3", "--resume")
+    fails(capsys, 2, "the data", *part, "--samples", "90", "--resume")
+    shutil.copy(tmp_path / "a.pt", tmp_path / "kept.pt")
+    shutil.copy(tmp_path / "b.pt", tmp_path / "a.pt")
+    fails(capsys, 2, "the checkpoint", *part, "--resume")
+    shutil.copy(tmp_path / "kept.pt", tmp_path / "a.pt")
+    assert cli.run([*part, "--resume"]) == 0
+    equal(tmp_path / "a", analysed / "a")
+    before = (tmp_path / "a.spectrum.json").read_bytes()
     assert cli.run([*part, "--resume"]) == 0  # nothing left to do
-    assert (tmp_path / "part/a.spectrum.json").read_bytes() == before
-    (tmp_path / "part/a.spectrum.resume").write_bytes(b"broken")
-    fails(capsys, 2, "not the state of an interrupted analysis", *part, "--resume")
+    assert (tmp_path / "a.spectrum.json").read_bytes() == before
+
+
+def test_a_full_disk_loses_nothing(analysed: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Files may grow to 20 kB only: the run ends with one line, and goes on once there is room."""
+    part = ["spectrum", str(analysed / "a.pt"), *FAST, "--out", str(tmp_path)]
+    script = (
+        "import resource, signal, sys, cli\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        "sys.exit(cli.run(sys.argv[1:]))"
+    )
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}
+    full = subprocess.run([sys.executable, "-c", script, *part], cwd=ROOT, env=one, capture_output=True, text=True)
+    assert full.returncode == 1
+    last = full.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "a.spectrum.resume" in last
+    assert "File too large" in last
+    assert cli.run([*part, "--resume"]) == 0
+    equal(tmp_path / "a", analysed / "a")
 
 
 def test_compare_refuses_what_was_not_measured_alike(analysed: Path, capsys: Capture) -> None:

@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
-import functools
+import io
+import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from real_network import curvature
 from scipy import stats
+from torch import Tensor
 
-from hessian_tools.density import density, rademacher
-from hessian_tools.lanczos import certified, eigenpairs
-from hessian_tools.objective import make_objective
-from hessian_tools.operators import Dense, dense, hessian, scaled
-from hessian_tools.trace import estimate, frobenius, probe_forms, trace
-from ikun.checkpoint import load_checkpoint
-from ikun.networks import LOSSES
+from hessian_tools.density import Density, density, rademacher, wasserstein
+from hessian_tools.lanczos import certified, eigenpairs, quadrature, tridiagonal, tridiagonals
+from hessian_tools.operators import Composed, Dense, Operator, projected, scaled
+from hessian_tools.trace import LEAST_PROBES, estimate, frobenius, probe_forms, trace
 
-CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "digits-csnn-ikun.pt"
+COVERED = [("hessian", 1960, LEAST_PROBES), ("ggn", 1960, LEAST_PROBES), ("hessian", 320, 4), ("hessian", 320, 32)]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@functools.cache
 def real_hessian() -> Dense:
-    """The surrogate Hessian of a trained spiking network, convolutions and readout, on 128 digits: 2,008 x 2,008."""
-    checkpoint = load_checkpoint(CHECKPOINT)
-    data = checkpoint.data.load()
-    objective = make_objective(
-        checkpoint.build(),
-        LOSSES[checkpoint.loss],
-        (data.images[:128], data.labels[:128]),
-        params="conv*,norm*,fc2*",
-        dtype=torch.float32,
-    )
-    matrix = dense(hessian(objective)).double()
+    return Dense(curvature("hessian"))
+
+
+def spread(n: int = 300, low: float = -1.0, high: float = 3.0) -> Dense:
+    """Evenly spaced eigenvalues, dense eigenvectors."""
+    q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=seeded()))[0]
+    matrix = q @ torch.diag(torch.linspace(low, high, n, dtype=torch.float64)) @ q.T
     return Dense((matrix + matrix.T) / 2)
+
+
+def cdf_distance(x: Tensor, u: Tensor, y: Tensor, v: Tensor) -> float:
+    """The integral of |F - G| by hand: the distribution functions between any two neighbouring atoms."""
+    points = np.unique(np.concatenate([x, y]))
+    total = 0.0
+    for left, right in itertools.pairwise(points):
+        total += abs(float(u[x <= left].sum()) - float(v[y <= left].sum())) * (right - left)
+    return total
 
 
 def test_moments_cdf_and_weights_against_the_dense_spectrum() -> None:
@@ -72,13 +77,17 @@ def test_without_deflation_and_with_everything_deflated() -> None:
     whole = density(op, probes=2, steps=5, generator=seeded(), deflate=everything)
     assert whole.moment(1).tolist() == pytest.approx([8 / 3, 8 / 3])
     assert len(whole.nodes[0]) == 3
+    assert (whole.accuracy, whole.steps) == (0, 0)
 
 
+@pytest.mark.parametrize("counts", [{"probes": 2, "steps": 8}, {"accuracy": 0.1}])
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
-def test_density_is_scale_equivariant(scale: float) -> None:
+def test_density_is_scale_equivariant(scale: float, counts: dict[str, float]) -> None:
     op = Dense(torch.diag(torch.linspace(-1, 3, 50, dtype=torch.float64)))
-    a = density(op, probes=2, steps=8, generator=seeded())
-    b = density(scaled(op, scale), probes=2, steps=8, generator=seeded())
+    a = density(op, **counts, generator=seeded())
+    b = density(scaled(op, scale), **counts, generator=seeded())
+    assert (b.steps, b.probes) == (a.steps, a.probes)
+    assert b.accuracy == pytest.approx(a.accuracy)
     for x, y in zip(a.nodes, b.nodes, strict=True):
         torch.testing.assert_close(y / scale, x)
     for x, y in zip(a.weights, b.weights, strict=True):
@@ -106,15 +115,14 @@ def test_trace_of_the_laplacian_and_its_norm() -> None:
     assert frobenius(squared) == pytest.approx(math.sqrt(2398), rel=0.02)
 
 
-@pytest.mark.parametrize("probes", [4, 32])
-def test_coverage_of_the_trace_interval_on_a_real_hessian(probes: int) -> None:
+@pytest.mark.parametrize(("name", "size", "probes"), COVERED)
+def test_coverage_of_the_trace_interval(name: str, size: int, probes: int) -> None:
     """500 replicates: the 95% interval holds the true trace in 92 to 98% of them."""
-    op = real_hessian()
+    op = Dense(curvature(name)[:size, :size])
     exact = float(op.matrix.trace())
-    pairs = certified(op, eigenpairs(op, 10, 5, generator=seeded()).vectors, 1e-4)
-    z = rademacher(op, 500 * probes, seeded(7))
-    z = z - pairs.vectors @ (pairs.vectors.T @ z)
-    forms = (z * (op @ z)).sum(0)
+    vectors = torch.linalg.eigh(op.matrix).eigenvectors
+    pairs = certified(op, torch.cat([vectors[:, -10:], vectors[:, :5]], 1), 1e-4)
+    forms, _ = probe_forms(op, 500 * probes, seeded(7), pairs)
     hits = 0
     for values in forms.split(probes):
         found = estimate(values, float(pairs.values.sum()))
@@ -130,15 +138,21 @@ def test_trace_is_scale_equivariant(scale: float) -> None:
     assert other.stderr / scale == pytest.approx(one.stderr)
 
 
-def test_few_probes_and_bad_counts() -> None:
+def test_bad_counts() -> None:
     op = Dense(torch.eye(5, dtype=torch.float64))
-    single = trace(op, probes=1, generator=seeded())
-    assert single.estimate == pytest.approx(5)
-    assert single.ci95 == (-math.inf, math.inf)
-    with pytest.raises(ValueError, match="at least one"):
-        density(op, probes=0, generator=seeded())
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="at least 2 probes, not 1"):
+        trace(op, probes=1, generator=seeded())
+    with pytest.raises(ValueError, match="at least 2 probes, not 0"):
         trace(op, probes=0, generator=seeded())
+    with pytest.raises(ValueError, match="not 1"):
+        estimate(torch.ones(1))
+    for counts in ({"probes": 0}, {"steps": 0}, {"accuracy": 0.1, "max_vectors": 0}):
+        with pytest.raises(ValueError, match="at least one probe and one step"):
+            density(op, **counts, generator=seeded())
+    for accuracy in (0.0, 1.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            density(op, accuracy=accuracy, generator=seeded())
+    assert op.products == 0
 
 
 def test_probes_are_signs_and_independent_of_device_order() -> None:
@@ -146,3 +160,180 @@ def test_probes_are_signs_and_independent_of_device_order() -> None:
     z = rademacher(op, 5, seeded())
     assert set(np.unique(z)) == {-1.0, 1.0}
     assert torch.equal(z[:, :3], rademacher(op, 3, seeded()))
+    one_by_one = seeded()
+    assert torch.equal(z, torch.cat([rademacher(op, 1, one_by_one) for _ in range(5)], 1))
+
+
+weighted = st.lists(st.tuples(st.integers(-20, 20), st.integers(1, 9)), min_size=1, max_size=12)
+
+
+@given(weighted, weighted, st.sampled_from([1e-12, 1.0, 1e12]))
+@settings(max_examples=50, deadline=None)
+def test_wasserstein_is_the_integral_between_the_distribution_functions(
+    one: list[tuple[int, int]], other: list[tuple[int, int]], scale: float
+) -> None:
+    (x, u), (y, v) = (torch.tensor(part, dtype=torch.float64).T for part in (one, other))
+    u, v = u / u.sum(), v / v.sum()
+    expected = cdf_distance(scale * x, u, scale * y, v)
+    assert wasserstein(scale * x, u, scale * y, v) == pytest.approx(expected, rel=1e-9, abs=1e-12 * scale)
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+def test_accuracy_compares_all_steps_with_half_of_them(deflated: bool) -> None:
+    op = spread()
+    pairs = eigenpairs(op, 2, 1, generator=seeded(3)) if deflated else None
+    before = op.products
+    found = density(op, probes=3, steps=21, generator=seeded(1), deflate=pairs)
+    assert op.products - before == 63
+    half = density(op, probes=3, steps=10, generator=seeded(1), deflate=pairs)
+    for one, other in zip(
+        found.coarse_nodes + found.coarse_weights, half.nodes + half.weights, strict=True
+    ):  # the same to the bit
+        assert torch.equal(one, other)
+    every = torch.cat(found.nodes + found.coarse_nodes)
+    moved = [
+        cdf_distance(*pair)
+        for pair in zip(found.coarse_nodes, found.coarse_weights, found.nodes, found.weights, strict=True)
+    ]
+    assert found.accuracy == pytest.approx(max(moved) / float(every.max() - every.min()), rel=1e-9)
+    assert 0 < found.accuracy < half.accuracy
+
+
+def test_accuracy_of_no_and_of_too_little_knowledge() -> None:
+    zero = density(Dense(torch.zeros(6, 6, dtype=torch.float64)), generator=seeded())
+    assert (zero.accuracy, zero.steps) == (0, 1)
+    same = density(Dense(3 * torch.eye(6, dtype=torch.float64)), accuracy=0.1, generator=seeded())
+    assert (same.accuracy, same.steps) == (0, 1)
+    assert math.isnan(density(spread(), steps=1, generator=seeded()).accuracy)
+
+
+@pytest.mark.parametrize("accuracy", [0.1, 0.02])
+def test_a_wanted_accuracy_chooses_probes_and_steps(accuracy: float) -> None:
+    op = spread()
+    exact = torch.linalg.eigvalsh(op.matrix)
+    pairs = eigenpairs(op, 3, 2, generator=seeded(3))
+    before = op.products
+    found = density(op, accuracy=accuracy, generator=seeded(1), deflate=pairs)
+    # 4 ln(2 * 300 / .05) / (302 * t^2): 12.4 for t = .1; 311 for .02, more than are ever chosen
+    assert found.probes == {0.1: 13, 0.02: 64}[accuracy]
+    taken = [len(x) - found.atoms for x in found.nodes]
+    assert op.products - before == sum(taken)
+    assert found.steps == max(taken)
+    for x, u, y, v, m in zip(found.coarse_nodes, found.coarse_weights, found.nodes, found.weights, taken, strict=True):
+        assert m in (16, 32, 64, 128, 256)
+        assert cdf_distance(x, u, y, v) <= accuracy / 2 * float(y.max() - y.min()) * (1 + 1e-9)
+    if taken[0] > 16:  # half as many steps were not enough
+        less = density(op, probes=1, steps=taken[0] // 2, generator=seeded(1), deflate=pairs)
+        assert less.accuracy > accuracy / 2
+    assert found.accuracy <= accuracy / 2
+    pooled = wasserstein(torch.cat(found.nodes), torch.cat(found.weights), exact, torch.full_like(exact, 1 / 300))
+    assert pooled <= accuracy * float(exact[-1] - exact[0])
+
+
+def test_explicit_counts_win_over_chosen_ones_and_memory_bounds_them() -> None:
+    op = spread()
+    one = density(op, accuracy=0.1, steps=40, generator=seeded())
+    assert (one.probes, one.steps) == (13, 40)
+    other = density(op, accuracy=0.1, probes=2, generator=seeded())
+    assert (other.probes, other.steps) == (2, 16)
+    plain = density(op, generator=seeded())
+    assert (plain.probes, plain.steps) == (4, 60)
+    few = density(op, accuracy=0.02, probes=2, max_vectors=10, generator=seeded())
+    assert few.steps == 10
+    assert few.accuracy > 0.01  # says itself that it is not what was asked for
+    before = op.products
+    with pytest.raises(ValueError, match=r"^60 steps need 0.000134 GiB .*59 vectors .*more memory or fewer steps$"):
+        density(op, max_vectors=59, generator=seeded())
+    assert op.products == before
+    assert density(op, max_vectors=60, generator=seeded()).steps == 60
+
+
+def by_column(matrix: Tensor) -> tuple[Operator, list[int]]:
+    """An operator that computes the columns of a block singly, as curvature does, and the widths asked for."""
+    asked: list[int] = []
+
+    def product(block: Tensor) -> Tensor:
+        asked.append(block.shape[1])
+        return torch.stack([matrix @ v for v in block.unbind(1)], 1)
+
+    return Composed(len(matrix), torch.float64, torch.device("cpu"), product), asked
+
+
+@pytest.mark.parametrize(("counts", "most"), [({"steps": 12}, 12), ({"accuracy": 0.05}, 97)])
+def test_probes_together_and_one_by_one_agree_to_the_bit(counts: dict[str, float], most: int) -> None:
+    matrix = spread(100).matrix
+    pairs = eigenpairs(Dense(matrix), 2, 1, generator=seeded(3))
+    widths, found = [], []
+    for room in (None, most, 2 * most):
+        op, asked = by_column(matrix)
+        found.append(density(op, probes=3, **counts, max_vectors=room, generator=seeded(1), deflate=pairs))
+        widths.append(asked)
+    assert widths[0][:12] == [3] * 12
+    assert set(widths[1]) == {1}
+    assert set(widths[2]) == {1, 2}
+    for other in found[1:]:
+        assert other.accuracy == found[0].accuracy
+        for name in ("nodes", "weights", "coarse_nodes", "coarse_weights", "quadratic", "squared"):
+            for a, b in zip(getattr(other, name), getattr(found[0], name), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_runs_of_different_lengths_share_blocks() -> None:
+    op = Dense(torch.diag(torch.tensor([1.0, 2.0, 3.0, 5.0, 8.0, 13.0], dtype=torch.float64)))
+    starts = [torch.eye(6, dtype=torch.float64)[0], torch.ones(6), torch.zeros(6), torch.tensor([1.0, 1, 0, 0, 0, 0])]
+    together = tridiagonals(op, starts, 6)
+    assert [len(alpha) for alpha, _ in together] == [1, 6, 0, 2]
+    assert [len(beta) for _, beta in together] == [1, 6, 0, 2]
+    assert together[0][1].tolist() == [0]
+    for start, (alpha, beta) in zip(starts, together, strict=True):
+        alone = tridiagonal(op, start, 6)
+        torch.testing.assert_close(alpha, alone[0])
+        torch.testing.assert_close(beta[:-1], alone[1])
+    torch.testing.assert_close(quadrature(*together[3])[0], torch.tensor([1.0, 2.0], dtype=torch.float64))
+
+
+def test_deflating_any_subspace_projects_the_operator() -> None:
+    """Not eigenvectors: nodes of all steps are the eigenvalues of (I - QQ') A (I - QQ') on the complement of Q."""
+    op = spread(40)
+    q = torch.linalg.qr(torch.randn(40, 4, dtype=torch.float64, generator=seeded(5)))[0]
+    alpha, beta = tridiagonal(op, torch.randn(40, dtype=torch.float64, generator=seeded(6)), 60, q)
+    complement = torch.linalg.qr(torch.cat([q, torch.randn(40, 36, dtype=torch.float64, generator=seeded(7))], 1))[0]
+    exact = torch.linalg.eigvalsh(complement[:, 4:].T @ op.matrix @ complement[:, 4:])
+    assert len(alpha) == 36
+    torch.testing.assert_close(quadrature(alpha, beta)[0], exact, rtol=0, atol=1e-10)
+    other, _ = tridiagonal(projected(op, q), torch.randn(40, dtype=torch.float64, generator=seeded(6)), 10, q)
+    torch.testing.assert_close(other, alpha[:10], rtol=0, atol=1e-10)
+
+
+def test_progress_after_every_step_of_every_probe() -> None:
+    calls: list[tuple[int, int, float]] = []
+    density(spread(), probes=2, steps=5, generator=seeded(), progress=lambda *call: calls.append(call))
+    assert [call[:2] for call in calls] == [(i, 10) for i in range(1, 11)]
+    assert all(math.isnan(call[2]) for call in calls)
+
+
+def test_a_density_survives_saving() -> None:
+    found = density(spread(), probes=2, steps=9, generator=seeded())
+    file = io.BytesIO()
+    torch.save(vars(found), file)
+    file.seek(0)
+    loaded = Density(**torch.load(file, weights_only=True))
+    assert loaded.accuracy == found.accuracy
+    assert all(torch.equal(a, b) for a, b in zip(loaded.coarse_nodes, found.coarse_nodes, strict=True))
+
+
+def test_a_probe_without_a_part_outside_the_deflated_space_says_nothing() -> None:
+    op = Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64))
+    top = certified(op, torch.full((2, 1), 0.5**0.5, dtype=torch.float64), 1e-4)
+    found = density(op, probes=8, generator=seeded(), deflate=top)
+    assert {len(x) for x in found.nodes} == {1, 2}
+    assert float(found.quadratic.mean()) == pytest.approx(
+        float(found.quadratic.max()) * sum(len(x) - 1 for x in found.nodes) / 8
+    )
+    assert found.accuracy == 0
+
+
+def test_products_that_are_not_finite() -> None:
+    broken = Composed(5, torch.float64, torch.device("cpu"), lambda v: v * math.nan)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        density(broken, generator=seeded())

@@ -10,25 +10,20 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
+from figure_tools import SMALLS, TOPS, collisions, eigenvalue, line, on_paper, result, said, spectrum, words
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
-from hessian_tools import figures, results
+from hessian_tools import captions, curve_panels, curves, figures, panels, results, trajectory, typesetting
 from hessian_tools.curves import cumulative, density_curves, one_eigenvalue, symlog_axis
 from hessian_tools.figures import rank_figure, save_figure, spectrum_figure
-from hessian_tools.results import SCHEMA, Density, Eigenvalue, Spectrum, SpectrumResult
-
-LAYERS = ("layers.conv1.weight", "layers.conv2.weight", "layers.fc.weight")
-TOPS, SMALLS = (8.0, 4.0, 3.0), (-2.0, -1.0)  # as saved: the most negative first
+from hessian_tools.results import Density, Eigenvalue, Spectrum, SpectrumResult
 
 
 @pytest.fixture(autouse=True)
@@ -36,54 +31,6 @@ def _no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
-
-
-def eigenvalue(value: float, **changes: Any) -> Eigenvalue:
-    shares = dict(zip(LAYERS, (0.5, 0.3, 0.2), strict=True))
-    return dataclasses.replace(Eigenvalue(value, 1e-6, abs(value) / 10, True, shares), **changes)
-
-
-def spectrum(scale: float = 1.0, *, probes: int = 3, steps: int = 30, size: int = 500, seed: int = 0) -> Spectrum:
-    """Five deflated eigenvalues and a bulk on [-0.3, 0.6] with much of its weight at 0."""
-    rng = np.random.default_rng(seed)
-    atoms = [scale * v for v in (*TOPS, *SMALLS)]
-    nodes, weights = [], []
-    for _ in range(probes):
-        x = np.append(np.sort(rng.uniform(-0.3, 0.6, steps - 1)), 1e-4)
-        w = np.append(rng.uniform(0.1, 1, steps - 1), 20.0)
-        nodes.append((*atoms, *(scale * x).tolist()))
-        weights.append((*[1 / size] * 5, *((1 - 5 / size) * w / w.sum()).tolist()))
-    density = Density(tuple(nodes), tuple(weights), probes, steps, len(atoms))
-    tops, smalls = (tuple(eigenvalue(scale * v) for v in values) for values in (TOPS, SMALLS))
-    return Spectrum(1e-7, 100, tops, smalls, None, 1.0, 1.0, density)
-
-
-def result(spectra: dict[str, Spectrum] | None = None, **changes: Any) -> SpectrumResult:
-    made = SpectrumResult(
-        schema=SCHEMA,
-        checkpoint={"path": "/somewhere/ckpt.pt", "sha256": "0123456789abcdef"},
-        data={"name": "digits", "split": "train", "samples": 1437},
-        network={"model": "csnn", "surrogate": "atan:2", "reset": "hard"},
-        training={},
-        activity={},
-        settings={},
-        num_parameters=500,
-        parameters=dict.fromkeys(LAYERS, 100),
-        weight_norms=dict.fromkeys(LAYERS, 1.0),
-        loss=0.25,
-        accuracy=0.9,
-        gradient_norm=0.1,
-        dtype="float32",
-        device="cpu",
-        seed=7,
-        sensitivity={},
-        spectra=spectra if spectra is not None else {"hessian": spectrum(), "ggn": spectrum(0.5, seed=1)},
-        blocks={},
-        warnings=(),
-        seconds=1.0,
-        versions={},
-    )
-    return dataclasses.replace(made, **changes)
 
 
 def mapped(function: Callable[[float], float]) -> SpectrumResult:
@@ -103,34 +50,6 @@ def mapped(function: Callable[[float], float]) -> SpectrumResult:
         )
 
     return result({name: one(s) for name, s in result().spectra.items()})
-
-
-def line(ax: Axes, label: str) -> tuple[np.ndarray, np.ndarray]:
-    (found,) = [each for each in ax.lines if each.get_label() == label]
-    return np.asarray(found.get_xdata(), float), np.asarray(found.get_ydata(), float)
-
-
-def words(figure: Figure) -> list[Text]:
-    return [t for t in figure.findobj(Text) if isinstance(t, Text) and t.get_visible() and t.get_text().strip()]
-
-
-def said(figure: Figure) -> str:
-    return "\n".join(t.get_text() for t in words(figure)).replace("\u00a0", " ")
-
-
-def collisions(figure: Figure) -> list[tuple[str, str]]:
-    """Pairs of texts that overlap, and texts that leave the figure."""
-    figure.draw_without_rendering()
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    drawn = [t for ax in figure.axes for t in (*ax.get_xticklabels(), *ax.get_yticklabels(), *ax.texts)]
-    drawn += [t for ax in figure.axes for t in (ax.xaxis.label, ax.yaxis.label, ax.title, ax._left_title)]  # type: ignore[attr-defined]
-    drawn += [t for legend in figure.legends for t in legend.get_texts()] + list(figure.texts)
-    boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in drawn if t.get_text().strip()]
-    boxes = [(text, box.padded(-0.5)) for text, box in boxes]
-    pairs = [(a, b) for i, (a, x) in enumerate(boxes) for b, y in boxes[:i] if x.overlaps(y)]
-    area = figure.bbox
-    outside = [(t, "") for t, box in boxes if box.x0 < 0 or box.y0 < 0 or box.x1 > area.x1 or box.y1 > area.y1]
-    return pairs + outside
 
 
 @pytest.fixture(scope="module")
@@ -222,12 +141,6 @@ def test_cdf_rises_to_one(drawn: Figure) -> None:
         assert tuple(shown_x[[0, -1]]) == drawn.axes[1].get_xlim()
 
 
-def on_paper(ax: Axes) -> np.ndarray:
-    """Every point of every curve, as shares of the panel."""
-    curves = [each for each in ax.lines if each.get_transform() == ax.transData]
-    return np.concatenate([(ax.transData - ax.transAxes).transform(each.get_xydata()) for each in curves])
-
-
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_scaling_the_eigenvalues_only_relabels(drawn: Figure, scale: float) -> None:
     scaled = spectrum_figure(mapped(lambda x: scale * x))
@@ -285,9 +198,9 @@ def test_layers_of_the_first_operator(drawn: Figure) -> None:
 
 def test_many_layers_add_up() -> None:
     shares = {f"layers.{i}.weight": s for i, s in enumerate(np.random.default_rng(0).dirichlet(np.ones(40)).tolist())}
-    names, table = figures.layer_shares([eigenvalue(1.0, layers=shares), eigenvalue(0.5, layers=shares)])
-    assert len(names) == figures.ROWS
-    assert names[-1] == f"other ({40 - figures.ROWS + 1})"
+    names, table = panels.layer_shares([eigenvalue(1.0, layers=shares), eigenvalue(0.5, layers=shares)])
+    assert len(names) == panels.ROWS
+    assert names[-1] == f"other ({40 - panels.ROWS + 1})"
     assert table.sum(0) == pytest.approx([1, 1])
 
 
@@ -386,11 +299,33 @@ def test_one_line_a_result_in_the_rank_figure() -> None:
     assert len(markers(left, "v")) == 8 * len(SMALLS)
 
 
-def test_rank_figure_without_ggn_or_results() -> None:
-    alone = result({"fisher": spectrum()})
-    figure = rank_figure([("both", result()), ("alone", alone)])
-    (ax,) = figure.axes
-    assert ax.get_title(loc="left").endswith("Fisher, Hessian")
+def test_rank_figure_draws_the_operators_that_all_results_have() -> None:
+    alone = dataclasses.replace(spectrum(), smallest_eigenvalues=(), eigenvalues=(eigenvalue(7.0, converged=False),))
+    pyhessian = result({"hessian": alone}, settings={"method": "power", "backend": "pyhessian"})
+    for pair in ([("own", result()), ("theirs", pyhessian)], [("theirs", pyhessian), ("own", result())]):
+        figure = rank_figure(pair)
+        (ax,) = figure.axes
+        assert ax.get_title(loc="left").endswith("Hessian")
+        assert len(markers(ax, "o")) == len(TOPS) + 1
+        ((x, y),) = markers(ax, "o", "white")
+        assert (round(x), y) == (1, 7.0)
+        assert len(markers(ax, "v")) == len(SMALLS)
+        assert "not converged" in said(figure)
+        assert "GGN" not in said(figure)
+        assert collisions(figure) == []
+
+
+def test_rank_figure_of_many_operators() -> None:
+    spectra = {name: spectrum(i + 1.0) for i, name in enumerate(("hessian", "ggn", "fisher"))}
+    figure = rank_figure([(label, result(spectra)) for label in "ab"])
+    shown = [ax.get_title(loc="left").split("  ")[-1] for ax in figure.axes]
+    assert shown == ["Hessian", "GGN", "Fisher"]
+    assert collisions(figure) == []
+
+
+def test_rank_figure_refuses_nothing_in_common() -> None:
+    with pytest.raises(ValueError, match="no operator in common"):
+        rank_figure([("a", result({"fisher": spectrum()})), ("b", result())])
     with pytest.raises(ValueError, match="no result"):
         rank_figure([])
 
@@ -413,7 +348,7 @@ def test_save_writes_both_files_and_the_same_bytes_again(tmp_path: Path) -> None
 
 
 def test_neither_torch_nor_global_state() -> None:
-    for module in (figures, results):
+    for module in (captions, curve_panels, curves, figures, panels, results, trajectory, typesetting):
         tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
         names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

@@ -203,9 +203,6 @@ def test_what_is_not_comparable_is_named(part: str, key: str, value: object, mes
 
 
 def test_other_operators_or_parameters_or_a_single_result_are_refused() -> None:
-    alone = sample("b", spectra={"hessian": sample().spectra["hessian"]})
-    with pytest.raises(ResultError, match="operators differs"):
-        comparable(labelled([sample(), alone]))
     with pytest.raises(ResultError, match="set of parameters"):
         comparable(labelled([sample(), sample("b", parameters={"fc1.weight": 6})]))
     with pytest.raises(ResultError, match="at least two"):

@@ -1,0 +1,66 @@
+"""Where numbers stop being finite: the first layer whose output, gradient or curvature is NaN or infinite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessian_tools.objective import Objective
+from hessian_tools.operators import hessian
+
+
+def first_not_finite(objective: Objective) -> str | None:
+    """One phrase that names the layer, or None where outputs, gradient and one product are finite."""
+    return _output(objective) or _gradient(objective) or _curvature(objective)
+
+
+def _output(objective: Objective) -> str | None:
+    """The first module, in the order of the forward pass, with an output that is not finite."""
+    found: list[str] = []
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, _: Any, out: Any) -> None:
+            if isinstance(out, Tensor) and not torch.isfinite(out).all() and not found:
+                found.append(f"the output of layer '{name}' ({type(module).__name__}) is not finite")
+
+        return hook
+
+    leaves = [(name, m) for name, m in objective.model.named_modules() if name and not list(m.children())]
+    handles = [m.register_forward_hook(note(name)) for name, m in leaves]
+    try:
+        with torch.no_grad():
+            for (x, y), _ in objective.weighted_batches():
+                loss = objective.loss(objective.outputs(x), y)
+                if found:
+                    return found[0]
+                if not torch.isfinite(loss):
+                    return "the loss is not finite although every layer's output is"
+    finally:
+        for handle in handles:
+            handle.remove()
+    return None
+
+
+def _gradient(objective: Objective) -> str | None:
+    _, gradient = objective.value_and_gradient()
+    name = _last_of(objective, gradient)
+    return None if name is None else f"the gradient is not finite from '{name}' backwards"
+
+
+def _curvature(objective: Objective) -> str | None:
+    v = torch.ones(objective.size, dtype=objective.dtype, device=objective.device)
+    try:
+        product = hessian(objective, 0) @ v
+    except FloatingPointError as error:
+        product = error.args[1] if len(error.args) > 1 else v * torch.nan
+    name = _last_of(objective, product)
+    return None if name is None else f"second derivatives are not finite from '{name}' backwards"
+
+
+def _last_of(objective: Objective, v: Tensor) -> str | None:
+    """The last parameter whose part of [P] is not finite: back-propagation carries a NaN to all before it."""
+    parts = zip(objective.parameters, objective.split(v), strict=True)
+    broken = [name for name, part in parts if not torch.isfinite(part).all()]
+    return broken[-1] if broken else None

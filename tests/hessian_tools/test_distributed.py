@@ -1,0 +1,264 @@
+"""Two processes get what one gets. As a script, this file is one of two ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hessian_tools.density import density
+from hessian_tools.distributed import Group, RankError, initialize
+from hessian_tools.lanczos import eigenpairs
+from hessian_tools.objective import Objective, make_objective
+from hessian_tools.operators import OPERATORS, Composed, Operator, hessian
+from hessian_tools.phases import Phases, ResumeError
+from hessian_tools.trace import probe_forms, trace
+
+RAGGED = (4, 3, 5, 1, 2)
+DIES_AT = 17  # products
+
+
+def objective(sizes: tuple[int, ...] = RAGGED) -> Objective:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(sum(sizes), 4, dtype=torch.float64), torch.randint(0, 3, (sum(sizes),))
+    return make_objective(model, nn.functional.cross_entropy, list(zip(x.split(sizes), y.split(sizes), strict=True)))
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def measured(whole: Objective) -> dict[str, Tensor]:
+    """Everything that a sum over the ranks goes into."""
+    value, gradient = whole.value_and_gradient()
+    block = torch.randn(whole.size, 3, dtype=torch.float64, generator=generator(0))
+    found = {"value": torch.tensor(value), "gradient": gradient}
+    for name, factory in OPERATORS.items():
+        op = factory(whole, 2**30)
+        found[f"{name} @ v"] = op @ block[:, 0]
+        found[f"{name} @ block"] = op @ block
+        found[f"{name} again"] = op @ block  # the primals are kept by now
+        found[f"{name} in batches of two"] = factory(whole.rebatched(2), 0) @ block
+        found[f"{name} forms"], found[f"{name} counts"] = op.batch_forms(block)
+    op = hessian(whole)
+    pairs = eigenpairs(op, 10, generator=generator(1), tol=1e-9)
+    found |= {"values": pairs.values, "projector": pairs.vectors @ pairs.vectors.T}
+    estimate = trace(op, probes=8, generator=generator(2), deflate=pairs)
+    found["trace"] = torch.tensor([estimate.estimate, estimate.stderr])
+    spread = density(op, probes=1, steps=12, generator=generator(3))
+    found["density"] = torch.stack([torch.stack(spread.nodes), torch.stack(spread.weights)])
+    return found
+
+
+def analyse(phases: Phases, op: Operator, seed: int = 0) -> dict[str, Any]:
+    pairs = phases.run("pairs", op, lambda op: vars(eigenpairs(op, 3, 1, generator=generator(seed), tol=1e-8)))
+
+    def forms(op: Operator) -> dict[str, Any]:
+        random = generator(seed + 1)
+        return {"forms": torch.stack([torch.stack(probe_forms(op, 3, random)) for _ in range(4)])}
+
+    return {"vectors": pairs["vectors"], "values": pairs["values"], "forms": phases.run("trace", op, forms)["forms"]}
+
+
+def shared(group: Group | None) -> Objective:
+    return dataclasses.replace(objective(), group=group)
+
+
+class Counting(Composed):
+    """An operator that counts what it computes; the process ends in the middle of a product if it shall die."""
+
+    def __init__(self, op: Operator, dies: bool = False) -> None:
+        super().__init__(op.shape[0], op.dtype, op.device, op.__matmul__)
+        self.dies, self.computed = dies, 0
+
+    def _apply(self, block: Tensor) -> Tensor:
+        self.computed += block.shape[1]
+        if self.dies and self.computed > DIES_AT:
+            os._exit(1)
+        return super()._apply(block)
+
+
+def refused(path: Path, key: dict[str, Any], op: Operator, group: Group) -> str:
+    try:
+        analyse(Phases(path, key, group), op, seed=5)
+    except ResumeError as error:
+        return str(error)
+    return ""
+
+
+def rank_of_a_run(folder: Path) -> None:
+    """Leaves rank-R.pt. Files of rank 1 would lie in a folder of their own."""
+    group = initialize("cpu")
+    assert group is not None
+    found: dict[str, Any] = {"group": group, "measured": measured(shared(group)), "file": group.broadcast(group.rank)}
+    one_batch = dataclasses.replace(objective((9,)), group=group)
+    found["one batch"] = {
+        "product": hessian(one_batch) @ one_batch.weights(),
+        "forms": one_batch.value_and_gradient()[1],
+    }
+    mine = folder if group.rank == 0 else folder / "second"
+    for name in ("whole", "died-0", "died-1"):
+        op, phases = Counting(hessian(shared(group))), Phases(mine / name, {"a": 1}, group)
+        found[name] = {**analyse(phases, op), "products": torch.tensor(phases.products)}
+        found[f"{name} computed"] = op.computed
+        found[f"{name} read"] = analyse(Phases(mine / name, {"a": 1}, group), op)
+    other = mine / "other"
+    found["refused"] = [refused(other, key, hessian(shared(group)), group) for key in ({"a": 1}, {"a": 2})]
+    torch.save(found, folder / f"rank-{group.rank}.pt")
+    group.close()
+
+
+def rank_of_a_dying_run(folder: Path, dying: int) -> None:
+    """Rank `dying` ends in the middle of a product; the other leaves its error."""
+    group = initialize("cpu")
+    assert group is not None
+    began = time.monotonic()
+    try:
+        analyse(
+            Phases(folder / f"died-{dying}", {"a": 1}, group), Counting(hessian(shared(group)), group.rank == dying)
+        )
+    except RankError as error:
+        left = {"error": str(error), "seconds": time.monotonic() - began}
+        (folder / f"survivor-of-{dying}.json").write_text(json.dumps(left))
+
+
+def start(folder: Path, *arguments: str) -> list[subprocess.Popen[bytes]]:
+    """Two ranks of this file, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = str(Path(__file__).parents[2])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder), *arguments],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": root},
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of which a rank dies, then one that measures everything and resumes them."""
+    folder = tmp_path_factory.mktemp("ranks")
+    dying = [start(folder, str(rank)) for rank in range(2)]
+    assert [[p.wait(300) for p in pair] for pair in dying] == [[1, 0], [0, 1]]
+    for ending in ("", ".journal"):
+        shutil.copy(folder / f"died-1{ending}", folder / f"other{ending}")
+    assert [p.wait(300) for p in start(folder)] == [0, 0]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_two_ranks_measure_what_one_process_does(ranks: list[dict[str, Any]]) -> None:
+    assert [r["group"] for r in ranks] == [Group(0, 2), Group(1, 2)]
+    assert [r["file"] for r in ranks] == [0, 0]
+    for name, expected in measured(objective()).items():
+        first, second = (r["measured"][name] for r in ranks)
+        assert torch.equal(first, second), name
+        assert first.shape == expected.shape
+        assert (first - expected).norm() <= 1e-10 * expected.norm(), name
+
+
+def test_a_rank_without_batches_gives_zeros(ranks: list[dict[str, Any]]) -> None:
+    alone = objective((9,))
+    for found in (r["one batch"] for r in ranks):
+        torch.testing.assert_close(found["product"], hessian(alone) @ alone.weights(), rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(found["forms"], alone.value_and_gradient()[1], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_the_survivor_says_so_at_once_and_the_run_can_be_resumed(
+    folder: Path, ranks: list[dict[str, Any]], dying: int
+) -> None:
+    left = json.loads((folder / f"survivor-of-{dying}.json").read_text())
+    assert left["seconds"] < 60  # half an hour where nothing was noticed; on a busy machine not much below 5
+    assert left["error"].startswith(f"rank {1 - dying} of 2: another process of the run has died or does not answer (")
+    assert left["error"].endswith("): start the same command with --resume")
+    assert "\n" not in left["error"]
+    for found in ranks:
+        whole, resumed = found["whole"], found[f"died-{dying}"]
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        assert found[f"died-{dying} computed"] == found["whole computed"] - DIES_AT
+        assert all(torch.equal(whole[name], value) for name, value in found[f"died-{dying} read"].items())
+
+
+def test_the_first_rank_alone_reads_and_writes(folder: Path, ranks: list[dict[str, Any]]) -> None:
+    assert not (folder / "second").exists()
+    assert not list(folder.glob("died-*.journal"))
+    for found in ranks:  # with the same words on every rank, but for the path in front
+        journal, changed = found["refused"]
+        assert journal.partition(": ")[2].startswith("this machine does not repeat the interrupted analysis")
+        assert changed.partition(": ")[2].startswith("the a changed since the analysis was interrupted")
+
+
+class Silent(Group):
+    """A rank that hears nothing from the others: its own part."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7])
+def test_the_shares_add_up_to_the_whole(size: int) -> None:
+    whole = objective()
+    parts = [dataclasses.replace(whole, group=Silent(rank, size)) for rank in range(size)]
+    assert sorted(i for part in parts for i in part.share) == list(range(len(RAGGED)))
+    assert sum(w for part in parts for _, w in part.weighted_batches()) == pytest.approx(1, rel=1e-15)
+    assert {(part.samples, part.size, len(part.rebatched(2).batches)) for part in parts} == {(15, whole.size, 8)}
+    values, gradients = zip(*(part.value_and_gradient() for part in parts), strict=True)
+    assert sum(values) == pytest.approx(whole.value_and_gradient()[0], rel=1e-14)
+    torch.testing.assert_close(torch.stack(gradients).sum(0), whole.value_and_gradient()[1], rtol=1e-12, atol=1e-15)
+    block = torch.randn(whole.size, 2, dtype=torch.float64, generator=generator(0))
+    ops = [hessian(part) for part in parts]
+    for _ in range(2):
+        images = torch.stack([op @ block for op in ops])
+        torch.testing.assert_close(images.sum(0), hessian(whole) @ block, rtol=1e-12, atol=1e-14)
+        forms = torch.stack([op.batch_forms(block)[0] for op in ops])
+        torch.testing.assert_close(forms.sum(0), hessian(whole).batch_forms(block)[0], rtol=1e-12, atol=1e-15)
+    for op, part in zip(ops, parts, strict=True):
+        assert op.batch_forms(block)[1].tolist() == list(RAGGED)
+        others = [i for i in range(len(RAGGED)) if i not in part.share]
+        assert op.batch_forms(block)[0][others].count_nonzero() == 0
+
+
+def test_a_single_process_has_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert initialize("cpu") is None
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert initialize(torch.device("cpu")) is None
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RankError, match="rank 9 of 16: no GPU is left for it"):
+        initialize("cuda")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if len(sys.argv) == 2:
+        rank_of_a_run(Path(sys.argv[1]))
+    else:
+        rank_of_a_dying_run(Path(sys.argv[1]), int(sys.argv[2]))
