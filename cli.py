@@ -268,9 +268,10 @@ def spectrum(
     found = []
     for path, stem in zip(checkpoints, stems, strict=True):
         job = _open(path, split, samples, batch_size, params, surrogate, dtype, where, data_dir, settings, group)
-        old = None if force else _existing(Path(f"{stem}.json"), settings, job)
-        done = resume and old is not None and not Path(f"{stem}.resume").exists()
-        result = old if done and old is not None else _analyse(job, settings, stem, force, resume, group)
+        old = _earlier(stem, settings, job, force, resume) if first else None
+        old = old if group is None else group.broadcast(old)
+        done = old is not None
+        result = old or _analyse(job, settings, stem, group)
         found.append(result)
         if not first:
             continue
@@ -313,25 +314,33 @@ def _half_of_the_memory(device: str) -> float:
         total = torch.cuda.mem_get_info()[1]
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return round(total / 2**31, 1)
+    return round(total / 2**31 / int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
-def _analyse(
-    job: _Job, settings: Settings, stem: Path, force: bool, resume: bool, group: Group | None
-) -> SpectrumResult:
+def _earlier(stem: Path, settings: Settings, job: _Job, force: bool, resume: bool) -> SpectrumResult | None:
+    """A finished result that --resume keeps; refuses to overwrite what it must not, and with --force clears the way."""
+    from hessian_tools.phases import Phases
+
+    state = Path(f"{stem}.resume")
+    if force:
+        Phases.remove(state)
+        return None
+    old = _existing(Path(f"{stem}.json"), settings, job)
+    if state.exists() and not resume:
+        raise click.UsageError(f"an interrupted analysis lies at {state}: --resume it, or --force a new one")
+    return old if resume and not state.exists() else None
+
+
+def _analyse(job: _Job, settings: Settings, stem: Path, group: Group | None) -> SpectrumResult:
     """The result of one checkpoint, computed from the start or from where an interrupted run stopped."""
     from hessian_tools.phases import Phases
     from hessian_tools.results import clean
     from hessian_tools.settings import versions
     from hessian_tools.spectrum import spectrum as analyse
 
-    state = Path(f"{stem}.resume")
-    if force and (group is None or group.rank == 0):
-        Phases.remove(state)
-    elif state.exists() and not (resume or force):
-        raise click.UsageError(f"an interrupted analysis lies at {state}: --resume it, or --force a new one")
     stem.parent.mkdir(parents=True, exist_ok=True)
     key = {"settings": dataclasses.asdict(settings), **job.provenance, **_measured_on(job), "versions": versions()}
+    key["number of processes"] = group.size if group else 1
     with _Bar(job.path.name, group is None or group.rank == 0) as bar:
         return analyse(
             job.objective,
@@ -340,7 +349,7 @@ def _analyse(
             relaxed=job.relaxed,
             provenance=job.provenance,
             progress=bar.update,
-            phases=Phases(state, clean(key), group),
+            phases=Phases(Path(f"{stem}.resume"), clean(key), group),
         )
 
 
@@ -516,6 +525,7 @@ def _open(
     if batch_size is None:
         fitting = batch_size_within(objective(), settings.memory * 2**30 / 4)
         batch_size = min(fitting, -(-len(y) // (group.size if group else 1)))  # a batch for every process at least
+        batch_size = batch_size if group is None else group.broadcast(batch_size)
     first = objective()
     reversed_ties = "last" if checkpoint.network.ties == "first" else "first"
     variants = {"slope x 1/2": objective(0.5), "slope x 2": objective(2.0)}

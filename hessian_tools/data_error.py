@@ -49,7 +49,8 @@ def data_errors(
     the least that is believed.
     """
     probes, _ = orthogonalize(rademacher(groups, PROBES, generator), exact.vectors)
-    forms, probed, counts = _forms(groups, pairs.vectors, probes)
+    (forms, probed), counts = groups.batch_forms(pairs.vectors, probes)
+    probed = probed.diagonal(dim1=1, dim2=2)
     diagonal = forms.diagonal(dim1=1, dim2=2)
     errors = standard_error(diagonal, counts)
     known = pairs.converged.nonzero().flatten()
@@ -83,22 +84,6 @@ def _covariance(values: Tensor, counts: Tensor) -> Tensor:
         return torch.full((values.shape[1], values.shape[1]), float("nan"), dtype=torch.float64)
     centred = values - counts @ values / total
     return (counts[:, None] * centred).T @ centred / ((batches - 1) * total)
-
-
-def _forms(groups: CurvatureOperator, vectors: Tensor, probes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """V'A_b V [B, k, k] and z'A_b z [B, probes] of every batch b, and its count of samples [B]; a column at a time."""
-    target, k, dtype = groups.objective, vectors.shape[1], groups.dtype
-    groups.products += k + probes.shape[1]
-    counts = torch.tensor([len(y) for _, y in target.batches], dtype=torch.float64)
-    forms = torch.zeros(len(counts), k, k, dtype=torch.float64, device=groups.device)
-    probed = torch.zeros(len(counts), probes.shape[1], dtype=torch.float64, device=groups.device)
-    for i in target.share:
-        product = groups._map(i, target.batches[i])
-        for j, v in enumerate(vectors.unbind(1)):
-            forms[i, :, j] = vectors.T @ product(v.to(dtype)).double()
-        for j, z in enumerate(probes.unbind(1)):
-            probed[i, j] = z @ product(z.to(dtype)).double()
-    return target.summed(forms).cpu(), target.summed(probed).cpu(), counts
 
 
 def _bootstrap(matrices: Tensor, counts: Tensor, generator: torch.Generator) -> Tensor:

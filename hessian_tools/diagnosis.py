@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from hessian_tools.operators import hessian
 
 def first_not_finite(objective: Objective) -> str | None:
     """One phrase that names the layer, or None where outputs, gradient and one product are finite."""
+    objective = replace(objective, group=None)  # every process for itself: the others may be elsewhere
     return _output(objective) or _gradient(objective) or _curvature(objective)
 
 

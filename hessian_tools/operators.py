@@ -168,16 +168,20 @@ class CurvatureOperator(Operator):
             total += weight * torch.stack([product(v) for v in block.unbind(1)], 1)
         return self.objective.summed(total)
 
-    def batch_forms(self, block: Tensor) -> tuple[Tensor, Tensor]:
-        """v' A_b v of every batch b and column v of [P, k]: (values [B, k], samples per batch [B]), float64."""
-        block = block.to(self.device, self.dtype)
-        self.products += block.shape[1]
+    def batch_forms(self, *blocks: Tensor) -> tuple[list[Tensor], Tensor]:
+        """V' A_b V of every batch b [B, k, k], for each block V [P, k]; and the samples of each batch [B].
+
+        Float64, on the CPU; one product with every batch and column, a column at a time.
+        """
         counts = torch.tensor([len(y) for _, y in self.objective.batches], dtype=torch.float64)
-        forms = torch.zeros(len(counts), block.shape[1], dtype=torch.float64, device=self.device)
+        forms = [torch.zeros(len(counts), v.shape[1], v.shape[1], dtype=torch.float64) for v in blocks]
+        self.products += sum(v.shape[1] for v in blocks)
         for i, (batch, _) in zip(self.objective.share, self.objective.weighted_batches(), strict=True):
             product = self._map(i, batch)
-            forms[i] = torch.stack([product(v).double() @ v.double() for v in block.unbind(1)])
-        return self.objective.summed(forms).cpu(), counts
+            for form, block in zip(forms, blocks, strict=True):
+                for j, v in enumerate(block.unbind(1)):
+                    form[i, :, j] = (block.T @ product(v.to(self.dtype)).double()).cpu()
+        return [self.objective.summed(form.to(self.device)).cpu() for form in forms], counts
 
 
 def _measured(objective: Objective, batch: Batch, linearize: Callable[[Objective, Batch], Map]) -> tuple[Map, int]:

@@ -160,10 +160,10 @@ def _expected(settings: Settings, variants: Mapping[str, Objective]) -> dict[str
 @torch.no_grad()
 def _accuracy(objective: Objective) -> float:
     """Share of samples whose largest output is the target class; NaN where targets are no classes."""
-    right = 0
-    for x, y in objective.batches:
-        out = objective.outputs(x)
-        if y.is_floating_point() or y.dim() != 1 or out.dim() != 2:
-            return float("nan")
-        right += int((out.argmax(1) == y).sum())
-    return right / objective.samples
+    x, y = objective.batches[0]
+    if y.is_floating_point() or y.dim() != 1 or objective.outputs(x[:1]).dim() != 2:
+        return float("nan")
+    right = torch.zeros((), dtype=torch.float64, device=objective.device)
+    for (x, y), _ in objective.weighted_batches():
+        right += (objective.outputs(x).argmax(1) == y).sum()
+    return float(objective.summed(right)) / objective.samples

@@ -232,9 +232,10 @@ def test_batch_forms_average_to_the_whole() -> None:
     objective = spiking(samples=13)
     op = hessian(objective)
     v = torch.randn(objective.size, 2, dtype=torch.float64)
-    forms, counts = op.batch_forms(v)
+    (forms, single), counts = op.batch_forms(v, v[:, :1])
     assert counts.tolist() == [5, 5, 3]
-    torch.testing.assert_close((counts[:, None] * forms).sum(0) / 13, (v * (op @ v)).sum(0))
+    torch.testing.assert_close((counts[:, None, None] * forms).sum(0) / 13, v.T @ (op @ v))
+    torch.testing.assert_close(single, forms[:, :1, :1])
 
 
 # --- algebra
