@@ -245,7 +245,8 @@ def spectrum(
     from hessian_tools.report import spectrum_lines
     from hessian_tools.results import to_json, write_table
     from hessian_tools.settings import Settings
-    from hessian_tools.trajectory import trajectory_rows
+    from hessian_tools.trajectory import one_run, trajectory_rows
+    from ikun.checkpoint import load_checkpoint
 
     where = _pick(device)
     settings = Settings(
@@ -258,6 +259,10 @@ def spectrum(
         raise click.UsageError("--batch-size and --memory must be positive")
     if trajectory and len(checkpoints) < 2:
         raise click.UsageError("--trajectory needs several snapshots of one run")
+    if trajectory:  # before hours of work
+        opened = [load_checkpoint(path) for path in checkpoints]
+        named = zip(checkpoints, opened, strict=True)
+        one_run([(path.name, c.training, dataclasses.asdict(c.network)) for path, c in named])
     stems = [_stem(path, out, tag) for path in checkpoints]
     if len(set(stems)) < len(stems):
         raise click.UsageError("two checkpoints would write the same result: give them other names, or one --out each")

@@ -70,7 +70,9 @@ def measure(
     top = min(settings.magnitude or settings.top, size)
     one_end = settings.method == "power" or settings.magnitude or null
     smallest = 0 if one_end else min(settings.smallest, size - top)
-    room, kept = budget(settings.memory * 2**30, size, top + smallest)
+    steps = settings.steps or (0 if settings.accuracy else STEPS)
+    steps = min(steps, size) if settings.density and settings.backend == "own" else 0
+    room, kept = budget(settings.memory * 2**30, size, top + smallest, steps)
     op = factory(objective, kept)
 
     def phase(part: str, compute: Callable[[Operator, torch.Generator], dict[str, Any]]) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def measure(
                         accuracy=settings.accuracy,
                         generator=random,
                         deflate=exact,
-                        max_vectors=room + 4,
+                        max_vectors=room,
                         progress=step_density,
                     )
                 ),
@@ -164,16 +166,25 @@ def measure(
     return record, pairs
 
 
-def budget(memory: float, size: int, wanted: int) -> tuple[int, float]:
+def budget(memory: float, size: int, wanted: int, steps: int = 0) -> tuple[int, float]:
     """How `memory` bytes are shared: (vectors in the Lanczos basis, bytes for kept primals).
 
-    The basis takes what it needs and at most half, where that suffices. Peak of the eigenpairs: the basis, the pairs
-    copied out of it and a few vectors of work, float64 all.
+    The basis takes what the pairs and a density of `steps` steps need, and up to half of the memory and 400 vectors.
+    With it at its peak are the pairs copied out of it and a few vectors of work, float64 all. Raises ValueError where
+    nine tenths of the memory do not suffice for the least basis.
     """
     vector, work = 8 * size, wanted + 4
+    least = max(least_basis(wanted), steps)
+    comfortable = max(least_basis(wanted) + 10, steps)
     half, most = (int(share * memory / vector) - work for share in (0.5, 0.9))
-    room = max(1, min(max(400, least_basis(wanted) + 10), max(half, min(most, least_basis(wanted) + 10))))
-    return room, max(0.0, memory - vector * (room + work))
+    if most < least:
+        needed = vector * (least + work) / 0.9 / 2**30
+        raise ValueError(
+            f"{wanted} eigenpairs and {steps} steps of density for {size:,} parameters need {needed:.1f} GiB of "
+            f"memory, {memory / 2**30:.1f} are allowed: ask for fewer, or allow more"
+        )
+    room = min(max(400, comfortable), max(half, min(most, comfortable)))
+    return room, memory - vector * (room + work)
 
 
 def _pairs(

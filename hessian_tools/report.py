@@ -260,14 +260,14 @@ def _functionals(r: SpectrumResult) -> list[str]:
         z = s.effective_dimension.damping if s.effective_dimension else math.nan
         kinds = (
             ("sum |negative| / sum |all|", s.negative_share),
-            (f"effective dimension, z = {z:.3g}", s.effective_dimension),
-            (f"log det(A + z I), z = {z:.3g}", s.log_determinant),
+            (f"effective dimension, z={z:.3g}", s.effective_dimension),
+            (f"log det(A + z I), z={z:.3g}", s.log_determinant),
         )
         for label, f in kinds:
             if f is not None:
                 interval = f"[{f.ci95[0]:.5g}, {f.ci95[1]:.5g}]"
-                rows.append(f"{name:<9}{label:<34}{f.estimate:>10.5g}  {interval:<22}{f.quadrature_error:.0e}")
-    return [f"{'':<53}  {'95% (probes)':<22}quad.", *rows] if rows else []
+                rows.append(f"{name:<9}{label:<31}{f.estimate:>9.5g}  {interval:<22} {f.quadrature_error:.0e}")
+    return [f"{'':<51}{'95% interval (probes)':<22} quad.", *rows] if rows else []
 
 
 def _scales(r: SpectrumResult) -> list[str]:

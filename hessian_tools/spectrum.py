@@ -43,6 +43,10 @@ def spectrum(
     a number is not finite, naming the layer, ValueError for settings that do not fit.
     """
     settings = settings or Settings()
+    if settings.samples_curve and max(settings.samples_curve) > objective.samples:
+        raise ValueError(
+            f"the samples curve goes to {max(settings.samples_curve)}: at most {objective.samples} are here"
+        )
     began = time.perf_counter()
     run = Run(settings, phases or Phases(), Meter(_expected(settings, variants or {}), progress))
     sources: dict[str, Objective] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -44,19 +45,23 @@ def snapshots(results: list[SpectrumResult]) -> list[SpectrumResult]:
     for before, after in itertools.pairwise(ordered):
         if epoch(before) == epoch(after):
             raise ValueError(f"{_file(before)} and {_file(after)} are both of epoch {epoch(before)}: give one of them")
-    first = ordered[0]
-    for other in ordered[1:]:
-        differing = [(meaning, first.training.get(k), other.training.get(k)) for k, meaning in RUN]
-        keys = dict.fromkeys((*first.network, *other.network))
-        differing += [(f"{key} of the network", first.network.get(key), other.network.get(key)) for key in keys]
+    one_run([(_file(r), r.training, r.network) for r in ordered])
+    comparable([(_file(r), r) for r in ordered])
+    return ordered
+
+
+def one_run(snapshots: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]]) -> None:
+    """Raises ValueError, naming what differs, unless all (name, training, network) are of one training run."""
+    (first, training, network), *others = snapshots
+    for other, its_training, its_network in others:
+        differing = [(meaning, training.get(k), its_training.get(k)) for k, meaning in RUN]
+        keys = dict.fromkeys((*network, *its_network))
+        differing += [(f"{key} of the network", network.get(key), its_network.get(key)) for key in keys]
         for meaning, here, there in differing:
             if here != there:
                 raise ValueError(
-                    f"not one run: {meaning} differs, {str(here)[:40]} for {_file(first)} but {str(there)[:40]} for "
-                    f"{_file(other)}"
+                    f"not one run: {meaning} differs, {str(here)[:40]} for {first} but {str(there)[:40]} for {other}"
                 )
-    comparable([(_file(r), r) for r in ordered])
-    return ordered
 
 
 def trajectory_rows(results: list[SpectrumResult]) -> list[dict[str, Any]]:
