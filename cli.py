@@ -528,8 +528,10 @@ def _open(
         return dataclasses.replace(made, group=group)
 
     if batch_size is None:
-        fitting = batch_size_within(objective(), settings.memory * 2**30 / 4)
-        batch_size = min(fitting, -(-len(y) // (group.size if group else 1)))  # a batch for every process at least
+        workers = torch.get_num_threads() if device == "cpu" else 1  # batches run side by side
+        fitting = batch_size_within(objective(), settings.memory * 2**30 / 4 / workers)
+        share = -(-len(y) // (workers * (group.size if group else 1)))
+        batch_size = min(fitting, max(64, share) if group is None else share)  # shorter ones are all overhead
         batch_size = batch_size if group is None else group.broadcast(batch_size)
     first = objective()
     reversed_ties = "last" if checkpoint.network.ties == "first" else "first"

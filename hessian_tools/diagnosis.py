@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from hessian_tools.objective import Objective
-from hessian_tools.operators import hessian
 
 
 def first_not_finite(objective: Objective) -> str | None:
@@ -52,13 +51,18 @@ def _gradient(objective: Objective) -> str | None:
 
 
 def _curvature(objective: Objective) -> str | None:
-    v = torch.ones(objective.size, dtype=objective.dtype, device=objective.device)
-    try:
-        product = hessian(objective, 0) @ v
-    except FloatingPointError as error:
-        product = error.args[1] if len(error.args) > 1 else v * torch.nan
-    name = _last_of(objective, product)
-    return None if name is None else f"second derivatives are not finite from '{name}' backwards"
+    parameters = list(objective.parameters.values())
+    for (x, y), _ in objective.weighted_batches():
+        loss = objective.loss(objective.outputs(x), y)
+        if not loss.requires_grad:
+            continue
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        total = torch.stack([g.sum() for g in gradients if g is not None]).sum()
+        if total.requires_grad:
+            product = objective.flatten(torch.autograd.grad(total, parameters, allow_unused=True))
+            if name := _last_of(objective, product):
+                return f"second derivatives are not finite from '{name}' backwards"
+    return None
 
 
 def _last_of(objective: Objective, v: Tensor) -> str | None:

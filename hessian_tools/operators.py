@@ -8,7 +8,8 @@ and summed ones are algebra on any operator.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from hessian_tools import second_order
 from hessian_tools.objective import Batch, Objective
+from hessian_tools.threads import in_threads
 
 
 class Operator(ABC):
@@ -135,7 +137,9 @@ class CurvatureOperator(Operator):
     """Mean over an objective's batches of one curvature matrix per batch; under a group, all ranks get the same.
 
     The part that depends on the weights alone (the primal) is kept for as many batches as fit into `memory` bytes of
-    saved tensors and recomputed for the rest.
+    saved tensors and recomputed for the rest. On the CPU the batches run side by side, one thread each, unless they go
+    through autograd, where a model of unknown make may keep state. A product that is not finite raises
+    FloatingPointError.
     """
 
     def __init__(
@@ -147,6 +151,8 @@ class CurvatureOperator(Operator):
         self._memory = memory
         self._kept: dict[int, Map] = {}
         self._used = 0.0
+        self._lock = Lock()  # of the two above
+        self._threads: bool | None = None
 
     def _map(self, index: int, batch: Batch) -> Map:
         if index in self._kept:
@@ -154,34 +160,55 @@ class CurvatureOperator(Operator):
         if self._used >= self._memory:
             return self._linearize(self.objective, batch)
         product, size = _measured(self.objective, batch, self._linearize)
-        if self._used + size <= self._memory:
-            self._kept[index] = product
-            self._used += size
-        else:
-            self._used = float(self._memory)  # full: the batches that follow are not smaller
+        with self._lock:
+            if self._used + size <= self._memory:
+                self._kept[index] = product
+                self._used += size
+            else:
+                self._used = float(self._memory)  # full: the batches that follow are not smaller
         return product
+
+    def _over_batches(self, task: Callable[[Map, float], Tensor]) -> Iterator[Tensor]:
+        """task(product, weight) for every batch of this rank, in order."""
+
+        def run(item: tuple[int, tuple[Batch, float]]) -> Tensor:
+            i, (batch, weight) = item
+            return task(self._map(i, batch), weight)
+
+        items = list(zip(self.objective.share, self.objective.weighted_batches(), strict=True))
+        if self._threads is None:
+            i, (batch, _) = items[0] if items else (0, (None, 0.0))
+            hand_written = batch is not None and isinstance(self._map(i, batch), second_order.Linearized)
+            self._threads = hand_written and self.device.type == "cpu"
+        return in_threads(run, items) if self._threads else map(run, items)
 
     def _apply(self, block: Tensor) -> Tensor:
         total = torch.zeros_like(block)
-        for i, (batch, weight) in zip(self.objective.share, self.objective.weighted_batches(), strict=True):
-            product = self._map(i, batch)
-            total += weight * torch.stack([product(v) for v in block.unbind(1)], 1)
-        return self.objective.summed(total)
+        for part in self._over_batches(lambda a, weight: weight * torch.stack([a(v) for v in block.unbind(1)], 1)):
+            total += part
+        total = self.objective.summed(total)
+        if not torch.isfinite(total).all():
+            raise FloatingPointError("a product with the operator is not finite")
+        return total
 
     def batch_forms(self, *blocks: Tensor) -> tuple[list[Tensor], Tensor]:
         """V' A_b V of every batch b [B, k, k], for each block V [P, k]; and the samples of each batch [B].
 
         Float64, on the CPU; one product with every batch and column, a column at a time.
         """
-        counts = torch.tensor([len(y) for _, y in self.objective.batches], dtype=torch.float64)
-        forms = [torch.zeros(len(counts), v.shape[1], v.shape[1], dtype=torch.float64) for v in blocks]
         self.products += sum(v.shape[1] for v in blocks)
-        for i, (batch, _) in zip(self.objective.share, self.objective.weighted_batches(), strict=True):
-            product = self._map(i, batch)
-            for form, block in zip(forms, blocks, strict=True):
-                for j, v in enumerate(block.unbind(1)):
-                    form[i, :, j] = (block.T @ product(v.to(self.dtype)).double()).cpu()
-        return [self.objective.summed(form.to(self.device)).cpu() for form in forms], counts
+
+        def forms(product: Map, weight: float) -> Tensor:
+            columns = [b.T @ product(v.to(self.dtype)).double() for b in blocks for v in b.unbind(1)]
+            return torch.cat(columns).cpu()
+
+        counts = torch.tensor([len(y) for _, y in self.objective.batches], dtype=torch.float64)
+        rows = torch.zeros(len(counts), sum(v.shape[1] ** 2 for v in blocks), dtype=torch.float64)
+        for i, row in zip(self.objective.share, self._over_batches(forms), strict=True):
+            rows[i] = row
+        parts = self.objective.summed(rows.to(self.device)).cpu().split([v.shape[1] ** 2 for v in blocks], 1)
+        shapes = [v.shape[1] for v in blocks]
+        return [part.reshape(-1, k, k).mT for part, k in zip(parts, shapes, strict=True)], counts
 
 
 def _measured(objective: Objective, batch: Batch, linearize: Callable[[Objective, Batch], Map]) -> tuple[Map, int]:
