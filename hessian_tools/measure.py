@@ -91,7 +91,8 @@ def measure(
             lambda op, random: vars(_pairs(objective, op, top, smallest, settings, random, room, step)),
         )
     )
-    exact = pairs.take(pairs.converged)
+    exact = pairs if bool(pairs.converged.all()) else pairs.take(pairs.converged)
+    spare = room - (0 if exact is pairs else len(exact.values))  # vectors that a density may take
     spectral: Density | None = None
     if settings.density and settings.backend == "own":
         step_density = run.meter.phase(f"{name}: density")
@@ -108,14 +109,14 @@ def measure(
                         accuracy=settings.accuracy,
                         generator=random,
                         deflate=exact,
-                        max_vectors=room,
+                        max_vectors=spare,
                         progress=step_density,
                     )
                 ),
             )
         )
     ends = {"nodes": torch.cat([n[spectral.atoms :] for n in spectral.nodes])} if spectral else None
-    ends = ends or phase("second start", lambda op, random: {"nodes": _second_start(op, exact, random, room)})
+    ends = ends or phase("second start", lambda op, random: {"nodes": _second_start(op, exact, random, spare)})
     step_trace = run.meter.phase(f"{name}: trace")
     probed = phase(
         "trace", lambda op, random: _trace_forms(objective, op, exact, spectral, settings, random, step_trace)
