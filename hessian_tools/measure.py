@@ -98,7 +98,7 @@ def measure(
         step_density = run.meter.phase(f"{name}: density")
         counts = {"probes": settings.probes, "steps": settings.steps}
         if settings.accuracy is None:
-            counts = {"probes": settings.probes or PROBES, "steps": settings.steps or STEPS}
+            counts = {"probes": settings.probes or PROBES, "steps": min(settings.steps or STEPS, spare)}
         spectral = Density(
             **phase(
                 "density",

@@ -1,8 +1,10 @@
 """The phases of an analysis, kept on disk, so that an interrupted one goes on behind its last product.
 
-PATH holds the results of the finished phases, PATH.journal the products of the one under way. A phase that was
-interrupted is simply run again: it is deterministic (every phase draws from a generator of its own), so it asks for the
-same products, takes those that the journal has, and ends with the same arrays, bit for bit.
+PATH says what the results depend on; PATH.1, PATH.2, ... hold those of the finished phases in their order, each written
+once and read only when its phase comes up again; PATH.journal holds the products of the phase under way. Without PATH
+the others mean nothing. A phase that was interrupted is simply run again: it is deterministic (every phase draws from a
+generator of its own), so it asks for the same products, takes those that the journal has, and ends with the same
+arrays, bit for bit.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ import contextlib
 import io
 import json
 import os
+import re
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 from zlib import crc32
 
 import torch
@@ -32,6 +35,7 @@ Op = TypeVar("Op", bound=Operator)
 _HEAD = struct.Struct("<4s3I")
 _CHECK = struct.Struct("<I")
 _FORMAT = b"hvp1"
+_WHOLE = 0x2144DF1C  # the CRC-32 of anything with its CRC-32 behind
 _SYNC = 5.0  # seconds between two fsyncs: a kill loses nothing that was flushed, a power cut at most so much
 
 
@@ -40,10 +44,11 @@ class ResumeError(ValueError):
 
 
 class Phases:
-    """Runs phases by name, or takes their results from `path`; None keeps nothing.
+    """Runs phases one behind another, or takes their results from `path`; None keeps nothing.
 
     key: what the results depend on, as named plain values; a state with another key is refused (ResumeError, naming
     what differs), and so is a damaged one. group: processes that run the phases together; only rank 0 reads and writes.
+    The phases of an analysis come in the same order every time, each analysis takes Phases of its own.
     A file that cannot be read or written raises OSError with its name, and the state stays as it was.
     """
 
@@ -55,11 +60,14 @@ class Phases:
         self._key = {name: json.dumps(value, sort_keys=True) for name, value in (key or {}).items()}
         self._group = group
         self._first = group is None or group.rank == 0
-        self._done: dict[str, Any] = {}
-        if path is not None:
-            data = path.read_bytes() if self._first and path.exists() else None
-            data = data if group is None else group.broadcast(data)
-            self._done = {} if data is None else _read(path, data, self._key)
+        self._number = 0  # of the phase in the order of the analysis
+        if path is not None and (state := self._load(path)):
+            known = state[2]
+            if changed := [name for name in {**self._key, **known} if self._key.get(name) != known.get(name)]:
+                raise ResumeError(
+                    f"{path}: the {' and the '.join(changed)} changed since the analysis was interrupted: put that "
+                    "back as it was, or start anew with --force"
+                )
 
     def run(self, name: str, op: Op, compute: Callable[[Op], dict[str, Any]]) -> dict[str, Any]:
         """compute(op), a dict of tensors and plain values, or what it returned before the interruption.
@@ -67,59 +75,97 @@ class Phases:
         compute is handed an operator that acts as `op` and remembers its products on disk; it must be deterministic.
         The products of the phase are added to `products`, those taken from the disk too (as they are to op's own).
         """
-        if name not in self._done:
-            before = op.products
-            if self.path is None:
-                value = compute(op)
-            else:
-                if self._first and not self.path.exists():
-                    _journal(self.path).unlink(missing_ok=True)  # of an analysis that was given up
-                    self._save(self.path)
-                with _opened(_journal(self.path)) if self._first else contextlib.nullcontext() as file:
-                    value = compute(cast(Op, _Journaled(op, name, file, self._group)))
-            self._done[name] = {"value": value, "products": op.products - before}
-            if self._first and self.path is not None:
+        before, path = op.products, self.path
+        if path is None:
+            value = compute(op)
+            self.products += op.products - before
+            return value
+        self._number += 1
+        file = _beside(path, self._number)
+        if self._first and not path.exists():
+            _discard(path)  # what is left of an analysis that was given up
+            _save(path, "", 0, self._key)
+        if done := self._load(file):
+            found, products, value = done
+            if found != name:
+                raise ResumeError(f"{file}: holds the phase '{found}', not '{name}': start anew with --force")
+        else:
+            with _opened(_beside(path, "journal")) if self._first else contextlib.nullcontext() as journal:
+                value = compute(cast(Op, _Journaled(op, name, journal, self._group)))
+            products = op.products - before
+            if self._first:
                 # in this order: what a kill between the two leaves in the journal carries a finished phase's name
-                self._save(self.path)
-                _journal(self.path).unlink(missing_ok=True)
-        self.products += self._done[name]["products"]
-        result: dict[str, Any] = self._done[name]["value"]
-        return result
+                _save(file, name, products, value)
+                _beside(path, "journal").unlink(missing_ok=True)
+        self.products += products
+        return value
 
-    def _save(self, path: Path) -> None:
-        data = io.BytesIO()  # torch.save hides the error of a file that it cannot write
-        torch.save({"key": self._key, "done": self._done}, data)
-        with _naming(path):
-            write_atomically(path, lambda file: file.write(data.getbuffer()))
+    def _load(self, path: Path) -> tuple[str, int, dict[str, Any]] | None:
+        """What _save wrote, on every rank; None if there is no such file."""
+        there = self._first and path.exists()
+        if self._group is None:
+            return _read(path, path.open("rb")) if there else None
+        data = self._group.broadcast(path.read_bytes() if there else None)
+        return None if data is None else _read(path, io.BytesIO(data))
 
     @staticmethod
     def remove(path: Path) -> None:
         """Forget the analysis kept at `path`, if any."""
         path.unlink(missing_ok=True)
-        _journal(path).unlink(missing_ok=True)
+        _discard(path)
 
 
-def _journal(path: Path) -> Path:
-    return path.with_name(f"{path.name}.journal")
+def _beside(path: Path, ending: object) -> Path:
+    return path.with_name(f"{path.name}.{ending}")
 
 
-def _read(path: Path, data: bytes, key: Mapping[str, str]) -> dict[str, Any]:
-    """The finished phases in the bytes of a state."""
+def _discard(path: Path) -> None:
+    """Remove all files of an analysis but PATH, those of writes that were killed too."""
+    name = re.escape(path.name)
+    form = re.compile(rf"{name}\.([1-9][0-9]*|journal)|\.{name}(\.[1-9][0-9]*)?\.[0-9a-f]{{32}}\.part")
+    for file in filter(form.fullmatch, os.listdir(path.parent) if path.parent.is_dir() else []):
+        path.with_name(file).unlink(missing_ok=True)
+
+
+class _Summed:
+    """A file, written only, and the CRC-32 of what was."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._write, self.flush, self.sum = file.write, file.flush, 0
+
+    def write(self, data: Any) -> int:
+        self.sum = crc32(data, self.sum)
+        return self._write(data)
+
+
+def _save(path: Path, name: str, products: int, value: dict[str, Any]) -> None:
+    def write(file: IO[bytes]) -> None:
+        summed = _Summed(file)
+        try:
+            torch.save({"name": name, "products": products, "value": value}, cast(IO[bytes], summed))
+        except RuntimeError as error:  # torch's own hides what stopped a write: a full disk, Ctrl-C
+            raise (error.__context__ or error) from None
+        file.write(_CHECK.pack(summed.sum))
+
+    with _naming(path):
+        write_atomically(path, write)
+
+
+def _read(path: Path, file: IO[bytes]) -> tuple[str, int, dict[str, Any]]:
+    """Name, products and value of what _save wrote."""
 
     def here(storage: Any, location: str) -> Any:  # a rank's tensors on its own GPU
         return storage.cuda() if location != "cpu" and torch.cuda.is_available() else storage
 
-    try:
-        state = torch.load(io.BytesIO(data), map_location=here, weights_only=True)
-        known, done = dict(state["key"]), dict(state["done"])
-    except Exception:  # torch.load raises many kinds on damaged files
-        raise ResumeError(f"{path}: not the state of an interrupted analysis: start anew with --force") from None
-    if changed := [name for name in {**key, **known} if key.get(name) != known.get(name)]:
-        raise ResumeError(
-            f"{path}: the {' and the '.join(changed)} changed since the analysis was interrupted: put that back as it "
-            "was, or start anew with --force"
-        )
-    return done
+    with file, _naming(path):
+        check = 0
+        while chunk := file.read(2**20):
+            check = crc32(chunk, check)
+        if check != _WHOLE:  # torch.load alone would take most damaged files
+            raise ResumeError(f"{path}: not the state of an interrupted analysis: start anew with --force")
+        file.seek(0)
+        state = torch.load(file, map_location=here, weights_only=True)
+        return state["name"], state["products"], state["value"]
 
 
 class _Journaled(Operator):

@@ -116,6 +116,10 @@ def rank_of_a_run(folder: Path) -> None:
         found[f"{name} read"] = analyse(Phases(mine / name, {"a": 1}, group), op)
     other = mine / "other"
     found["refused"] = [refused(other, key, hessian(shared(group)), group) for key in ({"a": 1}, {"a": 2})]
+    if group.rank == 0:
+        shutil.copy(mine / "whole", mine / "damaged")
+        (mine / "damaged.1").write_bytes((mine / "whole.1").read_bytes()[:-1])
+    found["refused"].append(refused(mine / "damaged", {"a": 1}, hessian(shared(group)), group))
     torch.save(found, folder / f"rank-{group.rank}.pt")
     group.close()
 
@@ -203,10 +207,12 @@ def test_the_survivor_says_so_at_once_and_the_run_can_be_resumed(
 def test_the_first_rank_alone_reads_and_writes(folder: Path, ranks: list[dict[str, Any]]) -> None:
     assert not (folder / "second").exists()
     assert not list(folder.glob("died-*.journal"))
+    assert {p.name for p in folder.glob("whole*")} == {"whole", "whole.1", "whole.2"}
     for found in ranks:  # with the same words on every rank, but for the path in front
-        journal, changed = found["refused"]
+        journal, changed, damaged = found["refused"]
         assert journal.partition(": ")[2].startswith("this machine does not repeat the interrupted analysis")
         assert changed.partition(": ")[2].startswith("the a changed since the analysis was interrupted")
+        assert damaged.partition(": ")[2].startswith("not the state of an interrupted analysis")
 
 
 class Silent(Group):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -26,6 +30,8 @@ from hessian_tools.trace import probe_forms
 
 SIZE = 24
 BLOCK = 3  # vectors of the largest block: an interruption may lose all of them but one, counted in vain
+PHASES = 5
+LARGE = 200 * 2**20  # bytes of a large result
 KILLED_AT = (0, 1, 2, 9, 40)  # products behind which the script is killed
 Stop = Callable[[], None]
 
@@ -59,6 +65,10 @@ class Limited(Dense):
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def never(op: Operator) -> dict[str, Any]:
+    raise AssertionError("computed again")
 
 
 def analyse(phases: Phases, op: Operator, seed: int = 0) -> dict[str, Any]:
@@ -100,8 +110,16 @@ def left_by(path: Path, limit: int, key: dict[str, Any] | None = None) -> Path:
     return path
 
 
+def beside(path: Path, ending: object) -> Path:
+    return path.with_name(f"{path.name}.{ending}")
+
+
 def journal(path: Path) -> Path:
-    return path.with_name(f"{path.name}.journal")
+    return beside(path, "journal")
+
+
+def names(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -118,6 +136,7 @@ def test_interrupted_at_any_product(tmp_path: Path, dtype: torch.dtype) -> None:
         assert phases.products == products
         assert second.computed <= products - limit + BLOCK - 1
         assert not journal(path).exists()
+        assert len(list(tmp_path.glob(f"{limit}.*"))) == PHASES
         again = Phases(path)
         assert same(analyse(again, Limited(matrix(dtype=dtype), -1)), expected)  # nothing left to compute
         assert again.products == products
@@ -137,6 +156,46 @@ def test_interrupted_again_and_again(tmp_path: Path) -> None:
     assert interruptions > products / 6
     assert same(found, expected)
     assert phases.products == products
+
+
+def test_every_result_is_written_once_and_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state"
+    expected, _ = uninterrupted()
+    written: dict[str, tuple[int, int]] = {}
+    while len(written) < PHASES + 1:
+        with contextlib.suppress(KeyboardInterrupt):
+            analyse(Phases(path), Limited(matrix(), 7))
+        for file in set(tmp_path.iterdir()) - {journal(path)}:
+            found = file.stat().st_ino, file.stat().st_mtime_ns
+            assert written.setdefault(file.name, found) == found
+    assert names(tmp_path) == {"state", *(f"state.{n}" for n in range(1, PHASES + 1))}
+    vectors = expected["pairs"]["vectors"].T.contiguous().numpy().tobytes()
+    assert [n for n in range(1, PHASES + 1) if vectors in beside(path, n).read_bytes()] == [2]
+    read: list[Path] = []
+    plain = Path.open
+
+    def opening(self: Path, *arguments: Any, **options: Any) -> Any:
+        read.append(self)
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", opening)
+    phases, op = Phases(path), Limited(matrix(), -1)
+    assert read == [path]
+    phases.run("symmetry", op, never)
+    assert read == [path, beside(path, 1)]
+    pairs = phases.run("pairs", op, never)
+    assert read == [path, beside(path, 1), beside(path, 2)]
+    assert same(pairs, expected["pairs"])
+
+
+def test_a_result_is_held_in_memory_once(tmp_path: Path) -> None:
+    """As a script, this file writes one, forgets it, reads it and prints by how much its peak grew each time."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, __file__, str(tmp_path / "state"), "large"]
+    grown = subprocess.run(command, capture_output=True, check=True, env=environment).stdout.split()
+    assert all(int(growth) < LARGE / 4 for growth in grown)
+    assert len(grown) == 2
+    assert beside(tmp_path / "state", 1).stat().st_size > LARGE
 
 
 def test_without_a_file_the_operator_is_the_callers() -> None:
@@ -210,6 +269,15 @@ def killed_analysis(path: Path, how: str, limit: int) -> None:
         owner: Any = os if how == "replace" else Path
         original = getattr(owner, how)
         setattr(owner, how, lambda *a, **k: kill() if op.computed >= max(limit, 1) else original(*a, **k))
+    if how == "second":
+        unlink = Path.unlink
+
+        def unlinking(file: Path, missing_ok: bool = False) -> None:
+            if file == journal(path) and beside(path, 2).exists():
+                kill()
+            unlink(file, missing_ok)
+
+        setattr(Path, "unlink", unlinking)  # noqa: B010
     analyse(Phases(path), op)
 
 
@@ -234,6 +302,30 @@ def test_killed(killed: Path, how: str, limit: int) -> None:
     assert same(analyse(phases, op), expected)
     assert phases.products == products
     assert op.computed <= products - limit + BLOCK - 1 + BLOCK * (how == "record")
+    if how == "replace":  # what was not renamed
+        assert any(name.startswith(f".{path.name}.") for name in names(killed))
+    Phases.remove(path)
+    assert not {name for name in names(killed) if name.startswith((path.name, f".{path.name}."))}
+
+
+def test_killed_before_the_journal_of_the_second_result_is_removed(killed: Path) -> None:
+    """Its file is there: nothing of it is computed again, nothing of its journal taken for the third phase."""
+    expected, products = uninterrupted()
+    path = killed / "second"
+    assert {name for name in names(killed) if name.startswith(path.name)} == {
+        "second",
+        "second.1",
+        "second.2",
+        "second.journal",
+    }
+    assert journal(path).stat().st_size > 0
+    op, phases = Limited(matrix()), Phases(path)
+    assert same(analyse(phases, op), expected)
+    assert phases.products == products
+    done = Phases(path)
+    for name in ("symmetry", "pairs"):
+        done.run(name, op, never)
+    assert op.computed == products - done.products
 
 
 # ------------------------------------------------------------------------------------------------- damaged, stale, full
@@ -248,7 +340,10 @@ def test_a_damaged_journal_counts_up_to_the_damage(tmp_path: Path) -> None:
     cut = [whole[:n] for n in range(0, len(whole), 151)]
     longer = [whole + b"\0" * n for n in (1, 19, 20, 21, 500)] + [whole + whole]
     for damaged in [*flipped, *heads, *cut, *longer, b"\0" * len(whole), whole[record:]]:
-        path = Path(shutil.copy(left, tmp_path / "state"))
+        path = tmp_path / "state"
+        Phases.remove(path)
+        for ending in ("", ".1"):
+            shutil.copy(f"{left}{ending}", f"{path}{ending}")
         journal(path).write_bytes(damaged)
         good = next((i for i in range(10) if damaged[: (i + 1) * record] != whole[: (i + 1) * record]), 10)
         op, phases = Limited(matrix()), Phases(path)
@@ -290,10 +385,81 @@ def test_the_journal_of_an_analysis_that_was_given_up_is_stale(tmp_path: Path) -
         pairs(Phases(path), Limited(matrix(), 9))
     path.unlink()
     assert same(pairs(Phases(path), Limited(matrix(1))), pairs(Phases(), Limited(matrix(1))))
-    left_by(tmp_path / "other", 9)
-    Phases.remove(tmp_path / "other")
-    Phases.remove(tmp_path / "other")
-    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_the_results_of_an_analysis_that_was_given_up_are_stale(tmp_path: Path) -> None:
+    expected, products = uninterrupted()
+    for limit in range(0, products, 5):
+        path = tmp_path / f"{limit}"
+        analyse(Phases(path), Limited(matrix(1)))
+        with pytest.raises(KeyboardInterrupt):  # a later part, of a longer one
+            Phases(beside(path, "longer")).run(
+                "a", Limited(matrix(1), 9), lambda op: vars(density(op, probes=1, steps=12, generator=generator(0)))
+            )
+        shutil.move(beside(path, "longer.journal"), journal(path))
+        shutil.copy(beside(path, 1), beside(path, 17))
+        path.unlink()
+        left_by(path, limit)
+        assert not beside(path, 17).exists()
+        phases = Phases(path)
+        assert same(analyse(phases, Limited(matrix())), expected)
+        assert phases.products == products
+
+
+@pytest.mark.parametrize("removed", range(PHASES + 2))
+def test_removal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int) -> None:
+    """Interrupted anywhere, it leaves nothing that would be resumed, and goes on where it was; it spares the others."""
+    folder = tmp_path / "sta.e"
+    path = folder / "sta.e"
+    expected, products = uninterrupted()
+    left_by(path, products - 1)
+    part = f"{path.name}.2.{'0af' * 10}00.part"
+    (folder / f".{part}").touch()
+    others = {
+        "state",
+        "sta.e1",
+        "sta.e.1.json",
+        "sta.e.x",
+        "sta.e.",
+        "sta.e.01",
+        "sta.e.-1",
+        "sta.e.1\n",
+        "sta.e.\u0663",
+        "state.1",
+        "sta.e.journal.1",
+        "sta.e.1.journal",
+        "sta.e.json",
+        "asta.e.1",
+        part,
+        ".sta.e.part",
+        f".x{part}",
+        ".sta.e.2",
+    }
+    for name in others:
+        (folder / name).touch()
+    assert len(names(folder)) == len(others) + PHASES + 2
+    unlink, count = Path.unlink, 0
+
+    def unlinking(file: Path, missing_ok: bool = False) -> None:
+        nonlocal count
+        count += 1
+        if count > removed:
+            raise KeyboardInterrupt
+        unlink(file, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlinking)
+        with contextlib.suppress(KeyboardInterrupt):
+            Phases.remove(path)
+    assert path.exists() == (removed == 0)
+    shutil.copytree(folder, tmp_path / "copy")
+    again = tmp_path / "copy" / path.name
+    phases = Phases(again)
+    assert same(analyse(phases, Limited(matrix())), expected)
+    for _ in range(2):
+        Phases.remove(path)
+        assert names(folder) == others
+    Phases.remove(tmp_path / "no folder" / "state")
 
 
 def test_other_vectors_are_refused(tmp_path: Path) -> None:
@@ -336,22 +502,50 @@ def reversed_(key: dict[str, Any]) -> dict[str, Any]:
 
 def test_what_is_no_state_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "state"
+    message = r"^{}: not the state of an interrupted analysis: start anew with --force$"
     for content in (b"", b"broken", left_by(tmp_path / "other", 9).read_bytes()[:-30]):
         path.write_bytes(content)
-        with pytest.raises(ResumeError, match="not the state of an interrupted analysis"):
+        with pytest.raises(ResumeError, match=message.format(path)):
             Phases(path)
     foreign: Any
-    for foreign in ({"key": "[1]", "done": {}}, {"done": {}}, {"key": {}, "done": 3}, [1]):
+    for foreign in ({"name": "", "products": 0, "value": {}}, {"key": {}, "done": {}}, [1]):
         torch.save(foreign, path)
-        with pytest.raises(ResumeError, match="not the state of an interrupted analysis"):
+        with pytest.raises(ResumeError, match=message.format(path)):
             Phases(path)
+
+
+def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
+    path = left_by(tmp_path / "state", uninterrupted()[1] - 1)
+    file = beside(path, 2)
+    whole = file.read_bytes()
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path) - {file.name}}
+    flipped = [bytes([*whole[:i], whole[i] ^ 1 << i % 8, *whole[i + 1 :]]) for i in range(0, len(whole), 23)]
+    cut = [whole[:n] for n in range(0, len(whole), 151)]
+    for damaged in [*flipped, *cut, whole + b"\0", whole + whole, b"\0" * len(whole)]:
+        file.write_bytes(damaged)
+        phases, op = Phases(path), Limited(matrix(), -1)
+        phases.run("symmetry", op, never)
+        with pytest.raises(
+            ResumeError, match=f"^{file}: not the state of an interrupted analysis: start anew with --f"
+        ):
+            phases.run("pairs", op, never)
+    file.write_bytes(beside(path, 1).read_bytes())
+    with pytest.raises(ResumeError, match=rf"^{file}: holds the phase 'symmetry', not 'pairs': start anew"):
+        analyse(Phases(path), Limited(matrix(), -1))
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    file.unlink()  # computed again, the others are taken but for the one under way
+    phases, op = Phases(path), Limited(matrix())
+    expected, products = uninterrupted()
+    assert same(analyse(phases, op), expected)
+    assert phases.products == products
+    assert op.computed < products - 20
 
 
 class FullDisk:
     """A file of which only the first `room` bytes find a place."""
 
-    def __init__(self, file: Any, room: int) -> None:
-        self.file, self.room = file, room
+    def __init__(self, file: Any, room: int, error: BaseException) -> None:
+        self.file, self.room, self.error = file, room, error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
@@ -365,40 +559,69 @@ class FullDisk:
     def write(self, data: Any) -> int:
         if len(data) > self.room:
             self.file.write(bytes(data)[: self.room])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise self.error
         self.room -= len(data)
         return int(self.file.write(data))
 
 
-@pytest.mark.parametrize("full", ["journal", "state", "first state"])
-def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str) -> None:
+@pytest.mark.parametrize("room", [0, 300, 900])
+@pytest.mark.parametrize("full", ["state", "state.1", "state.2", "state.journal"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
+def test_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str, room: int, error: OSError | KeyboardInterrupt
+) -> None:
+    """Or Ctrl-C: in the same places."""
     path = tmp_path / "state"
     expected, products = uninterrupted()
     plain = Path.open
-    opened: list[Path] = []
 
     def opening(self: Path, *arguments: Any, **options: Any) -> Any:
-        opened.append(self)
         file: Any = plain(self, *arguments, **options)
-        if self.suffix == ".journal":
-            return FullDisk(file, 1000 if full == "journal" else 10**9)
-        states = sum(p.suffix == ".part" for p in opened)
-        return FullDisk(file, 10**9 if full == "journal" or (full == "state" and states <= 2) else 300)
+        written = self.name == full or re.fullmatch(rf"\.{full}\.[0-9a-f]+\.part", self.name)
+        return FullDisk(file, room, error) if written else file
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", opening)
         op = Limited(matrix())
-        with pytest.raises(OSError, match="No space left") as caught:
+        with pytest.raises(type(error)) as caught:
             analyse(Phases(path), op)
-    wanted = journal(path) if full == "journal" else path
-    assert caught.value.errno == errno.ENOSPC
-    assert caught.value.filename == str(wanted)
-    names = {"journal": {"state", "state.journal"}, "state": {"state", "state.journal"}, "first state": set()}
-    assert {p.name for p in tmp_path.iterdir()} == names[full]
+    assert caught.value is error
+    if isinstance(error, OSError):
+        assert error.filename == str(tmp_path / full)
+    left = {
+        "state": set(),
+        "state.1": {"state", "state.journal"},
+        "state.2": {"state", "state.1", "state.journal"},
+        "state.journal": {"state", "state.journal"} | ({"state.1"} if room > 500 else set()),
+    }
+    assert names(tmp_path) == left[full]
     phases, second = Phases(path), Limited(matrix())
     assert same(analyse(phases, second), expected)
     assert phases.products == products
-    assert second.computed <= products - op.computed + (full == "journal")
+    assert second.computed <= products - op.computed + BLOCK * (full == "state.journal")
+
+
+def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
+    """As the system tells it, anywhere in a file: no error of torch's own."""
+    value = {"a": torch.zeros(100_000), "b": torch.zeros(30_000), "c": "c" * 10_000}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    Phases(tmp_path / "whole").run("b", Limited(matrix()), lambda op: value)
+    size = beside(tmp_path / "whole", 1).stat().st_size
+    for limit in (0, 100, 5_000, 200_000, 405_000, 420_000, 500_000, size - 400, size - 5, size - 4, size - 1):
+        path = tmp_path / f"{limit}"
+        Phases(path).run("a", Limited(matrix()), lambda op: {"x": 1.0})
+        phases = Phases(path)
+        phases.run("a", Limited(matrix()), never)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(OSError) as caught:
+                phases.run("b", Limited(matrix()), lambda op: value)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert caught.value.errno == errno.EFBIG
+        assert caught.value.filename == str(beside(path, 2))
+        assert not beside(path, 2).exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
@@ -419,16 +642,27 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
             analyse(Phases(path), Limited(matrix()))
     finally:
         tmp_path.chmod(0o700)
-    assert caught.value.filename == str(path)
+    assert caught.value.filename == str(beside(path, 2))
     assert same(analyse(Phases(path), Limited(matrix())), uninterrupted()[0])
+
+
+def large_result(path: Path) -> None:
+    value = {"x": torch.zeros(LARGE // 4).add_(1)}
+    for compute in (lambda op: value, never):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Phases(path).run("large", Limited(matrix()), compute)
+        sys.stdout.write(f"{1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)}\n")
+        value.clear()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for how in HOWS:
-        for limit in KILLED_AT:
-            child = os.fork()
-            if child == 0:
-                killed_analysis(Path(sys.argv[1]) / f"{how}-{limit}", how, limit)
-                os._exit(0)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    if len(sys.argv) == 3:
+        large_result(Path(sys.argv[1]))
+        sys.exit()
+    for how, limit in [*itertools.product(HOWS, KILLED_AT), ("second", 0)]:
+        child = os.fork()
+        if child == 0:
+            killed_analysis(Path(sys.argv[1]) / (f"{how}-{limit}" if how in HOWS else how), how, limit)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
