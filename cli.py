@@ -268,10 +268,10 @@ def spectrum(
         raise click.UsageError("two checkpoints would write the same result: give them other names, or one --out each")
     group = distributed.initialize(where)
     first = group is None or group.rank == 0
-    if first:
-        click.echo(f"opening {', '.join(str(c) for c in checkpoints)}", err=True)
-    found = []
+    found: list[SpectrumResult] = []
     for path, stem in zip(checkpoints, stems, strict=True):
+        if first:
+            click.echo(f"opening {path}", err=True)
         job = _open(path, split, samples, batch_size, params, surrogate, dtype, where, data_dir, settings, group)
         old = _earlier(stem, settings, job, force, resume) if first else None
         old = old if group is None else group.broadcast(old)
@@ -346,7 +346,7 @@ def _analyse(job: _Job, settings: Settings, stem: Path, group: Group | None) -> 
     stem.parent.mkdir(parents=True, exist_ok=True)
     key = {"settings": dataclasses.asdict(settings), **job.provenance, **_measured_on(job), "versions": versions()}
     key["number of processes"] = group.size if group else 1
-    with _Bar(job.path.name, group is None or group.rank == 0) as bar:
+    with _Bar("", group is None or group.rank == 0) as bar:
         return analyse(
             job.objective,
             settings,
@@ -625,22 +625,22 @@ def _existing(existing: Path, settings: Settings, job: _Job) -> SpectrumResult |
 class _Bar:
     """One progress bar on standard error, none when that is no terminal."""
 
-    def __init__(self, name: str, shown: bool = True) -> None:
-        self.name = name
+    def __init__(self, name: str = "", shown: bool = True) -> None:
+        self.name = f"{name}: " if name else ""
         self.shown = shown
 
     def __enter__(self) -> _Bar:
         from tqdm import tqdm
 
-        self.bar = tqdm(
-            total=1, disable=None if self.shown else True, leave=False, dynamic_ncols=True, unit="", desc=self.name
-        )
+        hidden = None if self.shown else True  # None: where standard error is no terminal
+        self.bar = tqdm(total=1, disable=hidden, leave=False, dynamic_ncols=True, desc=self.name)
+        self.bar.bar_format = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         return self
 
     def update(self, phase: str, done: int, total: int, worst: float = float("nan")) -> None:
         self.bar.total = max(total, done, 1)
-        self.bar.set_description(f"{self.name}: {phase}", refresh=False)
-        self.bar.set_postfix_str(f"worst residual {worst:.0e}" if worst == worst else "", refresh=False)
+        self.bar.set_description_str(f"{self.name}{phase} ", refresh=False)
+        self.bar.set_postfix_str(f"residual {worst:.0e}" if worst == worst else "", refresh=False)
         self.bar.update(done - self.bar.n)
 
     def __exit__(self, *_: object) -> None:

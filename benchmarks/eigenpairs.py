@@ -1,9 +1,9 @@
 """Time to the top 50 eigenpairs: python benchmarks/eigenpairs.py [Fashion-MNIST folder] [--train EPOCHS].
 
 Reference job: CSNN of width 16 with batch norm, T = 4, hard reset, atan(2), 28 x 28, 64 images, all 205,776 parameters,
-float32, two threads; trained for some epochs first on the CPU. In one run: our Lanczos to a relative residual of 1e-3 for
-every pair; scipy's eigsh over our operator to the same; PyHessian's eigenvalues(top_n=50) at its defaults, with the
-residuals that it reached; and PyHessian's top 5 with its tolerance lowered until their residuals are 1e-3 too.
+float32, two threads; trained for some epochs first. In one run: our Lanczos to a relative residual of 1e-3 for every
+pair; scipy's eigsh over our operator to the same; PyHessian's eigenvalues(top_n=50) at its defaults, with the residuals
+that it reached; and PyHessian's top 5 with its tolerance lowered until their residuals are 1e-3 too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def residuals(objective: Objective, vectors: torch.Tensor) -> Eigenpairs:
 
 
 def line(name: str, seconds: float, unit: float, pairs: Eigenpairs, products: str) -> None:
+    """unit: seconds of our own run for as many pairs."""
     relative = pairs.residuals / pairs.norm
     print(
         f"  {name:34s}{seconds:9.1f} s {seconds / unit:8.1f} x  products {products:>6}  relative residuals: median "
@@ -81,6 +83,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=5, help="epochs")
     options = parser.parse_args()
     torch.set_num_threads(2)
+    warnings.filterwarnings("ignore", message="Using backward")  # PyHessian's way
     objective = job(options.folder, options.train)
     print(f"{objective.size:,} parameters, {objective.samples} samples, top {TOP} by size of the eigenvalue")
     hessian(objective) @ torch.ones(objective.size)  # numba's kernels are compiled or read

@@ -34,7 +34,7 @@ class Layer(Protocol):
         """p, in the order of every sequence below."""
 
     def adjoint(self, g: Tensor, want: Want, keep: bool) -> tuple[Tensor | None, Tangents]:
-        """gy -> (gx, gp). keep: this is the adjoint that adjoint_tangent will differentiate."""
+        """gy -> (gx, gp). keep: this is the adjoint that adjoint_tangent will differentiate; its gp is not used."""
 
     def tangent(self, dx: Tensor | None, dp: Tangents) -> Tensor:
         """(x', p') -> y'."""
@@ -219,6 +219,8 @@ class Affine:
 
     def adjoint(self, g: Tensor, want: Want, keep: bool) -> tuple[Tensor | None, Tangents]:
         weight, bias = self._needs(want)
+        if keep and 2 not in self._slots:  # gA and gc are wanted for gamma' alone
+            weight = bias = False
         gf = self.op.pull_weight(g, self.x, self.w) if weight else None
         gc = self._sum(g) if bias else None
         gx = self.op.pull_input(g, self.folded, self.x) if want.input else None

@@ -209,6 +209,13 @@ def _search(r: SpectrumResult) -> list[str]:
                     f"; outside the converged pairs {others} found {s.search.smallest:.3g} to {s.search.largest:.3g}"
                 )
             lines += _field("missed?", text)
+    for name, s in r.spectra.items():
+        if s.density is not None:
+            d = s.density
+            text = (
+                f"{name}: {d.probes} probes of at most {d.steps} steps; all the steps moved it by {d.accuracy:.1g} of"
+            )
+            lines += _field("density", f"{text} the range from half of them (Wasserstein distance)")
     name, s = r.main
     if math.isfinite(s.gradient_share):
         text = f"{_percent(s.gradient_share)} of the gradient's squared norm lies along the converged {name}"

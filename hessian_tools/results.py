@@ -254,8 +254,8 @@ def save_spectrum(result: SpectrumResult, stem: str | Path) -> list[Path]:
         for kind in ("eigenvalues", "smallest_eigenvalues"):
             pairs: tuple[Eigenvalue, ...] = getattr(spectrum, kind)
             arrays[f"{name}.{kind}"] = np.array([p.value for p in pairs])
-            arrays[f"{name}.{kind}.residual"] = np.array([p.residual for p in pairs])
-            arrays[f"{name}.{kind}.data_stderr"] = np.array([p.data_stderr for p in pairs])
+            for part in ("residual", "bound", "data_stderr", "gradient", "participation"):
+                arrays[f"{name}.{kind}.{part}"] = np.array([getattr(p, part) for p in pairs])
             arrays[f"{name}.{kind}.layers"] = np.array([list(p.layers.values()) for p in pairs])
         if spectrum.vectors is not None:
             arrays[f"{name}.vectors"] = spectrum.vectors

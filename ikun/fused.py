@@ -1,4 +1,4 @@
-"""The neuron scans of a curvature product, each one pass over memory, and the layer built from them.
+"""The neuron scans, each one pass over memory: the spikes themselves, their adjoint, and those of a curvature product.
 
 At fixed weights a scan (see neurons.py) is three arrays over [T, M] (M neurons of all samples): f1 = f'(h - theta),
 c = dv/dh and e, the coefficient of h' in gh'. With a' the tangent of a, and v' = gv' = 0 at the ends,
@@ -7,18 +7,17 @@ c = dv/dh and e, the coefficient of h' in gh'. With a' the tangent of a, and v' 
     adjoint              gh = f1 gs + c gv;         gx = gain gh;     gv <- decay gh
     tangent of adjoint   gh' = f1 gs' + c gv' + e h';   gx' = gain gh';   gv' <- decay gh'
 
-           c                              e                                        (gv: the adjoint of v[t])
-    hard   (1 - s) + (v_reset - h) f1     (gs + gv (v_reset - h)) f2 - 2 gv f1     detached: 1 - s,  gs f2
-    soft   1 - theta f1                   (gs - theta gv) f2                       detached: 1,      gs f2
+    c = k + (a + b z) f1;   e = (gs + gv (a + b z)) f2 + 2 b gv f1           z = h - theta, gv: the adjoint of v[t]
+    hard: k = 1 - s, a + b z = v_reset - h;   soft: k = 1, a + b z = -theta;   detached: a + b z = 0
 
 A learned decay (PLIF: gain = sigmoid(w), decay = 1 - gain) adds, with u[t] = x[t] - v[t-1] + v_reset,
 
     h' += gain' u;   dL/dgain = sum gh u;   gx' += gain' gh;   gv' -= gain' gh;   (dL/dgain)' = sum gh' u + gh u'
 
-The kernels also select (tangent) and scatter (adjoint) the entries that a max-pooling behind the neurons chose: `index`
-[T, Q] holds positions in 0..M-1. An input that repeats over time is one row [1, M]; its adjoint is the sum over T.
-Kernels are numba's, on blocks of neurons that fit the cache, one slice of the blocks per thread; plain torch where
-numba is missing or the tensors are not on the CPU.
+The kernels also do the 2 x 2 max-pooling behind the neurons: choose its entries (value), select them (tangent), scatter
+(adjoint); `index` [T, Q] holds their positions in 0..M-1. An input that repeats over time is one row [1, M]; its
+adjoint is the sum over T. Kernels are numba's, on blocks of neurons that fit the cache, one slice of the blocks per
+thread; plain torch where numba is missing or the tensors are not on the CPU.
 """
 
 from __future__ import annotations
@@ -30,21 +29,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 BLOCK = 1024  # neurons of a block: [T, BLOCK] local arrays
 
 
 @dataclass
 class Scan:
-    """A scan at fixed weights: f1, c, e, u, gh [T, M]; gh: the kept adjoint of h, for a learned decay.
+    """A scan at fixed weights: f1, c, e, u, gh [T, M]; gh: the kept adjoint of h, for a learned decay; reset: (a, b).
 
     unit: the size of one pooled plane; blocks are multiples of it, so that no window is cut. static: x is [1, M].
     """
@@ -59,6 +55,7 @@ class Scan:
     e: Tensor | None = None
     u: Tensor | None = None
     gh: Tensor | None = None
+    reset: tuple[float, float] = (0.0, 0.0)
 
 
 # ---------------------------------------------------------------- plain torch
@@ -90,12 +87,17 @@ def torch_tangent(scan: Scan, dx: Tensor, dgain: float) -> Tensor:
     return out if scan.index is None else out.gather(1, scan.index.long())
 
 
-def torch_adjoint(scan: Scan, g: Tensor) -> tuple[Tensor, float]:
-    """gs [T, M or Q] -> (gx [T or 1, M], dL/dgain or 0)."""
+def torch_adjoint(scan: Scan, g: Tensor, z: Tensor | None = None) -> tuple[Tensor, float]:
+    """gs [T, M or Q] -> (gx [T or 1, M], dL/dgain or 0); with z [T, M] also turns scan.e from f2 into e, fills gh."""
     gs, gx, total = scatter(g, scan), [], 0.0
-    gv = torch.zeros_like(gs[0])
+    gv, (a, b) = torch.zeros_like(gs[0]), scan.reset
     for t in reversed(range(len(gs))):
         gh = scan.f1[t] * gs[t] + scan.c[t] * gv
+        if z is not None and scan.e is not None:
+            scan.e[t] *= gs[t] + gv * (a + b * z[t])
+            scan.e[t] += 2 * b * gv * scan.f1[t]
+            if scan.gh is not None:
+                scan.gh[t] = gh
         if scan.u is not None:
             total += float((gh * scan.u[t]).sum(dtype=torch.float64))
         gx.append(scan.gain * gh)
@@ -127,6 +129,51 @@ def torch_adjoint_tangent(scan: Scan, dg: Tensor, dx: Tensor, dgain: float) -> t
 
 
 # ---------------------------------------------------------------- numba: blocks first..last of `block` neurons
+def _value(  # type: ignore[no-untyped-def]
+    x, z, u, decay, gain, offset, threshold, v_reset, hard, after, height, width, ties, index, block, first, last, out
+):
+    # neurons.step, operation by operation: the spikes are the same to the bit; y - y is NaN where y is not finite
+    steps, size = z.shape
+    pooled, learned, static = index.shape[0] > 0, u.shape[0] > 0, x.shape[0] == 1
+    one, zero = z.dtype.type(1), z.dtype.type(0)
+    v, s = np.empty(block, z.dtype), np.empty(block, z.dtype)
+    across = width // 2
+    for b in range(first, last):
+        lo = b * block
+        n = min(block, size - lo)
+        v[:] = v_reset
+        for t in range(steps):
+            xt, zt = x[0 if static else t, lo : lo + n], z[t, lo : lo + n]
+            target = s[:n] if pooled else out[t, lo : lo + n]
+            if learned:
+                ut = u[t, lo : lo + n]
+                for i in range(n):
+                    ut[i] = xt[i] - v[i] + v_reset
+            for i in range(n):
+                h = decay * v[i] + gain * xt[i] + offset
+                y = h - threshold
+                f = (one if y >= zero else zero) + (y - y)
+                v[i] = h * (one - hard * f) + after * f
+                zt[i] = y
+                target[i] = f
+            if pooled:
+                j = lo // (height * width) * (height // 2) * across
+                for plane in range(0, n, height * width):
+                    for row in range(height // 2):
+                        corner = plane + 2 * row * width
+                        upper, lower = s[corner : corner + width], s[corner + width : corner + 2 * width]
+                        ot, it = out[t, j : j + across], index[t, j : j + across]
+                        for i in range(across):
+                            q = 2 * i
+                            best, k = upper[q], 0
+                            for w, place in ((upper[q + 1], 1), (lower[q], width), (lower[q + 1], width + 1)):
+                                better = w >= best if ties else w > best
+                                best, k = (w, place) if better else (best, k)
+                            ot[i] = best
+                            it[i] = lo + corner + q + k
+                        j += across
+
+
 def _tangent(x, f1, c, u, decay, gain, dgain, index, block, first, last, out):  # type: ignore[no-untyped-def]
     steps, size = f1.shape
     pooled, learned, static = index.shape[0] > 0, u.shape[0] > 0, x.shape[0] == 1
@@ -156,9 +203,10 @@ def _tangent(x, f1, c, u, decay, gain, dgain, index, block, first, last, out):  
                     out[t, j] = s[index[t, j] - lo]
 
 
-def _adjoint(g, f1, c, u, decay, gain, index, block, first, last, out):  # type: ignore[no-untyped-def]
+def _adjoint(g, f1, c, u, z, e, gh, decay, gain, ra, rb, index, block, first, last, out):  # type: ignore[no-untyped-def]
     steps, size = f1.shape
     pooled, learned, static = index.shape[0] > 0, u.shape[0] > 0, out.shape[0] == 1
+    keep = z.shape[0] > 0
     v, s = np.empty(block, f1.dtype), np.empty(block, f1.dtype)
     per = index.shape[1] * block // size if pooled else 0
     total = 0.0
@@ -180,6 +228,14 @@ def _adjoint(g, f1, c, u, decay, gain, index, block, first, last, out):  # type:
                 ut = u[t, lo : lo + n]
                 for i in range(n):
                     total += (ft[i] * gt[i] + ct[i] * v[i]) * ut[i]
+            if keep:
+                zt, et = z[t, lo : lo + n], e[t, lo : lo + n]
+                for i in range(n):
+                    et[i] = et[i] * (gt[i] + v[i] * (ra + rb * zt[i])) + (rb + rb) * v[i] * ft[i]
+                if learned:
+                    at = gh[t, lo : lo + n]
+                    for i in range(n):
+                        at[i] = ft[i] * gt[i] + ct[i] * v[i]
             if static:
                 for i in range(n):
                     h = ft[i] * gt[i] + ct[i] * v[i]
@@ -258,7 +314,8 @@ _state = {"broken": False}
 
 @cache
 def _compiled() -> dict[str, Callable[..., Any]] | None:
-    sources: dict[str, Any] = {"tangent": _tangent, "adjoint": _adjoint, "adjoint_tangent": _adjoint_tangent}
+    found = (_value, _tangent, _adjoint, _adjoint_tangent)
+    sources: dict[str, Any] = {source.__name__.removeprefix("_"): source for source in found}
     try:
         import numba
 
@@ -267,12 +324,12 @@ def _compiled() -> dict[str, Callable[..., Any]] | None:
         except RuntimeError:  # nowhere to keep the cache
             return {name: numba.njit(nogil=True)(source) for name, source in sources.items()}
     except Exception as error:  # a broken installation may raise anything
-        warnings.warn(f"numba is not usable ({error}): curvature products run in plain torch, slower", stacklevel=2)
+        warnings.warn(f"numba is not usable ({error}): spikes run in plain torch, slower", stacklevel=2)
         return None
 
 
 def kernels() -> dict[str, Callable[..., Any]] | None:
-    """The three kernels by name, compiled when first called; None, after one warning, if numba does not work here."""
+    """The kernels by name, compiled when first called; None, after one warning, if numba does not work here."""
     return None if _state["broken"] else _compiled()
 
 
@@ -285,30 +342,66 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
+def usable(like: Tensor) -> bool:
+    """Whether the kernels can run on such tensors here."""
+    return like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64) and kernels() is not None
+
+
 def _launch(
-    name: str, scan: Scan, tensors: Sequence[Tensor | None], rates: Sequence[float], out: Tensor
+    name: str,
+    like: Tensor,
+    unit: int,
+    tensors: Sequence[Tensor | None],
+    rates: Sequence[float],
+    index: Tensor | None,
+    out: Tensor,
+    sizes: Sequence[int] = (),
 ) -> float | None:
-    """Run one kernel over all blocks into `out`; the sum of what its slices return, or None where it cannot run."""
-    f1 = scan.f1
-    if f1.device.type != "cpu" or f1.dtype not in (torch.float32, torch.float64) or (found := kernels()) is None:
+    """Run one kernel over all blocks of the neurons of `like` [T, M], in units of `unit`, into `out`.
+
+    Returns the sum of what its slices return, or None where it cannot run.
+    """
+    if not usable(like) or (found := kernels()) is None:
         return None
-    dtype, size = f1.numpy().dtype, f1.shape[1]
-    block = max(1, BLOCK // scan.unit) * scan.unit
+    dtype, size = like.numpy().dtype, like.shape[1]
+    block = max(1, BLOCK // unit) * unit
     blocks = -(-size // block)
-    threads = max(1, min(torch.get_num_threads(), blocks, 1 + f1.numel() // 32768))
+    threads = max(1, min(torch.get_num_threads(), blocks, 1 + like.numel() // 32768))
     edges = [blocks * i // threads for i in range(threads + 1)]
     arrays = [np.empty((0, 0), dtype) if t is None else t.contiguous().numpy() for t in tensors]
-    index = np.empty((0, 0), np.int32) if scan.index is None else scan.index.numpy()
-    fixed, target = [*arrays, *(dtype.type(r) for r in rates), index, block], out.numpy()
+    numbers = [*(dtype.type(r) for r in rates), *sizes]
+    places = np.empty((0, 0), np.int32) if index is None else index.numpy()
+    fixed, target = [*arrays, *numbers, places, block], out.numpy()
     kernel, slices = found[name], list(pairwise(edges))
     try:
         others = [_pool(threads - 1).submit(kernel, *fixed, a, b, target) for a, b in slices[1:]]
         totals = [kernel(*fixed, *slices[0], target), *(f.result() for f in others)]
     except Exception as error:  # numba compiles at the first call
-        warnings.warn(f"numba failed ({error}): curvature products run in plain torch, slower", stacklevel=2)
+        warnings.warn(f"numba failed ({error}): spikes run in plain torch, slower", stacklevel=2)
         _state["broken"] = True
         return None
     return float(sum(total or 0.0 for total in totals))
+
+
+def value(
+    x: Tensor, steps: int, rates: Sequence[float], hard: bool, plane: tuple[int, int] | None, last: bool, learned: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
+    """x [T or 1, M] -> (s [T, M or Q], z [T, M], index [T, Q] or None, u [T, M] or None); None where no kernel can run.
+
+    rates: decay, gain, (1 - decay) v_reset, threshold, v_reset. plane: (height, width) of the planes that are pooled,
+    last: the last of equal entries is selected. learned: u is wanted.
+    """
+    size = x.shape[1]
+    z = x.new_empty((steps, size))
+    height, width = plane or (1, 1)
+    pooled = size // (height * width) * (height // 2) * (width // 2)
+    kind = torch.int32 if size < 2**31 else torch.int64
+    index = None if plane is None else torch.empty((steps, pooled), dtype=kind)
+    u = torch.empty_like(z) if learned else None
+    out = z.new_empty((steps, size if plane is None else pooled))
+    rates = (*rates, hard, rates[4] if hard else -rates[3])
+    done = _launch("value", z, height * width, (x, z, u), rates, index, out, (height, width, last))
+    return None if done is None else (out, z, index, u)
 
 
 def _gx(scan: Scan) -> Tensor:
@@ -318,19 +411,21 @@ def _gx(scan: Scan) -> Tensor:
 def tangent(scan: Scan, dx: Tensor, dgain: float = 0.0) -> Tensor:
     """x' [T or 1, M] -> s' [T, M or Q]."""
     out = scan.f1.new_empty((scan.f1 if scan.index is None else scan.index).shape)
-    done = _launch("tangent", scan, (dx, scan.f1, scan.c, scan.u), (scan.decay, scan.gain, dgain), out)
+    tensors, rates = (dx, scan.f1, scan.c, scan.u), (scan.decay, scan.gain, dgain)
+    done = _launch("tangent", scan.f1, scan.unit, tensors, rates, scan.index, out)
     return torch_tangent(scan, dx, dgain) if done is None else out
 
 
-def adjoint(scan: Scan, g: Tensor) -> tuple[Tensor, float]:
-    """gs [T, M or Q] -> (gx [T or 1, M], dL/dgain or 0)."""
-    out = _gx(scan)
-    total = _launch("adjoint", scan, (g, scan.f1, scan.c, scan.u), (scan.decay, scan.gain), out)
-    return torch_adjoint(scan, g) if total is None else (out, total)
+def adjoint(scan: Scan, g: Tensor, z: Tensor | None = None) -> tuple[Tensor, float]:
+    """gs [T, M or Q] -> (gx [T or 1, M], dL/dgain or 0); with z [T, M] also turns scan.e from f2 into e, fills gh."""
+    out, kept = _gx(scan), (None,) * 3 if z is None else (z, scan.e, scan.gh)
+    tensors, rates = (g, scan.f1, scan.c, scan.u, *kept), (scan.decay, scan.gain, *scan.reset)
+    total = _launch("adjoint", scan.f1, scan.unit, tensors, rates, scan.index, out)
+    return torch_adjoint(scan, g, z) if total is None else (out, total)
 
 
 def adjoint_tangent(scan: Scan, dg: Tensor, dx: Tensor, dgain: float = 0.0) -> tuple[Tensor, float]:
     """(gs' [T, M or Q], x' [T or 1, M]) -> (gx' [T or 1, M], (dL/dgain)' or 0)."""
     out, tensors = _gx(scan), (dg, dx, scan.f1, scan.c, scan.e, scan.u, scan.gh)
-    total = _launch("adjoint_tangent", scan, tensors, (scan.decay, scan.gain, dgain), out)
+    total = _launch("adjoint_tangent", scan.f1, scan.unit, tensors, (scan.decay, scan.gain, dgain), scan.index, out)
     return torch_adjoint_tangent(scan, dg, dx, dgain) if total is None else (out, total)

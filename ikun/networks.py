@@ -170,17 +170,24 @@ class Network(nn.Module):
         )
         return Neuron(spec.neuron, dynamics, spec.tau)
 
-    def forward(self, x: Tensor) -> Tensor:
-        steps = self.spec.timesteps
+    def forward(self, x: Tensor, once: bool = False) -> Tensor:
+        """once: the result is to be differentiated once at most, so that the fast scans of fused.py can be used."""
+        steps, layers = self.spec.timesteps, list(self.children())
         static = x.dim() == 4  # a repeated image: everything before the first neuron is computed once, not T times
         if not static:
             if x.dim() != 5 or x.shape[1] != steps:
                 raise ValueError(f"input must be [N, C, H, W] or [N, {steps}, C, H, W], not {list(x.shape)}")
             x = x.transpose(0, 1)
-        for layer in self.children():
-            if isinstance(layer, Neuron):
+        for layer, following in zip(layers, [*layers[1:], None], strict=True):
+            if isinstance(layer, Neuron) and once:
+                pool = following if isinstance(following, MaxPool) else None
+                x = spikes.fire(layer, steps, pool, x[None] if static else x)
+                static = False
+            elif isinstance(layer, Neuron):
                 x = layer(x.expand(steps, *x.shape) if static else x)
                 static = False
+            elif isinstance(layer, MaxPool) and once:
+                continue
             elif static or isinstance(layer, MaxPool):
                 x = layer(x)
             else:

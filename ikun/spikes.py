@@ -1,20 +1,25 @@
-"""Neurons, with the max-pooling behind them, as a layer of a curvature product (value, adjoint, tangent, tangent of the
-adjoint), on the scans of fused.py."""
+"""Neurons, with the max-pooling behind them, on the scans of fused.py: as a layer of a curvature product (value,
+adjoint, tangent, tangent of the adjoint), and as a function that can be differentiated once, for training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ikun.fused import Scan, adjoint, adjoint_tangent, scatter, tangent
-from ikun.neurons import Neuron, step
+from ikun import fused
+from ikun.fused import Scan, adjoint, adjoint_tangent, tangent
+from ikun.neurons import Dynamics, Neuron, step
 
 if TYPE_CHECKING:
     from ikun.networks import MaxPool
+
+PIECE = 65536  # elements of a piece: the temporaries of a surrogate's formula stay in the cache
 
 
 class Spikes:
@@ -52,10 +57,14 @@ class Spikes:
         return tangent(self.scan, self._inputs(dx), self._gain(dp)).reshape(self.shapes[1])
 
     def adjoint(self, g: Tensor, want: Any, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        gs = self._outputs(g)
+        z = None
         if keep:
-            self._keep(scatter(gs, self.scan))
-        gx, total = adjoint(self.scan, gs)
+            assert self.z is not None
+            z, self.z = self.z, None
+            self.scan.e = torch.empty_like(z)
+            self.scan.gh = None if self.scan.u is None else torch.empty_like(z)
+            by_pieces(lambda part, e: e.copy_(self.neuron.dynamics.surrogate.second(part)), z, self.scan.e)
+        gx, total = adjoint(self.scan, self._outputs(g), z)
         self.total = total
         return gx.reshape(self.shapes[0]), self._logit(total, g) if self.parameters else ()
 
@@ -70,60 +79,109 @@ class Spikes:
         (grad,) = self._logit(total, dg)
         return gx.reshape(self.shapes[0]), (grad + (self.scan.decay - self.scan.gain) * dgain * self.total,)
 
-    def _keep(self, gs: Tensor) -> None:
-        """Store e, and gh where the decay is learned, for the adjoint that starts from gs [T, M]; frees z."""
-        assert self.z is not None
-        d, scan = self.neuron.dynamics, self.scan
-        second = d.surrogate.second(self.z)
-        gv = torch.zeros_like(gs[0])
-        gh = torch.empty_like(gs) if scan.u is not None else None
-        for t in reversed(range(len(gs))):
-            current = scan.f1[t] * gs[t] + scan.c[t] * gv
-            if d.detach_reset:
-                second[t] *= gs[t]
-            elif d.reset == "soft":
-                second[t] *= gs[t] - d.threshold * gv
-            else:
-                second[t] *= gs[t] + gv * (d.v_reset - d.threshold - self.z[t])
-                second[t] -= 2 * gv * scan.f1[t]
-            if gh is not None:
-                gh[t] = current
-            gv = scan.decay * current
-        scan.e, scan.gh, self.z = second, gh, None
+
+def by_pieces(fill: Callable[..., object], *tensors: Tensor) -> None:
+    """Run an element-wise function that fills some of its contiguous arguments; on the CPU piece by piece."""
+    size = PIECE if tensors[0].device.type == "cpu" else max(1, tensors[0].numel())
+    for parts in zip(*(t.view(-1).split(size) for t in tensors), strict=True):
+        fill(*parts)
 
 
-def linearize(neuron: Neuron, steps: int, static: bool, pool: MaxPool | None, x: Tensor) -> tuple[Tensor, Spikes]:
-    """The layer at inputs x [N, ...] (static: repeated `steps` times) or [steps N, ...], and its outputs."""
-    given, d = x, neuron.dynamics
-    x = x[None] if static else x.unflatten(0, (steps, -1))
+def _reset(d: Dynamics) -> tuple[float, float]:
+    """(a, b): dv/dh = k + (a + b z) f1, see fused.py."""
+    if d.detach_reset:
+        return 0.0, 0.0
+    return (-d.threshold, 0.0) if d.reset == "soft" else (d.v_reset - d.threshold, -1.0)
+
+
+def _slopes(d: Dynamics, z: Tensor, f1: Tensor, c: Tensor) -> None:
+    """Fill f1 and c at z."""
+    f1.copy_(d.surrogate.first(z))
+    if d.reset == "soft":
+        c.fill_(1)
+    elif d.relaxed:
+        c.copy_(1 - d.surrogate.primitive(z))
+    else:
+        torch.lt(z, 0, out=c)  # into floats: many times faster than a mask and its conversion
+    if not d.detach_reset:
+        a, b = _reset(d)
+        c.addcmul_(a + b * z, f1)
+
+
+def _value(
+    neuron: Neuron, steps: int, pool: MaxPool | None, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """x [T or 1, N, ...] -> (spikes, pooled if there is a pool [T, ...], z [T, M], index [T, Q], u [T, M])."""
+    d, learned = neuron.dynamics, neuron.kind == "plif"
     decay, gain = neuron.rates()
+    if not d.relaxed and fused.usable(x):
+        plane = None if pool is None else (x.shape[-2], x.shape[-1])
+        rates = (float(decay), float(gain), float((1 - decay) * d.v_reset), d.threshold, d.v_reset)
+        last = pool is not None and pool.ties == "last"
+        found = fused.value(x.flatten(1), steps, rates, d.reset == "hard", plane, last, learned)
+        if found is not None:
+            tail = x.shape[1:] if plane is None else (*x.shape[1:-2], plane[0] // 2, plane[1] // 2)
+            return found[0].view(steps, *tail), *found[1:]
     v = neuron.start(x)
     membranes, spikes, previous = [], [], []
     for t in range(steps):
         previous.append(v)
-        h, s, v = step(x[0 if static else t], v, decay, gain, d)
+        h, s, v = step(x[0 if len(x) == 1 else t], v, decay, gain, d)
         membranes.append(h)
         spikes.append(s)
-    h, s = torch.stack(membranes), torch.stack(spikes)
-    z = h - d.threshold
-    f1 = d.surrogate.first(z)
-    if d.reset == "soft":
-        c = torch.ones_like(f1) if d.detach_reset else 1 - d.threshold * f1
-    else:
-        c = 1 - s if d.detach_reset else (1 - s) + (d.v_reset - h) * f1
-    y = s if pool is None else pool(s)
-    scan = Scan(
-        f1.flatten(1),
-        c.flatten(1),
-        float(decay),
-        float(gain),
-        static,
-        None if pool is None else selection(s, pool.ties).flatten(1),
-        1 if pool is None else s.shape[-1] * s.shape[-2],
-        u=(x - torch.stack(previous) + d.v_reset).flatten(1) if neuron.kind == "plif" else None,
-    )
+    z, s = torch.stack(membranes).flatten(1) - d.threshold, torch.stack(spikes)
+    u = (x - torch.stack(previous) + d.v_reset).flatten(1) if learned else None
+    return (s, z, None, u) if pool is None else (pool(s), z, selection(s, pool.ties).flatten(1), u)
+
+
+def _scan(
+    neuron: Neuron, pool: MaxPool | None, shape: torch.Size, z: Tensor, index: Tensor | None, u: Tensor | None
+) -> Scan:
+    """The scan's derivatives at z, for inputs of shape [T or 1, N, ...]."""
+    f1, c, (decay, gain) = torch.empty_like(z), torch.empty_like(z), neuron.rates()
+    by_pieces(partial(_slopes, neuron.dynamics), z, f1, c)
+    unit = 1 if pool is None else shape[-1] * shape[-2]
+    return Scan(f1, c, float(decay), float(gain), shape[0] == 1, index, unit, u=u, reset=_reset(neuron.dynamics))
+
+
+def linearize(neuron: Neuron, steps: int, static: bool, pool: MaxPool | None, x: Tensor) -> tuple[Tensor, Spikes]:
+    """The layer at inputs x [N, ...] (static: repeated `steps` times) or [steps N, ...], and its outputs."""
+    timed = x[None] if static else x.unflatten(0, (steps, -1))
+    y, z, index, u = _value(neuron, steps, pool, timed)
     y = y.flatten(0, 1)
-    return y, Spikes(neuron, (given.shape, y.shape), z.flatten(1), scan)
+    return y, Spikes(neuron, (x.shape, y.shape), z, _scan(neuron, pool, timed.shape, z, index, u))
+
+
+class _Fire(torch.autograd.Function):
+    """The layer's outputs [T, ...] at x [T or 1, N, ...], with the adjoint as its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, logit: Tensor | None, neuron: Neuron, steps: int, pool: MaxPool | None) -> Tensor:
+        y, z, index, u = _value(neuron, steps, pool, x.detach())
+        ctx.save_for_backward(logit, z, index, u)
+        ctx.neuron, ctx.pool, ctx.shape = neuron, pool, x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        logit, z, index, u = ctx.saved_tensors
+        scan = _scan(ctx.neuron, ctx.pool, ctx.shape, z, index, u)
+        gx, total = adjoint(scan, g.flatten(1))
+        grad = None if logit is None else torch.full_like(logit, scan.gain * scan.decay * total)
+        return gx.view(ctx.shape), grad, None, None, None
+
+
+def fire(neuron: Neuron, steps: int, pool: MaxPool | None, x: Tensor) -> Tensor:
+    """pool(neuron(x)) for x [T, N, ...], or [1, N, ...] for an input that repeats: the same spikes in less time.
+
+    Where the kernels run, the result can be differentiated once, in reverse mode; torch raises RuntimeError beyond it.
+    """
+    if not neuron.dynamics.relaxed and fused.usable(x):
+        y: Tensor = _Fire.apply(x, getattr(neuron, "logit", None), neuron, steps, pool)
+        return y
+    s: Tensor = neuron(x.expand(steps, *x.shape[1:]))
+    return s if pool is None else pool.forward(s)
 
 
 def selection(s: Tensor, ties: str) -> Tensor:

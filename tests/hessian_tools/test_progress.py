@@ -14,7 +14,9 @@ def test_sums_over_phases_and_corrects_the_expected_number():
     meter.finish("a", 8)
     assert seen[-1][:3] == ("a", 8, 13)
     assert math.isnan(seen[-1][3])
-    meter.phase("b")(5, 5)
+    meter.phase("b")(2, 1000, math.nan)  # no more than a bound: the guess stands
+    assert seen[-1][:3] == ("b", 10, 13)
+    meter.phase("b")(5, 5, math.nan)
     assert seen[-1][:3] == ("b", 13, 13)
 
 

@@ -15,7 +15,10 @@ from hessian_tools.results import (
     SCHEMA,
     Density,
     Eigenvalue,
+    Functional,
     ResultError,
+    SamplePoint,
+    Search,
     Spectrum,
     SpectrumResult,
     Trace,
@@ -207,6 +210,94 @@ def test_other_operators_or_parameters_or_a_single_result_are_refused() -> None:
         comparable(labelled([sample(), sample("b", parameters={"fc1.weight": 6})]))
     with pytest.raises(ResultError, match="at least two"):
         comparable(labelled([sample()]))
+
+
+# --- what was added later
+
+
+def full() -> SpectrumResult:
+    """Every optional part present."""
+    base = sample()
+    search = Search(60, 0.02, 4, 60, 1.5, -0.4)
+    part = Functional(3.5, 0.1, (3.2, 3.8), 4, 1e-3, 0.05)
+    spectra = {
+        name: dataclasses.replace(
+            s,
+            search=search if name == "hessian" else dataclasses.replace(search, smallest=0.0),
+            gradient_share=0.25,
+            effective_dimension=part,
+            log_determinant=part,
+            negative_share=dataclasses.replace(part, estimate=0.3, ci95=(0.28, 0.32), damping=NAN),
+            vectors=np.eye(10, 4, dtype=np.float32),
+        )
+        for name, s in base.spectra.items()
+    }
+    return dataclasses.replace(base, spectra=spectra, samples_curve=(SamplePoint(1, True, ((5.0, 1.0),), (9.0,)),))
+
+
+def test_everything_round_trips_but_the_vectors_which_are_arrays(tmp_path: Path) -> None:
+    json_path, npz_path = save_spectrum(full(), tmp_path / "a.spectrum")
+    loaded = load_spectrum(json_path)
+    assert to_json(loaded) == to_json(full())
+    assert "vectors" not in json_path.read_text().replace('"vectors": false', "")
+    assert loaded.spectra["hessian"].vectors is None
+    with np.load(npz_path) as arrays:
+        assert arrays["hessian.vectors"].shape == (10, 4)
+        assert "hessian.eigenvalues.bound" in arrays
+
+
+def test_a_result_of_an_earlier_version_loads(tmp_path: Path) -> None:
+    """Fields that have been added since are missing in it, and stay empty."""
+    path = save_spectrum(sample(), tmp_path / "a.spectrum")[0]
+    raw = json.loads(path.read_text())
+    del raw["samples_curve"]
+    for spectrum in raw["spectra"].values():
+        for name in ("search", "gradient_share", "effective_dimension", "log_determinant", "negative_share"):
+            del spectrum[name]
+        for pair in spectrum["eigenvalues"]:
+            del pair["bound"], pair["gradient"], pair["participation"]
+    path.write_text(json.dumps(raw))
+    assert to_json(load_spectrum(path)) == to_json(sample())
+    assert max(map(len, spectrum_lines(load_spectrum(path)))) <= 80
+
+
+def test_the_screen_says_how_sure_it_is() -> None:
+    screen = spectrum_lines(full())
+    assert max(map(len, screen)) <= 80
+    text = " ".join(" ".join(screen).split())
+    assert "hessian: with 95% probability nothing lies more than 0.02 beyond the outermost values" in text
+    assert "4 other starts found -0.4 to 1.5" in text
+    assert "25% of the gradient's squared norm lies along the converged hessian eigenvectors of rank 1 to 2" in text
+    assert "sum |negative| / sum |all| 0.3 [0.28, 0.32] 1e-03" in text
+    assert "effective dimension, z=0.05 3.5 [3.2, 3.8] 1e-03" in text
+    assert "4 probes" not in text  # the sample's density has two
+    assert "2 probes of at most 60 steps" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"largest": 2.4}, "found 2.4, above a printed value"),
+        ({"smallest": -0.9}, "found -0.9, below a printed value"),
+    ],
+)
+def test_a_missed_eigenvalue_is_a_warning(changes: dict[str, float], words: str) -> None:
+    result = full()
+    assert not any("missed" in w for w in warnings_of(result))
+    hessian = result.spectra["hessian"]
+    assert hessian.search is not None
+    hessian = dataclasses.replace(hessian, search=dataclasses.replace(hessian.search, **changes))
+    found = warnings_of(dataclasses.replace(result, spectra={"hessian": hessian}))
+    assert any(words in w for w in found)
+
+
+def test_a_ggn_that_is_not_positive_semidefinite_is_a_warning() -> None:
+    result = full()
+    ggn = result.spectra["ggn"]
+    assert ggn.search is not None
+    ggn = dataclasses.replace(ggn, search=dataclasses.replace(ggn.search, smallest=-0.01))
+    found = warnings_of(dataclasses.replace(result, spectra={"ggn": ggn}))
+    assert any("the loss is not convex in the outputs" in w for w in found)
 
 
 # --- the screen

@@ -1,0 +1,239 @@
+"""The fast scans of ikun.spikes and ikun.fused against the plain network: spikes to the bit, gradients, refusals."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ikun import fused, spikes
+from ikun.networks import LOSSES, MaxPool, Network, Spec
+from ikun.neurons import KINDS, RESETS, Dynamics, Neuron
+from ikun.surrogates import FAMILIES, Surrogate
+
+compiled = pytest.mark.skipif(fused.kernels() is None, reason="numba is missing")
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def neuron_of(kind: str, reset: str, dtype: torch.dtype, v_reset: float = -0.3, **fields: object) -> Neuron:
+    """With a learned decay that is no round number."""
+    surrogate = Surrogate.parse("atan:2")
+    dynamics = Dynamics(surrogate, threshold=0.7, v_reset=v_reset, reset=reset, **fields)  # type: ignore[arg-type]
+    return Neuron(kind, dynamics, tau=1.7).to(dtype)
+
+
+def drives(neuron: Neuron, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Random inputs; multiples of 1/8 and of the threshold over the gain, whose sums often hit the threshold."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(shape, dtype=dtype, generator=generator)
+    yield noise + 0.3
+    yield (8 * noise).round() / 8
+    decay, gain = (float(torch.as_tensor(r).detach()) for r in neuron.rates())
+    d = neuron.dynamics
+    exact = (d.threshold - (decay * d.v_reset + (1 - decay) * d.v_reset)) / gain
+    yield torch.full(shape, exact, dtype=dtype) + torch.finfo(dtype).eps * noise.round()
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_spikes_are_the_plain_ones_to_the_bit(
+    kind: str, reset: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for v_reset, static, ties in itertools.product((0.0, -0.3), (False, True), (None, "first", "last")):
+        neuron = neuron_of(kind, reset, dtype, v_reset)
+        pool = None if ties is None else MaxPool(ties)
+        for x in drives(neuron, (1 if static else STEPS, 3, 41, 5, 7), dtype):  # more than one block, odd planes
+            with torch.no_grad():
+                y, z, index, u = spikes._value(neuron, STEPS, pool, x)
+                with monkeypatch.context() as patch:
+                    patch.setattr(fused, "kernels", lambda: None)
+                    expected = spikes._value(neuron, STEPS, pool, x)
+                s = neuron(x.expand(STEPS, *x.shape[1:]))
+            assert torch.equal(y, s if pool is None else pool(s))
+            assert 0 < s.mean() < 1
+            for found, plain in zip((y, z, index, u), expected, strict=True):
+                assert (found is None) == (plain is None)
+                assert found is None or plain is None or torch.equal(found, plain)
+
+
+@compiled
+def test_whole_numbers_are_rounded_like_the_others() -> None:
+    x = torch.rand(STEPS, 1, 5000) * 3
+    for reset in RESETS:
+        neuron = Neuron("lif", Dynamics(Surrogate.parse("atan"), threshold=1, v_reset=0, reset=reset), tau=1.7)
+        assert torch.equal(spikes._value(neuron, STEPS, None, x)[0], neuron(x))
+
+
+@compiled
+def test_values_that_are_not_finite_stay_visible() -> None:
+    x = torch.zeros(STEPS, 1, 6)
+    x[1, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    for reset in RESETS:
+        neuron = neuron_of("lif", reset, torch.float32)
+        found, expected = spikes._value(neuron, STEPS, None, x)[0], neuron(x)
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+        assert found[1, 0, :3].isnan().all()
+
+
+def by_hand(neuron: Neuron, z: Tensor, f1: Tensor, f2: Tensor, gs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(c, e, gh) [T, M] by the table of derivatives, one neuron at a time in NumPy."""
+    d, decay = neuron.dynamics, float(torch.as_tensor(neuron.rates()[0]).detach())
+    out = np.zeros((3, *z.shape))
+    for m in range(z.shape[1]):
+        gv = 0.0
+        for t in reversed(range(len(z))):
+            a, first, second, g = (float(array[t, m]) for array in (z, f1, f2, gs))
+            h, s = a + d.threshold, float(a >= 0)
+            if d.reset == "soft":
+                c = 1.0 if d.detach_reset else 1 - d.threshold * first
+                e = g * second if d.detach_reset else (g - d.threshold * gv) * second
+            else:
+                c = 1 - s if d.detach_reset else 1 - s + (d.v_reset - h) * first
+                e = g * second if d.detach_reset else (g + gv * (d.v_reset - h)) * second - 2 * gv * first
+            gh = first * g + c * gv
+            out[:, t, m] = c, e, gh
+            gv = decay * gh
+    return torch.from_numpy(out[0]), torch.from_numpy(out[1]), torch.from_numpy(out[2])
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("detach_reset", [False, True])
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("pooled", [False, True])
+def test_kept_coefficients_are_the_tables(
+    plain: bool, detach_reset: bool, reset: str, pooled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if plain:
+        monkeypatch.setattr(fused, "kernels", lambda: None)
+    monkeypatch.setattr(spikes, "PIECE", 50)  # several pieces, the last one short
+    neuron = neuron_of("plif", reset, torch.float64, detach_reset=detach_reset)
+    x = torch.randn(STEPS * 2, 3, 4, 5, dtype=torch.float64)
+    with torch.no_grad():
+        y, layer = spikes.linearize(neuron, STEPS, False, MaxPool() if pooled else None, x)
+        z, scan = layer.z, layer.scan
+        assert z is not None
+        g = torch.randn_like(y)
+        gx, _ = layer.adjoint(g, None, True)
+    gs = fused.scatter(g.reshape(STEPS, -1), scan)
+    surrogate = neuron.dynamics.surrogate
+    c, e, gh = by_hand(neuron, z, surrogate.first(z), surrogate.second(z), gs)
+    assert layer.z is None
+    assert scan.e is not None
+    assert scan.gh is not None
+    for found, expected in ((scan.c, c), (scan.e, e), (scan.gh, gh), (gx.reshape(STEPS, -1), scan.gain * gh)):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+# ---------------------------------------------------------------- differentiated once
+def trained(dtype: torch.dtype, **fields: object) -> tuple[Network, Tensor, Tensor]:
+    torch.manual_seed(1)
+    small = {"input_shape": (1, 9, 10), "channels": 3, "hidden": (17, 9), "classes": 4, "timesteps": 3, "tau": 1.6}
+    net = Network(Spec(**{**small, "threshold": 0.6, "v_reset": -0.1, **fields}))  # type: ignore[arg-type]
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d | nn.Linear):
+            m.weight.data.mul_(2).add_(0.02 if net.spec.model == "mlp" else 0.1)  # so that all layers fire
+    x = torch.rand(8, *net.spec.input_shape)
+    if net.spec.coding == "poisson":
+        x = torch.bernoulli(x[:, None].expand(8, 3, *net.spec.input_shape))
+    return net.to(dtype), x.to(dtype), torch.arange(8) % 4
+
+
+CONFIGURATIONS = list(itertools.product(KINDS, RESETS, (False, True), ("csnn", "mlp")))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("index", range(len(CONFIGURATIONS)))
+def test_training_gradient_is_the_plain_one(index: int, dtype: torch.dtype) -> None:
+    neuron, reset, detach_reset, model = CONFIGURATIONS[index]
+    fields = {
+        "coding": ("direct", "poisson")[index // 2 % 2],
+        "ties": ("first", "last")[index // 4 % 2],
+        "surrogate": ("atan:2", "sigmoid:4", "triangle:1")[index % 3],
+        "norm": ("bn", "none")[index // 3 % 2],
+    }
+    net, x, y = trained(dtype, neuron=neuron, reset=reset, detach_reset=detach_reset, model=model, **fields)
+    net.train()
+    plain, fast = net(x), net(x, once=True)
+    assert torch.equal(plain, fast)
+    parameters = list(net.parameters())
+    expected = torch.autograd.grad(LOSSES["ce"](plain, y), parameters)
+    found = torch.autograd.grad(LOSSES["ce"](fast, y), parameters)
+    assert any("Fire" in type(f).__name__ for f in nodes(fast))
+    for f, e in zip(found, expected, strict=True):
+        assert e.norm() > 0
+        assert (f - e).norm() <= (1e-5 if dtype == torch.float32 else 1e-12) * e.norm()
+
+
+def nodes(y: Tensor) -> list[object]:
+    """The nodes of y's graph."""
+    found, stack = [], [y.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in found:
+            found.append(node)
+            stack += [n for n, _ in node.next_functions]
+    return found
+
+
+@compiled
+def test_second_derivatives_are_refused_and_the_plain_forward_has_them() -> None:
+    net, x, y = trained(torch.float64)
+    parameters = list(net.parameters())
+    loss = LOSSES["mse"](net(x, once=True), y)
+    gradient = torch.autograd.grad(loss, parameters, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(g.square().sum() for g in gradient).backward()  # type: ignore[union-attr]
+    assert not any("Fire" in type(n).__name__ for n in nodes(net(x)))
+    gradient = torch.autograd.grad(LOSSES["mse"](net(x), y), parameters, create_graph=True)
+    torch.autograd.grad(sum(g.square().sum() for g in gradient), parameters)
+
+
+@compiled
+def test_a_learned_decay_changed_before_backward_is_refused() -> None:
+    net, x, y = trained(torch.float64, neuron="plif")
+    loss = LOSSES["mse"](net(x, once=True), y)
+    with torch.no_grad():
+        net.get_submodule("spike1").logit.add_(1)  # type: ignore[operator, union-attr]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("why", ["no numba", "relaxed", "half"])
+def test_elsewhere_the_plain_path_is_taken(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if why == "no numba":
+        monkeypatch.setattr(fused, "kernels", lambda: None)
+    net, x, _ = trained(torch.bfloat16 if why == "half" else torch.float32, relaxed=why == "relaxed")
+    found = net(x, once=True)
+    assert torch.equal(found, net(x))
+    assert not any("Fire" in type(n).__name__ for n in nodes(found))
+
+
+@compiled
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_surrogate_in_pieces_is_the_whole(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    z = torch.randn(2, 501, dtype=torch.float64)
+    d = Dynamics(Surrogate.parse(family))
+    results = []
+    for piece in (64, 10**6):
+        monkeypatch.setattr(spikes, "PIECE", piece)
+        f1, c = torch.empty_like(z), torch.empty_like(z)
+        spikes.by_pieces(lambda *parts: spikes._slopes(d, *parts), z, f1, c)
+        results.append((f1, c))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-14, atol=1e-16)
+    torch.testing.assert_close(results[0][0], d.surrogate.first(z), rtol=1e-14, atol=1e-16)
