@@ -194,13 +194,18 @@ class CurvatureOperator(Operator):
     def batch_forms(self, *blocks: Tensor) -> tuple[list[Tensor], Tensor]:
         """V' A_b V of every batch b [B, k, k], for each block V [P, k]; and the samples of each batch [B].
 
-        Float64, on the CPU; one product with every batch and column, a column at a time.
+        Float64, on the CPU; one product with every batch and column, as many columns at a time as take half a GiB.
         """
         self.products += sum(v.shape[1] for v in blocks)
+        columns = max(1, 2**29 // (8 * self.shape[0]))
 
         def forms(product: Map, weight: float) -> Tensor:
-            columns = [b.T @ product(v.to(self.dtype)).double() for b in blocks for v in b.unbind(1)]
-            return torch.cat(columns).cpu()
+            rows = []
+            for block in blocks:
+                for some in block.split(columns, 1):
+                    images = torch.stack([product(v.to(self.dtype)) for v in some.unbind(1)]).double()
+                    rows.append((images @ block).flatten())
+            return torch.cat(rows).cpu()
 
         counts = torch.tensor([len(y) for _, y in self.objective.batches], dtype=torch.float64)
         rows = torch.zeros(len(counts), sum(v.shape[1] ** 2 for v in blocks), dtype=torch.float64)

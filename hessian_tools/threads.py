@@ -7,7 +7,7 @@ as one after the other, and do not wait for each other at every operation.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
@@ -24,10 +24,13 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "batch", initializer=torch.set_num_threads, initargs=(1,))
 
 
-def in_threads(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """function(item) for every item, in order, computed in torch's number of threads; at most so many wait for use."""
+def in_threads(function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
+    """function(item) for every item, in order, computed in torch's number of threads; at most so many wait for use.
+
+    In the calling thread, one after the other, where there are fewer items than threads: their operations spread then.
+    """
     threads = torch.get_num_threads()
-    if threads == 1:
+    if threads == 1 or len(items) < threads:
         yield from map(function, items)
         return
     pending: deque[Future[T]] = deque()

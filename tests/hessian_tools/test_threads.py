@@ -35,6 +35,11 @@ def test_one_thread_runs_in_the_caller() -> None:
     assert set(in_threads(lambda _: threading.get_ident(), range(3))) == {threading.get_ident()}
 
 
+def test_fewer_items_than_threads_run_in_the_caller_on_all_threads(two_threads: None) -> None:
+    found = list(in_threads(lambda _: (threading.get_ident(), torch.get_num_threads()), [0]))
+    assert found == [(threading.get_ident(), 2)]
+
+
 def test_an_error_arrives_and_threads_are_put_back(two_threads: None) -> None:
     with pytest.raises(ZeroDivisionError):
         list(in_threads(lambda i: 1 // i, [3, 2, 0, 1]))
