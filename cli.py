@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -311,8 +312,6 @@ def _counts(text: str | None) -> tuple[int, ...]:
 
 def _half_of_the_memory(device: str) -> float:
     """GiB."""
-    import os
-
     import torch
 
     if device == "cuda":
@@ -682,7 +681,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         cli.main(arguments, prog_name="ikun-hessian", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: --resume goes on", err=True)
+        rank, size = os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE", "1"))
+        one = f"rank {rank} of {size}: " if size > 1 else ""
+        died = " (torchrun ends all processes when one has died)" if size > 1 else ""
+        click.echo(f"{one}interrupted{died}: --resume goes on", err=True)
         return 130
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "", err=True)
