@@ -1,0 +1,117 @@
+"""How memory is shared, which eigenvalues are an operator's two ends, and the record against a dense matrix."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from hessian_tools.lanczos import least_basis
+from hessian_tools.measure import _two_ends, budget
+from hessian_tools.objective import make_objective
+from hessian_tools.operators import dense, ggn, hessian
+from hessian_tools.results import Eigenvalue
+from hessian_tools.settings import Settings
+from hessian_tools.spectrum import spectrum
+
+
+@given(st.floats(1e4, 1e12), st.integers(1, 10**8), st.integers(1, 60), st.integers(0, 100))
+def test_the_budget_is_kept(memory: float, size: int, wanted: int, steps: int) -> None:
+    try:
+        room, kept = budget(memory, size, wanted, steps)
+    except ValueError:
+        assert 8 * size * (max(least_basis(wanted), steps) + wanted + 4) > 0.89 * memory - 8 * size
+        return
+    assert room >= max(least_basis(wanted), steps)
+    assert kept >= 0
+    assert 8 * size * (room + wanted + 4) + kept <= memory * (1 + 1e-9)
+
+
+def test_a_small_network_gets_a_long_basis() -> None:
+    assert budget(4 * 2**30, 6056, 15, 60)[0] == 400
+
+
+def pair(value: float) -> Eigenvalue:
+    return Eigenvalue(value, 0.0, 0.0, True, {})
+
+
+@pytest.mark.parametrize(
+    ("values", "top", "changes", "upper", "lower"),
+    [
+        ([3, 2, 1, -5, -4], 3, {}, [3, 2, 1], [-5, -4]),
+        ([2, 3, 1], 3, {}, [3, 2, 1], []),
+        ([-5, 3, -2], 3, {"magnitude": 3}, [3], [-5, -2]),
+        ([-5, 3, -2], 3, {"method": "power", "top": 3}, [3], [-5, -2]),
+        ([-5, -3], 2, {"magnitude": 2}, [-3, -5], []),
+        ([3, 0], 2, {"magnitude": 2}, [3, 0], []),
+        ([-1, -2, -6], 2, {}, [-1, -2], [-6]),
+    ],
+)
+def test_two_ends(values: list[float], top: int, changes: dict[str, object], upper: list[float], lower: list[float]):
+    found = [pair(v) for v in values]
+    settings = dataclasses.replace(Settings(), **changes)  # type: ignore[arg-type]
+    high, low = _two_ends(found, top, settings)
+    assert [found[i].value for i in high] == upper
+    assert [found[i].value for i in low] == lower
+
+
+def test_the_record_against_dense_matrices() -> None:
+    """A smooth network in float64, small enough to know everything."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    data = torch.randn(40, 6, dtype=torch.float64), torch.randint(0, 3, (40,))
+    objective = make_objective(model, nn.functional.cross_entropy, data)
+    settings = Settings(top=6, smallest=4, tol=1e-9, damping=0.05, probes=60, steps=60, vectors=True, seed=3)
+    result = spectrum(objective, settings)
+    _, gradient = objective.value_and_gradient()
+    for name, factory in (("hessian", hessian), ("ggn", ggn)):
+        values, vectors = np.linalg.eigh(dense(factory(objective)).numpy())
+        s = result.spectra[name]
+        found = [*s.eigenvalues, *s.smallest_eigenvalues]
+        expected = [*values[::-1][:6], *values[: len(s.smallest_eigenvalues)]]
+        assert [e.value for e in found] == pytest.approx(expected, abs=1e-10)
+        assert all(abs(e.value - x) <= e.bound + 1e-13 for e, x in zip(found, expected, strict=True))
+        cosines = (vectors.T @ (gradient / gradient.norm()).numpy()) ** 2
+        assert s.eigenvalues[0].gradient == pytest.approx(cosines[-1], abs=1e-9)
+        assert s.gradient_share == pytest.approx(cosines[-6:].sum(), abs=1e-9)
+        assert s.eigenvalues[0].participation == pytest.approx(
+            1 / (len(values) * (vectors[:, -1] ** 4).sum()), rel=1e-8
+        )
+        assert s.search is not None
+        assert s.search.largest <= values[-7] + 1e-10
+        assert s.vectors is not None
+        assert abs(s.vectors[:, 0] @ vectors[:, -1]) == pytest.approx(1, abs=1e-9)
+        assert s.frobenius_norm == pytest.approx(np.linalg.norm(values), rel=0.05)
+    h, g = result.spectra["hessian"], result.spectra["ggn"]
+    exact = np.linalg.eigvalsh(dense(ggn(objective)).numpy()).clip(0)
+    assert g.effective_dimension is not None
+    assert g.log_determinant is not None
+    assert g.effective_dimension.estimate == pytest.approx((exact / (exact + 0.05)).sum(), rel=0.05)
+    assert g.log_determinant.estimate == pytest.approx(np.log(exact + 0.05).sum(), rel=0.05)
+    values = np.linalg.eigvalsh(dense(hessian(objective)).numpy())
+    assert h.negative_share is not None
+    assert h.negative_share.estimate == pytest.approx(np.abs(values[values < 0]).sum() / np.abs(values).sum(), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"top": 0},
+        {"smallest": -1},
+        {"probes": 0},
+        {"trace_probes": 1},
+        {"accuracy": 0.0},
+        {"accuracy": 1.0},
+        {"damping": 0.0},
+        {"damping": float("inf")},
+        {"resamples": 0},
+        {"magnitude": 3, "method": "power"},
+        {"operators": ()},
+    ],
+)
+def test_settings_that_do_not_fit(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError):
+        Settings(**changes)  # type: ignore[arg-type]
