@@ -501,7 +501,6 @@ def _open(
     import torch
 
     from hessian_tools.objective import make_objective
-    from hessian_tools.operators import batch_size_within
     from ikun.checkpoint import load_checkpoint, sha256
     from ikun.networks import LOSSES
     from ikun.statistics import observe
@@ -527,10 +526,7 @@ def _open(
         return dataclasses.replace(made, group=group)
 
     if batch_size is None:
-        workers = torch.get_num_threads() if device == "cpu" else 1  # batches run side by side
-        fitting = batch_size_within(objective(), settings.memory * 2**30 / 4 / workers)
-        share = -(-len(y) // (workers * (group.size if group else 1)))
-        batch_size = min(fitting, max(64, share) if group is None else share)  # shorter ones are all overhead
+        batch_size = _batch_size(objective(), settings.memory * 2**30 / 4, group)
         batch_size = batch_size if group is None else group.broadcast(batch_size)
     first = objective()
     reversed_ties = "last" if checkpoint.network.ties == "first" else "first"
@@ -554,6 +550,22 @@ def _open(
     }
     relaxed = objective(relaxed=True) if "relaxed" in settings.operators else None
     return _Job(path, first, variants, relaxed, json.loads(json.dumps(provenance)))
+
+
+def _batch_size(objective: Objective, memory: float, group: Group | None) -> int:
+    """What fits into `memory` bytes, but on the CPU no more than is fast: batches run side by side, and arrays beyond
+    some 30 MB come from fresh pages every time. At least 64 samples if they fit, shorter batches being all overhead."""
+    import torch
+
+    from hessian_tools.operators import batch_size_within
+
+    processes = group.size if group else 1
+    workers = torch.get_num_threads() if objective.device.type == "cpu" else 1
+    most = batch_size_within(objective, memory / workers)
+    if objective.device.type == "cpu":
+        share = -(-objective.samples // (workers * processes))
+        most = min(most, max(64, min(share, batch_size_within(objective, 2**27))))
+    return min(most, -(-objective.samples // processes))  # a batch for every process
 
 
 def _samples(
