@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from hessian_tools.phases import Phases
 from hessian_tools.power import power_iteration
 from hessian_tools.progress import Meter
 from hessian_tools.reference import pyhessian_eigenpairs, pyhessian_trace
-from hessian_tools.settings import PROBES, STEPS, Settings
+from hessian_tools.settings import PROBES, STEPS, Settings, stream
 from hessian_tools.trace import LEAST_PROBES, estimate, frobenius, probe_forms
 
 SYMMETRY_LIMIT = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -53,8 +52,7 @@ class Run:
 
     def generator(self, phase: str, index: int) -> torch.Generator:
         """An independent stream for every phase of every operator."""
-        words = np.random.SeedSequence([self.settings.seed, index, *phase.encode()]).generate_state(2)
-        return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
+        return stream(self.settings.seed, index, *phase.encode())
 
 
 def measure(

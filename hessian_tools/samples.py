@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from hessian_tools.lanczos import eigenpairs, least_basis
 from hessian_tools.objective import Objective
 from hessian_tools.operators import Operator
 from hessian_tools.results import SamplePoint
+from hessian_tools.settings import stream
 from hessian_tools.trace import probe_forms
 
 Compute = Callable[[Operator], dict[str, Any]]
@@ -61,15 +61,15 @@ def samples_curve(
     points = []
     for n in counts:
         found = []
-        parts = subsets(total, n, resamples, _generator(seed, n))
+        parts = subsets(total, n, resamples, stream(seed, n))
         for i, part in enumerate(_restricted(objective, parts)):
             compute = partial(
                 _measure,
                 top=top,
                 basis=basis,
-                start=_generator(seed, n, i, 0),
+                start=stream(seed, n, i, 0),
                 probes=trace_probes,
-                draws=_generator(seed, n, i, 1),
+                draws=stream(seed, n, i, 1),
             )
             found.append(run(f"{n} samples, subset {i + 1} of {len(parts)}", operator(part, memory / 2), compute))
         values = tuple(tuple(f["values"].tolist()) for f in found)
@@ -106,9 +106,3 @@ def _measure(
     forms, _ = probe_forms(op, probes, draws, exact)
     values = pairs.values.masked_fill(~pairs.converged, torch.nan)
     return {"values": values, "trace": float(exact.values.sum() + forms.mean())}
-
-
-def _generator(*key: int) -> torch.Generator:
-    """An independent stream for every key."""
-    words = np.random.SeedSequence(key).generate_state(2)
-    return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))

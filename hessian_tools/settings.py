@@ -8,6 +8,9 @@ import math
 import platform
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+
 from hessian_tools.operators import OPERATORS
 from hessian_tools.trace import LEAST_PROBES
 
@@ -75,6 +78,12 @@ class Settings:
             raise ValueError("method is lanczos or power, backend is own or pyhessian")
         if self.backend == "pyhessian" and (self.method != "power" or self.operators != ("hessian",)):
             raise ValueError("backend pyhessian is a reference for method power and operator hessian alone")
+
+
+def stream(*key: int) -> torch.Generator:
+    """An independent stream of random numbers for every key."""
+    words = np.random.SeedSequence(key).generate_state(2)
+    return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 
 def versions() -> dict[str, str]:

@@ -81,7 +81,8 @@ def test_the_record_against_dense_matrices() -> None:
             1 / (len(values) * (vectors[:, -1] ** 4).sum()), rel=1e-8
         )
         assert s.search is not None
-        assert s.search.largest <= values[-7] + 1e-10
+        assert s.search.largest == pytest.approx(values[-7], abs=1e-6)
+        assert s.search.smallest == pytest.approx(values[len(s.smallest_eigenvalues)], abs=1e-6)
         assert s.vectors is not None
         assert abs(s.vectors[:, 0] @ vectors[:, -1]) == pytest.approx(1, abs=1e-9)
         assert s.frobenius_norm == pytest.approx(np.linalg.norm(values), rel=0.05)
