@@ -194,6 +194,10 @@ class Network(nn.Module):
                 x = layer(x.flatten(0, 1)).unflatten(0, (steps, -1))
         return x.mean(0)
 
+    def value(self, x: Tensor) -> Tensor:
+        """forward(x) where no derivative is wanted, as fast as it goes."""
+        return self.forward(x, once=True)
+
     def second_order_chain(self, x: Tensor) -> tuple[Tensor, list[Any]] | None:
         """The layers of forward(x), as hessian_tools.second_order wants them, on [N, ...] or time first, [T N, ...].
 

@@ -1,0 +1,81 @@
+"""The command `info`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ikun_hessian.options import data_dir_option, json_option
+from ikun_hessian.screen import dumps
+
+if TYPE_CHECKING:
+    from ikun.statistics import LayerStatistics
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@json_option
+@data_dir_option
+def info(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
+    """What a checkpoint is, and what every layer does: at initialization and as trained.
+
+    The realised weight variance stands beside the one of IKUN's rule; the gains are measured, from layer to layer.
+    """
+    from ikun.checkpoint import load_checkpoint
+    from ikun.networks import LOSSES
+    from ikun.statistics import batch_norm_by_batch, observe
+    from ikun.training import TrainingSpec, start
+
+    found = load_checkpoint(checkpoint)
+    data = found.data.load(data_dir=data_dir)
+    x, y = found.inputs(data.images)[:512], data.labels[:512]
+    known = {f.name for f in dataclasses.fields(TrainingSpec)}
+    spec = TrainingSpec(**{k: v for k, v in found.training.items() if k in known})
+    fresh = start(found.network, data, spec)
+    with batch_norm_by_batch(fresh):
+        before = observe(fresh, x, y, LOSSES[found.loss])
+    after = observe(found.build(), x, y, LOSSES[found.loss])
+    if as_json:
+        states = {"initialization": before, "trained": after}
+        table = {
+            k: [{**dataclasses.asdict(s), "rule_variance": s.rule_variance(spec.alpha)} for s in v]
+            for k, v in states.items()
+        }
+        click.echo(dumps({"network": dataclasses.asdict(found.network), "training": found.training, "layers": table}))
+        return
+    n, t = found.network, found.training
+    click.echo(str(checkpoint))
+    click.echo(
+        f"{n.model}, {n.neuron} neurons, {n.reset} reset, surrogate {n.surrogate}, T = {n.timesteps}, norm {n.norm},"
+    )
+    click.echo(f"loss {found.loss}, {sum(p.numel() for p in found.build().parameters()):,} parameters")
+    click.echo(
+        f"{t['init']} (alpha {t['alpha']:g}), {t['optimizer']} lr {t['lr']:g}, {t['epochs_run']} epochs on "
+        f"{found.data.name}, {t['samples']} samples, seed {t['seed']}"
+    )
+    if found.history:
+        last = found.history[-1]
+        click.echo(f"train accuracy {last['accuracy']:.1%}, test accuracy {last['test_accuracy']:.1%}")
+
+    def show(title: str, rows: Sequence[LayerStatistics]) -> None:
+        click.echo(f"\n{title}")
+        click.echo("layer    Var W   rule's  E[f'^2]  firing  dead  Var current  forward  backward")
+        for s in rows:
+            click.echo(
+                f"{s.name:<6}{s.weight_variance:>8.2g} {s.rule_variance(spec.alpha):>8.2g} {s.derivative_square:>8.3g} "
+                f"{s.firing_rate:>7.3f} {s.dead:>5.0%} {s.current_variance:>12.3g} {s.forward_gain:>8.3g} "
+                f"{s.backward_gain:>9.3g}"
+            )
+
+    show("at initialization (BatchNorm, if any, by the batch)", before)
+    show("as trained (BatchNorm, if any, by its running statistics)", after)
+    click.echo(
+        f"\nrule's: alpha / (fan_in E[x^2] E[f'^2]), alpha = {spec.alpha:g}, this layer's own moments.\n"
+        "forward: Var current over the layer before's. backward: mean square of the loss\n"
+        "gradient at the layer before over this one's. An initializer wants to keep both\n"
+        "near 1. dead: neurons that never fire on 512 samples."
+    )

@@ -1,0 +1,80 @@
+"""The group of commands; exit codes and error lines.
+
+Heavy imports happen inside the commands, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+import click
+
+from ikun_hessian.compare import compare
+from ikun_hessian.info import info
+from ikun_hessian.screen import FailedError
+from ikun_hessian.spectrum import spectrum
+from ikun_hessian.train import train
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="ikun-hessian")
+def cli() -> None:
+    """How flat is the minimum my spiking network found?
+
+    Train a spiking network from a chosen initializer, open its checkpoint, and see the Hessian spectrum with its
+    errors: `ikun-hessian train`, then `ikun-hessian spectrum ckpt.pt`.
+    """
+
+
+for command in (train, spectrum, info, compare):
+    cli.add_command(command)
+
+
+def _message(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0 done, 1 the computation failed, 2 the user's mistake, 130 interrupted."""
+    try:
+        cli.main(arguments, prog_name="ikun-hessian", standalone_mode=False)
+    except (KeyboardInterrupt, click.Abort):
+        rank, size = os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE", "1"))
+        one = f"rank {rank} of {size}: " if size > 1 else ""
+        died = " (torchrun ends all processes when one has died)" if size > 1 else ""
+        click.echo(f"{one}interrupted{died}: --resume goes on", err=True)
+        return 130
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else "", err=True)
+        return 2
+    except click.exceptions.Exit as error:
+        return int(error.exit_code)
+    except click.ClickException as error:
+        click.echo(f"error: {_message(Exception(error.format_message()))}", err=True)
+        return 2
+    except ValueError as error:  # CheckpointError, DataError, ResultError and settings that do not fit are ValueErrors
+        click.echo(f"error: {_message(error)}", err=True)
+        return 2
+    except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
+        click.echo(f"error: {error.filename}: {error.strerror}: choose another place with --out", err=True)
+        return 2
+    except OSError as error:
+        click.echo(f"error: {error.filename or 'writing failed'}: {error.strerror or error}", err=True)
+        return 1
+    except FailedError as error:
+        click.echo(f"error: {_message(error)}", err=True)
+        return 1
+    except (RuntimeError, MemoryError) as error:  # AnalysisError and torch's own, out of memory among them
+        message = _message(error) or type(error).__name__
+        hint = ": lower --batch-size or --memory" if "memory" in message.lower() else ""
+        click.echo(f"error: {message}{hint}", err=True)
+        return 1
+    return 0
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated run ends as an interrupted one
+    sys.exit(run())

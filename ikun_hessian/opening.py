@@ -1,0 +1,142 @@
+"""From a checkpoint and the options of a command to objectives."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import torch
+
+    from hessian_tools.distributed import Group
+    from hessian_tools.objective import Objective
+    from ikun.checkpoint import Checkpoint
+    from ikun.data import Dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A checkpoint opened for analysis.
+
+    objective: its loss on the samples asked for. another(steeper=1.0, **changes): the same objective with the surrogate
+    so many times steeper and the network's Spec changed so. provenance: of what was analysed, as in JSON.
+    """
+
+    path: Path
+    checkpoint: Checkpoint
+    objective: Objective
+    another: Callable[..., Objective]
+    provenance: dict[str, Any]
+
+
+def open_job(
+    path: Path,
+    *,
+    samples: str,
+    split: str,
+    batch_size: int | None,
+    params: str,
+    surrogate: str | None,
+    dtype: str,
+    memory: float,
+    data_dir: Path | None,
+    device: str,
+    group: Group | None = None,
+) -> Job:
+    """Open a checkpoint and its data as the options (options.opening_options) say.
+
+    memory: GiB, of which forward passes take a quarter where batch_size is None. device: "cpu" or "cuda", as from
+    `pick`. group: the processes that share the work; all of them call this. Raises what loading raises, all of it
+    ValueError, and click.UsageError for samples that are not there.
+    """
+    import torch
+
+    from hessian_tools.objective import make_objective
+    from ikun.checkpoint import load_checkpoint, sha256
+    from ikun.networks import LOSSES
+    from ikun.statistics import observe
+    from ikun.surrogates import Surrogate
+
+    checkpoint = load_checkpoint(path)
+    trained = Surrogate.parse(checkpoint.network.surrogate)
+    analysed = Surrogate.parse(surrogate) if surrogate else trained
+    data, x, digest = _samples(checkpoint, split, samples, data_dir)
+    y = data.labels[: len(x)]
+
+    def objective(steeper: float = 1.0, **changes: Any) -> Objective:
+        network = checkpoint.build(surrogate=str(analysed.steeper(steeper)), **changes)
+        made = make_objective(
+            network,
+            LOSSES[checkpoint.loss],
+            (x, y),
+            batch_size=batch_size,
+            params=params,
+            dtype=getattr(torch, dtype),
+            device=device,
+        )
+        return dataclasses.replace(made, group=group)
+
+    if batch_size is None:
+        batch_size = _batch_size(objective(), memory * 2**30 / 4, group)
+        batch_size = batch_size if group is None else group.broadcast(batch_size)
+    first = objective()
+    statistics = observe(checkpoint.build(), x[:512], y[:512], LOSSES[checkpoint.loss])
+    provenance = {
+        "checkpoint": {"path": str(path), "sha256": sha256(path)},
+        "data": {"name": data.name, "split": split, "sha256": digest, "loss": checkpoint.loss},
+        "network": {
+            **dataclasses.asdict(checkpoint.network),
+            "surrogate": str(analysed),
+            "trained_surrogate": str(trained),
+        },
+        "training": checkpoint.training,
+        "activity": {
+            s.neuron: {"firing_rate": s.firing_rate, "dead": s.dead, "derivative_square": s.derivative_square}
+            for s in statistics
+        },
+    }
+    return Job(path, checkpoint, first, objective, json.loads(json.dumps(provenance)))
+
+
+def _batch_size(objective: Objective, memory: float, group: Group | None) -> int:
+    """What fits into `memory` bytes, but on the CPU no more than is fast: batches run side by side, and arrays beyond
+    some 30 MB come from fresh pages every time. At least 64 samples if they fit, shorter batches being all overhead."""
+    import torch
+
+    from hessian_tools.operators import batch_size_within
+
+    processes = group.size if group else 1
+    workers = torch.get_num_threads() if objective.device.type == "cpu" else 1
+    most = batch_size_within(objective, memory / workers)
+    if objective.device.type == "cpu":
+        share = -(-objective.samples // (workers * processes))
+        most = min(most, max(64, min(share, batch_size_within(objective, 2**27))))
+    return min(most, -(-objective.samples // processes))  # a batch for every process
+
+
+def _samples(
+    checkpoint: Checkpoint, split: str, samples: str, data_dir: Path | None
+) -> tuple[Dataset, torch.Tensor, str]:
+    """(data set, network inputs, a hash of the very samples)."""
+    data = checkpoint.data.load(split, data_dir)
+    if samples != "all" and not (samples.isdecimal() and 1 <= int(samples) <= len(data)):
+        raise click.UsageError(f"--samples {samples}: give a number from 1 to {len(data)}, or all")
+    count = len(data) if samples == "all" else int(samples)
+    x = checkpoint.inputs(data.images)[:count]
+    return data, x, hashlib.sha256(f"{data.sha256} {count}".encode()).hexdigest()
+
+
+def measured_on(objective: Objective) -> dict[str, Any]:
+    """What the numbers depend on beside settings and provenance; part of the key of an interrupted run."""
+    return {
+        "dtype": str(objective.dtype),
+        "device": str(objective.device),
+        "batches": [len(y) for _, y in objective.batches],
+        "parameters": {name: p.numel() for name, p in objective.parameters.items()},
+    }

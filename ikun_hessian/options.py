@@ -1,0 +1,95 @@
+"""Options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+
+def shared(*options: Command) -> Command:
+    """One decorator that adds all of these options, in this order in the help."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def _positive(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not value > 0:
+        raise click.UsageError("--batch-size and --memory must be positive")
+    return value
+
+
+device_option = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+data_dir_option = click.option(
+    "--data-dir", type=click.Path(path_type=Path), help="Folder with the data set's files [default: the cache]."
+)
+out_option = click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for results [default: beside it]."
+)
+tag_option = click.option("--tag", help="Part of the results' name, to keep results of several settings.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output and nothing else.")
+
+opening_options = shared(
+    click.option("--samples", default="all", show_default=True, help="So many samples, or all."),
+    click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True),
+    click.option(
+        "--batch-size",
+        type=int,
+        callback=_positive,
+        help="Samples a forward pass [default: what fits into a quarter of --memory].",
+    ),
+    click.option("--params", default="*", show_default=True, help="Pattern of parameter names, for instance 'fc*'."),
+    click.option("--surrogate", help="Analyse with this surrogate instead of the one trained with."),
+    click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True),
+    click.option(
+        "--memory",
+        type=float,
+        callback=_positive,
+        help="GiB for kept primals and eigenvectors [default: half of the memory].",
+    ),
+    data_dir_option,
+    device_option,
+)
+"""What `opening.open_job` takes, under the same names: every command that analyses a checkpoint has these."""
+
+
+def pick(device: str) -> str:
+    """The device asked for; on CUDA, full precision and deterministic algorithms."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.UsageError("--device cuda: this PyTorch finds no CUDA device: use --device cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    return device
+
+
+def half_of_the_memory(device: str) -> float:
+    """GiB: half of the device's memory (the machine's, on the CPU), shared among this machine's processes."""
+    import torch
+
+    if device == "cuda":
+        total = torch.cuda.mem_get_info()[1]
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return round(total / 2**31 / int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
+def result_stem(path: Path, out: Path | None, tag: str | None, kind: str) -> Path:
+    """Where the results of a checkpoint go, less the endings: OUT/NAME[.TAG].KIND."""
+    name = ".".join([path.stem, *([tag] if tag else []), kind])
+    return (out or path.parent) / name

@@ -1,0 +1,42 @@
+"""What commands show while they work, and what they print."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+class Bar:
+    """One progress bar on standard error, none when that is no terminal."""
+
+    def __init__(self, name: str = "", shown: bool = True) -> None:
+        self.name = f"{name}: " if name else ""
+        self.shown = shown
+
+    def __enter__(self) -> Bar:
+        from tqdm import tqdm
+
+        hidden = None if self.shown else True  # None: where standard error is no terminal
+        self.bar = tqdm(total=1, disable=hidden, leave=False, dynamic_ncols=True, desc=self.name)
+        self.bar.bar_format = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        return self
+
+    def update(self, phase: str, done: int, total: int, worst: float = float("nan")) -> None:
+        self.bar.total = max(total, done, 1)
+        self.bar.set_description_str(f"{self.name}{phase} ", refresh=False)
+        self.bar.set_postfix_str(f"residual {worst:.0e}" if worst == worst else "", refresh=False)
+        self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+class FailedError(Exception):
+    """The computation failed through no fault of the command line: exit code 1."""
+
+
+def dumps(value: Any) -> str:
+    """JSON with null for what is not finite."""
+    from hessian_tools.results import clean
+
+    return json.dumps(clean(value))

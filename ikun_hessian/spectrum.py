@@ -1,0 +1,279 @@
+"""The command `spectrum`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ikun_hessian.opening import Job, measured_on, open_job
+from ikun_hessian.options import (
+    half_of_the_memory,
+    json_option,
+    opening_options,
+    out_option,
+    pick,
+    result_stem,
+    tag_option,
+)
+from ikun_hessian.screen import Bar
+
+if TYPE_CHECKING:
+    from hessian_tools.distributed import Group
+    from hessian_tools.objective import Objective
+    from hessian_tools.results import SpectrumResult
+    from hessian_tools.settings import Settings
+
+
+@click.command()
+@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--top", default=10, show_default=True, help="Largest eigenvalues.")
+@click.option("--smallest", default=5, show_default=True, help="Smallest (most negative) eigenvalues.")
+@click.option(
+    "--magnitude", default=0, show_default=True, help="So many of largest size instead of --top and --smallest."
+)
+@click.option("--method", type=click.Choice(["lanczos", "power"]), default="lanczos", show_default=True)
+@click.option("--backend", type=click.Choice(["own", "pyhessian"]), default="own", show_default=True)
+@click.option(
+    "--operator",
+    "operators",
+    multiple=True,
+    help="hessian, ggn, fisher or relaxed; may be given several times [default: hessian and ggn].",
+)
+@click.option("--density/--no-density", default=True, show_default=True)
+@click.option("--steps", type=int, help="Lanczos steps a density probe [default: 60, or by --accuracy].")
+@click.option("--probes", type=int, help="Density probes [default: 4, or by --accuracy].")
+@click.option("--accuracy", type=float, help="Wasserstein accuracy of the density, over the range: chooses both.")
+@click.option("--damping", type=float, help="z of effective dimension and log det [default: 1% of lambda_max].")
+@click.option("--tol", default=1e-4, show_default=True, help="Residual over norm at which a pair has converged.")
+@click.option("--per-layer", is_flag=True, help="Every layer's diagonal block of the first operator too.")
+@click.option("--save-vectors", "vectors", is_flag=True, help="Eigenvectors too, in the .npz.")
+@click.option(
+    "--samples-curve", "curve", metavar="N,N,...", help="Eigenvalues and trace on so many samples too, each resampled."
+)
+@click.option("--resamples", default=5, show_default=True, help="Subsets of each size for --samples-curve.")
+@click.option(
+    "--trajectory", is_flag=True, help="The checkpoints are snapshots of one run: draw them against the epoch."
+)
+@opening_options
+@click.option("--seed", default=0, show_default=True)
+@out_option
+@tag_option
+@click.option("--force", is_flag=True, help="Overwrite a result of other settings, or an interrupted analysis.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted analysis; finished checkpoints are kept.")
+@json_option
+def spectrum(
+    checkpoints: tuple[Path, ...],
+    samples: str,
+    split: str,
+    batch_size: int | None,
+    params: str,
+    surrogate: str | None,
+    dtype: str,
+    out: Path | None,
+    tag: str | None,
+    force: bool,
+    resume: bool,
+    as_json: bool,
+    data_dir: Path | None,
+    device: str,
+    operators: tuple[str, ...],
+    curve: str | None,
+    memory: float | None,
+    trajectory: bool,
+    **options: Any,
+) -> None:
+    """Eigenvalues, density and trace of the Hessian at each checkpoint, with errors.
+
+    Data, loss and subset come from the checkpoint. Leaves NAME.spectrum.json, .npz, .png and .pdf beside it. Started by
+    torchrun, the processes share the work.
+    """
+    from hessian_tools import distributed
+    from hessian_tools.figures import save_figure, trajectory_figure
+    from hessian_tools.report import spectrum_lines
+    from hessian_tools.results import to_json, write_table
+    from hessian_tools.settings import Settings
+    from hessian_tools.trajectory import one_run, trajectory_rows
+    from ikun.checkpoint import load_checkpoint
+
+    where = pick(device)
+    settings = Settings(
+        **options,
+        operators=tuple(dict.fromkeys(operators)) or Settings.operators,
+        samples_curve=_counts(curve),
+        memory=memory or half_of_the_memory(where),
+    )
+    if trajectory and len(checkpoints) < 2:
+        raise click.UsageError("--trajectory needs several snapshots of one run")
+    if trajectory:  # before hours of work
+        opened = [load_checkpoint(path) for path in checkpoints]
+        named = zip(checkpoints, opened, strict=True)
+        one_run([(path.name, c.training, dataclasses.asdict(c.network)) for path, c in named])
+    stems = [result_stem(path, out, tag, "spectrum") for path in checkpoints]
+    if len(set(stems)) < len(stems):
+        raise click.UsageError("two checkpoints would write the same result: give them other names, or one --out each")
+    group = distributed.initialize(where)
+    first = group is None or group.rank == 0
+    found: list[SpectrumResult] = []
+    for path, stem in zip(checkpoints, stems, strict=True):
+        if first:
+            click.echo(f"opening {path}", err=True)
+        job = open_job(
+            path,
+            samples=samples,
+            split=split,
+            batch_size=batch_size,
+            params=params,
+            surrogate=surrogate,
+            dtype=dtype,
+            memory=settings.memory,
+            data_dir=data_dir,
+            device=where,
+            group=group,
+        )
+        variants = _variants(job)
+        relaxed = job.another(relaxed=True) if "relaxed" in settings.operators else None
+        old = _earlier(stem, settings, job, force, resume) if first else None
+        old = old if group is None else group.broadcast(old)
+        done = old is not None
+        result = old or _analyse(job, variants, relaxed, settings, stem, group)
+        found.append(result)
+        if not first:
+            continue
+        files = [] if done else _write(result, stem)
+        if not as_json:
+            if len(found) > 1:
+                click.echo("-" * 80)
+            click.echo("\n".join(spectrum_lines(result)))
+            click.echo(f"files       {stem}.{{{','.join(files) or 'json,...'}}}{' (as they were)' if done else ''}")
+    if trajectory and first:
+        stem = (out or checkpoints[0].parent) / ".".join([*([tag] if tag else []), "trajectory"])
+        save_figure(trajectory_figure(found), stem)
+        write_table(trajectory_rows(found), Path(f"{stem}.csv"))
+        if not as_json:
+            click.echo(f"trajectory  {stem}.{{png,pdf,csv}}")
+    if as_json and first:
+        printed = [to_json(result) for result in found]
+        click.echo(json.dumps(printed[0] if len(printed) == 1 else printed))
+    if group is not None:
+        group.close()
+
+
+def _counts(text: str | None) -> tuple[int, ...]:
+    try:
+        counts = tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        counts = (0,)
+    if any(n < 1 for n in counts) or list(counts) != sorted(set(counts)):
+        raise click.UsageError(f"--samples-curve '{text}' is no growing list of sample counts like 1,16,64,256")
+    return counts
+
+
+def _earlier(stem: Path, settings: Settings, job: Job, force: bool, resume: bool) -> SpectrumResult | None:
+    """A finished result that --resume keeps; refuses to overwrite what it must not, and with --force clears the way."""
+    from hessian_tools.phases import Phases
+
+    state = Path(f"{stem}.resume")
+    if force:
+        Phases.remove(state)
+        return None
+    old = _existing(Path(f"{stem}.json"), settings, job)
+    if state.exists() and not resume:
+        raise click.UsageError(f"an interrupted analysis lies at {state}: --resume it, or --force a new one")
+    return old if resume and not state.exists() else None
+
+
+def _variants(job: Job) -> dict[str, Objective]:
+    """The choices in a spiking network's derivative that the results are tested against."""
+    variants = {"slope x 1/2": job.another(0.5), "slope x 2": job.another(2.0)}
+    network = job.checkpoint.network
+    if network.model == "csnn":
+        variants["ties reversed"] = job.another(ties="last" if network.ties == "first" else "first")
+    return variants
+
+
+def _analyse(
+    job: Job,
+    variants: dict[str, Objective],
+    relaxed: Objective | None,
+    settings: Settings,
+    stem: Path,
+    group: Group | None,
+) -> SpectrumResult:
+    """The result of one checkpoint, computed from the start or from where an interrupted run stopped."""
+    from hessian_tools.phases import Phases
+    from hessian_tools.results import clean
+    from hessian_tools.settings import versions
+    from hessian_tools.spectrum import spectrum as analyse
+
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    key = {
+        "settings": dataclasses.asdict(settings),
+        **job.provenance,
+        **measured_on(job.objective),
+        "versions": versions(),
+    }
+    key["number of processes"] = group.size if group else 1
+    with Bar("", group is None or group.rank == 0) as bar:
+        return analyse(
+            job.objective,
+            settings,
+            variants=variants,
+            relaxed=relaxed,
+            provenance=job.provenance,
+            progress=bar.update,
+            phases=Phases(Path(f"{stem}.resume"), clean(key), group),
+        )
+
+
+def _write(result: SpectrumResult, stem: Path) -> list[str]:
+    """Arrays, figures, and away with the interrupted state; returns the endings of what was written."""
+    from hessian_tools.figures import layers_figure, samples_figure, save_figure, spectrum_figure
+    from hessian_tools.phases import Phases
+    from hessian_tools.results import save_spectrum
+
+    files = [*save_spectrum(result, stem), *save_figure(spectrum_figure(result), stem)]
+    if result.blocks:
+        files += save_figure(layers_figure(result), f"{stem}.layers")
+    if result.samples_curve:
+        files += save_figure(samples_figure(result), f"{stem}.samples")
+    Phases.remove(Path(f"{stem}.resume"))
+    return [f.name.removeprefix(f"{stem.name}.") for f in files]
+
+
+def _existing(existing: Path, settings: Settings, job: Job) -> SpectrumResult | None:
+    """The result there already, if it was made in the same way; refuses if it was not: it may have cost an hour."""
+    from hessian_tools.results import ResultError, load_spectrum
+
+    if not existing.exists():
+        return None
+    try:
+        old = load_spectrum(existing)
+    except ResultError:
+        raise click.UsageError(f"{existing} exists and is no result of this version: --tag NAME or --force") from None
+    asked = json.loads(json.dumps(dataclasses.asdict(settings)))
+    new = {
+        "settings": {name: value for name, value in asked.items() if name != "memory"},  # which changes no number
+        "checkpoint": {"sha256": job.provenance["checkpoint"]["sha256"]},
+        "data": job.provenance["data"],
+        "network": job.provenance["network"],
+    }
+    differing = [
+        f"{part} {key}"
+        for part, values in new.items()
+        for key, value in values.items()
+        if getattr(old, part).get(key) != value
+    ]
+    here = measured_on(job.objective)
+    if old.dtype != here["dtype"].removeprefix("torch."):
+        differing.append("dtype")
+    if old.parameters != here["parameters"]:
+        differing.append("set of parameters")
+    if differing:
+        raise click.UsageError(
+            f"{existing} was made with another {differing[0]}: keep both with --tag NAME, or overwrite it with --force"
+        )
+    return old

@@ -1,0 +1,54 @@
+"""What tests of the commands share: quick options, mistakes and their line, runs that kill themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cli
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "checkpoints"
+FAST = ["--top", "3", "--smallest", "2", "--steps", "8", "--probes", "2", "--samples", "96"]
+KILL = """
+import os, signal, sys
+import cli
+from ikun_hessian.screen import Bar
+calls = 0
+def update(self, name, done, total, worst):
+    global calls
+    calls += name == {phase!r}
+    if calls == {call}:
+        os.kill(os.getpid(), signal.{signal})
+Bar.update = update
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+sys.exit(cli.run(sys.argv[1:]))
+"""
+
+Capture = pytest.CaptureFixture[str]
+
+
+def fails(capture: Capture, code: int, message: str, *arguments: str) -> None:
+    """The command ends with the code and one line on standard error, with no traceback."""
+    capture.readouterr()
+    assert cli.run(list(arguments)) == code
+    lines = [line for line in capture.readouterr().err.splitlines() if not line.startswith("opening ")]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+def arrays(path: Path) -> list[bytes]:
+    with np.load(path) as found:
+        return [found[name].tobytes() for name in sorted(found)]
+
+
+def equal(found: Path, expected: Path) -> None:
+    """Two runs' spectra and arrays, to the bit."""
+    assert arrays(found.with_suffix(".spectrum.npz")) == arrays(expected.with_suffix(".spectrum.npz"))
+    raw = [json.loads(path.with_suffix(".spectrum.json").read_text()) for path in (found, expected)]
+    for part in ("spectra", "sensitivity", "loss", "gradient_norm"):
+        assert raw[0][part] == raw[1][part]

@@ -1,0 +1,35 @@
+"""What the commands print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from command_tools import FAST, Capture
+
+import cli
+
+
+def test_screen_fits_80_columns(analysed: Path, capsys: Capture) -> None:
+    assert cli.run(["info", str(analysed / "a.pt")]) == 0
+    assert cli.run(["compare", str(analysed / "a.pt"), str(analysed / "b.pt"), "--out", str(analysed)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if str(analysed) not in line]
+    assert len(lines) > 30
+    assert max(map(len, lines)) <= 80
+    assert (analysed / "compare.eigenvalues.png").exists()
+
+
+def test_json_and_nothing_else_on_stdout(analysed: Path, capsys: Capture) -> None:
+    capsys.readouterr()
+    both = [str(analysed / "a.pt"), str(analysed / "b.pt")]
+    assert cli.run(["spectrum", *both, *FAST, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [r["training"]["init"] for r in found] == ["ikun", "kaiming"]
+    assert cli.run(["spectrum", both[0], *FAST, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["schema"] == "ikun-hessian/spectrum/1"
+    assert cli.run(["info", both[0], "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert {"initialization", "trained"} == set(layers)
+    assert {"rule_variance", "weight_variance", "derivative_square", "forward_gain", "backward_gain"} <= set(
+        layers["trained"][1]
+    )
