@@ -226,22 +226,41 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     raise ResultError(f"field '{where}' is not {getattr(kind, '__name__', kind)}")
 
 
-def load_spectrum(path: str | Path) -> SpectrumResult:
-    """Read NAME.spectrum.json. Raises ResultError for a missing, foreign, damaged or newer file."""
+R = typing.TypeVar("R")
+
+
+def load(path: str | Path, kind: type[R], schema: str) -> R:
+    """Read a result of the dataclass `kind` from JSON; schema: "ikun-hessian/COMMAND/VERSION", what the file must say.
+
+    Raises ResultError for a missing, foreign, damaged or newer file.
+    """
+    command = schema.split("/")[1]
     try:
         with Path(path).open(encoding="utf-8") as file:
             values = json.load(file)
     except OSError as error:
         raise ResultError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
-        raise ResultError(f"{path}: not a JSON file: run `ikun-hessian spectrum` again") from None
-    schema = values.get("schema") if isinstance(values, dict) else None
-    if schema != SCHEMA:
-        raise ResultError(f"{path}: not a spectrum of this version (schema {schema!r}, expected {SCHEMA!r})")
+        raise ResultError(f"{path}: not a JSON file: run `ikun-hessian {command}` again") from None
+    found = values.get("schema") if isinstance(values, dict) else None
+    if found != schema:
+        raise ResultError(f"{path}: not a {command} of this version (schema {found!r}, expected {schema!r})")
     try:
-        result: SpectrumResult = _build(SpectrumResult, values, "result")
+        result: R = _build(kind, values, "result")
     except ResultError as error:
-        raise ResultError(f"{path}: {error}: run `ikun-hessian spectrum` again") from None
+        raise ResultError(f"{path}: {error}: run `ikun-hessian {command}` again") from None
+    return result
+
+
+def save(result: Any, path: Path) -> None:
+    """Write a result, a dataclass with a field `schema`, as JSON: complete or not at all."""
+    text = json.dumps(clean(dataclasses.asdict(result)), indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def load_spectrum(path: str | Path) -> SpectrumResult:
+    """Read NAME.spectrum.json. Raises ResultError for a missing, foreign, damaged or newer file."""
+    result = load(path, SpectrumResult, SCHEMA)
     if not result.spectra:
         raise ResultError(f"{path}: holds no spectrum")
     return result
