@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hessian_tools.distributed import Group
-from hessian_tools.operators import Operator
+from hessian_tools.operators import Composed, Operator
 from hessian_tools.results import write_atomically
 
 Op = TypeVar("Op", bound=Operator)
@@ -99,6 +99,11 @@ class Phases:
                 _beside(path, "journal").unlink(missing_ok=True)
         self.products += products
         return value
+
+    def keep(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A phase that needs no operator: compute(), or what it returned before the interruption."""
+        idle = Composed(1, torch.float64, torch.device("cpu"), lambda v: v)
+        return self.run(name, idle, lambda _: compute())
 
     def _load(self, path: Path) -> tuple[str, int, dict[str, Any]] | None:
         """What _save wrote, on every rank; None if there is no such file."""
