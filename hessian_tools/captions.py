@@ -14,14 +14,14 @@ from matplotlib.patches import Patch
 from hessian_tools.curve_panels import LIMIT_DASHES
 from hessian_tools.curves import SymlogAxis, ValueAxis, densities_of
 from hessian_tools.panels import data_error, marks
-from hessian_tools.results import SamplePoint, Spectrum, SpectrumResult
+from hessian_tools.results import Analysed, SamplePoint, Spectrum, SpectrumResult
 from hessian_tools.trajectory import RANKS, epoch
 from hessian_tools.typesetting import Colour, Look, operator_name, printable
 
 Array = npt.NDArray[np.float64]
 
 
-def provenance(result: SpectrumResult) -> str:
+def provenance(result: Analysed) -> str:
     """Network, data, precision and size, for a caption."""
     data, network = result.data, result.network
     model = [printable(network[key], 30) for key in ("model", "name", "architecture") if network.get(key)][:1]
@@ -34,14 +34,14 @@ def provenance(result: SpectrumResult) -> str:
     return "; ".join(parts)
 
 
-def caption(result: SpectrumResult) -> str:
+def caption(result: Analysed) -> str:
     """What was analysed, as one sentence."""
     named = f"Checkpoint {_checkpoint(result)}; " if result.checkpoint.get("path") else ""
     loss = f"; loss\u00a0{result.loss:.4g}" if math.isfinite(result.loss) else ""
     return f"{named}{provenance(result)}{loss}."
 
 
-def _checkpoint(result: SpectrumResult) -> str:
+def _checkpoint(result: Analysed) -> str:
     digest = result.checkpoint.get("sha256")
     name = printable(PurePath(str(result.checkpoint["path"])).name, 60)
     return f"{name} (sha256\u00a0{str(digest)[:8]})" if digest else name

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from hessian_tools.compare import by_method, common_operators, method_of
-from hessian_tools.results import Eigenvalue, Spectrum, SpectrumResult, Trace
+from hessian_tools.results import Analysed, Eigenvalue, Spectrum, SpectrumResult, Trace
 
 WIDTH = 80
 
@@ -96,7 +96,7 @@ def _missed(s: Spectrum) -> str | None:
 
 def spectrum_lines(result: SpectrumResult) -> list[str]:
     """The whole screen."""
-    sections = (_opened, _state, _minimum, _table, _search, _blocks, _traces, _functionals, _scales, _cautions, _cost)
+    sections = (opened, _state, _minimum, _table, _search, _blocks, _traces, _functionals, _scales, _cautions, _cost)
     return [line for section in sections if (lines := section(result)) for line in [*lines, ""]][:-1]
 
 
@@ -104,7 +104,8 @@ def _field(name: str, text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=f"{name:<12}", subsequent_indent=" " * 12)
 
 
-def _opened(r: SpectrumResult) -> list[str]:
+def opened(r: Analysed) -> list[str]:
+    """What was opened and how it was trained."""
     n, t = r.network, r.training
     lines = _field("checkpoint", f"{r.checkpoint.get('path', '-')}  sha256 {str(r.checkpoint.get('sha256', '-'))[:12]}")
     if n:

@@ -139,31 +139,44 @@ class Linearized:
             return self.product(v)
 
 
+def layers_at(model: nn.Module, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Layer]]] | None:
+    """(the model's outputs, its layers at inputs x, each with its own input); None if it has an unknown layer."""
+    with torch.no_grad():
+        offered = _items(model, x)
+        makers = None if offered is None else layer_makers(offered[1])
+        if offered is None or makers is None:
+            return None
+        value, layers = offered[0], []
+        for make in makers:
+            try:
+                following, layer = make(value)
+            except UnknownLayerError:
+                return None
+            layers.append((value, layer))
+            value = following
+        return value, layers
+
+
 def linearize(objective: Objective, batch: Batch, kind: str) -> Linearized | None:
     """The product of `kind` (hessian, ggn, fisher) on one batch, or None if the model has an unknown layer."""
     if objective.reset is not None:
         return None
     x, y = batch
-    with torch.no_grad():
-        offered = _items(objective.model, x)
-        makers = None if offered is None else layer_makers(offered[1])
-        if offered is None or makers is None:
-            return None
-        value = offered[0]
-        layers: list[Layer] = []
-        known = {id(p) for p in objective.parameters.values()}
-        for make in makers:
-            try:
-                value, layer = make(value)
-            except UnknownLayerError:
-                return None
-            if layers or any(id(p) in known for p in layer.parameters):
-                layers.append(layer)
-        if known - {id(p) for layer in layers for p in layer.parameters}:
-            return None  # a parameter that no layer knows
-        chain = Chain(objective, layers)
+    found = layers_at(objective.model, x)
+    chain = None if found is None else chain_of(objective, [layer for _, layer in found[1]])
+    if found is None or chain is None:
+        return None
     with torch.enable_grad():
-        return Linearized(*PRODUCTS[kind](chain, value.detach().requires_grad_(), y))
+        return Linearized(*PRODUCTS[kind](chain, found[0].detach().requires_grad_(), y))
+
+
+def chain_of(objective: Objective, layers: list[Layer]) -> Chain | None:
+    """The chain from the first layer with a parameter of the objective on; None if a parameter belongs to no layer."""
+    known = {id(p) for p in objective.parameters.values()}
+    owners = [i for i, layer in enumerate(layers) if any(id(p) in known for p in layer.parameters)]
+    if known - {id(p) for layer in layers for p in layer.parameters}:
+        return None
+    return Chain(objective, layers[owners[0] :])
 
 
 def _hessian(chain: Chain, outputs: Tensor, y: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
@@ -177,7 +190,7 @@ def _hessian(chain: Chain, outputs: Tensor, y: Tensor) -> tuple[Callable[[Tensor
 
     def product(v: Tensor) -> Tensor:
         do, inputs, dps = chain.tangent(v)
-        return chain.adjoint_tangent(_pull(slope, outputs, do), inputs, dps)
+        return chain.adjoint_tangent(curved(slope, outputs, do), inputs, dps)
 
     return product, chain.nbytes
 
@@ -188,7 +201,7 @@ def _ggn(chain: Chain, outputs: Tensor, y: Tensor) -> tuple[Callable[[Tensor], T
     if not loss.requires_grad:
         return torch.zeros_like, 0
     (slope,) = torch.autograd.grad(loss, outputs, create_graph=True)
-    return lambda v: chain.adjoint(_pull(slope, outputs, chain.tangent(v)[0])), chain.nbytes
+    return lambda v: chain.adjoint(curved(slope, outputs, chain.tangent(v)[0])), chain.nbytes
 
 
 def _fisher(chain: Chain, outputs: Tensor, y: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
@@ -205,12 +218,12 @@ def _fisher(chain: Chain, outputs: Tensor, y: Tensor) -> tuple[Callable[[Tensor]
     return product, chain.nbytes
 
 
-def _pull(slope: Tensor, outputs: Tensor, do: Tensor) -> Tensor:
+def curved(slope: Tensor, outputs: Tensor, do: Tensor) -> Tensor:
     """H_out o'; zeros for a loss that is linear in the outputs."""
     if not slope.requires_grad:
         return torch.zeros_like(do)
-    (curved,) = torch.autograd.grad(slope, outputs, do, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(do) if curved is None else curved
+    (image,) = torch.autograd.grad(slope, outputs, do, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(do) if image is None else image
 
 
 PRODUCTS = {"hessian": _hessian, "ggn": _ggn, "fisher": _fisher}

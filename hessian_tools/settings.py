@@ -24,6 +24,7 @@ class Settings:
     magnitude: so many eigenvalues of largest size instead of the top and the smallest. accuracy: Wasserstein accuracy
     of the density, relative to the range; it chooses steps and probes that are not given (60 and 4 without it).
     damping: z of effective dimension and log determinant, 1% of lambda_max if None. vectors: keep the eigenvectors.
+    noise: scale of the weight noise of operator `smoothed`, relative to each filter's root mean square.
     memory: GiB for kept primals, the Lanczos basis and eigenvectors. samples_curve: sample counts, each measured on
     `resamples` subsets.
     """
@@ -40,6 +41,7 @@ class Settings:
     probes: int | None = None
     trace_probes: int = 32
     damping: float | None = None
+    noise: float = 0.1
     tol: float = 1e-4
     seed: int = 0
     memory: float = 4.0
@@ -55,9 +57,9 @@ class Settings:
                 "finite differences of the surrogate gradient are no Hessian: spikes stay frozen in them and the "
                 "matrix is not symmetric; use hessian (the surrogate's 2-jet) or relaxed"
             )
-        if unknown := set(self.operators) - {*OPERATORS, "relaxed"}:
+        if unknown := set(self.operators) - {*OPERATORS, "relaxed", "smoothed"}:
             raise ValueError(
-                f"unknown operator {', '.join(sorted(unknown))}: choose from {', '.join(OPERATORS)}, relaxed"
+                f"unknown operator {', '.join(sorted(unknown))}: choose from {', '.join(OPERATORS)}, relaxed, smoothed"
             )
         if not self.operators:
             raise ValueError("no operator chosen")
@@ -70,6 +72,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {value}")
+        if not 0 < self.noise < math.inf:
+            raise ValueError(f"noise must be a positive number, not {self.noise}")
         if self.damping is not None and not 0 < self.damping < math.inf:
             raise ValueError(f"damping must be a positive number, not {self.damping}")
         if self.magnitude and self.method == "power":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from hessian_tools.progress import Meter, Show
 from hessian_tools.report import warnings_of
 from hessian_tools.samples import samples_curve
 from hessian_tools.settings import PROBES, STEPS, Settings, versions
+from hessian_tools.smoothed import smoothed
 
 
 def spectrum(
@@ -71,7 +73,7 @@ def spectrum(
             source,
             settings.samples_curve,
             settings.resamples,
-            operator=_factory(name),
+            operator=_factory(name, settings),
             seed=settings.seed,
             memory=settings.memory * 2**30,
             run=run.phase,
@@ -111,21 +113,23 @@ def _spectra(
     sensitivity: dict[str, float] = {}
     for index, (name, source) in enumerate(sources.items()):
         slope = source.value_and_gradient()[1] if name == "relaxed" else gradient
-        spectra[name], pairs = measure(run, name, source, _factory(name), slope, index)
+        spectra[name], pairs = measure(run, name, source, _factory(name, run.settings), slope, index)
         if index == 0 and run.settings.per_layer:
             parts = dict(zip(source.parameters, source.split(slope), strict=True))
             for i, (layer, part) in enumerate(layer_objectives(source).items(), 100):  # random streams of their own
                 own = part.flatten([parts[name] for name in part.parameters])
-                blocks[layer], _ = measure(run, f"{name} of {layer}", part, _factory(name), own, i)
+                blocks[layer], _ = measure(run, f"{name} of {layer}", part, _factory(name, run.settings), own, i)
         if index == 0 and pairs.norm > 0:
             for i, (label, variant) in enumerate(variants.items()):
-                op = _factory(name)(variant, run.settings.memory * 2**30)
+                op = _factory(name, run.settings)(variant, run.settings.memory * 2**30)
                 start = _near(pairs.vectors[:, 0], op, run.generator("variant", i))
                 sensitivity[label] = lambda_max(run, f"{name}: {label}", op, start)
     return spectra, blocks, sensitivity
 
 
-def _factory(name: str) -> Factory:
+def _factory(name: str, settings: Settings) -> Factory:
+    if name == "smoothed":
+        return partial(smoothed, scale=settings.noise, seed=settings.seed)
     return OPERATORS["hessian" if name == "relaxed" else name]
 
 

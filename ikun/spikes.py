@@ -3,8 +3,9 @@ adjoint, tangent, tangent of the adjoint), and as a function that can be differe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,37 @@ class Spikes:
         # (gain (1 - gain) G)' with gain' = gain (1 - gain) w'
         (grad,) = self._logit(total, dg)
         return gx.reshape(self.shapes[0]), (grad + (self.scan.decay - self.scan.gain) * dgain * self.total,)
+
+    # ---- averages over noise in the weights (hessian_tools/smoothed.py)
+    @property
+    def static(self) -> bool:
+        """One input for all steps."""
+        return self.scan.static
+
+    def fire(self, x: Tensor) -> Tensor:
+        """Spikes [T, M], before the pooling, for other inputs x [T, M] or [1, M]."""
+        return _value(self.neuron, len(self.scan.f1), None, x)[0]
+
+    def averaged(self, mean: Tensor, spread: Tensor) -> Spikes:
+        """The layer of mean spikes where h - threshold [T, M] is normal with this mean and standard deviation.
+
+        E s' = N(0; mean, spread^2) h', and E v' = (P(silent) - (threshold - v_reset) N) h' as h = threshold where a
+        spike comes or goes. P(silent) is taken at the layer's own inputs. The reset is felt even if it is detached.
+        """
+        assert self.z is not None
+        d = self.neuron.dynamics
+        f1 = torch.exp(-0.5 * (mean / spread).square()) / (spread * math.sqrt(2 * math.pi))
+        c = 1 - d.threshold * f1 if d.reset == "soft" else (self.z < 0).to(f1) - (d.threshold - d.v_reset) * f1
+        return self._with(f1, c)
+
+    def responding(self, response: Tensor) -> Spikes:
+        """The layer whose spikes change by response [T, M] per unit of a constant current."""
+        f1 = response / self.scan.gain
+        return self._with(f1, torch.zeros_like(f1))
+
+    def _with(self, f1: Tensor, c: Tensor) -> Spikes:
+        assert self.z is not None
+        return Spikes(self.neuron, self.shapes, self.z, replace(self.scan, f1=f1, c=c))
 
 
 def by_pieces(fill: Callable[..., object], *tensors: Tensor) -> None:

@@ -41,13 +41,16 @@ if TYPE_CHECKING:
     "--operator",
     "operators",
     multiple=True,
-    help="hessian, ggn, fisher or relaxed; may be given several times [default: hessian and ggn].",
+    help="hessian, ggn, fisher, relaxed or smoothed; may be given several times [default: hessian and ggn].",
 )
 @click.option("--density/--no-density", default=True, show_default=True)
 @click.option("--steps", type=int, help="Lanczos steps a density probe [default: 60, or by --accuracy].")
 @click.option("--probes", type=int, help="Density probes [default: 4, or by --accuracy].")
 @click.option("--accuracy", type=float, help="Wasserstein accuracy of the density, over the range: chooses both.")
 @click.option("--damping", type=float, help="z of effective dimension and log det [default: 1% of lambda_max].")
+@click.option(
+    "--noise", default=0.1, show_default=True, help="Weight noise of operator smoothed, over each filter's rms."
+)
 @click.option("--tol", default=1e-4, show_default=True, help="Residual over norm at which a pair has converged.")
 @click.option("--per-layer", is_flag=True, help="Every layer's diagonal block of the first operator too.")
 @click.option("--save-vectors", "vectors", is_flag=True, help="Eigenvectors too, in the .npz.")

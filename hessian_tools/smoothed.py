@@ -1,0 +1,198 @@
+"""The noise-matched Gauss-Newton operator: curvature of the true spiking loss under noise in the weights.
+
+The spiking loss is piecewise constant; its mean under noise has a curvature, L_s(w) = E L(w + s D z), z standard
+normal, D the root mean square of each weight's filter (forward.noise_scales). This operator is a Gauss-Newton
+approximation of that Hessian in which no training surrogate occurs. docs/calibration.md has the derivation. In short,
+with currents, potentials and spikes of `draws` perturbed networks:
+
+- a neuron's mean spike answers to its potential by the density of h at the threshold, N(threshold; mean h, var h),
+  mean and variance over the draws, per sample, neuron and step: a Gaussian surrogate of that very width;
+- where a layer's input is the same at all steps, its whole spike train answers to a constant shift of the current. That
+  response is computed outright, by shifting the currents of the draws (spike trains then differ by more than a Gaussian
+  in h knows: a spike moved by one step);
+- the outputs are counts of a few spikes, and the mean loss of a count is not the loss of the mean count. So the product
+  is split before the output neurons: their currents' tangent, averaged over time, meets the second derivative of the
+  mean loss E l(rate(current + noise)) by that current. With rates r, r' and r'' derivatives of E r, m'' that of
+  E (r - mean r)^2, and the loss l expanded to second order about the mean rates,
+      M = diag(l_k r_k'' + l_kk m_k'' / 2) + (l_kj r_k' r_j')_(k != j),
+  exact for a quadratic loss and independent output neurons.
+
+Means over shifts are those of the draws' own distribution, widened by a Gaussian of half its standard deviation and
+shrunk to keep its variance (smoothed bootstrap); derivatives fall on that Gaussian.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from hessian_tools.forward import noise, noise_scales
+from hessian_tools.layers import Layer
+from hessian_tools.objective import Batch, Objective
+from hessian_tools.operators import CurvatureOperator
+from hessian_tools.second_order import Linearized, chain_of, curved, layers_at
+
+DRAWS = 16
+SHARE = 0.5  # of the noise's standard deviation that is Gaussian
+CELLS = 8  # of the shift, per draw; the cells of the draws are staggered
+REACH = 3.5  # of the shift, in standard deviations of that Gaussian
+FLOOR = 1e-3  # least standard deviation, in thresholds: nothing passes through a neuron without noise
+
+
+class SpikingLayer(Layer, Protocol):
+    """Neurons over T steps and M samples x neurons, with the pooling behind them; see ikun.spikes.Spikes."""
+
+    z: Tensor | None  # h - threshold [T, M]
+    static: bool
+
+    def fire(self, x: Tensor) -> Tensor: ...
+
+    def averaged(self, mean: Tensor, spread: Tensor) -> Layer: ...
+
+    def responding(self, response: Tensor) -> Layer: ...
+
+
+def smoothed(
+    objective: Objective, memory: float = 4 * 2**30, *, scale: float = 0.1, draws: int = DRAWS, seed: int = 0
+) -> CurvatureOperator:
+    """The noise-matched Gauss-Newton operator of an objective whose network ends in mean rates of spiking neurons.
+
+    scale: s, relative to the root mean square of each filter. Symmetric, not always positive semidefinite: a discrete
+    output has mean losses that curve down. Raises ValueError for other networks, and for s <= 0 or draws < 2.
+    """
+    if not 0 < scale < math.inf:
+        raise ValueError(f"noise must be a positive number (of each filter's root mean square), not {scale}")
+    if draws < 2:
+        raise ValueError(f"at least 2 draws of noise are needed, not {draws}")
+    return CurvatureOperator(objective, partial(_linearize, scale=scale, draws=draws, seed=seed), memory)
+
+
+def _spiking(layers: list[tuple[Tensor, Layer]]) -> list[tuple[int, Tensor, SpikingLayer]]:
+    return [(i, x, cast(SpikingLayer, layer)) for i, (x, layer) in enumerate(layers) if hasattr(layer, "responding")]
+
+
+def _linearize(objective: Objective, batch: Batch, *, scale: float, draws: int, seed: int) -> Linearized:
+    x, y = batch
+    found = None if objective.reset is not None else layers_at(objective.model, x)
+    neurons = [] if found is None else _spiking(found[1])
+    if found is None or not neurons or neurons[-1][0] != len(found[1]) - 2:
+        raise ValueError(
+            "operator smoothed needs a network of this package that ends in the mean rates of spiking neurons"
+        )
+    layers = [layer for _, layer in found[1]]
+    means = {i: torch.zeros_like(cast(Tensor, layer.z)) for i, _, layer in neurons}
+    squares = {i: torch.zeros_like(mean) for i, mean in means.items()}
+    last = neurons[-1][0]
+    currents: dict[int, list[Tensor]] = {i: [] for i, _, layer in neurons if layer.static or i == last}
+    outputs = torch.zeros_like(found[0])
+    for out, perturbed in _perturbed(objective, x, scale, draws, seed):
+        outputs += out / draws
+        for i, _, layer in _spiking(perturbed):
+            z = cast(Tensor, layer.z)
+            step = z - means[i]  # Welford's
+            means[i] += step / (len(currents[last]) + 1)
+            squares[i] += step * (z - means[i])
+        for i, current, layer in _spiking(perturbed):
+            if i in currents:
+                currents[i].append(current.reshape(1 if layer.static else len(means[i]), -1))
+    for i, _, layer in neurons[:-1]:
+        if layer.static:
+            layers[i] = layer.responding(_responses(layer.fire, currents[i])[0])
+        else:
+            layers[i] = layer.averaged(means[i], (squares[i] / (draws - 1)).sqrt().clamp_min(FLOOR))
+    counting = neurons[-1][2]
+    steps, shape = len(means[last]), outputs.shape
+
+    def rates(current: Tensor) -> Tensor:
+        return counting.fire(current).reshape(steps, *shape).mean(0)
+
+    chain = chain_of(objective, [*layers[:last], layers[-1]])  # the mean over time stays
+    if chain is None:
+        raise ValueError("operator smoothed knows no derivative by a parameter of the output neurons")
+    form = _output_form(objective, outputs, y, *_moments(rates, currents[last], outputs))
+    return Linearized(lambda v: chain.adjoint(form(chain.tangent(v)[0])), chain.nbytes)
+
+
+@torch.no_grad()
+def _perturbed(
+    objective: Objective, x: Tensor, scale: float, draws: int, seed: int
+) -> Iterator[tuple[Tensor, list[tuple[Tensor, Layer]]]]:
+    """(outputs, layers) of the network with noise in its weights, for every draw."""
+    model = copy.deepcopy(objective.model)
+    named = dict(model.named_parameters())
+    weights, unit = objective.weights(), scale * noise_scales(objective)
+    for index in range(draws):
+        parts = objective.split(weights + unit * noise(objective, seed, index))
+        for name, value in zip(objective.parameters, parts, strict=True):
+            named[name].copy_(value)
+        found = layers_at(model, x)
+        assert found is not None  # as at the weights themselves
+        yield found
+
+
+def _shifts(draws: int, index: int) -> Iterator[tuple[float, float, float]]:
+    """(u, weights of the first and second derivative at 0 of a standard normal mean) for the cells of one draw.
+
+    Integrals of -phi' and phi'' over the cell, so that functions constant in each cell come out exactly.
+    """
+    width = 2 * REACH / CELLS
+    offset = width * ((index + 0.5) / draws - 0.5)
+    for k in range(CELLS + 1):
+        lo, hi = (-REACH + offset + width * (k + side) for side in (-0.5, 0.5))
+        yield (lo + hi) / 2, _normal(lo) - _normal(hi), lo * _normal(lo) - hi * _normal(hi)
+
+
+def _normal(u: float) -> float:
+    return math.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
+
+
+def _responses(fire: Callable[[Tensor], Tensor], currents: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """First and second derivatives of E fire(current + a) by the constant a, and the Gaussian's width [1, M].
+
+    currents: one [T, M] or [1, M] a draw.
+    """
+    mean = torch.stack(currents).mean(0)
+    variance = sum((c - mean).square() for c in currents) / (len(currents) - 1)
+    width = SHARE * cast(Tensor, variance).sqrt().mean(0, keepdim=True).clamp_min(FLOOR)
+    first = second = torch.zeros(())
+    for index, current in enumerate(currents):
+        shrunk = mean + math.sqrt(1 - SHARE**2) * (current - mean)
+        for u, one, two in _shifts(len(currents), index):
+            fired = fire(shrunk + u * width)
+            first, second = first + one * fired, second + two * fired
+    return first / len(currents) / width, second / len(currents) / width.square(), width
+
+
+def _moments(rates: Callable[[Tensor], Tensor], currents: list[Tensor], mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives by a constant current, all [N, K]: E r', E r'', and the second of E (r - mean)^2."""
+    both, curved_rates, _ = _responses(
+        lambda current: torch.stack([(r := rates(current)).flatten(), (r - mean).square().flatten()]), currents
+    )
+    return both[0].view_as(mean), curved_rates[0].view_as(mean), curved_rates[1].view_as(mean)
+
+
+def _output_form(
+    objective: Objective, outputs: Tensor, y: Tensor, first: Tensor, second: Tensor, square: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """a' -> M a' for the outputs' mean currents [N, K]."""
+    with torch.enable_grad():
+        at = outputs.detach().requires_grad_()
+        loss = objective.loss(at, y)
+        (slope,) = torch.autograd.grad(loss, at, create_graph=True)
+
+    def hessian(v: Tensor) -> Tensor:
+        return curved(slope, at, v)
+
+    own = torch.zeros_like(outputs)
+    for k in range(outputs.shape[1]):
+        unit = torch.zeros_like(outputs)
+        unit[:, k] = 1
+        own[:, k] = hessian(unit)[:, k]
+    diagonal = slope.detach() * second + own * (0.5 * square - first.square())
+    return lambda a: diagonal * a + first * hessian(first * a)
