@@ -59,7 +59,8 @@ class Estimate:
 class PacBayes:
     """sigma: the noise scale s that costs `drop` of the accuracy; sharpness: 1 / s^2.
 
-    Never that much: sigma inf, sharpness 0. At any noise, however small: 0 and inf. No classes: both NaN.
+    Never that much, up to s = 16: sigma inf, sharpness 0. At any noise, however small: 0 and inf. No classes: both NaN.
+    (In a saved result inf, like NaN, is null: the 0 tells which.)
     """
 
     drop: float
@@ -230,7 +231,9 @@ def pac_bayes_sigma(
 
     found = passed(lambda p: p.value)
     draw_ends = passed(lambda p: p.ci95[1]), passed(lambda p: p.ci95[0])
-    data_ends = passed(lambda p: p.value + p.data_stderr), passed(lambda p: p.value - p.data_stderr)
+    data_ends = (math.nan, math.nan)  # of a single sample
+    if len(y) > 1:
+        data_ends = passed(lambda p: p.value + p.data_stderr), passed(lambda p: p.value - p.data_stderr)
     quantile = float(stats.t.ppf(0.975, draws // 2 - 1))
 
     def estimate(power: int) -> Estimate:

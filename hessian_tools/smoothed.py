@@ -15,7 +15,11 @@ with currents, potentials and spikes of `draws` perturbed networks:
   mean loss E l(rate(current + noise)) by that current. With rates r, r' and r'' derivatives of E r, m'' that of
   E (r - mean r)^2, and the loss l expanded to second order about the mean rates,
       M = diag(l_k r_k'' + l_kk m_k'' / 2) + (l_kj r_k' r_j')_(k != j),
-  exact for a quadratic loss and independent output neurons.
+  exact for a quadratic loss and independent output neurons;
+- the same is true of a hidden neuron: with a spike of its own the loss changes by a step, and its mean is linear in the
+  neuron's probability, so that the square of that probability's change does not occur. What occurs instead, for neurons
+  near their threshold at weights where the loss is stationary, is sqrt(2) times that square on average over neurons. It
+  is corrected for the last hidden layer, where it is largest.
 
 Means over shifts are those of the draws' own distribution, widened by a Gaussian of half its standard deviation and
 shrunk to keep its variance (smoothed bootstrap); derivatives fall on that Gaussian.
@@ -26,6 +30,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, cast
 
@@ -33,7 +38,7 @@ import torch
 from torch import Tensor
 
 from hessian_tools.forward import noise, noise_scales
-from hessian_tools.layers import Layer
+from hessian_tools.layers import Affine, Layer, Tangents, Want
 from hessian_tools.objective import Batch, Objective
 from hessian_tools.operators import CurvatureOperator
 from hessian_tools.second_order import Linearized, chain_of, curved, layers_at
@@ -112,11 +117,53 @@ def _linearize(objective: Objective, batch: Batch, *, scale: float, draws: int, 
     def rates(current: Tensor) -> Tensor:
         return counting.fire(current).reshape(steps, *shape).mean(0)
 
-    chain = chain_of(objective, [*layers[:last], layers[-1]])  # the mean over time stays
+    moments = _moments(rates, currents[last], outputs)
+    form, diagonal = _output_form(objective, outputs, y, *moments)
+    readout = layers[last - 1]
+    hidden = len(neurons) > 1 and neurons[-2][0] == last - 2 and isinstance(readout, Affine)
+    if hidden:
+        closing: list[Layer] = [_Closing(cast(Affine, readout), steps)]
+        own = (math.sqrt(2) - 1) * diagonal @ (cast(Affine, readout).folded / steps).square()
+    else:
+        closing, own = [readout, layers[-1]], diagonal[:, :0]
+    chain = chain_of(objective, [*layers[: last - 1], *closing])
     if chain is None:
         raise ValueError("operator smoothed knows no derivative by a parameter of the output neurons")
-    form = _output_form(objective, outputs, y, *_moments(rates, currents[last], outputs))
-    return Linearized(lambda v: chain.adjoint(form(chain.tangent(v)[0])), chain.nbytes)
+    classes = shape[1]
+
+    def product(v: Tensor) -> Tensor:
+        current, count = chain.tangent(v)[0].split([classes, own.shape[1]], 1)
+        return chain.adjoint(torch.cat([form(current), own * count], 1))
+
+    return Linearized(product, chain.nbytes)
+
+
+@dataclass(frozen=True)
+class _Closing:
+    """A readout [T N, F] -> [N, K + F]: the mean over time of its outputs, then the sum over time of its inputs."""
+
+    readout: Affine
+    steps: int
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return self.readout.parameters
+
+    def tangent(self, dx: Tensor | None, dp: Tangents) -> Tensor:
+        current = self.readout.tangent(dx, dp).unflatten(0, (self.steps, -1)).mean(0)
+        if dx is None:
+            return torch.cat([current, current.new_zeros(len(current), self.readout.folded.shape[1])], 1)
+        return torch.cat([current, dx.unflatten(0, (self.steps, -1)).sum(0)], 1)
+
+    def adjoint(self, g: Tensor, want: Want, keep: bool) -> tuple[Tensor | None, Tangents]:
+        current, count = g.split(list(self.readout.folded.shape), 1)
+        gx, gp = self.readout.adjoint((current / self.steps).repeat(self.steps, 1), want, keep)
+        return (gx if gx is None else gx + count.repeat(self.steps, 1)), gp
+
+    def adjoint_tangent(
+        self, dg: Tensor, dx: Tensor | None, dp: Tangents, want: Want
+    ) -> tuple[Tensor | None, Tangents]:
+        raise NotImplementedError("a Gauss-Newton product has no second-order pass")
 
 
 @torch.no_grad()
@@ -179,8 +226,8 @@ def _moments(rates: Callable[[Tensor], Tensor], currents: list[Tensor], mean: Te
 
 def _output_form(
     objective: Objective, outputs: Tensor, y: Tensor, first: Tensor, second: Tensor, square: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """a' -> M a' for the outputs' mean currents [N, K]."""
+) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """a' -> M a' for the outputs' mean currents [N, K], and M's diagonal [N, K]."""
     with torch.enable_grad():
         at = outputs.detach().requires_grad_()
         loss = objective.loss(at, y)
@@ -194,5 +241,6 @@ def _output_form(
         unit = torch.zeros_like(outputs)
         unit[:, k] = 1
         own[:, k] = hessian(unit)[:, k]
-    diagonal = slope.detach() * second + own * (0.5 * square - first.square())
-    return lambda a: diagonal * a + first * hessian(first * a)
+    diagonal = slope.detach() * second + 0.5 * own * square
+    rest = diagonal - own * first.square()  # without what hessian() adds on the diagonal
+    return (lambda a: rest * a + first * hessian(first * a)), diagonal

@@ -424,6 +424,13 @@ def test_a_drop_that_never_comes_and_one_that_always_does() -> None:
     assert found.sharpness.value == math.inf
 
 
+def test_a_single_sample_has_no_data_error() -> None:
+    found = pac_bayes_sigma(signs(torch.ones(1, dtype=torch.float64)), draws=64)
+    assert 0 < found.sigma.value < math.inf
+    assert math.isnan(found.sigma.data_stderr)
+    assert math.isnan(found.sharpness.data_stderr)
+
+
 @pytest.mark.parametrize(("margin", "samples"), [(1e-4, 1000), (1.05 * 1.2816 * 2**-6, 100)])
 def test_sigma_below_the_first_of_the_grid_or_its_interval(margin: float, samples: int) -> None:
     class Fine(Signs):
