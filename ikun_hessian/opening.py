@@ -70,7 +70,7 @@ def open_job(
     y = data.labels[: len(x)]
 
     def objective(steeper: float = 1.0, **changes: Any) -> Objective:
-        network = checkpoint.build(surrogate=str(analysed.steeper(steeper)), **changes)
+        network = checkpoint.build(**{"surrogate": str(analysed.steeper(steeper)), **changes})
         made = make_objective(
             network,
             LOSSES[checkpoint.loss],
