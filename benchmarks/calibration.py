@@ -1,11 +1,11 @@
-"""The study behind docs/findings.md: networks of many kinds trained and calibrated.
+"""The study behind docs/findings.md: networks of many kinds, trained and calibrated.
 
-    python benchmarks/calibration.py FOLDER [--part I/N] [--fashion-mnist DIR]     train and calibrate, goes on where it stopped
-    python benchmarks/calibration.py FOLDER --collect FILE                         all results of FOLDER in one file
+    python benchmarks/calibration.py FOLDER [--part I/N] [--fashion-mnist DIR]    goes on where it stopped
+    python benchmarks/calibration.py FOLDER --collect FILE                        all results in one file
 
 Digits MLP: three surrogates, two slopes each, five training seeds, five initializers in turn (a Latin square). Digits
-MLP with other neurons, resets, lengths and cross-entropy. Digits CSNN with BatchNorm and max-pooling, tie rule reversed.
-Fashion-MNIST MLP.
+MLP with other neurons, resets, lengths and cross-entropy. Digits CSNN with BatchNorm and max-pooling, the tie rule
+reversed. Fashion-MNIST MLP.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def networks(fashion: Path | None) -> dict[str, str]:
 
 def calibrated(name: str, options: str, folder: Path, fashion: Path | None) -> None:
     checkpoint, out = folder / f"{name}.pt", folder / f"{name}.calibration.json"
-    if not checkpoint.exists() and run(["train", *options.split(), "--resume", "--out", str(checkpoint)]):
+    if not checkpoint.exists() and run(["train", *options.split(), "--force", "--out", str(checkpoint)]):
         raise SystemExit(f"{name}: training failed")
     scales = (0.1, 0.2, 0.4) if "csnn" in name else (0.05, 0.1, 0.2, 0.4)
     settings = CalibrationSettings(scales=scales)

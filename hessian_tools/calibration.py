@@ -110,8 +110,8 @@ class Scale:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` measured. kinds: of the directions. predictions: v'Av per direction, and traces: of D A D, of the
-    operators that do not depend on the scale."""
+    """What `calibrate` measured. kinds: of the directions. predictions: v'Av per direction, traces: of D A D; both of
+    the operators that do not depend on the scale."""
 
     kinds: tuple[str, ...]
     predictions: dict[str, tuple[float, ...]]
@@ -153,7 +153,7 @@ def calibrate(
     """Measure how well every operator predicts the curvature of the true smoothed loss.
 
     variants: objectives of the same weights under another convention (tie rule, surrogate); Hessian and GGN of each
-    take part. family: the same with one common analysis surrogate of several widths; at every scale the GGN of the width
+    take part. family: the same with one common analysis surrogate of several widths; at each scale the GGN of the width
     whose median ratio is nearest to 1 takes part as "ggn, fitted" (Scale.fitted names it). Raises ValueError for a loss
     that is not finite or a network that never spikes.
     """

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from hessian_tools.captions import caption
-from hessian_tools.curves import value_axis
+from hessian_tools.curves import ValueAxis, linear_axis, value_axis
 from hessian_tools.typesetting import (
     SMALL,
     WIDTH,
@@ -33,6 +33,7 @@ from hessian_tools.typesetting import (
     set_title,
     settled,
     styled,
+    value_scale,
 )
 
 if TYPE_CHECKING:  # a figure is drawn from a result alone: nothing that computes one is imported
@@ -75,16 +76,15 @@ def landscape_figure(result: LandscapeResult) -> Figure:
         figure = Figure(figsize=(WIDTH, sum(heights) + 1.15), layout=layout())
         grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
         styles = dict(zip(("hessian", "ggn", "relaxed"), looks(3), strict=True))
-        limits = _limits(result)
+        axis = _loss_axis(result)
         cells = _cells(grid[0], rows, columns)
         for i, (line, cell) in enumerate(zip(lines, cells, strict=False)):
             ax = figure.add_subplot(cell)
             set_title(ax, next(letters), title(line.name))
-            draw_line(ax, line, result, styles, limits)
+            draw_line(ax, line, result, styles, axis)
             if i % columns:
                 ax.tick_params(labelleft=False)
-            else:
-                ax.set_ylabel("loss")
+                ax.set_ylabel("")
             if line.accuracy:
                 _draw_accuracy(ax, line, result.weight_norm, labelled=(i + 1) % columns == 0 or i + 1 == len(lines))
             if i + columns >= len(lines):
@@ -118,16 +118,14 @@ def title(name: str) -> str:
     return {"top": f"eigenvector {number}", "random": f"random {number}"}.get(kind, name)
 
 
-def draw_line(
-    ax: Axes, line: Line, result: LandscapeResult, styles: dict[str, Look], limits: tuple[float, float]
-) -> None:
+def draw_line(ax: Axes, line: Line, result: LandscapeResult, styles: dict[str, Look], axis: ValueAxis) -> None:
     """The losses against the distance in units of ||w||, the quadratics, and the numbers of this direction."""
     t = np.array(line.distances)
     x = t / result.weight_norm
     fine = np.linspace(t[0], t[-1], 401)
     e, below, _, above = line.around(line.loss)
     at = [-e / result.weight_norm, e / result.weight_norm]
-    ax.set_ylim(*limits)
+    value_scale(ax, axis, "loss")
     for name, curvature in (("hessian", line.hessian), ("ggn", line.ggn)):
         colour, dashes = styles[name]
         y = quadratic(fine, result.loss, line.slope, curvature)
@@ -188,19 +186,16 @@ def quadratic(t: Array, loss: float, slope: float, curvature: float) -> Array:
     return loss + slope * t + curvature * t**2 / 2
 
 
-def _limits(result: LandscapeResult) -> tuple[float, float]:
-    """The loss axis of all lines: the losses, and of the quadratics below them a third as much again at most."""
-    losses = np.array([y for line in result.lines for y in (*line.loss, *line.relaxed_loss)])
-    losses = losses[np.isfinite(losses)]
-    low, high = float(losses.min()), float(losses.max())
-    span = (high - low) or abs(high) or 1.0
+def _loss_axis(result: LandscapeResult) -> ValueAxis:
+    """Of all lines: the losses, and of the quadratics below them a third as much again at most."""
+    losses = np.array([result.loss, *(y for line in result.lines for y in (*line.loss, *line.relaxed_loss))])
+    low, high = float(np.nanmin(losses)), float(np.nanmax(losses))
     ends = [
         quadratic(np.array([line.distances[0], line.distances[-1]]), result.loss, line.slope, curvature).min()
         for line in result.lines
         for curvature in (line.hessian, line.ggn)
     ]
-    below = min(float(np.nanmin(ends)), low)
-    return max(below, low - span / 3) - 0.03 * span, high + 0.05 * span
+    return linear_axis(np.array([min(low, max(*ends, low - (high - low) / 3)), high]), np.zeros(2))
 
 
 def contour_levels(surfaces: Sequence[Sequence[Sequence[float]]]) -> tuple[Array, Normalize]:
@@ -281,11 +276,10 @@ def _legend(result: LandscapeResult, styles: dict[str, Look], relaxed: bool) -> 
 
 def landscape_caption(result: LandscapeResult) -> str:
     """What the axes are, what the numbers in the panels are, and the provenance."""
-    text = f"Losses at w + t v, ‖v‖\u00a0=\u00a01, ‖w‖\u00a0=\u00a0{result.weight_norm:.3g}"
-    text += (
-        ". Quadratics: L(0) + t\u00a0g′v + t²/2\u00a0v′Av, A the surrogate's Hessian H or GGN G; L″: second difference "
-    )
-    text += "of the true loss at the circles."
+    text = f"Losses at w + t v, ‖v‖\u00a0=\u00a01, distances in units of ‖w‖\u00a0=\u00a0{result.weight_norm:.3g}"
+    text += "; the true loss is piecewise constant" if result.network.get("surrogate") else ""
+    text += ". Quadratics: L(0) + t\u00a0g′v + t²/2\u00a0v′Av, A the surrogate's Hessian H or GGN G; L″: second "
+    text += "difference of the true loss at the circles."
     if any(math.isfinite(line.residual) or line.name == "gradient" for line in result.lines):
         text += " Eigenvectors (of H) and gradient point uphill (g′v\u00a0≥\u00a00)."
     if any(line.name.startswith("random") for line in result.lines):

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from hessian_tools.landscape import LandscapeResult, Line, Plane
+from hessian_tools.landscape import RANDOM_RANGE, SHARP_RANGE, LandscapeResult, Line, Plane
 from hessian_tools.report import WIDTH, opened
 
 
 def landscape_lines(result: LandscapeResult) -> list[str]:
     """The whole screen."""
-    parts = [opened(result), _state(result), _table(result), _planes(result), _cautions(result)]
+    parts = [opened(result), _state(result), _table(result), _cautions(result)]
     cost = f"{result.products} products, {result.evaluations:,} losses on all samples, {result.seconds:.1f} s"
     return [line for part in parts if part for line in (*part, "")] + [f"cost        {cost}"]
 
@@ -26,92 +26,77 @@ def _field(name: str, text: str) -> list[str]:
 def _state(r: LandscapeResult) -> list[str]:
     share = "" if math.isnan(r.accuracy) else f", accuracy {r.accuracy:.2%}"
     soft = "" if math.isnan(r.relaxed_loss) else f"; {r.relaxed_loss:.6g} of the relaxed network"
-    symmetry = "" if math.isnan(r.symmetry_error) else f"; symmetry error of the hessian {r.symmetry_error:.1e}"
+    symmetry = "" if math.isnan(r.symmetry_error) else f"; symmetry error {r.symmetry_error:.1e}"
     lines = _field("loss", f"{r.loss:.6g}{share}{soft}")
     lines += _field("weights", f"norm |w| = {r.weight_norm:.4g}; gradient norm {r.gradient_norm:.4g}{symmetry}")
-    text = 'w + t v, |v| = 1, for t / |w| up to range; true" and relaxed" are second differences '
-    return lines + _field("lines", text + "(L(e) - 2 L(0) + L(-e)) / e^2 of the losses at e / |w| = step")
+    second = 'L" = (L(e) - 2 L(0) + L(-e)) / e^2 of the true loss and of the relaxed network, e = step |w|'
+    return lines + _field("lines", f"w + t v, |v| = 1, |t| <= range |w|; {second}")
 
 
 def _table(r: LandscapeResult) -> list[str]:
-    head = f"{'direction':<9}{'range':>6}{'step':>6}{'slope':>9}{"v'Hv":>9}{"v'Gv":>9}"
-    lines = [head + f"{'true"':>9}{'relaxed"':>9}  {'rises':<6} least"]
+    columns = ("slope", "v'Hv", "v'Gv", 'true L"', "relaxed")
+    head = f"{'direction':<9}{'range':>6}{'step':>6}" + "".join(f"{name:>9}" for name in columns)
+    lines = [f"{head}  {'rises':<6} least"]
     for line in r.lines:
-        e, _, _, _ = line.around(line.loss)
-        cells = (line.slope, line.hessian, line.ggn, line.second_difference(line.loss))
-        cells += (line.second_difference(line.relaxed_loss),)
+        seconds = (line.second_difference(losses) for losses in (line.loss, line.relaxed_loss))
+        cells = (line.slope, line.hessian, line.ggn, *seconds)
         numbers = "".join(f"{'-' if math.isnan(x) else f'{x:.2g}':>9}" for x in cells)
         x = np.array(line.distances) / r.weight_norm
         least = f"{x[np.nanargmin(line.loss)]:.2g}" if np.isfinite(line.loss).any() else "-"
-        lines.append(f"{line.name:<9}{x[-1]:>6.2g}{e / r.weight_norm:>6.2g}{numbers}  {rises(line):<6} {least}")
-    lines += textwrap.wrap(
-        "rises: on which sides the true loss is higher at e than at w; least: where on the line it is least.", WIDTH
-    )
+        step = line.around(line.loss)[0] / r.weight_norm
+        lines.append(f"{line.name:<9}{x[-1]:>6.2g}{step:>6.2g}{numbers}  {rises(line):<6} {least}")
+    lines.append("rises: the sides on which the true loss is higher at e; least: where it is least")
+    if len({line.name.startswith("random") for line in r.lines}) > 1 and r.settings.get("range") is None:
+        far = f"{RANDOM_RANGE:g} in random directions (--range: one for all)"
+        lines.append(f"range: {SHARP_RANGE:g} where it is steep, {far}")
     if any(line.accuracy for line in r.lines):
-        text = "; ".join(f"{line.name} {' and '.join(f'{a:.1%}' for a in _ends(line))}" for line in r.lines)
+        text = "; ".join(f"{line.name} {' and '.join(f'{a:.1%}' for a in _accuracies(line))}" for line in r.lines)
         lines += _field("accuracy", f"at -e and e: {text}")
+    for plane in r.planes:
+        places = [_least(plane, surface, r.weight_norm) for surface in (plane.loss, plane.relaxed_loss) if surface]
+        lines += _field("plane", f"{','.join(plane.directions)}: least at {'; relaxed at '.join(places)}")
     return lines
 
 
 def rises(line: Line) -> str:
-    """On which sides the true loss at the step is above that at the weights: both, -, + or no."""
+    """The sides on which the true loss at the step is above that at the weights: both, +, - or no."""
     _, below, here, above = line.around(line.loss)
-    return {(True, True): "both", (True, False): "- only", (False, True): "+ only"}.get(
-        (below > here, above > here), "no"
-    )
+    return {(True, True): "both", (True, False): "-", (False, True): "+"}.get((below > here, above > here), "no")
 
 
-def _ends(line: Line) -> tuple[float, float]:
+def _accuracies(line: Line) -> tuple[float, float]:
     _, below, _, above = line.around(line.accuracy)
     return below, above
 
 
-def _planes(r: LandscapeResult) -> list[str]:
-    lines = []
-    for plane in r.planes:
-        text = ", ".join(
-            _least(name, plane, surface, r.weight_norm)
-            for name, surface in (("true loss", plane.loss), ("relaxed", plane.relaxed_loss))
-            if surface
-        )
-        lines += _field("plane", f"{','.join(plane.directions)}: least {text}")
-    return lines
-
-
-def _least(name: str, plane: Plane, surface: Sequence[Sequence[float]], norm: float) -> str:
+def _least(plane: Plane, surface: Sequence[Sequence[float]], norm: float) -> str:
     z = np.array(surface)
     if not np.isfinite(z).any():
-        return f"{name} nowhere finite"
+        return "no place: nowhere finite"
     row, column = np.unravel_index(int(np.nanargmin(z)), z.shape)
     x, y = (plane.distances[i] / norm for i in (column, row))
-    return f"{name} {z[row, column]:.4g} at ({x:.2g}, {y:.2g})"
+    return f"({x:.2g}, {y:.2g})"
 
 
 def _cautions(r: LandscapeResult) -> list[str]:
-    return [
-        line for text in cautions(r) for line in textwrap.wrap(text, WIDTH, initial_indent="! ", subsequent_indent="  ")
-    ]
+    wrapped = (textwrap.wrap(text, WIDTH, initial_indent="! ", subsequent_indent="  ") for text in cautions(r))
+    return [line for lines in wrapped for line in lines]
 
 
 def cautions(r: LandscapeResult) -> Iterator[str]:
-    """What not to conclude, in plain words, and what could not be drawn."""
+    """What could not be had and why, and what not to conclude, in plain words."""
     for name, why in r.refused.items():
         yield f"No {name}: {why}."
     if wrong := [line.name for line in r.lines if not line.converged]:
-        yield f"Not converged: {', '.join(wrong)}; what is drawn is near the eigenvector at best."
+        yield f"Not converged: {', '.join(wrong)}. What is drawn is near the eigenvector at best."
     if r.network.get("surrogate"):
         yield (
-            'The true loss is piecewise constant: its slope is 0 almost everywhere, true" depends on the step and is '
-            "no derivative. v'Hv and v'Gv are derivatives of the surrogate, not of it."
+            'The true loss is piecewise constant: it has no derivative but 0, and true L" depends on the step. '
+            "v'Hv and v'Gv are derivatives of the surrogate."
         )
-        if math.isfinite(r.relaxed_loss):
-            yield (
-                "The relaxed network is another network (the surrogate's primitive in place of every spike): compare "
-                "shapes, not heights."
-            )
-    for line in r.lines:
-        if line.hessian < 0 and not line.name.startswith("random") and rises(line) == "both":
-            yield (
-                f"Along {line.name} v'Hv is negative, yet the true loss rises on both sides: no way down, and no saddle, "
-                "for these weights."
-            )
+    if math.isfinite(r.relaxed_loss):
+        yield "The relaxed network is another one: compare the shape of its loss, not its height."
+    curved = [x.name for x in r.lines if x.hessian < 0 and not x.name.startswith("random") and rises(x) == "both"]
+    if curved:
+        names = " and ".join(curved)
+        yield f"Along {names} v'Hv < 0, yet the true loss is higher on both sides: no way down for the spikes."

@@ -14,6 +14,7 @@ import click
 
 from ikun_hessian.compare import compare
 from ikun_hessian.info import info
+from ikun_hessian.landscape import landscape
 from ikun_hessian.screen import FailedError
 from ikun_hessian.spectrum import spectrum
 from ikun_hessian.train import train
@@ -29,7 +30,7 @@ def cli() -> None:
     """
 
 
-for command in (train, spectrum, info, compare):
+for command in (train, spectrum, landscape, info, compare):
     cli.add_command(command)
 
 
