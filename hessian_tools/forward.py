@@ -41,6 +41,8 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
     On the CPU the points are computed side by side, one thread each. The objective's own model is not touched.
     """
     own = local()
+    if objective.reset is not None:
+        objective.reset(objective.model)  # a state with a graph cannot be copied
 
     @torch.no_grad()
     def run(item: S) -> Tensor:
