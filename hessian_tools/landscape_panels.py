@@ -100,7 +100,7 @@ def landscape_figure(result: LandscapeResult) -> Figure:
                         ax = figure.add_subplot(next(cells))
                         set_title(ax, next(letters), name)
                         draw_plane(ax, plane, surface, result.weight_norm, levels, norm)
-                        if surface is not plane.loss:
+                        if name == "relaxed":
                             ax.tick_params(labelleft=False)
                             ax.set_ylabel("")
                         axes.append(ax)
@@ -147,7 +147,10 @@ def draw_line(ax: Axes, line: Line, result: LandscapeResult, styles: dict[str, L
     )
     numbers = ("v′Hv", line.hessian), ("v′Gv", line.ggn), ("L″", line.second_difference(line.loss))
     text = "\n".join(f"{name} = {value:.2g}".replace("-", "−") for name, value in numbers)
-    ax.text(0.5, 0.97, text, transform=ax.transAxes, ha="center", va="top", fontsize=SMALL, color="0.2")
+    ax.text(
+        0.5, 0.97, text, transform=ax.transAxes, ha="center", va="top", fontsize=SMALL, color="0.2",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
+    )  # fmt: skip
     _ends(ax, x)
     sns.despine(ax=ax)
 
@@ -158,10 +161,10 @@ def _draw_accuracy(ax: Axes, line: Line, unit: float, labelled: bool) -> None:
     twin.plot(
         np.array(line.distances) / unit, line.accuracy, color="0.6", linestyle=ACCURACY, linewidth=0.9, label="accuracy"
     )
-    twin.set_ylim(0, 1.55)  # the numbers stand above
+    twin.set_ylim(0, 1.7)  # the numbers stand above
     twin.set_yticks([0, 0.5, 1])
     sns.despine(ax=twin, right=False, left=True)
-    twin.tick_params(color="0.6", labelcolor="0.4", labelright=labelled)
+    twin.tick_params(color="0.6", labelcolor="0.4", labelright=labelled, labelbottom=False)
     twin.spines["right"].set_color("0.6")
     twin.set_zorder(ax.get_zorder() - 1)
     ax.patch.set_visible(False)
@@ -195,7 +198,8 @@ def _loss_axis(result: LandscapeResult) -> ValueAxis:
         for line in result.lines
         for curvature in (line.hessian, line.ggn)
     ]
-    return linear_axis(np.array([min(low, max(*ends, low - (high - low) / 3)), high]), np.zeros(2))
+    below = max(np.nanmin(ends), low - (high - low) / 3)
+    return linear_axis(np.array([min(low, below), high]), np.zeros(2))
 
 
 def contour_levels(surfaces: Sequence[Sequence[Sequence[float]]]) -> tuple[Array, Normalize]:

@@ -1,0 +1,242 @@
+"""The command `landscape`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ikun_hessian.opening import Job, measured_on, open_job
+from ikun_hessian.options import (
+    half_of_the_memory,
+    json_option,
+    opening_options,
+    out_option,
+    pick,
+    result_stem,
+    tag_option,
+)
+from ikun_hessian.screen import Bar, dumps
+
+if TYPE_CHECKING:
+    from hessian_tools.landscape import LandscapeResult, LandscapeSettings
+    from hessian_tools.objective import Objective
+
+DIRECTIONS = "top1,top2,negative,gradient,random1,random2"
+PLANES = ("random1,random2", "top1,negative")
+
+
+@click.command()
+@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--directions",
+    default=DIRECTIONS,
+    show_default=True,
+    metavar="NAME,NAME,...",
+    help="topN: eigenvectors of the surrogate Hessian, negative: the most negative one; gradient; randomN: "
+    "filter-normalized.",
+)
+@click.option("--points", default=41, show_default=True, help="On a line; odd, so that 0 is one.")
+@click.option(
+    "--range",
+    "reach",
+    type=float,
+    help="Farthest distance, in units of the weights' norm [default: 0.5 in random directions, 0.05 in the others, "
+    "which are some ten times as steep].",
+)
+@click.option(
+    "--plane",
+    "planes",
+    multiple=True,
+    metavar="NAME,NAME",
+    help=f"Two directions; may be given several times [default: {' and '.join(PLANES)}, those that --directions has].",
+)
+@click.option("--plane-points", default=21, show_default=True, help="On each axis of a plane; odd.")
+@click.option("--no-planes", is_flag=True, help="Lines alone.")
+@click.option("--accuracy", is_flag=True, help="Along the lines too.")
+@opening_options
+@click.option("--seed", default=0, show_default=True)
+@out_option
+@tag_option
+@click.option("--force", is_flag=True, help="Overwrite a result of other settings, or an interrupted analysis.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted analysis; finished checkpoints are kept.")
+@json_option
+def landscape(
+    checkpoints: tuple[Path, ...],
+    directions: str,
+    points: int,
+    reach: float | None,
+    planes: tuple[str, ...],
+    plane_points: int,
+    no_planes: bool,
+    accuracy: bool,
+    device: str,
+    memory: float | None,
+    seed: int,
+    out: Path | None,
+    tag: str | None,
+    force: bool,
+    resume: bool,
+    as_json: bool,
+    **opening: Any,
+) -> None:
+    """The loss along lines and planes through the weights of each checkpoint.
+
+    Of the true (spiking) network and of the relaxed one, with the quadratics of Hessian and GGN. Leaves
+    NAME.landscape.json, .png and .pdf beside the checkpoint.
+    """
+    from hessian_tools.landscape import LandscapeSettings
+    from hessian_tools.landscape_report import landscape_lines
+    from hessian_tools.results import clean
+
+    where = pick(device)
+    names = tuple(dict.fromkeys(name.strip() for name in directions.split(",") if name.strip()))
+    if no_planes and planes:
+        raise click.UsageError("--plane and --no-planes exclude each other")
+    if planes or no_planes:
+        pairs = tuple(map(_pair, planes))
+    else:
+        pairs = tuple(pair for pair in map(_pair, PLANES) if set(pair) <= set(names))
+    settings = LandscapeSettings(
+        directions=names,
+        planes=tuple(dict.fromkeys(pairs)),
+        points=points,
+        plane_points=plane_points,
+        range=reach,
+        accuracy=accuracy,
+        seed=seed,
+        memory=memory or half_of_the_memory(where),
+    )
+    stems = [result_stem(path, out, tag, "landscape") for path in checkpoints]
+    if len(set(stems)) < len(stems):
+        raise click.UsageError("two checkpoints would write the same result: give them other names, or one --out each")
+    found: list[LandscapeResult] = []
+    for path, stem in zip(checkpoints, stems, strict=True):
+        click.echo(f"opening {path}", err=True)
+        job = open_job(path, memory=settings.memory, device=where, **opening)
+        old = _earlier(stem, settings, job, force, resume)
+        result = old or _analyse(job, settings, stem)
+        found.append(result)
+        if old is None:
+            _write(result, stem)
+        if not as_json:
+            if len(found) > 1:
+                click.echo("-" * 80)
+            click.echo("\n".join(landscape_lines(result)))
+            click.echo(f"files       {stem}.{{json,png,pdf}}{' (as they were)' if old else ''}")
+    if as_json:
+        printed = [clean(dataclasses.asdict(result)) for result in found]
+        click.echo(dumps(printed[0] if len(printed) == 1 else printed))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    names = [name.strip() for name in text.split(",")]
+    if len(names) != 2:
+        raise click.UsageError(f"--plane '{text}' is no pair of directions like random1,random2")
+    return names[0], names[1]
+
+
+def _relaxed(job: Job) -> tuple[Objective | None, dict[str, str]]:
+    """The relaxed network's objective, or none and why."""
+    import torch
+
+    objective = job.another(relaxed=True)
+    try:
+        with torch.no_grad():
+            objective.outputs(objective.batches[0][0][:1])
+    except ValueError as error:  # the surrogate has no primitive
+        return None, {"relaxed network": str(error)}
+    return objective, {}
+
+
+def _analyse(job: Job, settings: LandscapeSettings, stem: Path) -> LandscapeResult:
+    """The result of one checkpoint, computed from the start or from where an interrupted run stopped."""
+    from hessian_tools.landscape import landscape as analyse
+    from hessian_tools.phases import Phases
+    from hessian_tools.results import clean
+    from hessian_tools.settings import versions
+
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    provenance = {name: job.provenance[name] for name in ("checkpoint", "data", "network", "training")}
+    key = {
+        "settings": dataclasses.asdict(settings),
+        **provenance,
+        **measured_on(job.objective),
+        "versions": versions(),
+    }
+    relaxed, refused = _relaxed(job)
+    with Bar() as bar:
+        return analyse(
+            job.objective,
+            settings,
+            relaxed=relaxed,
+            refused=refused,
+            provenance=provenance,
+            progress=bar.update,
+            phases=Phases(Path(f"{stem}.resume"), clean(key)),
+        )
+
+
+def _write(result: LandscapeResult, stem: Path) -> None:
+    """The figure and the numbers, and away with the interrupted state."""
+    from hessian_tools.figures import save_figure
+    from hessian_tools.landscape_panels import landscape_figure
+    from hessian_tools.phases import Phases
+    from hessian_tools.results import save
+
+    save_figure(landscape_figure(result), stem)
+    save(result, Path(f"{stem}.json"))
+    Phases.remove(Path(f"{stem}.resume"))
+
+
+def _earlier(stem: Path, settings: LandscapeSettings, job: Job, force: bool, resume: bool) -> LandscapeResult | None:
+    """A finished result that --resume keeps; refuses to overwrite what it must not, and with --force clears the way."""
+    from hessian_tools.phases import Phases
+
+    state = Path(f"{stem}.resume")
+    if force:
+        Phases.remove(state)
+        return None
+    old = _existing(Path(f"{stem}.json"), settings, job)
+    if state.exists() and not resume:
+        raise click.UsageError(f"an interrupted analysis lies at {state}: --resume it, or --force a new one")
+    return old if resume and not state.exists() else None
+
+
+def _existing(existing: Path, settings: LandscapeSettings, job: Job) -> LandscapeResult | None:
+    """The result there already, if it was made in the same way; refuses if it was not."""
+    from hessian_tools.landscape import SCHEMA, LandscapeResult
+    from hessian_tools.results import ResultError, load
+
+    if not existing.exists():
+        return None
+    try:
+        old = load(existing, LandscapeResult, SCHEMA)
+    except ResultError:
+        raise click.UsageError(f"{existing} exists and is no result of this version: --tag NAME or --force") from None
+    asked = json.loads(json.dumps(dataclasses.asdict(settings)))
+    new = {
+        "settings": {name: value for name, value in asked.items() if name != "memory"},  # which changes no number
+        "checkpoint": {"sha256": job.provenance["checkpoint"]["sha256"]},
+        "data": job.provenance["data"],
+        "network": job.provenance["network"],
+    }
+    differing = [
+        f"{part} {key}"
+        for part, values in new.items()
+        for key, value in values.items()
+        if getattr(old, part).get(key) != value
+    ]
+    here = measured_on(job.objective)
+    if old.dtype != here["dtype"].removeprefix("torch."):
+        differing.append("dtype")
+    if old.parameters != here["parameters"]:
+        differing.append("set of parameters")
+    if differing:
+        raise click.UsageError(
+            f"{existing} was made with another {differing[0]}: keep both with --tag NAME, or overwrite it with --force"
+        )
+    return old
