@@ -150,5 +150,6 @@ def measured_on(objective: Objective) -> dict[str, Any]:
         "dtype": str(objective.dtype),
         "device": str(objective.device),
         "batches": [len(y) for _, y in objective.batches],
+        "segmented": objective.segmented,
         "parameters": {name: p.numel() for name, p in objective.parameters.items()},
     }

@@ -237,7 +237,8 @@ class Peak(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("coding", ["direct", "poisson"])
-def test_memory_grows_like_the_square_root_of_time(coding: str) -> None:
+def test_memory_grows_like_the_square_root_of_time(coding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spikes, "PIECE", 1024)  # as small as this network asks for
     found: dict[bool, list[float]] = {False: [], True: []}
     for steps in (16, 64, 256):
         whole = objective_of(timesteps=steps, coding=coding, channels=4, input_shape=(1, 8, 8), classes=2)
@@ -247,7 +248,7 @@ def test_memory_grows_like_the_square_root_of_time(coding: str) -> None:
             found[objective.segmented].append(peak.bytes)
             each = segments.bytes_per_sample(objective)
             assert each is not None
-            assert 1 < peak.bytes / (5 * each) < 2  # what batch sizes are chosen by, and the work of a product
-    assert found[False][2] / found[False][1] > 3.4
+            assert 0.8 < peak.bytes / (5 * each) < 2  # what batch sizes are chosen by, and the work of a product
+    assert found[False][2] / found[False][1] > 3.7
     assert max(b / a for a, b in itertools.pairwise(found[True])) < 2.2
     assert found[True][2] < found[False][2] / 6
