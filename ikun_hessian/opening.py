@@ -59,6 +59,7 @@ def open_job(
     import torch
 
     from hessian_tools.objective import make_objective
+    from hessian_tools.segments import bytes_per_sample
     from ikun.checkpoint import load_checkpoint, sha256
     from ikun.networks import LOSSES
     from ikun.statistics import observe
@@ -86,7 +87,9 @@ def open_job(
     segmented = False
     batch_size, segmented = _cut(objective(), batch_size, memory * 2**30 / 4, group)
     first = objective()
-    statistics = observe(checkpoint.build(), x[:512], y[:512], LOSSES[checkpoint.loss])
+    each = bytes_per_sample(dataclasses.replace(first, segmented=False))  # an autograd pass takes about three of it
+    few = max(1, min(512, int(memory * 2**30 / 12 / each))) if each else 512
+    statistics = observe(checkpoint.build(), x[:few], y[:few], LOSSES[checkpoint.loss])
     provenance = {
         "checkpoint": {"path": str(path), "sha256": sha256(path)},
         "data": {"name": data.name, "split": split, "sha256": digest, "loss": checkpoint.loss},
