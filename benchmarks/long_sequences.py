@@ -78,6 +78,7 @@ def times(steps: int, samples: int, rounds: int) -> None:
     print(f"T = {steps}, {samples} samples: |in segments - whole| / |Hv| = {float(error):.0e}")
     candidates = {
         "eager gradient": lambda: torch.autograd.grad(objective.loss(objective.outputs(x), y), parameters),
+        "eager forward": lambda: objective.outputs(x),
         "gradient in segments": lambda: segments.value_and_gradient(objective, batch),
         "Hessian product, whole, primal kept": lambda: kept(v),
         "Hessian product, whole, from scratch": lambda: product("hessian")(v),
@@ -94,9 +95,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(2)
     if options.peak:
         return peaks(options.peak, options.samples)
+    torch.set_num_threads(2)
     for steps in STEPS:
         again = [sys.executable, __file__, "--samples", str(options.samples), "--peak", str(steps)]
         subprocess.run(again, check=True)

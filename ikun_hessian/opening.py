@@ -111,7 +111,8 @@ def _cut(objective: Objective, asked: int | None, memory: float, group: Group | 
     """(samples in a batch, whether time is cut into segments: where such a batch does not fit into `memory` bytes).
 
     Unless asked for, as many samples as fit, but on the CPU no more than is fast: batches run side by side, and arrays
-    beyond some 30 MB come from fresh pages every time. At least 64 if they fit, shorter batches being all overhead.
+    beyond some 30 MB come from fresh pages every time. At least 64 if they fit, shorter batches being all overhead
+    unless the sequences are long.
     """
     import torch
 
@@ -130,7 +131,7 @@ def _cut(objective: Objective, asked: int | None, memory: float, group: Group | 
         most = max(1, batch_size_within(objective, memory / workers))
     if objective.device.type == "cpu":
         share = -(-objective.samples // (workers * processes))
-        most = min(most, max(64, min(share, batch_size_within(objective, 2**27))))
+        most = min(most, max(1 if long else 64, min(share, batch_size_within(objective, 2**27))))
     chosen = asked or min(most, -(-objective.samples // processes)), segmented  # a batch for every process
     return chosen if group is None else group.broadcast(chosen)
 
