@@ -64,7 +64,7 @@ def calibrated(name: str, options: str, folder: Path, fashion: Path | None) -> N
     checkpoint, out = folder / f"{name}.pt", folder / f"{name}.calibration.json"
     if not checkpoint.exists() and run(["train", *options.split(), "--force", "--out", str(checkpoint)]):
         raise SystemExit(f"{name}: training failed")
-    scales = (0.1, 0.2, 0.4) if "csnn" in name else (0.05, 0.1, 0.2, 0.4)
+    scales = (0.05, 0.1, 0.2) if "csnn" in name else (0.05, 0.1, 0.2, 0.4)
     settings = CalibrationSettings(scales=scales)
     job = open_job(
         checkpoint,

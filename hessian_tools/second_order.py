@@ -119,11 +119,11 @@ class Chain:
 
 
 def _tensors(thing: object) -> Iterator[Tensor]:
-    """The tensors a layer holds, directly or in a dataclass."""
+    """The tensors a layer holds, directly, in a dataclass or in a layer of its own."""
     for value in vars(thing).values():
         if isinstance(value, Tensor):
             yield value
-        elif is_dataclass(value):
+        elif is_dataclass(value) or hasattr(value, "tangent"):
             yield from _tensors(value)
 
 

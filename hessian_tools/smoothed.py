@@ -10,6 +10,8 @@ with currents, potentials and spikes of `draws` perturbed networks:
 - where a layer's input is the same at all steps, its whole spike train answers to a constant shift of the current. That
   response is computed outright, by shifting the currents of the draws (spike trains then differ by more than a Gaussian
   in h knows: a spike moved by one step);
+- a max-pooled spike is there if any of its entries fires, so its mean answers to one entry where the others are silent:
+  the share of the draws in which they are (no tie rule occurs);
 - the outputs are counts of a few spikes, and the mean loss of a count is not the loss of the mean count. So the product
   is split before the output neurons: their currents' tangent, averaged over time, meets the second derivative of the
   mean loss E l(rate(current + noise)) by that current. With rates r, r' and r'' derivatives of E r, m'' that of
@@ -58,9 +60,11 @@ class SpikingLayer(Layer, Protocol):
 
     def fire(self, x: Tensor) -> Tensor: ...
 
-    def averaged(self, mean: Tensor, spread: Tensor) -> Layer: ...
+    def alone(self, fired: Tensor) -> Tensor | None: ...
 
-    def responding(self, response: Tensor) -> Layer: ...
+    def averaged(self, mean: Tensor, spread: Tensor, alone: Tensor | None) -> Layer: ...
+
+    def responding(self, response: Tensor, alone: Tensor | None) -> Layer: ...
 
 
 def smoothed(
@@ -94,6 +98,7 @@ def _linearize(objective: Objective, batch: Batch, *, scale: float, draws: int, 
     means = {i: torch.zeros_like(cast(Tensor, layer.z)) for i, _, layer in neurons}
     squares = {i: torch.zeros_like(mean) for i, mean in means.items()}
     last = neurons[-1][0]
+    alone: dict[int, Tensor | None] = dict.fromkeys(means)
     currents: dict[int, list[Tensor]] = {i: [] for i, _, layer in neurons if layer.static or i == last}
     outputs = torch.zeros_like(found[0])
     for out, perturbed in _perturbed(objective, x, scale, draws, seed):
@@ -103,14 +108,16 @@ def _linearize(objective: Objective, batch: Batch, *, scale: float, draws: int, 
             step = z - means[i]  # Welford's
             means[i] += step / (len(currents[last]) + 1)
             squares[i] += step * (z - means[i])
+            if (share := layer.alone((z >= 0).to(z))) is not None:
+                alone[i] = share / draws if alone[i] is None else cast(Tensor, alone[i]) + share / draws
         for i, current, layer in _spiking(perturbed):
             if i in currents:
                 currents[i].append(current.reshape(1 if layer.static else len(means[i]), -1))
     for i, _, layer in neurons[:-1]:
         if layer.static:
-            layers[i] = layer.responding(_responses(layer.fire, currents[i])[0])
+            layers[i] = layer.responding(_responses(layer.fire, currents[i])[0], alone[i])
         else:
-            layers[i] = layer.averaged(means[i], (squares[i] / (draws - 1)).sqrt().clamp_min(FLOOR))
+            layers[i] = layer.averaged(means[i], (squares[i] / (draws - 1)).sqrt().clamp_min(FLOOR), alone[i])
     counting = neurons[-1][2]
     steps, shape = len(means[last]), outputs.shape
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -90,26 +91,70 @@ class Spikes:
         """Spikes [T, M], before the pooling, for other inputs x [T, M] or [1, M]."""
         return _value(self.neuron, len(self.scan.f1), None, x)[0]
 
-    def averaged(self, mean: Tensor, spread: Tensor) -> Spikes:
+    def alone(self, fired: Tensor) -> Tensor | None:
+        """Where no other entry of the pooling window fires [T, M], for spikes [T, M]; None without pooling."""
+        if self.scan.index is None:
+            return None
+        plane = self._planes(fired)
+        others = _widen(4 * F.avg_pool2d(plane, 2), plane.shape) - plane
+        return (others == 0).to(fired).view_as(fired)
+
+    def averaged(self, mean: Tensor, spread: Tensor, alone: Tensor | None) -> Spikes | Pooled:
         """The layer of mean spikes where h - threshold [T, M] is normal with this mean and standard deviation.
 
         E s' = N(0; mean, spread^2) h', and E v' = (P(silent) - (threshold - v_reset) N) h' as h = threshold where a
         spike comes or goes. P(silent) is taken at the layer's own inputs. The reset is felt even if it is detached.
+        alone [T, M]: the mean of `alone`, the derivative of the pooled spike by each of its entries.
         """
         assert self.z is not None
         d = self.neuron.dynamics
         f1 = torch.exp(-0.5 * (mean / spread).square()) / (spread * math.sqrt(2 * math.pi))
         c = 1 - d.threshold * f1 if d.reset == "soft" else (self.z < 0).to(f1) - (d.threshold - d.v_reset) * f1
-        return self._with(f1, c)
+        return self._with(f1, c, alone)
 
-    def responding(self, response: Tensor) -> Spikes:
+    def responding(self, response: Tensor, alone: Tensor | None) -> Spikes | Pooled:
         """The layer whose spikes change by response [T, M] per unit of a constant current."""
         f1 = response / self.scan.gain
-        return self._with(f1, torch.zeros_like(f1))
+        return self._with(f1, torch.zeros_like(f1), alone)
 
-    def _with(self, f1: Tensor, c: Tensor) -> Spikes:
+    def _with(self, f1: Tensor, c: Tensor, alone: Tensor | None) -> Spikes | Pooled:
         assert self.z is not None
-        return Spikes(self.neuron, self.shapes, self.z, replace(self.scan, f1=f1, c=c))
+        scan = replace(self.scan, f1=f1, c=c, index=None, unit=1)
+        if alone is None:
+            return Spikes(self.neuron, self.shapes, self.z, scan)
+        shape = self._planes(f1).shape
+        return Pooled(Spikes(self.neuron, (self.shapes[0], shape), self.z, scan), alone.view(shape))
+
+    def _planes(self, t: Tensor) -> Tensor:
+        """[T, M] -> [T N, C, H, W]."""
+        return t.reshape(-1, *self.shapes[0][1:])
+
+
+def _widen(pooled: Tensor, shape: torch.Size) -> Tensor:
+    """Every entry of [N, C, H / 2, W / 2] four times in [N, C, H, W]; 0 in a row or column left over."""
+    wide = pooled.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    return F.pad(wide, (0, shape[-1] - wide.shape[-1], 0, shape[-2] - wide.shape[-2]))
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Neurons and a pooling that passes a share [T N, C, H, W] of every entry's derivative; no second-order pass."""
+
+    neurons: Spikes
+    share: Tensor
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return self.neurons.parameters
+
+    def tangent(self, dx: Tensor | None, dp: Sequence[Tensor | None]) -> Tensor:
+        return 4 * F.avg_pool2d(self.share * self.neurons.tangent(dx, dp), 2)
+
+    def adjoint(self, g: Tensor, want: Any, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.neurons.adjoint(self.share * _widen(g, self.share.shape), want, keep)
+
+    def adjoint_tangent(self, dg: Tensor, dx: object, dp: object, want: object) -> tuple[Tensor, tuple[Tensor, ...]]:
+        raise NotImplementedError("a Gauss-Newton product has no second-order pass")
 
 
 def by_pieces(fill: Callable[..., object], *tensors: Tensor) -> None:
