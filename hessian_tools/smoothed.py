@@ -57,6 +57,7 @@ class SpikingLayer(Layer, Protocol):
 
     z: Tensor | None  # h - threshold [T, M]
     static: bool
+    threshold: float
 
     def fire(self, x: Tensor) -> Tensor: ...
 
@@ -129,17 +130,18 @@ def _linearize(objective: Objective, batch: Batch, *, scale: float, draws: int, 
             if i in currents:
                 currents[i].append(current.reshape(1 if layer.static else len(means[i]), -1))
     for i, _, layer in neurons[:-1]:
+        floor = FLOOR * layer.threshold
         if layer.static:
-            layers[i] = layer.responding(_responses(layer.fire, currents[i])[0], alone[i])
+            layers[i] = layer.responding(_responses(layer.fire, currents[i], floor)[0], alone[i])
         else:
-            layers[i] = layer.averaged(means[i], (squares[i] / (draws - 1)).sqrt().clamp_min(FLOOR), alone[i])
+            layers[i] = layer.averaged(means[i], (squares[i] / (draws - 1)).sqrt().clamp_min(floor), alone[i])
     counting = neurons[-1][2]
     steps, shape = len(means[last]), outputs.shape
 
     def rates(current: Tensor) -> Tensor:
         return counting.fire(current).reshape(steps, *shape).mean(0)
 
-    moments = _moments(rates, currents[last], outputs)
+    moments = _moments(rates, currents[last], outputs, FLOOR * counting.threshold)
     form, diagonal = _output_form(objective, outputs, y, *moments)
     readout = layers[last - 1]
     hidden = len(neurons) > 1 and neurons[-2][0] == last - 2 and isinstance(readout, Affine)
@@ -222,14 +224,16 @@ def _normal(u: float) -> float:
     return math.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
 
 
-def _responses(fire: Callable[[Tensor], Tensor], currents: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _responses(
+    fire: Callable[[Tensor], Tensor], currents: list[Tensor], floor: float = FLOOR
+) -> tuple[Tensor, Tensor, Tensor]:
     """First and second derivatives of E fire(current + a) by the constant a, and the Gaussian's width [1, M].
 
-    currents: one [T, M] or [1, M] a draw.
+    currents: one [T, M] or [1, M] a draw. floor: least standard deviation.
     """
     mean = torch.stack(currents).mean(0)
     variance = sum((c - mean).square() for c in currents) / (len(currents) - 1)
-    width = SHARE * cast(Tensor, variance).sqrt().mean(0, keepdim=True).clamp_min(FLOOR)
+    width = SHARE * cast(Tensor, variance).sqrt().mean(0, keepdim=True).clamp_min(floor)
     first = second = torch.zeros(())
     for index, current in enumerate(currents):
         shrunk = mean + math.sqrt(1 - SHARE**2) * (current - mean)
@@ -239,10 +243,12 @@ def _responses(fire: Callable[[Tensor], Tensor], currents: list[Tensor]) -> tupl
     return first / len(currents) / width, second / len(currents) / width.square(), width
 
 
-def _moments(rates: Callable[[Tensor], Tensor], currents: list[Tensor], mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(
+    rates: Callable[[Tensor], Tensor], currents: list[Tensor], mean: Tensor, floor: float = FLOOR
+) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives by a constant current, all [N, K]: E r', E r'', and the second of E (r - mean)^2."""
     both, curved_rates, _ = _responses(
-        lambda current: torch.stack([(r := rates(current)).flatten(), (r - mean).square().flatten()]), currents
+        lambda current: torch.stack([(r := rates(current)).flatten(), (r - mean).square().flatten()]), currents, floor
     )
     return both[0].view_as(mean), curved_rates[0].view_as(mean), curved_rates[1].view_as(mean)
 

@@ -87,6 +87,10 @@ class Spikes:
         """One input for all steps."""
         return self.scan.static
 
+    @property
+    def threshold(self) -> float:
+        return self.neuron.dynamics.threshold
+
     def fire(self, x: Tensor) -> Tensor:
         """Spikes [T, M], before the pooling, for other inputs x [T, M] or [1, M]."""
         return _value(self.neuron, len(self.scan.f1), None, x)[0]

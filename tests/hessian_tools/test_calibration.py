@@ -205,6 +205,17 @@ def test_directions_are_unit_vectors_of_their_kind() -> None:
     torch.testing.assert_close(columns["gradient"][:, 0], gradient / gradient.norm())
 
 
+def test_filter_normalized_directions_leave_small_filters_alone() -> None:
+    objective = smooth()
+    objective.parameters["2.weight"].data[1:] *= 1e-3
+    operators = {name: make(objective, 0) for name, make in MAIN.items()}
+    v, kinds = directions(objective, operators, None, objective.value_and_gradient()[1], SMALL, quiet)
+    assert not any("smoothed" in kind for kind in kinds)
+    shares = {kind: objective.split(v[:, [k == kind for k in kinds]].T)[2].square().sum((0, 2)) for kind in kinds}
+    assert (shares["random, filter-normalized"][1:] < 1e-4 * shares["random, filter-normalized"][0]).all()
+    assert (shares["random"][1:] > 0.01 * shares["random"][0]).all()
+
+
 def test_forms_of_the_absolute_value() -> None:
     a = draw(10, 10)
     a = a + a.T
@@ -324,10 +335,10 @@ def test_a_network_that_never_spikes_has_no_truth() -> None:
 
 def test_agreement_of_known_numbers() -> None:
     predicted = np.array([1.0, 2.0, 4.0, 8.0, 1.0, -1.0])
-    truth = np.array([1.0, 1.0, 4.0, 16.0, -1.0, 2.0])
+    truth = np.array([1.3, 1.0, 4.0, 16.0, -1.0, 2.0])
     found = agreement(predicted, truth)
-    logs = np.log([1, 0.5, 1, 2])
-    assert found.ratio == pytest.approx(1)
+    logs = np.log([1.3, 0.5, 1, 2])
+    assert found.ratio == pytest.approx(1.3**0.5)
     np.testing.assert_allclose(found.quartiles, np.exp(np.percentile(logs, [25, 75])))
     assert found.within == pytest.approx(2 / 6)
     assert found.correlation == pytest.approx(stats.spearmanr(predicted, truth).statistic)

@@ -597,3 +597,21 @@ def test_networks_without_one() -> None:
     with pytest.raises(ValueError, match="ends in the mean rates"):
         smoothed(replace(csnn(), reset=lambda model: None))
     assert unsupported(csnn()) == ""
+
+
+def test_a_network_in_other_units_of_potential_has_the_same_curvature() -> None:
+    """Threshold and weights of a hidden layer times c: the same spikes, so D S D as it was."""
+    products = []
+    for c in (1.0, 1e-3):
+        torch.manual_seed(3)
+        network = Network(Spec(model="mlp", hidden=(12,), norm="none", threshold=c)).double()
+        with torch.no_grad():
+            for p in network.parameters():
+                p.mul_(3 * c)
+        x = torch.rand(40, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+        objective = make_objective(network, LOSSES["mse"], (x, torch.arange(40) % 10))
+        unit = noise_scales(objective)
+        v = torch.randn(objective.size, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        products.append(unit * (smoothed(objective, scale=0.2) @ (unit * v)))
+    assert products[0].norm() > 0
+    torch.testing.assert_close(products[1], products[0], rtol=1e-6, atol=1e-9)
