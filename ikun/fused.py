@@ -16,8 +16,8 @@ A learned decay (PLIF: gain = sigmoid(w), decay = 1 - gain) adds, with u[t] = x[
 
 The kernels also do the 2 x 2 max-pooling behind the neurons: choose its entries (value), select them (tangent), scatter
 (adjoint); `index` [T, Q] holds their positions in 0..M-1. An input that repeats over time is one row [1, M]; its
-adjoint is the sum over T. Kernels are numba's, on blocks of neurons that fit the cache, one slice of the blocks per
-thread; plain torch where numba is missing or the tensors are not on the CPU.
+adjoint is the sum over T. Kernels are numba's on the CPU, on blocks of neurons that fit the cache, one slice of the
+blocks per thread, and Triton's on CUDA (triton_scans.py); plain torch where there is neither.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from itertools import pairwise
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -37,18 +38,27 @@ from torch import Tensor
 
 BLOCK = 1024  # neurons of a block: [T, BLOCK] local arrays
 
+F = TypeVar("F", bound=Callable[..., Any])
+Number = float | Tensor  # a Tensor [] on devices: reading it would wait for all that is queued there
+
+
+def number(t: Tensor | float) -> Number:
+    """A tensor's only entry, without waiting for a device."""
+    return t.detach() if isinstance(t, Tensor) and t.device.type != "cpu" else float(t)
+
 
 @dataclass
 class Scan:
     """A scan at fixed weights: f1, c, e, u, gh [T, M]; gh: the kept adjoint of h, for a learned decay; reset: (a, b).
 
-    unit: the size of one pooled plane; blocks are multiples of it, so that no window is cut. static: x is [1, M].
+    unit: the size of one pooled plane; blocks are multiples of it, so that no window is cut. width: of its rows.
+    static: x is [1, M].
     """
 
     f1: Tensor
     c: Tensor
-    decay: float
-    gain: float
+    decay: Number
+    gain: Number
     static: bool
     index: Tensor | None
     unit: int
@@ -56,6 +66,7 @@ class Scan:
     u: Tensor | None = None
     gh: Tensor | None = None
     reset: tuple[float, float] = (0.0, 0.0)
+    width: int = 1
 
 
 # ---------------------------------------------------------------- plain torch
@@ -74,12 +85,12 @@ def _collect(gx: list[Tensor], static: bool) -> Tensor:
     return x.sum(0, keepdim=True) if static else x
 
 
-def torch_tangent(scan: Scan, dx: Tensor, dgain: float) -> Tensor:
+def torch_tangent(scan: Scan, dx: Tensor, dgain: Number) -> Tensor:
     """x' [T or 1, M] -> s' [T, M or Q]."""
     dv, spikes = torch.zeros_like(dx[0]), []
     for t, x in enumerate(_rows(dx, len(scan.f1))):
         dh = scan.decay * dv + scan.gain * x
-        if scan.u is not None and dgain:
+        if scan.u is not None:
             dh = dh + dgain * scan.u[t]
         spikes.append(scan.f1[t] * dh)
         dv = scan.c[t] * dh
@@ -87,9 +98,9 @@ def torch_tangent(scan: Scan, dx: Tensor, dgain: float) -> Tensor:
     return out if scan.index is None else out.gather(1, scan.index.long())
 
 
-def torch_adjoint(scan: Scan, g: Tensor, z: Tensor | None = None) -> tuple[Tensor, float]:
+def torch_adjoint(scan: Scan, g: Tensor, z: Tensor | None = None) -> tuple[Tensor, Number]:
     """gs [T, M or Q] -> (gx [T or 1, M], dL/dgain or 0); with z [T, M] also turns scan.e from f2 into e, fills gh."""
-    gs, gx, total = scatter(g, scan), [], 0.0
+    gs, gx, total = scatter(g, scan), [], number(0.0)
     gv, (a, b) = torch.zeros_like(gs[0]), scan.reset
     for t in reversed(range(len(gs))):
         gh = scan.f1[t] * gs[t] + scan.c[t] * gv
@@ -99,16 +110,16 @@ def torch_adjoint(scan: Scan, g: Tensor, z: Tensor | None = None) -> tuple[Tenso
             if scan.gh is not None:
                 scan.gh[t] = gh
         if scan.u is not None:
-            total += float((gh * scan.u[t]).sum(dtype=torch.float64))
+            total = total + number((gh * scan.u[t]).sum(dtype=torch.float64))
         gx.append(scan.gain * gh)
         gv = scan.decay * gh
     return _collect(gx, scan.static), total
 
 
-def torch_adjoint_tangent(scan: Scan, dg: Tensor, dx: Tensor, dgain: float) -> tuple[Tensor, float]:
+def torch_adjoint_tangent(scan: Scan, dg: Tensor, dx: Tensor, dgain: Number) -> tuple[Tensor, Number]:
     """(gs' [T, M or Q], x' [T or 1, M]) -> (gx' [T or 1, M], (dL/dgain)' or 0)."""
     assert scan.e is not None
-    gs, gx, total = scatter(dg, scan), [], 0.0
+    gs, gx, total = scatter(dg, scan), [], number(0.0)
     dv, hs, us = torch.zeros_like(dx[0]), [], []
     for t, x in enumerate(_rows(dx, len(scan.f1))):
         dh = scan.decay * dv + scan.gain * x
@@ -122,7 +133,7 @@ def torch_adjoint_tangent(scan: Scan, dg: Tensor, dx: Tensor, dgain: float) -> t
         gh = scan.f1[t] * gs[t] + scan.c[t] * gv + scan.e[t] * hs[t]
         x, gv = scan.gain * gh, scan.decay * gh
         if scan.u is not None and scan.gh is not None:
-            total += float((gh * scan.u[t] + scan.gh[t] * us[t]).sum(dtype=torch.float64))
+            total = total + number((gh * scan.u[t] + scan.gh[t] * us[t]).sum(dtype=torch.float64))
             x, gv = x + dgain * scan.gh[t], gv - dgain * scan.gh[t]
         gx.append(x)
     return _collect(gx, scan.static), total
@@ -309,7 +320,7 @@ def _adjoint_tangent(g, x, f1, c, e, u, gh, decay, gain, dgain, index, block, fi
     return total
 
 
-_state = {"broken": False}
+_state = {"broken": False, "triton broken": False}
 
 
 @cache
@@ -342,9 +353,46 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
+@cache
+def _triton_scans() -> ModuleType | None:
+    try:
+        from ikun import triton_scans
+    except Exception as error:  # as above
+        warnings.warn(f"Triton is not usable ({error}): spikes run in plain torch on CUDA, slower", stacklevel=2)
+        return None
+    return triton_scans
+
+
+def on_device(like: Tensor) -> ModuleType | None:
+    """The module with the kernels for such tensors on their device, if it is no CPU."""
+    if like.device.type != "cuda" or like.dtype not in (torch.float32, torch.float64) or _state["triton broken"]:
+        return None
+    return _triton_scans()
+
+
 def usable(like: Tensor) -> bool:
-    """Whether the kernels can run on such tensors here."""
-    return like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64) and kernels() is not None
+    """Whether kernels can run on such tensors here."""
+    if like.device.type != "cpu":
+        return on_device(like) is not None
+    return like.dtype in (torch.float32, torch.float64) and kernels() is not None
+
+
+def _there_first(function: F) -> F:
+    """The function of this name in `on_device`'s module, for such tensors, until Triton fails; `function` elsewhere."""
+
+    @wraps(function)
+    def chosen(first: Tensor | Scan, *others: Any, **named: Any) -> Any:
+        if (module := on_device(first if isinstance(first, Tensor) else first.f1)) is not None:
+            try:
+                return getattr(module, function.__name__)(first, *others, **named)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # Triton compiles at the first call
+                warnings.warn(f"Triton failed ({error}): spikes run in plain torch on CUDA, slower", stacklevel=2)
+                _state["triton broken"] = True
+        return function(first, *others, **named)
+
+    return cast(F, chosen)
 
 
 def _launch(
@@ -352,7 +400,7 @@ def _launch(
     like: Tensor,
     unit: int,
     tensors: Sequence[Tensor | None],
-    rates: Sequence[float],
+    rates: Sequence[Number],
     index: Tensor | None,
     out: Tensor,
     sizes: Sequence[int] = (),
@@ -361,7 +409,7 @@ def _launch(
 
     Returns the sum of what its slices return, or None where it cannot run.
     """
-    if not usable(like) or (found := kernels()) is None:
+    if like.device.type != "cpu" or not usable(like) or (found := kernels()) is None:
         return None
     dtype, size = like.numpy().dtype, like.shape[1]
     block = max(1, BLOCK // unit) * unit
@@ -369,7 +417,7 @@ def _launch(
     threads = max(1, min(torch.get_num_threads(), blocks, 1 + like.numel() // 32768))
     edges = [blocks * i // threads for i in range(threads + 1)]
     arrays = [np.empty((0, 0), dtype) if t is None else t.contiguous().numpy() for t in tensors]
-    numbers = [*(dtype.type(r) for r in rates), *sizes]
+    numbers = [*(dtype.type(float(r)) for r in rates), *sizes]
     places = np.empty((0, 0), np.int32) if index is None else index.numpy()
     fixed, target = [*arrays, *numbers, places, block], out.numpy()
     kernel, slices = found[name], list(pairwise(edges))
@@ -383,8 +431,9 @@ def _launch(
     return float(sum(total or 0.0 for total in totals))
 
 
+@_there_first
 def value(
-    x: Tensor, steps: int, rates: Sequence[float], hard: bool, plane: tuple[int, int] | None, last: bool, learned: bool
+    x: Tensor, steps: int, rates: Sequence[Number], hard: bool, plane: tuple[int, int] | None, last: bool, learned: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
     """x [T or 1, M] -> (s [T, M or Q], z [T, M], index [T, Q] or None, u [T, M] or None); None where no kernel can run.
 
@@ -408,7 +457,8 @@ def _gx(scan: Scan) -> Tensor:
     return scan.f1.new_empty((1 if scan.static else len(scan.f1), scan.f1.shape[1]))
 
 
-def tangent(scan: Scan, dx: Tensor, dgain: float = 0.0) -> Tensor:
+@_there_first
+def tangent(scan: Scan, dx: Tensor, dgain: Number = 0.0) -> Tensor:
     """x' [T or 1, M] -> s' [T, M or Q]."""
     out = scan.f1.new_empty((scan.f1 if scan.index is None else scan.index).shape)
     tensors, rates = (dx, scan.f1, scan.c, scan.u), (scan.decay, scan.gain, dgain)
@@ -416,7 +466,8 @@ def tangent(scan: Scan, dx: Tensor, dgain: float = 0.0) -> Tensor:
     return torch_tangent(scan, dx, dgain) if done is None else out
 
 
-def adjoint(scan: Scan, g: Tensor, z: Tensor | None = None) -> tuple[Tensor, float]:
+@_there_first
+def adjoint(scan: Scan, g: Tensor, z: Tensor | None = None) -> tuple[Tensor, Number]:
     """gs [T, M or Q] -> (gx [T or 1, M], dL/dgain or 0); with z [T, M] also turns scan.e from f2 into e, fills gh."""
     out, kept = _gx(scan), (None,) * 3 if z is None else (z, scan.e, scan.gh)
     tensors, rates = (g, scan.f1, scan.c, scan.u, *kept), (scan.decay, scan.gain, *scan.reset)
@@ -424,7 +475,8 @@ def adjoint(scan: Scan, g: Tensor, z: Tensor | None = None) -> tuple[Tensor, flo
     return torch_adjoint(scan, g, z) if total is None else (out, total)
 
 
-def adjoint_tangent(scan: Scan, dg: Tensor, dx: Tensor, dgain: float = 0.0) -> tuple[Tensor, float]:
+@_there_first
+def adjoint_tangent(scan: Scan, dg: Tensor, dx: Tensor, dgain: Number = 0.0) -> tuple[Tensor, Number]:
     """(gs' [T, M or Q], x' [T or 1, M]) -> (gx' [T or 1, M], (dL/dgain)' or 0)."""
     out, tensors = _gx(scan), (dg, dx, scan.f1, scan.c, scan.e, scan.u, scan.gh)
     total = _launch("adjoint_tangent", scan.f1, scan.unit, tensors, (scan.decay, scan.gain, dgain), scan.index, out)
