@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from hessian_tools.cuda import full_precision
 from hessian_tools.distributed import Group
 
 Batch = tuple[Tensor, Tensor]
@@ -54,7 +55,8 @@ class Objective:
         """Forward pass from a reset state."""
         if self.reset is not None:
             self.reset(self.model)
-        out: Tensor = self.model(x)
+        with full_precision(self.device):
+            out: Tensor = self.model(x)
         return out
 
     def split(self, v: Tensor) -> list[Tensor]:
@@ -84,12 +86,13 @@ class Objective:
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """L and its (surrogate) gradient [P]."""
         both = torch.zeros(self.size + 1, dtype=torch.float64, device=self.device)
-        for (x, y), weight in self.weighted_batches():
-            loss = self.loss(self.outputs(x), y)
-            both[-1] += weight * loss.item()
-            if loss.requires_grad:
-                grads = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-                both[:-1] += weight * self.flatten(grads)
+        with full_precision(self.device):
+            for (x, y), weight in self.weighted_batches():
+                loss = self.loss(self.outputs(x), y)
+                both[-1] += weight * loss.item()
+                if loss.requires_grad:
+                    grads = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+                    both[:-1] += weight * self.flatten(grads)
         both = self.summed(both)
         return float(both[-1]), both[:-1]
 

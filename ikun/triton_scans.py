@@ -28,7 +28,8 @@ EXACT = {"enable_fp_fusion": False}  # no fused multiply-adds: the spikes are th
 # ---------------------------------------------------------------- kernels
 @triton.jit
 def _places(
-    block, size, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, POOLED: tl.constexpr, LONG: tl.constexpr
+    block, size, POOLED: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """Of a block's neurons [BLOCK, WINDOW]: position, whether it exists, position of its output, whether that exists,
     position in a row of a scratch array."""
@@ -71,11 +72,7 @@ def _state(state, place, exists, rest, dtype: tl.constexpr):
 @triton.jit
 def _selected(index, row, place, q, whole):
     """Whose spikes are the outputs of a step: those in index [T, Q], or all."""
-    if index is None:
-        chosen = whole
-    else:
-        chosen = whole & (tl.load(index + row + q, whole, -1) == place)
-    return chosen
+    return whole if index is None else whole & (tl.load(index + row + q, whole, -1) == place)
 
 
 @triton.jit(do_not_specialize=["steps"])
@@ -89,23 +86,17 @@ def _value(
     decay, gain, offset = tl.load(rates), tl.load(rates + 1), tl.load(rates + 2)
     threshold, v_reset = tl.load(rates + 3), tl.load(rates + 4)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        place, exists, q, whole, _ = _places(block, size, HEIGHT, WIDTH, BLOCK, index is not None, LONG)
+        place, exists, q, whole, _ = _places(block, size, index is not None, HEIGHT, WIDTH, BLOCK, LONG)
         v = _state(state, place, exists, v_reset, dtype)
         for t in range(steps):
             row = tl.cast(t, tl.int64) * size
-            if STATIC:
-                xt = tl.load(x + place, exists, 0)
-            else:
-                xt = tl.load(x + row + place, exists, 0)
+            xt = tl.load(x + (0 if STATIC else row) + place, exists, 0)
             if u is not None:
                 tl.store(u + row + place, xt - v + v_reset, exists)
             h = decay * v + gain * xt + offset
             y = h - threshold
             f = (y >= 0).to(dtype) + (y - y)
-            if HARD:
-                v = h * (1 - f) + v_reset * f
-            else:
-                v = h - threshold * f
+            v = h * (1 - f) + v_reset * f if HARD else h - threshold * f
             tl.store(z + row + place, y, exists)
             chosen, there = whole, tl.cast(t, tl.int64) * outputs + q
             if index is not None:
@@ -128,14 +119,11 @@ def _tangent(
     dtype: tl.constexpr = f1.dtype.element_ty
     decay, gain, dgain = tl.load(rates), tl.load(rates + 1), tl.load(rates + 2)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        place, exists, q, whole, _ = _places(block, size, HEIGHT, WIDTH, BLOCK, index is not None, LONG)
+        place, exists, q, whole, _ = _places(block, size, index is not None, HEIGHT, WIDTH, BLOCK, LONG)
         v = _state(state, place, exists, 0, dtype)
         for t in range(steps):
             row = tl.cast(t, tl.int64) * size
-            if STATIC:
-                h = decay * v + gain * tl.load(x + place, exists, 0)
-            else:
-                h = decay * v + gain * tl.load(x + row + place, exists, 0)
+            h = decay * v + gain * tl.load(x + (0 if STATIC else row) + place, exists, 0)
             if u is not None:
                 h += dgain * tl.load(u + row + place, exists, 0)
             v = tl.load(c + row + place, exists, 0) * h
@@ -156,7 +144,7 @@ def _adjoint(
     decay, gain, a, b = tl.load(rates), tl.load(rates + 1), tl.load(rates + 2), tl.load(rates + 3)
     total = tl.zeros((BLOCK, WINDOW), tl.float64)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        place, exists, q, whole, _ = _places(block, size, HEIGHT, WIDTH, BLOCK, index is not None, LONG)
+        place, exists, q, whole, _ = _places(block, size, index is not None, HEIGHT, WIDTH, BLOCK, LONG)
         v = _state(state, place, exists, 0, dtype)
         gx = tl.zeros((BLOCK, WINDOW), dtype)
         for i in range(steps):
@@ -197,14 +185,11 @@ def _adjoint_tangent(
     total = tl.zeros((BLOCK, WINDOW), tl.float64)
     mine = kept + tl.cast(tl.program_id(0), tl.int64) * steps * (BLOCK * WINDOW)  # h' [T, BLOCK, WINDOW], in the L2
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        place, exists, q, whole, scratch = _places(block, size, HEIGHT, WIDTH, BLOCK, index is not None, LONG)
+        place, exists, q, whole, scratch = _places(block, size, index is not None, HEIGHT, WIDTH, BLOCK, LONG)
         v = _state(start, place, exists, 0, dtype)
         for t in range(steps):
             row = tl.cast(t, tl.int64) * size
-            if REPEATED:
-                xt = tl.load(x + place, exists, 0)
-            else:
-                xt = tl.load(x + row + place, exists, 0)
+            xt = tl.load(x + (0 if REPEATED else row) + place, exists, 0)
             h = decay * v + gain * xt
             if u is not None:
                 total += (tl.load(gh + row + place, exists, 0) * (xt - v)).to(tl.float64)

@@ -49,7 +49,7 @@ def drives(neuron: Neuron, steps: int, planes: tuple[int, ...], dtype: torch.dty
     noise = noise.to(DEVICE, dtype)
     yield noise + 0.3
     yield (8 * noise).round() / 8
-    decay, gain = (float(torch.as_tensor(r).detach()) for r in neuron.rates())
+    gain = float(torch.as_tensor(neuron.rates()[1]).detach())
     exact = (neuron.dynamics.threshold - neuron.dynamics.v_reset) / gain
     yield torch.full_like(noise, exact) + torch.finfo(dtype).eps * noise.round()
 
@@ -293,14 +293,15 @@ from triton.compiler import ASTSource, compile
 from ikun import triton_scans as scans
 
 names = {"index": "*i64", "totals": "*fp64", "steps": "i32", "size": "i32", "outputs": "i32", "blocks": "i32"}
-for kernel, exact in ((scans._value, scans.EXACT), *((k, {}) for k in (scans._tangent, scans._adjoint, scans._adjoint_tangent))):
+for kernel in (scans._value, scans._tangent, scans._adjoint, scans._adjoint_tangent):
+    exact = scans.EXACT if kernel is scans._value else {}
     for i, (real, plane) in enumerate((("fp32", (28, 28)), ("fp64", (7, 5)), ("fp32", None))):
         height, width = plane or (1, 1)
         window = 4 if plane else 1
         fixed = {"HEIGHT": height, "WIDTH": width, "WINDOW": window, "BLOCK": scans.NEURONS // window, "LONG": i == 1,
                  "HARD": i % 2 == 0, "LAST": i == 1, "STATIC": i % 2 == 0, "REPEATED": i % 2 == 1}
-        absent = (() if plane else ("index",)) + (("u", "gh", "totals") if i % 2 else ()) + (("state", "z") if i == 2 else ())
-        fixed |= {n: None for n in absent if (n, kernel) != ("z", scans._value)}
+        absent = ((), ("u", "gh", "totals"), ("index", "state"))[i]
+        fixed |= dict.fromkeys((*absent, "z", "e") if i == 2 and kernel is scans._adjoint else absent)
         fixed = {n: fixed[n] for n in kernel.arg_names if n in fixed}
         signature = {n: "constexpr" if n in fixed else names.get(n, "*" + real) for n in kernel.arg_names}
         ptx = compile(ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 90, 32), options=exact).asm["ptx"]
