@@ -6,6 +6,7 @@ the layer before them), element-wise activations. second_order.py joins them to 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +47,29 @@ class Layer(Protocol):
 
 
 Make = Callable[[Tensor], tuple[Tensor, Layer]]  # x -> (y, the layer at x)
+
+
+@dataclass
+class Carry:
+    """What a layer with a state hands from one segment of time to the next, an array each; None: at rest.
+
+    value and tangent go forward in time, adjoint and adjoint_tangent backward. A pass over a segment puts another array
+    in place of the one that it starts from, and does not write into that one.
+    """
+
+    value: Tensor | None = None
+    tangent: Tensor | None = None
+    adjoint: Tensor | None = None
+    adjoint_tangent: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The steps first, ..., last - 1 of time; carries: of every module with a state."""
+
+    first: int
+    last: int
+    carries: defaultdict[nn.Module, Carry]
 
 
 # ---------------------------------------------------------------- bilinear layers, batch norm folded in

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from hessian_tools import segments
 from hessian_tools.cuda import full_precision
 from hessian_tools.distributed import Group
 
@@ -24,7 +25,8 @@ class Objective:
     """L(w) = mean over samples of loss(model(x), y); `model` is a private copy in evaluation mode.
 
     parameters: name -> tensor, in the order of the flat vector [P]; all others are constants. group: processes that
-    share the batches; each holds all of them and computes its own, what is returned is of all.
+    share the batches; each holds all of them and computes its own, what is returned is of all. segmented: a network
+    over T steps of time runs in about sqrt(T) segments (segments.py), where that is possible: less memory, more time.
     """
 
     model: nn.Module
@@ -33,6 +35,7 @@ class Objective:
     parameters: dict[str, Tensor]
     reset: Callable[[nn.Module], None] | None = None
     group: Group | None = None
+    segmented: bool = False
 
     @property
     def samples(self) -> int:
@@ -53,9 +56,11 @@ class Objective:
 
     def outputs(self, x: Tensor) -> Tensor:
         """Forward pass from a reset state."""
-        if self.reset is not None:
-            self.reset(self.model)
         with full_precision(self.device):
+            if self.segmented and not torch.is_grad_enabled() and segments.possible(self):
+                return segments.outputs(self, x)
+            if self.reset is not None:
+                self.reset(self.model)
             out: Tensor = self.model(x)
         return out
 
@@ -86,13 +91,16 @@ class Objective:
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """L and its (surrogate) gradient [P]."""
         both = torch.zeros(self.size + 1, dtype=torch.float64, device=self.device)
+        in_segments = self.segmented and segments.possible(self)
         with full_precision(self.device):
             for (x, y), weight in self.weighted_batches():
-                loss = self.loss(self.outputs(x), y)
-                both[-1] += weight * loss.item()
-                if loss.requires_grad:
+                if in_segments:
+                    loss, gradient = segments.value_and_gradient(self, (x, y))
+                    both[:-1] += weight * gradient
+                elif (loss := self.loss(self.outputs(x), y)).requires_grad:
                     grads = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
                     both[:-1] += weight * self.flatten(grads)
+                both[-1] += weight * loss.item()
         both = self.summed(both)
         return float(both[-1]), both[:-1]
 

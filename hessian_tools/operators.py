@@ -1,8 +1,8 @@
 """Symmetric linear operators. An algorithm sees `.shape`, `.dtype`, `.device` and `op @ v`, v [P] or [P, k].
 
 hessian, ggn and fisher are products through backpropagation in time over an objective's samples, by the passes of
-second_order.py where every layer of the model has them, by double backward elsewhere; dense, scaled, shifted, projected
-and summed ones are algebra on any operator.
+second_order.py where every layer of the model has them (segment by segment of time if the objective says so), by double
+backward elsewhere; dense, scaled, shifted, projected and summed ones are algebra on any operator.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from hessian_tools import second_order
+from hessian_tools import second_order, segments
 from hessian_tools.cuda import Captured, full_precision, side_stream
 from hessian_tools.objective import Batch, Objective
 from hessian_tools.threads import in_threads
@@ -246,8 +246,11 @@ def _measured(objective: Objective, batch: Batch, linearize: Callable[[Objective
 def batch_size_within(objective: Objective, memory: float, most: int = 2048) -> int:
     """How many samples one batch's primal may hold within `memory` bytes, from a trial on 8 of them; at least 1.
 
-    Large batches are faster as long as they fit (the overhead is per batch).
+    0 where one sample of a long sequence is too many (segments.py). Large batches are faster as long as they fit (the
+    overhead is per batch).
     """
+    if each := segments.bytes_per_sample(objective):
+        return int(min(most, memory / each))
     x, y = objective.batches[0]
     _, size = _measured(objective, (x[:8], y[:8]), _linearize_hessian)
     return int(max(1, min(most, memory * len(y[:8]) / max(size, 1))))
@@ -327,16 +330,21 @@ def _autograd_fisher(objective: Objective, batch: Batch) -> Map:
     return lambda v: backward(forward(v) / len(y))
 
 
+def _by_hand(objective: Objective, batch: Batch, kind: str) -> Map | None:
+    found = segments.linearize(objective, batch, kind) if objective.segmented else None
+    return found or second_order.linearize(objective, batch, kind)
+
+
 def _linearize_hessian(objective: Objective, batch: Batch) -> Map:
-    return second_order.linearize(objective, batch, "hessian") or _autograd_hessian(objective, batch)
+    return _by_hand(objective, batch, "hessian") or _autograd_hessian(objective, batch)
 
 
 def _linearize_ggn(objective: Objective, batch: Batch) -> Map:
-    return second_order.linearize(objective, batch, "ggn") or _autograd_ggn(objective, batch)
+    return _by_hand(objective, batch, "ggn") or _autograd_ggn(objective, batch)
 
 
 def _linearize_fisher(objective: Objective, batch: Batch) -> Map:
-    return second_order.linearize(objective, batch, "fisher") or _autograd_fisher(objective, batch)
+    return _by_hand(objective, batch, "fisher") or _autograd_fisher(objective, batch)
 
 
 def hessian(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator:

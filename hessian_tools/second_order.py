@@ -13,20 +13,24 @@ plain nn.Sequential offers its layers by a method
 
     second_order_chain(x) -> None | (x, [item, ...])       item: one of those modules, or a function x -> (y, Layer)
 
-`linearize` returns None for everything else; the caller then goes through autograd.
+`linearize` returns None for everything else; the caller then goes through autograd. A model that has an attribute
+`second_order_steps`, T, takes a second argument: a Segment of its T steps (segments.py). The layers before the first
+one with an attribute `repeats` that is true are the same for all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hessian_tools.layers import Layer, Tangents, UnknownLayerError, Want, add, layer_makers
-from hessian_tools.objective import Batch, Objective
+from hessian_tools.layers import Layer, Segment, Tangents, UnknownLayerError, Want, add, layer_makers
+
+if TYPE_CHECKING:
+    from hessian_tools.objective import Batch, Loss, Objective
 
 
 def _plain(module: nn.Module) -> bool:
@@ -35,7 +39,7 @@ def _plain(module: nn.Module) -> bool:
     return "forward" not in vars(module) and not any(getattr(module, name) for name in hooks)
 
 
-def _items(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Any]] | None:
+def _items(model: nn.Module, x: Tensor, *segment: Segment) -> tuple[Tensor, list[Any]] | None:
     if not all(_plain(m) for m in model.modules()):
         return None
     if type(model) is nn.Sequential:
@@ -47,10 +51,13 @@ def _items(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Any]] | None:
             items += nested[1]
         return x, items
     offer = getattr(model, "second_order_chain", None)
-    return None if offer is None else offer(x)
+    return None if offer is None else offer(x, *segment)
 
 
 # ---------------------------------------------------------------- the chain
+Swept = tuple[Tensor, list[Tensor | None], list[Tangents]]  # o', every layer's x', every layer's p'
+
+
 class Chain:
     """The layers of a network at fixed weights and inputs, from the first one with a parameter of the objective on."""
 
@@ -77,8 +84,8 @@ class Chain:
                     total[i] = add(total[i], g)
         return self.objective.flatten(total)
 
-    def tangent(self, v: Tensor) -> tuple[Tensor, list[Tensor | None], list[Tangents]]:
-        """v [P] -> (o', every layer's x', every layer's p')."""
+    def tangent(self, v: Tensor) -> Swept:
+        """Along v [P]."""
         dps = self._gather(v)
         dx: Tensor | None = None
         inputs: list[Tensor | None] = []
@@ -110,11 +117,12 @@ class Chain:
     def nbytes(self) -> int:
         """Bytes held, beyond the weights."""
         own = {p.untyped_storage().data_ptr() for p in self.objective.model.parameters()}
-        held = {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for layer in self.layers
-            for t in _tensors(layer)
-        }
+        held: dict[int, int] = {}
+        for layer in self.layers:
+            for t in _tensors(layer):  # of the data, which all batches share, its own part
+                storage = t.untyped_storage()
+                size = min(t.nbytes, storage.nbytes())
+                held[storage.data_ptr()] = max(size, held.get(storage.data_ptr(), 0))
         return sum(size for key, size in held.items() if key not in own)
 
 
@@ -139,15 +147,21 @@ class Linearized:
             return self.product(v)
 
 
-def layers_at(model: nn.Module, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Layer]]] | None:
-    """(the model's outputs, its layers at inputs x, each with its own input); None if it has an unknown layer."""
+def layers_at(
+    model: nn.Module, x: Tensor, *segment: Segment, behind: tuple[int, Tensor] | None = None
+) -> tuple[Tensor, list[tuple[Tensor, Layer]]] | None:
+    """(the model's outputs, its layers at inputs x, each with its own input); None if it has an unknown layer.
+
+    segment: for its steps of time alone. behind: (n, the output of layer n): only the layers behind the first n.
+    """
     with torch.no_grad():
-        offered = _items(model, x)
+        offered = _items(model, x, *segment)
         makers = None if offered is None else layer_makers(offered[1])
         if offered is None or makers is None:
             return None
-        value, layers = offered[0], []
-        for make in makers:
+        skipped, value = behind or (0, offered[0])
+        layers = []
+        for make in makers[skipped:]:
             try:
                 following, layer = make(value)
             except UnknownLayerError:
@@ -166,8 +180,19 @@ def linearize(objective: Objective, batch: Batch, kind: str) -> Linearized | Non
     chain = None if found is None else chain_of(objective, [layer for _, layer in found[1]])
     if found is None or chain is None:
         return None
-    with torch.enable_grad():
-        return Linearized(*PRODUCTS[kind](chain, found[0].detach().requires_grad_(), y))
+    form = output_form(kind, objective.loss, found[0], y)
+    if form is None:
+        return Linearized(torch.zeros_like, 0)
+    slope, curve = form
+    if kind == "hessian":
+        with torch.no_grad():
+            chain.adjoint(slope, keep=True)
+
+    def product(v: Tensor) -> Tensor:
+        do, inputs, dps = chain.tangent(v)
+        return chain.adjoint_tangent(curve(do), inputs, dps) if kind == "hessian" else chain.adjoint(curve(do))
+
+    return Linearized(product, chain.nbytes)
 
 
 def chain_of(objective: Objective, layers: list[Layer]) -> Chain | None:
@@ -179,43 +204,29 @@ def chain_of(objective: Objective, layers: list[Layer]) -> Chain | None:
     return Chain(objective, layers[owners[0] :])
 
 
-def _hessian(chain: Chain, outputs: Tensor, y: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
-    """tangent, go' = H_out o', tangent of the adjoint."""
-    loss = chain.objective.loss(outputs, y)
-    if not loss.requires_grad:
-        return torch.zeros_like, 0
-    (slope,) = torch.autograd.grad(loss, outputs, create_graph=True)
-    with torch.no_grad():
-        chain.adjoint(slope.detach(), keep=True)
+def output_form(kind: str, loss: Loss, outputs: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+    """(the gradient of the loss by the outputs, o' -> go'); None for a loss that does not depend on them.
 
-    def product(v: Tensor) -> Tensor:
-        do, inputs, dps = chain.tangent(v)
-        return chain.adjoint_tangent(curved(slope, outputs, do), inputs, dps)
+    go' is H_out o', and for the Fisher matrix (g_i . o'_i) g_i / n with g_i the gradient of sample i's loss.
+    """
+    with torch.enable_grad():
+        outputs = outputs.detach().requires_grad_()
+        if kind == "fisher":
+            losses = torch.func.vmap(lambda o, t: loss(o[None], t[None]))(outputs, y)
+            value = losses.sum() / len(y)
+        else:
+            value = loss(outputs, y)
+        if not value.requires_grad:
+            return None
+        (slope,) = torch.autograd.grad(value, outputs, create_graph=kind != "fisher")
+    if kind != "fisher":
+        return slope.detach(), lambda do: curved(slope, outputs, do)
 
-    return product, chain.nbytes
+    def along(do: Tensor) -> Tensor:
+        dot = (slope * do).flatten(1).sum(1) * len(y)
+        return slope * dot.reshape(-1, *(1,) * (slope.dim() - 1))
 
-
-def _ggn(chain: Chain, outputs: Tensor, y: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
-    """tangent, H_out o', adjoint."""
-    loss = chain.objective.loss(outputs, y)
-    if not loss.requires_grad:
-        return torch.zeros_like, 0
-    (slope,) = torch.autograd.grad(loss, outputs, create_graph=True)
-    return lambda v: chain.adjoint(curved(slope, outputs, chain.tangent(v)[0])), chain.nbytes
-
-
-def _fisher(chain: Chain, outputs: Tensor, y: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
-    """tangent, u_i = (g_i . o'_i) g_i / n with g_i the gradient of sample i's loss, adjoint."""
-    loss = chain.objective.loss
-    losses = torch.func.vmap(lambda o, t: loss(o[None], t[None]))(outputs, y)
-    (slope,) = torch.autograd.grad(losses.sum(), outputs)
-
-    def product(v: Tensor) -> Tensor:
-        do = chain.tangent(v)[0]
-        along = (slope * do).flatten(1).sum(1) / len(y)
-        return chain.adjoint(slope * along.reshape(-1, *(1,) * (slope.dim() - 1)))
-
-    return product, chain.nbytes
+    return slope, along
 
 
 def curved(slope: Tensor, outputs: Tensor, do: Tensor) -> Tensor:
@@ -224,6 +235,3 @@ def curved(slope: Tensor, outputs: Tensor, do: Tensor) -> Tensor:
         return torch.zeros_like(do)
     (image,) = torch.autograd.grad(slope, outputs, do, retain_graph=True, allow_unused=True)
     return torch.zeros_like(do) if image is None else image
-
-
-PRODUCTS = {"hessian": _hessian, "ggn": _ggn, "fisher": _fisher}

@@ -1,7 +1,7 @@
 """The neuron scans, each one pass over memory: the spikes themselves, their adjoint, and those of a curvature product.
 
 At fixed weights a scan (see neurons.py) is three arrays over [T, M] (M neurons of all samples): f1 = f'(h - theta),
-c = dv/dh and e, the coefficient of h' in gh'. With a' the tangent of a, and v' = gv' = 0 at the ends,
+c = dv/dh and e, the coefficient of h' in gh'. With a' the tangent of a, and v' = gv' = 0 at the ends of time,
 
     tangent              h' = decay v' + gain x';   s' = f1 h';   v' = c h'
     adjoint              gh = f1 gs + c gv;         gx = gain gh;     gv <- decay gh
@@ -16,8 +16,13 @@ A learned decay (PLIF: gain = sigmoid(w), decay = 1 - gain) adds, with u[t] = x[
 
 The kernels also do the 2 x 2 max-pooling behind the neurons: choose its entries (value), select them (tangent), scatter
 (adjoint); `index` [T, Q] holds their positions in 0..M-1. An input that repeats over time is one row [1, M]; its
-adjoint is the sum over T. Kernels are numba's on the CPU, on blocks of neurons that fit the cache, one slice of the
-blocks per thread, and Triton's on CUDA (triton_scans.py); plain torch where there is neither.
+adjoint is the sum over T.
+
+A sequence may be run in segments of time: a scan that is given a state [1, M] starts from it in place of rest (v_reset
+for v; 0 for v', gv, gv') and leaves its end there; v and v' run forward in time, gv and gv' backward.
+
+Kernels are numba's on the CPU, on blocks of neurons that fit the cache, one slice of the blocks per thread, and
+Triton's on CUDA (triton_scans.py); plain torch where there is neither.
 """
 
 from __future__ import annotations
@@ -85,23 +90,36 @@ def _collect(gx: list[Tensor], static: bool) -> Tensor:
     return x.sum(0, keepdim=True) if static else x
 
 
-def torch_tangent(scan: Scan, dx: Tensor, dgain: Number) -> Tensor:
-    """x' [T or 1, M] -> s' [T, M or Q]."""
-    dv, spikes = torch.zeros_like(dx[0]), []
+def _rest(state: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like[0]) if state is None else state[0]
+
+
+def _leave(state: Tensor | None, end: Tensor) -> None:
+    if state is not None:
+        state.copy_(end)
+
+
+def torch_tangent(scan: Scan, dx: Tensor, dgain: Number, state: Tensor | None = None) -> Tensor:
+    """x' [T or 1, M] -> s' [T, M or Q]; state: v'."""
+    dv, spikes = _rest(state, dx), []
     for t, x in enumerate(_rows(dx, len(scan.f1))):
         dh = scan.decay * dv + scan.gain * x
         if scan.u is not None:
             dh = dh + dgain * scan.u[t]
         spikes.append(scan.f1[t] * dh)
         dv = scan.c[t] * dh
+    _leave(state, dv)
     out = torch.stack(spikes)
     return out if scan.index is None else out.gather(1, scan.index.long())
 
 
-def torch_adjoint(scan: Scan, g: Tensor, z: Tensor | None = None) -> tuple[Tensor, Number]:
-    """gs [T, M or Q] -> (gx [T or 1, M], dL/dgain or 0); with z [T, M] also turns scan.e from f2 into e, fills gh."""
+def torch_adjoint(scan: Scan, g: Tensor, z: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Number]:
+    """gs [T, M or Q] -> (gx [T or 1, M], dL/dgain or 0); with z [T, M] also turns scan.e from f2 into e, fills gh.
+
+    state: gv.
+    """
     gs, gx, total = scatter(g, scan), [], number(0.0)
-    gv, (a, b) = torch.zeros_like(gs[0]), scan.reset
+    gv, (a, b) = _rest(state, gs), scan.reset
     for t in reversed(range(len(gs))):
         gh = scan.f1[t] * gs[t] + scan.c[t] * gv
         if z is not None and scan.e is not None:
@@ -113,14 +131,17 @@ def torch_adjoint(scan: Scan, g: Tensor, z: Tensor | None = None) -> tuple[Tenso
             total = total + number((gh * scan.u[t]).sum(dtype=torch.float64))
         gx.append(scan.gain * gh)
         gv = scan.decay * gh
+    _leave(state, gv)
     return _collect(gx, scan.static), total
 
 
-def torch_adjoint_tangent(scan: Scan, dg: Tensor, dx: Tensor, dgain: Number) -> tuple[Tensor, Number]:
-    """(gs' [T, M or Q], x' [T or 1, M]) -> (gx' [T or 1, M], (dL/dgain)' or 0)."""
+def torch_adjoint_tangent(
+    scan: Scan, dg: Tensor, dx: Tensor, dgain: Number, start: Tensor | None = None, state: Tensor | None = None
+) -> tuple[Tensor, Number]:
+    """(gs' [T, M or Q], x' [T or 1, M]) -> (gx' [T or 1, M], (dL/dgain)' or 0); start: v', not changed; state: gv'."""
     assert scan.e is not None
     gs, gx, total = scatter(dg, scan), [], number(0.0)
-    dv, hs, us = torch.zeros_like(dx[0]), [], []
+    dv, hs, us = _rest(start, dx), [], []
     for t, x in enumerate(_rows(dx, len(scan.f1))):
         dh = scan.decay * dv + scan.gain * x
         if scan.u is not None:
@@ -128,7 +149,7 @@ def torch_adjoint_tangent(scan: Scan, dg: Tensor, dx: Tensor, dgain: Number) -> 
             dh = dh + dgain * scan.u[t]
         hs.append(dh)
         dv = scan.c[t] * dh
-    gv = torch.zeros_like(gs[0])
+    gv = _rest(state, gs)
     for t in reversed(range(len(gs))):
         gh = scan.f1[t] * gs[t] + scan.c[t] * gv + scan.e[t] * hs[t]
         x, gv = scan.gain * gh, scan.decay * gh
@@ -136,23 +157,29 @@ def torch_adjoint_tangent(scan: Scan, dg: Tensor, dx: Tensor, dgain: Number) -> 
             total = total + number((gh * scan.u[t] + scan.gh[t] * us[t]).sum(dtype=torch.float64))
             x, gv = x + dgain * scan.gh[t], gv - dgain * scan.gh[t]
         gx.append(x)
+    _leave(state, gv)
     return _collect(gx, scan.static), total
 
 
 # ---------------------------------------------------------------- numba: blocks first..last of `block` neurons
 def _value(  # type: ignore[no-untyped-def]
-    x, z, u, decay, gain, offset, threshold, v_reset, hard, after, height, width, ties, index, block, first, last, out
-):
+    x, z, u, state, decay, gain, offset, threshold, v_reset, hard, after,
+    height, width, ties, index, block, first, last, out,
+):  # fmt: skip
     # neurons.step, operation by operation: the spikes are the same to the bit; y - y is NaN where y is not finite
     steps, size = z.shape
     pooled, learned, static = index.shape[0] > 0, u.shape[0] > 0, x.shape[0] == 1
+    carried = state.shape[0] > 0
     one, zero = z.dtype.type(1), z.dtype.type(0)
     v, s = np.empty(block, z.dtype), np.empty(block, z.dtype)
     across = width // 2
     for b in range(first, last):
         lo = b * block
         n = min(block, size - lo)
-        v[:] = v_reset
+        if carried:
+            v[:n] = state[0, lo : lo + n]
+        else:
+            v[:] = v_reset
         for t in range(steps):
             xt, zt = x[0 if static else t, lo : lo + n], z[t, lo : lo + n]
             target = s[:n] if pooled else out[t, lo : lo + n]
@@ -183,17 +210,22 @@ def _value(  # type: ignore[no-untyped-def]
                             ot[i] = best
                             it[i] = lo + corner + q + k
                         j += across
+        if carried:
+            state[0, lo : lo + n] = v[:n]
 
 
-def _tangent(x, f1, c, u, decay, gain, dgain, index, block, first, last, out):  # type: ignore[no-untyped-def]
+def _tangent(x, f1, c, u, state, decay, gain, dgain, index, block, first, last, out):  # type: ignore[no-untyped-def]
     steps, size = f1.shape
     pooled, learned, static = index.shape[0] > 0, u.shape[0] > 0, x.shape[0] == 1
+    carried = state.shape[0] > 0
     v, s = np.empty(block, f1.dtype), np.empty(block, f1.dtype)
     per = index.shape[1] * block // size if pooled else 0
     for b in range(first, last):
         lo = b * block
         n = min(block, size - lo)
         v[:] = 0
+        if carried:
+            v[:n] = state[0, lo : lo + n]
         for t in range(steps):
             xt, ft, ct = x[0 if static else t, lo : lo + n], f1[t, lo : lo + n], c[t, lo : lo + n]
             target = s[:n] if pooled else out[t, lo : lo + n]
@@ -212,12 +244,14 @@ def _tangent(x, f1, c, u, decay, gain, dgain, index, block, first, last, out):  
                 start = b * per
                 for j in range(start, min(start + per, index.shape[1])):
                     out[t, j] = s[index[t, j] - lo]
+        if carried:
+            state[0, lo : lo + n] = v[:n]
 
 
-def _adjoint(g, f1, c, u, z, e, gh, decay, gain, ra, rb, index, block, first, last, out):  # type: ignore[no-untyped-def]
+def _adjoint(g, f1, c, u, z, e, gh, state, decay, gain, ra, rb, index, block, first, last, out):  # type: ignore[no-untyped-def]
     steps, size = f1.shape
     pooled, learned, static = index.shape[0] > 0, u.shape[0] > 0, out.shape[0] == 1
-    keep = z.shape[0] > 0
+    keep, carried = z.shape[0] > 0, state.shape[0] > 0
     v, s = np.empty(block, f1.dtype), np.empty(block, f1.dtype)
     per = index.shape[1] * block // size if pooled else 0
     total = 0.0
@@ -225,6 +259,8 @@ def _adjoint(g, f1, c, u, z, e, gh, decay, gain, ra, rb, index, block, first, la
         lo = b * block
         n = min(block, size - lo)
         v[:] = 0
+        if carried:
+            v[:n] = state[0, lo : lo + n]
         if static:
             out[0, lo : lo + n] = 0
         for t in range(steps - 1, -1, -1):
@@ -257,13 +293,18 @@ def _adjoint(g, f1, c, u, z, e, gh, decay, gain, ra, rb, index, block, first, la
                     h = ft[i] * gt[i] + ct[i] * v[i]
                     v[i] = decay * h
                     ot[i] = gain * h
+        if carried:
+            state[0, lo : lo + n] = v[:n]
     return total
 
 
-def _adjoint_tangent(g, x, f1, c, e, u, gh, decay, gain, dgain, index, block, first, last, out):  # type: ignore[no-untyped-def]
+def _adjoint_tangent(  # type: ignore[no-untyped-def]
+    g, x, f1, c, e, u, gh, begin, state, decay, gain, dgain, index, block, first, last, out
+):
     steps, size = f1.shape
     pooled, learned = index.shape[0] > 0, u.shape[0] > 0
     static_in, static = x.shape[0] == 1, out.shape[0] == 1
+    begun, carried = begin.shape[0] > 0, state.shape[0] > 0
     v, s, hs = np.empty(block, f1.dtype), np.empty(block, f1.dtype), np.empty((steps, block), f1.dtype)
     per = index.shape[1] * block // size if pooled else 0
     total = 0.0
@@ -271,6 +312,8 @@ def _adjoint_tangent(g, x, f1, c, e, u, gh, decay, gain, dgain, index, block, fi
         lo = b * block
         n = min(block, size - lo)
         v[:] = 0
+        if begun:
+            v[:n] = begin[0, lo : lo + n]
         for t in range(steps):
             xt, ct, ht = x[0 if static_in else t, lo : lo + n], c[t, lo : lo + n], hs[t, :n]
             if learned:
@@ -286,6 +329,8 @@ def _adjoint_tangent(g, x, f1, c, e, u, gh, decay, gain, dgain, index, block, fi
                     ht[i] = h
                     v[i] = ct[i] * h
         v[:] = 0
+        if carried:
+            v[:n] = state[0, lo : lo + n]
         if static:
             out[0, lo : lo + n] = 0
         for t in range(steps - 1, -1, -1):
@@ -317,6 +362,8 @@ def _adjoint_tangent(g, x, f1, c, e, u, gh, decay, gain, dgain, index, block, fi
                     h = ft[i] * gt[i] + ct[i] * v[i] + et[i] * ht[i]
                     v[i] = decay * h
                     ot[i] = gain * h
+        if carried:
+            state[0, lo : lo + n] = v[:n]
     return total
 
 
@@ -433,12 +480,19 @@ def _launch(
 
 @_there_first
 def value(
-    x: Tensor, steps: int, rates: Sequence[Number], hard: bool, plane: tuple[int, int] | None, last: bool, learned: bool
+    x: Tensor,
+    steps: int,
+    rates: Sequence[Number],
+    hard: bool,
+    plane: tuple[int, int] | None,
+    last: bool,
+    learned: bool,
+    state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
     """x [T or 1, M] -> (s [T, M or Q], z [T, M], index [T, Q] or None, u [T, M] or None); None where no kernel can run.
 
     rates: decay, gain, (1 - decay) v_reset, threshold, v_reset. plane: (height, width) of the planes that are pooled,
-    last: the last of equal entries is selected. learned: u is wanted.
+    last: the last of equal entries is selected. learned: u is wanted. state: v.
     """
     size = x.shape[1]
     z = x.new_empty((steps, size))
@@ -449,7 +503,7 @@ def value(
     u = torch.empty_like(z) if learned else None
     out = z.new_empty((steps, size if plane is None else pooled))
     rates = (*rates, hard, rates[4] if hard else -rates[3])
-    done = _launch("value", z, height * width, (x, z, u), rates, index, out, (height, width, last))
+    done = _launch("value", z, height * width, (x, z, u, state), rates, index, out, (height, width, last))
     return None if done is None else (out, z, index, u)
 
 
@@ -458,26 +512,28 @@ def _gx(scan: Scan) -> Tensor:
 
 
 @_there_first
-def tangent(scan: Scan, dx: Tensor, dgain: Number = 0.0) -> Tensor:
-    """x' [T or 1, M] -> s' [T, M or Q]."""
+def tangent(scan: Scan, dx: Tensor, dgain: Number = 0.0, state: Tensor | None = None) -> Tensor:
+    """See torch_tangent."""
     out = scan.f1.new_empty((scan.f1 if scan.index is None else scan.index).shape)
-    tensors, rates = (dx, scan.f1, scan.c, scan.u), (scan.decay, scan.gain, dgain)
+    tensors, rates = (dx, scan.f1, scan.c, scan.u, state), (scan.decay, scan.gain, dgain)
     done = _launch("tangent", scan.f1, scan.unit, tensors, rates, scan.index, out)
-    return torch_tangent(scan, dx, dgain) if done is None else out
+    return torch_tangent(scan, dx, dgain, state) if done is None else out
 
 
 @_there_first
-def adjoint(scan: Scan, g: Tensor, z: Tensor | None = None) -> tuple[Tensor, Number]:
-    """gs [T, M or Q] -> (gx [T or 1, M], dL/dgain or 0); with z [T, M] also turns scan.e from f2 into e, fills gh."""
+def adjoint(scan: Scan, g: Tensor, z: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Number]:
+    """See torch_adjoint."""
     out, kept = _gx(scan), (None,) * 3 if z is None else (z, scan.e, scan.gh)
-    tensors, rates = (g, scan.f1, scan.c, scan.u, *kept), (scan.decay, scan.gain, *scan.reset)
+    tensors, rates = (g, scan.f1, scan.c, scan.u, *kept, state), (scan.decay, scan.gain, *scan.reset)
     total = _launch("adjoint", scan.f1, scan.unit, tensors, rates, scan.index, out)
-    return torch_adjoint(scan, g, z) if total is None else (out, total)
+    return torch_adjoint(scan, g, z, state) if total is None else (out, total)
 
 
 @_there_first
-def adjoint_tangent(scan: Scan, dg: Tensor, dx: Tensor, dgain: Number = 0.0) -> tuple[Tensor, Number]:
-    """(gs' [T, M or Q], x' [T or 1, M]) -> (gx' [T or 1, M], (dL/dgain)' or 0)."""
-    out, tensors = _gx(scan), (dg, dx, scan.f1, scan.c, scan.e, scan.u, scan.gh)
+def adjoint_tangent(
+    scan: Scan, dg: Tensor, dx: Tensor, dgain: Number = 0.0, start: Tensor | None = None, state: Tensor | None = None
+) -> tuple[Tensor, Number]:
+    """See torch_adjoint_tangent."""
+    out, tensors = _gx(scan), (dg, dx, scan.f1, scan.c, scan.e, scan.u, scan.gh, start, state)
     total = _launch("adjoint_tangent", scan.f1, scan.unit, tensors, (scan.decay, scan.gain, dgain), scan.index, out)
-    return torch_adjoint_tangent(scan, dg, dx, dgain) if total is None else (out, total)
+    return torch_adjoint_tangent(scan, dg, dx, dgain, start, state) if total is None else (out, total)

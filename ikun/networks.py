@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from ikun import spikes
 from ikun.data import CODINGS
 from ikun.neurons import KINDS, RESETS, Dynamics, Neuron
 from ikun.surrogates import Surrogate
+
+if TYPE_CHECKING:
+    from hessian_tools.layers import Segment
 
 MODELS = ("csnn", "mlp")
 NORMS = ("none", "bn")
@@ -198,24 +201,32 @@ class Network(nn.Module):
         """forward(x) where no derivative is wanted, as fast as it goes."""
         return self.forward(x, once=True)
 
-    def second_order_chain(self, x: Tensor) -> tuple[Tensor, list[Any]] | None:
-        """The layers of forward(x), as hessian_tools.second_order wants them, on [N, ...] or time first, [T N, ...].
+    @property
+    def second_order_steps(self) -> int:
+        return self.spec.timesteps
+
+    def second_order_chain(self, x: Tensor, segment: Segment | None = None) -> tuple[Tensor, list[Any]] | None:
+        """The layers of forward(x), as hessian_tools.second_order wants them, on [N, ...] or time first, [T N, ...];
+        with a segment, for its steps alone.
 
         None for a network that has been changed since it was built.
         """
-        steps, static, layers = self.spec.timesteps, x.dim() == 4, list(self.children())
+        total, static, layers = self.spec.timesteps, x.dim() == 4, list(self.children())
+        first, last = (0, total) if segment is None else (segment.first, segment.last)
+        steps = last - first
         if type(self) is not Network or any(type(m) not in LAYERS for m in layers):
             return None
         items: list[Any] = []
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
             if isinstance(layer, Neuron):
                 pool = following if isinstance(following, MaxPool) else None
-                items.append(partial(spikes.linearize, layer, steps, static, pool))
+                carry = None if segment is None else segment.carries[layer]
+                items.append(partial(spikes.linearize, layer, steps, static, pool, carry=carry))
                 static = False
             elif not isinstance(layer, MaxPool):
                 items.append(layer)
-        items.append(partial(spikes.time_mean, steps))
-        return x if x.dim() == 4 else x.transpose(0, 1).flatten(0, 1), items
+        items.append(partial(spikes.time_mean, steps, total))
+        return x if x.dim() == 4 else x[:, first:last].transpose(0, 1).flatten(0, 1), items
 
     def stages(self) -> Iterator[tuple[str, nn.Conv2d | nn.Linear, nn.Module | None, str, Neuron]]:
         """(layer name, weights, norm or None, neuron name, neuron) of every weight layer, in order."""

@@ -19,6 +19,7 @@ from ikun.fused import Number, Scan, adjoint, adjoint_tangent, number, tangent
 from ikun.neurons import Dynamics, Neuron, step
 
 if TYPE_CHECKING:
+    from hessian_tools.layers import Carry
     from ikun.networks import MaxPool
 
 PIECE = 65536  # elements of a piece: the temporaries of a surrogate's formula stay in the cache
@@ -28,13 +29,23 @@ class Spikes:
     """Neurons, with the max-pooling behind them if there is one, as a layer with second-order passes.
 
     Implements the protocol of a chain's layer: parameters, adjoint, tangent, adjoint_tangent. Inputs are [T N, ...], or
-    [N, ...] for an input that repeats; outputs are [T N, ...], time first.
+    [N, ...] for an input that repeats; outputs are [T N, ...], time first. With a carry these T steps are a segment of
+    time, and the states of its scans come from there.
     """
 
-    def __init__(self, neuron: Neuron, shapes: tuple[torch.Size, torch.Size], z: Tensor, scan: Scan) -> None:
+    def __init__(
+        self,
+        neuron: Neuron,
+        shapes: tuple[torch.Size, torch.Size],
+        z: Tensor,
+        scan: Scan,
+        carry: Carry | None = None,
+    ) -> None:
         """shapes: of the layer's input and output; z = h - threshold [T, M]."""
-        self.neuron, self.shapes, self.scan = neuron, shapes, scan
+        self.neuron, self.shapes, self.scan, self.carry = neuron, shapes, scan, carry
         self.z: Tensor | None = z  # until the adjoint is kept
+        self.start: Tensor | None = None  # v' before the first step
+        self.repeats = False  # one input for all steps, of other segments too
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
@@ -52,8 +63,13 @@ class Spikes:
         """gain' = gain (1 - gain) w'."""
         return self.scan.gain * self.scan.decay * number(dp[0]) if dp and dp[0] is not None else 0.0
 
+    def _state(self, kind: str) -> Tensor | None:
+        return None if self.carry is None else carried(self.carry, kind, torch.zeros_like(self.scan.f1[:1]))
+
     def tangent(self, dx: Tensor | None, dp: Sequence[Tensor | None]) -> Tensor:
-        return tangent(self.scan, self._inputs(dx), self._gain(dp)).reshape(self.shapes[1])
+        self.start = None if self.carry is None else self.carry.tangent
+        state = self._state("tangent")
+        return tangent(self.scan, self._inputs(dx), self._gain(dp), state).reshape(self.shapes[1])
 
     def adjoint(self, g: Tensor, want: Any, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         z = None
@@ -63,7 +79,7 @@ class Spikes:
             self.scan.e = torch.empty_like(z)
             self.scan.gh = None if self.scan.u is None else torch.empty_like(z)
             by_pieces(lambda part, e: e.copy_(self.neuron.dynamics.surrogate.second(part)), z, self.scan.e)
-        gx, total = adjoint(self.scan, self._outputs(g), z)
+        gx, total = adjoint(self.scan, self._outputs(g), z, self._state("adjoint"))
         self.total = total
         if not self.parameters:
             return gx.reshape(self.shapes[0]), ()
@@ -72,8 +88,8 @@ class Spikes:
     def adjoint_tangent(
         self, dg: Tensor, dx: Tensor | None, dp: Sequence[Tensor | None], want: Any
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        dgain = self._gain(dp)
-        gx, total = adjoint_tangent(self.scan, self._outputs(dg), self._inputs(dx), dgain)
+        dgain, state = self._gain(dp), self._state("adjoint_tangent")
+        gx, total = adjoint_tangent(self.scan, self._outputs(dg), self._inputs(dx), dgain, self.start, state)
         if not self.parameters:
             return gx.reshape(self.shapes[0]), ()
         # (gain (1 - gain) G)' with gain' = gain (1 - gain) w'
@@ -161,6 +177,15 @@ def _like(t: Tensor, value: Number) -> Tensor:
     return torch.as_tensor(value, dtype=t.dtype, device=t.device)
 
 
+def carried(carry: Carry, kind: str, rest: Tensor) -> Tensor:
+    """The state [1, M] for a scan to run on: a copy of what the segment before handed on, or rest. It is what is handed
+    on from here."""
+    before = getattr(carry, kind)
+    state = rest if before is None else before.clone()
+    setattr(carry, kind, state)
+    return state
+
+
 def by_pieces(fill: Callable[..., object], *tensors: Tensor) -> None:
     """Run an element-wise function that fills some of its contiguous arguments; on the CPU piece by piece."""
     size = PIECE if tensors[0].device.type == "cpu" else max(1, tensors[0].numel())
@@ -190,20 +215,21 @@ def _slopes(d: Dynamics, z: Tensor, f1: Tensor, c: Tensor) -> None:
 
 
 def _value(
-    neuron: Neuron, steps: int, pool: MaxPool | None, x: Tensor
+    neuron: Neuron, steps: int, pool: MaxPool | None, x: Tensor, carry: Carry | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """x [T or 1, N, ...] -> (spikes, pooled if there is a pool [T, ...], z [T, M], index [T, Q], u [T, M])."""
     d, learned = neuron.dynamics, neuron.kind == "plif"
     decay, gain = neuron.rates()
+    state = None if carry is None else carried(carry, "value", neuron.start(x).reshape(1, -1))
     if not d.relaxed and fused.usable(x):
         plane = None if pool is None else (x.shape[-2], x.shape[-1])
         rates = (number(decay), number(gain), number((1 - decay) * d.v_reset), d.threshold, d.v_reset)
         last = pool is not None and pool.ties == "last"
-        found = fused.value(x.flatten(1), steps, rates, d.reset == "hard", plane, last, learned)
+        found = fused.value(x.flatten(1), steps, rates, d.reset == "hard", plane, last, learned, state)
         if found is not None:
             tail = x.shape[1:] if plane is None else (*x.shape[1:-2], plane[0] // 2, plane[1] // 2)
             return found[0].view(steps, *tail), *found[1:]
-    v = neuron.start(x)
+    v = neuron.start(x) if state is None else state.view(x.shape[1:])
     membranes, spikes, previous = [], [], []
     for t in range(steps):
         previous.append(v)
@@ -212,6 +238,8 @@ def _value(
         spikes.append(s)
     z, s = torch.stack(membranes).flatten(1) - d.threshold, torch.stack(spikes)
     u = (x - torch.stack(previous) + d.v_reset).flatten(1) if learned else None
+    if state is not None:
+        state.copy_(v.reshape(1, -1))
     return (s, z, None, u) if pool is None else (pool(s), z, selection(s, pool.ties).flatten(1), u)
 
 
@@ -226,12 +254,16 @@ def _scan(
     return Scan(f1, c, *rates, shape[0] == 1, index, width * height, u=u, reset=reset, width=width)
 
 
-def linearize(neuron: Neuron, steps: int, static: bool, pool: MaxPool | None, x: Tensor) -> tuple[Tensor, Spikes]:
+def linearize(
+    neuron: Neuron, steps: int, static: bool, pool: MaxPool | None, x: Tensor, carry: Carry | None = None
+) -> tuple[Tensor, Spikes]:
     """The layer at inputs x [N, ...] (static: repeated `steps` times) or [steps N, ...], and its outputs."""
     timed = x[None] if static else x.unflatten(0, (steps, -1))
-    y, z, index, u = _value(neuron, steps, pool, timed)
+    y, z, index, u = _value(neuron, steps, pool, timed, carry)
     y = y.flatten(0, 1)
-    return y, Spikes(neuron, (x.shape, y.shape), z, _scan(neuron, pool, timed.shape, z, index, u))
+    layer = Spikes(neuron, (x.shape, y.shape), z, _scan(neuron, pool, timed.shape, z, index, u), carry)
+    layer.repeats = static
+    return y, layer
 
 
 class _Fire(torch.autograd.Function):
@@ -282,23 +314,25 @@ def selection(s: Tensor, ties: str) -> Tensor:
     return corners + (chosen // 2) * s.shape[-1] + chosen % 2
 
 
-def time_mean(steps: int, s: Tensor) -> tuple[Tensor, Mean]:
-    """[T N, K] -> [N, K]."""
-    return s.unflatten(0, (steps, -1)).mean(0), Mean(steps)
+def time_mean(steps: int, total: int, s: Tensor) -> tuple[Tensor, Mean]:
+    """[steps N, K] -> [N, K]: what these steps add to the mean over `total` steps."""
+    mean = Mean(steps, total)
+    return mean.tangent(s, ()), mean
 
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean over time as a layer."""
+    """The mean over time as a layer; of a segment, its part of it."""
 
     steps: int
+    total: int
     parameters: tuple[Tensor, ...] = ()
 
     def tangent(self, dx: Tensor, dp: object) -> Tensor:
-        return dx.reshape(self.steps, -1, *dx.shape[1:]).mean(0)
+        return dx.reshape(self.steps, -1, *dx.shape[1:]).sum(0) / self.total
 
     def adjoint(self, g: Tensor, want: object, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return (g / self.steps).repeat(self.steps, *(1,) * (g.dim() - 1)), ()
+        return (g / self.total).repeat(self.steps, *(1,) * (g.dim() - 1)), ()
 
     def adjoint_tangent(self, dg: Tensor, dx: object, dp: object, want: object) -> tuple[Tensor, tuple[Tensor, ...]]:
         return self.adjoint(dg, want, False)

@@ -51,13 +51,15 @@ def open_job(
 ) -> Job:
     """Open a checkpoint and its data as the options (options.opening_options) say.
 
-    memory: GiB, of which forward passes take a quarter where batch_size is None. device: "cpu" or "cuda", as from
+    memory: GiB. A quarter is for the batches at work: as many samples each as fit, where batch_size is None; where not
+    one fits, or not as many as asked for, long sequences run in segments of time. device: "cpu" or "cuda", as from
     `pick`. group: the processes that share the work; all of them call this. Raises what loading raises, all of it
     ValueError, and click.UsageError for samples that are not there.
     """
     import torch
 
     from hessian_tools.objective import make_objective
+    from hessian_tools.segments import bytes_per_sample
     from ikun.checkpoint import load_checkpoint, sha256
     from ikun.networks import LOSSES
     from ikun.statistics import observe
@@ -80,13 +82,14 @@ def open_job(
             dtype=getattr(torch, dtype),
             device=device,
         )
-        return dataclasses.replace(made, group=group)
+        return dataclasses.replace(made, group=group, segmented=segmented)
 
-    if batch_size is None:
-        batch_size = _batch_size(objective(), memory * 2**30 / 4, group)
-        batch_size = batch_size if group is None else group.broadcast(batch_size)
+    segmented = False
+    batch_size, segmented = _cut(objective(), batch_size, memory * 2**30 / 4, group)
     first = objective()
-    statistics = observe(checkpoint.build(), x[:512], y[:512], LOSSES[checkpoint.loss])
+    each = bytes_per_sample(dataclasses.replace(first, segmented=False))  # an autograd pass takes about three of it
+    few = max(1, min(512, int(memory * 2**30 / 12 / each))) if each else 512
+    statistics = observe(checkpoint.build(), x[:few], y[:few], LOSSES[checkpoint.loss])
     provenance = {
         "checkpoint": {"path": str(path), "sha256": sha256(path)},
         "data": {"name": data.name, "split": split, "sha256": digest, "loss": checkpoint.loss},
@@ -104,20 +107,32 @@ def open_job(
     return Job(path, checkpoint, first, objective, json.loads(json.dumps(provenance)))
 
 
-def _batch_size(objective: Objective, memory: float, group: Group | None) -> int:
-    """What fits into `memory` bytes, but on the CPU no more than is fast: batches run side by side, and arrays beyond
-    some 30 MB come from fresh pages every time. At least 64 samples if they fit, shorter batches being all overhead."""
+def _cut(objective: Objective, asked: int | None, memory: float, group: Group | None) -> tuple[int, bool]:
+    """(samples in a batch, whether time is cut into segments: where such a batch does not fit into `memory` bytes).
+
+    Unless asked for, as many samples as fit, but on the CPU no more than is fast: batches run side by side, and arrays
+    beyond some 30 MB come from fresh pages every time. At least 64 if they fit, shorter batches being all overhead.
+    """
     import torch
 
     from hessian_tools.operators import batch_size_within
+    from hessian_tools.segments import bytes_per_sample
 
+    long = bytes_per_sample(objective) is not None
+    if asked is not None and not long:
+        return asked, False
     processes = group.size if group else 1
     workers = torch.get_num_threads() if objective.device.type == "cpu" else 1
-    most = batch_size_within(objective, memory / workers)
+    most = batch_size_within(objective, memory / workers, asked or 2048)
+    segmented = long and most < min(asked or 1, objective.samples)
+    if segmented:
+        objective = dataclasses.replace(objective, segmented=True)
+        most = max(1, batch_size_within(objective, memory / workers))
     if objective.device.type == "cpu":
         share = -(-objective.samples // (workers * processes))
         most = min(most, max(64, min(share, batch_size_within(objective, 2**27))))
-    return min(most, -(-objective.samples // processes))  # a batch for every process
+    chosen = asked or min(most, -(-objective.samples // processes)), segmented  # a batch for every process
+    return chosen if group is None else group.broadcast(chosen)
 
 
 def _samples(
@@ -138,5 +153,6 @@ def measured_on(objective: Objective) -> dict[str, Any]:
         "dtype": str(objective.dtype),
         "device": str(objective.device),
         "batches": [len(y) for _, y in objective.batches],
+        "segmented": objective.segmented,
         "parameters": {name: p.numel() for name, p in objective.parameters.items()},
     }

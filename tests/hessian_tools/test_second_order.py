@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -281,10 +282,12 @@ ORACLE = [
 ]
 
 
+@pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("index", range(len(ORACLE)))
-def test_dense_hessian_is_the_oracles(index: int) -> None:
+def test_dense_hessian_is_the_oracles(index: int, segmented: bool) -> None:
     fields, loss = ORACLE[index], ("mse", "ce")[index % 2]
     objective = objective_of(loss, **fields, input_shape=(1, 4, 4), channels=1, classes=2)
+    objective = replace(objective, segmented=segmented)  # two steps and one
     fast = operators.dense(operators.hessian(objective)).numpy()
     params = {name: p.detach().numpy() for name, p in objective.parameters.items()}
     layers: list[dict[str, Any]] = []

@@ -10,8 +10,10 @@ import pytest
 import torch
 from command_tools import SHIPPED, Capture, fails
 
-from hessian_tools.objective import Objective
-from ikun_hessian.opening import measured_on, open_job
+from hessian_tools.objective import Objective, make_objective
+from hessian_tools.segments import bytes_per_sample
+from ikun.networks import LOSSES, Network, Spec
+from ikun_hessian.opening import _cut, measured_on, open_job
 
 
 def damaged(folder: Path) -> dict[str, Path]:
@@ -102,3 +104,23 @@ def loss_and_gradient(objective: Objective) -> tuple[float, torch.Tensor]:
         p.requires_grad_(True)
     loss = objective.loss(objective.outputs(x), y)
     return loss.item(), torch.autograd.grad(loss, parameters)[0]
+
+
+def test_long_sequences_are_cut_where_a_batch_does_not_fit() -> None:
+    workers = torch.get_num_threads()
+
+    def cut(timesteps: int, asked: int | None, fitting: float) -> tuple[int, bool]:
+        """Where so many samples fit into what a worker has."""
+        net = Network(Spec(model="mlp", hidden=(50,), timesteps=timesteps))
+        objective = make_objective(net, LOSSES["mse"], (torch.rand(300, 1, 8, 8), torch.arange(300) % 10))
+        each = bytes_per_sample(objective) or 4 * 4 * 60 * timesteps
+        return _cut(objective, asked, workers * fitting * each, None)
+
+    assert cut(64, None, 20.5) == (20, False)
+    assert cut(64, None, 0.9) == (3, True)  # 2 segments of 8 steps for each: a quarter of the sample
+    assert cut(64, None, 0.1) == (1, True)
+    assert cut(64, 50, 50.5) == (50, False)
+    assert cut(64, 50, 49.5) == (50, True)
+    assert cut(64, 400, 300.5) == (400, False)  # the 300 that there are
+    assert cut(4, 50, 0.1) == (50, False)
+    assert cut(4, None, 0.001) == (1, False)
