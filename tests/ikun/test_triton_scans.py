@@ -10,7 +10,10 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -218,16 +221,23 @@ def test_segments_of_time_that_hand_on_their_state_make_the_whole(pooled: bool) 
 
 
 # ---------------------------------------------------------------- whole networks
-def on_the_way(patch: pytest.MonkeyPatch) -> None:
-    """CPU tensors take the way of CUDA tensors; numbers stay tensors."""
+def on_the_way(patch: pytest.MonkeyPatch) -> set[str]:
+    """CPU tensors take the way of CUDA tensors; numbers stay tensors. Returns the names of the scans that will run."""
+    used: set[str] = set()
+
+    def noted(name: str, *arguments: Any) -> Any:
+        used.add(name)
+        return getattr(triton_scans, name)(*arguments)
 
     def number(t: Tensor | float) -> fused.Number:
         return t.detach() if isinstance(t, Tensor) else float(t)
 
-    patch.setattr(fused, "on_device", lambda like: triton_scans)
+    scans = {name: partial(noted, name) for name in ("value", "tangent", "adjoint", "adjoint_tangent")}
+    patch.setattr(fused, "on_device", lambda like: SimpleNamespace(**scans))
     patch.setattr(fused, "usable", lambda like: True)
     for module in (fused, spikes):
         patch.setattr(module, "number", number)
+    return used
 
 
 NETWORKS = [
@@ -258,8 +268,9 @@ def test_products_and_gradients_of_a_network(fields: dict[str, object], monkeypa
         return [y.detach(), *gradients, *(product(v) for product in products if product is not None)]
 
     expected = results()
-    on_the_way(monkeypatch)
+    used = on_the_way(monkeypatch)
     found = results()
+    assert len(used) == 4
     assert torch.equal(found[0], expected[0])
     assert len(found) == len(expected) == len(list(net.parameters())) + 3
     for f, e in zip(found, expected, strict=True):
