@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import itertools
 import os
 import subprocess
@@ -96,6 +97,7 @@ def test_many_steps_of_a_few_neurons() -> None:
     assert torch.equal(found[0], neuron(x))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # by the interpreter's NumPy
 def test_values_that_are_not_finite_stay_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "usable", lambda like: False)
     x = torch.zeros(3, 1, 2, 4, 6, device=DEVICE)
@@ -322,10 +324,10 @@ print("compiled")
 
 
 def test_kernels_compile_for_a_hopper_and_the_one_of_the_spikes_has_no_fused_multiply_add(tmp_path: Path) -> None:
+    if importlib.util.find_spec("triton.backends.nvidia") is None:
+        pytest.skip("this Triton has no compiler for CUDA")
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
-    if "ImportError" in done.stderr or "unexpected keyword" in done.stderr:
-        pytest.skip("this Triton cannot compile without a device")
     assert done.stdout == "compiled\n", done.stderr
