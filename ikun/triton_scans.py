@@ -75,7 +75,7 @@ def _selected(index, row, place, q, whole):
     return whole if index is None else whole & (tl.load(index + row + q, whole, -1) == place)
 
 
-@triton.jit(do_not_specialize=["steps"])
+@triton.jit(do_not_specialize=["steps", "blocks"])
 def _value(
     x, z, u, state, index, out, rates, steps, size, outputs, blocks,
     HARD: tl.constexpr, LAST: tl.constexpr, STATIC: tl.constexpr,
@@ -111,7 +111,7 @@ def _value(
             tl.store(state + place, v, exists)
 
 
-@triton.jit(do_not_specialize=["steps"])
+@triton.jit(do_not_specialize=["steps", "blocks"])
 def _tangent(
     x, f1, c, u, state, index, out, rates, steps, size, outputs, blocks,
     STATIC: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LONG: tl.constexpr,
@@ -134,7 +134,7 @@ def _tangent(
             tl.store(state + place, v, exists)
 
 
-@triton.jit(do_not_specialize=["steps"])
+@triton.jit(do_not_specialize=["steps", "blocks"])
 def _adjoint(
     g, f1, c, u, z, e, gh, state, index, out, totals, rates, steps, size, outputs, blocks,
     STATIC: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LONG: tl.constexpr,
@@ -174,7 +174,7 @@ def _adjoint(
         tl.store(totals + tl.program_id(0), tl.sum(tl.sum(total, 1), 0))
 
 
-@triton.jit(do_not_specialize=["steps"])
+@triton.jit(do_not_specialize=["steps", "blocks"])
 def _adjoint_tangent(
     g, x, f1, c, e, u, gh, start, state, index, out, kept, totals, rates, steps, size, outputs, blocks,
     REPEATED: tl.constexpr, STATIC: tl.constexpr,
