@@ -51,6 +51,8 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
             own.model = copy.deepcopy(objective.model)
             named = dict(own.model.named_parameters())
             own.parameters = [named[name] for name in objective.parameters]
+            ours = hasattr(own.model, "second_order_chain")  # another model may call anything `value`
+            own.forward = getattr(own.model, "value", own.model) if ours else own.model
         for p, value in zip(own.parameters, objective.split(point(item)), strict=True):
             p.copy_(value)
         parts = []
@@ -58,7 +60,7 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
             if objective.reset is not None:
                 objective.reset(own.model)
             with full_precision(objective.device):
-                parts.append(getattr(own.model, "value", own.model)(x))
+                parts.append(own.forward(x))
         return torch.cat(parts)
 
     return in_threads(run, items) if objective.device.type == "cpu" else map(run, items)

@@ -73,27 +73,42 @@ def smoothed(
     """The noise-matched Gauss-Newton operator of an objective whose network ends in mean rates of spiking neurons.
 
     scale: s, relative to the root mean square of each filter. Symmetric, not always positive semidefinite: a discrete
-    output has mean losses that curve down. Raises ValueError for other networks, and for s <= 0 or draws < 2.
+    output has mean losses that curve down. A learned decay of the output neurons is held fixed. Raises ValueError for
+    what `unsupported` names, for s <= 0 and draws < 2.
     """
     if not 0 < scale < math.inf:
         raise ValueError(f"noise must be a positive number (of each filter's root mean square), not {scale}")
     if draws < 2:
         raise ValueError(f"at least 2 draws of noise are needed, not {draws}")
+    if reason := unsupported(objective):
+        raise ValueError(reason)
     return CurvatureOperator(objective, partial(_linearize, scale=scale, draws=draws, seed=seed), memory)
+
+
+def unsupported(objective: Objective) -> str:
+    """Why an objective has no such operator; empty if it has one."""
+    found = None if objective.reset is not None else layers_at(objective.model, objective.batches[0][0][:1])
+    neurons = [] if found is None else _spiking(found[1])
+    if found is None or not neurons or neurons[-1][0] != len(found[1]) - 2:
+        return "operator smoothed needs a network of this package that ends in the mean rates of spiking neurons"
+    if any(((y := found[1][i + 1][0]) * (1 - y)).any() for i, _, _ in neurons):
+        return "operator smoothed is about spikes: a relaxed network has none"
+    before = [layer for _, layer in found[1][: neurons[-1][0]]]
+    if chain_of(objective, before, neurons[-1][2].parameters) is None:
+        return "operator smoothed finds no layer of this network that has the chosen parameters: choose others"
+    return ""
 
 
 def _spiking(layers: list[tuple[Tensor, Layer]]) -> list[tuple[int, Tensor, SpikingLayer]]:
     return [(i, x, cast(SpikingLayer, layer)) for i, (x, layer) in enumerate(layers) if hasattr(layer, "responding")]
 
 
+@torch.no_grad()
 def _linearize(objective: Objective, batch: Batch, *, scale: float, draws: int, seed: int) -> Linearized:
     x, y = batch
-    found = None if objective.reset is not None else layers_at(objective.model, x)
-    neurons = [] if found is None else _spiking(found[1])
-    if found is None or not neurons or neurons[-1][0] != len(found[1]) - 2:
-        raise ValueError(
-            "operator smoothed needs a network of this package that ends in the mean rates of spiking neurons"
-        )
+    found = layers_at(objective.model, x)
+    assert found is not None  # see unsupported()
+    neurons = _spiking(found[1])
     layers = [layer for _, layer in found[1]]
     means = {i: torch.zeros_like(cast(Tensor, layer.z)) for i, _, layer in neurons}
     squares = {i: torch.zeros_like(mean) for i, mean in means.items()}
@@ -132,10 +147,9 @@ def _linearize(objective: Objective, batch: Batch, *, scale: float, draws: int, 
         closing: list[Layer] = [_Closing(cast(Affine, readout), steps)]
         own = (math.sqrt(2) - 1) * diagonal @ (cast(Affine, readout).folded / steps).square()
     else:
-        closing, own = [readout, layers[-1]], diagonal[:, :0]
-    chain = chain_of(objective, [*layers[: last - 1], *closing])
-    if chain is None:
-        raise ValueError("operator smoothed knows no derivative by a parameter of the output neurons")
+        closing, own = [readout] if counting.static else [readout, layers[-1]], diagonal[:, :0]
+    chain = chain_of(objective, [*layers[: last - 1], *closing], counting.parameters)
+    assert chain is not None  # see unsupported()
     classes = shape[1]
 
     def product(v: Tensor) -> Tensor:
@@ -196,10 +210,12 @@ def _shifts(draws: int, index: int) -> Iterator[tuple[float, float, float]]:
     Integrals of -phi' and phi'' over the cell, so that functions constant in each cell come out exactly.
     """
     width = 2 * REACH / CELLS
-    offset = width * ((index + 0.5) / draws - 0.5)
+    first = width * ((index + 0.5) / draws - 0.5) - REACH
+    edges = [first + width * (k + 0.5) for k in range(CELLS)]  # the outer cells are infinite: a constant has slope 0
+    ones = [0.0, *(_normal(u) for u in edges), 0.0]
+    twos = [0.0, *(u * _normal(u) for u in edges), 0.0]
     for k in range(CELLS + 1):
-        lo, hi = (-REACH + offset + width * (k + side) for side in (-0.5, 0.5))
-        yield (lo + hi) / 2, _normal(lo) - _normal(hi), lo * _normal(lo) - hi * _normal(hi)
+        yield first + width * k, ones[k] - ones[k + 1], twos[k] - twos[k + 1]
 
 
 def _normal(u: float) -> float:
