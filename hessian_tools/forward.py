@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from hessian_tools.cuda import full_precision
 from hessian_tools.eigenvectors import filter_norms
 from hessian_tools.objective import Objective
 from hessian_tools.settings import stream
@@ -58,7 +59,8 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
         for x, _ in objective.batches:
             if objective.reset is not None:
                 objective.reset(own.model)
-            parts.append(own.forward(x))
+            with full_precision(objective.device):
+                parts.append(own.forward(x))
         return torch.cat(parts)
 
     return in_threads(run, items) if objective.device.type == "cpu" else map(run, items)

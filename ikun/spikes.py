@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ikun import fused
-from ikun.fused import Scan, adjoint, adjoint_tangent, tangent
+from ikun.fused import Number, Scan, adjoint, adjoint_tangent, number, tangent
 from ikun.neurons import Dynamics, Neuron, step
 
 if TYPE_CHECKING:
@@ -59,12 +59,9 @@ class Spikes:
     def _outputs(self, g: Tensor) -> Tensor:
         return g.reshape(len(self.scan.f1), -1)
 
-    def _gain(self, dp: Sequence[Tensor | None]) -> float:
+    def _gain(self, dp: Sequence[Tensor | None]) -> Number:
         """gain' = gain (1 - gain) w'."""
-        return self.scan.gain * self.scan.decay * float(dp[0]) if dp and dp[0] is not None else 0.0
-
-    def _logit(self, total: float, like: Tensor) -> tuple[Tensor, ...]:
-        return (like.new_tensor(self.scan.gain * self.scan.decay * total),)
+        return self.scan.gain * self.scan.decay * number(dp[0]) if dp and dp[0] is not None else 0.0
 
     def _state(self, kind: str) -> Tensor | None:
         return None if self.carry is None else carried(self.carry, kind, torch.zeros_like(self.scan.f1[:1]))
@@ -84,7 +81,9 @@ class Spikes:
             by_pieces(lambda part, e: e.copy_(self.neuron.dynamics.surrogate.second(part)), z, self.scan.e)
         gx, total = adjoint(self.scan, self._outputs(g), z, self._state("adjoint"))
         self.total = total
-        return gx.reshape(self.shapes[0]), self._logit(total, g) if self.parameters else ()
+        if not self.parameters:
+            return gx.reshape(self.shapes[0]), ()
+        return gx.reshape(self.shapes[0]), (_like(g, self.scan.gain * self.scan.decay * total),)
 
     def adjoint_tangent(
         self, dg: Tensor, dx: Tensor | None, dp: Sequence[Tensor | None], want: Any
@@ -94,8 +93,8 @@ class Spikes:
         if not self.parameters:
             return gx.reshape(self.shapes[0]), ()
         # (gain (1 - gain) G)' with gain' = gain (1 - gain) w'
-        (grad,) = self._logit(total, dg)
-        return gx.reshape(self.shapes[0]), (grad + (self.scan.decay - self.scan.gain) * dgain * self.total,)
+        grad = self.scan.gain * self.scan.decay * total + (self.scan.decay - self.scan.gain) * dgain * self.total
+        return gx.reshape(self.shapes[0]), (_like(dg, grad),)
 
     # ---- averages over noise in the weights (hessian_tools/smoothed.py)
     @property
@@ -177,6 +176,11 @@ class Pooled:
         raise NotImplementedError("a Gauss-Newton product has no second-order pass")
 
 
+def _like(t: Tensor, value: Number) -> Tensor:
+    """[], with t's type and place."""
+    return torch.as_tensor(value, dtype=t.dtype, device=t.device)
+
+
 def carried(carry: Carry, kind: str, rest: Tensor) -> Tensor:
     """The state [1, M] for a scan to run on: a copy of what the segment before handed on, or rest. It is what is handed
     on from here."""
@@ -223,7 +227,7 @@ def _value(
     state = None if carry is None else carried(carry, "value", neuron.start(x).reshape(1, -1))
     if not d.relaxed and fused.usable(x):
         plane = None if pool is None else (x.shape[-2], x.shape[-1])
-        rates = (float(decay), float(gain), float((1 - decay) * d.v_reset), d.threshold, d.v_reset)
+        rates = (number(decay), number(gain), number((1 - decay) * d.v_reset), d.threshold, d.v_reset)
         last = pool is not None and pool.ties == "last"
         found = fused.value(x.flatten(1), steps, rates, d.reset == "hard", plane, last, learned, state)
         if found is not None:
@@ -249,8 +253,9 @@ def _scan(
     """The scan's derivatives at z, for inputs of shape [T or 1, N, ...]."""
     f1, c, (decay, gain) = torch.empty_like(z), torch.empty_like(z), neuron.rates()
     by_pieces(partial(_slopes, neuron.dynamics), z, f1, c)
-    unit = 1 if pool is None else shape[-1] * shape[-2]
-    return Scan(f1, c, float(decay), float(gain), shape[0] == 1, index, unit, u=u, reset=_reset(neuron.dynamics))
+    width, height = (1, 1) if pool is None else (shape[-1], shape[-2])
+    rates, reset = (number(decay), number(gain)), _reset(neuron.dynamics)
+    return Scan(f1, c, *rates, shape[0] == 1, index, width * height, u=u, reset=reset, width=width)
 
 
 def linearize(
@@ -281,7 +286,7 @@ class _Fire(torch.autograd.Function):
         logit, z, index, u = ctx.saved_tensors
         scan = _scan(ctx.neuron, ctx.pool, ctx.shape, z, index, u)
         gx, total = adjoint(scan, g.flatten(1))
-        grad = None if logit is None else torch.full_like(logit, scan.gain * scan.decay * total)
+        grad = None if logit is None else _like(logit, scan.gain * scan.decay * total)
         return gx.view(ctx.shape), grad, None, None, None
 
 
