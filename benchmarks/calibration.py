@@ -1,7 +1,9 @@
 """The study behind docs/findings.md: networks of many kinds, trained and calibrated.
 
     python benchmarks/calibration.py FOLDER [--part I/N] [--fashion-mnist DIR]    goes on where it stopped
-    python benchmarks/calibration.py FOLDER --collect FILE                        all results in one file
+    python benchmarks/calibration.py FOLDER --collect FILE.json.gz                all results in one file
+    python benchmarks/calibration.py --figure FILE.json.gz OUT                    its figure: OUT.png, OUT.pdf
+    python benchmarks/calibration.py --table FILE.json.gz                         its numbers, in Markdown
 
 Digits MLP: three surrogates, two slopes each, five training seeds, five initializers in turn (a Latin square). Digits
 MLP with other neurons, resets, lengths and cross-entropy. Digits CSNN with BatchNorm and max-pooling, the tie rule
@@ -16,8 +18,10 @@ import json
 from pathlib import Path
 
 from hessian_tools.calibration import SCHEMA, CalibrationResult, CalibrationSettings
+from hessian_tools.calibration_study import study_figure, study_tables
+from hessian_tools.figures import save_figure
 from hessian_tools.phases import Phases
-from hessian_tools.results import clean, load, save
+from hessian_tools.results import clean, from_plain, load, save
 from ikun_hessian.calibrate import calibration_of
 from ikun_hessian.main import run
 from ikun_hessian.opening import open_job
@@ -64,7 +68,7 @@ def calibrated(name: str, options: str, folder: Path, fashion: Path | None) -> N
     checkpoint, out = folder / f"{name}.pt", folder / f"{name}.calibration.json"
     if not checkpoint.exists() and run(["train", *options.split(), "--force", "--out", str(checkpoint)]):
         raise SystemExit(f"{name}: training failed")
-    scales = (0.1, 0.2, 0.4) if "csnn" in name else (0.05, 0.1, 0.2, 0.4)
+    scales = (0.05, 0.1, 0.2) if "csnn" in name else (0.05, 0.1, 0.2, 0.4)
     settings = CalibrationSettings(scales=scales)
     job = open_job(
         checkpoint,
@@ -84,13 +88,30 @@ def calibrated(name: str, options: str, folder: Path, fashion: Path | None) -> N
     print(name, "done", flush=True)
 
 
+def collected(file: Path) -> dict[str, CalibrationResult]:
+    """What --collect wrote."""
+    found = json.loads(gzip.decompress(file.read_bytes()))
+    return {name: from_plain(values, CalibrationResult, SCHEMA) for name, values in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--fashion-mnist", type=Path)
     parser.add_argument("--collect", type=Path)
+    parser.add_argument("--figure", type=Path, nargs=2)
+    parser.add_argument("--table", type=Path)
     arguments = parser.parse_args()
+    if arguments.figure:
+        file, out = arguments.figure
+        print(*save_figure(study_figure(collected(file)), out))
+    if arguments.table:
+        print(study_tables(collected(arguments.table)), end="")
+    if arguments.figure or arguments.table:
+        return
+    if arguments.folder is None:
+        parser.error("FOLDER is missing")
     if arguments.collect:
         files = sorted(arguments.folder.glob("*.calibration.json"))
         for file in files:

@@ -30,7 +30,7 @@ from hessian_tools.objective import Objective
 from hessian_tools.operators import Operator, fisher, ggn, hessian, scaled
 from hessian_tools.phases import Phases
 from hessian_tools.settings import stream
-from hessian_tools.smoothed import smoothed
+from hessian_tools.smoothed import smoothed, unsupported
 from hessian_tools.trace import estimate, probe_forms
 
 SCHEMA = "ikun-hessian/calibration/1"
@@ -61,9 +61,11 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         if not self.scales or not all(0 < s < math.inf for s in self.scales):
             raise ValueError(f"noise scales must be positive numbers, not {list(self.scales)}")
-        for name, least in (("draws", 4), ("eigenvectors", 1), ("random", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.draws < 4 or self.draws % 2:
+            raise ValueError(f"draws come in antithetic pairs, at least two: 4, 6, ..., not {self.draws}")
+        for name in ("eigenvectors", "random"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 < self.step < math.inf:
             raise ValueError(f"step must be a positive number, not {self.step}")
 
@@ -72,9 +74,10 @@ class CalibrationSettings:
 class Agreement:
     """One operator against the truth at one scale, over all directions.
 
-    correlation: Spearman's, ci95 by bootstrap over directions. ratio: median of c / v'Av over the directions where both
-    are positive, quartiles: of the same; within: share of all directions with a ratio from 0.7 to 1.4. slope: of log c
-    against log v'Av (Theil and Sen), 1 for proportional.
+    correlation: Spearman's, ci95 from the standard error of its Fisher z by bootstrap over directions (percentiles
+    cover too rarely near 1). ratio: median of c / v'Av over the directions where both are positive, quartiles: of the
+    same; within: share of all directions with a ratio from 0.7 to 1.4. slope: of log c against log v'Av (Theil and
+    Sen), 1 for proportional.
     """
 
     correlation: float
@@ -154,17 +157,19 @@ def calibrate(
 
     variants: objectives of the same weights under another convention (tie rule, surrogate); Hessian and GGN of each
     take part. family: the same with one common analysis surrogate of several widths; at each scale the GGN of the width
-    whose median ratio is nearest to 1 takes part as "ggn, fitted" (Scale.fitted names it). Raises ValueError for a loss
-    that is not finite or a network that never spikes.
+    whose median ratio is nearest to 1 takes part as "ggn, fitted" (Scale.fitted names it). A network without operator
+    smoothed goes without it. Raises ValueError for a loss that is not finite or a network that never spikes.
     """
     phases, tell = phases or Phases(), progress or (lambda name, done, total: None)
     loss, gradient = objective.value_and_gradient()
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss} at these weights: there is nothing to calibrate")
-    memory = settings.memory * 2**30
-    operators: dict[str, Operator] = {op: make(objective, memory / 4) for op, make in MAIN.items()}
-    matched = {s: smoothed(objective, memory / 4, scale=s, seed=settings.seed + 1) for s in settings.scales}
-    middle = matched[sorted(settings.scales)[len(settings.scales) // 2]]
+    memory = settings.memory * 2**30 / (len(MAIN) + len(settings.scales))
+    operators: dict[str, Operator] = {op: make(objective, memory) for op, make in MAIN.items()}
+    matched: dict[float, Operator] = {}
+    if not unsupported(objective):
+        matched = {s: smoothed(objective, memory, scale=s, seed=settings.seed + 1) for s in settings.scales}
+    middle = matched.get(sorted(settings.scales)[len(settings.scales) // 2])
 
     def find() -> dict[str, Any]:
         vectors, kinds = directions(objective, operators, middle, gradient, settings, tell)
@@ -191,13 +196,15 @@ def calibrate(
     forms: dict[str, list[float]] = predicted["forms"]
     scales = []
     for s in settings.scales:
-        own = phases.keep(
-            f"smoothed {s}",
-            lambda s=s: {  # type: ignore[misc]
-                "forms": _forms(matched[s], v),
-                "trace": _trace(scaled(matched[s], noise_scales(objective)), settings.seed),
-            },
-        )
+        own: dict[str, Any] = {}
+        if s in matched:
+            own = phases.keep(
+                f"smoothed {s}",
+                lambda s=s: {  # type: ignore[misc]
+                    "forms": {"smoothed": _forms(matched[s], v)},
+                    "traces": {"smoothed": _trace(scaled(matched[s], noise_scales(objective)), settings.seed)},
+                },
+            )
         truth = phases.keep(f"truth {s}", lambda s=s: curvatures(objective, v, s, settings, tell))  # type: ignore[misc]
         scales.append(_scale(s, truth, forms, own, list(family or {}), settings.seed))
     return Calibration(
@@ -211,7 +218,7 @@ MAIN: dict[str, Callable[[Objective, float], Operator]] = {"hessian": hessian, "
 def directions(
     objective: Objective,
     operators: Mapping[str, Operator],
-    matched: Operator,
+    matched: Operator | None,
     gradient: Tensor,
     settings: CalibrationSettings,
     tell: Progress,
@@ -227,8 +234,9 @@ def directions(
             columns.append((block / norms).to(objective.dtype))
             kinds.extend([kind] * block.shape[1])
 
-    for i, (name, op) in enumerate({**operators, "smoothed": matched}.items()):
-        tell("directions", i, len(operators) + 1)
+    everything = {**operators, "smoothed": matched} if matched is not None else operators
+    for i, (name, op) in enumerate(everything.items()):
+        tell("directions", i, len(everything))
         pairs = eigenpairs(
             op,
             count if name != "fisher" else (count + 1) // 2,
@@ -319,7 +327,7 @@ def curvatures(
         if i % draws == 0:
             tell(name, i, len(items))
     second = (losses.sum(1) - 2 * base) / torch.tensor(steps, dtype=torch.float64)[:, None].square()
-    pairs = second.reshape(count, -1, 2).mean(2) if draws % 2 == 0 else second  # antithetic noise: one observation
+    pairs = second.reshape(count, -1, 2).mean(2)  # antithetic noise: one observation
     # trace: with the noise's own numbers at s^2 (1 +- TRACE_STEP)
     wide, narrow = (scale * math.sqrt(1 + sign * TRACE_STEP) for sign in (1, -1))
 
@@ -328,8 +336,7 @@ def curvatures(
 
     outs = outputs_at(objective, farther, [(j, s) for j in range(draws) for s in (wide, narrow)])
     change = torch.tensor([mean_loss(objective, out) for out in outs], dtype=torch.float64).reshape(draws, 2)
-    slopes = 2 * (change[:, 0] - change[:, 1]) / (2 * TRACE_STEP * scale**2)
-    slopes = slopes.reshape(-1, 2).mean(1) if draws % 2 == 0 else slopes
+    slopes = (2 * (change[:, 0] - change[:, 1]) / (2 * TRACE_STEP * scale**2)).reshape(-1, 2).mean(1)
     return {
         "loss": float(base.mean()),
         "movement": movement,
@@ -351,6 +358,7 @@ def _steps(
 ) -> list[float]:
     """Steps along the columns of v that move the outputs by `wanted` (root mean square), to 10%."""
     steps = [longest / 8] * v.shape[1]
+    short, long = [0.0] * len(steps), [math.inf] * len(steps)  # known to be too
     open_ = list(range(v.shape[1]))
     for _ in range(8):
         items = [(j, k, steps[k]) for k in open_ for j in range(len(moved))]
@@ -361,7 +369,10 @@ def _steps(
         for k in open_:
             factor = wanted / math.sqrt(squares[k]) if squares[k] > 0 else 4.0
             if abs(math.log(factor)) > 0.1:
+                (short if factor > 1 else long)[k] = steps[k]
                 steps[k] *= min(4.0, max(0.25, factor**1.2))
+                if not short[k] < steps[k] < long[k]:  # movement by a higher power of the step
+                    steps[k] = math.sqrt(short[k] * long[k])
                 still.append(k)
         open_ = still
         if not open_:
@@ -380,7 +391,7 @@ def _scale(
     """The truth at one scale with every operator's agreement."""
     c = np.array(truth["curvature"])
     named = {f"ggn, {label}": label for label in family}
-    compared = {name: values for name, values in forms.items() if name not in named} | {"smoothed": own["forms"]}
+    compared = {name: values for name, values in forms.items() if name not in named} | own.get("forms", {})
     fitted = ""
     if named:
         ratios = {name: agreement(np.array(forms[name]), c, seed, resamples=0).ratio for name in named}
@@ -396,8 +407,8 @@ def _scale(
         step=tuple(truth["step"]),
         trace=truth["trace"],
         trace_stderr=truth["trace_stderr"],
-        predictions={"smoothed": tuple(own["forms"])},
-        traces={"smoothed": own["trace"]},
+        predictions={name: tuple(values) for name, values in own.get("forms", {}).items()},
+        traces=own.get("traces", {}),
         agreement={name: agreement(np.array(values), c, seed) for name, values in compared.items()},
         fitted=fitted,
     )
@@ -413,15 +424,14 @@ def agreement(predicted: Any, truth: Any, seed: int = 0, resamples: int = RESAMP
     slope = nan
     if both.sum() > 2:
         slope = float(stats.theilslopes(np.log(truth[both]), np.log(predicted[both]))[0])
-    random = np.random.default_rng(seed)
-    samples = []
-    for _ in range(resamples):
-        chosen = random.integers(0, len(truth), len(truth))
-        samples.append(_spearman(predicted[chosen], truth[chosen]))
-    ends = np.nanpercentile(samples, [2.5, 97.5]) if samples else (nan, nan)
+    correlation, low_end, high_end = float(_spearman(predicted, truth)), nan, nan
+    if resamples and not math.isnan(correlation):
+        chosen = np.random.default_rng(seed).integers(0, len(truth), (resamples, len(truth)))
+        half = 1.96 * np.nanstd(_fisher(_spearman(predicted[chosen], truth[chosen])))
+        low_end, high_end = (float(np.tanh(_fisher(correlation) + side * half)) for side in (-1, 1))
     return Agreement(
-        _spearman(predicted, truth),
-        (float(ends[0]), float(ends[1])),
+        correlation,
+        (low_end, high_end),
         float(middle),
         (float(low), float(high)),
         within,
@@ -429,8 +439,12 @@ def agreement(predicted: Any, truth: Any, seed: int = 0, resamples: int = RESAMP
     )
 
 
-def _spearman(a: Any, b: Any) -> float:
-    ranks = stats.rankdata(a), stats.rankdata(b)
-    if np.ptp(ranks[0]) == 0 or np.ptp(ranks[1]) == 0:
-        return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
+def _spearman(a: Any, b: Any) -> Any:
+    """Over the last axis; NaN where one of the two is constant."""
+    a, b = (ranks - ranks.mean(-1, keepdims=True) for ranks in (stats.rankdata(x, axis=-1) for x in (a, b)))
+    with np.errstate(invalid="ignore"):
+        return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+
+
+def _fisher(correlation: Any) -> Any:
+    return np.arctanh(np.clip(correlation, -1 + 1e-6, 1 - 1e-6))

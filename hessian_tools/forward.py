@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from hessian_tools.cuda import full_precision
 from hessian_tools.eigenvectors import filter_norms
 from hessian_tools.objective import Objective
 from hessian_tools.settings import stream
@@ -50,13 +51,16 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
             own.model = copy.deepcopy(objective.model)
             named = dict(own.model.named_parameters())
             own.parameters = [named[name] for name in objective.parameters]
+            ours = hasattr(own.model, "second_order_chain")  # another model may call anything `value`
+            own.forward = getattr(own.model, "value", own.model) if ours else own.model
         for p, value in zip(own.parameters, objective.split(point(item)), strict=True):
             p.copy_(value)
         parts = []
         for x, _ in objective.batches:
             if objective.reset is not None:
                 objective.reset(own.model)
-            parts.append(getattr(own.model, "value", own.model)(x))
+            with full_precision(objective.device):
+                parts.append(own.forward(x))
         return torch.cat(parts)
 
     return in_threads(run, items) if objective.device.type == "cpu" else map(run, items)

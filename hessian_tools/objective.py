@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from hessian_tools import segments
+from hessian_tools.cuda import full_precision
 from hessian_tools.distributed import Group
 
 Batch = tuple[Tensor, Tensor]
@@ -55,11 +56,12 @@ class Objective:
 
     def outputs(self, x: Tensor) -> Tensor:
         """Forward pass from a reset state."""
-        if self.segmented and not torch.is_grad_enabled() and segments.possible(self):
-            return segments.outputs(self, x)
-        if self.reset is not None:
-            self.reset(self.model)
-        out: Tensor = self.model(x)
+        with full_precision(self.device):
+            if self.segmented and not torch.is_grad_enabled() and segments.possible(self):
+                return segments.outputs(self, x)
+            if self.reset is not None:
+                self.reset(self.model)
+            out: Tensor = self.model(x)
         return out
 
     def split(self, v: Tensor) -> list[Tensor]:
@@ -90,14 +92,15 @@ class Objective:
         """L and its (surrogate) gradient [P]."""
         both = torch.zeros(self.size + 1, dtype=torch.float64, device=self.device)
         in_segments = self.segmented and segments.possible(self)
-        for (x, y), weight in self.weighted_batches():
-            if in_segments:
-                loss, gradient = segments.value_and_gradient(self, (x, y))
-                both[:-1] += weight * gradient
-            elif (loss := self.loss(self.outputs(x), y)).requires_grad:
-                grads = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-                both[:-1] += weight * self.flatten(grads)
-            both[-1] += weight * loss.item()
+        with full_precision(self.device):
+            for (x, y), weight in self.weighted_batches():
+                if in_segments:
+                    loss, gradient = segments.value_and_gradient(self, (x, y))
+                    both[:-1] += weight * gradient
+                elif (loss := self.loss(self.outputs(x), y)).requires_grad:
+                    grads = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+                    both[:-1] += weight * self.flatten(grads)
+                both[-1] += weight * loss.item()
         both = self.summed(both)
         return float(both[-1]), both[:-1]
 

@@ -18,6 +18,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from hessian_tools import second_order, segments
+from hessian_tools.cuda import Captured, full_precision, side_stream
 from hessian_tools.objective import Batch, Objective
 from hessian_tools.threads import in_threads
 
@@ -138,8 +139,9 @@ class CurvatureOperator(Operator):
 
     The part that depends on the weights alone (the primal) is kept for as many batches as fit into `memory` bytes of
     saved tensors and recomputed for the rest. On the CPU the batches run side by side, one thread each, unless they go
-    through autograd, where a model of unknown make may keep state. A product that is not finite raises
-    FloatingPointError.
+    through autograd, where a model of unknown make may keep state. On CUDA products are in full precision, and those of
+    kept batches become CUDA graphs where their work fits as well (it takes no more than one batch's primal, once for
+    all). A product that is not finite raises FloatingPointError.
     """
 
     def __init__(
@@ -151,7 +153,8 @@ class CurvatureOperator(Operator):
         self._memory = memory
         self._kept: dict[int, Map] = {}
         self._used = 0.0
-        self._lock = Lock()  # of the two above
+        self._graphs = False  # whether the work of graphs is counted in `used`
+        self._lock = Lock()  # of the three above
         self._threads: bool | None = None
 
     def _map(self, index: int, batch: Batch) -> Map:
@@ -162,11 +165,20 @@ class CurvatureOperator(Operator):
         product, size = _measured(self.objective, batch, self._linearize)
         with self._lock:
             if self._used + size <= self._memory:
-                self._kept[index] = product
                 self._used += size
+                self._kept[index] = product = self._captured(product, size)
             else:
                 self._used = float(self._memory)  # full: the batches that follow are not smaller
         return product
+
+    def _captured(self, product: Map, size: int) -> Map:
+        """On CUDA a graph of a kept product, if there is room for its work."""
+        if self.device.type != "cuda" or not isinstance(product, second_order.Linearized) or not product.nbytes:
+            return product
+        if not self._graphs and self._used + size <= self._memory:
+            self._graphs = True
+            self._used += size
+        return Captured(product, product.nbytes) if self._graphs else product
 
     def _over_batches(self, task: Callable[[Map, float], Tensor]) -> Iterator[Tensor]:
         """task(product, weight) for every batch of this rank, in order."""
@@ -184,8 +196,9 @@ class CurvatureOperator(Operator):
 
     def _apply(self, block: Tensor) -> Tensor:
         total = torch.zeros_like(block)
-        for part in self._over_batches(lambda a, weight: weight * torch.stack([a(v) for v in block.unbind(1)], 1)):
-            total += part
+        with full_precision(self.device):
+            for part in self._over_batches(lambda a, weight: weight * torch.stack([a(v) for v in block.unbind(1)], 1)):
+                total += part
         total = self.objective.summed(total)
         if not torch.isfinite(total).all():
             raise FloatingPointError("a product with the operator is not finite")
@@ -209,8 +222,9 @@ class CurvatureOperator(Operator):
 
         counts = torch.tensor([len(y) for _, y in self.objective.batches], dtype=torch.float64)
         rows = torch.zeros(len(counts), sum(v.shape[1] ** 2 for v in blocks), dtype=torch.float64)
-        for i, row in zip(self.objective.share, self._over_batches(forms), strict=True):
-            rows[i] = row
+        with full_precision(self.device):
+            for i, row in zip(self.objective.share, self._over_batches(forms), strict=True):
+                rows[i] = row
         parts = self.objective.summed(rows.to(self.device)).cpu().split([v.shape[1] ** 2 for v in blocks], 1)
         shapes = [v.shape[1] for v in blocks]
         return [part.reshape(-1, k, k).mT for part, k in zip(parts, shapes, strict=True)], counts
@@ -224,7 +238,7 @@ def _measured(objective: Objective, batch: Batch, linearize: Callable[[Objective
         saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), side_stream(objective.device):
         product = linearize(objective, batch)
     return product, getattr(product, "nbytes", 0) or sum(saved.values())
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessian_tools.cuda import full_precision
 from hessian_tools.lanczos import Eigenpairs, certified
 from hessian_tools.objective import Objective
 from hessian_tools.operators import Operator
@@ -57,7 +58,8 @@ def _run(objective: Objective, seed: int, method: Callable[[Any], Any]) -> tuple
     live = _Live(objective)
     cuda = objective.device.type == "cuda"
     dtype = torch.get_default_dtype()
-    with torch.random.fork_rng([objective.device] if cuda else []), warnings.catch_warnings():
+    fork = torch.random.fork_rng([objective.device] if cuda else [])
+    with fork, warnings.catch_warnings(), full_precision(objective.device):
         warnings.filterwarnings("ignore", "Using backward\\(\\) with create_graph=True")
         torch.manual_seed(seed)  # PyHessian draws from the global generator, in the default dtype
         torch.set_default_dtype(objective.dtype)

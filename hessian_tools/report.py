@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from hessian_tools.compare import by_method, common_operators, method_of
-from hessian_tools.results import Analysed, Eigenvalue, Spectrum, SpectrumResult, Trace
+from hessian_tools.results import AnalysedParts, Eigenvalue, Spectrum, SpectrumResult, Trace
 
 WIDTH = 80
 
@@ -104,7 +104,7 @@ def _field(name: str, text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=f"{name:<12}", subsequent_indent=" " * 12)
 
 
-def opened(r: Analysed) -> list[str]:
+def opened(r: AnalysedParts) -> list[str]:
     """What was opened and how it was trained."""
     n, t = r.network, r.training
     lines = _field("checkpoint", f"{r.checkpoint.get('path', '-')}  sha256 {str(r.checkpoint.get('sha256', '-'))[:12]}")

@@ -154,9 +154,9 @@ class Analysed(typing.Protocol):
     @property
     def training(self) -> dict[str, Any]: ...
     @property
-    def num_parameters(self) -> int: ...
+    def settings(self) -> dict[str, Any]: ...
     @property
-    def parameters(self) -> dict[str, int]: ...
+    def num_parameters(self) -> int: ...
     @property
     def loss(self) -> float: ...
     @property
@@ -165,6 +165,13 @@ class Analysed(typing.Protocol):
     def device(self) -> str: ...
     @property
     def seed(self) -> int: ...
+
+
+class AnalysedParts(Analysed, typing.Protocol):
+    """The same with the size of every parameter."""
+
+    @property
+    def parameters(self) -> dict[str, int]: ...
 
 
 @dataclass(frozen=True)
@@ -259,21 +266,29 @@ def load(path: str | Path, kind: type[R], schema: str) -> R:
 
     Raises ResultError for a missing, foreign, damaged or newer file.
     """
-    command = schema.split("/")[1]
     try:
         with Path(path).open(encoding="utf-8") as file:
             values = json.load(file)
     except OSError as error:
         raise ResultError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
-        raise ResultError(f"{path}: not a JSON file: run `ikun-hessian {command}` again") from None
+        raise ResultError(f"{path}: not a JSON file: run `ikun-hessian {schema.split('/')[1]}` again") from None
+    try:
+        return from_plain(values, kind, schema)
+    except ResultError as error:
+        raise ResultError(f"{path}: {error}") from None
+
+
+def from_plain(values: Any, kind: type[R], schema: str) -> R:
+    """A result of the dataclass `kind` from what its JSON holds. Raises ResultError for anything else."""
+    command = schema.split("/")[1]
     found = values.get("schema") if isinstance(values, dict) else None
     if found != schema:
-        raise ResultError(f"{path}: not a {command} of this version (schema {found!r}, expected {schema!r})")
+        raise ResultError(f"not a {command} of this version (schema {found!r}, expected {schema!r})")
     try:
         result: R = _build(kind, values, "result")
     except ResultError as error:
-        raise ResultError(f"{path}: {error}: run `ikun-hessian {command}` again") from None
+        raise ResultError(f"{error}: run `ikun-hessian {command}` again") from None
     return result
 
 

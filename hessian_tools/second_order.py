@@ -20,7 +20,7 @@ one with an attribute `repeats` that is true are the same for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -127,11 +127,11 @@ class Chain:
 
 
 def _tensors(thing: object) -> Iterator[Tensor]:
-    """The tensors a layer holds, directly or in a dataclass."""
+    """The tensors a layer holds, directly, in a dataclass or in a layer of its own."""
     for value in vars(thing).values():
         if isinstance(value, Tensor):
             yield value
-        elif is_dataclass(value):
+        elif is_dataclass(value) or hasattr(value, "tangent"):
             yield from _tensors(value)
 
 
@@ -195,11 +195,14 @@ def linearize(objective: Objective, batch: Batch, kind: str) -> Linearized | Non
     return Linearized(product, chain.nbytes)
 
 
-def chain_of(objective: Objective, layers: list[Layer]) -> Chain | None:
-    """The chain from the first layer with a parameter of the objective on; None if a parameter belongs to no layer."""
-    known = {id(p) for p in objective.parameters.values()}
+def chain_of(objective: Objective, layers: list[Layer], fixed: Sequence[Tensor] = ()) -> Chain | None:
+    """The chain from the first layer with a parameter of the objective on; None if a parameter belongs to no layer.
+
+    fixed: parameters without a derivative here, which count as zeros. Empty chains are None as well.
+    """
+    known = {id(p) for p in objective.parameters.values()} - {id(p) for p in fixed}
     owners = [i for i, layer in enumerate(layers) if any(id(p) in known for p in layer.parameters)]
-    if known - {id(p) for layer in layers for p in layer.parameters}:
+    if not owners or known - {id(p) for layer in layers for p in layer.parameters}:
         return None
     return Chain(objective, layers[owners[0] :])
 

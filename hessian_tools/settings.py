@@ -93,7 +93,7 @@ def stream(*key: int) -> torch.Generator:
 def versions() -> dict[str, str]:
     """Of everything that can change a number."""
     found = {"python": platform.python_version()}
-    for name in ("torch", "numpy", "scipy", "numba", "ikun-hessian"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # numba is no must; or run from a checkout
+    for name in ("torch", "numpy", "scipy", "numba", "triton", "ikun-hessian"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # no must; or run from a checkout
             found[name] = importlib.metadata.version(name)
     return found

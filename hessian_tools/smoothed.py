@@ -10,6 +10,8 @@ with currents, potentials and spikes of `draws` perturbed networks:
 - where a layer's input is the same at all steps, its whole spike train answers to a constant shift of the current. That
   response is computed outright, by shifting the currents of the draws (spike trains then differ by more than a Gaussian
   in h knows: a spike moved by one step);
+- a max-pooled spike is there if any of its entries fires, so its mean answers to one entry where the others are silent:
+  the share of the draws in which they are (no tie rule occurs);
 - the outputs are counts of a few spikes, and the mean loss of a count is not the loss of the mean count. So the product
   is split before the output neurons: their currents' tangent, averaged over time, meets the second derivative of the
   mean loss E l(rate(current + noise)) by that current. With rates r, r' and r'' derivatives of E r, m'' that of
@@ -55,12 +57,15 @@ class SpikingLayer(Layer, Protocol):
 
     z: Tensor | None  # h - threshold [T, M]
     static: bool
+    threshold: float
 
     def fire(self, x: Tensor) -> Tensor: ...
 
-    def averaged(self, mean: Tensor, spread: Tensor) -> Layer: ...
+    def alone(self, fired: Tensor) -> Tensor | None: ...
 
-    def responding(self, response: Tensor) -> Layer: ...
+    def averaged(self, mean: Tensor, spread: Tensor, alone: Tensor | None) -> Layer: ...
+
+    def responding(self, response: Tensor, alone: Tensor | None) -> Layer: ...
 
 
 def smoothed(
@@ -69,31 +74,47 @@ def smoothed(
     """The noise-matched Gauss-Newton operator of an objective whose network ends in mean rates of spiking neurons.
 
     scale: s, relative to the root mean square of each filter. Symmetric, not always positive semidefinite: a discrete
-    output has mean losses that curve down. Raises ValueError for other networks, and for s <= 0 or draws < 2.
+    output has mean losses that curve down. A learned decay of the output neurons is held fixed. Raises ValueError for
+    what `unsupported` names, for s <= 0 and draws < 2.
     """
     if not 0 < scale < math.inf:
         raise ValueError(f"noise must be a positive number (of each filter's root mean square), not {scale}")
     if draws < 2:
         raise ValueError(f"at least 2 draws of noise are needed, not {draws}")
+    if reason := unsupported(objective):
+        raise ValueError(reason)
     return CurvatureOperator(objective, partial(_linearize, scale=scale, draws=draws, seed=seed), memory)
+
+
+def unsupported(objective: Objective) -> str:
+    """Why an objective has no such operator; empty if it has one."""
+    found = None if objective.reset is not None else layers_at(objective.model, objective.batches[0][0][:1])
+    neurons = [] if found is None else _spiking(found[1])
+    if found is None or not neurons or neurons[-1][0] != len(found[1]) - 2:
+        return "operator smoothed needs a network of this package that ends in the mean rates of spiking neurons"
+    if any(((y := found[1][i + 1][0]) * (1 - y)).any() for i, _, _ in neurons):
+        return "operator smoothed is about spikes: a relaxed network has none"
+    before = [layer for _, layer in found[1][: neurons[-1][0]]]
+    if chain_of(objective, before, neurons[-1][2].parameters) is None:
+        return "operator smoothed finds no layer of this network that has the chosen parameters: choose others"
+    return ""
 
 
 def _spiking(layers: list[tuple[Tensor, Layer]]) -> list[tuple[int, Tensor, SpikingLayer]]:
     return [(i, x, cast(SpikingLayer, layer)) for i, (x, layer) in enumerate(layers) if hasattr(layer, "responding")]
 
 
+@torch.no_grad()
 def _linearize(objective: Objective, batch: Batch, *, scale: float, draws: int, seed: int) -> Linearized:
     x, y = batch
-    found = None if objective.reset is not None else layers_at(objective.model, x)
-    neurons = [] if found is None else _spiking(found[1])
-    if found is None or not neurons or neurons[-1][0] != len(found[1]) - 2:
-        raise ValueError(
-            "operator smoothed needs a network of this package that ends in the mean rates of spiking neurons"
-        )
+    found = layers_at(objective.model, x)
+    assert found is not None  # see unsupported()
+    neurons = _spiking(found[1])
     layers = [layer for _, layer in found[1]]
     means = {i: torch.zeros_like(cast(Tensor, layer.z)) for i, _, layer in neurons}
     squares = {i: torch.zeros_like(mean) for i, mean in means.items()}
     last = neurons[-1][0]
+    alone: dict[int, Tensor | None] = dict.fromkeys(means)
     currents: dict[int, list[Tensor]] = {i: [] for i, _, layer in neurons if layer.static or i == last}
     outputs = torch.zeros_like(found[0])
     for out, perturbed in _perturbed(objective, x, scale, draws, seed):
@@ -103,21 +124,24 @@ def _linearize(objective: Objective, batch: Batch, *, scale: float, draws: int, 
             step = z - means[i]  # Welford's
             means[i] += step / (len(currents[last]) + 1)
             squares[i] += step * (z - means[i])
+            if (share := layer.alone((z >= 0).to(z))) is not None:
+                alone[i] = share / draws if alone[i] is None else cast(Tensor, alone[i]) + share / draws
         for i, current, layer in _spiking(perturbed):
             if i in currents:
                 currents[i].append(current.reshape(1 if layer.static else len(means[i]), -1))
     for i, _, layer in neurons[:-1]:
+        floor = FLOOR * layer.threshold
         if layer.static:
-            layers[i] = layer.responding(_responses(layer.fire, currents[i])[0])
+            layers[i] = layer.responding(_responses(layer.fire, currents[i], floor)[0], alone[i])
         else:
-            layers[i] = layer.averaged(means[i], (squares[i] / (draws - 1)).sqrt().clamp_min(FLOOR))
+            layers[i] = layer.averaged(means[i], (squares[i] / (draws - 1)).sqrt().clamp_min(floor), alone[i])
     counting = neurons[-1][2]
     steps, shape = len(means[last]), outputs.shape
 
     def rates(current: Tensor) -> Tensor:
         return counting.fire(current).reshape(steps, *shape).mean(0)
 
-    moments = _moments(rates, currents[last], outputs)
+    moments = _moments(rates, currents[last], outputs, FLOOR * counting.threshold)
     form, diagonal = _output_form(objective, outputs, y, *moments)
     readout = layers[last - 1]
     hidden = len(neurons) > 1 and neurons[-2][0] == last - 2 and isinstance(readout, Affine)
@@ -125,10 +149,9 @@ def _linearize(objective: Objective, batch: Batch, *, scale: float, draws: int, 
         closing: list[Layer] = [_Closing(cast(Affine, readout), steps)]
         own = (math.sqrt(2) - 1) * diagonal @ (cast(Affine, readout).folded / steps).square()
     else:
-        closing, own = [readout, layers[-1]], diagonal[:, :0]
-    chain = chain_of(objective, [*layers[: last - 1], *closing])
-    if chain is None:
-        raise ValueError("operator smoothed knows no derivative by a parameter of the output neurons")
+        closing, own = [readout] if counting.static else [readout, layers[-1]], diagonal[:, :0]
+    chain = chain_of(objective, [*layers[: last - 1], *closing], counting.parameters)
+    assert chain is not None  # see unsupported()
     classes = shape[1]
 
     def product(v: Tensor) -> Tensor:
@@ -189,24 +212,28 @@ def _shifts(draws: int, index: int) -> Iterator[tuple[float, float, float]]:
     Integrals of -phi' and phi'' over the cell, so that functions constant in each cell come out exactly.
     """
     width = 2 * REACH / CELLS
-    offset = width * ((index + 0.5) / draws - 0.5)
+    first = width * ((index + 0.5) / draws - 0.5) - REACH
+    edges = [first + width * (k + 0.5) for k in range(CELLS)]  # the outer cells are infinite: a constant has slope 0
+    ones = [0.0, *(_normal(u) for u in edges), 0.0]
+    twos = [0.0, *(u * _normal(u) for u in edges), 0.0]
     for k in range(CELLS + 1):
-        lo, hi = (-REACH + offset + width * (k + side) for side in (-0.5, 0.5))
-        yield (lo + hi) / 2, _normal(lo) - _normal(hi), lo * _normal(lo) - hi * _normal(hi)
+        yield first + width * k, ones[k] - ones[k + 1], twos[k] - twos[k + 1]
 
 
 def _normal(u: float) -> float:
     return math.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
 
 
-def _responses(fire: Callable[[Tensor], Tensor], currents: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _responses(
+    fire: Callable[[Tensor], Tensor], currents: list[Tensor], floor: float = FLOOR
+) -> tuple[Tensor, Tensor, Tensor]:
     """First and second derivatives of E fire(current + a) by the constant a, and the Gaussian's width [1, M].
 
-    currents: one [T, M] or [1, M] a draw.
+    currents: one [T, M] or [1, M] a draw. floor: least standard deviation.
     """
     mean = torch.stack(currents).mean(0)
     variance = sum((c - mean).square() for c in currents) / (len(currents) - 1)
-    width = SHARE * cast(Tensor, variance).sqrt().mean(0, keepdim=True).clamp_min(FLOOR)
+    width = SHARE * cast(Tensor, variance).sqrt().mean(0, keepdim=True).clamp_min(floor)
     first = second = torch.zeros(())
     for index, current in enumerate(currents):
         shrunk = mean + math.sqrt(1 - SHARE**2) * (current - mean)
@@ -216,10 +243,12 @@ def _responses(fire: Callable[[Tensor], Tensor], currents: list[Tensor]) -> tupl
     return first / len(currents) / width, second / len(currents) / width.square(), width
 
 
-def _moments(rates: Callable[[Tensor], Tensor], currents: list[Tensor], mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(
+    rates: Callable[[Tensor], Tensor], currents: list[Tensor], mean: Tensor, floor: float = FLOOR
+) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives by a constant current, all [N, K]: E r', E r'', and the second of E (r - mean)^2."""
     both, curved_rates, _ = _responses(
-        lambda current: torch.stack([(r := rates(current)).flatten(), (r - mean).square().flatten()]), currents
+        lambda current: torch.stack([(r := rates(current)).flatten(), (r - mean).square().flatten()]), currents, floor
     )
     return both[0].view_as(mean), curved_rates[0].view_as(mean), curved_rates[1].view_as(mean)
 

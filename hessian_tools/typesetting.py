@@ -136,15 +136,16 @@ def log_ticks(ax: Axes, low: float, high: float) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def symlog_ticks(ax: Axes, axis: SymlogAxis) -> None:
-    """The symlog scale, its slope continuous at linthresh, with 0 and as many decades labelled as fit."""
+def symlog_ticks(ax: Axes, axis: SymlogAxis, label: str = "eigenvalue λ", width: float = PANEL) -> None:
+    """The symlog scale of x, its slope continuous at linthresh, with 0 and as many decades labelled as fit; width: of
+    the panel, in points."""
     ax.set_xscale("symlog", linthresh=axis.linthresh, linscale=LINSCALE)
     ax.set_xlim(axis.low, axis.high)
     furthest = max(axis.high, -axis.low)
     decades = [0.0, *(10.0**k for k in range(-300, 301) if axis.linthresh <= 10.0**k <= furthest)]
     low, high = axis.forward(np.array([axis.low, axis.high]))
     places = [float(axis.forward(np.array(t)) / (high - low)) for t in decades]
-    widths = [(text_width(label, MEDIUM) + 3) / PANEL for label in numbers([-t for t in decades])]
+    widths = [(text_width(text, MEDIUM) + 3) / width for text in numbers([-t for t in decades])]
     ticks, shown = (
         [t for t in sorted({s * t + 0.0 for t in found for s in (-1, 1)}) if axis.low <= t <= axis.high]
         for found in (decades, apart(decades, places, widths))
@@ -152,7 +153,7 @@ def symlog_ticks(ax: Axes, axis: SymlogAxis) -> None:
     ax.set_xticks(shown, numbers(shown))
     ax.set_xticks(ticks, minor=True)
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel("eigenvalue λ")
+    ax.set_xlabel(label)
 
 
 def value_scale(ax: Axes, axis: ValueAxis, label: str, height: float = PANEL / 2) -> None:

@@ -21,8 +21,8 @@ adjoint is the sum over T.
 A sequence may be run in segments of time: a scan that is given a state [1, M] starts from it in place of rest (v_reset
 for v; 0 for v', gv, gv') and leaves its end there; v and v' run forward in time, gv and gv' backward.
 
-Kernels are numba's, on blocks of neurons that fit the cache, one slice of the blocks per
-thread; plain torch where numba is missing or the tensors are not on the CPU.
+Kernels are numba's on the CPU, on blocks of neurons that fit the cache, one slice of the blocks per thread, and
+Triton's on CUDA (triton_scans.py); plain torch where there is neither.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from itertools import pairwise
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -42,18 +43,27 @@ from torch import Tensor
 
 BLOCK = 1024  # neurons of a block: [T, BLOCK] local arrays
 
+F = TypeVar("F", bound=Callable[..., Any])
+Number = float | Tensor  # a Tensor [] on devices: reading it would wait for all that is queued there
+
+
+def number(t: Tensor | float) -> Number:
+    """A tensor's only entry, without waiting for a device."""
+    return t.detach() if isinstance(t, Tensor) and t.device.type != "cpu" else float(t)
+
 
 @dataclass
 class Scan:
     """A scan at fixed weights: f1, c, e, u, gh [T, M]; gh: the kept adjoint of h, for a learned decay; reset: (a, b).
 
-    unit: the size of one pooled plane; blocks are multiples of it, so that no window is cut. static: x is [1, M].
+    unit: the size of one pooled plane; blocks are multiples of it, so that no window is cut. width: of its rows.
+    static: x is [1, M].
     """
 
     f1: Tensor
     c: Tensor
-    decay: float
-    gain: float
+    decay: Number
+    gain: Number
     static: bool
     index: Tensor | None
     unit: int
@@ -61,6 +71,7 @@ class Scan:
     u: Tensor | None = None
     gh: Tensor | None = None
     reset: tuple[float, float] = (0.0, 0.0)
+    width: int = 1
 
 
 # ---------------------------------------------------------------- plain torch
@@ -88,12 +99,12 @@ def _leave(state: Tensor | None, end: Tensor) -> None:
         state.copy_(end)
 
 
-def torch_tangent(scan: Scan, dx: Tensor, dgain: float, state: Tensor | None = None) -> Tensor:
+def torch_tangent(scan: Scan, dx: Tensor, dgain: Number, state: Tensor | None = None) -> Tensor:
     """x' [T or 1, M] -> s' [T, M or Q]; state: v'."""
     dv, spikes = _rest(state, dx), []
     for t, x in enumerate(_rows(dx, len(scan.f1))):
         dh = scan.decay * dv + scan.gain * x
-        if scan.u is not None and dgain:
+        if scan.u is not None:
             dh = dh + dgain * scan.u[t]
         spikes.append(scan.f1[t] * dh)
         dv = scan.c[t] * dh
@@ -102,12 +113,12 @@ def torch_tangent(scan: Scan, dx: Tensor, dgain: float, state: Tensor | None = N
     return out if scan.index is None else out.gather(1, scan.index.long())
 
 
-def torch_adjoint(scan: Scan, g: Tensor, z: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, float]:
+def torch_adjoint(scan: Scan, g: Tensor, z: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Number]:
     """gs [T, M or Q] -> (gx [T or 1, M], dL/dgain or 0); with z [T, M] also turns scan.e from f2 into e, fills gh.
 
     state: gv.
     """
-    gs, gx, total = scatter(g, scan), [], 0.0
+    gs, gx, total = scatter(g, scan), [], number(0.0)
     gv, (a, b) = _rest(state, gs), scan.reset
     for t in reversed(range(len(gs))):
         gh = scan.f1[t] * gs[t] + scan.c[t] * gv
@@ -117,7 +128,7 @@ def torch_adjoint(scan: Scan, g: Tensor, z: Tensor | None = None, state: Tensor 
             if scan.gh is not None:
                 scan.gh[t] = gh
         if scan.u is not None:
-            total += float((gh * scan.u[t]).sum(dtype=torch.float64))
+            total = total + number((gh * scan.u[t]).sum(dtype=torch.float64))
         gx.append(scan.gain * gh)
         gv = scan.decay * gh
     _leave(state, gv)
@@ -125,11 +136,11 @@ def torch_adjoint(scan: Scan, g: Tensor, z: Tensor | None = None, state: Tensor 
 
 
 def torch_adjoint_tangent(
-    scan: Scan, dg: Tensor, dx: Tensor, dgain: float, start: Tensor | None = None, state: Tensor | None = None
-) -> tuple[Tensor, float]:
+    scan: Scan, dg: Tensor, dx: Tensor, dgain: Number, start: Tensor | None = None, state: Tensor | None = None
+) -> tuple[Tensor, Number]:
     """(gs' [T, M or Q], x' [T or 1, M]) -> (gx' [T or 1, M], (dL/dgain)' or 0); start: v', not changed; state: gv'."""
     assert scan.e is not None
-    gs, gx, total = scatter(dg, scan), [], 0.0
+    gs, gx, total = scatter(dg, scan), [], number(0.0)
     dv, hs, us = _rest(start, dx), [], []
     for t, x in enumerate(_rows(dx, len(scan.f1))):
         dh = scan.decay * dv + scan.gain * x
@@ -143,7 +154,7 @@ def torch_adjoint_tangent(
         gh = scan.f1[t] * gs[t] + scan.c[t] * gv + scan.e[t] * hs[t]
         x, gv = scan.gain * gh, scan.decay * gh
         if scan.u is not None and scan.gh is not None:
-            total += float((gh * scan.u[t] + scan.gh[t] * us[t]).sum(dtype=torch.float64))
+            total = total + number((gh * scan.u[t] + scan.gh[t] * us[t]).sum(dtype=torch.float64))
             x, gv = x + dgain * scan.gh[t], gv - dgain * scan.gh[t]
         gx.append(x)
     _leave(state, gv)
@@ -356,7 +367,7 @@ def _adjoint_tangent(  # type: ignore[no-untyped-def]
     return total
 
 
-_state = {"broken": False}
+_state = {"broken": False, "triton broken": False}
 
 
 @cache
@@ -389,9 +400,46 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
+@cache
+def _triton_scans() -> ModuleType | None:
+    try:
+        from ikun import triton_scans
+    except Exception as error:  # as above
+        warnings.warn(f"Triton is not usable ({error}): spikes run in plain torch on CUDA, slower", stacklevel=2)
+        return None
+    return triton_scans
+
+
+def on_device(like: Tensor) -> ModuleType | None:
+    """The module with the kernels for such tensors on their device, if it is no CPU."""
+    if like.device.type != "cuda" or like.dtype not in (torch.float32, torch.float64) or _state["triton broken"]:
+        return None
+    return _triton_scans()
+
+
 def usable(like: Tensor) -> bool:
-    """Whether the kernels can run on such tensors here."""
-    return like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64) and kernels() is not None
+    """Whether kernels can run on such tensors here."""
+    if like.device.type != "cpu":
+        return on_device(like) is not None
+    return like.dtype in (torch.float32, torch.float64) and kernels() is not None
+
+
+def _there_first(function: F) -> F:
+    """The function of this name in `on_device`'s module, for such tensors, until Triton fails; `function` elsewhere."""
+
+    @wraps(function)
+    def chosen(first: Tensor | Scan, *others: Any, **named: Any) -> Any:
+        if (module := on_device(first if isinstance(first, Tensor) else first.f1)) is not None:
+            try:
+                return getattr(module, function.__name__)(first, *others, **named)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # Triton compiles at the first call
+                warnings.warn(f"Triton failed ({error}): spikes run in plain torch on CUDA, slower", stacklevel=2)
+                _state["triton broken"] = True
+        return function(first, *others, **named)
+
+    return cast(F, chosen)
 
 
 def _launch(
@@ -399,7 +447,7 @@ def _launch(
     like: Tensor,
     unit: int,
     tensors: Sequence[Tensor | None],
-    rates: Sequence[float],
+    rates: Sequence[Number],
     index: Tensor | None,
     out: Tensor,
     sizes: Sequence[int] = (),
@@ -408,7 +456,7 @@ def _launch(
 
     Returns the sum of what its slices return, or None where it cannot run.
     """
-    if not usable(like) or (found := kernels()) is None:
+    if like.device.type != "cpu" or not usable(like) or (found := kernels()) is None:
         return None
     dtype, size = like.numpy().dtype, like.shape[1]
     block = max(1, BLOCK // unit) * unit
@@ -416,7 +464,7 @@ def _launch(
     threads = max(1, min(torch.get_num_threads(), blocks, 1 + like.numel() // 32768))
     edges = [blocks * i // threads for i in range(threads + 1)]
     arrays = [np.empty((0, 0), dtype) if t is None else t.contiguous().numpy() for t in tensors]
-    numbers = [*(dtype.type(r) for r in rates), *sizes]
+    numbers = [*(dtype.type(float(r)) for r in rates), *sizes]
     places = np.empty((0, 0), np.int32) if index is None else index.numpy()
     fixed, target = [*arrays, *numbers, places, block], out.numpy()
     kernel, slices = found[name], list(pairwise(edges))
@@ -430,10 +478,11 @@ def _launch(
     return float(sum(total or 0.0 for total in totals))
 
 
+@_there_first
 def value(
     x: Tensor,
     steps: int,
-    rates: Sequence[float],
+    rates: Sequence[Number],
     hard: bool,
     plane: tuple[int, int] | None,
     last: bool,
@@ -462,7 +511,8 @@ def _gx(scan: Scan) -> Tensor:
     return scan.f1.new_empty((1 if scan.static else len(scan.f1), scan.f1.shape[1]))
 
 
-def tangent(scan: Scan, dx: Tensor, dgain: float = 0.0, state: Tensor | None = None) -> Tensor:
+@_there_first
+def tangent(scan: Scan, dx: Tensor, dgain: Number = 0.0, state: Tensor | None = None) -> Tensor:
     """See torch_tangent."""
     out = scan.f1.new_empty((scan.f1 if scan.index is None else scan.index).shape)
     tensors, rates = (dx, scan.f1, scan.c, scan.u, state), (scan.decay, scan.gain, dgain)
@@ -470,7 +520,8 @@ def tangent(scan: Scan, dx: Tensor, dgain: float = 0.0, state: Tensor | None = N
     return torch_tangent(scan, dx, dgain, state) if done is None else out
 
 
-def adjoint(scan: Scan, g: Tensor, z: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, float]:
+@_there_first
+def adjoint(scan: Scan, g: Tensor, z: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Number]:
     """See torch_adjoint."""
     out, kept = _gx(scan), (None,) * 3 if z is None else (z, scan.e, scan.gh)
     tensors, rates = (g, scan.f1, scan.c, scan.u, *kept, state), (scan.decay, scan.gain, *scan.reset)
@@ -478,9 +529,10 @@ def adjoint(scan: Scan, g: Tensor, z: Tensor | None = None, state: Tensor | None
     return torch_adjoint(scan, g, z, state) if total is None else (out, total)
 
 
+@_there_first
 def adjoint_tangent(
-    scan: Scan, dg: Tensor, dx: Tensor, dgain: float = 0.0, start: Tensor | None = None, state: Tensor | None = None
-) -> tuple[Tensor, float]:
+    scan: Scan, dg: Tensor, dx: Tensor, dgain: Number = 0.0, start: Tensor | None = None, state: Tensor | None = None
+) -> tuple[Tensor, Number]:
     """See torch_adjoint_tangent."""
     out, tensors = _gx(scan), (dg, dx, scan.f1, scan.c, scan.e, scan.u, scan.gh, start, state)
     total = _launch("adjoint_tangent", scan.f1, scan.unit, tensors, (scan.decay, scan.gain, dgain), scan.index, out)

@@ -10,11 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ikun import fused
-from ikun.fused import Scan, adjoint, adjoint_tangent, tangent
+from ikun.fused import Number, Scan, adjoint, adjoint_tangent, number, tangent
 from ikun.neurons import Dynamics, Neuron, step
 
 if TYPE_CHECKING:
@@ -58,12 +59,9 @@ class Spikes:
     def _outputs(self, g: Tensor) -> Tensor:
         return g.reshape(len(self.scan.f1), -1)
 
-    def _gain(self, dp: Sequence[Tensor | None]) -> float:
+    def _gain(self, dp: Sequence[Tensor | None]) -> Number:
         """gain' = gain (1 - gain) w'."""
-        return self.scan.gain * self.scan.decay * float(dp[0]) if dp and dp[0] is not None else 0.0
-
-    def _logit(self, total: float, like: Tensor) -> tuple[Tensor, ...]:
-        return (like.new_tensor(self.scan.gain * self.scan.decay * total),)
+        return self.scan.gain * self.scan.decay * number(dp[0]) if dp and dp[0] is not None else 0.0
 
     def _state(self, kind: str) -> Tensor | None:
         return None if self.carry is None else carried(self.carry, kind, torch.zeros_like(self.scan.f1[:1]))
@@ -83,7 +81,9 @@ class Spikes:
             by_pieces(lambda part, e: e.copy_(self.neuron.dynamics.surrogate.second(part)), z, self.scan.e)
         gx, total = adjoint(self.scan, self._outputs(g), z, self._state("adjoint"))
         self.total = total
-        return gx.reshape(self.shapes[0]), self._logit(total, g) if self.parameters else ()
+        if not self.parameters:
+            return gx.reshape(self.shapes[0]), ()
+        return gx.reshape(self.shapes[0]), (_like(g, self.scan.gain * self.scan.decay * total),)
 
     def adjoint_tangent(
         self, dg: Tensor, dx: Tensor | None, dp: Sequence[Tensor | None], want: Any
@@ -93,8 +93,8 @@ class Spikes:
         if not self.parameters:
             return gx.reshape(self.shapes[0]), ()
         # (gain (1 - gain) G)' with gain' = gain (1 - gain) w'
-        (grad,) = self._logit(total, dg)
-        return gx.reshape(self.shapes[0]), (grad + (self.scan.decay - self.scan.gain) * dgain * self.total,)
+        grad = self.scan.gain * self.scan.decay * total + (self.scan.decay - self.scan.gain) * dgain * self.total
+        return gx.reshape(self.shapes[0]), (_like(dg, grad),)
 
     # ---- averages over noise in the weights (hessian_tools/smoothed.py)
     @property
@@ -102,30 +102,83 @@ class Spikes:
         """One input for all steps."""
         return self.scan.static
 
+    @property
+    def threshold(self) -> float:
+        return self.neuron.dynamics.threshold
+
     def fire(self, x: Tensor) -> Tensor:
         """Spikes [T, M], before the pooling, for other inputs x [T, M] or [1, M]."""
         return _value(self.neuron, len(self.scan.f1), None, x)[0]
 
-    def averaged(self, mean: Tensor, spread: Tensor) -> Spikes:
+    def alone(self, fired: Tensor) -> Tensor | None:
+        """Where no other entry of the pooling window fires [T, M], for spikes [T, M]; None without pooling."""
+        if self.scan.index is None:
+            return None
+        plane = self._planes(fired)
+        others = _widen(4 * F.avg_pool2d(plane, 2), plane.shape) - plane
+        return (others == 0).to(fired).view_as(fired)
+
+    def averaged(self, mean: Tensor, spread: Tensor, alone: Tensor | None) -> Spikes | Pooled:
         """The layer of mean spikes where h - threshold [T, M] is normal with this mean and standard deviation.
 
         E s' = N(0; mean, spread^2) h', and E v' = (P(silent) - (threshold - v_reset) N) h' as h = threshold where a
         spike comes or goes. P(silent) is taken at the layer's own inputs. The reset is felt even if it is detached.
+        alone [T, M]: the mean of `alone`, the derivative of the pooled spike by each of its entries.
         """
         assert self.z is not None
         d = self.neuron.dynamics
         f1 = torch.exp(-0.5 * (mean / spread).square()) / (spread * math.sqrt(2 * math.pi))
         c = 1 - d.threshold * f1 if d.reset == "soft" else (self.z < 0).to(f1) - (d.threshold - d.v_reset) * f1
-        return self._with(f1, c)
+        return self._with(f1, c, alone)
 
-    def responding(self, response: Tensor) -> Spikes:
+    def responding(self, response: Tensor, alone: Tensor | None) -> Spikes | Pooled:
         """The layer whose spikes change by response [T, M] per unit of a constant current."""
         f1 = response / self.scan.gain
-        return self._with(f1, torch.zeros_like(f1))
+        return self._with(f1, torch.zeros_like(f1), alone)
 
-    def _with(self, f1: Tensor, c: Tensor) -> Spikes:
+    def _with(self, f1: Tensor, c: Tensor, alone: Tensor | None) -> Spikes | Pooled:
         assert self.z is not None
-        return Spikes(self.neuron, self.shapes, self.z, replace(self.scan, f1=f1, c=c))
+        scan = replace(self.scan, f1=f1, c=c, index=None, unit=1)
+        if alone is None:
+            return Spikes(self.neuron, self.shapes, self.z, scan)
+        shape = self._planes(f1).shape
+        return Pooled(Spikes(self.neuron, (self.shapes[0], shape), self.z, scan), alone.view(shape))
+
+    def _planes(self, t: Tensor) -> Tensor:
+        """[T, M] -> [T N, C, H, W]."""
+        return t.reshape(-1, *self.shapes[0][1:])
+
+
+def _widen(pooled: Tensor, shape: torch.Size) -> Tensor:
+    """Every entry of [N, C, H / 2, W / 2] four times in [N, C, H, W]; 0 in a row or column left over."""
+    wide = pooled.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    return F.pad(wide, (0, shape[-1] - wide.shape[-1], 0, shape[-2] - wide.shape[-2]))
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Neurons and a pooling that passes a share [T N, C, H, W] of every entry's derivative; no second-order pass."""
+
+    neurons: Spikes
+    share: Tensor
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return self.neurons.parameters
+
+    def tangent(self, dx: Tensor | None, dp: Sequence[Tensor | None]) -> Tensor:
+        return 4 * F.avg_pool2d(self.share * self.neurons.tangent(dx, dp), 2)
+
+    def adjoint(self, g: Tensor, want: Any, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.neurons.adjoint(self.share * _widen(g, self.share.shape), want, keep)
+
+    def adjoint_tangent(self, dg: Tensor, dx: object, dp: object, want: object) -> tuple[Tensor, tuple[Tensor, ...]]:
+        raise NotImplementedError("a Gauss-Newton product has no second-order pass")
+
+
+def _like(t: Tensor, value: Number) -> Tensor:
+    """[], with t's type and place."""
+    return torch.as_tensor(value, dtype=t.dtype, device=t.device)
 
 
 def carried(carry: Carry, kind: str, rest: Tensor) -> Tensor:
@@ -174,7 +227,7 @@ def _value(
     state = None if carry is None else carried(carry, "value", neuron.start(x).reshape(1, -1))
     if not d.relaxed and fused.usable(x):
         plane = None if pool is None else (x.shape[-2], x.shape[-1])
-        rates = (float(decay), float(gain), float((1 - decay) * d.v_reset), d.threshold, d.v_reset)
+        rates = (number(decay), number(gain), number((1 - decay) * d.v_reset), d.threshold, d.v_reset)
         last = pool is not None and pool.ties == "last"
         found = fused.value(x.flatten(1), steps, rates, d.reset == "hard", plane, last, learned, state)
         if found is not None:
@@ -200,8 +253,9 @@ def _scan(
     """The scan's derivatives at z, for inputs of shape [T or 1, N, ...]."""
     f1, c, (decay, gain) = torch.empty_like(z), torch.empty_like(z), neuron.rates()
     by_pieces(partial(_slopes, neuron.dynamics), z, f1, c)
-    unit = 1 if pool is None else shape[-1] * shape[-2]
-    return Scan(f1, c, float(decay), float(gain), shape[0] == 1, index, unit, u=u, reset=_reset(neuron.dynamics))
+    width, height = (1, 1) if pool is None else (shape[-1], shape[-2])
+    rates, reset = (number(decay), number(gain)), _reset(neuron.dynamics)
+    return Scan(f1, c, *rates, shape[0] == 1, index, width * height, u=u, reset=reset, width=width)
 
 
 def linearize(
@@ -232,7 +286,7 @@ class _Fire(torch.autograd.Function):
         logit, z, index, u = ctx.saved_tensors
         scan = _scan(ctx.neuron, ctx.pool, ctx.shape, z, index, u)
         gx, total = adjoint(scan, g.flatten(1))
-        grad = None if logit is None else torch.full_like(logit, scan.gain * scan.decay * total)
+        grad = None if logit is None else _like(logit, scan.gain * scan.decay * total)
         return gx.view(ctx.shape), grad, None, None, None
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ikun_hessian.earlier import earlier
 from ikun_hessian.opening import Job, measured_on, open_job
 from ikun_hessian.options import (
     half_of_the_memory,
@@ -88,9 +88,9 @@ def landscape(
     Of the true (spiking) network and of the relaxed one, with the quadratics of Hessian and GGN. Leaves
     NAME.landscape.json, .png and .pdf beside the checkpoint.
     """
-    from hessian_tools.landscape import LandscapeSettings
+    from hessian_tools.landscape import SCHEMA, LandscapeResult, LandscapeSettings
     from hessian_tools.landscape_report import landscape_lines
-    from hessian_tools.results import clean
+    from hessian_tools.results import clean, load
 
     where = pick(device)
     names = tuple(dict.fromkeys(name.strip() for name in directions.split(",") if name.strip()))
@@ -117,7 +117,7 @@ def landscape(
     for path, stem in zip(checkpoints, stems, strict=True):
         click.echo(f"opening {path}", err=True)
         job = open_job(path, memory=settings.memory, device=where, **opening)
-        old = _earlier(stem, settings, job, force, resume)
+        old = earlier(stem, lambda path: load(path, LandscapeResult, SCHEMA), settings, job, force, resume)
         result = old or _analyse(job, settings, stem)
         found.append(result)
         if old is None:
@@ -190,53 +190,3 @@ def _write(result: LandscapeResult, stem: Path) -> None:
     save_figure(landscape_figure(result), stem)
     save(result, Path(f"{stem}.json"))
     Phases.remove(Path(f"{stem}.resume"))
-
-
-def _earlier(stem: Path, settings: LandscapeSettings, job: Job, force: bool, resume: bool) -> LandscapeResult | None:
-    """A finished result that --resume keeps; refuses to overwrite what it must not, and with --force clears the way."""
-    from hessian_tools.phases import Phases
-
-    state = Path(f"{stem}.resume")
-    if force:
-        Phases.remove(state)
-        return None
-    old = _existing(Path(f"{stem}.json"), settings, job)
-    if state.exists() and not resume:
-        raise click.UsageError(f"an interrupted analysis lies at {state}: --resume it, or --force a new one")
-    return old if resume and not state.exists() else None
-
-
-def _existing(existing: Path, settings: LandscapeSettings, job: Job) -> LandscapeResult | None:
-    """The result there already, if it was made in the same way; refuses if it was not."""
-    from hessian_tools.landscape import SCHEMA, LandscapeResult
-    from hessian_tools.results import ResultError, load
-
-    if not existing.exists():
-        return None
-    try:
-        old = load(existing, LandscapeResult, SCHEMA)
-    except ResultError:
-        raise click.UsageError(f"{existing} exists and is no result of this version: --tag NAME or --force") from None
-    asked = json.loads(json.dumps(dataclasses.asdict(settings)))
-    new = {
-        "settings": {name: value for name, value in asked.items() if name != "memory"},  # which changes no number
-        "checkpoint": {"sha256": job.provenance["checkpoint"]["sha256"]},
-        "data": job.provenance["data"],
-        "network": job.provenance["network"],
-    }
-    differing = [
-        f"{part} {key}"
-        for part, values in new.items()
-        for key, value in values.items()
-        if getattr(old, part).get(key) != value
-    ]
-    here = measured_on(job.objective)
-    if old.dtype != here["dtype"].removeprefix("torch."):
-        differing.append("dtype")
-    if old.parameters != here["parameters"]:
-        differing.append("set of parameters")
-    if differing:
-        raise click.UsageError(
-            f"{existing} was made with another {differing[0]}: keep both with --tag NAME, or overwrite it with --force"
-        )
-    return old

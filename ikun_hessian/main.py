@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import click
 
 from ikun_hessian.compare import compare
+from ikun_hessian.flatness import flatness
 from ikun_hessian.info import info
 from ikun_hessian.landscape import landscape
 from ikun_hessian.screen import FailedError
@@ -30,7 +31,7 @@ def cli() -> None:
     """
 
 
-for command in (train, spectrum, landscape, info, compare):
+for command in (train, spectrum, flatness, landscape, info, compare):
     cli.add_command(command)
 
 

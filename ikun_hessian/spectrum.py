@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ikun_hessian.earlier import earlier
 from ikun_hessian.opening import Job, measured_on, open_job
 from ikun_hessian.options import (
     half_of_the_memory,
@@ -97,7 +98,7 @@ def spectrum(
     from hessian_tools import distributed
     from hessian_tools.figures import save_figure, trajectory_figure
     from hessian_tools.report import spectrum_lines
-    from hessian_tools.results import to_json, write_table
+    from hessian_tools.results import load_spectrum, to_json, write_table
     from hessian_tools.settings import Settings
     from hessian_tools.trajectory import one_run, trajectory_rows
     from ikun.checkpoint import load_checkpoint
@@ -139,7 +140,7 @@ def spectrum(
         )
         variants = _variants(job)
         relaxed = job.another(relaxed=True) if "relaxed" in settings.operators else None
-        old = _earlier(stem, settings, job, force, resume) if first else None
+        old = earlier(stem, load_spectrum, settings, job, force, resume) if first else None
         old = old if group is None else group.broadcast(old)
         done = old is not None
         result = old or _analyse(job, variants, relaxed, settings, stem, group)
@@ -173,20 +174,6 @@ def _counts(text: str | None) -> tuple[int, ...]:
     if any(n < 1 for n in counts) or list(counts) != sorted(set(counts)):
         raise click.UsageError(f"--samples-curve '{text}' is no growing list of sample counts like 1,16,64,256")
     return counts
-
-
-def _earlier(stem: Path, settings: Settings, job: Job, force: bool, resume: bool) -> SpectrumResult | None:
-    """A finished result that --resume keeps; refuses to overwrite what it must not, and with --force clears the way."""
-    from hessian_tools.phases import Phases
-
-    state = Path(f"{stem}.resume")
-    if force:
-        Phases.remove(state)
-        return None
-    old = _existing(Path(f"{stem}.json"), settings, job)
-    if state.exists() and not resume:
-        raise click.UsageError(f"an interrupted analysis lies at {state}: --resume it, or --force a new one")
-    return old if resume and not state.exists() else None
 
 
 def _variants(job: Job) -> dict[str, Objective]:
@@ -245,38 +232,3 @@ def _write(result: SpectrumResult, stem: Path) -> list[str]:
         files += save_figure(samples_figure(result), f"{stem}.samples")
     Phases.remove(Path(f"{stem}.resume"))
     return [f.name.removeprefix(f"{stem.name}.") for f in files]
-
-
-def _existing(existing: Path, settings: Settings, job: Job) -> SpectrumResult | None:
-    """The result there already, if it was made in the same way; refuses if it was not: it may have cost an hour."""
-    from hessian_tools.results import ResultError, load_spectrum
-
-    if not existing.exists():
-        return None
-    try:
-        old = load_spectrum(existing)
-    except ResultError:
-        raise click.UsageError(f"{existing} exists and is no result of this version: --tag NAME or --force") from None
-    asked = json.loads(json.dumps(dataclasses.asdict(settings)))
-    new = {
-        "settings": {name: value for name, value in asked.items() if name != "memory"},  # which changes no number
-        "checkpoint": {"sha256": job.provenance["checkpoint"]["sha256"]},
-        "data": job.provenance["data"],
-        "network": job.provenance["network"],
-    }
-    differing = [
-        f"{part} {key}"
-        for part, values in new.items()
-        for key, value in values.items()
-        if getattr(old, part).get(key) != value
-    ]
-    here = measured_on(job.objective)
-    if old.dtype != here["dtype"].removeprefix("torch."):
-        differing.append("dtype")
-    if old.parameters != here["parameters"]:
-        differing.append("set of parameters")
-    if differing:
-        raise click.UsageError(
-            f"{existing} was made with another {differing[0]}: keep both with --tag NAME, or overwrite it with --force"
-        )
-    return old

@@ -1,0 +1,71 @@
+"""Results that are there already: kept, refused, or cleared away, but never overwritten unasked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ikun_hessian.opening import Job, measured_on
+
+if TYPE_CHECKING:
+    from hessian_tools.results import Analysed
+
+R = TypeVar("R", bound="Analysed")
+
+
+def earlier(stem: Path, load: Callable[[Path], R], settings: Any, job: Job, force: bool, resume: bool) -> R | None:
+    """The finished result STEM.json that --resume keeps, or None where the analysis is to be done.
+
+    load reads a result of the command; settings: the dataclass that it stores. With --force the way is cleared. Raises
+    click.UsageError for a result made in another way (it may have cost an hour) and for an interrupted analysis.
+    """
+    from hessian_tools.phases import Phases
+
+    state = Path(f"{stem}.resume")
+    if force:
+        Phases.remove(state)
+        return None
+    old = _same(Path(f"{stem}.json"), load, settings, job)
+    if state.exists() and not resume:
+        raise click.UsageError(f"an interrupted analysis lies at {state}: --resume it, or --force a new one")
+    return old if resume and not state.exists() else None
+
+
+def _same(existing: Path, load: Callable[[Path], R], settings: Any, job: Job) -> R | None:
+    from hessian_tools.results import ResultError
+
+    if not existing.exists():
+        return None
+    try:
+        old = load(existing)
+    except ResultError:
+        raise click.UsageError(f"{existing} exists and is no result of this version: --tag NAME or --force") from None
+    asked = json.loads(json.dumps(dataclasses.asdict(settings)))
+    here = measured_on(job.objective)
+    new: dict[str, dict[str, Any]] = {
+        "settings": {name: value for name, value in asked.items() if name != "memory"},  # which changes no number
+        "checkpoint": {"sha256": job.provenance["checkpoint"]["sha256"]},
+        "data": job.provenance["data"],
+        "network": job.provenance["network"],
+    }
+    differing = [
+        f"{part} {key}"
+        for part, values in new.items()
+        for key, value in values.items()
+        if getattr(old, part).get(key) != value
+    ]
+    if old.dtype != here["dtype"].removeprefix("torch."):
+        differing.append("dtype")
+    named: dict[str, Any] = getattr(old, "parameters", None) or getattr(old, "weight_norms", {})
+    if list(named) != list(here["parameters"]):
+        differing.append("set of parameters")
+    if differing:
+        raise click.UsageError(
+            f"{existing} was made with another {differing[0]}: keep both with --tag NAME, or overwrite it with --force"
+        )
+    return old
