@@ -138,8 +138,9 @@ class CurvatureOperator(Operator):
     """Mean over an objective's batches of one curvature matrix per batch; under a group, all ranks get the same.
 
     The part that depends on the weights alone (the primal) is kept for as many batches as fit into `memory` bytes of
-    saved tensors and recomputed for the rest. On the CPU the batches run side by side, one thread each, unless they go
-    through autograd, where a model of unknown make may keep state. On CUDA products are in full precision, and those of
+    saved tensors and recomputed for the rest. On the CPU the batches (the columns of a block, where there are fewer
+    batches than threads) run side by side, one thread each, unless they go through autograd, where a model of unknown
+    make may keep state. On CUDA products are in full precision, and those of
     kept batches become CUDA graphs where their work fits as well (it takes no more than one batch's primal, once for
     all). A product that is not finite raises FloatingPointError.
     """
@@ -194,10 +195,14 @@ class CurvatureOperator(Operator):
             self._threads = hand_written and self.device.type == "cpu"
         return in_threads(run, items) if self._threads else map(run, items)
 
+    def _columns(self, product: Map, block: Tensor) -> list[Tensor]:
+        """product of every column; with fewer batches than threads, the columns run side by side."""
+        return list((in_threads if self._threads else map)(product, block.unbind(1)))
+
     def _apply(self, block: Tensor) -> Tensor:
         total = torch.zeros_like(block)
         with full_precision(self.device):
-            for part in self._over_batches(lambda a, weight: weight * torch.stack([a(v) for v in block.unbind(1)], 1)):
+            for part in self._over_batches(lambda a, weight: weight * torch.stack(self._columns(a, block), 1)):
                 total += part
         total = self.objective.summed(total)
         if not torch.isfinite(total).all():
@@ -216,7 +221,7 @@ class CurvatureOperator(Operator):
             rows = []
             for block in blocks:
                 for some in block.split(columns, 1):
-                    images = torch.stack([product(v.to(self.dtype)) for v in some.unbind(1)]).double()
+                    images = torch.stack(self._columns(product, some.to(self.dtype))).double()
                     rows.append((images @ block).flatten())
             return torch.cat(rows).cpu()
 

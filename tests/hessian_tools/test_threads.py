@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from hessian_tools.objective import make_objective
-from hessian_tools.operators import hessian
+from hessian_tools.operators import CurvatureOperator, ggn, hessian
+from hessian_tools.second_order import Linearized
 from hessian_tools.threads import in_threads
+from ikun.networks import LOSSES, Network, Spec
 
 
 @pytest.fixture
@@ -67,6 +69,28 @@ def test_products_are_the_same_bits_with_any_number_of_threads(two_threads: None
         single = hessian(op.objective, memory) @ v
         torch.set_num_threads(2)
         assert torch.equal(several, single)
+
+
+@pytest.mark.parametrize("make", [hessian, ggn])
+def test_the_columns_of_a_block_on_one_batch(two_threads: None, make) -> None:
+    torch.manual_seed(0)
+    net = Network(Spec(input_shape=(1, 8, 8), channels=4)).eval()
+    data = torch.rand(9, 1, 8, 8), torch.arange(9)
+    op = make(make_objective(net, LOSSES["mse"], data, dtype=torch.float64))
+    v = torch.randn(op.shape[0], 5, dtype=torch.float64)
+    block = op @ v
+    for i in range(5):
+        torch.testing.assert_close(block[:, i], op @ v[:, i], rtol=1e-12, atol=1e-14)
+    forms = op.batch_forms(v)[0][0]
+    torch.testing.assert_close(forms[0], v.T @ block, rtol=1e-10, atol=1e-12)
+
+
+def test_the_columns_of_a_block_run_side_by_side_where_there_are_few_batches(two_threads: None) -> None:
+    together = threading.Barrier(2, timeout=20)  # passes only if two run at once
+    objective = make_objective(nn.Linear(2, 1), nn.functional.mse_loss, (torch.ones(4, 2), torch.ones(4, 1)))
+    op = CurvatureOperator(objective, lambda *_: Linearized(lambda v: together.wait() * 0 + v, 1))
+    v = torch.randn(3, 4)
+    assert torch.equal(op @ v, v)
 
 
 def test_a_model_that_only_autograd_knows_runs_batch_by_batch(two_threads: None) -> None:
