@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,11 +24,9 @@ def grouped(objective: Objective, generator: torch.Generator) -> Objective:
     Shuffled, for batches of samples sorted by class would differ by more than chance. One batch a sample where there
     are fewer than GROUPS; more batches where one would be larger than the objective's largest.
     """
-    ((x, y),) = objective.rebatched(objective.samples).batches
-    largest = max(len(targets) for _, targets in objective.batches)
-    count = max(min(GROUPS, len(y)), math.ceil(len(y) / largest))
-    order = torch.randperm(len(y), generator=generator).to(y.device)
-    return replace(objective, batches=tuple((x[i], y[i]) for i in order.tensor_split(count)))
+    n = objective.samples
+    count = max(min(GROUPS, n), math.ceil(n / max(objective.sizes)))
+    return objective.regrouped(torch.randperm(n, generator=generator).tensor_split(count))
 
 
 def data_errors(

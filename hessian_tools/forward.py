@@ -56,11 +56,11 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
         for p, value in zip(own.parameters, objective.split(point(item)), strict=True):
             p.copy_(value)
         parts = []
-        for x, _ in objective.batches:
+        for i in range(len(objective.batches)):
             if objective.reset is not None:
                 objective.reset(own.model)
             with full_precision(objective.device):
-                parts.append(own.forward(x))
+                parts.append(own.forward(objective.batches[i][0]))  # not bound to a name: gone before the next is read
         return torch.cat(parts)
 
     return in_threads(run, items) if objective.device.type == "cpu" else map(run, items)
@@ -68,7 +68,7 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
 
 def targets(objective: Objective) -> Tensor:
     """Targets [N, ...] of all samples, in the order of outputs_at."""
-    return torch.cat([y for _, y in objective.batches])
+    return torch.cat(objective.targets)
 
 
 @torch.no_grad()

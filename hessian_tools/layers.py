@@ -1,11 +1,12 @@
 """Layers with the four passes of a curvature product: value, adjoint, tangent, tangent of the adjoint.
 
 The protocol, and torch's own layers under it: convolutions, linear maps, batch norms in evaluation mode (folded into
-the layer before them), element-wise activations. second_order.py joins them to a network.
+the layer before them), element-wise activations, residual branches. second_order.py joins them to a network.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -348,6 +349,75 @@ def _reshaped(module: nn.Module, x: Tensor) -> tuple[Tensor, Layer]:
     return y, Linear(lambda t, shape=y.shape: t.reshape(shape), lambda t, shape=x.shape: t.reshape(shape))  # type: ignore[misc]
 
 
+# ---------------------------------------------------------------- residual branches: y = x + g(x)
+class Skip(threading.local):
+    """What Fork and Join, the ends of a branch, leave for each other in one pass: `ahead` of the input, on the way
+    forward, `back` of the output. Each thread has its own: the passes of several vectors run side by side. A chain that
+    begins inside the branch has no Fork, so that nothing lies ahead and what is left behind is not taken."""
+
+    ahead: Tensor | None = None
+    back: Tensor | None = None
+
+
+class Fork:
+    """Where a branch begins."""
+
+    parameters: tuple[Tensor, ...] = ()
+
+    def __init__(self, skip: Skip) -> None:
+        self.skip = skip
+
+    def adjoint(self, g: Tensor, want: Want, keep: bool) -> tuple[Tensor | None, Tangents]:
+        back, self.skip.back = self.skip.back, None
+        return add(g, back), ()
+
+    def tangent(self, dx: Tensor | None, dp: Tangents) -> Tensor:
+        assert dx is not None
+        self.skip.ahead = dx
+        return dx
+
+    def adjoint_tangent(
+        self, dg: Tensor, dx: Tensor | None, dp: Tangents, want: Want
+    ) -> tuple[Tensor | None, Tangents]:
+        back, self.skip.back = self.skip.back, None
+        return add(dg, back), ()
+
+
+class Join:
+    """Where it ends. In a chain that begins inside the branch, nothing comes past it."""
+
+    parameters: tuple[Tensor, ...] = ()
+
+    def __init__(self, skip: Skip) -> None:
+        self.skip = skip
+
+    def adjoint(self, g: Tensor, want: Want, keep: bool) -> tuple[Tensor | None, Tangents]:
+        self.skip.back = g
+        return g, ()
+
+    def tangent(self, dx: Tensor | None, dp: Tangents) -> Tensor:
+        assert dx is not None
+        past, self.skip.ahead = self.skip.ahead, None
+        return dx if past is None else dx + past
+
+    def adjoint_tangent(
+        self, dg: Tensor, dx: Tensor | None, dp: Tangents, want: Want
+    ) -> tuple[Tensor | None, Tangents]:
+        self.skip.back = dg
+        return dg, ()
+
+
+def _forked(skip: Skip, x: Tensor) -> tuple[Tensor, Layer]:
+    skip.ahead = x
+    return x, Fork(skip)
+
+
+def _joined(skip: Skip, x: Tensor) -> tuple[Tensor, Layer]:
+    past, skip.ahead = skip.ahead, None
+    assert past is not None
+    return x + past, Join(skip)
+
+
 SMOOTH = (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.GELU, nn.SiLU, nn.ELU)
 
 
@@ -379,13 +449,18 @@ def _affine(op: Bilinear, module: Any, norm: Any, x: Tensor) -> tuple[Tensor, La
 
 
 def layer_makers(items: list[Any]) -> list[Make] | None:
-    """One function x -> (y, Layer) per layer; None if a module is unknown."""
+    """One function x -> (y, Layer) per layer; None if a module is unknown. A list is a branch added to its input."""
     makers: list[Make] = []
     i = 0
     while i < len(items):
         module, following = items[i], items[i + 1] if i + 1 < len(items) else None
         i += 1
-        if not isinstance(module, nn.Module):
+        if isinstance(module, list):
+            inner, skip = layer_makers(module), Skip()
+            if inner is None:
+                return None
+            makers += [partial(_forked, skip), *inner, partial(_joined, skip)]
+        elif not isinstance(module, nn.Module):
             makers.append(module)
         elif (op := _bilinear(module)) is not None:
             norm = following if _is_norm(following) else None

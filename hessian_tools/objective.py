@@ -15,8 +15,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from hessian_tools import segments
 from hessian_tools.cuda import full_precision
 from hessian_tools.distributed import Group
+from hessian_tools.streamed import Batch as Batch
+from hessian_tools.streamed import Inputs, Streamed, to
 
-Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> mean over the batch's samples
 
 
@@ -24,6 +25,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> mean over the
 class Objective:
     """L(w) = mean over samples of loss(model(x), y); `model` is a private copy in evaluation mode.
 
+    batches: tensors in memory, or Streamed, of which only those at work are in memory.
     parameters: name -> tensor, in the order of the flat vector [P]; all others are constants. group: processes that
     share the batches; each holds all of them and computes its own, what is returned is of all. segmented: a network
     over T steps of time runs in about sqrt(T) segments (segments.py), where that is possible: less memory, more time.
@@ -31,7 +33,7 @@ class Objective:
 
     model: nn.Module
     loss: Loss
-    batches: tuple[Batch, ...]
+    batches: Sequence[Batch]
     parameters: dict[str, Tensor]
     reset: Callable[[nn.Module], None] | None = None
     group: Group | None = None
@@ -39,7 +41,26 @@ class Objective:
 
     @property
     def samples(self) -> int:
-        return sum(len(y) for _, y in self.batches)
+        return sum(self.sizes)
+
+    @property
+    def targets(self) -> list[Tensor]:
+        """Of every batch; no inputs are read for them."""
+        streamed = self.batches
+        if isinstance(streamed, Streamed):
+            return [streamed.targets[part] for part in streamed.parts]
+        return [y for _, y in self.batches]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Samples of every batch."""
+        return [len(y) for y in self.targets]
+
+    def first_inputs(self, count: int) -> Tensor:
+        """Of the first batch's first samples; no others are read."""
+        if isinstance(self.batches, Streamed):
+            return replace(self.batches, parts=(self.batches.parts[0][:count],))[0][0]
+        return self.batches[0][0][:count]
 
     @property
     def size(self) -> int:
@@ -107,14 +128,34 @@ class Objective:
     def weighted_batches(self) -> Iterator[tuple[Batch, float]]:
         """This process's batches (see share), each with its part of all samples: a ragged last one counts for what
         it holds."""
-        total = self.samples
-        for i in self.share:
-            yield self.batches[i], len(self.batches[i][1]) / total
+        for i, weight in self.batch_weights().items():
+            yield self.batches[i], weight
+
+    def batch_weights(self) -> dict[int, float]:
+        """Index -> weight of weighted_batches."""
+        sizes = self.sizes
+        total = sum(sizes)
+        return {i: sizes[i] / total for i in self.share}
 
     def rebatched(self, size: int) -> Objective:
         """The same samples in other batches."""
-        x, y = (torch.cat(part) for part in zip(*self.batches, strict=True))
+        if isinstance(self.batches, Streamed):
+            return self.regrouped(torch.arange(self.samples).split(size))
+        x, y = self._together()
         return replace(self, batches=tuple(zip(x.split(size), y.split(size), strict=True)))
+
+    def regrouped(self, parts: Sequence[Tensor]) -> Objective:
+        """The samples, numbered from 0 in the order of the batches, in others: one of each set of numbers [n]."""
+        if isinstance(self.batches, Streamed):
+            return replace(self, batches=self.batches.regrouped(parts))
+        x, y = self._together()
+        return replace(self, batches=tuple((x[part.to(x.device)], y[part.to(y.device)]) for part in parts))
+
+    def _together(self) -> Batch:
+        if len(self.batches) == 1:
+            return self.batches[0]
+        x, y = (torch.cat(part) for part in zip(*self.batches, strict=True))
+        return x, y
 
 
 def evaluation_mode(model: nn.Module) -> None:
@@ -131,7 +172,7 @@ def evaluation_mode(model: nn.Module) -> None:
 def make_objective(
     model: nn.Module,
     loss: Loss,
-    data: Batch | Sequence[Batch],
+    data: Batch | tuple[Inputs, Tensor] | Sequence[Batch],
     *,
     batch_size: int | None = None,
     params: str = "*",
@@ -142,8 +183,10 @@ def make_objective(
     """An objective on a private copy of `model`.
 
     loss(outputs, targets) must be a mean over the batch. data is (inputs [N, ...], targets [N, ...]) or a sequence
-    of such batches. params is a pattern of parameter names (`fc*`, or several with commas). reset(model), if given,
-    runs before every forward. Raises ValueError for no data, no matching parameter, or weights that are not finite.
+    of such batches. Inputs that are no tensor (see streamed.Inputs) stay where they are: a batch is read when it is
+    used, and batch_size says how much that is. params is a pattern of parameter names (`fc*`, or several with commas).
+    reset(model), if given, runs before every forward. Raises ValueError for no data, no matching parameter, or weights
+    that are not finite.
     """
     model = copy.deepcopy(model)
     if dtype is not None or device is not None:
@@ -163,13 +206,19 @@ def make_objective(
         if not torch.isfinite(tensor).all():
             raise ValueError(f"parameter '{name}' has NaN or infinite entries")
     first = next(iter(chosen.values()))
-    batches: list[Batch] = [data] if isinstance(data, tuple) else list(data)
-    batches = [(_to(x, first), _to(y, first)) for x, y in batches if len(y)]
-    if not batches:
+    objective = Objective(model, loss, _batches(data, first), chosen, reset)
+    if not objective.samples:
         raise ValueError("no samples: the Hessian of an empty mean is undefined")
-    objective = Objective(model, loss, tuple(batches), chosen, reset)
     return objective if batch_size is None else objective.rebatched(batch_size)
 
 
-def _to(t: Tensor, like: Tensor) -> Tensor:
-    return t.to(device=like.device, dtype=like.dtype if t.is_floating_point() else t.dtype)
+def _batches(data: Batch | tuple[Inputs, Tensor] | Sequence[Batch], like: Tensor) -> Sequence[Batch]:
+    """Those that hold samples, on the device and in the dtype of `like`."""
+    if not isinstance(data, tuple):
+        return tuple((to(x, like), to(y, like)) for x, y in data if len(y))
+    inputs, targets = data
+    if isinstance(inputs, Tensor):
+        return _batches([(inputs, targets)], like)
+    if len(inputs) != len(targets):
+        raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets: give one target per input")
+    return Streamed(inputs, to(targets, like), (torch.arange(len(targets)),), like.detach())

@@ -20,6 +20,7 @@ from torch import Tensor
 from hessian_tools import second_order, segments
 from hessian_tools.cuda import Captured, full_precision, side_stream
 from hessian_tools.objective import Batch, Objective
+from hessian_tools.streamed import Streamed
 from hessian_tools.threads import in_threads
 
 
@@ -158,12 +159,16 @@ class CurvatureOperator(Operator):
         self._lock = Lock()  # of the three above
         self._threads: bool | None = None
 
-    def _map(self, index: int, batch: Batch) -> Map:
+    def _map(self, index: int) -> Map:
         if index in self._kept:
             return self._kept[index]
+        batches = self.objective.batches
+        batch = batches[index]
         if self._used >= self._memory:
             return self._linearize(self.objective, batch)
         product, size = _measured(self.objective, batch, self._linearize)
+        if isinstance(batches, Streamed):  # what is kept holds what was read, too
+            size = max(size, batch[0].nbytes)
         with self._lock:
             if self._used + size <= self._memory:
                 self._used += size
@@ -184,14 +189,13 @@ class CurvatureOperator(Operator):
     def _over_batches(self, task: Callable[[Map, float], Tensor]) -> Iterator[Tensor]:
         """task(product, weight) for every batch of this rank, in order."""
 
-        def run(item: tuple[int, tuple[Batch, float]]) -> Tensor:
-            i, (batch, weight) = item
-            return task(self._map(i, batch), weight)
+        def run(item: tuple[int, float]) -> Tensor:
+            i, weight = item
+            return task(self._map(i), weight)
 
-        items = list(zip(self.objective.share, self.objective.weighted_batches(), strict=True))
+        items = list(self.objective.batch_weights().items())
         if self._threads is None:
-            i, (batch, _) = items[0] if items else (0, (None, 0.0))
-            hand_written = batch is not None and isinstance(self._map(i, batch), second_order.Linearized)
+            hand_written = bool(items) and isinstance(self._map(items[0][0]), second_order.Linearized)
             self._threads = hand_written and self.device.type == "cpu"
         return in_threads(run, items) if self._threads else map(run, items)
 
@@ -225,7 +229,7 @@ class CurvatureOperator(Operator):
                     rows.append((images @ block).flatten())
             return torch.cat(rows).cpu()
 
-        counts = torch.tensor([len(y) for _, y in self.objective.batches], dtype=torch.float64)
+        counts = torch.tensor(self.objective.sizes, dtype=torch.float64)
         rows = torch.zeros(len(counts), sum(v.shape[1] ** 2 for v in blocks), dtype=torch.float64)
         with full_precision(self.device):
             for i, row in zip(self.objective.share, self._over_batches(forms), strict=True):
@@ -256,9 +260,9 @@ def batch_size_within(objective: Objective, memory: float, most: int = 2048) -> 
     """
     if each := segments.bytes_per_sample(objective):
         return int(min(most, memory / each))
-    x, y = objective.batches[0]
-    _, size = _measured(objective, (x[:8], y[:8]), _linearize_hessian)
-    return int(max(1, min(most, memory * len(y[:8]) / max(size, 1))))
+    x = objective.first_inputs(8)
+    _, size = _measured(objective, (x, objective.targets[0][:8]), _linearize_hessian)
+    return int(max(1, min(most, memory * len(x) / max(size, 1))))
 
 
 def _zero(v: Tensor) -> Tensor:

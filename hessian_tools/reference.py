@@ -64,7 +64,7 @@ def _run(objective: Objective, seed: int, method: Callable[[Any], Any]) -> tuple
         torch.manual_seed(seed)  # PyHessian draws from the global generator, in the default dtype
         torch.set_default_dtype(objective.dtype)
         try:
-            found = method(hessian(live, live.loss, dataloader=list(objective.batches), cuda=cuda))
+            found = method(hessian(live, live.loss, dataloader=objective.batches, cuda=cuda))
         finally:
             torch.set_default_dtype(dtype)
             live.zero_grad()

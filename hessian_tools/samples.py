@@ -7,7 +7,6 @@ from how many samples on it has settled.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -91,11 +90,9 @@ def subsets(total: int, n: int, resamples: int, generator: torch.Generator) -> l
 
 def _restricted(objective: Objective, parts: Sequence[Tensor]) -> Iterator[Objective]:
     """The objective on each set of samples, in batches no larger than its largest."""
-    ((x, y),) = objective.rebatched(objective.samples).batches
-    largest = max(len(targets) for _, targets in objective.batches)
+    together = objective.rebatched(objective.samples)
     for part in parts:
-        cuts = part.to(y.device).split(largest)
-        yield replace(objective, batches=tuple((x[cut], y[cut]) for cut in cuts))
+        yield together.regrouped(part.split(max(objective.sizes)))
 
 
 def _measure(

@@ -11,7 +11,8 @@ The first two are done once per set of weights; a Hessian product is the last tw
 tangent and adjoint. A layer brings all four (layers.py). A model that is no
 plain nn.Sequential offers its layers by a method
 
-    second_order_chain(x) -> None | (x, [item, ...])       item: one of those modules, or a function x -> (y, Layer)
+    second_order_chain(x) -> None | (x, [item, ...])       item: one of those modules, a function x -> (y, Layer), or a
+                                                           list of items: a branch whose output is added to its input
 
 `linearize` returns None for everything else; the caller then goes through autograd. A model that has an attribute
 `second_order_steps`, T, takes a second argument: a Segment of its T steps (segments.py). The layers before the first

@@ -147,7 +147,7 @@ def _trial(objective: Objective, samples: int, steps: int) -> tuple[Tensor, Chai
     """(outputs, chain) of the first steps of some samples; None for a model that does not run in segments."""
     if objective.reset is not None or _steps(objective) < 2:
         return None
-    found = layers_at(objective.model, objective.batches[0][0][:samples], Segment(0, steps, defaultdict(Carry)))
+    found = layers_at(objective.model, objective.first_inputs(samples), Segment(0, steps, defaultdict(Carry)))
     chain = None if found is None else chain_of(objective, [layer for _, layer in found[1]])
     return None if found is None or chain is None else (found[0], chain)
 

@@ -88,7 +88,7 @@ def smoothed(
 
 def unsupported(objective: Objective) -> str:
     """Why an objective has no such operator; empty if it has one."""
-    found = None if objective.reset is not None else layers_at(objective.model, objective.batches[0][0][:1])
+    found = None if objective.reset is not None else layers_at(objective.model, objective.first_inputs(1))
     neurons = [] if found is None else _spiking(found[1])
     if found is None or not neurons or neurons[-1][0] != len(found[1]) - 2:
         return "operator smoothed needs a network of this package that ends in the mean rates of spiking neurons"

@@ -168,8 +168,8 @@ def _expected(settings: Settings, variants: Mapping[str, Objective]) -> dict[str
 @torch.no_grad()
 def _accuracy(objective: Objective) -> float:
     """Share of samples whose largest output is the target class; NaN where targets are no classes."""
-    x, y = objective.batches[0]
-    if y.is_floating_point() or y.dim() != 1 or objective.outputs(x[:1]).dim() != 2:
+    y = objective.targets[0]
+    if y.is_floating_point() or y.dim() != 1 or objective.outputs(objective.first_inputs(1)).dim() != 2:
         return float("nan")
     right = torch.zeros((), dtype=torch.float64, device=objective.device)
     for (x, y), _ in objective.weighted_batches():

@@ -104,13 +104,11 @@ def m_sharpness(objective: Objective, rho: float, m: int, seed: int = 0) -> SamS
 
 def _sam(objective: Objective, rho: float, parts: Sequence[Tensor]) -> SamSharpness:
     w = _weights(objective, rho)
-    ((x, y),) = objective.rebatched(objective.samples).batches
-    largest = max(len(targets) for _, targets in objective.batches)
+    together = objective.rebatched(objective.samples)
     own = at(objective, w.to(objective.dtype))
     rises, without = [], 0
     for part in parts:
-        cuts = part.to(y.device).split(largest)
-        batches = tuple((x[cut], y[cut]) for cut in cuts)
+        batches = together.regrouped(part.split(max(objective.sizes))).batches
         g = _gradient(replace(own, batches=batches))[1]
         without += not g.any()
         ends = (w, w + rho * g / g.norm()) if g.any() else (w, w)

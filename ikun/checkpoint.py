@@ -12,14 +12,17 @@ import importlib.metadata
 import os
 import platform
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from ikun.data import NAMES, DataError, Dataset, encode, load
+from ikun.data import NAMES, DataError, Dataset, encoded, load
+from ikun.images import Images, taken
 from ikun.networks import LOSSES, Network, Spec
 
 SCHEMA = "ikun-hessian/checkpoint/1"
@@ -34,25 +37,30 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class DataSpec:
-    """The samples: `subset` of data set `name` drawn with `seed`, of which the last `held_out` were not trained on."""
+    """The samples: `subset` of data set `name` drawn with `seed`, of which the last `held_out` were not trained on.
+
+    image_size: pixels a side of an image folder's images; None for data sets of one size.
+    """
 
     name: str = "digits"
     subset: int | None = None
     seed: int = 0
     held_out: int = 0
+    image_size: int | None = None
 
     def load(self, split: str = "train", data_dir: str | Path | None = None) -> Dataset:
         """The training samples, or the data set's whole test split. Raises DataError."""
         if split != "train":
-            return load(self.name, split, data_dir=data_dir)
+            return load(self.name, split, data_dir=data_dir, image_size=self.image_size)
         return self.parts(data_dir)[0]
 
     def parts(self, data_dir: str | Path | None = None) -> tuple[Dataset, Dataset | None]:
         """(training samples, held-out samples or None). Raises DataError."""
+        read = partial(load, self.name, data_dir=data_dir, image_size=self.image_size)
         count = self.subset
         if count is None and self.held_out:
-            count = len(load(self.name, data_dir=data_dir))  # a full permutation: what is held out is random
-        whole = load(self.name, subset=count, seed=self.seed, data_dir=data_dir)
+            count = len(read())  # a full permutation: what is held out is random
+        whole = read(subset=count, seed=self.seed)
         if not self.held_out:
             return whole, None
         cut = len(whole) - self.held_out
@@ -61,7 +69,7 @@ class DataSpec:
         return tuple(  # type: ignore[return-value]
             dataclasses.replace(
                 whole,
-                images=whole.images[part],
+                images=taken(whole.images, part),
                 labels=whole.labels[part],
                 sha256=hashlib.sha256(f"{whole.sha256} {part.start} {part.stop}".encode()).hexdigest(),
             )
@@ -87,10 +95,9 @@ class Checkpoint:
         network.load_state_dict(self.state)
         return network.eval()
 
-    def inputs(self, images: Tensor) -> Tensor:
-        """Network inputs: images as they are, or Poisson spikes drawn once from the data seed and frozen."""
-        generator = torch.Generator().manual_seed(self.data.seed)
-        return encode(images, self.network.timesteps, self.network.coding, generator)
+    def inputs(self, images: Images) -> Images:
+        """Network inputs: samples as they are, or Poisson spikes drawn once from the data seed and frozen."""
+        return encoded(images, self.network.timesteps, self.network.coding, self.data.seed)
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
@@ -104,27 +111,34 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
             "state": {k: v.detach().cpu().clone() for k, v in checkpoint.state.items()},
             "training": checkpoint.training,
             "history": checkpoint.history,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": importlib.metadata.version("torch"),
-            },
+            "versions": versions(),
         },
         Path(path),
     )
 
 
 def save_atomically(values: dict[str, Any], path: Path) -> None:
-    """torch.save to a temporary name in the same folder, then rename."""
+    """torch.save, the whole file or nothing."""
+    write_atomically(path, lambda file: torch.save(values, file))
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write to a temporary name in the same folder, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         with temporary.open("xb") as file:
-            torch.save(values, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    return {"python": platform.python_version(), "torch": importlib.metadata.version("torch")}
 
 
 def sha256(path: str | Path) -> str:
@@ -175,12 +189,13 @@ def _fields(values: dict[str, Any]) -> tuple[Spec, DataSpec, str, dict[str, Tens
             raise ValueError(f"field '{name}' is missing or no {kind.__name__}")
     network = Spec.from_dict(values["network"])
     raw = values["data"]
-    if set(raw) != {"name", "subset", "seed", "held_out"} or raw["name"] not in NAMES:
+    fields = {"name", "subset", "seed", "held_out"}  # image_size is younger
+    if set(raw) - {"image_size"} != fields or raw["name"] not in NAMES:
         raise ValueError("field 'data' does not name a known data set")
     if any(type(raw[k]) is not int or raw[k] < 0 for k in ("seed", "held_out")):
         raise ValueError("field 'data': seed and held_out must be whole numbers")
-    if raw["subset"] is not None and type(raw["subset"]) is not int:
-        raise ValueError("field 'data': subset must be a whole number")
+    if any(raw.get(k) is not None and type(raw[k]) is not int for k in ("subset", "image_size")):
+        raise ValueError("field 'data': subset and image_size must be whole numbers")
     if values["loss"] not in LOSSES:
         raise ValueError(f"unknown loss '{values['loss']}'")
     if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in values["state"].items()):

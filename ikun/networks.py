@@ -1,40 +1,54 @@
-"""Spiking networks by name: the CSNN of arXiv 2411.18250 and an MLP of any depth.
+"""Spiking networks by name.
 
-A `Spec` says everything that is needed to build one; checkpoints store it. Layers are named conv1, norm1, spike1,
-pool1, ..., fc1, so that parameters can be chosen by pattern ('conv*', 'fc1.weight').
+csnn    `depth` convolutions, 2 x 2 pooling behind the first two, a hidden linear layer, the readout; that of arXiv
+        2411.18250 has depth 2
+mlp     linear layers of the sizes `hidden`, the readout
+resnet  SEW ResNet with ADD (Fang et al. 2021, arXiv 2102.04159): a convolution; `depth` blocks, each two convolutions
+        whose output spikes are added to the block's input; the readout; pooling behind the first convolution and after
+        half of the blocks, where 4 x 4 or (there) 8 x 8 is left
+rsnn    recurrent layers of the sizes `hidden`, with the current W x[t] + V s[t-1]; the readout
+
+Neurons follow every convolution and every linear layer, the readout too; a norm stands before those of all layers but
+the csnn's linear ones and the readout. A `Spec` says everything that is needed to build a network; checkpoints store
+it. Layers are named conv1, norm1, spike1, pool1, ..., fc1, rec1, so that parameters can be chosen by pattern ('conv*',
+'fc1.weight').
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ikun import spikes
 from ikun.data import CODINGS
+from ikun.layers import Add, Branch, Dropout, MaxPool, Recurrent
 from ikun.neurons import KINDS, RESETS, Dynamics, Neuron
 from ikun.surrogates import Surrogate
 
 if TYPE_CHECKING:
     from hessian_tools.layers import Segment
 
-MODELS = ("csnn", "mlp")
-NORMS = ("none", "bn")
+MODELS = ("csnn", "mlp", "resnet", "rsnn")
+NORMS = ("none", "bn", "tdbn")
 TIES = ("first", "last")
+ADDED = ("depth", "dropout")  # fields of a Spec that older descriptions lack; they mean the default
 
 
 @dataclass(frozen=True)
 class Spec:
     """A network: its architecture, its neurons and its input coding.
 
-    input_shape is (channels, height, width). `channels` is the CSNN's width, `hidden` the MLP's layer sizes.
-    `ties` says which of several equal entries a max-pooling window selects, in row-major order.
+    input_shape is (channels, height, width). `channels` and `depth`: of csnn and resnet, `hidden`: of mlp and rsnn.
+    norm: bn, or tdbn, a BatchNorm whose weight starts at the threshold (Zheng et al. 2021), by sqrt(2) less at the end
+    of a residual branch; both over time, samples and space. dropout: the probability behind hidden neurons, one mask
+    for all steps. `ties` says which of several equal entries a max-pooling window selects, in row-major order.
     Raises ValueError, naming the field, for anything that cannot be built.
     """
 
@@ -55,6 +69,8 @@ class Spec:
     coding: str = "direct"
     ties: str = "first"
     relaxed: bool = False
+    depth: int = 2
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -68,17 +84,21 @@ class Spec:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not '{getattr(self, name)}'")
         Surrogate.parse(self.surrogate)
-        for name, top in (("classes", 100_000), ("channels", 4096), ("timesteps", 10_000)):
+        for name, top in (("classes", 100_000), ("channels", 4096), ("timesteps", 10_000), ("depth", 200)):
             if not 1 <= getattr(self, name) <= top:
                 raise ValueError(f"{name} must lie between 1 and {top}, not {getattr(self, name)}")
         if len(self.input_shape) != 3 or not all(1 <= n <= 4096 for n in self.input_shape):
             raise ValueError(f"input_shape must be (channels, height, width), not {self.input_shape}")
-        if self.model == "csnn" and min(self.input_shape[1:]) < 4:
+        if self.model == "csnn" and min(self.input_shape[1:]) < (least := 2 ** min(self.depth, 2)):
             raise ValueError(
-                f"the CSNN pools twice: images of {self.input_shape[1:]} are too small, 4 x 4 is the least"
+                f"the csnn pools: images of {self.input_shape[1:]} are too small, {least} x {least} is the least"
             )
         if len(self.hidden) > 1000 or not all(1 <= n <= 1_000_000 for n in self.hidden):
             raise ValueError(f"hidden sizes must lie between 1 and 1,000,000, not {self.hidden}")
+        if self.model == "rsnn" and not self.hidden:
+            raise ValueError("the rsnn needs a hidden layer: give its size")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if not self.tau > 1:
             raise ValueError(f"tau must exceed 1, not {self.tau}")
         if not self.threshold > self.v_reset:
@@ -91,7 +111,7 @@ class Spec:
         """From a checkpoint's plain dict. Raises ValueError for missing, unknown or mistyped fields."""
         kinds = {"str": str, "int": int, "float": (int, float), "bool": bool}
         expected = {f.name: str(f.type) for f in fields(Spec)}
-        if set(values) != set(expected):
+        if set(expected) - set(ADDED) - set(values) or set(values) - set(expected):
             raise ValueError(f"network description has wrong fields: {sorted(set(values) ^ set(expected))}")
         clean: dict[str, object] = {}
         for name, value in values.items():
@@ -108,30 +128,78 @@ class Spec:
         return Spec(**clean)  # type: ignore[arg-type]
 
 
-class MaxPool(nn.Module):
-    """2 x 2 max-pooling over the last two axes with a frozen tie rule.
-
-    Spikes tie in most windows, where the maximum has no derivative; the entry selected at the current values, first
-    (or last) in row-major order, is the one that carries all derivatives.
-    """
-
-    def __init__(self, ties: str = "first") -> None:
-        super().__init__()
-        self.ties = ties
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2] // 2, x.shape[-1] // 2
-        x = x[..., : 2 * height, : 2 * width]
-        entries = [x[..., i::2, j::2] for i in (0, 1) for j in (0, 1)]  # row-major order of the window
-        if self.ties == "last":
-            entries.reverse()
-        best = entries[0]
-        for entry in entries[1:]:  # torch.where passes derivatives to the selected entry alone
-            best = torch.where(entry.detach() > best.detach(), entry, best)
-        return best
+Named = tuple[str, nn.Module]
 
 
-LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.Flatten, Neuron, MaxPool)
+def _layers(spec: Spec) -> Iterator[Named]:
+    """(kind, layer) of a network, in order."""
+    channels, height, width = spec.input_shape
+    inputs = channels * height * width
+    if spec.model == "csnn":
+        for i in range(spec.depth):
+            yield from _conv(spec, channels if i == 0 else spec.channels, pool=i < 2)
+            height, width = (height // 2, width // 2) if i < 2 else (height, width)
+        inputs = spec.channels * height * width
+        yield "flatten", nn.Flatten()
+        yield "fc", nn.Linear(inputs, spec.channels * 16, bias=False)
+        yield from _fire(spec)
+        inputs = spec.channels * 16
+    elif spec.model == "resnet":
+        pool = min(height, width) >= 4
+        yield from _conv(spec, channels, pool=pool)
+        height, width = (height // 2, width // 2) if pool else (height, width)
+        for i in range(1, spec.depth + 1):
+            yield "branch", Branch()
+            yield from _conv(spec, spec.channels)
+            yield from _conv(spec, spec.channels, alpha=math.sqrt(0.5))
+            yield "add", Add()
+            if i == spec.depth // 2 and min(height, width) >= 8:
+                yield "pool", MaxPool(spec.ties)
+                height, width = height // 2, width // 2
+        inputs = spec.channels * height * width
+        yield "flatten", nn.Flatten()
+    else:
+        yield "flatten", nn.Flatten()
+        for size in spec.hidden:
+            yield "fc", nn.Linear(inputs, size, bias=False)
+            yield from _norm(spec, nn.BatchNorm1d(size))
+            if spec.model == "rsnn":
+                yield "rec", Recurrent(size)
+            yield from _fire(spec)
+            inputs = size
+    yield "fc", nn.Linear(inputs, spec.classes, bias=False)
+    yield "spike", _neuron(spec)
+
+
+def _conv(spec: Spec, inputs: int, *, pool: bool = False, alpha: float = 1.0) -> Iterator[Named]:
+    yield "conv", nn.Conv2d(inputs, spec.channels, 3, padding=1, bias=False)
+    yield from _norm(spec, nn.BatchNorm2d(spec.channels), alpha)
+    yield from _fire(spec, pool)
+
+
+def _norm(spec: Spec, norm: nn.BatchNorm1d | nn.BatchNorm2d, alpha: float = 1.0) -> Iterator[Named]:
+    if spec.norm == "tdbn":
+        nn.init.constant_(norm.weight, alpha * spec.threshold)
+    if spec.norm != "none":
+        yield "norm", norm
+
+
+def _fire(spec: Spec, pool: bool = False) -> Iterator[Named]:
+    yield "spike", _neuron(spec)
+    if pool:
+        yield "pool", MaxPool(spec.ties)
+    if spec.dropout:
+        yield "drop", Dropout(spec.dropout)
+
+
+def _neuron(spec: Spec) -> Neuron:
+    dynamics = Dynamics(
+        Surrogate.parse(spec.surrogate), spec.threshold, spec.v_reset, spec.reset, spec.detach_reset, spec.relaxed
+    )
+    return Neuron(spec.neuron, dynamics, spec.tau)
+
+
+KNOWN = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.Flatten, Neuron, MaxPool, Dropout, Branch, Add)
 
 
 class Network(nn.Module):
@@ -140,58 +208,44 @@ class Network(nn.Module):
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = spec
-        channels, height, width = spec.input_shape
-        if spec.model == "csnn":
-            self._conv(1, channels)
-            self._conv(2, spec.channels)
-            self.add_module("flatten", nn.Flatten())
-            hidden: tuple[int, ...] = (spec.channels * 16,)
-            inputs = spec.channels * (height // 4) * (width // 4)
-        else:
-            self.add_module("flatten", nn.Flatten())
-            inputs, hidden = channels * height * width, spec.hidden
-        sizes = (*hidden, spec.classes)
-        first = sum(isinstance(m, Neuron) for m in self.children()) + 1
-        for i, size in enumerate(sizes, 1):
-            self.add_module(f"fc{i}", nn.Linear(inputs, size, bias=False))
-            if spec.model == "mlp" and spec.norm == "bn" and i < len(sizes):
-                self.add_module(f"norm{i}", nn.BatchNorm1d(size))
-            self.add_module(f"spike{first + i - 1}", self._neuron())
-            inputs = size
+        counts: Counter[str] = Counter()
+        for kind, layer in _layers(spec):
+            counts[kind] += 1
+            self.add_module(kind if kind == "flatten" else f"{kind}{counts[kind]}", layer)
 
-    def _conv(self, i: int, inputs: int) -> None:
-        self.add_module(f"conv{i}", nn.Conv2d(inputs, self.spec.channels, 3, padding=1, bias=False))
-        if self.spec.norm == "bn":
-            self.add_module(f"norm{i}", nn.BatchNorm2d(self.spec.channels))
-        self.add_module(f"spike{i}", self._neuron())
-        self.add_module(f"pool{i}", MaxPool(self.spec.ties))
-
-    def _neuron(self) -> Neuron:
-        spec = self.spec
-        dynamics = Dynamics(
-            Surrogate.parse(spec.surrogate), spec.threshold, spec.v_reset, spec.reset, spec.detach_reset, spec.relaxed
-        )
-        return Neuron(spec.neuron, dynamics, spec.tau)
+    def _units(self) -> Iterator[tuple[nn.Module, MaxPool | None]]:
+        """The layers in order, neurons with the pooling right behind them."""
+        layers = [*self.children(), None]
+        for before, layer, following in zip([None, *layers], layers, layers[1:], strict=False):
+            if isinstance(layer, Neuron):
+                yield layer, following if isinstance(following, MaxPool) else None
+            elif layer is not None and not (isinstance(layer, MaxPool) and isinstance(before, Neuron)):
+                yield layer, None
 
     def forward(self, x: Tensor, once: bool = False) -> Tensor:
         """once: the result is to be differentiated once at most, so that the fast scans of fused.py can be used."""
-        steps, layers = self.spec.timesteps, list(self.children())
+        steps = self.spec.timesteps
         static = x.dim() == 4  # a repeated image: everything before the first neuron is computed once, not T times
         if not static:
             if x.dim() != 5 or x.shape[1] != steps:
                 raise ValueError(f"input must be [N, C, H, W] or [N, {steps}, C, H, W], not {list(x.shape)}")
             x = x.transpose(0, 1)
-        for layer, following in zip(layers, [*layers[1:], None], strict=True):
-            if isinstance(layer, Neuron) and once:
-                pool = following if isinstance(following, MaxPool) else None
-                x = spikes.fire(layer, steps, pool, x[None] if static else x)
-                static = False
-            elif isinstance(layer, Neuron):
-                x = layer(x.expand(steps, *x.shape) if static else x)
-                static = False
-            elif isinstance(layer, MaxPool) and once:
-                continue
-            elif static or isinstance(layer, MaxPool):
+        shortcut, feedback = x, None
+        for layer, pool in self._units():
+            if isinstance(layer, Neuron):
+                if once and feedback is None:
+                    x = spikes.fire(layer, steps, pool, x[None] if static else x)
+                else:
+                    x = layer(x.expand(steps, *x.shape) if static else x, feedback)
+                    x = x if pool is None else pool(x)
+                static, feedback = False, None
+            elif isinstance(layer, Recurrent):
+                feedback = layer
+            elif isinstance(layer, Branch):
+                shortcut = x
+            elif isinstance(layer, Add):
+                x = x + shortcut
+            elif static or isinstance(layer, MaxPool | Dropout):
                 x = layer(x)
             else:
                 x = layer(x.flatten(0, 1)).unflatten(0, (steps, -1))
@@ -209,36 +263,45 @@ class Network(nn.Module):
         """The layers of forward(x), as hessian_tools.second_order wants them, on [N, ...] or time first, [T N, ...];
         with a segment, for its steps alone.
 
-        None for a network that has been changed since it was built.
+        None for a recurrent network, and for one that has been changed since it was built.
         """
-        total, static, layers = self.spec.timesteps, x.dim() == 4, list(self.children())
+        total, static = self.spec.timesteps, x.dim() == 4
         first, last = (0, total) if segment is None else (segment.first, segment.last)
         steps = last - first
-        if type(self) is not Network or any(type(m) not in LAYERS for m in layers):
+        if type(self) is not Network or any(type(m) not in KNOWN for m in self.children()):
             return None
         items: list[Any] = []
-        for layer, following in zip(layers, [*layers[1:], None], strict=True):
+        before: list[Any] = []
+        for layer, pool in self._units():
             if isinstance(layer, Neuron):
-                pool = following if isinstance(following, MaxPool) else None
                 carry = None if segment is None else segment.carries[layer]
                 items.append(partial(spikes.linearize, layer, steps, static, pool, carry=carry))
                 static = False
-            elif not isinstance(layer, MaxPool):
+            elif isinstance(layer, MaxPool):
+                items.append(partial(spikes.select, layer))
+            elif isinstance(layer, Branch):
+                before, items = items, []
+            elif isinstance(layer, Add):
+                items = [*before, items]
+            else:
                 items.append(layer)
         items.append(partial(spikes.time_mean, steps, total))
         return x if x.dim() == 4 else x[:, first:last].transpose(0, 1).flatten(0, 1), items
 
     def stages(self) -> Iterator[tuple[str, nn.Conv2d | nn.Linear, nn.Module | None, str, Neuron]]:
-        """(layer name, weights, norm or None, neuron name, neuron) of every weight layer, in order."""
-        weights: tuple[str, nn.Conv2d | nn.Linear] | None = None
-        norm: nn.Module | None = None
+        """(layer name, weights, norm or None, neuron name, neuron) of every weight layer, in order.
+
+        Recurrent weights ('rec1') come behind those of their layer's input ('fc1') and have the same neurons.
+        """
+        waiting: list[tuple[str, nn.Conv2d | nn.Linear, nn.Module | None]] = []
         for name, layer in self.named_children():
             if isinstance(layer, nn.Conv2d | nn.Linear):
-                weights, norm = (name, layer), None
-            elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-                norm = layer
-            elif isinstance(layer, Neuron) and weights is not None:
-                yield (*weights, norm, name, layer)
+                waiting.append((name, layer, None))
+            elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and waiting:
+                waiting[-1] = (*waiting[-1][:2], layer)
+            elif isinstance(layer, Neuron):
+                yield from ((*weights, name, layer) for weights in waiting)
+                waiting = []
 
 
 def mean_square(rates: Tensor, labels: Tensor) -> Tensor:

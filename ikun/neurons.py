@@ -6,12 +6,13 @@
 
 With a detached reset the s of the last line carries no derivative. IF: decay = gain = 1. LIF: decay = 1 - 1/tau,
 gain = 1/tau (the input is divided by tau, as SpikingJelly's decay_input does). PLIF: 1/tau = sigmoid(w), w learned
-(Fang et al. 2021).
+(Fang et al. 2021). In a recurrent layer the current is x[t] + V s[t-1], with s[-1] = 0.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,8 @@ from ikun.surrogates import Surrogate, spike
 
 KINDS = ("if", "lif", "plif")
 RESETS = ("hard", "soft")
+
+Feedback = Callable[[Tensor], Tensor]  # s[t-1] -> V s[t-1]
 
 
 @dataclass(frozen=True)
@@ -47,25 +50,37 @@ def step(x: Tensor, v: Tensor, decay: Tensor | float, gain: Tensor | float, dyna
 
 
 def scan(
-    x: Tensor, v0: Tensor, decay: Tensor | float, gain: Tensor | float, dynamics: Dynamics
+    x: Tensor,
+    v0: Tensor,
+    decay: Tensor | float,
+    gain: Tensor | float,
+    dynamics: Dynamics,
+    feedback: Feedback | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run neurons over currents x [T, ...] from the potentials v0 [...]; returns spikes [T, ...] and v[T] [...].
 
     Differentiable twice in x, v0, decay and gain. x may have stride 0 over T (a repeated image).
     """
-    v, spikes = v0, []
+    v, s, spikes = v0, torch.zeros_like(v0), []
     for current in x.unbind(0):
-        _, s, v = step(current, v, decay, gain, dynamics)
+        _, s, v = step(current if feedback is None else current + feedback(s), v, decay, gain, dynamics)
         spikes.append(s)
     return torch.stack(spikes), v
 
 
 @torch.no_grad()
-def membrane(x: Tensor, v0: Tensor, decay: Tensor | float, gain: Tensor | float, dynamics: Dynamics) -> Tensor:
+def membrane(
+    x: Tensor,
+    v0: Tensor,
+    decay: Tensor | float,
+    gain: Tensor | float,
+    dynamics: Dynamics,
+    feedback: Feedback | None = None,
+) -> Tensor:
     """h[t] [T, ...] of the same scan, without derivatives: what E[f'(h - threshold)^2] is taken over."""
-    v, potentials = v0, []
+    v, s, potentials = v0, torch.zeros_like(v0), []
     for current in x.unbind(0):
-        h, _, v = step(current, v, decay, gain, dynamics)
+        h, s, v = step(current if feedback is None else current + feedback(s), v, decay, gain, dynamics)
         potentials.append(h)
     return torch.stack(potentials)
 
@@ -89,11 +104,12 @@ class Neuron(nn.Module):
     def start(self, x: Tensor) -> Tensor:
         return torch.full_like(x[0], self.dynamics.v_reset)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return scan(x, self.start(x), *self.rates(), self.dynamics)[0]
+    def forward(self, x: Tensor, feedback: Feedback | None = None) -> Tensor:
+        """Spikes [T, N, ...] for currents x [T, N, ...]; feedback: of a recurrent layer."""
+        return scan(x, self.start(x), *self.rates(), self.dynamics, feedback)[0]
 
-    def membrane(self, x: Tensor) -> Tensor:
-        return membrane(x, self.start(x), *self.rates(), self.dynamics)
+    def membrane(self, x: Tensor, feedback: Feedback | None = None) -> Tensor:
+        return membrane(x, self.start(x), *self.rates(), self.dynamics, feedback)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {self.dynamics.reset} reset, {self.dynamics.surrogate}"

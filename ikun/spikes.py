@@ -20,7 +20,7 @@ from ikun.neurons import Dynamics, Neuron, step
 
 if TYPE_CHECKING:
     from hessian_tools.layers import Carry
-    from ikun.networks import MaxPool
+    from ikun.layers import MaxPool
 
 PIECE = 65536  # elements of a piece: the temporaries of a surrogate's formula stay in the cache
 
@@ -316,6 +316,30 @@ def selection(s: Tensor, ties: str) -> Tensor:
     places = torch.arange(s[0].numel(), device=s.device, dtype=kind).view(s.shape[1:])
     corners = places[..., : 2 * height : 2, : 2 * width : 2]
     return corners + (chosen // 2) * s.shape[-1] + chosen % 2
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A pooling of its own as a layer: the entries at places [Q] of x [T N, C, H, W], flat."""
+
+    places: Tensor
+    shapes: tuple[torch.Size, torch.Size]
+    parameters: tuple[Tensor, ...] = ()
+
+    def tangent(self, dx: Tensor, dp: object) -> Tensor:
+        return dx.flatten()[self.places].view(self.shapes[1])
+
+    def adjoint(self, g: Tensor, want: object, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return g.new_zeros(self.shapes[0].numel()).scatter_(0, self.places, g.flatten()).view(self.shapes[0]), ()
+
+    def adjoint_tangent(self, dg: Tensor, dx: object, dp: object, want: object) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.adjoint(dg, want, False)
+
+
+def select(pool: MaxPool, x: Tensor) -> tuple[Tensor, Selection]:
+    """pool(x) for x [T N, C, H, W] that is not spikes alone, and the layer there."""
+    y = pool(x)
+    return y, Selection(selection(x[None], pool.ties).flatten().long(), (x.shape, y.shape))
 
 
 def time_mean(steps: int, total: int, s: Tensor) -> tuple[Tensor, Mean]:

@@ -6,9 +6,11 @@ bit on the CPU, as one that was not.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,8 @@ from ikun import initializers
 from ikun.checkpoint import Checkpoint, CheckpointError, DataSpec, read_plain, save_atomically, save_checkpoint
 from ikun.data import Dataset, encode
 from ikun.networks import LOSSES, Network, Spec
-from ikun.statistics import LayerStatistics, observe
+from ikun.record import append, layer_lines, loss_path, run_paths, snapshot_path, write_description, write_log
+from ikun.statistics import LayerStatistics, batch_norm_by_batch, observe
 
 OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("cosine", "step", "none")
@@ -38,6 +41,7 @@ EXPLODING_RATIO, VANISHING_RATIO = 1e8, 1e-8
 class TrainingSpec:
     """How to train. momentum: of sgd. patience: stop after so many epochs without a better held-out loss and keep the
     best (0: never). step schedule: lr x 0.1 after each third of the epochs. snapshots: so many checkpoints on the way.
+    save_at_loss: one more for each of these, of the first epoch whose training loss is no larger.
     """
 
     init: str = "ikun"
@@ -54,6 +58,7 @@ class TrainingSpec:
     seed: int = 42
     patience: int = 0
     snapshots: int = 0
+    save_at_loss: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         choices = (("init", initializers.NAMES), ("law", initializers.LAWS), ("loss", tuple(LOSSES)))
@@ -66,6 +71,10 @@ class TrainingSpec:
             raise ValueError(f"momentum must be at least 0 and below 1, not {self.momentum}")
         if self.epochs < 0 or self.batch_size < 1 or min(self.seed, self.patience, self.snapshots) < 0:
             raise ValueError("epochs, seed, patience and snapshots must not be negative, batch_size at least 1")
+        if not all(loss > 0 and math.isfinite(loss) for loss in self.save_at_loss):
+            raise ValueError(f"save_at_loss must be positive numbers, not {self.save_at_loss}")
+        if len({f"{loss:g}" for loss in self.save_at_loss}) < len(self.save_at_loss):
+            raise ValueError(f"save_at_loss has a number twice: {self.save_at_loss}")
 
 
 Progress = Callable[[int, int, str], None]  # (batches done, batches in all, note)
@@ -73,8 +82,12 @@ Progress = Callable[[int, int, str], None]  # (batches done, batches in all, not
 
 def generator(*key: int) -> torch.Generator:
     """An independent stream for every key, for instance (seed, epoch); (1, 0) and (1,) are one key."""
+    return torch.Generator().manual_seed(_seed(*key))
+
+
+def _seed(*key: int) -> int:
     words = np.random.SeedSequence(key).generate_state(2)
-    return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
+    return int(words[0]) << 31 ^ int(words[1])
 
 
 def learning_rate(spec: TrainingSpec, epoch: int) -> float:
@@ -86,13 +99,30 @@ def learning_rate(spec: TrainingSpec, epoch: int) -> float:
     return spec.lr
 
 
+@dataclass(frozen=True)
+class Start:
+    """A freshly initialized network, and what its initializer cost."""
+
+    network: Network
+    seconds: float
+    forward_passes: int
+
+
 def start(network: Spec, data: Dataset, spec: TrainingSpec, device: torch.device | str = "cpu") -> Network:
-    """A freshly initialized network; ikun measures its law of h on the first 256 training samples."""
+    """The network that training begins with; rules that measure do so on the first 256 training samples."""
+    return initialized(network, data, spec, device).network
+
+
+def initialized(network: Spec, data: Dataset, spec: TrainingSpec, device: torch.device | str = "cpu") -> Start:
+    """As `start`, with the cost."""
     torch.manual_seed(spec.seed)  # torch's own layer constructors draw, though every weight is drawn again
     net = Network(network)
     x = encode(data.images[:256], network.timesteps, network.coding, generator(spec.seed, 1))
-    initializers.initialize(net, spec.init, generator=generator(spec.seed, 0), x=x, alpha=spec.alpha, law=spec.law)
-    return net.to(device)
+    began = time.perf_counter()
+    done = initializers.initialize(
+        net, spec.init, generator=generator(spec.seed, 0), x=x, alpha=spec.alpha, law=spec.law
+    )
+    return Start(net.to(device), time.perf_counter() - began, getattr(done, "forward_passes", 0))
 
 
 def train(
@@ -106,7 +136,8 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Checkpoint:
-    """Train and write `out`, the log beside it (OUT.train.jsonl), snapshots and, until the end, OUT.resume.
+    """Train and write `out`; beside it the log (OUT.train.jsonl), the run's description (OUT.train.json, at the start
+    and at the end), checkpoints on the way and, until the end, OUT.resume.
 
     A run whose weights become NaN stops; the checkpoint then holds the last finite epoch and says so under
     training['failures']. Raises CheckpointError if there is nothing to resume or it was made with other settings,
@@ -119,19 +150,24 @@ def train(
     train_set, held_out = data.parts(data_dir)
     test_set = data.load("test", data_dir)
     settings = _settings(network, data, spec, train_set)
-    reference = start(network, train_set, spec, device)
-    net = start(network, train_set, spec, device)
+    begun = initialized(network, train_set, spec, device)
+    reference, net = begun.network, copy.deepcopy(begun.network)
     optimizer = _optimizer(net, spec)
     state: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "stopped": False}
     if resume:
         state = _read_resume(paths["resume"], settings)
         net.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
-    state["settings"] = settings
-    _rewrite_log(paths["log"], state["history"])
+    else:
+        for path in [*(loss_path(out, x) for x in spec.save_at_loss), *(snapshot_path(out, e) for e in _epochs(spec))]:
+            path.unlink(missing_ok=True)  # of another run by this name
+    state = {"saved_at_loss": {}, "seconds": 0.0, **state, "settings": settings}
+    state.setdefault("start", _described(begun, spec, train_set))
+    write_log(paths["log"], state["history"])
+    write_description(paths["run"], _description(state, finished=False))
     steps = len(_cuts(len(train_set), spec.batch_size))
     while state["epoch"] < spec.epochs and not state["stopped"]:
-        epoch = state["epoch"]
+        epoch, began = state["epoch"], time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(spec, epoch)
         before = {k: v.detach().clone() for k, v in net.state_dict().items()}
@@ -141,37 +177,39 @@ def train(
             if progress is not None:
                 progress(epoch * steps + i, spec.epochs * steps, f"epoch {epoch + 1}, loss {done['loss']:.4f}")
         line.update(_evaluations(net, spec, test_set, held_out))
-        observed = _observe(net, spec, train_set)
-        line["layers"] = _layers(net, reference, observed)
+        observed = _observe(net.eval(), spec, train_set)
+        line["layers"] = layer_lines(net, reference, observed)
         line["failures"] = failures(line, observed, net)
-        if any(f.startswith("NaN") for f in line["failures"]):
+        if diverged := any(f.startswith("NaN") for f in line["failures"]):
             net.load_state_dict(before)
             state["stopped"] = True
         state["history"] = [*state["history"], line]
         state["epoch"] = epoch + 1
         _early_stop(state, line, net, spec)
-        _append(paths["log"], line)
-        if spec.snapshots and (epoch + 1) in _snapshot_epochs(spec):
-            save_checkpoint(_checkpoint(network, data, spec, net, state, settings), snapshot_path(out, epoch + 1))
+        append(paths["log"], line)
+        for path in [] if diverged else _moments(out, state, line, spec):
+            save_checkpoint(_checkpoint(network, data, spec, net, state, epoch + 1), path)
+        state["seconds"] += time.perf_counter() - began
         save_atomically({**state, "network": net.state_dict(), "optimizer": optimizer.state_dict()}, paths["resume"])
     if state["best"] is not None:
         net.load_state_dict(state["best"]["network"])
-    checkpoint = _checkpoint(network, data, spec, net, state, settings)
+    checkpoint = _checkpoint(network, data, spec, net, state, _best_epoch(state))
     save_checkpoint(checkpoint, out)
+    write_description(paths["run"], _description(state, finished=True))
     paths["resume"].unlink(missing_ok=True)
     return checkpoint
 
 
-def run_paths(out: Path) -> dict[str, Path]:
-    """The files of a run beside its checkpoint."""
-    return {"log": out.with_suffix(".train.jsonl"), "resume": out.with_name(out.name + ".resume")}
+def _moments(out: Path, state: dict[str, Any], line: dict[str, Any], spec: TrainingSpec) -> list[Path]:
+    """Checkpoints to write after this epoch: its snapshot, and those of the losses that it is the first to reach."""
+    new = {f"{x:g}": x for x in spec.save_at_loss if line["loss"] <= x and f"{x:g}" not in state["saved_at_loss"]}
+    state["saved_at_loss"] |= dict.fromkeys(new, line["epoch"])
+    snapshots = {line["epoch"]} & _epochs(spec)
+    return [*(snapshot_path(out, e) for e in snapshots), *(loss_path(out, x) for x in new.values())]
 
 
-def snapshot_path(out: Path, epoch: int) -> Path:
-    return out.with_name(f"{out.stem}.epoch{epoch:04d}{out.suffix}")
-
-
-def _snapshot_epochs(spec: TrainingSpec) -> set[int]:
+def _epochs(spec: TrainingSpec) -> set[int]:
+    """Epochs of which snapshots are kept."""
     return {round(spec.epochs * k / spec.snapshots) for k in range(1, spec.snapshots + 1)} - {0}
 
 
@@ -184,18 +222,44 @@ def _settings(network: Spec, data: DataSpec, spec: TrainingSpec, train_set: Data
     }
 
 
+def _description(state: dict[str, Any], *, finished: bool) -> dict[str, Any]:
+    """NAME.train.json."""
+    return {
+        **state["settings"],
+        "finished": finished,
+        "epochs_run": state["epoch"],
+        "best_epoch": _best_epoch(state),
+        "failures": _all_failures(state),
+        "saved_at_loss": state["saved_at_loss"],
+        "seconds": state["seconds"],
+        "start": state["start"],
+    }
+
+
+def _described(begun: Start, spec: TrainingSpec, data: Dataset) -> dict[str, Any]:
+    """The initializer's cost, and what every layer does before training; BatchNorm normalizes by the batch."""
+    with batch_norm_by_batch(begun.network.eval()):
+        layers = [dataclasses.asdict(s) for s in _observe(begun.network, spec, data)]
+    return {"seconds": begun.seconds, "forward_passes": begun.forward_passes, "layers": layers}
+
+
 def _read_resume(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no interrupted run to resume: start without --resume")
     state = read_plain(path)
     known = state.get("settings")
-    if not isinstance(known, dict) or {"network", "optimizer", "epoch", "history", "best", "stopped"} - set(state):
+    if (
+        not isinstance(known, dict)
+        or {"network", "optimizer", "epoch", "history", "best", "stopped"} - set(state)
+        or not all(isinstance(known.get(part), dict) for part in settings)
+    ):
         raise CheckpointError(f"{path}: not the state of an interrupted run: remove it and start again")
-    for part, values in settings.items():
-        for key, value in values.items():
-            if known.get(part, {}).get(key) != value:
+    for part, default in (("network", Spec()), ("data", DataSpec()), ("training", TrainingSpec())):
+        had = {**dataclasses.asdict(default), **known[part]}  # an older version knew fewer settings
+        for key, value in settings[part].items():
+            if had.get(key) != value:
                 raise CheckpointError(
-                    f"{path}: the interrupted run had {key} {known.get(part, {}).get(key)!r}, not {value!r}: "
+                    f"{path}: the interrupted run had {key} {had.get(key)!r}, not {value!r}: "
                     "resume with its own options, or start again with --force"
                 )
     return state
@@ -218,6 +282,7 @@ def _epoch(
 ) -> Iterator[dict[str, float]]:
     """One pass over shuffled data; yields the running means of loss, accuracy and gradient norm after every batch."""
     net.train()
+    torch.manual_seed(_seed(spec.seed, epoch, 5))  # of dropout
     device = next(net.parameters()).device
     order = torch.randperm(len(data), generator=generator(spec.seed, epoch, 2))
     spikes = generator(spec.seed, epoch, 3)
@@ -263,27 +328,10 @@ def _evaluations(net: Network, spec: TrainingSpec, test: Dataset, held_out: Data
 
 
 def _observe(net: Network, spec: TrainingSpec, data: Dataset) -> tuple[LayerStatistics, ...]:
-    """Layer statistics in evaluation mode on the first 256 training samples."""
-    net.eval()
+    """Layer statistics on the first 256 training samples."""
     device = next(net.parameters()).device
     x = encode(data.images[:256], net.spec.timesteps, net.spec.coding, generator(spec.seed, 1)).to(device)
     return observe(net, x, data.labels[:256].to(device), LOSSES[spec.loss])
-
-
-def _layers(
-    net: Network, reference: Network, observed: tuple[LayerStatistics, ...]
-) -> dict[str, dict[str, float | None]]:
-    """Per layer, for the log: firing rate, E[f'^2], and ||W - W0|| / ||W0||."""
-    first = {name: weights.weight.detach() for name, weights, *_ in reference.stages()}
-    now = {name: weights.weight.detach() for name, weights, *_ in net.stages()}
-    return {
-        s.name: {
-            "firing_rate": s.firing_rate,
-            "derivative_square": s.derivative_square,
-            "distance": float((now[s.name] - first[s.name]).norm() / first[s.name].norm()),
-        }
-        for s in observed
-    }
 
 
 def failures(line: dict[str, Any], observed: tuple[LayerStatistics, ...], net: Network) -> list[str]:
@@ -323,35 +371,27 @@ def _early_stop(state: dict[str, Any], line: dict[str, Any], net: Network, spec:
 
 
 def _checkpoint(
-    network: Spec, data: DataSpec, spec: TrainingSpec, net: Network, state: dict[str, Any], settings: dict[str, Any]
+    network: Spec, data: DataSpec, spec: TrainingSpec, net: Network, state: dict[str, Any], epoch: int
 ) -> Checkpoint:
-    best = state["best"]["epoch"] if state["best"] is not None else state["epoch"]
-    names = sorted({f for line in state["history"] for f in line["failures"]})
+    """epoch: the one that the weights are of."""
+    settings = state["settings"]
     training = {
         **settings["training"],
         "data_sha256": settings["data"]["sha256"],
         "samples": settings["data"]["samples"],
+        "epochs_run": state["epoch"],
+        "best_epoch": epoch,
+        "failures": _all_failures(state),
+        "saved_at_loss": dict(state["saved_at_loss"]),
     }
-    training |= {"epochs_run": state["epoch"], "best_epoch": best, "failures": names}
     weights: dict[str, Tensor] = {k: v.detach().cpu().clone() for k, v in net.state_dict().items()}
     return Checkpoint(network, data, spec.loss, weights, training, state["history"])
 
 
-def _rewrite_log(path: Path, history: list[dict[str, Any]]) -> None:
-    """The log holds exactly the epochs that the state holds, also after a kill between the two writes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(_json(line) for line in history), encoding="utf-8")
+def _best_epoch(state: dict[str, Any]) -> int:
+    """The epoch whose weights are kept."""
+    return int(state["epoch"] if state["best"] is None else state["best"]["epoch"])
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(_json(line))
-
-
-def _json(line: dict[str, Any]) -> str:
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: clean(v) for k, v in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(clean(line)) + "\n"
+def _all_failures(state: dict[str, Any]) -> list[str]:
+    return sorted({f for line in state["history"] for f in line["failures"]})

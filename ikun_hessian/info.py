@@ -28,16 +28,16 @@ def info(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
     from ikun.checkpoint import load_checkpoint
     from ikun.networks import LOSSES
     from ikun.statistics import batch_norm_by_batch, observe
-    from ikun.training import TrainingSpec, start
+    from ikun.training import TrainingSpec, initialized
 
     found = load_checkpoint(checkpoint)
     data = found.data.load(data_dir=data_dir)
     x, y = found.inputs(data.images)[:512], data.labels[:512]
     known = {f.name for f in dataclasses.fields(TrainingSpec)}
     spec = TrainingSpec(**{k: v for k, v in found.training.items() if k in known})
-    fresh = start(found.network, data, spec)
-    with batch_norm_by_batch(fresh):
-        before = observe(fresh, x, y, LOSSES[found.loss])
+    fresh = initialized(found.network, data, spec)
+    with batch_norm_by_batch(fresh.network.eval()):  # no dropout
+        before = observe(fresh.network, x, y, LOSSES[found.loss])
     after = observe(found.build(), x, y, LOSSES[found.loss])
     if as_json:
         states = {"initialization": before, "trained": after}
@@ -45,7 +45,8 @@ def info(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
             k: [{**dataclasses.asdict(s), "rule_variance": s.rule_variance(spec.alpha)} for s in v]
             for k, v in states.items()
         }
-        click.echo(dumps({"network": dataclasses.asdict(found.network), "training": found.training, "layers": table}))
+        told = {"network": dataclasses.asdict(found.network), "training": found.training, "layers": table}
+        click.echo(dumps({**told, "initializer_passes": fresh.forward_passes}))
         return
     n, t = found.network, found.training
     click.echo(str(checkpoint))
@@ -53,9 +54,10 @@ def info(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
         f"{n.model}, {n.neuron} neurons, {n.reset} reset, surrogate {n.surrogate}, T = {n.timesteps}, norm {n.norm},"
     )
     click.echo(f"loss {found.loss}, {sum(p.numel() for p in found.build().parameters()):,} parameters")
+    click.echo(f"{t['init']} initializer (alpha {t['alpha']:g}), {fresh.forward_passes} forward passes over a batch")
     click.echo(
-        f"{t['init']} (alpha {t['alpha']:g}), {t['optimizer']} lr {t['lr']:g}, {t['epochs_run']} epochs on "
-        f"{found.data.name}, {t['samples']} samples, seed {t['seed']}"
+        f"{t['optimizer']} lr {t['lr']:g}, {t['epochs_run']} epochs on {found.data.name}, {t['samples']} samples, "
+        f"seed {t['seed']}"
     )
     if found.history:
         last = found.history[-1]

@@ -146,7 +146,7 @@ def _relaxed(job: Job) -> tuple[Objective | None, dict[str, str]]:
     objective = job.another(relaxed=True)
     try:
         with torch.no_grad():
-            objective.outputs(objective.batches[0][0][:1])
+            objective.outputs(objective.first_inputs(1))
     except ValueError as error:  # the surrogate has no primitive
         return None, {"relaxed network": str(error)}
     return objective, {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    import torch
-
     from hessian_tools.distributed import Group
     from hessian_tools.objective import Objective
     from ikun.checkpoint import Checkpoint
     from ikun.data import Dataset
+    from ikun.images import Images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +52,10 @@ def open_job(
     """Open a checkpoint and its data as the options (options.opening_options) say.
 
     memory: GiB. A quarter is for the batches at work: as many samples each as fit, where batch_size is None; where not
-    one fits, or not as many as asked for, long sequences run in segments of time. device: "cpu" or "cuda", as from
-    `pick`. group: the processes that share the work; all of them call this. Raises what loading raises, all of it
-    ValueError, and click.UsageError for samples that are not there.
+    one fits, or not as many as asked for, long sequences run in segments of time. An eighth is for samples from disk:
+    where they do not fit, a batch is read whenever it is used. device: "cpu" or "cuda", as from `pick`. group: the
+    processes that share the work; all of them call this. Raises what loading raises, all of it ValueError, and
+    click.UsageError for samples that are not there.
     """
     import torch
 
@@ -68,7 +69,7 @@ def open_job(
     checkpoint = load_checkpoint(path)
     trained = Surrogate.parse(checkpoint.network.surrogate)
     analysed = Surrogate.parse(surrogate) if surrogate else trained
-    data, x, digest = _samples(checkpoint, split, samples, data_dir)
+    data, x, digest = _samples(checkpoint, split, samples, data_dir, memory * 2**30 / 8)
     y = data.labels[: len(x)]
 
     def objective(steeper: float = 1.0, **changes: Any) -> Objective:
@@ -137,14 +138,19 @@ def _cut(objective: Objective, asked: int | None, memory: float, group: Group | 
 
 
 def _samples(
-    checkpoint: Checkpoint, split: str, samples: str, data_dir: Path | None
-) -> tuple[Dataset, torch.Tensor, str]:
-    """(data set, network inputs, a hash of the very samples)."""
+    checkpoint: Checkpoint, split: str, samples: str, data_dir: Path | None, memory: float
+) -> tuple[Dataset, Images, str]:
+    """(data set, network inputs, a hash of the very samples). Those on disk are read if they take no more than `memory`
+    bytes."""
+    from ikun.images import taken
+
     data = checkpoint.data.load(split, data_dir)
     if samples != "all" and not (samples.isdecimal() and 1 <= int(samples) <= len(data)):
         raise click.UsageError(f"--samples {samples}: give a number from 1 to {len(data)}, or all")
     count = len(data) if samples == "all" else int(samples)
-    x = checkpoint.inputs(data.images)[:count]
+    x = taken(checkpoint.inputs(data.images), slice(count))
+    if 4 * math.prod(x.shape) <= memory:  # float32
+        x = x[:]
     return data, x, hashlib.sha256(f"{data.sha256} {count}".encode()).hexdigest()
 
 
@@ -153,7 +159,7 @@ def measured_on(objective: Objective) -> dict[str, Any]:
     return {
         "dtype": str(objective.dtype),
         "device": str(objective.device),
-        "batches": [len(y) for _, y in objective.batches],
+        "batches": objective.sizes,
         "segmented": objective.segmented,
         "parameters": {name: p.numel() for name, p in objective.parameters.items()},
     }

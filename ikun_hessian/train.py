@@ -3,43 +3,74 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ikun_hessian.options import data_dir_option, device_option, pick, shared
+from ikun_hessian.options import Command, data_dir_option, device_option, pick, shared
 from ikun_hessian.screen import Bar, FailedError
+
+if TYPE_CHECKING:
+    from ikun.checkpoint import DataSpec
+    from ikun.networks import Spec
+    from ikun.training import TrainingSpec
+
+
+class Listed(click.Option):
+    """An option whose help begins with its choices: a collection of names in a module, read when help is asked for."""
+
+    def __init__(self, *arguments: Any, choices: str, **fields: Any) -> None:
+        super().__init__(*arguments, **fields)
+        self.choices = choices
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        module, name = self.choices.split(":")
+        names: Iterable[str] = getattr(import_module(module), name)
+        before, self.help = self.help or "", f"{', '.join(names)}. {self.help or ''}".strip()
+        record = super().get_help_record(ctx)
+        self.help = before
+        return record
+
+
+def _listed(name: str, choices: str, default: str | None, help: str = "") -> Command:
+    return click.option(name, cls=Listed, choices=choices, default=default, show_default=True, help=help)
 
 
 @click.command()
-@click.option("--data", "data_name", default="digits", show_default=True, help="digits or fashion-mnist.")
-@click.option("--model", default="csnn", show_default=True, help="csnn (the paper's) or mlp.")
-@click.option("--norm", default="bn", show_default=True, help="none or bn (BatchNorm).")
-@click.option(
-    "--init",
-    default="ikun",
-    show_default=True,
-    help="ikun, ikun_v1, ikun_v2, xavier, kaiming, lecun, normal or orthogonal.",
-)
+@click.option("--data", "data_name", cls=Listed, choices="ikun.data:NAMES", default="digits", show_default=True)
+@click.option("--image-size", type=int, help="Pixels a side that the images of image-folder are cut to.")
+@_listed("--model", "ikun.networks:MODELS", "csnn", "csnn is the paper's, rsnn recurrent.")
+@click.option("--depth", default=2, show_default=True, help="Convolutions of the csnn; blocks of the resnet.")
+@_listed("--norm", "ikun.networks:NORMS", "bn", "bn: BatchNorm; tdbn: one that starts at the threshold.")
+@click.option("--dropout", default=0.0, show_default=True, help="Share of hidden neurons dropped in training.")
+@_listed("--init", "ikun.initializers:NAMES", "ikun")
 @click.option("--alpha", default=1.0, show_default=True, help="alpha of the ikun rule.")
-@click.option("--law", default="empirical", show_default=True, help="ikun's law of h: empirical or analytic.")
+@_listed("--law", "ikun.initializers:LAWS", "empirical", "ikun's law of h.")
 @click.option(
-    "--surrogate", default="atan:2", show_default=True, metavar="NAME[:P]", help="Surrogate and its parameter."
+    "--surrogate",
+    cls=Listed,
+    choices="ikun.surrogates:FAMILIES",
+    default="atan:2",
+    show_default=True,
+    metavar="NAME[:P]",
+    help="P: its parameter.",
 )
-@click.option("--neuron", default="if", show_default=True, help="if, lif or plif.")
+@_listed("--neuron", "ikun.neurons:KINDS", "if")
 @click.option("--tau", default=2.0, show_default=True, help="Time constant of lif (start of plif), in steps.")
-@click.option("--reset", default="hard", show_default=True, help="hard or soft.")
+@_listed("--reset", "ikun.neurons:RESETS", "hard")
 @click.option("--detach-reset", is_flag=True, help="No derivative through the reset.")
-@click.option("--timesteps", default=4, show_default=True, help="T.")
-@click.option("--coding", default="direct", show_default=True, help="direct or poisson.")
-@click.option("--channels", default=16, show_default=True, help="Width C of the csnn.")
-@click.option("--hidden", default="128,128", show_default=True, help="Layer sizes of the mlp.")
-@click.option("--loss", default="mse", show_default=True, help="mse (on rates) or ce.")
-@click.option("--optimizer", default="adam", show_default=True, help="adam or sgd.")
+@click.option("--timesteps", type=int, help="T [default: 4; that of the data if they are spike trains].")
+@_listed("--coding", "ikun.data:CODINGS", None, "[default: direct; spikes if the data are spike trains]")
+@click.option("--channels", default=16, show_default=True, help="Width C of csnn and resnet.")
+@click.option("--hidden", default="128,128", show_default=True, help="Layer sizes of mlp and rsnn.")
+@_listed("--loss", "ikun.networks:LOSSES", "mse", "mse: on rates.")
+@_listed("--optimizer", "ikun.training:OPTIMIZERS", "adam")
 @click.option("--momentum", default=0.9, show_default=True, help="Of sgd.")
 @click.option("--lr", default=1e-3, show_default=True)
-@click.option("--schedule", default="cosine", show_default=True, help="cosine, step or none.")
+@_listed("--schedule", "ikun.training:SCHEDULES", "cosine")
 @click.option("--weight-decay", default=0.0, show_default=True)
 @click.option("--epochs", default=20, show_default=True)
 @click.option("--batch-size", default=128, show_default=True)
@@ -50,31 +81,23 @@ from ikun_hessian.screen import Bar, FailedError
 @click.option("--subset", type=int, help="Train on so many images [default: all].")
 @click.option("--seed", default=42, show_default=True)
 @click.option("--snapshots", default=0, show_default=True, help="So many checkpoints on the way.")
+@click.option(
+    "--save-at-loss",
+    type=float,
+    multiple=True,
+    metavar="X",
+    help="A checkpoint NAME.lossX.pt of the first epoch with a training loss of X or less; may be repeated.",
+)
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @click.option("--force", is_flag=True, help="Overwrite an existing checkpoint or interrupted run.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("ckpt.pt"), show_default=True)
 @shared(data_dir_option, device_option)
-def train(
-    data_name: str,
-    hidden: str,
-    held_out: int,
-    subset: int | None,
-    seed: int,
-    resume: bool,
-    force: bool,
-    out: Path,
-    data_dir: Path | None,
-    device: str,
-    patience: int,
-    **options: Any,
-) -> None:
+def train(resume: bool, force: bool, out: Path, data_dir: Path | None, device: str, **options: Any) -> None:
     """Train a network from an initializer and write a checkpoint.
 
     The log, one JSON line an epoch, lies beside it. An interrupted run goes on with --resume and the same options.
     """
-    from ikun.checkpoint import DataSpec
-    from ikun.networks import Spec
-    from ikun.training import TrainingSpec, run_paths
+    from ikun.record import run_paths
     from ikun.training import train as run
 
     if out.exists() and not force:
@@ -83,28 +106,11 @@ def train(
         raise click.UsageError(
             f"an interrupted run lies at {run_paths(out)['resume']}: --resume it, or --force a new one"
         )
-    fields = {f.name for f in dataclasses.fields(TrainingSpec)}
-    spec = TrainingSpec(**{k: v for k, v in options.items() if k in fields}, seed=seed, patience=patience)
-    probe = DataSpec(data_name, subset, seed)
-    images = probe.load(data_dir=data_dir)
-    if patience and not held_out:
-        held_out = max(1, len(images) // 10)
-    if held_out and not 0 < held_out < len(images):
-        raise click.UsageError(f"--held-out {held_out} leaves nothing of {len(images)} images to train on")
-    try:
-        sizes = tuple(int(part) for part in hidden.split(","))
-    except ValueError:
-        raise click.UsageError(f"--hidden '{hidden}' is no list of sizes like 128,128") from None
-    network = Spec(
-        input_shape=(images.images.shape[1], images.images.shape[2], images.images.shape[3]),
-        classes=images.classes,
-        hidden=sizes,
-        **{k: v for k, v in options.items() if k not in fields},
-    )
+    network, data, spec = specifications(data_dir=data_dir, **options)
     with Bar("train") as bar:
         checkpoint = run(
             network,
-            dataclasses.replace(probe, held_out=held_out),
+            data,
             spec,
             out,
             data_dir=data_dir,
@@ -124,3 +130,48 @@ def train(
     click.echo(f"next: ikun-hessian spectrum {out}")
     if any(f.startswith("NaN") for f in checkpoint.training["failures"]):
         raise FailedError("training diverged; the checkpoint holds the last finite epoch")
+
+
+def specifications(
+    *,
+    data_name: str,
+    data_dir: Path | None,
+    subset: int | None,
+    image_size: int | None,
+    hidden: str,
+    held_out: int,
+    timesteps: int | None,
+    coding: str | None,
+    **options: Any,
+) -> tuple[Spec, DataSpec, TrainingSpec]:
+    """(network, data, training) as the options of `train` say, by their names there; the data are looked at for it.
+
+    Raises ValueError or click.UsageError for what does not fit.
+    """
+    from ikun.checkpoint import DataSpec
+    from ikun.networks import Spec
+    from ikun.training import TrainingSpec
+
+    fields = {f.name for f in dataclasses.fields(TrainingSpec)}
+    spec = TrainingSpec(**{k: v for k, v in options.items() if k in fields})
+    probe = DataSpec(data_name, subset, spec.seed, image_size=image_size)
+    found = probe.load(data_dir=data_dir)
+    if spec.patience and not held_out:
+        held_out = max(1, len(found) // 10)
+    if held_out and not 0 < held_out < len(found):
+        raise click.UsageError(f"--held-out {held_out} leaves nothing of {len(found)} images to train on")
+    try:
+        sizes = tuple(int(part) for part in hidden.split(","))
+    except ValueError:
+        raise click.UsageError(f"--hidden '{hidden}' is no list of sizes like 128,128") from None
+    if timesteps is None:
+        timesteps = found.timesteps or 4
+    network = Spec(
+        input_shape=found.input_shape,
+        classes=found.classes,
+        hidden=sizes,
+        timesteps=timesteps,
+        coding=coding or ("direct" if found.timesteps is None else "spikes"),
+        **{k: v for k, v in options.items() if k not in fields},
+    )
+    return network, dataclasses.replace(probe, held_out=held_out), spec

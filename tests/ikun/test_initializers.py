@@ -13,8 +13,9 @@ import torch
 from scipy import integrate, special
 from torch import Tensor
 
-from ikun.initializers import FILLS, NAMES, initialize, potential_scale, released_beta
+from ikun.initializers import FILLS, NAMES, Initialized, initialize, released_beta
 from ikun.networks import LOSSES, Network, Spec
+from ikun.rules import potential_scale
 from ikun.statistics import batch_norm_by_batch, fans, observe
 from ikun.surrogates import Surrogate
 
@@ -81,12 +82,12 @@ def test_orthogonal_rows_or_columns(shape: tuple[int, ...]) -> None:
 def test_a_seed_decides_every_weight(name: str) -> None:
     found = []
     for seed in (5, 5, 6):
-        torch.manual_seed(seed * len(found))  # the global stream does not matter
-        net = wide(hidden=(20,), norm="bn")
+        torch.manual_seed(seed * len(found))  # the global stream does not matter, with dropout neither
+        net = wide(model="rsnn", neuron="lif", hidden=(20,), norm="bn", dropout=0.5)
         initialize(net, name, generator=generator(seed), x=images())
         found.append(net.state_dict())
     assert all(torch.equal(v, found[1][k]) for k, v in found[0].items())
-    assert all(not torch.equal(found[0][f"fc{i}.weight"], found[2][f"fc{i}.weight"]) for i in (1, 2))
+    assert all(not torch.equal(found[0][f"{n}.weight"], found[2][f"{n}.weight"]) for n in ("fc1", "rec1", "fc2"))
     assert found[0]["norm1.weight"].eq(1).all()
     assert found[0]["norm1.bias"].eq(0).all()
     assert found[0]["norm1.running_mean"].eq(0).all()
@@ -94,15 +95,34 @@ def test_a_seed_decides_every_weight(name: str) -> None:
     assert found[0]["norm1.num_batches_tracked"] == 0
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "ikun"])
-def test_other_rules_draw_every_layer_and_have_no_solution_to_tell(name: str) -> None:
+@pytest.mark.parametrize("name", FILLS)
+def test_formulas_without_a_law_draw_every_layer_and_need_no_batch(name: str) -> None:
     net = Network(Spec(channels=2))
     with torch.no_grad():
         for p in net.parameters():
             p.fill_(torch.nan)
-    assert initialize(net, name, generator=generator()) == ()
+    assert initialize(net, name, generator=generator()) == Initialized((), 0)
     assert all(torch.isfinite(w.weight).all() for _, w, *_ in net.stages())
     assert net.norm1.weight.isnan().all()
+
+
+@pytest.mark.parametrize("model", ["csnn", "resnet", "rsnn"])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in (*FILLS, "tdbn")])
+def test_rules_that_measure_draw_every_layer_and_count_their_passes(name: str, model: str) -> None:
+    if name == "gradient_stable" and model != "rsnn":
+        pytest.skip("for recurrent layers alone")
+    net, calls = Network(Spec(model=model, channels=3, hidden=(9, 8), neuron="lif")), []
+    net.register_forward_pre_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        for _, w, *_ in net.stages():
+            w.weight.fill_(torch.nan)
+    done = initialize(net, name, generator=generator(), x=images())
+    layers = [n for n, *_ in net.stages()]
+    told = [n for n in layers if n.startswith("rec")] if name == "gradient_stable" else layers
+    assert [s.layer for s in done.solutions] == told
+    assert all(s.converged for s in done.solutions)
+    assert all(torch.isfinite(w.weight).all() for _, w, *_ in net.stages())
+    assert done.forward_passes == len(calls) > 0
 
 
 # ---------------------------------------------------------------- ikun, empirical
@@ -119,9 +139,20 @@ def check_fixed_point(net: Network, x: Tensor, alpha: float, tolerance: float) -
 @pytest.mark.parametrize("neuron", ["if", "plif"])
 @pytest.mark.parametrize("norm", ["none", "bn"])
 @pytest.mark.parametrize("alpha", [1.0, 0.3])
+def test_recurrent_weights_meet_the_theorem_with_their_own_fan_and_input(norm: str, alpha: float, neuron: str) -> None:
+    net, x = wide(model="rsnn", hidden=(200, 150), norm=norm, neuron=neuron), images()
+    done = initialize(net, "ikun", generator=generator(1), x=x, alpha=alpha)
+    assert [s.layer for s in done.solutions] == ["fc1", "rec1", "fc2", "rec2", "fc3"]
+    assert all(s.converged for s in done.solutions)
+    check_fixed_point(net, x, alpha, 0.05)
+
+
+@pytest.mark.parametrize("neuron", ["if", "plif"])
+@pytest.mark.parametrize("norm", ["none", "bn"])
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
 def test_empirical_weights_meet_the_theorem_as_measured(norm: str, alpha: float, neuron: str) -> None:
     net, x = wide(norm=norm, neuron=neuron), images()
-    solutions = initialize(net, "ikun", generator=generator(1), x=x, alpha=alpha)
+    solutions = initialize(net, "ikun", generator=generator(1), x=x, alpha=alpha).solutions
     assert all(s.converged and s.passes < 30 for s in solutions)
     check_fixed_point(net, x, alpha, 0.04)
     for s, (name, weights, *_) in zip(solutions, net.stages(), strict=True):
@@ -134,7 +165,7 @@ def test_empirical_weights_meet_the_theorem_as_measured(norm: str, alpha: float,
 
 def test_empirical_weights_of_the_csnn() -> None:
     net, x = Network(Spec(channels=24, classes=100)), images(32)
-    solutions = initialize(net, "ikun", generator=generator(1), x=x)
+    solutions = initialize(net, "ikun", generator=generator(1), x=x).solutions
     assert [s.layer for s in solutions] == ["conv1", "conv2", "fc1", "fc2"]
     assert solutions[0].input_square == pytest.approx(float(x.square().mean()), rel=1e-6)
     y = torch.zeros(len(x), dtype=torch.long)
@@ -151,7 +182,8 @@ def test_alpha_scales_the_variance_where_the_law_does_not_move() -> None:
     variances = []
     for alpha in (1.0, 0.25):
         net = wide(norm="bn")
-        variances.append([s.variance for s in initialize(net, "ikun", generator=generator(), x=x, alpha=alpha)])
+        done = initialize(net, "ikun", generator=generator(), x=x, alpha=alpha)
+        variances.append([s.variance for s in done.solutions])
     for one, quarter in zip(*(v[:2] for v in variances), strict=True):
         assert one / quarter == pytest.approx(4, rel=0.02)
 
@@ -215,7 +247,7 @@ def test_potential_scale_without_a_solution_says_so() -> None:
 @pytest.mark.parametrize("norm", ["none", "bn"])
 def test_analytic_weights_are_the_closed_rule(norm: str) -> None:
     net, x = wide(norm=norm), images()
-    solutions = initialize(net, "ikun", generator=generator(), x=x, law="analytic", alpha=0.5)
+    solutions = initialize(net, "ikun", generator=generator(), x=x, law="analytic", alpha=0.5).solutions
     square = float(x.double().square().mean())
     for s, (_, weights, layer_norm, _, _) in zip(solutions, net.stages(), strict=True):
         scale = 1.0 if layer_norm is not None else potential_scale(Surrogate("atan", 2), 1.0, 0.5)

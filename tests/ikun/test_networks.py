@@ -205,7 +205,7 @@ def test_tie_rule_in_every_window_of_odd_sizes(ties: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "part"),
     [
-        ({"model": "resnet"}, "model must be one of csnn, mlp"),
+        ({"model": "vgg"}, "model must be one of csnn, mlp"),
         ({"norm": "ln"}, "norm"),
         ({"neuron": "adex"}, "neuron must be one of if, lif, plif"),
         ({"reset": "none"}, "reset"),
@@ -271,8 +271,8 @@ def test_mistyped_fields_are_refused(name: str, value: Any) -> None:
 
 def test_missing_and_unknown_fields_are_refused() -> None:
     whole = dataclasses.asdict(Spec())
-    with pytest.raises(ValueError, match="depth"):
-        Spec.from_dict({**whole, "depth": 3})
+    with pytest.raises(ValueError, match="width"):
+        Spec.from_dict({**whole, "width": 3})
     with pytest.raises(ValueError, match="ties"):
         Spec.from_dict({k: v for k, v in whole.items() if k != "ties"})
     with pytest.raises(ValueError, match="tau"):

@@ -37,15 +37,19 @@ def batch(net: Network, count: int = 7) -> tuple[Tensor, Tensor]:
 
 
 def by_hand(net: Network, x: Array, y: Array) -> list[dict[str, float]]:
-    """The same statistics of a hard-reset LIF MLP with atan:2 and the mean-square loss, in loops."""
-    weights = [w.weight.detach().numpy() for _, w, *_ in net.stages()]
+    """The same statistics of a hard-reset LIF MLP, recurrent or not, with atan:2 and the mean-square loss, in loops."""
+    names = {name: w.weight.detach().numpy() for name, w, *_ in net.stages()}
+    weights = [w for name, w in names.items() if name.startswith("fc")]
+    backs = [names.get(f"rec{i}") for i in range(1, len(weights) + 1)]
     decay, gain = 1 - 1 / TAU, 1 / TAU
     layer_in = np.repeat(x.reshape(1, len(x), -1), STEPS, 0)
     inputs, currents, potentials, spikes = [], [], [], []
-    for w in weights:
+    for w, back in zip(weights, backs, strict=True):
         current = layer_in @ w.T
         v, h, s = np.full(current.shape[1:], RESET), np.zeros_like(current), np.zeros_like(current)
         for t in range(STEPS):
+            if back is not None and t:
+                current[t] += s[t - 1] @ back.T
             h[t] = decay * v + gain * current[t] + (1 - decay) * RESET
             s[t] = h[t] >= THETA
             v = np.where(s[t] == 1, RESET, h[t])
@@ -58,10 +62,11 @@ def by_hand(net: Network, x: Array, y: Array) -> list[dict[str, float]]:
     rates = spikes[-1].mean(0)
     g = np.repeat((2 * (rates - np.eye(3)[y]) / rates.size / STEPS)[None], STEPS, 0)
     gradients: list[Array] = []
-    for w, h, s, f1 in zip(*(q[::-1] for q in (weights, potentials, spikes, slopes)), strict=True):
+    for w, back, h, s, f1 in zip(*(q[::-1] for q in (weights, backs, potentials, spikes, slopes)), strict=True):
         gv, gx = np.zeros(h.shape[1:]), np.zeros_like(h)
         for t in reversed(range(STEPS)):
-            gh = (g[t] + gv * (RESET - h[t])) * f1[t] + gv * (1 - s[t])
+            gs = g[t] if back is None or t == STEPS - 1 else g[t] + gx[t + 1] @ back
+            gh = (gs + gv * (RESET - h[t])) * f1[t] + gv * (1 - s[t])
             gx[t], gv = gain * gh, decay * gh
         gradients.insert(0, gx)
         g = gx @ w
@@ -82,8 +87,13 @@ def by_hand(net: Network, x: Array, y: Array) -> list[dict[str, float]]:
                 "gradient_square": (gradients[i] ** 2).mean(),
                 "forward_gain": currents[i].var(ddof=1) / currents[i - 1].var(ddof=1) if i else math.nan,
                 "backward_gain": (gradients[i - 1] ** 2).mean() / (gradients[i] ** 2).mean() if i else math.nan,
+                "derivative_square_by_step": (slopes[i] ** 2).mean((1, 2)),
             }
         )
+        if (back := backs[i]) is not None:
+            before = np.concatenate([np.zeros_like(spikes[i][:1]), spikes[i][:-1]])
+            own = {"fan_in": len(back), "fan_out": len(back), "weight_variance": back.var(ddof=1)}
+            found.append({**found[-1], **own, "input_square": (before**2).mean()})
     return found
 
 
@@ -100,9 +110,59 @@ def test_every_field_is_the_direct_computation() -> None:
         # the stride-0 input is repeated over time; ddof = 1 counts T times as many values
         for name, value in values.items():
             assert getattr(s, name) == pytest.approx(value, rel=1e-10, abs=0, nan_ok=True), (s.name, name)
+        assert len(s.derivative_square_by_step) == STEPS
+        assert np.mean(s.derivative_square_by_step) == pytest.approx(s.derivative_square)
     assert found[0].dead >= 1 / 8
     assert found[0].saturated >= 1 / 8
     assert all(s.gradient_square > 0 for s in found)
+
+
+def test_recurrent_layers_share_their_neurons() -> None:
+    net = network(model="rsnn")
+    x, y = batch(net)
+    found, exact = observe(net, x, y, LOSSES["mse"]), by_hand(net, x.numpy(), y.numpy())
+    neurons = ["spike1", "spike1", "spike2", "spike2", "spike3"]
+    assert [(s.name, s.neuron) for s in found] == list(zip(["fc1", "rec1", "fc2", "rec2", "fc3"], neurons, strict=True))
+    for s, values in zip(found, exact, strict=True):
+        for name, value in values.items():
+            assert getattr(s, name) == pytest.approx(value, rel=1e-10, abs=0, nan_ok=True), (s.name, name)
+    assert found[1].input_square != found[2].input_square > 0  # without and with the last spike
+
+
+def test_residual_layers_see_the_sum_of_spikes() -> None:
+    net = network(model="resnet", input_shape=(1, 5, 5), channels=4, depth=2)
+    x, y = batch(net)
+    found = observe(net, x, y, LOSSES["mse"])
+    inputs: list[Tensor] = []
+    currents: list[Tensor] = []
+
+    def layer(i: int, before: Tensor) -> Tensor:
+        inputs.append(before)
+        out = net.get_submodule(f"conv{i}")(before.flatten(0, 1)).unflatten(0, (-1, 7))
+        currents.append(out.expand(STEPS, *out.shape[1:]))
+        currents[-1].retain_grad()
+        return net.get_submodule(f"spike{i}")(currents[-1])
+
+    s = net.pool1(layer(1, x[None]))
+    for i in (2, 4):
+        s = s + layer(i + 1, layer(i, s))
+    inputs.append(s.flatten(2))
+    currents.append(net.fc1(inputs[-1]))
+    currents[-1].retain_grad()
+    rates = net.spike6(currents[-1]).mean(0)
+    torch.testing.assert_close(rates, net(x))
+    LOSSES["mse"](rates, y).backward()
+    assert inputs[3].max() == 2  # an input of spikes no longer
+    assert [o.name for o in found] == ["conv1", "conv2", "conv3", "conv4", "conv5", "fc1"]
+    for i, o in enumerate(found):
+        grad = currents[i].grad
+        assert grad is not None
+        assert o.input_square == pytest.approx(float(inputs[i].detach().square().mean()), rel=1e-10)
+        assert o.current_variance == pytest.approx(float(currents[i].detach().var()), rel=1e-10)
+        assert o.gradient_square == pytest.approx(float(grad.square().mean()), rel=1e-10)
+        if i:
+            assert o.backward_gain == pytest.approx(found[i - 1].gradient_square / o.gradient_square)
+            assert o.forward_gain == pytest.approx(o.current_variance / found[i - 1].current_variance)
 
 
 def test_dead_means_never_and_saturated_means_always() -> None:

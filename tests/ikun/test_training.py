@@ -23,14 +23,33 @@ from ikun import training
 from ikun.checkpoint import Checkpoint, CheckpointError, DataSpec, load_checkpoint, read_plain
 from ikun.initializers import initialize
 from ikun.networks import Network, Spec
+from ikun.record import loss_path
 from ikun.statistics import LayerStatistics
-from ikun.training import TrainingSpec, evaluate, failures, learning_rate, run_paths, snapshot_path, start, train
+from ikun.training import (
+    Start,
+    TrainingSpec,
+    evaluate,
+    failures,
+    learning_rate,
+    run_paths,
+    snapshot_path,
+    start,
+    train,
+)
 
 ROOT = Path(__file__).parents[2]
 NET = Spec(channels=3, timesteps=2)
 MLP = Spec(model="mlp", hidden=(24,), timesteps=2)
 DATA = DataSpec("digits", 96, 5)
 RUN = TrainingSpec(epochs=4, batch_size=32, lr=5e-3)
+LAYER_KEYS = {
+    "firing_rate",
+    "derivative_square",
+    "derivative_square_by_step",
+    "current_variance",
+    "gradient_square",
+    "distance",
+}
 
 
 @pytest.fixture
@@ -68,13 +87,13 @@ def test_loss_falls_and_the_log_says_how(net: Spec, loss: str, share: float, gai
         assert line["gradient_norm"] > 0
         assert list(line["layers"]) == layers
         for layer in line["layers"].values():
-            assert set(layer) == {"firing_rate", "derivative_square", "distance"}
+            assert set(layer) == LAYER_KEYS
             assert 0 <= layer["firing_rate"] <= 1
             assert 0 < layer["derivative_square"] <= 1
             assert layer["distance"] > 0
     assert found.history == lines
     assert not run_paths(out)["resume"].exists()
-    assert sorted(p.name for p in out.parent.iterdir()) == ["run.pt", "run.train.jsonl"]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["run.pt", "run.train.json", "run.train.jsonl"]
 
 
 def test_the_checkpoint_tells_everything(out: Path) -> None:
@@ -456,15 +475,15 @@ def test_weights_that_are_not_finite_are_named() -> None:
 
 def scaled(monkeypatch: pytest.MonkeyPatch, change: Callable[[Network], object]) -> None:
     """Let training start from a network that `change` has spoilt."""
-    original = training.start
+    original = training.initialized
 
-    def spoilt(*arguments: Any) -> Network:
-        net = original(*arguments)
+    def spoilt(*arguments: Any) -> Start:
+        begun = original(*arguments)
         with torch.no_grad():
-            change(net)
-        return net
+            change(begun.network)
+        return begun
 
-    monkeypatch.setattr(training, "start", spoilt)
+    monkeypatch.setattr(training, "initialized", spoilt)
 
 
 PLAIN = dataclasses.replace(MLP, norm="none")
@@ -562,3 +581,74 @@ def test_bad_settings_are_refused_by_name(fields: dict[str, Any], part: str) -> 
 
 def test_checkpoint_of_train_is_a_checkpoint(out: Path) -> None:
     assert isinstance(train(MLP, DATA, dataclasses.replace(RUN, epochs=0), out), Checkpoint)
+
+
+# ---------------------------------------------------------------- at a loss; the description
+AT_LOSS = dataclasses.replace(RUN, epochs=6, lr=5e-2, save_at_loss=(10.0, 0.17, 1e-9))
+
+
+def test_weights_of_the_first_epoch_at_a_loss(out: Path) -> None:
+    found = train(MLP, DATA, AT_LOSS, out)
+    losses = [line["loss"] for line in log(out)]
+    (first,) = [i for i, x in enumerate(losses, 1) if x <= 0.17][:1]
+    assert 1 < first < 6
+    assert found.training["saved_at_loss"] == {"10": 1, "0.17": first}
+    assert not loss_path(out, 1e-9).exists()
+    for loss, epoch in ((10.0, 1), (0.17, first)):
+        saved = load_checkpoint(loss_path(out, loss))
+        assert saved.training["epochs_run"] == epoch
+        assert len(saved.history) == epoch
+        assert not same(saved.state, found.state)
+    assert loss_path(out, 0.17).name == "run.loss0.17.pt"
+
+
+def test_at_a_loss_and_resumed_is_the_same(out: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole.pt"
+    train(MLP, DATA, AT_LOSS, whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(MLP, DATA, AT_LOSS, out, progress=interrupt(7))
+    train(MLP, DATA, AT_LOSS, out, resume=True)
+    for loss in (10.0, 0.17):
+        assert same(load_checkpoint(loss_path(out, loss)).state, load_checkpoint(loss_path(whole, loss)).state)
+
+
+def test_another_runs_weights_at_a_loss_do_not_stay(out: Path) -> None:
+    loss_path(out, 1e-9).write_text("of another run")
+    train(MLP, DATA, dataclasses.replace(AT_LOSS, epochs=1), out)
+    assert not loss_path(out, 1e-9).exists()
+
+
+def test_the_description_of_a_run(out: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(MLP, DATA, dataclasses.replace(RUN, init="lsuv"), out, progress=interrupt(4))
+    path = run_paths(out)["run"]
+    begun = json.loads(path.read_text())
+    assert begun["schema"] == "ikun-hessian/train/1"
+    assert begun["finished"] is False
+    found = train(MLP, DATA, dataclasses.replace(RUN, init="lsuv"), out, resume=True)
+    ended = json.loads(path.read_text())
+    assert ended["finished"] is True
+    assert ended["epochs_run"] == RUN.epochs
+    assert ended["seconds"] > 0
+    assert ended["failures"] == found.training["failures"]
+    assert ended["network"] == json.loads(json.dumps(dataclasses.asdict(MLP)))
+    assert ended["start"] == begun["start"]
+    assert ended["start"]["forward_passes"] > 0
+    assert [layer["name"] for layer in ended["start"]["layers"]] == ["fc1", "fc2"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"), [({"save_at_loss": (0.0,)}, "positive"), ({"save_at_loss": (0.1, 0.1)}, "twice")]
+)
+def test_losses_that_cannot_be_saved_at(fields: dict[str, Any], part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        TrainingSpec(**fields)
+
+
+def test_dropout_is_drawn_from_the_seed_and_the_epoch(out: Path, tmp_path: Path) -> None:
+    net = dataclasses.replace(MLP, dropout=0.3)
+    whole = train(net, DATA, RUN, tmp_path / "whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        train(net, DATA, RUN, out, progress=interrupt(7))
+    assert same(train(net, DATA, RUN, out, resume=True).state, whole.state)
+    assert not same(train(MLP, DATA, RUN, tmp_path / "none.pt").state, whole.state)

@@ -8,11 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_tools import SHIPPED, Capture, fails
+from command_tools import FAST, SHIPPED, Capture, fails
+from PIL import Image
 
+import cli
 from hessian_tools.objective import Objective, make_objective
+from hessian_tools.operators import hessian
 from hessian_tools.segments import bytes_per_sample
+from hessian_tools.streamed import Streamed
+from ikun import image_folder
+from ikun.checkpoint import DataSpec
 from ikun.networks import LOSSES, Network, Spec
+from ikun.training import TrainingSpec, train
 from ikun_hessian.opening import _cut, measured_on, open_job
 
 
@@ -124,3 +131,69 @@ def test_long_sequences_are_cut_where_a_batch_does_not_fit() -> None:
     assert cut(64, 400, 300.5) == (400, False)  # the 300 that there are
     assert cut(4, 50, 0.1) == (50, False)
     assert cut(4, None, 0.001) == (1, False)
+
+
+@pytest.fixture
+def from_folder(tmp_path: Path) -> Path:
+    """A checkpoint trained on a folder of images, beside it."""
+    for split, each in (("train", 10), ("test", 2)):
+        for name, shade in (("dark", 60), ("light", 180)):
+            (tmp_path / split / name).mkdir(parents=True)
+            for k in range(each):
+                pixels = torch.randint(shade - 50, shade + 50, (9, 8, 3), generator=torch.Generator().manual_seed(k))
+                Image.fromarray(pixels.byte().numpy()).save(tmp_path / split / name / f"{k}.png")
+    data = DataSpec("image-folder", held_out=2, image_size=8)
+    spec = TrainingSpec("kaiming", epochs=1, batch_size=8, lr=0.01)
+    network = Spec("mlp", (3, 8, 8), 2, hidden=(5,), timesteps=3)
+    train(network, data, spec, tmp_path / "a.pt", data_dir=tmp_path)
+    return tmp_path / "a.pt"
+
+
+def opened(path: Path, memory: float, samples: str = "all", split: str = "train") -> Objective:
+    return open_job(
+        path,
+        samples=samples,
+        split=split,
+        batch_size=5,
+        params="*",
+        surrogate=None,
+        dtype="float64",
+        memory=memory,
+        data_dir=path.parent,
+        device="cpu",
+    ).objective
+
+
+def test_images_on_disk_are_read_once_if_they_fit_and_streamed_if_not(from_folder: Path) -> None:
+    bound = 8 * 18 * 3 * 8 * 8 * 4 / 2**30  # GiB of which an eighth holds the 18 training samples
+    inside, streamed = opened(from_folder, bound * 1.01), opened(from_folder, bound * 0.99)
+    assert not isinstance(inside.batches, Streamed)
+    assert isinstance(streamed.batches, Streamed)
+    assert inside.sizes == streamed.sizes == measured_on(streamed)["batches"] == [5, 5, 5, 3]
+    (loss, gradient), (other_loss, other_gradient) = (o.value_and_gradient() for o in (inside, streamed))
+    assert (loss, gradient.tolist()) == (other_loss, other_gradient.tolist())
+    v = torch.ones(inside.size, dtype=torch.float64)
+    assert torch.equal(hessian(inside) @ v, hessian(streamed, memory=0) @ v)
+    few = opened(from_folder, bound * 0.1, samples="7")
+    assert few.sizes == [5, 2]
+    assert torch.equal(few.batches[0][0], inside.batches[0][0])
+    assert opened(from_folder, 1.0, split="test").sizes == [4]
+
+
+def test_only_the_samples_asked_for_are_decoded(from_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    decoded = image_folder.decoded
+    monkeypatch.setattr(image_folder, "decoded", lambda path, size: (found.append(path), decoded(path, size))[1])
+    opened(from_folder, 1.0, samples="4")
+    assert len(found) == 4
+
+
+def test_commands_on_a_folder_of_images(from_folder: Path, capsys: Capture) -> None:
+    folder = ("--data-dir", str(from_folder.parent))
+    assert cli.run(["spectrum", str(from_folder), *folder, *FAST[:-2]]) == 0
+    assert cli.run(["info", str(from_folder), *folder]) == 0
+    capsys.readouterr()
+    fails(capsys, 2, "give it as --data-dir", "info", str(from_folder))
+    for path in (from_folder.parent / "train/dark").iterdir():
+        path.write_bytes(b"")
+    fails(capsys, 2, "cannot decode", "spectrum", str(from_folder), *folder, "--force")

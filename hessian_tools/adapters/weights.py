@@ -1,0 +1,95 @@
+"""Weights from the files that training scripts leave, read as data alone."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessian_tools.adapters.library import AdapterError
+
+KEYS = ("net", "model", "state_dict", "model_state_dict")  # where scripts put the weights, beside other things
+PREFIXES = ("module.", "_orig_mod.")  # of data parallelism and torch.compile
+CONVERT = "where it was made, run torch.save(model.state_dict(), 'weights.pt')"
+NEEDS_CODE = ("Unsupported global", "Unsupported class", "unrecognized")  # torch's words for it
+SHOWN = 3  # names in a message
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The weights in a file of torch.save. Raises AdapterError for a file that cannot be read, or only by running code
+    that it brings along."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise AdapterError(f"{path}: no such file") from None
+    except pickle.UnpicklingError as error:
+        if not any(words in str(error) for words in NEEDS_CODE):
+            raise AdapterError(f"{path}: not a file of torch.save, or a broken one") from error
+        raise AdapterError(f"{path} holds more than tensors, and would run code to be loaded: {CONVERT}") from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise AdapterError(f"{path}: not a file of torch.save, or a broken one") from error
+    try:
+        return state_dict_of(loaded)
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from None
+
+
+def state_dict_of(loaded: Any) -> dict[str, Tensor]:
+    """Name -> tensor from what a file holds: the weights themselves, or a dict with them at net, model, state_dict or
+    model_state_dict. Prefixes that all names share, `module.` and `_orig_mod.`, are left out."""
+    if isinstance(loaded, nn.Module):
+        raise AdapterError(f"a whole model, and not its weights: {CONVERT}")
+    for key in KEYS:
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            return state_dict_of(loaded[key])
+    if not isinstance(loaded, dict) or not loaded:
+        raise AdapterError(f"no weights found: a dict of tensors is needed, bare or at {', '.join(KEYS)}")
+    odd = [str(name) for name, t in loaded.items() if not (isinstance(name, str) and isinstance(t, Tensor))]
+    if odd:
+        raise AdapterError(f"no weights found: {_some(odd)} are not tensors, and none of {', '.join(KEYS)} is there")
+    weights = {str(name).replace("_orig_mod.", ""): t for name, t in loaded.items()}
+    while all(name.startswith("module.") for name in weights):
+        weights = {name.removeprefix("module."): t for name, t in weights.items()}
+    return weights
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put weights [name -> tensor] into the model, all of them and nothing else.
+
+    Raises AdapterError if names or shapes do not fit, with the nearest names.
+    """
+    own = model.state_dict()
+    if not set(own) <= set(weights) and {f"module.{name}" for name in weights} == set(own):
+        weights = {f"module.{name}": t for name, t in weights.items()}  # a network whose only layer has that name
+    missing = [name for name in own if name not in weights]
+    unexpected = [name for name in weights if name not in own]
+    problems = []
+    if missing:
+        near = [f"{name}{_near(name, unexpected)}" for name in missing]
+        problems.append(f"missing {_some(near)}")
+    if unexpected:
+        problems.append(f"unexpected {_some(unexpected)}")
+    shapes = [
+        f"{name} {list(weights[name].shape)} for {list(t.shape)}"
+        for name, t in own.items()
+        if name in weights and weights[name].shape != t.shape
+    ]
+    if shapes:
+        problems.append(f"other shapes: {_some(shapes)}")
+    if problems:
+        raise AdapterError(f"the weights do not fit the model: {'; '.join(problems)}")
+    model.load_state_dict(weights, strict=True)
+
+
+def _near(name: str, names: list[str]) -> str:
+    found = difflib.get_close_matches(name, names, 1, 0.5)
+    return f" ({found[0]}?)" if found else ""
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,468 @@
+"""ikun.modules and initialize_module: other libraries' modules, by look-alikes of their classes and, where installed,
+by the libraries themselves."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ikun.initializers import NAMES, initialize, initialize_module
+from ikun.modules import is_neuron, stages_of_module
+from ikun.networks import Network, Spec
+from ikun.neurons import Dynamics, Neuron
+from ikun.stages import Probe, reset_states
+from ikun.surrogates import Surrogate
+
+STEPS = 4
+MODEL = Neuron("if", Dynamics(Surrogate("atan", 2.0)))
+MEASURING = ("ikun", "delta_orthogonal", "lsuv", "fluctuation", "firing")
+
+
+class MemoryModule(nn.Module):
+    """As SpikingJelly's: state `v`, reset() and a step mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v: float | Tensor = 0.0
+        self.step_mode = "s"
+
+    def reset(self) -> None:
+        self.v = 0.0
+
+
+class BaseNode(MemoryModule):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.once(step) for step in x]) if self.step_mode == "m" else self.once(x)
+
+    def once(self, x: Tensor) -> Tensor:
+        h = self.v + x
+        s = (h >= 1).to(x.dtype)
+        self.v = h * (1 - s)
+        return s
+
+
+class IFNode(BaseNode):
+    pass
+
+
+class SpikingNeuron(nn.Module):
+    """As snnTorch's: the state is kept, `reset` is no method, reset_mem() is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset = self.mem = torch.zeros(())
+
+    def reset_mem(self) -> Tensor:
+        self.mem = torch.zeros(())
+        return self.mem
+
+
+class Leaky(SpikingNeuron):
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor]:
+        self.mem = 0.8 * self.mem + input_
+        spike = (self.mem >= 1).to(input_)
+        self.mem = self.mem - spike
+        return spike, self.mem
+
+
+class RLeaky(SpikingNeuron):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.recurrent = nn.Linear(size, size)
+        self.spike = torch.zeros(())
+
+    def reset_mem(self) -> Tensor:
+        self.spike = torch.zeros(())
+        return super().reset_mem()
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor]:
+        self.mem = 0.8 * self.mem + input_ + self.recurrent(self.spike.expand_as(input_))
+        self.spike = (self.mem >= 1).to(input_)
+        self.mem = self.mem - self.spike
+        return self.spike, self.mem
+
+
+class MultiStep(nn.Module):
+    """The paper's network, time first, in the manner of SpikingJelly."""
+
+    def __init__(self, channels: int, norm: bool = True) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for inputs in (1, channels):
+            self.layers.append(nn.Conv2d(inputs, channels, 3, padding=1))
+            if norm:
+                self.layers.append(nn.BatchNorm2d(channels))
+            self.layers.extend([IFNode(), nn.MaxPool2d(2)])
+        self.layers.extend([nn.Flatten(), nn.Linear(channels * 4, channels * 16), IFNode()])
+        self.layers.extend([nn.Linear(channels * 16, 10), IFNode()])
+        for m in self.layers:
+            m.step_mode = "m"
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.expand(STEPS, *x.shape)
+        for m in self.layers:
+            x = m(x) if isinstance(m, BaseNode) else m(x.flatten(0, 1)).unflatten(0, (STEPS, -1))
+        return x.mean(0)
+
+
+class SingleStep(MultiStep):
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros(())
+        for _ in range(STEPS):
+            h = x
+            for m in self.layers:
+                h = m(h)
+            out = out + h
+        return out / STEPS
+
+
+def single_step(channels: int) -> SingleStep:
+    net = SingleStep(channels, norm=False)
+    for m in net.modules():
+        if isinstance(m, BaseNode):
+            m.step_mode = "s"
+    return net
+
+
+class Recurrent(nn.Module):
+    """In the manner of snnTorch, with a recurrent matrix outside of the neurons, one inside, and a bare readout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(20, 3)  # registered out of order
+        self.fc1, self.back, self.lif1 = nn.Linear(6, 30), nn.Linear(30, 30), Leaky()
+        self.fc2, self.lif2 = nn.Linear(30, 20), RLeaky(20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        again, total = torch.zeros(()), torch.zeros(())
+        for _ in range(STEPS):
+            spike, _ = self.lif1(input_=self.fc1(x) + again)
+            late, _ = self.lif2(self.fc2(spike))
+            total, again = total + self.out(late), self.back(spike)
+        return total
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images(count: int = 64) -> Tensor:
+    return torch.rand(count, 1, 8, 8, generator=generator(9))
+
+
+def weights(module: nn.Module) -> list[Tensor]:
+    return [m.weight.detach() for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "gradient_stable"])
+def test_a_look_alike_of_the_papers_network_gets_the_very_same_weights(name: str) -> None:
+    ours, theirs = Network(Spec(channels=6, threshold=1.0)), MultiStep(6)
+    found = initialize(ours, name, generator=generator(3), x=images(), alpha=0.5)
+    other = initialize_module(theirs, name, generator=generator(3), x=images(), alpha=0.5)
+    assert other.forward_passes == found.forward_passes + 1
+    for a, b in zip(found.solutions, other.solutions, strict=True):
+        assert (a.passes, a.variance) == (b.passes, pytest.approx(b.variance, rel=1e-9))
+    for v, w in zip(weights(ours), weights(theirs), strict=True):
+        torch.testing.assert_close(v, w, rtol=1e-6, atol=0)
+    assert all(torch.equal(theirs.layers[i].weight, ours.get_submodule(f"norm{n}").weight) for i, n in ((1, 1), (5, 2)))
+    assert all(m.bias.eq(0).all() for m in theirs.layers if isinstance(m, nn.Conv2d | nn.Linear))
+
+
+@pytest.mark.parametrize("name", MEASURING)
+def test_one_call_a_step_and_one_call_for_all_steps_are_the_same(name: str) -> None:
+    ours, theirs = Network(Spec(channels=6, norm="none")), single_step(6)
+    initialize(ours, name, generator=generator(3), x=images())
+    initialize_module(theirs, name, generator=generator(3), x=images())
+    for a, b in zip(weights(ours), weights(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=0)  # round-off, stopped by a tolerance of 1%
+
+
+def test_ikuns_own_network_is_taken_as_it_is() -> None:
+    one, two = (Network(Spec(model="rsnn", hidden=(20,))) for _ in range(2))
+    initialize(one, "ikun", generator=generator(), x=images())
+    initialize_module(two, "ikun", generator=generator(), x=images())
+    assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(two), strict=True))
+
+
+def test_the_forward_pass_says_what_feeds_what() -> None:
+    net, x = Recurrent(), torch.rand(8, 6, generator=generator())
+    found = stages_of_module(net, x, MODEL)
+    assert [(s.name, s.neuron, s.model, s.recurrent) for s in found] == [
+        ("fc1", net.lif1, MODEL, False),
+        ("fc2", net.lif2, MODEL, False),
+        ("lif2.recurrent", net.lif2, MODEL, True),
+        ("out", None, None, False),
+        ("back", net.lif1, MODEL, True),
+    ]
+    assert next(s.name for s in stages_of_module(net, None, MODEL)) == "out"
+    normed = stages_of_module(MultiStep(2), images(), MODEL)
+    assert [type(s.norm).__name__ for s in normed] == ["BatchNorm2d", "BatchNorm2d", "NoneType", "NoneType"]
+
+
+def test_currents_include_what_comes_back_once() -> None:
+    net, x = Recurrent(), torch.rand(16, 6, generator=generator())
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_(0, 1, generator=generator(1))
+    probe = Probe(net, stages_of_module(net, x, MODEL), x)
+    reset_states(net)
+    mems: list[list[Tensor]] = [[], []]
+    with torch.no_grad():
+        again = torch.zeros(16, 30)
+        for _ in range(STEPS):
+            mems[0].append(net.fc1(x) + again)
+            spike, _ = net.lif1(mems[0][-1])
+            before = net.lif2.spike.expand(16, 20)
+            mems[1].append(net.fc2(spike) + net.lif2.recurrent(before))
+            net.lif2(net.fc2(spike))
+            again = net.back(spike)
+    reset_states(net)
+    for group, expected in zip(probe.groups(), mems, strict=False):
+        seen = probe.look(group)
+        torch.testing.assert_close(seen.current, torch.stack(expected))
+    assert [len(g) for g in probe.groups()] == [2, 2, 1]
+
+
+class Two(nn.Module):
+    """Two weight layers into the same neurons, as with a convolution in a shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.long, self.short, self.node = nn.Linear(40, 300), nn.Linear(40, 300), Neuron("if", MODEL.dynamics)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.node((self.long(x) + self.short(x)).expand(STEPS, -1, -1))
+
+
+def test_layers_that_feed_the_same_neurons_are_solved_together() -> None:
+    net, x = Two(), torch.rand(64, 40, generator=generator())
+    square = float(x.square().mean())
+    done = initialize_module(net, "fluctuation", generator=generator(), x=x)
+    constant = sum(t * t for t in range(1, STEPS + 1)) / STEPS
+    assert [s.variance for s in done.solutions] == pytest.approx([0.5 / (40 * square * constant)] * 2)
+    done = initialize_module(net, "ikun", generator=generator(), x=x)
+    (long, short), seen = done.solutions, Probe(net, stages_of_module(net, x, MODEL), x)
+    assert [s.layer for s in done.solutions] == ["long", "short"]
+    assert long.variance == short.variance
+    slope = seen.look(seen.groups()[0]).derivative_square()
+    assert long.variance == pytest.approx(1 / (40 * square * slope), rel=0.02)
+
+
+class Shortcut(nn.Module):
+    """The shortcut is called before the layer that its sum waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.short, self.first, self.second = nn.Linear(40, 60), nn.Linear(40, 50), nn.Linear(50, 60)
+        self.node1, self.node2 = (Neuron("if", MODEL.dynamics) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        short = self.short(x)
+        return self.node2(self.second(self.node1(self.first(x).expand(STEPS, -1, -1))) + short)
+
+
+def test_a_layer_comes_when_all_that_it_meets_is_there() -> None:
+    net, x = Shortcut(), torch.rand(64, 40, generator=generator())
+    done = initialize_module(net, "firing", generator=generator(), x=x)
+    assert [s.layer for s in done.solutions] == ["first", "short", "second"]
+    with torch.no_grad():
+        rate = float(net.node1(net.first(x).expand(STEPS, -1, -1)).mean())
+    assert done.solutions[2].variance == pytest.approx(1 / (50 * rate))
+
+
+def test_the_state_a_module_comes_with_does_not_matter() -> None:
+    found = []
+    for dirty in (False, True):
+        net = single_step(4)
+        if dirty:
+            net(torch.rand(5, 1, 8, 8))
+        initialize_module(net, "firing", generator=generator(), x=images())
+        found.append(weights(net))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("gradient_stable", "tdbn")])
+def test_every_rule_serves_recurrence_and_a_readout(name: str) -> None:
+    net, x = Recurrent(), torch.rand(200, 6, generator=generator())
+    done = initialize_module(net, name, generator=generator(2), x=x)
+    assert all(torch.isfinite(w).all() and w.abs().sum() > 0 for w in weights(net))
+    if name in MEASURING:
+        assert [s.layer for s in done.solutions] == ["fc1", "back", "fc2", "lif2.recurrent", "out"]
+        readout = done.solutions[-1]
+        expected = {"lsuv": readout.variance, "delta_orthogonal": 1.0, "fluctuation": 1 / 20}
+        assert readout.variance == pytest.approx(expected.get(name, 1 / (20 * readout.input_square)))
+    assert all(b.eq(0).all() for n, b in net.named_parameters() if n.endswith("bias"))
+
+
+def test_a_readout_of_lsuv_has_unit_variance() -> None:
+    net, x = Recurrent(), torch.rand(200, 6, generator=generator())
+    initialize_module(net, "lsuv", generator=generator(2), x=x)
+    outs: list[Tensor] = []
+    net.out.register_forward_hook(lambda m, a, out: outs.append(out.detach()))
+    reset_states(net)
+    net(x)
+    assert float(torch.stack(outs).var()) == pytest.approx(1, abs=0.1)
+
+
+def test_the_module_is_left_as_it_was() -> None:
+    net = MultiStep(3).train()
+    net.layers[1].eval()
+    modes = [m.training for m in net.modules()]
+    statistics = {k: v.clone() for k, v in net.named_buffers()}
+    initialize_module(net, "ikun", generator=generator(), x=images())
+    assert [m.training for m in net.modules()] == modes
+    assert all(torch.equal(v, statistics[k]) for k, v in net.named_buffers())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert all(m.v == 0.0 for m in net.modules() if isinstance(m, BaseNode))
+
+
+def test_threshold_surrogate_and_alpha_reach_the_stand_in() -> None:
+    solutions = []
+    for options in ({}, {"threshold": 0.5}, {"surrogate": "sigmoid:4"}, {"alpha": 0.5}):
+        done = initialize_module(MultiStep(3), "ikun", generator=generator(), x=images(), **options)
+        solutions.append(done.solutions[0].variance)
+    assert len({round(v, 6) for v in solutions}) == 4
+    net = MultiStep(3)
+    initialize_module(net, "tdbn", generator=generator(), threshold=0.5, alpha=0.5)
+    assert net.layers[1].weight.eq(0.25).all()
+
+
+class Cell(nn.Module):
+    """A neuron of nobody's class with a state that only `forget` clears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v: float | Tensor = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.v = self.v + x
+        return (self.v >= 1).to(x)
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.cell = nn.Conv1d(2, 4, 3, padding=1), Cell()
+        self.volume, self.last = nn.Conv3d(1, 2, 3, padding=1), Cell()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum((self.last(self.volume(self.cell(self.conv(x))[:, None, None])) for _ in range(3)), torch.zeros(()))
+
+
+def forget(module: nn.Module) -> None:
+    for m in module.modules():
+        if isinstance(m, Cell):
+            m.v = 0.0
+
+
+@pytest.mark.parametrize("kinds", [Cell, (Cell, Leaky)])
+def test_neurons_and_their_reset_can_be_named(kinds: Any) -> None:
+    x = 2 * torch.rand(32, 2, 9, generator=generator())
+    net = Tiny()
+    done = initialize_module(net, "firing", generator=generator(), x=x, neurons=kinds, reset=forget)
+    assert [s.layer for s in done.solutions] == ["conv", "volume"]
+    rate = float(x.square().mean())
+    assert done.solutions[0].variance == pytest.approx(1 / (6 * rate), rel=1e-5)
+    assert (net.cell.v, net.last.v) == (0.0, 0.0)
+    with torch.no_grad():
+        h, spikes = torch.zeros(()), []
+        for _ in range(3):
+            h = h + net.conv(x)
+            spikes.append((h >= 1).float())
+    assert done.solutions[1].input_square == pytest.approx(float(torch.stack(spikes).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "part"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.ReLU()), "kaiming", "calls no convolution and no linear layer"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "ikun", "no spiking neurons found for ikun: name their class"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "he", "unknown initializer 'he'"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "tdbn", "this network has no norm"),
+        (MultiStep(2), "gradient_stable", "this network has none"),
+    ],
+)
+def test_refusals(module: nn.Module, name: str, part: str) -> None:
+    with pytest.raises(ValueError, match=part) as caught:
+        initialize_module(module, name, generator=generator(), x=images(4))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rule_that_measures_refuses_to_guess_the_batch() -> None:
+    with pytest.raises(ValueError, match="the ikun initializer needs a batch"):
+        initialize_module(MultiStep(2), "ikun", generator=generator())
+
+
+def test_layers_that_the_forward_pass_leaves_out_are_left_out() -> None:
+    class Partly(MultiStep):
+        def __init__(self) -> None:
+            super().__init__(2)
+            self.unused = nn.Linear(3, 3)
+
+    net = Partly()
+    before = net.unused.weight.clone()
+    initialize_module(net, "ikun", generator=generator(), x=images())
+    assert torch.equal(net.unused.weight, before)
+
+
+def test_what_counts_as_a_neuron() -> None:
+    assert is_neuron(MODEL)
+    assert is_neuron(IFNode())
+    assert is_neuron(RLeaky(2))
+    assert not is_neuron(nn.Linear(1, 1))
+    assert not is_neuron(IFNode(), (Cell,))
+
+
+# ---------------------------------------------------------------- the libraries themselves
+def test_spikingjelly() -> None:
+    base = pytest.importorskip("spikingjelly.activation_based")
+    layer = pytest.importorskip("spikingjelly.activation_based.layer")
+    node = pytest.importorskip("spikingjelly.activation_based.neuron")
+    functional = pytest.importorskip("spikingjelly.activation_based.functional")
+    assert base
+
+    class Theirs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            parts = [layer.Conv2d(1, 4, 3, padding=1, bias=False), layer.BatchNorm2d(4), node.IFNode()]
+            parts += [layer.MaxPool2d(2, 2), layer.Conv2d(4, 4, 3, padding=1, bias=False), layer.BatchNorm2d(4)]
+            parts += [node.IFNode(), layer.MaxPool2d(2, 2), layer.Flatten(), layer.Linear(16, 64, bias=False)]
+            self.net = nn.Sequential(*parts, node.IFNode(), layer.Linear(64, 10, bias=False), node.IFNode())
+            functional.set_step_mode(self.net, "m")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.expand(STEPS, *x.shape)).mean(0)
+
+    for name in ("ikun", "lsuv", "delta_orthogonal", "fluctuation"):
+        ours, theirs = Network(Spec(channels=4)), Theirs()
+        initialize(ours, name, generator=generator(3), x=images())
+        initialize_module(theirs, name, generator=generator(3), x=images())
+        for a, b in zip(weights(ours), weights(theirs), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=0)
+
+
+def test_snntorch() -> None:
+    snn = pytest.importorskip("snntorch")
+
+    class Theirs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.lif1 = nn.Linear(64, 30), snn.RLeaky(beta=0.5, linear_features=30, all_to_all=True)
+            self.fc2, self.lif2, self.out = nn.Linear(30, 20), snn.Leaky(beta=0.5), nn.Linear(20, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            spike, mem = self.lif1.init_rleaky()
+            late, total = self.lif2.init_leaky(), torch.zeros(())
+            for _ in range(STEPS):
+                spike, mem = self.lif1(self.fc1(x.flatten(1)), spike, mem)
+                fired, late = self.lif2(self.fc2(spike), late)
+                total = total + self.out(fired)
+            return total
+
+    done = initialize_module(Theirs(), "ikun", generator=generator(), x=images())
+    assert [s.layer for s in done.solutions] == ["fc1", "lif1.recurrent", "fc2", "out"]
+    assert all(s.converged and math.isfinite(s.variance) for s in done.solutions)

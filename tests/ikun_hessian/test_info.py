@@ -1,0 +1,44 @@
+"""The command info."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command_tools import Capture
+
+import cli
+
+NETWORKS = {
+    "csnn": ["--model", "csnn", "--channels", "2", "--depth", "3", "--init", "delta_orthogonal"],
+    "resnet": ["--model", "resnet", "--channels", "2", "--depth", "1", "--init", "lsuv", "--norm", "tdbn"],
+    "rsnn": ["--model", "rsnn", "--hidden", "9", "--neuron", "lif", "--init", "gradient_stable", "--dropout", "0.3"],
+}
+LAYERS = {
+    "csnn": ["conv1", "conv2", "conv3", "fc1", "fc2"],
+    "resnet": ["conv1", "conv2", "conv3", "fc1"],
+    "rsnn": ["fc1", "rec1", "fc2"],
+}
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_every_layer_of_every_network_is_told(model: str, tmp_path: Path, capsys: Capture) -> None:
+    path = str(tmp_path / "a.pt")
+    assert cli.run(["train", *NETWORKS[model], "--epochs", "1", "--subset", "100", "--out", path]) == 0
+    capsys.readouterr()
+    found = []
+    for _ in range(2):
+        assert cli.run(["info", path, "--json"]) == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1]  # nothing random, with dropout neither
+    told = json.loads(found[0])
+    assert told["initializer_passes"] > 0
+    for state in ("initialization", "trained"):
+        assert [s["name"] for s in told["layers"][state]] == LAYERS[model]
+        assert all(len(s["derivative_square_by_step"]) == 4 for s in told["layers"][state])
+    assert cli.run(["info", path]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{NETWORKS[model][NETWORKS[model].index('--init') + 1]} initializer (alpha 1), " in lines[3]
+    assert max(len(line) for line in lines if path not in line) <= 80
+    assert sum(line.split()[:1] == [LAYERS[model][0]] for line in lines) == 2
