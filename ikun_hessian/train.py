@@ -47,8 +47,8 @@ def _listed(name: str, choices: str, default: str | None, help: str = "") -> Com
 @_listed("--norm", "ikun.networks:NORMS", "bn", "bn: BatchNorm; tdbn: one that starts at the threshold.")
 @click.option("--dropout", default=0.0, show_default=True, help="Share of hidden neurons dropped in training.")
 @_listed("--init", "ikun.initializers:NAMES", "ikun")
-@click.option("--alpha", default=1.0, show_default=True, help="alpha of the ikun rule.")
-@_listed("--law", "ikun.initializers:LAWS", "empirical", "ikun's law of h.")
+@click.option("--alpha", default=1.0, show_default=True, help="alpha of the ikun rule and of tdbn.")
+@_listed("--law", "ikun.initializers:LAWS", "empirical", "Law of h of ikun and firing.")
 @click.option(
     "--surrogate",
     cls=Listed,

@@ -199,7 +199,12 @@ def test_the_forward_pass_says_what_feeds_what() -> None:
         ("back", net.lif1, MODEL, True),
     ]
     assert next(s.name for s in stages_of_module(net, None, MODEL)) == "out"
-    normed = stages_of_module(MultiStep(2), images(), MODEL)
+    theirs = MultiStep(2)
+    nodes = [m for m in theirs.modules() if isinstance(m, BaseNode)]
+    for batch in (None, images()):
+        normed = stages_of_module(theirs, batch, MODEL)
+        assert [s.neuron for s in normed] == nodes
+    assert all(m.v == 0.0 for m in nodes)  # as fresh as before
     assert [type(s.norm).__name__ for s in normed] == ["BatchNorm2d", "BatchNorm2d", "NoneType", "NoneType"]
 
 
@@ -250,6 +255,21 @@ def test_layers_that_feed_the_same_neurons_are_solved_together() -> None:
     assert long.variance == short.variance
     slope = seen.look(seen.groups()[0]).derivative_square()
     assert long.variance == pytest.approx(1 / (40 * square * slope), rel=0.02)
+
+
+def test_a_shared_layer_feeds_its_first_neurons_and_a_norm_of_a_sum_is_nobodys() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.turn, self.other, self.norm = nn.Linear(6, 6), nn.Linear(6, 6), nn.BatchNorm1d(6)
+            self.node1, self.node2 = Leaky(), Leaky()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.node2(self.norm(self.turn(self.node1(self.turn(x))[0]) + self.other(x)))[0]
+
+    net = Shared()
+    found = stages_of_module(net, torch.rand(8, 6), MODEL)
+    assert [(s.name, s.neuron, s.norm) for s in found] == [("turn", net.node1, None), ("other", net.node2, None)]
 
 
 class Shortcut(nn.Module):
