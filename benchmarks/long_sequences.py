@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from memory import growth  # noqa: E402
-from product import measure, report  # noqa: E402
+from rounds import measure, report  # noqa: E402
 
 from hessian_tools import second_order, segments  # noqa: E402
 from hessian_tools.objective import Objective, make_objective  # noqa: E402

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from hessian_tools.results import ResultError, SpectrumResult
+from hessian_tools.results import Analysed, ResultError, SpectrumResult
 
 # What must agree before two curvatures may be compared: part of the result, key, what the user knows it as.
 CONDITIONS = (
@@ -75,6 +77,21 @@ def by_method(labelled: list[tuple[str, SpectrumResult]]) -> list[tuple[Spectrum
     return pairs
 
 
+@dataclass(frozen=True)
+class Unlike:
+    """A condition in which results were not measured alike. values: of each result, in order."""
+
+    key: str
+    meaning: str
+    values: tuple[Any, ...]
+
+
+def differing(found: Sequence[Analysed], conditions: Sequence[tuple[str, str, str]] = CONDITIONS) -> list[Unlike]:
+    """The conditions in which results differ that must agree before they are compared, the first of them first."""
+    columns = [(key, meaning, tuple(getattr(r, part).get(key) for r in found)) for part, key, meaning in conditions]
+    return [Unlike(*column) for column in columns if any(value != column[2][0] for value in column[2])]
+
+
 def comparable(labelled: list[tuple[str, SpectrumResult]]) -> None:
     """Raises ResultError, naming the condition and both values, unless all results were measured alike.
 
@@ -82,23 +99,25 @@ def comparable(labelled: list[tuple[str, SpectrumResult]]) -> None:
     """
     if len(labelled) < 2:
         raise ResultError("a comparison needs at least two results")
-    first_label, first = labelled[0]
-    for label, other in labelled[1:]:
-        for part, key, meaning in CONDITIONS:
-            here, there = getattr(first, part).get(key), getattr(other, part).get(key)
-            _agree(meaning, first_label, here, label, there)
-        _agree("set of parameters", first_label, sorted(first.parameters), label, sorted(other.parameters))
+    labels, found = [label for label, _ in labelled], [r for _, r in labelled]
+    sizes = Unlike("parameters", "set of parameters", tuple(sorted(r.parameters) for r in found))
+    for difference in (*differing(found), sizes):
+        refuse_unlike(labels, difference)
     if not common_operators(labelled):
-        found = "; ".join(f"{label} has {', '.join(r.spectra)}" for label, r in labelled)
-        raise ResultError(f"not comparable: no operator is in all results ({found}): run spectrum with one --operator")
+        had = "; ".join(f"{label} has {', '.join(r.spectra)}" for label, r in labelled)
+        raise ResultError(f"not comparable: no operator is in all results ({had}): run spectrum with one --operator")
 
 
-def _agree(meaning: str, first: str, here: Any, other: str, there: Any) -> None:
-    if here != there:
-        raise ResultError(
-            f"not comparable: {meaning} differs, {_show(here)} for {first} but {_show(there)} for {other}: "
-            "run spectrum on both with the same settings"
-        )
+def refuse_unlike(
+    labels: Sequence[str], difference: Unlike, remedy: str = "run spectrum on both with the same settings"
+) -> None:
+    """Raises ResultError naming the condition and the first result that differs from the first in it, if one does."""
+    for label, value in zip(labels, difference.values, strict=True):
+        if value != difference.values[0]:
+            raise ResultError(
+                f"not comparable: {difference.meaning} differs, {_show(difference.values[0])} for {labels[0]} but "
+                f"{_show(value)} for {label}: {remedy}"
+            )
 
 
 def _show(value: Any) -> str:

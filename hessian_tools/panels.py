@@ -129,7 +129,7 @@ def draw_ranks(ax: Axes, series: Sequence[tuple[Spectrum, Look]]) -> None:
         _draw_series(ax, small, tops + 2 + smalls - len(small) + shift, floor, low, look)
     log_ticks(ax, low, high)
     ax.set_xlim(0.3, tops + (smalls + 1 if smalls else 0) + 0.7)
-    ax.set_xticks(*_rank_ticks(tops, smalls, 1))
+    ax.set_xticks(*rank_ticks(tops, smalls, 1))
     if smalls:
         ax.axvline(tops + 1, color="0.75", linewidth=0.6, zorder=0)
     ax.set_xlabel("rank (1: largest λ, P: smallest)" if smalls else "rank (1: largest λ)")
@@ -171,7 +171,7 @@ def draw_layers(ax: Axes, spectrum: Spectrum) -> None:
     ax.collections[0].colorbar.outline.set_visible(False)  # type: ignore[union-attr]
     if smalls:
         ax.axvline(len(tops), color="white", linewidth=3)
-    ranks, labels = _rank_ticks(len(tops), len(smalls), 0)
+    ranks, labels = rank_ticks(len(tops), len(smalls), 0)
     ax.set_xticks([r - 0.5 for r in ranks], labels, rotation=0)
     ax.set_yticks(np.arange(len(layers)) + 0.5, [printable(n, 20) for n in layers], rotation=0, fontsize=SMALL)
     ax.tick_params(axis="y", length=0)
@@ -190,14 +190,15 @@ def layer_shares(pairs: Sequence[Eigenvalue]) -> tuple[list[str], Array]:
     return [*(short[i] for i in kept), f"other ({len(rest)})"], np.vstack([shares[kept], shares[rest].sum(0)])
 
 
-def _rank_ticks(tops: int, smalls: int, gap: int) -> tuple[list[float], list[str]]:
-    """Where the ranks worth a label stand: 1, 2, ... for the largest, after the gap up to P for the smallest."""
+def rank_ticks(tops: int, smalls: int, gap: int, width: float = PANEL) -> tuple[list[float], list[str]]:
+    """Where the ranks worth a label stand: 1, 2, ... for the largest, after the gap up to P for the smallest; width: of
+    the panel, in points."""
     step = next(s for s in (1, 5, 10, 20, 50, 100, 200, 500, 10**9) if tops <= 4 * s)
     ticks = {1: "1", tops: f"{tops}", **{i: f"{i}" for i in range(step, tops + 1, step)}} if tops else {}
     first = {tops + gap + 1: f"P−{smalls - 1}"} if smalls > 1 else {}
     last = {tops + gap + smalls: "P"} if smalls else {}
     ticks = {**last, **first, **ticks}
-    widths = [(text_width(label, MEDIUM) + 3) / PANEL for label in ticks.values()]
+    widths = [(text_width(label, MEDIUM) + 3) / width for label in ticks.values()]
     kept = apart(list(ticks), [i / (tops + gap + smalls) for i in ticks], widths)
     return [float(i) for i in kept], [ticks[i] for i in kept]
 

@@ -108,7 +108,7 @@ def numbers(ticks: Sequence[float]) -> list[str]:
 def _power(value: float) -> str:
     if value == 0:
         return "0"
-    mantissa, exponent = f"{value:.0e}".split("e")
+    mantissa, exponent = f"{value:.1e}".replace(".0", "").split("e")
     factor = {"1": "", "-1": "-"}.get(mantissa, rf"{mantissa}\times")
     return f"${factor}10^{{{int(exponent)}}}$"
 
@@ -123,17 +123,22 @@ def apart(items: Sequence[T], places: Sequence[float], widths: Sequence[float]) 
 
 
 def log_ticks(ax: Axes, low: float, high: float) -> None:
-    """Decades, thinned to what fits, or 1-2-5, or finer, where there are too few."""
+    """The ticks of a logarithmic y axis."""
+    ticks, decades = log_places(low, high)
+    ax.set_yticks(ticks, numbers(ticks))
+    ax.set_yticks(decades, minor=True)
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def log_places(low: float, high: float) -> tuple[list[float], list[float]]:
+    """Ticks: decades, thinned to what fits, or 1-2-5, or finer, where there are too few; and all decades."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     decades = [10.0**k for k in exponents if low <= 10.0**k <= high]
     fine, finer = (
         [m * 10.0**k for k in exponents for m in steps if low <= m * 10.0**k <= high]
         for steps in ((1, 2, 5), (1, 1.5, 2, 3, 5, 7))
     )
-    ticks = decades[:: math.ceil(len(decades) / 6)] if len(decades) > 2 else fine if len(fine) > 2 else finer
-    ax.set_yticks(ticks, numbers(ticks))
-    ax.set_yticks(decades, minor=True)
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    return decades[:: math.ceil(len(decades) / 6)] if len(decades) > 2 else fine if len(fine) > 2 else finer, decades
 
 
 def symlog_ticks(ax: Axes, axis: SymlogAxis, label: str = "eigenvalue λ", width: float = PANEL) -> None:
@@ -213,20 +218,23 @@ def say(ax: Axes, message: str) -> None:
 
 def add_legend(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
     """Above all panels, in as few rows as the width allows; matplotlib fills columns first."""
-    widths = [text_width(str(h.get_label())) + 36 for h in handles]
-    count = len(handles)
-    for rows in range(1, count + 1):
-        if sum(max(widths[i : i + rows]) for i in range(0, count, rows)) <= WIDTH * 72:
-            break
+    rows = legend_rows([str(h.get_label()) for h in handles], figure.get_figwidth())
     figure.legend(
-        handles=handles, loc="outside upper center", ncols=math.ceil(count / rows), handlelength=2.4, columnspacing=1.2,
-        handletextpad=0.5,
+        handles=handles, loc="outside upper center", ncols=math.ceil(len(handles) / rows), handlelength=2.4,
+        columnspacing=1.2, handletextpad=0.5,
     )  # fmt: skip
+
+
+def legend_rows(labels: Sequence[str], width: float) -> int:
+    """How many rows of a legend these labels take at this width in inches."""
+    widths, count = [text_width(label) + 36 for label in labels], len(labels)
+    fits = (r for r in range(1, count + 1) if sum(max(widths[i : i + r]) for i in range(0, count, r)) <= width * 72)
+    return next(fits, max(count, 1))
 
 
 def add_caption(figure: Figure, text: str) -> None:
     """Below all panels, in lines as wide as the figure."""
-    lines = wrapped(text, (WIDTH - 0.15) * 72)
+    lines = wrapped(text, (figure.get_figwidth() - 0.15) * 72)
     figure.supxlabel(lines, x=0.008, ha="left", fontsize=SMALL, linespacing=1.25)
 
 

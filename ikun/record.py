@@ -58,7 +58,7 @@ def layer_lines(net: Network, reference: Network, observed: Sequence[LayerStatis
     return {
         s.name: {
             **{key: getattr(s, key) for key in kept},
-            "derivative_square_by_step": list(getattr(s, "derivative_square_by_step", ())),
+            "derivative_square_by_step": list(s.derivative_square_by_step),
             "distance": float((now[s.name] - first[s.name]).norm() / first[s.name].norm()),
         }
         for s in observed

@@ -122,7 +122,8 @@ def initialized(network: Spec, data: Dataset, spec: TrainingSpec, device: torch.
     done = initializers.initialize(
         net, spec.init, generator=generator(spec.seed, 0), x=x, alpha=spec.alpha, law=spec.law
     )
-    return Start(net.to(device), time.perf_counter() - began, getattr(done, "forward_passes", 0))
+    seconds = time.perf_counter() - began
+    return Start(net.to(device), seconds, done.forward_passes)
 
 
 def train(

@@ -11,6 +11,7 @@ import click
 from ikun_hessian.earlier import earlier
 from ikun_hessian.opening import Job, measured_on, open_job
 from ikun_hessian.options import (
+    OPENING,
     half_of_the_memory,
     json_option,
     opening_options,
@@ -58,22 +59,19 @@ if TYPE_CHECKING:
 @json_option
 def flatness(
     checkpoints: tuple[Path, ...],
-    operators: tuple[str, ...],
     noise: tuple[float, ...],
-    radius: float,
-    rho: float,
     draws: int,
-    damping: float | None,
     calibrate: bool,
     device: str,
     memory: float | None,
     seed: int,
+    data_dir: Path | None,
     out: Path | None,
     tag: str | None,
     force: bool,
     resume: bool,
     as_json: bool,
-    **opening: Any,
+    **options: Any,
 ) -> None:
     """How flat the loss is at each checkpoint, by the field's metrics, with errors, cost and validity.
 
@@ -82,34 +80,22 @@ def flatness(
     """
     from hessian_tools.calibration import SCHEMA as CALIBRATION
     from hessian_tools.calibration import CalibrationResult, CalibrationSettings
-    from hessian_tools.flatness import SCHEMA, FlatnessResult, FlatnessSettings
+    from hessian_tools.flatness import SCHEMA, FlatnessResult
     from hessian_tools.flatness_report import calibration_lines, comparison_lines, flatness_lines
     from hessian_tools.results import clean, load
 
-    if noise and not (operators or calibrate):
-        raise click.UsageError("--noise is the scale of --operator smoothed or of --calibrate: give one of them")
     where = pick(device)
     memory = memory or half_of_the_memory(where)
-    scales = tuple(dict.fromkeys(noise))
-    settings = FlatnessSettings(
-        smoothed=(scales or (0.1,)) if operators else (),
-        radius=radius,
-        rho=rho,
-        draws=draws,
-        damping=damping,
-        seed=seed,
-        memory=memory,
-    )
-    calibrating = CalibrationSettings(
-        scales=scales or CalibrationSettings.scales, draws=draws, seed=seed, memory=memory
-    )
+    settings, opening = settings_of(memory, calibrate=calibrate, noise=noise, draws=draws, seed=seed, **options)
+    scales = tuple(dict.fromkeys(noise)) or CalibrationSettings.scales
+    calibrating = CalibrationSettings(scales=scales, draws=draws, seed=seed, memory=memory)
     stems = [result_stem(path, out, tag, "flatness") for path in checkpoints]
     if len(set(stems)) < len(stems):
         raise click.UsageError("two checkpoints would write the same result: give them other names, or one --out each")
     found: list[FlatnessResult] = []
     for path, stem in zip(checkpoints, stems, strict=True):
         click.echo(f"opening {path}", err=True)
-        job = open_job(path, memory=memory, device=where, **opening)
+        job = open_job(path, **opening, memory=memory, data_dir=data_dir, device=where)
         beside = result_stem(path, out, tag, "calibration")
         old = earlier(stem, lambda path: load(path, FlatnessResult, SCHEMA), settings, job, force, resume)
         known: CalibrationResult | None = None
@@ -120,7 +106,7 @@ def flatness(
             )
             if known is None:
                 known, refusal = _calibrate(job, calibrating, beside)
-        result = old or _analyse(job, settings, stem)
+        result = old or analyse(job, settings, stem)
         found.append(result)
         if as_json:
             if refusal:
@@ -142,6 +128,19 @@ def flatness(
         click.echo("\n".join(["-" * 80, *comparison_lines(found)]))
 
 
+def settings_of(
+    memory: float, *, operators: tuple[str, ...], noise: tuple[float, ...], calibrate: bool = False, **options: Any
+) -> tuple[FlatnessSettings, dict[str, Any]]:
+    """What to measure and how to open a checkpoint for it, from the options of `flatness`. memory: GiB."""
+    from hessian_tools.flatness import FlatnessSettings
+
+    if noise and not (operators or calibrate):
+        raise click.UsageError("--noise is the scale of --operator smoothed or of --calibrate: give one of them")
+    opening = {name: options.pop(name) for name in OPENING}
+    smoothed = (tuple(dict.fromkeys(noise)) or (0.1,)) if operators else ()
+    return FlatnessSettings(**options, smoothed=smoothed, memory=memory), opening
+
+
 def _key(job: Job, settings: FlatnessSettings | CalibrationSettings) -> dict[str, Any]:
     """What the numbers of an interrupted run depend on."""
     from hessian_tools.results import clean
@@ -152,7 +151,7 @@ def _key(job: Job, settings: FlatnessSettings | CalibrationSettings) -> dict[str
     return cleaned
 
 
-def _analyse(job: Job, settings: FlatnessSettings, stem: Path) -> FlatnessResult:
+def analyse(job: Job, settings: FlatnessSettings, stem: Path, shown: bool = True) -> FlatnessResult:
     """The result of one checkpoint, computed from the start or from where an interrupted run stopped, and written."""
     from hessian_tools.flatness import flatness as analyse
     from hessian_tools.phases import Phases
@@ -160,7 +159,7 @@ def _analyse(job: Job, settings: FlatnessSettings, stem: Path) -> FlatnessResult
 
     stem.parent.mkdir(parents=True, exist_ok=True)
     state = Path(f"{stem}.resume")
-    with Bar() as bar:
+    with Bar(shown=shown) as bar:
         result = analyse(
             job.objective,
             settings,

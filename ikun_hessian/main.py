@@ -13,11 +13,13 @@ from collections.abc import Sequence
 import click
 
 from ikun_hessian.compare import compare
+from ikun_hessian.figures import figures
 from ikun_hessian.flatness import flatness
 from ikun_hessian.info import info
 from ikun_hessian.landscape import landscape
 from ikun_hessian.screen import FailedError
 from ikun_hessian.spectrum import spectrum
+from ikun_hessian.study import study
 from ikun_hessian.train import train
 
 
@@ -31,7 +33,7 @@ def cli() -> None:
     """
 
 
-for command in (train, spectrum, flatness, landscape, info, compare):
+for command in (train, spectrum, flatness, landscape, info, compare, figures, study):
     cli.add_command(command)
 
 

@@ -61,6 +61,7 @@ opening_options = shared(
     device_option,
 )
 """What `opening.open_job` takes, under the same names: every command that analyses a checkpoint has these."""
+OPENING = ("samples", "split", "batch_size", "params", "surrogate", "dtype")  # of these, what a number depends on
 
 
 def pick(device: str) -> str:

@@ -12,6 +12,7 @@ import click
 from ikun_hessian.earlier import earlier
 from ikun_hessian.opening import Job, measured_on, open_job
 from ikun_hessian.options import (
+    OPENING,
     half_of_the_memory,
     json_option,
     opening_options,
@@ -71,21 +72,13 @@ if TYPE_CHECKING:
 @json_option
 def spectrum(
     checkpoints: tuple[Path, ...],
-    samples: str,
-    split: str,
-    batch_size: int | None,
-    params: str,
-    surrogate: str | None,
-    dtype: str,
     out: Path | None,
     tag: str | None,
     force: bool,
     resume: bool,
     as_json: bool,
-    data_dir: Path | None,
     device: str,
-    operators: tuple[str, ...],
-    curve: str | None,
+    data_dir: Path | None,
     memory: float | None,
     trajectory: bool,
     **options: Any,
@@ -99,17 +92,11 @@ def spectrum(
     from hessian_tools.figures import save_figure, trajectory_figure
     from hessian_tools.report import spectrum_lines
     from hessian_tools.results import load_spectrum, to_json, write_table
-    from hessian_tools.settings import Settings
     from hessian_tools.trajectory import one_run, trajectory_rows
     from ikun.checkpoint import load_checkpoint
 
     where = pick(device)
-    settings = Settings(
-        **options,
-        operators=tuple(dict.fromkeys(operators)) or Settings.operators,
-        samples_curve=_counts(curve),
-        memory=memory or half_of_the_memory(where),
-    )
+    settings, opening = settings_of(memory or half_of_the_memory(where), **options)
     if trajectory and len(checkpoints) < 2:
         raise click.UsageError("--trajectory needs several snapshots of one run")
     if trajectory:  # before hours of work
@@ -125,34 +112,19 @@ def spectrum(
     for path, stem in zip(checkpoints, stems, strict=True):
         if first:
             click.echo(f"opening {path}", err=True)
-        job = open_job(
-            path,
-            samples=samples,
-            split=split,
-            batch_size=batch_size,
-            params=params,
-            surrogate=surrogate,
-            dtype=dtype,
-            memory=settings.memory,
-            data_dir=data_dir,
-            device=where,
-            group=group,
-        )
-        variants = _variants(job)
-        relaxed = job.another(relaxed=True) if "relaxed" in settings.operators else None
+        job = open_job(path, **opening, memory=settings.memory, data_dir=data_dir, device=where, group=group)
         old = earlier(stem, load_spectrum, settings, job, force, resume) if first else None
         old = old if group is None else group.broadcast(old)
-        done = old is not None
-        result = old or _analyse(job, variants, relaxed, settings, stem, group)
+        result = old or analyse(job, settings, stem, group)
         found.append(result)
         if not first:
             continue
-        files = [] if done else _write(result, stem)
+        files = [] if old else write(result, stem)
         if not as_json:
             if len(found) > 1:
                 click.echo("-" * 80)
             click.echo("\n".join(spectrum_lines(result)))
-            click.echo(f"files       {stem}.{{{','.join(files) or 'json,...'}}}{' (as they were)' if done else ''}")
+            click.echo(f"files       {stem}.{{{','.join(files) or 'json,...'}}}{'' if files else ' (as they were)'}")
     if trajectory and first:
         stem = (out or checkpoints[0].parent) / ".".join([*([tag] if tag else []), "trajectory"])
         save_figure(trajectory_figure(found), stem)
@@ -164,6 +136,22 @@ def spectrum(
         click.echo(json.dumps(printed[0] if len(printed) == 1 else printed))
     if group is not None:
         group.close()
+
+
+def settings_of(
+    memory: float, operators: tuple[str, ...], curve: str | None, **options: Any
+) -> tuple[Settings, dict[str, Any]]:
+    """What to compute and how to open a checkpoint for it, from the options of `spectrum`. memory: GiB."""
+    from hessian_tools.settings import Settings
+
+    opening = {name: options.pop(name) for name in OPENING}
+    settings = Settings(
+        **options,
+        operators=tuple(dict.fromkeys(operators)) or Settings.operators,
+        samples_curve=_counts(curve),
+        memory=memory,
+    )
+    return settings, opening
 
 
 def _counts(text: str | None) -> tuple[int, ...]:
@@ -185,14 +173,7 @@ def _variants(job: Job) -> dict[str, Objective]:
     return variants
 
 
-def _analyse(
-    job: Job,
-    variants: dict[str, Objective],
-    relaxed: Objective | None,
-    settings: Settings,
-    stem: Path,
-    group: Group | None,
-) -> SpectrumResult:
+def analyse(job: Job, settings: Settings, stem: Path, group: Group | None = None, shown: bool = True) -> SpectrumResult:
     """The result of one checkpoint, computed from the start or from where an interrupted run stopped."""
     from hessian_tools.phases import Phases
     from hessian_tools.results import clean
@@ -207,28 +188,30 @@ def _analyse(
         "versions": versions(),
     }
     key["number of processes"] = group.size if group else 1
-    with Bar("", group is None or group.rank == 0) as bar:
+    with Bar("", shown and (group is None or group.rank == 0)) as bar:
         return analyse(
             job.objective,
             settings,
-            variants=variants,
-            relaxed=relaxed,
+            variants=_variants(job),
+            relaxed=job.another(relaxed=True) if "relaxed" in settings.operators else None,
             provenance=job.provenance,
             progress=bar.update,
             phases=Phases(Path(f"{stem}.resume"), clean(key), group),
         )
 
 
-def _write(result: SpectrumResult, stem: Path) -> list[str]:
+def write(result: SpectrumResult, stem: Path, figures: bool = True) -> list[str]:
     """Arrays, figures, and away with the interrupted state; returns the endings of what was written."""
     from hessian_tools.figures import layers_figure, samples_figure, save_figure, spectrum_figure
     from hessian_tools.phases import Phases
     from hessian_tools.results import save_spectrum
 
-    files = [*save_spectrum(result, stem), *save_figure(spectrum_figure(result), stem)]
-    if result.blocks:
+    files = save_spectrum(result, stem)
+    if figures:
+        files += save_figure(spectrum_figure(result), stem)
+    if figures and result.blocks:
         files += save_figure(layers_figure(result), f"{stem}.layers")
-    if result.samples_curve:
+    if figures and result.samples_curve:
         files += save_figure(samples_figure(result), f"{stem}.samples")
     Phases.remove(Path(f"{stem}.resume"))
     return [f.name.removeprefix(f"{stem.name}.") for f in files]

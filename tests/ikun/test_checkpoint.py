@@ -103,6 +103,17 @@ def test_round_trip_is_exact(good: Path) -> None:
     assert values_of(good)["versions"]["torch"] == torch.__version__.partition("+")[0] or "+" in torch.__version__
 
 
+def test_shipped_checkpoints_from_before_the_younger_fields_are_read() -> None:
+    """They know nothing of depth and dropout, nor of the size of an image."""
+    paths = sorted((Path(__file__).parents[2] / "checkpoints").glob("*.pt"))
+    assert paths
+    for path in paths:
+        assert {"depth", "dropout"} & set(values_of(path)["network"]) == set()
+        found = load_checkpoint(path)
+        assert (found.network.depth, found.network.dropout, found.data.image_size) == (2, 0.0, None)
+        assert found.build()(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
 def test_special_bits_survive(tmp_path: Path) -> None:
     state = example().state
     state["fc1.weight"].view(-1)[:4] = torch.tensor([-0.0, 1e-45, 3.4028235e38, 0.1])

@@ -293,7 +293,10 @@ def test_losses_are_their_formulas() -> None:
 # ---------------------------------------------------------------- the Hessian against the oracle
 def described(net: Network) -> tuple[list[dict[str, Any]], dict[str, Array]]:
     """`net` as the oracle wants it, from the specification alone."""
-    spec, layers = net.spec, []
+    spec = net.spec
+    layers: list[dict[str, Any]] = []
+    before: list[dict[str, Any]] = []  # the layers in front of a branch
+    recurrent: dict[str, str] = {}
     name, _, number = spec.surrogate.partition(":")
     state = {k: v.detach().numpy() for k, v in net.state_dict().items()}
     for child in net._modules:
@@ -306,6 +309,12 @@ def described(net: Network) -> tuple[list[dict[str, Any]], dict[str, Array]]:
             layers.append({"kind": "pool", "ties": spec.ties})
         elif child == "flatten":
             layers.append({"kind": "flatten"})
+        elif child.startswith("rec"):
+            recurrent = {"recurrent": f"{child}.weight"}
+        elif child.startswith("branch"):
+            before, layers = layers, []
+        elif child.startswith("add"):
+            layers = [*before, {"kind": "residual", "layers": layers}]
         else:
             rates = {
                 "if": {"decay": 1.0, "gain": 1.0},
@@ -316,7 +325,8 @@ def described(net: Network) -> tuple[list[dict[str, Any]], dict[str, Array]]:
             layer |= {"detach_reset": spec.detach_reset, "spike": jet_oracle.surrogate(name, float(number))}
             if spec.relaxed:
                 layer["primitive"] = jet_oracle.primitive(name, float(number))
-            layers.append(layer | rates)
+            layers.append(layer | rates | recurrent)
+            recurrent = {}
     return layers, {n: p.detach().numpy() for n, p in net.named_parameters()}
 
 
@@ -357,6 +367,38 @@ def test_surrogate_hessian_is_the_oracles(kind: str, reset: str, detach: int, no
     """A CSNN of four spiking layers and two pools, T = 4, in float64; every entry."""
     fields = {"neuron": kind, "reset": reset, "detach_reset": bool(detach), "norm": norm, "ties": ties}
     check(lively(**fields, tau=1.5, v_reset=-0.1), loss)
+
+
+OTHERS = [
+    {"model": "resnet", "depth": 1, "norm": "none", "neuron": "if", "reset": "hard", "ties": "first"},
+    {"model": "resnet", "depth": 2, "norm": "tdbn", "neuron": "plif", "reset": "soft", "ties": "last", "tau": 1.3},
+    {"model": "rsnn", "hidden": (4,), "norm": "none", "neuron": "lif", "reset": "hard", "tau": 1.3},
+    {"model": "rsnn", "hidden": (3, 3), "norm": "bn", "neuron": "plif", "reset": "soft", "tau": 1.3},
+    {"model": "rsnn", "hidden": (4,), "norm": "none", "neuron": "if", "reset": "hard", "detach_reset": True},
+]
+
+
+@pytest.mark.parametrize("index", range(len(OTHERS)))
+def test_residual_and_recurrent_hessians_are_the_oracles(index: int) -> None:
+    """Every entry; the recurrent ones too."""
+    net = lively(**OTHERS[index], input_shape=(1, 4, 4) if "resnet" in OTHERS[index].values() else (1, 2, 2))
+    check(net, ("mse", "ce")[index % 2])
+    if net.spec.model == "rsnn":
+        names = [n for n, p in net.named_parameters() for _ in range(p.numel())]
+        hessian = dense(net, "mse")[2]
+        assert np.abs(hessian[np.array(names) == "rec1.weight"]).max() > 1e-4
+
+
+def test_hessian_of_a_resnet_with_a_pooling_of_sums() -> None:
+    """Sixteen pixels a side: the pooling between the blocks chooses among 0, 1 and 2. Random directions."""
+    net = lively(model="resnet", depth=2, norm="bn", input_shape=(1, 16, 16), ties="last", timesteps=2)
+    layers, params = described(net)
+    x, y = samples(net)
+    u, v = np.random.default_rng(0).standard_normal((2, 3, sum(p.size for p in params.values())))
+    _, slope, exact = jet_oracle.bilinear(layers, params, x.numpy(), y.numpy(), u, v, timesteps=2, loss="mse")
+    _, gradient, hessian = dense(net, "mse")
+    np.testing.assert_allclose(u @ gradient, slope, rtol=1e-10, atol=1e-12)
+    assert np.linalg.norm(u @ hessian @ v.T - exact) <= 1e-10 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("surrogate", ["sigmoid:4", "erf:2", "fast_sigmoid:5", "triangle:1.5", "gaussian:0.6"])

@@ -130,10 +130,27 @@ def test_log_numbers_are_the_direct_ones(out: Path) -> None:
         distance = float((w - first[f"{name}.weight"]).norm() / first[f"{name}.weight"].norm())
         assert line["layers"][name]["distance"] == pytest.approx(distance, rel=1e-5)
     assert line["layers"]["fc2"]["firing_rate"] == pytest.approx(trained(images).mean().item(), rel=1e-5)
+    h = trained.norm1(trained.fc1(data.images.flatten(1)))  # type: ignore[operator]
+    check_layer(line["layers"]["fc1"], trained, h.detach(), data.labels)
     test = DATA.load("test")
     rates = trained(test.images)
     assert line["test_loss"] == pytest.approx(((rates - torch.eye(10)[test.labels]) ** 2).mean().item(), rel=1e-4)
     assert line["test_accuracy"] == pytest.approx(float((rates.argmax(1) == test.labels).double().mean()), rel=1e-6)
+
+
+def check_layer(said: dict[str, Any], net: Network, current: Tensor, labels: Tensor) -> None:
+    """The first layer of MLP from its current [N, F], the same at both steps, by hand: IF, hard reset, atan:2."""
+    leaf = current.expand(2, *current.shape).clone().requires_grad_()
+    s = net.spike2(net.fc2(net.spike1(leaf)))  # type: ignore[operator]
+    ((s.mean(0) - torch.eye(10)[labels]) ** 2).mean().backward()
+    assert leaf.grad is not None
+    first = current.double()
+    second = torch.where(first >= 1, 0, first) + first
+    squares = [float((1 / (1 + (math.pi * (h - 1)) ** 2)).square().mean()) for h in (first, second)]
+    assert said["current_variance"] == pytest.approx(float(first.var(correction=0)), rel=1e-3)
+    assert said["gradient_square"] == pytest.approx(float(leaf.grad.double().square().mean()), rel=1e-4)
+    assert said["derivative_square_by_step"] == pytest.approx(squares, rel=1e-5)
+    assert said["derivative_square"] == pytest.approx(sum(squares) / 2, rel=1e-5)
 
 
 def test_evaluate_counts_samples_and_not_batches() -> None:
@@ -511,13 +528,29 @@ def test_a_healthy_run_reports_none(out: Path) -> None:
     assert train(MLP, DATA, RUN, out).training["failures"] == []
 
 
-def diverge(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
-    """Spoil one weight in the middle of `epoch`."""
+@pytest.mark.parametrize("norm", ["none", "bn"])
+def test_a_network_that_never_fires_comes_to_its_end(norm: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silence(net: Network) -> None:
+        for p in net.parameters():
+            p.copy_(-p.abs())
+
+    scaled(monkeypatch, silence)
+    spec = dataclasses.replace(RUN, epochs=6, lr=1e-9, loss="ce", patience=2, save_at_loss=(0.01,))
+    found = train(dataclasses.replace(MLP, norm=norm), HELD, spec, out)
+    assert [line["loss"] for line in log(out)] == pytest.approx([math.log(10)] * 3, rel=1e-6)
+    assert any(f == "dead layer: 100% of spike2 (fc2) never fires" for f in found.training["failures"])
+    assert (found.training["epochs_run"], found.training["best_epoch"]) == (3, 1)
+    assert json.loads(run_paths(out)["run"].read_text())["finished"] is True
+    assert load_checkpoint(out).build()(torch.rand(3, 1, 8, 8)).abs().max() == 0
+
+
+def diverge(monkeypatch: pytest.MonkeyPatch, epoch: int, batch: int = 1) -> None:
+    """Spoil one weight behind `batch` of `epoch`."""
     original = training._epoch
 
     def spoilt(net: Network, *rest: Any) -> Any:
         for i, done in enumerate(original(net, *rest)):
-            if i == 1 and rest[-1] == epoch:
+            if i == batch and rest[-1] == epoch:
                 with torch.no_grad():
                     net.fc1.weight[0, 0] = math.nan
             yield done
@@ -539,6 +572,19 @@ def test_nan_ends_the_run_with_the_last_finite_weights(out: Path, monkeypatch: p
     assert len(lines) == 3
     assert lines[2]["layers"]["fc1"]["distance"] is None
     assert "NaN" not in run_paths(out)["log"].read_text().replace('"NaN:', "")
+
+
+def test_a_diverged_run_is_described(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last batch spoils the weights, so that the epoch's loss is finite: its weights are not kept all the same."""
+    diverge(monkeypatch, 1, batch=2)
+    found = train(MLP, DATA, dataclasses.replace(RUN, lr=5e-2, snapshots=4, save_at_loss=(0.3,)), out)
+    (first, second) = (line["loss"] for line in log(out))
+    assert first > 0.3 > second
+    assert found.training["saved_at_loss"] == {}
+    assert sorted(p.name for p in out.parent.glob("*.pt")) == ["run.epoch0001.pt", "run.pt"]
+    said = json.loads(run_paths(out)["run"].read_text())
+    assert (said["finished"], said["epochs_run"], said["saved_at_loss"]) == (True, 2, {})
+    assert said["failures"] == found.training["failures"] == ["NaN: fc1.weight is not finite"]
 
 
 def test_nan_with_early_stopping_keeps_the_best(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -652,3 +698,76 @@ def test_dropout_is_drawn_from_the_seed_and_the_epoch(out: Path, tmp_path: Path)
         train(net, DATA, RUN, out, progress=interrupt(7))
     assert same(train(net, DATA, RUN, out, resume=True).state, whole.state)
     assert not same(train(MLP, DATA, RUN, tmp_path / "none.pt").state, whole.state)
+
+
+def test_the_start_is_described_with_norms_by_the_batch(out: Path) -> None:
+    train(MLP, DATA, dataclasses.replace(RUN, epochs=0), out)
+    said = json.loads(run_paths(out)["run"].read_text())
+    assert (said["finished"], said["epochs_run"], said["best_epoch"], said["failures"]) == (True, 0, 0, [])
+    net, data = start(MLP, DATA.load(), RUN), DATA.load()
+    w = net.fc1.weight.detach().double().numpy()  # type: ignore[union-attr]
+    h = data.images.flatten(1).double().numpy() @ w.T
+    h = (h - h.mean(0)) / np.sqrt(h.var(0) + 1e-5)
+    fired = [h >= 1, np.where(h >= 1, 0, h) + h >= 1]
+    first, second = said["start"]["layers"]
+    assert first["current_variance"] == pytest.approx(h.var(), rel=1e-3)
+    assert first["firing_rate"] == pytest.approx(np.mean(fired), abs=2e-4)
+    assert first["input_square"] == pytest.approx(float(data.images.double().square().mean()), rel=1e-5)
+    assert (first["forward_gain"], second["forward_gain"]) == (None, pytest.approx(second["current_variance"], rel=0.1))
+    assert len(first["derivative_square_by_step"]) == 2
+
+
+@pytest.mark.parametrize(("schedule", "decay"), [("cosine", 0.0), ("step", 0.01)])
+def test_at_a_loss_with_early_stopping_schedules_and_decay(schedule: str, decay: float, out: Path) -> None:
+    """The weights at a loss are those of their epoch, the final ones those of the best."""
+    spec = TrainingSpec(epochs=12, batch_size=20, lr=0.3, patience=2, snapshots=12, save_at_loss=(0.1,))
+    spec = dataclasses.replace(spec, schedule=schedule, weight_decay=decay)
+    found = train(MLP, HELD, spec, out)
+    epoch = found.training["saved_at_loss"]["0.1"]
+    assert epoch == next(line["epoch"] for line in found.history if line["loss"] <= 0.1)
+    saved = load_checkpoint(loss_path(out, 0.1))
+    assert same(saved.state, load_checkpoint(snapshot_path(out, epoch)).state)
+    assert (saved.training["best_epoch"], saved.training["epochs_run"]) == (epoch, epoch)
+    best = found.training["best_epoch"]
+    assert same(found.state, load_checkpoint(snapshot_path(out, best)).state)
+    assert best != epoch
+    assert json.loads(run_paths(out)["run"].read_text())["best_epoch"] == best
+
+
+def test_a_state_of_an_older_version_is_resumed(out: Path, tmp_path: Path) -> None:
+    """It has none of the younger settings, which mean their defaults, and nothing of the start."""
+    whole = train(MLP, DATA, RUN, tmp_path / "whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        train(MLP, DATA, RUN, out, progress=interrupt(7))
+    state = read_plain(run_paths(out)["resume"])
+    for part, name in (
+        ("network", "depth"),
+        ("network", "dropout"),
+        ("training", "save_at_loss"),
+        ("data", "image_size"),
+    ):
+        del state["settings"][part][name]
+    for name in ("saved_at_loss", "seconds", "start"):
+        del state[name]
+    torch.save(state, run_paths(out)["resume"])
+    with pytest.raises(CheckpointError, match="had depth 2, not 3"):
+        train(dataclasses.replace(MLP, depth=3), DATA, RUN, out, resume=True)
+    assert same(train(MLP, DATA, RUN, out, resume=True).state, whole.state)
+    state["settings"]["training"] = None
+    torch.save(state, run_paths(out)["resume"])
+    with pytest.raises(CheckpointError, match="not the state of an interrupted run"):
+        train(MLP, DATA, RUN, out, resume=True)
+
+
+def test_spike_trains_are_trained_on_as_they_are(out: Path) -> None:
+    data = DataSpec("spike-times", 64)
+    found = data.load()
+    assert found.timesteps is not None
+    net = Spec(model="rsnn", input_shape=found.input_shape, classes=found.classes, hidden=(16,), coding="spikes",
+               timesteps=found.timesteps, neuron="lif")  # fmt: skip
+    spec = TrainingSpec(init="kaiming", epochs=2, batch_size=32, lr=1e-2)
+    assert len(train(net, data, spec, out).history) == 2
+    assert list(log(out)[0]["layers"]) == ["fc1", "rec1", "fc2"]
+    assert len(log(out)[0]["layers"]["rec1"]["derivative_square_by_step"]) == found.timesteps
+    with pytest.raises(ValueError, match=f"--timesteps {found.timesteps}"):
+        train(dataclasses.replace(net, timesteps=3), data, spec, out.with_name("other.pt"))

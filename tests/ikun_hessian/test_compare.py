@@ -1,10 +1,14 @@
-"""The command compare: what it refuses."""
+"""The command compare: what it refuses, single spectra and runs of several seeds."""
 
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 
+import pytest
 from command_tools import FAST, SHIPPED, Capture, fails
+from run_tools import make_study, write_study
 
 import cli
 
@@ -23,3 +27,77 @@ def test_compare_refuses_what_was_not_measured_alike(analysed: Path, capsys: Cap
     fails(capsys, 2, "at least two", "compare", path)
     fails(capsys, 2, "cannot be read", "compare", path, str(analysed / "none.pt"))
     fails(capsys, 2, "no *.spectrum.json", "compare", str(SHIPPED / "..") + "/ikun")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three initializers, six seeds, one run diverged; tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("study")
+    write_study(folder)
+    return folder
+
+
+def test_one_seed_a_level_is_the_table_of_spectra(analysed: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Two checkpoints, and a folder of single runs: figure and table as ever, and --by asks for the comparison."""
+    paths = [str(analysed / name) for name in ("a.pt", "b.pt")]
+    assert cli.run(["compare", *paths, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "scale-free" in out
+    assert "against" not in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.eigenvalues.pdf", "compare.eigenvalues.png"]
+    assert cli.run(["compare", *paths, "--by", "init", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "init: ikun against kaiming" in out
+    assert "1 pair at most" in out
+    assert (tmp_path / "compare.csv").exists()
+
+
+def test_runs_of_several_seeds(study: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert cli.run(["compare", str(study), "--out", str(tmp_path), "--tag", "x"]) == 0
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert max(map(len, lines[:-1])) <= 80
+    assert lines[0] == "compared    init: ikun, xavier against kaiming (--reference)"
+    assert "! xavier-adam-s3: NaN: the loss is not finite" in lines
+    assert "AT THE FIRST EPOCH OF TRAINING LOSS <= 0.02" in lines
+    assert lines[-1].endswith("compare.x.{csv,md}")
+    assert shown.err == ""
+    with (tmp_path / "compare.x.csv").open() as file:
+        assert {row["init"] for row in csv.DictReader(file)} == {"ikun", "kaiming", "xavier"}
+    assert (tmp_path / "compare.x.md").read_text().startswith("init: kaiming (6 runs), ikun (6 runs)")
+
+
+def test_options_reach_the_comparison(study: Path, tmp_path: Path, capsys: Capture) -> None:
+    options = ["--reference", "xavier", "--accuracy", "0.8", "--margin", "2", "--moment", "end", "--where", "seed=2"]
+    assert cli.run(["compare", str(study), *options, "--json", "--out", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["reference"], found["accuracy"], found["margin"], found["moments"]) == ("xavier", 0.8, 2.0, [""])
+    assert found["levels"] == {"xavier": 1, "ikun": 1, "kaiming": 1}
+    assert "epochs to 80% test accuracy" in {row["measure"] for row in found["rows"]}
+    assert found["rows"][0]["p"] is None
+
+
+def test_damaged_files_of_a_folder_are_named_and_left_out(tmp_path: Path, capsys: Capture) -> None:
+    write_study(tmp_path, make_study(seeds=(0, 1), diverged=()))
+    (tmp_path / "runs" / "ikun-adam-s0.spectrum.json").write_text("{")
+    assert cli.run(["compare", str(tmp_path), "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "ikun-adam-s0.spectrum.json: not a JSON file" in said[0]
+    assert said[0].endswith("(left out)")
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--by", "colour"], "no run has a condition 'colour': choose one of"),
+        (["--by", "norm"], "at least two levels of norm: all runs have bn"),
+        (["--reference", "he"], "--reference he: no run has it"),
+        (["--accuracy", "90"], "--accuracy 90: give a share"),
+        (["--margin", "1"], "--margin 1: give a ratio above 1"),
+        (["--moment", "loss9"], "--moment loss9: nothing was measured there: end, loss0.02"),
+        (["--where", "norm=none"], "--where norm=none: no such run: norm is bn"),
+    ],
+)
+def test_mistakes_about_runs(study: Path, capsys: Capture, options: list[str], why: str) -> None:
+    fails(capsys, 2, why, "compare", str(study), *options)

@@ -9,6 +9,11 @@ import pytest
 from command_tools import Capture, fails
 
 import cli
+from ikun import data, initializers
+from ikun.networks import LOSSES, MODELS, NORMS
+from ikun.neurons import KINDS
+from ikun.surrogates import FAMILIES
+from ikun.training import SCHEDULES
 
 
 def test_train_leaves_a_checkpoint_its_log_and_snapshots(trained: Path) -> None:
@@ -35,12 +40,49 @@ def test_train_leaves_a_checkpoint_its_log_and_snapshots(trained: Path) -> None:
         (["--epochs", "few"], "'few' is not a valid integer"),
         (["--resume"], "no interrupted run to resume"),
         (["--held-out", "5000"], "leaves nothing"),
+        (["--depth", "0"], "depth must lie between 1 and 200"),
+        (["--dropout", "1"], "dropout must be at least 0 and below 1"),
+        (["--timesteps", "0"], "timesteps must lie between 1"),
+        (["--save-at-loss", "0"], "save_at_loss must be positive"),
+        (["--save-at-loss", ".1", "--save-at-loss", "0.1"], "save_at_loss has a number twice"),
+        (["--data", "spike-times", "--model", "rsnn", "--timesteps", "3"], "the network has 3: --timesteps "),
+        (["--data", "spike-times", "--model", "csnn"], "the csnn pools"),
+        (["--model", "rsnn", "--coding", "spikes"], "give --coding direct or poisson"),
         (["--data", "fashion-mnist", "--data-dir", "/dev/null"], "/dev/null is not a folder"),
     ],
 )
 def test_bad_training_options(tmp_path: Path, capsys: Capture, options: list[str], message: str) -> None:
     fails(capsys, 2, message, "train", *options, "--out", str(tmp_path / "x.pt"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_the_choices_that_there_are(capsys: Capture) -> None:
+    assert cli.run(["train", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for names in (initializers.NAMES, MODELS, NORMS, LOSSES, SCHEDULES, KINDS, data.NAMES, data.CODINGS, FAMILIES):
+        assert f" {', '.join(names)}." in said
+
+
+MODEL_OPTIONS = {
+    "csnn": ["--depth", "4", "--norm", "tdbn", "--dropout", "0.1"],
+    "mlp": ["--hidden", "20,20,20,20,20", "--norm", "tdbn"],
+    "resnet": ["--depth", "1", "--norm", "tdbn"],
+    "rsnn": ["--data", "spike-times", "--hidden", "12", "--neuron", "lif"],
+}
+
+
+@pytest.mark.parametrize("model", MODEL_OPTIONS)
+def test_every_model_is_trained_told_about_and_analysed(model: str, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "x.pt"
+    small = ["--channels", "3", "--subset", "60", "--batch-size", "20", "--epochs", "2", "--save-at-loss", "9"]
+    options = ["--model", model, *MODEL_OPTIONS[model], *small, "--init", "kaiming", "--out", str(out)]
+    assert cli.run(["train", *options]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.loss9.pt", "x.pt", "x.train.json", "x.train.jsonl"]
+    assert cli.run(["info", str(out)]) == 0
+    assert f"\n{model}, " in capsys.readouterr().out
+    few = ["--top", "2", "--smallest", "1", "--samples", "20", "--no-density", "--operator", "ggn"]
+    assert cli.run(["spectrum", str(tmp_path / "x.loss9.pt"), *few]) == 0
+    assert (tmp_path / "x.loss9.spectrum.json").exists()
 
 
 def test_nothing_is_overwritten_by_train(trained: Path, capsys: Capture) -> None:

@@ -1,0 +1,148 @@
+"""A figure of a study as plain values: panels of marks, and the table of exactly what they show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hessian_tools.runs import Run
+from hessian_tools.study_groups import common_conditions, named, plain, quartiles, show
+from hessian_tools.typesetting import printable
+
+
+class NotEnoughError(ValueError):
+    """These runs cannot fill the figure: one line that says what is missing."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """kind: of y, log (what is 0 or less lies on a floor), signed (logarithmic where all is positive, symlog where
+    not), linear, share (0 to 1), epochs (what is infinite stands above the others) or place (1 at the top); of x,
+    epoch, layer, rank, gain, count, signed or names (the ticks 0, 1, ...). linthresh: where a signed x is linear."""
+
+    label: str
+    kind: str
+    ticks: tuple[str, ...] = ()
+    linthresh: float = math.nan
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One point of a panel. kind: run (a dot), median (of a line, low and high its quartiles, over n runs), slope (of a
+    line through medians), path (of one run's thin line), curve (of a line without markers), steps (of a line that keeps
+    its value), bar (a median alone), censored or diverged (how a run ended).
+
+    run: its name, "" for what stands for several. note: why the mark is hollow, "" where it is not.
+    """
+
+    level: str
+    kind: str
+    x: float
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    n: int = 1
+    run: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """row, column: its place and names there, on a page of its own for every `page`. foot: what stands in its title's
+    second line."""
+
+    row: str
+    column: str
+    x: Axis
+    y: Axis
+    marks: tuple[Mark, ...]
+    foot: str = ""
+    page: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """by: the condition whose levels have colours of their own. caption: how to read it. runs: all that it is about."""
+
+    panels: tuple[Panel, ...]
+    by: str
+    caption: str
+    runs: tuple[Run, ...]
+
+
+def medians(level: str, points: Iterable[tuple[float, float]]) -> list[Mark]:
+    """The median and quartiles of (x, value) at every x, of the values that are no NaN."""
+    at: dict[float, list[float]] = {}
+    for x, value in points:
+        at.setdefault(x, []).append(value)
+    marks = []
+    for x in sorted(at):
+        low, middle, high = quartiles(at[x])
+        known = sum(not math.isnan(v) for v in at[x])
+        marks.append(Mark(level, "median", x, middle, low, high, known))
+    return marks
+
+
+def table(chart: Chart) -> list[dict[str, Any]]:
+    """One row a mark, in the order of the panels; empty where a mark has no such value."""
+
+    def cell(value: float) -> Any:
+        return "" if math.isnan(value) else value
+
+    return [
+        {
+            "page": panel.page,
+            "panel": panel.row,
+            "column": panel.column,
+            chart.by: mark.level,
+            "mark": mark.kind,
+            "run": mark.run,
+            "x_axis": panel.x.label,
+            "x": cell(mark.x),
+            "y_axis": panel.y.label,
+            "y": cell(mark.value),
+            "low": cell(mark.low),
+            "high": cell(mark.high),
+            "runs": mark.n,
+            "note": mark.note,
+        }
+        for panel in chart.panels
+        for mark in panel.marks
+    ]
+
+
+def provenance(runs: Sequence[Run], by: str) -> str:
+    """What all runs share, how many there are, and which of them diverged, for a caption."""
+    shared = {k: runs[0].value(k) for k in common_conditions(runs) if len({plain(r.value(k)) for r in runs}) == 1}
+
+    def words(*keys: str) -> str:
+        return ", ".join(_word(key, shared[key]) for key in keys if shared.get(key) not in (None, "", 0, "none"))
+
+    model, data = words("model", "norm", "neuron", "reset", "surrogate", "timesteps"), words("name", "subset", "loss")
+    trained = words("optimizer", "lr", "schedule", "weight_decay", "batch_size", "epochs")
+    text = "; ".join(part for part in (model, data, trained) if part)
+    seeds = {plain(run.value("seed")) for run in runs}
+    count = len({show(run.value(by)) for run in runs})
+    text += f". {_many(len(runs), 'run')}: {_many(count, 'level')} of {by}, {_many(len(seeds), 'seed')}"
+    lost = [run for run in runs if run.diverged]
+    text += f"; {len(lost)} diverged or failed ({_few([run.name for run in lost])})." if lost else "."
+    return text
+
+
+def _word(key: str, value: Any) -> str:
+    words = {"timesteps": f"T = {value}", "reset": f"{value} reset", "surrogate": f"surrogate {value}"}
+    words |= {"schedule": f"{value} schedule", "batch_size": f"batch {value}", "epochs": f"{value} epochs"}
+    words |= {"subset": f"{value} samples"}
+    return printable(words.get(key) or named(key, value), 40)
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(printable(name, 30) for name in names[:3]) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )

@@ -1,0 +1,108 @@
+"""The chart of sharpness against the gap between test and training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from hessian_tools.comparison_measures import accuracy_gap
+from hessian_tools.inference import Interval, kendall
+from hessian_tools.results import Spectrum
+from hessian_tools.runs import Run
+from hessian_tools.study_chart import Axis, Chart, Mark, NotEnoughError, Panel
+from hessian_tools.study_groups import at_moment, epoch_at, level, moments, number, settings, titled
+from hessian_tools.study_minima import alike
+from hessian_tools.typesetting import operator_name
+
+Sharpness = Callable[[Run], float]
+MOST = 4  # measures of sharpness side by side
+LEAST = 3  # runs in a panel
+
+
+def gap_chart(runs: Sequence[Run], by: str) -> Chart:
+    """Sharpness against the gap in loss (test less training) and in accuracy (training less test) at every moment, with
+    Kendall's tau over all runs and over the pairs of runs of one level.
+
+    Raises NotEnoughError without three runs that have both, or where a panel's were not measured alike.
+    """
+    panels = []
+    for name, members in settings(runs, by).items():
+        for moment in moments(members):
+            alike([result for run in members if (result := at_moment(run, moment))], titled(name, moment))
+            for column, sharpness in list(sharpness_at(members, moment).items())[:MOST]:
+                for y, gap in _GAPS.items():
+                    found = [(run, sharpness(run), gap(run, moment)) for run in members]
+                    known = [(r, x, v) for r, x, v in found if math.isfinite(x) and math.isfinite(v) and not r.diverged]
+                    if len(known) < LEAST:
+                        continue
+                    marks = tuple(Mark(level(r, by), "run", x, v, run=r.name) for r, x, v in known)
+                    foot = _taus(
+                        [x for _, x, _ in known], [v for _, _, v in known], [level(r, by) for r, _, _ in known]
+                    )
+                    x_axis = Axis(column, "signed")
+                    panels.append(Panel(y.label, column, x_axis, y, marks, foot, titled(name, moment)))
+    if not panels:
+        raise NotEnoughError("no three runs have both a sharpness and a test loss in their log")
+    caption = (
+        "A point a run. τ: Kendall’s rank correlation of the two over all runs, and within: over the pairs of runs "
+    )
+    caption += f"of one {by.replace('_', ' ')}; in brackets 95% intervals (jackknife over runs). Loss gap: test less "
+    caption += "training, accuracy gap: training less test, both from the log; runs that diverged have none."
+    return Chart(tuple(panels), by, caption, tuple(runs))
+
+
+def sharpness_at(runs: Sequence[Run], moment: str) -> dict[str, Sharpness]:
+    """What any of the runs has at a moment: lambda_max of each operator, norm-scaled that of the last, the adaptive
+    average sharpness of the spiking loss, the trace of the last operator."""
+    found = [result for run in runs if (result := at_moment(run, moment))]
+    operators = list(dict.fromkeys(name for result in found for name in result.spectra))
+
+    def of(operator: str, value: Callable[[Spectrum], float]) -> Sharpness:
+        def at(run: Run) -> float:
+            result = at_moment(run, moment)
+            return value(result.spectra[operator]) if result and operator in result.spectra else math.nan
+
+        return at
+
+    def average(run: Run) -> float:
+        result = run.flatness.get(moment)
+        metric = result.metrics.get("adaptive average sharpness") if result else None
+        return metric.value if metric else math.nan
+
+    measures = {f"{operator_name(o)} λ₁": of(o, largest_of) for o in operators[:2]}
+    for last in operators[-1:]:
+        measures[f"{operator_name(last)} λ₁, norm-scaled"] = of(last, lambda s: s.scale_free_lambda_max)
+    measures["adaptive average sharpness"] = average
+    for last in operators[-1:]:
+        measures[f"{operator_name(last)} trace"] = of(last, lambda s: s.trace.estimate if s.trace else math.nan)
+    return {name: value for name, value in measures.items() if any(math.isfinite(value(run)) for run in runs)}
+
+
+def largest_of(spectrum: Spectrum) -> float:
+    return spectrum.eigenvalues[0].value if spectrum.eigenvalues else math.nan
+
+
+def loss_gap(run: Run, moment: str) -> float:
+    """Test less training loss in the log of a moment's epoch, NaN where there is none."""
+    epoch = epoch_at(run, moment)
+    line = next((line for line in run.log if line["epoch"] == epoch), {})
+    return number(line.get("test_loss")) - number(line.get("loss"))
+
+
+_GAPS: dict[Axis, Callable[[Run, str], float]] = {
+    Axis("loss gap", "linear"): loss_gap,
+    Axis("accuracy gap", "linear"): accuracy_gap,
+}
+
+
+def _taus(x: Sequence[float], y: Sequence[float], names: Sequence[str]) -> str:
+    lines = [f"τ {_interval(kendall(x, y))}"]
+    within = kendall(x, y, names)
+    if within.n and len(set(names)) > 1:
+        lines.append(f"within {_interval(within)}")
+    return "\n".join(lines)
+
+
+def _interval(found: Interval) -> str:
+    ends = "" if math.isnan(found.low) else f" [{found.low:.2f}, {found.high:.2f}]"
+    return f"{found.value:.2f}{ends}".replace("-", "−")

@@ -1,0 +1,263 @@
+"""The charts of where runs ended: ranks, one-image, gap, layers and samples."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from scipy import stats
+
+from hessian_tools.compare import differing
+from hessian_tools.comparison_measures import ALIKE
+from hessian_tools.curves import densities_of, density_curves, one_eigenvalue, symlog_axis
+from hessian_tools.results import Eigenvalue, Spectrum, SpectrumResult
+from hessian_tools.runs import Run
+from hessian_tools.study_chart import Axis, Chart, Mark, NotEnoughError, Panel, medians
+from hessian_tools.study_groups import (
+    at_moment,
+    level,
+    levels,
+    moment_of,
+    moments,
+    quartiles,
+    settings,
+    show,
+    titled,
+)
+from hessian_tools.typesetting import operator_name
+
+Found = list[tuple[Run, SpectrumResult]]
+Points = Mapping[str, list[tuple[float, float]]]
+POINTS = 240  # of a density curve
+PLACE = Axis("rank (1: flattest)", "place")
+RANK, TOPS = Axis("rank (P: smallest λ)", "rank"), Axis("rank (1: largest λ)", "rank")
+MEASURED = "run `ikun-hessian spectrum` on the checkpoints"
+
+
+def at_moments(runs: Sequence[Run], by: str) -> dict[tuple[str, str], Found]:
+    """By setting and moment the runs that have a spectrum there.
+
+    Raises NotEnoughError without any, or where spectra of one panel were not measured alike.
+    """
+    found: dict[tuple[str, str], Found] = {}
+    for name, members in settings(runs, by).items():
+        for moment in moments(members):
+            pairs = [(run, result) for run in members if (result := at_moment(run, moment))]
+            alike([result for _, result in pairs], titled(name, moment))
+            found |= {(name, moment): pairs} if pairs else {}
+    if not found:
+        raise NotEnoughError(f"no run has a spectrum at a training loss or at its end: {MEASURED}")
+    return found
+
+
+def alike(results: Sequence[SpectrumResult], title: str) -> None:
+    """Raises NotEnoughError, naming the first condition in which spectra that share a panel were not measured alike.
+
+    The samples themselves may differ: with the seed of a subset they do.
+    """
+    for found in differing(results, ALIKE) if results else ():
+        values = list(dict.fromkeys(show(v) for v in found.values))
+        raise NotEnoughError(
+            f"spectra not measured alike ({title}): the {found.meaning} differs, {', '.join(values[:3])}"
+        )
+
+
+def ranks_chart(runs: Sequence[Run], by: str) -> Chart:
+    """Eigenvalue against rank of every operator, lambda_max with weights in units of filter norm, and densities; a
+    column a setting and moment. Raises NotEnoughError as `at_moments`."""
+    found, names = at_moments(runs, by), levels(runs, by)
+    operators = list(dict.fromkeys(name for pairs in found.values() for _, r in pairs for name in r.spectra))
+    panels = {kind: [] for kind in ("rank", "scaled", "density")}  # type: dict[str, list[Panel]]
+    for operator in operators:
+        label = operator_name(operator)
+        for (setting, moment), pairs in found.items():
+            column = titled(setting, moment)
+            spectra = [(run, r.spectra[operator]) for run, r in pairs if operator in r.spectra]
+            marks = rank_marks(spectra, by)
+            y = Axis(f"{label} eigenvalue λ", "signed")
+            panels["rank"].append(Panel(y.label, column, rank_axis(marks), y, marks))
+            scaled = strip([(run, s.scale_free_lambda_max) for run, s in spectra], by, names)
+            y = Axis(f"{label} λ₁, norm-scaled", "log")
+            panels["scaled"] += [Panel(y.label, column, Axis("", "names", tuple(names)), y, scaled)] if scaled else []
+    panels["density"] = _densities(found, operators[0], by)
+    caption = (
+        "Eigenvalues by rank: a dot a run, lines and bands: median and quartiles over seeds; hollow: not converged, "
+    )
+    caption += "or of a run that diverged and is in no median. Norm-scaled: λ₁ with weights in units of each filter’s "
+    caption += "norm; bars: medians. Density of the bulk: mean over runs, where at least one eigenvalue. "
+    caption += f"Runs with spectra: {', '.join(f'{len(pairs)} ({titled(*key)})' for key, pairs in found.items())}."
+    return Chart(tuple(itertools.chain(*panels.values())), by, caption, tuple(runs))
+
+
+def rank_marks(spectra: Sequence[tuple[Run, Spectrum]], by: str) -> tuple[Mark, ...]:
+    """A dot for every eigenvalue, and their medians by level; ranks from the small end are -1 (P), -2 (P - 1), ..."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    marks: list[Mark] = []
+    for run, spectrum in spectra:
+        ranked: list[tuple[int, Eigenvalue]] = [*enumerate(spectrum.eigenvalues, 1)]
+        ranked += [(-rank, e) for rank, e in enumerate(spectrum.smallest_eigenvalues, 1)]
+        for rank, e in ranked:
+            note = "diverged" if run.diverged else "" if e.converged else "not converged"
+            marks.append(Mark(level(run, by), "run", rank, e.value, run=run.name, note=note))
+            if not run.diverged:
+                points.setdefault(level(run, by), []).append((rank, e.value))
+    return (*marks, *(mark for name, found in points.items() for mark in medians(name, found)))
+
+
+def rank_axis(marks: Iterable[Mark]) -> Axis:
+    return RANK if any(mark.x < 0 for mark in marks) else TOPS
+
+
+def strip(values: Iterable[tuple[Run, float]], by: str, names: Sequence[str]) -> tuple[Mark, ...]:
+    """A dot a run over its level's place in `names`, and a bar at the median; what is no number is left out."""
+    marks: list[Mark] = []
+    for run, value in values:
+        if math.isfinite(value):
+            note = "diverged" if run.diverged else ""
+            marks.append(Mark(level(run, by), "run", names.index(level(run, by)), value, run=run.name, note=note))
+    for name in dict.fromkeys(mark.level for mark in marks):
+        known = [mark.value for mark in marks if mark.level == name and not mark.note]
+        if known:
+            marks.append(Mark(name, "bar", names.index(name), quartiles(known)[1], n=len(known)))
+    return tuple(marks)
+
+
+def _densities(found: Mapping[tuple[str, str], Found], operator: str, by: str) -> list[Panel]:
+    """Mean bulk density of every level, on one axis for all columns."""
+    columns = {
+        titled(*key): [(run, r) for run, r in pairs if not run.diverged and operator in r.spectra]
+        for key, pairs in found.items()
+    }
+    every = [r.spectra[operator] for pairs in columns.values() for _, r in pairs]
+    whole = replace(found[next(iter(found))][0][1], spectra={f"{i}": s for i, s in enumerate(every)})
+    densities = list(densities_of(whole).values())
+    if not any(any(nodes) for d in densities for nodes in d.nodes):
+        return []
+    axis = symlog_axis(whole)
+    low, high = (float(u) for u in axis.forward(np.array([axis.low, axis.high])))
+    grid = axis.inverse(np.linspace(low, high, POINTS))
+    floor = one_eigenvalue(densities, grid, axis) / max(whole.num_parameters, 1)
+    panels = []
+    for column, pairs in columns.items():
+        curves: dict[str, list[np.ndarray]] = {}
+        for run, r in pairs:
+            density = r.spectra[operator].density
+            if density is not None and density.nodes:
+                x, y = density_curves(density, axis)
+                mean = np.interp(axis.forward(grid), axis.forward(x), y.mean(0), 0, 0) if len(x) else 0 * grid
+                curves.setdefault(level(run, by), []).append(mean)
+        marks = []
+        for name, ys in curves.items():
+            mean = np.mean(ys, axis=0)
+            shown = np.where(mean >= floor, mean, math.nan)
+            marks += [Mark(name, "curve", x, y, n=len(ys)) for x, y in zip(grid.tolist(), shown.tolist(), strict=True)]
+        y_axis = Axis(f"{operator_name(operator)} density per unit λ", "log")
+        panels.append(
+            Panel(y_axis.label, column, Axis("eigenvalue λ", "signed", linthresh=axis.linthresh), y_axis, tuple(marks))
+        )
+    return panels
+
+
+def one_image_chart(runs: Sequence[Run], by: str) -> Chart:
+    """lambda_max on all samples beside that on one image: ranks of the levels' medians, and values.
+
+    Raises NotEnoughError unless two levels have both.
+    """
+    ranks, values = [], []
+    for (setting, moment), pairs in at_moments(runs, by).items():
+        both: dict[str, list[tuple[str, float, float]]] = {}  # run, on all samples, on one
+        for run, result in pairs:
+            found = [r for key, r in run.spectra.items() if moment_of(key)[0] == moment and r.data.get("samples") == 1]
+            if found and result.data.get("samples") != 1:
+                large, single = largest(result), largest(found[0])
+                if math.isfinite(large) and math.isfinite(single) and not run.diverged:
+                    both.setdefault(level(run, by), []).append((run.name, large, single))
+        if len(both) < 2:
+            continue
+        middle = {n: [quartiles(side)[1] for side in list(zip(*of, strict=True))[1:]] for n, of in both.items()}
+        places = [stats.rankdata([m[i] for m in middle.values()]) for i in (0, 1)]
+        samples = pairs[0][1].data.get("samples")
+        x, column = Axis("", "names", (f"{samples} samples", "one image")), titled(setting, moment)
+        marks = [
+            Mark(name, "slope", side, float(places[side][i]), n=len(both[name]))
+            for side in (0, 1)
+            for i, name in enumerate(both)
+        ]
+        ranks.append(Panel(PLACE.label, column, x, PLACE, tuple(marks), _swaps(places)))
+        marks = [Mark(n, "slope", i, middle[n][i], n=len(both[n])) for i in (0, 1) for n in both]
+        for name, of in both.items():
+            marks += [Mark(name, "path", i, v, run=run) for run, *sides in of for i, v in enumerate(sides)]
+        values.append(Panel("Hessian λ₁", column, x, Axis("Hessian λ₁", "log"), tuple(marks)))
+    if not ranks:
+        raise NotEnoughError(
+            "no two levels have spectra of all samples and of one: add `spectrum --samples 1 --tag one-image`"
+        )
+    caption = "λ₁ on all samples (left in each panel) and on one image, as the released code of arXiv 2411.18250 takes "
+    caption += "it (right): ranks of the medians over seeds, and the medians, with the runs as thin lines."
+    return Chart((*ranks, *values), by, caption, tuple(runs))
+
+
+def largest(result: SpectrumResult) -> float:
+    """lambda_max of the first operator, NaN where it was not found."""
+    pairs = result.main[1].eigenvalues
+    return pairs[0].value if pairs else math.nan
+
+
+def _swaps(places: Sequence[Sequence[float]]) -> str:
+    pairs = list(itertools.combinations(range(len(places[0])), 2))
+    turned = sum((places[0][i] - places[0][j]) * (places[1][i] - places[1][j]) < 0 for i, j in pairs)
+    return f"{turned} of {len(pairs)} pairs change order"
+
+
+def layers_chart(runs: Sequence[Run], by: str) -> Chart:
+    """Eigenvalue against rank of every layer's diagonal block. Raises NotEnoughError without blocks."""
+    panels = []
+    for name, members in settings(runs, by).items():
+        found = [(run, r) for run in members if (r := _with_blocks(run))]
+        alike([r for _, r in found], name)
+        for layer in dict.fromkeys(layer for _, r in found for layer in r.blocks):
+            marks = rank_marks([(run, r.blocks[layer]) for run, r in found if layer in r.blocks], by)
+            y = Axis(f"{operator_name(found[0][1].main[0])} block, λ", "signed")
+            panels.append(Panel(layer, "", rank_axis(marks), y, marks, page=name))
+    if not panels:
+        raise NotEnoughError(
+            "no run has spectra of its layers: run `ikun-hessian spectrum --per-layer` on the checkpoints"
+        )
+    caption = "Eigenvalues of each layer’s diagonal block by rank: a dot a run, lines and bands: median and quartiles "
+    caption += "over seeds; hollow: not converged, or of a run that diverged and is in no median."
+    return Chart(tuple(panels), by, caption, tuple(runs))
+
+
+def _with_blocks(run: Run) -> SpectrumResult | None:
+    """The result with blocks of the latest moment."""
+    order = list(reversed(moments([run])))
+    found = [r for where in order for key, r in run.spectra.items() if r.blocks and moment_of(key)[0] == where]
+    return found[0] if found else None
+
+
+def samples_chart(runs: Sequence[Run], by: str) -> Chart:
+    """lambda_max and trace against the number of samples, over resamples and seeds. Raises NotEnoughError without."""
+    panels = []
+    for name, members in settings(runs, by).items():
+        points: dict[str, dict[str, list[tuple[float, float]]]] = {"λ₁": {}, "trace": {}}
+        for run in members:
+            result = next((r for key, r in run.spectra.items() if r.samples_curve and not moment_of(key)[0]), None)
+            for point in result.samples_curve if result else ():
+                tops = [values[0] for values in point.eigenvalues if values]
+                for quantity, values in (("λ₁", tops), ("trace", point.traces)):
+                    of = points[quantity].setdefault(level(run, by), [])
+                    of += [(float(point.samples), v) for v in values]
+        for quantity, found in points.items():
+            marks = tuple(mark for n, of in found.items() for mark in medians(n, of))
+            if any(math.isfinite(mark.value) for mark in marks):
+                x, y = Axis("samples in the subset", "count"), Axis(f"Hessian {quantity}", "signed")
+                panels.append(Panel(y.label, "", x, y, marks, page=name))
+    if not panels:
+        raise NotEnoughError(
+            "no run has a curve over samples: run `ikun-hessian spectrum --samples-curve` on the checkpoints"
+        )
+    caption = "Lines and bands: median and quartiles over subsets and seeds, each subset drawn anew."
+    return Chart(tuple(panels), by, caption, tuple(runs))

@@ -1,0 +1,248 @@
+"""The charts of how runs began and trained: start, gain, epochs and training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hessian_tools.runs import Run
+from hessian_tools.study_chart import Axis, Chart, Mark, NotEnoughError, Panel, medians
+from hessian_tools.study_groups import (
+    AFTER_START,
+    at_moment,
+    ended_in_nan,
+    epoch_at,
+    epochs_to,
+    horizon,
+    level,
+    moment_of,
+    number,
+    over,
+    settings,
+    survival,
+)
+from hessian_tools.typesetting import operator_name
+
+EPOCH = Axis("epoch", "epoch")
+AT_START = {  # of a layer at initialization: name of the panel, axis
+    "current_variance": ("forward", Axis("variance of the current", "log")),
+    "gradient_square": ("backward", Axis("mean square gradient", "log")),
+    "firing_rate": ("firing", Axis("firing rate", "rate")),
+}
+
+
+def start_chart(runs: Sequence[Run], by: str) -> Chart:
+    """Forward and backward variance and the firing rate of every layer at initialization, against depth.
+
+    What only moves training is no condition here: runs of one seed that began alike count once.
+    Raises NotEnoughError without statistics of the start.
+    """
+    known = [run for run in runs if layers_of(run)]
+    if not known:
+        raise NotEnoughError("no run has statistics of its start (NAME.train.json): train again with this version")
+    panels = []
+    for column, members in settings(known, by, AFTER_START).items():
+        alike = {(level(run, by), run.value("seed")): run for run in reversed(members)}.values()
+        for key, (row, y) in AT_START.items():
+            points: dict[str, list[tuple[float, float]]] = {}
+            for run in reversed(list(alike)):
+                for depth, layer in enumerate(layers_of(run), 1):
+                    points.setdefault(level(run, by), []).append((depth, number(layer.get(key))))
+            marks = [mark for name, found in points.items() for mark in medians(name, found)]
+            panels.append(Panel(row, column, Axis("layer, by depth", "layer"), y, tuple(marks)))
+    caption = "At initialization, BatchNorm by the batch, on the first 256 training samples: variance of the current "
+    caption += "into the neurons, mean square of the loss's gradient there, share of steps with a spike."
+    return Chart(tuple(panels), by, caption, tuple(known))
+
+
+def layers_of(run: Run) -> list[Mapping[str, Any]]:
+    found = (run.start or {}).get("layers")
+    return [layer for layer in found if isinstance(layer, dict)] if isinstance(found, list) else []
+
+
+def gain_of(run: Run) -> float:
+    """The weights' variance over that of the rule of arXiv 2411.18250, Theorem 1, with alpha = 1.
+
+    alpha where the rule chose the weights, else the geometric mean over the layers of fan_in E[x^2] E[f'^2] Var W, all
+    measured at initialization. NaN where it is not known.
+    """
+    if run.value("init") == "ikun":
+        return number(run.value("alpha"))
+    found = []
+    for layer in layers_of(run):
+        parts = [number(layer.get(k)) for k in ("fan_in", "input_square", "derivative_square", "weight_variance")]
+        found.append(math.prod(parts))
+    return math.exp(float(np.mean(np.log(found)))) if found and all(0 < r < math.inf for r in found) else math.nan
+
+
+def gain_chart(runs: Sequence[Run], by: str, accuracy: float) -> Chart:
+    """Epochs to an accuracy against the weights' variance over the rule's, a column a surrogate.
+
+    Runs that never get there are drawn above all others. Raises NotEnoughError without two gains on one panel.
+    """
+    by = "init" if by == "alpha" else by
+    ended = [run for run in runs if over(run) or epochs_to(run, accuracy)[1]]
+    known = [run for run in ended if gain_of(run) > 0]
+    panels = []
+    for column, members in settings(known, by, ("alpha", "init")).items():
+        points: dict[tuple[str, bool], list[tuple[float, float]]] = {}
+        marks = []
+        for run in members:
+            gain, (epoch, reached) = gain_of(run), epochs_to(run, accuracy)
+            value = float(epoch) if reached else math.inf
+            points.setdefault((level(run, by), run.value("init") == "ikun"), []).append((gain, value))
+            marks.append(Mark(level(run, by), "run", gain, value, run=run.name, note="" if reached else "never"))
+        if len({mark.x for mark in marks}) > 1:
+            marks += [mark for (name, exact), of in points.items() for mark in _gain_medians(name, of, exact)]
+            y = Axis(f"epochs to {accuracy:.0%}", "epochs")
+            panels.append(Panel(y.label, column, Axis("weight variance over the rule’s (α)", "gain"), y, tuple(marks)))
+    if not panels:
+        raise NotEnoughError("the weights' variance over the rule's takes one value, or is not known: vary alpha")
+    caption = f"Epochs to {accuracy:.0%} test accuracy against the variance of the initial weights over that of the "
+    caption += "rule with α\u00a0=\u00a01: α itself for ikun, else the geometric mean over layers of "
+    caption += "fan-in\u00a0·\u00a0E[x²]\u00a0·\u00a0E[f′²]\u00a0·\u00a0Var\u00a0W at initialization. "
+    caption += "Lines: medians over seeds; never: not within the epochs asked for."
+    caption += f" Not drawn: {len(runs) - len(ended)} under way." if len(runs) > len(ended) else ""
+    caption += f" Not drawn: {len(ended) - len(known)} of unknown variance." if len(ended) > len(known) else ""
+    return Chart(tuple(panels), by, caption, tuple(known))
+
+
+def _gain_medians(name: str, points: Sequence[tuple[float, float]], exact: bool) -> list[Mark]:
+    """The median at every gain where it was asked for, else one at the geometric mean of the gains measured."""
+    if not exact:
+        middle = math.exp(float(np.mean([math.log(gain) for gain, _ in points])))
+        points = [(middle, value) for _, value in points]
+    return [
+        Mark(name, "median", mark.x, mark.value, n=mark.n)
+        for mark in medians(name, points)
+        if math.isfinite(mark.value)
+    ]
+
+
+def epochs_chart(runs: Sequence[Run], by: str, accuracy: float) -> Chart:
+    """The share of runs that have reached an accuracy (Kaplan-Meier), test accuracy and training loss by epoch.
+
+    Raises NotEnoughError without a log.
+    """
+    known = [run for run in runs if run.log or ended_in_nan(run)]
+    if not any(run.log for run in known):
+        raise NotEnoughError("no run has a log (NAME.train.jsonl)")
+    panels = []
+    for column, members in settings(known, by).items():
+        groups: dict[str, list[Run]] = {}
+        for run in members:
+            groups.setdefault(level(run, by), []).append(run)
+        share = [mark for name, found in groups.items() for mark in _arrivals(name, found, accuracy)]
+        arrived = Axis(f"share at {accuracy:.0%}", "share")
+        panels.append(Panel(arrived.label, column, EPOCH, arrived, tuple(share)))
+        for key, worst, y in (
+            ("test_accuracy", 0.0, Axis("test accuracy", "linear")),
+            ("loss", math.inf, Axis("training loss", "log")),
+        ):
+            marks = [mark for name, found in groups.items() for mark in _curves(name, found, key, worst)]
+            panels.append(Panel(y.label, column, EPOCH, y, tuple(marks)))
+    caption = (
+        f"Share of runs that have had {accuracy:.0%} test accuracy (Kaplan–Meier; ticks: runs that ended, or were "
+    )
+    caption += "stopped, without). Lines and bands: median and quartiles over seeds; a run counts with its last value "
+    caption += "after early stopping, and as worse than all others after divergence."
+    return Chart(tuple(panels), by, caption, tuple(known))
+
+
+def _arrivals(name: str, runs: Sequence[Run], accuracy: float) -> list[Mark]:
+    """1 - the Kaplan-Meier curve, up to the last epoch of these runs, with a tick at every censored run."""
+    found = [epochs_to(run, accuracy) for run in runs]
+    times, share = survival([t for t, _ in found], [reached for _, reached in found])
+    marks = [Mark(name, "steps", t, 1 - s, n=len(runs)) for t, s in zip(times, share, strict=True)]
+    last = max(map(horizon, runs))
+    marks += [Mark(name, "steps", last, 1 - share[-1], n=len(runs))] if last > times[-1] else []
+    for run, (t, reached) in zip(runs, found, strict=True):
+        if not reached:
+            height = 1 - share[int(np.searchsorted(times, t, side="right")) - 1]
+            marks.append(Mark(name, "censored", t, height, run=run.name, note="censored"))
+    return marks
+
+
+def _curves(name: str, runs: Sequence[Run], key: str, worst: float) -> list[Mark]:
+    """Median and quartiles by epoch; a run that diverged counts as the worst from there on, one stopped early with its
+    last value; one that is under way only as far as it is."""
+    last, points, marks = max(map(horizon, runs)), [], []
+    for run in runs:
+        values = {int(line["epoch"]): number(line.get(key)) for line in run.log}
+        values = {epoch: v for epoch, v in values.items() if math.isfinite(v)}
+        ended = max(values, default=0)
+        final = worst if ended_in_nan(run) else values.get(ended, math.nan)
+        after = range(ended + 1, (last if over(run) else ended) + 1)
+        points += [(float(e), v) for e, v in (*values.items(), *((e, final) for e in after))]
+        if ended_in_nan(run) and values:
+            marks.append(Mark(name, "diverged", ended, values[ended], run=run.name, note="diverged"))
+    return [*medians(name, points), *marks]
+
+
+def training_chart(runs: Sequence[Run], by: str) -> Chart:
+    """Largest eigenvalue and trace of the snapshots, and E[f'^2] of every layer, against the epoch.
+
+    Raises NotEnoughError where neither snapshots nor logs have them.
+    """
+    panels: list[Panel] = []
+    spectral = 0
+    for column, members in settings(runs, by).items():
+        panels += (of_snapshots := _snapshot_panels(column, members, by))
+        spectral += len(of_snapshots)
+        names = dict.fromkeys(name for run in members for line in run.log for name in logged_layers(line))
+        for layer in _spread(list(names), 6):
+            points: dict[str, list[tuple[float, float]]] = {}
+            for run in members:
+                for line in run.log:
+                    value = number(logged_layers(line).get(layer, {}).get("derivative_square"))
+                    points.setdefault(level(run, by), []).append((line["epoch"], value))
+            marks = [mark for name, found in points.items() for mark in medians(name, found)]
+            if any(math.isfinite(mark.value) for mark in marks):
+                panels.append(Panel(layer, column, EPOCH, Axis("E[f′(h)²]", "log"), tuple(marks)))
+    if not panels:
+        raise NotEnoughError("no run has spectra of two snapshots (train --snapshots), or E[f'^2] in its log")
+    parts = ["largest eigenvalue and trace of the snapshots on all samples analysed"] if spectral else []
+    parts += ["E[f′(h)²] of layers on the first 256 training samples"] if len(panels) > spectral else []
+    caption = f"By epoch: {', and '.join(parts)}. Lines and bands: median and quartiles over the seeds still training."
+    return Chart(tuple(panels), by, caption, tuple(runs))
+
+
+def logged_layers(line: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What a line of a log has of every layer."""
+    found = line.get("layers")
+    return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
+
+
+def _snapshot_panels(column: str, runs: Sequence[Run], by: str) -> list[Panel]:
+    """Of every operator lambda_max and the trace; none without two epochs."""
+    found: dict[tuple[str, str], dict[str, dict[tuple[str, int], float]]] = {}
+    for run in runs:
+        for moment in dict.fromkeys(moment_of(key)[0] for key in run.spectra):
+            result, epoch = at_moment(run, moment), epoch_at(run, moment)
+            if moment.startswith("loss") or result is None or epoch is None:
+                continue
+            for operator, spectrum in result.spectra.items():
+                top = spectrum.eigenvalues[0].value if spectrum.eigenvalues else math.nan
+                trace = spectrum.trace.estimate if spectrum.trace else math.nan
+                for quantity, value in (("λ₁", top), ("trace", trace)):
+                    of = found.setdefault((operator, quantity), {}).setdefault(level(run, by), {})
+                    of[run.name, epoch] = value
+    panels = []
+    for (operator, quantity), groups in found.items():
+        if len({epoch for values in groups.values() for _, epoch in values}) > 1:
+            points = {name: [(float(e), v) for (_, e), v in values.items()] for name, values in groups.items()}
+            marks = [mark for name, of in points.items() for mark in medians(name, of)]
+            if any(math.isfinite(mark.value) for mark in marks):
+                label = f"{operator_name(operator)} {quantity}"
+                panels.append(Panel(label, column, EPOCH, Axis(label, "signed"), tuple(marks)))
+    return panels
+
+
+def _spread(names: Sequence[str], count: int) -> list[str]:
+    """At most `count` of the names, at equal distances, first and last among them."""
+    if len(names) <= count:
+        return list(names)
+    return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]

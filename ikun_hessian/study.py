@@ -1,0 +1,270 @@
+"""The command `study`: from nothing to tables and figures."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ikun_hessian import preset
+from ikun_hessian.options import data_dir_option, device_option, half_of_the_memory, pick, shared
+from ikun_hessian.preset import Analysis, Preset
+from ikun_hessian.screen import FailedError
+
+if TYPE_CHECKING:
+    from hessian_tools.robustness import RobustnessResult
+    from hessian_tools.runs import Run
+    from ikun_hessian.plan import Plan
+    from ikun_hessian.runner import Unit
+
+PUBLISHED = Analysis(
+    "spectrum", "final", "published", {"samples": 1, "split": "test", "density": False, "magnitude": 50}
+)
+LOCK = ".study.lock"
+FIELDS = {"data": "name"}  # what runs.Run calls an option, where it is another word
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--list", "listed", is_flag=True, help="The presets that come with the package, and where they lie.")
+@click.option("--quick", is_flag=True, help="The preset's smaller form: minutes on two cores.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the study [default: study-NAME here]."
+)
+@click.option("--jobs", type=click.IntRange(1), help="Runs side by side [default: all cores; 1 on CUDA].")
+@click.option("--seeds", type=click.IntRange(1), help="Runs of every combination, instead of the preset's number.")
+@click.option(
+    "--as-published/--no-as-published",
+    default=None,
+    help="The spectrum on one test image too, as the paper's code has it [default: what the preset says].",
+)
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change the preset; may be repeated.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and what is done already.")
+@click.option("--force", is_flag=True, help="Do again what was made with other settings; more than 1000 runs.")
+@shared(data_dir_option, device_option)
+def study(
+    name: str | None,
+    listed: bool,
+    quick: bool,
+    out: Path | None,
+    jobs: int | None,
+    seeds: int | None,
+    as_published: bool | None,
+    changes: tuple[str, ...],
+    dry_run: bool,
+    force: bool,
+    data_dir: Path | None,
+    device: str,
+) -> None:
+    """Train and analyse all runs of a study, then write its tables and figures.
+
+    NAME is a preset (--list) or a TOML file of your own. A study that was stopped, in whatever way, goes on with the
+    same command: what is complete is kept. Leaves OUT/runs, OUT/tables.md, OUT/compare.csv and OUT/figures. Keys of
+    --set: an option of `train`, spectrum.KEY, flatness.KEY, or what stands at the preset's top.
+    """
+    if listed:
+        click.echo("\n".join(_list()))
+        return
+    if name is None:
+        raise click.UsageError("give the NAME of a preset (--list shows them) or a .toml file of your own")
+    path = preset.find(name)
+    found = _published(preset.read(path, quick=quick, changes=changes, seeds=seeds), as_published)
+    folder = out or Path("-".join(["study", path.stem, *(["quick"] if quick else [])]))
+    where = pick(device)
+    jobs = jobs or _jobs(where)
+    plan = _plan(found, folder, data_dir, where, jobs, force)
+    click.echo("\n".join(_opening_lines(found, plan, folder, jobs)))
+    if dry_run:
+        click.echo("\n".join(f"{_state(unit):<12}{unit.name}" for unit in plan.units))
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        from ikun_hessian.plan import settle
+
+        settle(plan.record, folder, force)
+        failures = _work(plan.units, jobs)
+        for run, why in failures.items():
+            click.echo(f"! {run} failed: {why}")
+        written = _finish(found, plan, folder)
+    click.echo("\n".join(written))
+    if len(failures) == len(plan.units):
+        raise FailedError(f"all {len(failures)} runs failed: the same command tries them again")
+
+
+def _list() -> list[str]:
+    lines = []
+    for name in preset.names():
+        full, quick = (preset.read(preset.find(name), quick=q) for q in (False, True))
+        lines.append(f"{name:<16}{full.title} ({len(preset.runs(full))} runs, --quick {len(preset.runs(quick))})")
+    return [*lines, f"files: {preset.FOLDER}/NAME.toml: copy one, edit it, and give its path"]
+
+
+def _published(found: Preset, wanted: bool | None) -> Preset:
+    there = [a for a in found.analyses if a.tag == PUBLISHED.tag]
+    if wanted is None or wanted == bool(there):
+        return found
+    analyses = tuple(a for a in found.analyses if a not in there)
+    return dataclasses.replace(found, analyses=(*analyses, PUBLISHED) if wanted else analyses)
+
+
+def _plan(found: Preset, folder: Path, data_dir: Path | None, device: str, jobs: int, force: bool) -> Plan:
+    from ikun_hessian import plan
+
+    memory = round(half_of_the_memory(device) / jobs, 2)
+    return plan.make(found, folder, data_dir=data_dir, device=device, memory=memory, leader=os.getpid(), force=force)
+
+
+def _jobs(device: str) -> int:
+    """As many as the caller's joblib.parallel_config says; without one all cores, or one for a GPU."""
+    import joblib
+    from joblib.parallel import get_active_backend
+
+    _, asked = get_active_backend()
+    return int(joblib.effective_n_jobs(asked or (-1 if device == "cpu" else 1)))
+
+
+def _opening_lines(found: Preset, plan: Plan, folder: Path, jobs: int) -> list[str]:
+    done = sum(unit.done() for unit in plan.units)
+    return [
+        f"study       {found.title} ({found.source})",
+        *([f"asks        {found.question}"] if found.question else []),
+        f"runs        {len(plan.units)}, {done} done; {jobs} side by side; in {folder}/runs",
+        f"of each     {', '.join(['training', *map(str, found.analyses)])}",
+        *(f"! {name} is left out: {why}" for name, why in plan.skipped.items()),
+    ]
+
+
+def _state(unit: Unit) -> str:
+    if unit.failure.exists():
+        return "failed"
+    return "done" if unit.done() else f"{unit.progress():.0%}"
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """The only study in this folder, and none of the processes of one that was killed is still at work there."""
+    from ikun_hessian.runner import WORKING, locked
+
+    try:
+        with locked(folder / LOCK):
+            with locked(folder / WORKING, wait=30):
+                pass
+            yield
+    except BlockingIOError:
+        raise click.UsageError(
+            f"{folder}: another study is at work here: wait for it, or choose another --out"
+        ) from None
+
+
+def _work(units: Sequence[Unit], jobs: int) -> dict[str, str]:
+    """Do what is left of all units; why some failed, by their names."""
+    from joblib import Parallel, delayed
+
+    left = [unit for unit in units if not unit.done()]
+    failures: dict[str, str] = {}
+    with _bar(units, left) as say:
+        try:
+            pool = Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch="all")
+            for name, why in pool(delayed(_named)(unit) for unit in left):
+                if why:
+                    failures[name] = why
+                    say(f"{name} failed: {why}")
+        except KeyboardInterrupt:
+            say("interrupted: the same command goes on")
+            raise click.exceptions.Exit(130) from None
+    return failures
+
+
+def _named(unit: Unit) -> tuple[str, str]:
+    from ikun_hessian.runner import run
+
+    return unit.name, run(unit)
+
+
+@contextlib.contextmanager
+def _bar(units: Sequence[Unit], left: Sequence[Unit]) -> Iterator[Callable[[str], None]]:
+    """A bar over all runs that moves by what their files say, wherever they are worked at; yields what prints a line
+    above it."""
+    from tqdm import tqdm
+
+    done = len(units) - len(left)
+    form = "{desc}{percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+    start = done + sum(unit.progress() for unit in left)
+    with tqdm(total=len(units), initial=start, disable=None, smoothing=0, dynamic_ncols=True, bar_format=form) as bar:
+        over = threading.Event()
+
+        def follow() -> None:
+            while not over.wait(1.0):
+                shares = [unit.progress() for unit in left]
+                bar.set_description_str(f"{done + sum(s == 1 for s in shares)} of {len(units)} runs ", refresh=False)
+                bar.update(done + sum(shares) - bar.n)
+
+        thread = threading.Thread(target=follow, daemon=True)
+        if not bar.disable:
+            thread.start()
+        try:
+            yield lambda line: tqdm.write(line, file=sys.stderr)
+        finally:
+            over.set()
+            if thread.is_alive():
+                thread.join()
+
+
+def _tables(runs: Sequence[Run], by: str, found: Preset, folder: Path) -> list[str]:
+    """Write tables.md and compare.csv, and robustness.csv where that was measured; the lines that say where."""
+    from hessian_tools.comparison import compare_runs
+    from hessian_tools.comparison_report import comparison_markdown, comparison_rows
+    from hessian_tools.results import ResultError, write_atomically, write_table
+    from hessian_tools.study_groups import settings
+
+    failed = [f"- {run.name}: {why}" for run in runs for why in run.failures if why.startswith(("NaN", "failed"))]
+    text = [f"# {found.title}", "", *([found.question, ""] if found.question else [])]
+    text += ["Diverged or failed:", "", *failed, ""] if failed else []
+    text.append(comparison_markdown(runs, by, accuracy=found.accuracy))
+    rows = []
+    for name, some in settings(runs, by).items():
+        with contextlib.suppress(ResultError):  # the reason is in tables.md
+            compared = compare_runs(some, by, accuracy=found.accuracy)
+            rows += [{"setting": name, **row} for row in comparison_rows(compared)]
+    write_table(rows, folder / "compare.csv")
+    lines = [f"tables      {folder}/tables.md, compare.csv"]
+    if measured := _robustness(runs, folder):
+        from hessian_tools import robustness
+
+        write_table(robustness.rows(measured, by), folder / "robustness.csv")
+        text += ["", "## Robustness", "", robustness.ranks_markdown(measured, by)]
+        lines[0] += ", robustness.csv"
+    whole = "\n".join(text).rstrip() + "\n"
+    write_atomically(folder / "tables.md", lambda file: file.write(whole.encode()))
+    return lines
+
+
+def _robustness(runs: Sequence[Run], folder: Path) -> list[tuple[Run, RobustnessResult]]:
+    from hessian_tools.results import load
+    from hessian_tools.robustness import SCHEMA, RobustnessResult
+
+    paths = [(run, folder / "runs" / f"{run.name}.robustness.json") for run in runs]
+    return [(run, load(path, RobustnessResult, SCHEMA)) for run, path in paths if path.exists()]
+
+
+def _finish(found: Preset, plan: Plan, folder: Path) -> list[str]:
+    """Tables and figures of what is there; the lines that say where."""
+    from hessian_tools.runs import gather
+    from hessian_tools.study_figures import draw_all
+
+    warn = partial(click.echo, err=True)
+    runs = gather([unit.checkpoint for unit in plan.units], warn)
+    by = FIELDS.get(found.by, found.by.replace("-", "_"))
+    lines = _tables(runs, by, found, folder)
+    drawn = draw_all(runs, folder / "figures", found.figures, by=by, accuracy=found.accuracy)
+    names = dict.fromkeys(path.stem for path in drawn.written)
+    lines.append(f"figures     {folder}/figures/{{{','.join(names)}}}.{{png,pdf,csv}}")
+    return [*lines, *(f"! no figure {name}: {why}" for name, why in drawn.skipped.items())]

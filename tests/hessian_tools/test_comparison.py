@@ -1,0 +1,475 @@
+"""Runs compared: numbers by hand and by SciPy, pairs, what is refused, what went wrong, and the screen."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from run_tools import make_run, make_study
+from scipy import stats
+
+from hessian_tools.comparison import Comparison, Row, compare_runs
+from hessian_tools.comparison_measures import GAP
+from hessian_tools.comparison_pairs import chosen_runs, several_seeds
+from hessian_tools.comparison_report import (
+    comparison_lines,
+    comparison_markdown,
+    comparison_rows,
+    markdown_lines,
+    moment_title,
+    remarks,
+)
+from hessian_tools.results import ResultError, SpectrumResult, write_table
+from hessian_tools.runs import Run
+
+EPOCHS = "epochs to 90% test accuracy"
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[Run]:
+    return make_study()
+
+
+@pytest.fixture(scope="module")
+def found(runs: list[Run]) -> Comparison:
+    return compare_runs(runs)
+
+
+def row(c: Comparison, measure: str, level: str, moment: str = "") -> Row:
+    (one,) = [r for r in c.rows if (r.measure, r.level, r.moment) == (measure, level, moment)]
+    return one
+
+
+def tops(runs: list[Run], init: str, moment: str = "") -> dict[int, float]:
+    return {
+        run.value("seed"): run.spectra[moment].spectra["ggn"].eigenvalues[0].value
+        for run in runs
+        if run.value("init") == init and moment in run.spectra
+    }
+
+
+def changed(run: Run, **parts: dict[str, Any]) -> Run:
+    """The run with parts of all of its spectra changed."""
+    spectra: dict[str, SpectrumResult] = {}
+    for key, r in run.spectra.items():
+        spectra[key] = dataclasses.replace(r, **{name: {**getattr(r, name), **new} for name, new in parts.items()})
+    return dataclasses.replace(run, spectra=spectra)
+
+
+def text(c: Comparison) -> str:
+    return " ".join(" ".join(comparison_lines(c)).split())
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize("moment", ["", "loss0.02"])
+def test_a_ratio_by_hand(runs: list[Run], found: Comparison, moment: str) -> None:
+    """Hodges and Lehmann's estimate and the exact test on logarithms of seed-by-seed ratios, by NumPy and SciPy."""
+    one = row(found, "ggn lambda_max", "ikun", moment)
+    own, base = tops(runs, "ikun", moment), tops(runs, "kaiming", moment)
+    d = np.log([own[seed] / base[seed] for seed in range(6)])
+    walsh = sorted((a + b) / 2 for a, b in itertools.combinations_with_replacement(d, 2))
+    assert one.ratio
+    assert one.pairs == 6
+    assert one.shift.value == pytest.approx(math.exp(np.median(walsh)))
+    assert (one.shift.low, one.shift.high) == pytest.approx((math.exp(walsh[0]), math.exp(walsh[-1])))
+    assert one.p == pytest.approx(stats.wilcoxon(d, method="exact").pvalue)
+    assert one.median.value == pytest.approx(np.median(list(own.values())))
+    assert one.values == {f"ikun-adam-s{seed}": value for seed, value in own.items()}
+    assert one.effect.value == pytest.approx(
+        d.mean() / d.std(ddof=1) * math.gamma(2.5) / math.gamma(2) / math.sqrt(2.5)
+    )
+    assert one.superiority.value == 1
+    assert row(found, "ggn lambda_max", "xavier", moment).pairs == 5  # one diverged
+    base_row = row(found, "ggn lambda_max", "kaiming", moment)
+    assert (base_row.pairs, math.isnan(base_row.p), base_row.lost) == (0, True, 0)
+
+
+def test_a_difference_by_hand(runs: list[Run], found: Comparison) -> None:
+    """lambda_min is negative: differences, without a margin. Accuracies are differences too."""
+    one = row(found, "hessian lambda_min", "ikun")
+    lows = {
+        init: [
+            run.spectra[""].spectra["hessian"].smallest_eigenvalues[0].value
+            for run in runs
+            if run.value("init") == init
+        ]
+        for init in ("ikun", "kaiming")
+    }
+    d = np.subtract(lows["ikun"], lows["kaiming"])
+    walsh = [(a + b) / 2 for a, b in itertools.combinations_with_replacement(d, 2)]
+    assert not one.ratio
+    assert one.shift.value == pytest.approx(np.median(walsh))
+    assert one.shift.value < 0
+    assert math.isnan(one.equivalence)
+    gap = row(found, GAP, "ikun")
+    lines = {run.name: run.log[-1] for run in runs}
+    assert gap.values == {
+        name: pytest.approx(lines[name]["accuracy"] - lines[name]["test_accuracy"]) for name in gap.values
+    }
+    assert not row(found, "test accuracy", "ikun").ratio
+    assert row(found, "train loss", "ikun").ratio
+
+
+def test_holm_over_the_family(found: Comparison) -> None:
+    """All comparisons of one family at one moment: two operators, raw and scaled, two levels."""
+    some = [r for r in found.rows if (r.family, r.moment) == ("lambda_max", "") and r.pairs]
+    assert len(some) == 8
+    ordered = sorted(some, key=lambda r: r.p)
+    assert [r.holm for r in ordered] == sorted(r.holm for r in some)
+    assert ordered[0].holm == pytest.approx(8 * ordered[0].p)
+    assert min(r.needed.effect for r in some) == 9  # 2 / 2^9 is the first below 0.05 / 8
+    assert {r.family for r in found.rows} == {
+        "outcome", "speed", "lambda_max", "lambda_min", "trace", "loss under noise"
+    }  # fmt: skip
+    assert not [r for r in found.rows if r.moment and r.measure in ("train loss", EPOCHS)]
+
+
+def test_matched_loss_is_the_log_line_of_it(runs: list[Run], found: Comparison) -> None:
+    at = row(found, "test accuracy", "ikun", "loss0.02")
+    for run in runs[:6]:
+        line = next(line for line in run.log if line["loss"] <= 0.02)
+        assert at.values[run.name] == line["test_accuracy"]
+
+
+def test_alike_is_said_with_an_interval_never_as_no_difference() -> None:
+    """Copies with little noise: equivalent within the margin, and the interval lies there."""
+    made = []
+    for seed in range(8):
+        base = make_run("kaiming", seed)
+        made += [base, dataclasses.replace(make_run("twin", seed, curvature=1.0), spectra=base.spectra)]
+    c = compare_runs(made, moments=["end"])
+    one = row(c, "ggn lambda_max", "twin")
+    assert one.shift.low == one.shift.high == 1
+    assert one.p == 1
+    assert one.equivalence <= 8 * 2 / 2**8
+    assert "~ [1, 1]" in text(c)
+    assert "no difference" not in text(c).lower()
+    far = compare_runs(made, moments=["end"], margin=1.001)
+    assert row(far, "adaptive average sharpness", "twin").equivalence > 0.05
+
+
+def test_correlation_with_the_gap_is_kendalls(runs: list[Run], found: Comparison) -> None:
+    (one,) = [c for c in found.correlations if (c.measure, c.moment) == ("ggn lambda_max", "")]
+    kept = [run for run in runs if not run.diverged]
+    x = [run.spectra[""].spectra["ggn"].eigenvalues[0].value for run in kept]
+    y = [run.log[-1]["accuracy"] - run.log[-1]["test_accuracy"] for run in kept]
+    assert one.overall.value == pytest.approx(stats.kendalltau(x, y).statistic)
+    assert one.overall.n == 17
+    assert one.within.value != one.overall.value
+
+
+# --- runs that went wrong
+
+
+def test_diverged_runs_stay_and_count_as_worst(found: Comparison) -> None:
+    loss, speed, top = (row(found, name, "xavier") for name in ("train loss", EPOCHS, "ggn lambda_max"))
+    assert loss.values["xavier-adam-s3"] == speed.values["xavier-adam-s3"] == math.inf
+    assert row(found, "test accuracy", "xavier").values["xavier-adam-s3"] == -math.inf
+    assert math.isnan(top.values["xavier-adam-s3"])
+    assert (loss.lost, speed.lost, top.lost) == (1, 1, 1)
+    assert (loss.pairs, speed.pairs, top.pairs) == (6, 6, 5)
+    assert loss.shift.high == math.inf
+    assert found.lost == {"xavier-adam-s3": "NaN: the loss is not finite"}
+    assert "! xavier-adam-s3: NaN: the loss is not finite" in comparison_lines(found)
+    assert "5+1" in text(found)
+    assert "never]" in text(found)
+
+
+def test_two_that_diverged_say_nothing_of_one_another() -> None:
+    c = compare_runs(make_study(("ikun", "kaiming"), range(6), (("ikun", 2), ("kaiming", 2))))
+    for measure in ("train loss", "test accuracy"):
+        one = row(c, measure, "ikun")
+        assert (one.pairs, one.lost) == (5, 1)
+        assert math.isfinite(one.shift.high)
+
+
+def test_epochs_are_survival_times(runs: list[Run], found: Comparison) -> None:
+    """p from who got there first in each pair; an unfinished run is censored where it stopped, not as never."""
+    one = row(found, EPOCHS, "ikun")
+    first = {run.name: next(x["epoch"] for x in run.log if x["test_accuracy"] >= 0.9) for run in runs[:12]}
+    assert one.values == {name: epoch for name, epoch in first.items() if name.startswith("ikun")}
+    assert one.p == stats.binomtest(6, 6).pvalue
+    high = compare_runs(runs, accuracy=0.999)
+    assert not [r for r in high.rows if r.family == "speed"]  # nothing to compare
+    assert "No run reached 99.9% test accuracy" in text(high)
+    stopped = [
+        dataclasses.replace(run, log=run.log[:2], finished=False, best_epoch=None, spectra={}, flatness={})
+        if i == 0
+        else run
+        for i, run in enumerate(runs)
+    ]
+    c = compare_runs(stopped)
+    one = row(c, EPOCHS, "ikun")
+    assert math.isnan(one.values["ikun-adam-s0"])
+    assert math.isnan(row(c, "train loss", "ikun").values["ikun-adam-s0"])
+    assert (one.pairs, one.p) == (5, stats.binomtest(5, 5).pvalue)
+    assert c.lost["ikun-adam-s0"] == "not finished"
+
+
+def test_weights_kept_by_early_stopping(runs: list[Run]) -> None:
+    kept = [dataclasses.replace(run, best_epoch=7) if not run.diverged else run for run in runs]
+    one = row(compare_runs(kept), "train loss", "ikun")
+    assert one.values["ikun-adam-s0"] == runs[0].log[6]["loss"]
+
+
+def test_results_without_logs(runs: list[Run]) -> None:
+    bare = [dataclasses.replace(run, log=(), start=None) for run in runs if not run.diverged]
+    c = compare_runs(bare)
+    assert row(c, "train loss", "ikun").values["ikun-adam-s0"] == runs[0].spectra[""].loss
+    assert not [r for r in c.rows if r.measure in ("test accuracy", GAP, EPOCHS)]
+    assert not c.correlations
+
+
+# --- pairs
+
+
+def test_pairs_agree_in_all_that_varies() -> None:
+    made = [
+        make_run(init, seed, training={"optimizer": optimizer, "lr": lr})
+        for init in ("ikun", "kaiming")
+        for optimizer, lr in (("adam", 0.01), ("sgd", 0.1))
+        for seed in range(3)
+    ]
+    lone = make_run("ikun", 7, training={"optimizer": "adam"})
+    c = compare_runs([*made, lone])
+    assert c.paired_by == {"seed": ("0", "1", "2", "7"), "optimizer": ("adam", "sgd"), "lr": ("0.01", "0.1")}
+    one = row(c, "ggn lambda_max", "ikun")
+    assert (one.pairs, c.levels) == (6, {"kaiming": 6, "ikun": 7})
+    assert c.unpaired == {"ikun": ("ikun-adam-s7",)}
+    assert "Without a partner: 1 of 7 runs of ikun (ikun-adam-s7)." in text(c)
+    by_optimizer = compare_runs(made, by="optimizer", reference="adam")
+    assert by_optimizer.follows == {"lr": {"adam": "0.01", "sgd": "0.1"}}
+    assert row(by_optimizer, "ggn lambda_max", "sgd").pairs == 6
+    assert "lr goes with optimizer (adam 0.01, sgd 0.1)" in text(by_optimizer)
+    with pytest.raises(ResultError, match=r"ikun-adam-s0 and ikun-adam-s0 differ in nothing"):
+        compare_runs([*made, made[0]])
+
+
+def test_what_does_not_move_training_does_not_hinder_pairs() -> None:
+    made = [make_run("ikun", s, training={"alpha": 0.1, "snapshots": s, "save_at_loss": [s]}) for s in range(2)]
+    c = compare_runs([*made, *(make_run("kaiming", s) for s in range(2))], moments=["end"])
+    assert row(c, "train loss", "ikun").pairs == 2
+    assert c.follows["alpha"] == {"kaiming": "1", "ikun": "0.1"}
+
+
+def test_reference() -> None:
+    made = make_study(("xavier", "lecun"), (0, 1), ())
+    assert compare_runs(made).reference == "lecun"
+    assert compare_runs(made, reference="xavier").reference == "xavier"
+    ratio, back = (
+        row(compare_runs(made, reference=r), "ggn lambda_max", o) for r, o in (("lecun", "xavier"), ("xavier", "lecun"))
+    )
+    assert ratio.shift.value == pytest.approx(1 / back.shift.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"by": "opimizer"}, "no run has a condition 'opimizer': did you mean optimizer"),
+        ({"by": "optimizer"}, "at least two levels of optimizer: all runs have adam"),
+        ({"reference": "lecun"}, "--reference lecun: no run has it: init is ikun, kaiming, xavier"),
+        ({"accuracy": 90}, "--accuracy 90: give a share"),
+        ({"accuracy": 0.0}, "--accuracy 0: give a share"),
+        ({"margin": 0.8}, "--margin 0.8: give a ratio above 1"),
+        ({"margin": math.nan}, "--margin nan"),
+        ({"moments": ["loss0.5"]}, "--moment loss0.5: nothing was measured there: end, loss0.02"),
+    ],
+)
+def test_mistakes(runs: list[Run], options: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(why)):
+        compare_runs(runs, **options)
+
+
+def test_chosen_runs(runs: list[Run]) -> None:
+    assert {run.value("init") for run in chosen_runs(runs, ["init=ikun", "optimizer=adam"])} == {"ikun"}
+    assert chosen_runs(runs, []) == runs
+    for condition, why in (
+        ("init", "give a condition and its value"),
+        ("init=x", "no such run: init is ikun or kaiming or xavier"),
+        ("inti=ikun", "did you mean init?"),
+    ):
+        with pytest.raises(ResultError, match=re.escape(why)):
+            chosen_runs(runs, [condition])
+
+
+def test_several_seeds(runs: list[Run]) -> None:
+    assert several_seeds(runs, "init")
+    assert not several_seeds(runs[:6], "init")
+    assert not several_seeds([runs[0], runs[6], runs[12]], "init")
+    assert not several_seeds([runs[0], dataclasses.replace(runs[0], name="b"), runs[6]], "init")
+
+
+# --- what is not comparable
+
+Change = Callable[[Run], Run]
+UNLIKE: dict[str, tuple[Change, str]] = {
+    "split": (lambda r: changed(r, data={"split": "test"}), "split differs"),
+    "samples": (lambda r: changed(r, data={"samples": 5}), "number of samples differs, 1437 for"),
+    "loss": (lambda r: changed(r, data={"loss": "ce"}), "loss differs"),
+    "timesteps": (lambda r: changed(r, network={"timesteps": 8}), "timesteps T differs"),
+    "reset": (lambda r: changed(r, network={"reset": "soft"}), "reset differs"),
+    "surrogate": (lambda r: changed(r, network={"surrogate": "atan:5"}), "surrogate of the analysis differs"),
+    "norm": (lambda r: changed(r, network={"norm": "none"}), "normalization differs"),
+    "ties": (lambda r: changed(r, network={"ties": "last"}), "pooling tie rule differs"),
+    "other samples": (lambda r: changed(r, data={"sha256": "other"}), "measure a pair on the same samples"),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_what_was_not_measured_alike_is_refused(runs: list[Run], name: str) -> None:
+    """One run of a level that differs: the condition is named with both runs."""
+    change, why = UNLIKE[name]
+    with pytest.raises(ResultError, match=f"^not comparable: .*{why}|{why}") as error:
+        compare_runs([*runs[:3], change(runs[3]), *runs[4:]])
+    assert "ikun-adam-s3" in str(error.value)
+
+
+def test_other_flatness_settings_and_sizes_are_refused(runs: list[Run]) -> None:
+    r = runs[3]
+    flat = {k: dataclasses.replace(f, settings={**f.settings, "draws": 64}) for k, f in r.flatness.items()}
+    with pytest.raises(ResultError, match="setting draws differs, 32 for kaiming-adam-s0 but 64 for ikun-adam-s3"):
+        compare_runs([*runs[:3], dataclasses.replace(r, flatness=flat), *runs[4:]])
+    with pytest.raises(ResultError, match="set of parameters differs"):
+        compare_runs([*runs[:3], changed(r, parameters={"more": 1}), *runs[4:]])
+
+
+def test_mixed_networks_are_refused_with_the_way_out() -> None:
+    made = [make_run(i, s, network={"norm": n}) for i in ("ikun", "kaiming") for s in (0, 1) for n in ("bn", "none")]
+    made = [dataclasses.replace(run, name=f"{run.name}-{run.value('norm')}") for run in made]
+    with pytest.raises(ResultError, match=r"normalization differs, bn for .*--where norm=bn"):
+        compare_runs(made)
+    assert compare_runs(chosen_runs(made, ["norm=none"])).levels == {"kaiming": 2, "ikun": 2}
+    tables = comparison_markdown(made)
+    assert "## bn" in tables
+    assert "## norm none" in tables
+    assert tables.count("### lambda_max, at the end of training") == 2
+
+
+def test_the_compared_condition_itself_leaves_curvatures_out() -> None:
+    """By surrogate: losses and what noise does to the spiking loss stay; curvatures only under one common surrogate."""
+    made = [
+        dataclasses.replace(run, name=f"{surrogate[0]}{seed}")
+        for surrogate in ("atan:2", "sigmoid:4")
+        for seed in range(2)
+        for run in [make_run("ikun", seed, network={"surrogate": surrogate})]
+    ]
+    c = compare_runs(made, by="surrogate")
+    assert {r.family for r in c.rows} == {"outcome", "speed", "loss under noise"}
+    assert c.reference == "atan:2"
+    assert "surrogate of the analysis differs (atan:2, sigmoid:4); analyse all with one --surrogate" in text(c)
+    common = compare_runs([changed(run, network={"surrogate": "atan:2"}) for run in made], by="surrogate")
+    assert {"lambda_max", "lambda_min", "trace"} <= {r.family for r in common.rows}
+    by_timesteps = [
+        dataclasses.replace(make_run("ikun", seed, network={"timesteps": t}), name=f"{t}-{seed}")
+        for t in (2, 4)
+        for seed in range(2)
+    ]
+    c = compare_runs(by_timesteps, by="timesteps")
+    assert {r.family for r in c.rows} == {"outcome", "speed"}  # the loss itself depends on T
+    assert c.reference == "2"
+
+
+# --- few seeds
+
+
+def test_few_seeds_have_no_p() -> None:
+    c = compare_runs(make_study(seeds=range(3), diverged=()))
+    assert all(math.isnan(r.p) and math.isnan(r.holm) and math.isnan(r.shift.low) for r in c.rows)
+    said = text(c)
+    assert "3 pairs at most, and 5 are the least" in said
+    assert "No exact paired test reaches 0.05 with fewer than 6" in said
+    assert re.search(r"would take \d+ to >?\d+ \(column pairs\)", said)
+    assert row(c, "ggn lambda_max", "ikun").needed.effect >= 6
+    alone = compare_runs([make_run("ikun", 0), make_run("kaiming", 1)])
+    assert "0 pairs at most" in text(alone)
+    assert "Without a partner: 1 of 1 runs of ikun" in text(alone)
+
+
+def test_p_that_holm_can_never_pass_is_said(found: Comparison) -> None:
+    said = text(found)
+    assert "No p can pass Holm's correction with so few pairs" in said
+    assert "9 for outcome (8 comparisons), 7 for speed (2 comparisons)" in said
+    many = compare_runs(make_study(("ikun", "kaiming"), range(9), ()), moments=["end"])
+    assert not [text for text in remarks(many) if "Holm" in text]
+    assert row(many, "ggn lambda_max", "ikun").holm <= 0.05
+    assert "*" in text(many).split("lambda_max:")[1]
+
+
+# --- the screen and the files
+
+
+@pytest.mark.parametrize(
+    "inits",
+    [("ikun", "kaiming", "xavier"), ("delta_orthogonal", "gradient_stable", "kaiming", "fluctuation_driven_long_name")],
+)
+@pytest.mark.parametrize("seeds", [2, 5, 6])
+def test_80_columns(inits: tuple[str, ...], seeds: int) -> None:
+    c = compare_runs(make_study(inits, range(seeds), ((inits[-1], 1),)))
+    lines = comparison_lines(c)
+    assert max(map(len, lines)) <= 80, max(lines, key=len)
+    assert any(line.startswith("  delta_ort") for line in lines) == ("delta_orthogonal" in inits)
+
+
+def test_numbers_of_every_size_fit() -> None:
+    for size in (1e-9, 1e7):
+        made = make_study(("ikun", "kaiming"), range(6), (), curvature=size)
+        assert max(map(len, comparison_lines(compare_runs(made)))) <= 80
+
+
+def test_rows_for_a_csv(found: Comparison, tmp_path: Path) -> None:
+    rows = comparison_rows(found)
+    assert len(rows) == len(found.rows)
+    write_table(rows, tmp_path / "compare.csv")
+    with (tmp_path / "compare.csv").open() as file:
+        read = list(csv.DictReader(file))
+    (one,) = [r for r in read if (r["measure"], r["init"], r["moment"]) == ("ggn lambda_max", "ikun", "end")]
+    expected = row(found, "ggn lambda_max", "ikun")
+    assert float(one["against the reference"]) == expected.shift.value
+    assert (one["scale"], one["pairs"], one["reference"]) == ("ratio", "6", "kaiming")
+    assert float(one["p Holm"]) == expected.holm
+    (reference,) = [r for r in read if (r["measure"], r["init"], r["moment"]) == ("ggn lambda_max", "kaiming", "end")]
+    assert reference["p"] == reference["against the reference"] == ""
+
+
+def test_markdown_tables_are_whole(found: Comparison, runs: list[Run]) -> None:
+    lines = markdown_lines(found)
+    tables = [line for line in lines if line.startswith("|")]
+    assert {line.count("|") for line in tables} == {16, 8}
+    assert "### Loss under noise, at the first epoch of training loss <= 0.02" in lines
+    whole = comparison_markdown(runs)
+    assert "\n".join(lines) in whole
+    assert "Hodges and Lehmann" in whole
+    assert not re.search(r"no difference", whole, re.IGNORECASE)
+
+
+def test_markdown_names_what_cannot_be_compared() -> None:
+    made = [*make_study(("ikun", "kaiming"), (0, 1), ()), make_run("ikun", 0, training={"optimizer": "sgd"})]
+    tables = comparison_markdown(made)
+    assert "## sgd\n\nNot compared: a comparison needs at least two levels of init: all runs have ikun" in tables
+    assert "## adam" in tables
+
+
+def test_moment_titles() -> None:
+    titles = [moment_title(m) for m in ("", "loss0.02", "epoch0005", "one-image")]
+    assert titles == [
+        "at the end of training", "at the first epoch of training loss <= 0.02", "after epoch 5",
+        "at the end of training, one-image",
+    ]  # fmt: skip
+
+
+def test_another_analysis_by_its_tag() -> None:
+    """--moment one-image: the spectra of that tag alone, no outcomes of training again."""
+    c = compare_runs(make_study(seeds=range(2), diverged=(), tags=("one-image",)), moments=["one-image"])
+    assert {r.family for r in c.rows} == {"lambda_max", "lambda_min", "trace"}
+    assert c.correlations
+    assert "one-image" not in compare_runs(make_study(seeds=range(2), tags=("one-image",))).moments

@@ -1,0 +1,279 @@
+"""Tests of hessian_tools.study_figures, study_panels and study_chart: what is drawn is what the table holds, and every
+figure can be read."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import dataclasses
+import itertools
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from figure_tools import collisions, said
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from run_tools import make_run, make_study
+from study_tools import TEN, full_study, gain_study
+
+from hessian_tools import (
+    study_chart,
+    study_figures,
+    study_gap,
+    study_groups,
+    study_minima,
+    study_panels,
+    study_training,
+)
+from hessian_tools.runs import Run
+from hessian_tools.study_chart import Axis, Chart, Mark, Panel, provenance, table
+from hessian_tools.study_figures import NAMES, WIDTHS, chart_figures, charts, draw_all
+from hessian_tools.study_panels import MARKERS, Range, floors, level_looks, y_range
+
+DRAWN = NAMES[:-1]
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.fixture(scope="module")
+def three() -> list[Run]:
+    return full_study()
+
+
+@pytest.fixture(scope="module")
+def ten() -> list[Run]:
+    return full_study(TEN, 4, moments=("", "loss0.02"))
+
+
+def chart(*marks: Mark, x: str = "epoch", y: str = "log", **changes: Any) -> Chart:
+    runs = tuple(make_run(name) for name in dict.fromkeys(m.level for m in marks))
+    return Chart((Panel("loss", "", Axis("x", x), Axis("y", y), marks, **changes),), "init", "A caption.", runs)
+
+
+def points(figure: Figure, label: str, panel: int = 0) -> np.ndarray:
+    found = [line.get_xydata() for line in figure.axes[panel].lines if line.get_label() == label]
+    return np.concatenate([np.asarray(xy, float) for xy in found])
+
+
+@pytest.mark.parametrize(("name", "width"), [*((name, 1) for name in DRAWN), ("start", 2), ("ranks", 2), ("gap", 2)])
+def test_every_text_can_be_read(three: list[Run], name: str, width: int) -> None:
+    figures = chart_figures(charts("init", 0.9)[name](three), width)
+    for figure in figures[:2]:
+        assert collisions(figure) == []
+        assert figure.get_figwidth() == WIDTHS[width]
+        assert figure.get_figheight() < 10.5
+        assert min(t.get_fontsize() for ax in figure.axes for t in ax.get_xticklabels()) >= 7
+        assert "18 runs: 3 levels of init, 6 seeds; 1 diverged or failed (xavier-adam-s3)" in said(figure).replace(
+            "\n", " "
+        )
+
+
+@pytest.mark.parametrize(("name", "width"), [("epochs", 1), ("ranks", 2), ("one-image", 2)])
+def test_ten_levels_can_be_read_too(ten: list[Run], name: str, width: int) -> None:
+    for figure in chart_figures(charts("init", 0.9)[name](ten), width):
+        assert collisions(figure) == []
+        shown = [t.get_text() for t in figure.legends[0].get_texts()]
+        assert set(TEN) <= set(shown)
+        box = figure.legends[0].get_window_extent()
+        assert not any(ax.get_window_extent().overlaps(box) for ax in figure.axes)  # the legend covers no data
+
+
+def test_lines_bands_and_dots_are_those_of_the_table(three: list[Run]) -> None:
+    made = charts("init", 0.9)["start"](three)
+    (figure,) = chart_figures(made)
+    rows = [r for r in table(made) if (r["panel"], r["init"]) == ("forward", "kaiming")]
+    assert points(figure, "kaiming").tolist() == [[r["x"], r["y"]] for r in rows]
+    (band,) = [c for c in figure.axes[0].collections if c.get_label() == "band kaiming"]
+    outline = {tuple(xy) for xy in band.get_paths()[0].vertices.tolist()}
+    assert {(float(r["x"]), r[end]) for r in rows for end in ("low", "high")} <= outline
+    made = charts("init", 0.9)["gap"](three)
+    first = chart_figures(made)[0]
+    rows = [r for r in table(made) if r["page"] == "loss ≤ 0.02" and r["init"] == "ikun"]
+    shown = np.concatenate([points(first, "run ikun", i) for i in range(8)])
+    assert sorted(map(tuple, shown.tolist())) == sorted((r["x"], r["y"]) for r in rows)
+
+
+def test_steps_rise_where_the_table_says(three: list[Run]) -> None:
+    made = charts("init", 0.9)["epochs"](three)
+    (figure,) = chart_figures(made)
+    (steps,) = [line for line in figure.axes[0].lines if line.get_label() == "xavier"]
+    assert steps.get_drawstyle() == "steps-post"
+    rows = [r for r in table(made) if (r["mark"], r["init"]) == ("steps", "xavier")]
+    assert np.asarray(steps.get_xydata()).tolist() == [[r["x"], r["y"]] for r in rows]
+    assert len(points(figure, "censored xavier")) == 1
+    assert len(points(figure, "diverged xavier", 2)) == 1
+
+
+def test_runs_that_never_get_there_are_hollow_above_all_others() -> None:
+    made = charts("init", 0.9)["gain"](gain_study())
+    (figure,) = chart_figures(made)
+    ax = figure.axes[0]
+    dots = [line for line in ax.lines if line.get_label() == "run ikun"]
+    (hollow,) = [line for line in dots if line.get_markerfacecolor() == "white"]
+    filled = [y for line in dots if line is not hollow for y in np.asarray(line.get_ydata(), float)]
+    never = np.asarray(hollow.get_ydata(), float)
+    assert len(never) == sum(m.note == "never" and m.level == "ikun" for m in made.panels[0].marks) > 0
+    assert max(filled) < never.min() <= never.max() < ax.get_ylim()[1]
+    labels = dict(zip(ax.get_yticks(), [t.get_text() for t in ax.get_yticklabels()], strict=True))
+    assert labels[never[0]] == "never"
+    assert max(t for t, text in labels.items() if text != "never") < never[0]
+    assert {"1/16", "1", "16"} <= {t.get_text() for t in ax.get_xticklabels()}
+
+
+def test_what_is_zero_or_too_small_lies_on_a_floor_that_the_caption_names() -> None:
+    values = (1.0, 1e-3, 1e-20, 0.0)
+    made = chart(*(Mark("ikun", "median", i, v) for i, v in enumerate(values)))
+    (figure,) = chart_figures(made)
+    shown = points(figure, "ikun")[:, 1]
+    assert shown[:2] == pytest.approx([1.0, 1e-3])
+    assert shown[2:] == pytest.approx([1e-13, 1e-13])
+    assert figure.axes[0].get_ylim()[0] < 1e-13
+    assert "On the floor (dotted) what is smaller still: y 1e-13." in said(figure).replace("\n", " ")
+    found = y_range("log", [Mark("a", "run", 0, v) for v in (2.0, 3.0)])
+    assert found is not None
+    assert math.isnan(found.floor)
+    assert floors({Axis("y", "log"): found}) == ""
+
+
+def test_negative_values_of_a_signed_axis_stay_negative() -> None:
+    (figure,) = chart_figures(
+        chart(*(Mark("ikun", "median", i, v) for i, v in enumerate((5.0, 1e-4, -2.0))), y="signed")
+    )
+    assert points(figure, "ikun")[:, 1].tolist() == [5.0, 1e-4, -2.0]
+    low, high = figure.axes[0].get_ylim()
+    assert low < -2 < 5 < high
+    assert figure.axes[0].get_yscale() == "symlog"
+    assert "Linear: y within ±0.005." in said(figure).replace("\n", " ")
+
+
+def test_ranks_from_the_small_end_stand_behind_the_others(three: list[Run]) -> None:
+    (figure,) = chart_figures(charts("init", 0.9)["ranks"](three))
+    ax = figure.axes[0]
+    lines = [np.asarray(line.get_xdata(), float) for line in ax.lines if line.get_label() == "kaiming"]
+    assert [x.tolist() for x in lines] == [[*range(1, 11)], [*range(12, 17)]]  # two lines, ten and five
+    labels = {t.get_text(): x for t, x in zip(ax.get_xticklabels(), ax.get_xticks(), strict=True)}
+    assert (labels["1"], labels["P"], labels["P−4"]) == (1, 16, 12)
+    smallest = [line.get_ydata()[-1] for line in ax.lines if line.get_label() == "kaiming"][1]  # type: ignore[index]
+    expected = np.median([r.spectra["loss0.02"].main[1].smallest_eigenvalues[0].value for r in three[6:12]])
+    assert smallest == pytest.approx(expected)
+
+
+def test_panels_of_one_quantity_share_its_range(three: list[Run]) -> None:
+    (figure,) = chart_figures(charts("init", 0.9)["ranks"](three))
+    left, right = figure.axes[:2]
+    assert left.get_ylim() == right.get_ylim()
+    assert left.get_ylabel() != ""
+    assert right.get_ylabel() == ""
+
+
+@pytest.mark.parametrize("count", [2, 3, 12, 16])
+def test_levels_are_told_apart_by_more_than_colour(count: int) -> None:
+    found = list(level_looks([f"name{i}" for i in range(count)]).values())
+    for a, b in itertools.combinations(found, 2):
+        assert a.marker != b.marker or (a.colour, a.dashes) != (b.colour, b.dashes)
+        if count <= 12:
+            assert a.colour != b.colour
+            assert a.marker != b.marker
+    assert len(MARKERS) == 12
+    numbers = [look.colour for look in level_looks(["0.5", "1", "2", "4"]).values()]
+    assert [sum(c) for c in numbers] == sorted(sum(c) for c in numbers)  # from dark to light
+
+
+def test_many_settings_take_several_pages_and_all_show_the_same_range() -> None:
+    runs = [
+        dataclasses.replace(run, name=f"{run.name}-{rate}")
+        for rate in (0.1, 0.2, 0.3, 0.4, 0.5)
+        for run in make_study(seeds=(0, 1), training={"lr": rate})
+    ]
+    made = charts("init", 0.9)["epochs"](runs)
+    figures = chart_figures(made)
+    assert [sum(ax.get_ylabel() == "training loss" for ax in f.axes) for f in figures] == [1, 1]
+    assert sum(len(f.axes) for f in figures) == 15
+    assert len({f.axes[-1].get_ylim() for f in figures}) == 1
+    assert "(2 of 2)" in said(figures[1])
+
+
+def test_draw_all_writes_three_files_a_figure_and_says_what_it_leaves_out(tmp_path: Path) -> None:
+    runs = make_study(seeds=(0, 1, 2), moments=("",))
+    drawn = draw_all(runs, tmp_path / "new", ("epochs", "one-image", "layers"))
+    assert [p.name for p in drawn.written] == ["epochs.png", "epochs.pdf", "epochs.csv"]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(p.name for p in drawn.written)
+    assert "--per-layer" in drawn.skipped["layers"]
+    assert set(drawn.skipped) == {"one-image", "layers"}
+    with (tmp_path / "new" / "epochs.csv").open(encoding="utf-8", newline="") as file:
+        written = list(csv.DictReader(file))
+    expected = table(charts("init", 0.9)["epochs"](runs))
+    assert [{k: str(v) for k, v in row.items()} for row in expected] == written
+    assert list(written[0])[:5] == ["page", "panel", "column", "init", "mark"]
+    before = [path.read_bytes() for path in drawn.written]
+    assert [p.read_bytes() for p in draw_all(runs, tmp_path / "new", ("epochs",)).written] == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"only": ("rank",)}, "no figure 'rank': choose of start, gain"),
+        ({"width": 3}, "width must be 1 or 2"),
+        ({"accuracy": 90.0}, "accuracy in"),
+        ({"accuracy": math.nan}, "accuracy in"),
+        ({"by": "colour"}, "no run knows this condition"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(
+    tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw_all([make_run()], tmp_path / "new", **arguments)
+    with pytest.raises(ValueError, match="no run to draw"):
+        draw_all([], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_names_from_files_are_printed_as_they_stand() -> None:
+    runs = [make_run(name, seed) for name in ("$a_b$", "_x", "w" * 50, "a\nb") for seed in (0, 1)]
+    lost = dataclasses.replace(runs[0], failures=("NaN: x",), name="$c^2$")
+    made = charts("init", 0.9)["ranks"]([lost, *runs[1:]])
+    (figure,) = chart_figures(made)
+    assert collisions(figure) == []
+    assert provenance([lost, *runs[1:]], "init").endswith(
+        r"8 runs: 4 levels of init, 2 seeds; 1 diverged or failed (\$c^2\$)."
+    )
+
+
+@pytest.mark.parametrize("values", [(), (math.nan,), (math.inf, math.nan)])
+def test_a_panel_without_a_finite_value_says_so(values: tuple[float, ...]) -> None:
+    made = chart(*(Mark("ikun", "median", i, v) for i, v in enumerate(values)))
+    (figure,) = chart_figures(dataclasses.replace(made, runs=(make_run("ikun"),)))
+    assert "nothing measured" in said(figure)
+
+
+def test_all_runs_that_never_get_there_still_have_an_axis() -> None:
+    found = y_range("epochs", [Mark("a", "run", 1, math.inf)])
+    assert found == Range(found.axis, beyond=True) if found else False
+    (figure,) = chart_figures(
+        chart(Mark("ikun", "run", 1, math.inf), Mark("ikun", "run", 2, math.inf), x="gain", y="epochs")
+    )
+    assert "never" in said(figure)
+
+
+def test_figures_need_no_model_and_no_global_state(three: list[Run]) -> None:
+    for module in (study_chart, study_figures, study_gap, study_groups, study_minima, study_panels, study_training):
+        tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not {name for name in names if name.split(".")[0] in ("torch", "ikun") or "pyplot" in name}
+    before = dict(matplotlib.rcParams)
+    chart_figures(charts("init", 0.9)["samples"](three))
+    assert dict(matplotlib.rcParams) == before
+    assert pyplot.get_fignums() == []

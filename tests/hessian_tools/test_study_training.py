@@ -1,0 +1,172 @@
+"""Tests of hessian_tools.study_training: every mark from the logs by hand, by NumPy, and by ikun's own rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from run_tools import make_run, make_study
+from study_tools import full_study, gain_study
+
+from hessian_tools.runs import Run
+from hessian_tools.study_chart import Mark, NotEnoughError, Panel
+from hessian_tools.study_training import epochs_chart, gain_chart, gain_of, start_chart, training_chart
+from ikun.statistics import LayerStatistics
+
+
+def panel(panels: Sequence[Panel], row: str, column: str = "") -> Panel:
+    (found,) = [p for p in panels if (p.row, p.column) == (row, column)]
+    return found
+
+
+def marks(found: Panel, kind: str, level: str) -> list[Mark]:
+    return [m for m in found.marks if (m.kind, m.level) == (kind, level)]
+
+
+def logged(accuracies: Sequence[float], losses: Sequence[float | None], **changes: Any) -> Run:
+    log = [
+        {"epoch": i, "test_accuracy": a, "loss": loss, "layers": {}}
+        for i, (a, loss) in enumerate(zip(accuracies, losses, strict=True), 1)
+    ]
+    return dataclasses.replace(make_run(training={"epochs": 4}), log=tuple(log), **changes)
+
+
+def test_start_is_the_median_and_quartiles_over_seeds() -> None:
+    runs = make_study(seeds=range(5))
+    found = start_chart(runs, "init")
+    assert [p.row for p in found.panels] == ["forward", "backward", "firing"]
+    for row, key in (("forward", "current_variance"), ("backward", "gradient_square"), ("firing", "firing_rate")):
+        shown = marks(panel(found.panels, row), "median", "kaiming")
+        values = np.array([[layer[key] for layer in r.start["layers"]] for r in runs if r.value("init") == "kaiming"])  # type: ignore[index]
+        expected = np.quantile(values, [0.25, 0.5, 0.75], axis=0)
+        assert [m.x for m in shown] == [1, 2, 3, 4]
+        assert np.array([(m.low, m.value, m.high) for m in shown]).T == pytest.approx(expected)
+        assert {m.n for m in shown} == {5}
+
+
+def test_start_counts_a_seed_once_whatever_trained_it_and_leaves_out_what_is_missing() -> None:
+    sgd, adam = (make_study(seeds=(0, 1), training={"optimizer": o}) for o in ("sgd", "adam"))
+    (forward, *_) = start_chart([*sgd, *adam], "init").panels
+    assert {m.n for m in forward.marks} == {2}
+    start = sgd[0].start
+    assert start is not None
+    first = {**start["layers"][0], "current_variance": None}
+    broken = dataclasses.replace(sgd[0], start={**start, "layers": [first, *start["layers"][1:], "x"]})
+    (forward, *_) = start_chart([broken, *sgd[1:]], "init").panels
+    assert [m.n for m in marks(forward, "median", "ikun")] == [1, 2, 2, 2]
+    by_norm = start_chart([*sgd, *make_study(seeds=(0,), network={"norm": "none"})], "init").panels
+    assert [p.column for p in by_norm[::3]] == ["bn", "norm none"]
+    with pytest.raises(NotEnoughError, match="statistics of its start"):
+        start_chart([dataclasses.replace(r, start=start) for r, start in zip(sgd, [None, {}] * 3, strict=True)], "init")
+
+
+def test_gain_is_the_weights_variance_over_the_rules() -> None:
+    run = make_run("kaiming")
+    assert run.start is not None
+    ratios = []
+    layers = [{**layer, "weight_variance": 0.01 * (i + 1)} for i, layer in enumerate(run.start["layers"])]
+    for layer in layers:
+        known = {k: v for k, v in layer.items() if not k.endswith("_gain")}
+        ratios.append(layer["weight_variance"] / LayerStatistics(**known).rule_variance(1.0))
+    started = dataclasses.replace(run, start={"layers": layers})
+    assert gain_of(started) == pytest.approx(math.prod(ratios) ** 0.25)
+    assert gain_of(make_run("ikun", training={"alpha": 0.5})) == 0.5
+    silent = dataclasses.replace(run, start={"layers": [{**layers[0], "input_square": 0.0}]})
+    assert math.isnan(gain_of(silent))
+    assert math.isnan(gain_of(dataclasses.replace(run, start=None)))
+
+
+def test_gain_shows_every_run_and_those_that_never_get_there() -> None:
+    runs = gain_study()
+    waiting = dataclasses.replace(runs[0], name="waiting", finished=False)
+    unknown = dataclasses.replace(runs[-1], name="unknown", start=None)
+    found = gain_chart([*runs, waiting, unknown], "init", 0.9)
+    assert [p.column for p in found.panels] == ["atan:2", "triangle:1"]
+    assert "Not drawn: 1 under way. Not drawn: 1 of unknown variance." in found.caption
+    for p in found.panels:
+        dots, line = marks(p, "run", "ikun"), marks(p, "median", "ikun")
+        assert {m.run for m in dots} < {r.name for r in runs}
+        assert len(dots) == 27
+        assert sorted({m.x for m in dots}) == [2.0**k for k in range(-4, 5)]
+        never = {m.x for m in dots if m.note == "never"}
+        assert never == {m.x for m in dots if math.isinf(m.value)} >= {1 / 16, 16.0}
+        at_one = [m.value for m in dots if m.x == 1]
+        assert next(m.value for m in line if m.x == 1) == np.median(at_one)
+        assert not {m.x for m in line} & {1 / 16, 16.0}
+        (one,) = marks(p, "median", "kaiming")  # gains that the runs happen to have: one place
+        assert one.x == pytest.approx(gain_of(runs[-1]))
+    assert gain_chart(runs, "alpha", 0.9).by == "init"
+    sweep = [run for run in runs if run.value("seed") == 0]
+    assert len(marks(gain_chart(sweep, "init", 0.9).panels[0], "median", "ikun")) > 3  # one seed is a line too
+    with pytest.raises(NotEnoughError, match="vary alpha"):
+        gain_chart(make_study(["ikun"]), "init", 0.9)
+
+
+def test_arrivals_step_up_and_censored_runs_are_ticked() -> None:
+    runs = [
+        logged([0.5, 0.95], [1, 0.5]),
+        logged([0.5, 0.6, 0.7, 0.9], [1, 0.5, 0.4, 0.3]),
+        logged([0.5, 0.6], [1, 0.5], finished=False),  # under way: censored at 2, behind the event there
+        logged([0.5, 0.6], [1, 0.5]),  # stopped early: never
+    ]
+    reached = panel(epochs_chart(runs, "init", 0.9).panels, "share at 90%")
+    steps = marks(reached, "steps", "kaiming")
+    assert [(m.x, m.value) for m in steps] == [(0, 0), (2, pytest.approx(0.25)), (4, pytest.approx(0.625))]
+    ticks = marks(reached, "censored", "kaiming")
+    assert [(m.x, m.value) for m in ticks] == [(2, pytest.approx(0.25)), (4, pytest.approx(0.625))]
+    longer = [dataclasses.replace(r, training={**r.training, "epochs": 6}) for r in runs[:2]]
+    (*_, last) = marks(panel(epochs_chart(longer, "init", 0.9).panels, "share at 90%"), "steps", "kaiming")
+    assert (last.x, last.value) == (6, 1.0)  # the line goes on to the end
+
+
+def test_curves_keep_what_stopped_and_count_what_diverged_as_worst() -> None:
+    runs = [
+        logged([0.5, 0.6, 0.7, 0.8], [4, 3, 2, 1]),
+        logged([0.5, 0.8], [4, 2]),
+        logged([0.5, 0.9, 0.0], [4, 1, None], failures=("NaN: the loss is not finite",)),
+    ]
+    found = epochs_chart(runs, "init", 0.9).panels
+    loss, accuracy = panel(found, "training loss"), panel(found, "test accuracy")
+    assert [m.value for m in marks(loss, "median", "kaiming")] == [4, 2, 2, 2]
+    assert [m.high for m in marks(loss, "median", "kaiming")] == [4, 2.5, math.inf, math.inf]
+    assert [m.value for m in marks(accuracy, "median", "kaiming")] == [0.5, 0.8, 0.7, 0.8]
+    (cross,) = marks(loss, "diverged", "kaiming")
+    assert (cross.x, cross.value) == (2, 1)
+    way = [*runs[:1], dataclasses.replace(runs[1], finished=False)]
+    assert [m.n for m in marks(panel(epochs_chart(way, "init", 0.9).panels, "training loss"), "median", "kaiming")] == [
+        2, 2, 1, 1,
+    ]  # fmt: skip
+    with pytest.raises(NotEnoughError, match="no run has a log"):
+        epochs_chart([dataclasses.replace(run, log=()) for run in runs], "init", 0.9)
+
+
+def test_training_has_snapshots_and_every_layers_derivative() -> None:
+    runs = full_study(seeds=4)
+    found = training_chart(runs, "init").panels
+    rows = ["Hessian λ₁", "Hessian trace", "GGN λ₁", "GGN trace", "conv1", "conv2", "fc1", "fc2"]
+    assert [p.row for p in found] == rows
+    shown = marks(found[0], "median", "kaiming")
+    assert [m.x for m in shown] == [4, 8, 12]
+    keys = {4: "epoch0004", 8: "epoch0008", 12: ""}
+    for m in shown:
+        values = [r.spectra[keys[int(m.x)]] for r in runs if r.value("init") == "kaiming"]
+        assert m.value == pytest.approx(np.median([v.spectra["hessian"].eigenvalues[0].value for v in values]))
+    squares = [r.log[6]["layers"]["fc1"]["derivative_square"] for r in runs if r.value("init") == "kaiming"]
+    assert marks(panel(found, "fc1"), "median", "kaiming")[6].value == pytest.approx(np.median(squares))
+
+
+def test_training_without_snapshots_says_so_by_its_panels() -> None:
+    runs = make_study(moments=("",))
+    chart = training_chart(runs, "init")
+    assert [p.row for p in chart.panels] == ["conv1", "conv2", "fc1", "fc2"]
+    assert "eigenvalue" not in chart.caption
+    deep = {f"fc{i}": {"derivative_square": 0.1 * i} for i in range(1, 12)}
+    many = [dataclasses.replace(r, log=tuple({**line, "layers": deep} for line in r.log)) for r in runs]
+    assert [p.row for p in training_chart(many, "init").panels] == ["fc1", "fc3", "fc5", "fc7", "fc9", "fc11"]
+    bare = [dataclasses.replace(r, log=tuple({**line, "layers": [1]} for line in r.log)) for r in runs]
+    with pytest.raises(NotEnoughError, match="two snapshots"):
+        training_chart(bare, "init")

@@ -1,0 +1,252 @@
+"""Presets: what they say, what of it is refused, and the runs that they stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ikun.initializers import NAMES
+from ikun_hessian import plan, preset
+from ikun_hessian.preset import PresetError
+
+TINY = """
+title = "T"
+by = "init"
+seeds = 2
+[train]
+channels = 2
+lr = 0.01
+[vary]
+init = ["kaiming", "xavier"]
+optimizer = ["adam", "sgd"]
+[when.optimizer.sgd]
+lr = 0.1
+[[spectrum]]
+at = ["final", "loss"]
+top = 3
+[[spectrum]]
+tag = "published"
+samples = 1
+[flatness]
+draws = 4
+[quick]
+seeds = 1
+flatness = false
+[quick.vary]
+init = ["ikun"]
+[quick.when.optimizer.sgd]
+lr = 1.0
+"""
+
+
+def written(folder: Path, text: str = TINY) -> Path:
+    path = folder / "tiny.toml"
+    path.write_text(text)
+    return path
+
+
+def test_the_grid_its_names_and_what_holds_when(tmp_path: Path) -> None:
+    found = preset.runs(preset.read(written(tmp_path)))
+    assert list(found) == [
+        f"{init}-{optimizer}-s{seed}"
+        for seed in (0, 1)
+        for init in ("kaiming", "xavier")
+        for optimizer in ("adam", "sgd")
+    ]
+    assert found["xavier-sgd-s1"] == {"channels": 2, "lr": 0.1, "init": "xavier", "optimizer": "sgd", "seed": 1}
+    assert found["xavier-adam-s1"]["lr"] == 0.01
+
+
+def test_the_quick_form_is_merged_key_by_key(tmp_path: Path) -> None:
+    full, quick = (preset.read(written(tmp_path), quick=q) for q in (False, True))
+    assert [str(a) for a in full.analyses] == [
+        "spectrum final",
+        "spectrum loss",
+        "spectrum final published",
+        "flatness final",
+    ]
+    assert [str(a) for a in quick.analyses] == ["spectrum final", "spectrum loss", "spectrum final published"]
+    assert list(preset.runs(quick)) == ["ikun-adam-s0", "ikun-sgd-s0"]
+    assert preset.runs(quick)["ikun-sgd-s0"]["lr"] == 1.0
+    assert list(preset.runs(preset.read(written(tmp_path), quick=True, seeds=3)))[-1] == "ikun-sgd-s2"
+
+
+def test_several_grids_take_what_they_lack_from_train(tmp_path: Path) -> None:
+    text = """
+        title = "T"
+        by = "init"
+        seeds = 1
+        [train]
+        schedule = "cosine"
+        dropout = 0.0
+        weight-decay = 0.0
+        [[vary]]
+        init = ["ikun", "lecun"]
+        schedule = ["cosine", "none"]
+        [[vary]]
+        init = ["ikun"]
+        weight-decay = [1e-4, 0.25]
+        """
+    found = preset.runs(preset.read(written(tmp_path, text)))
+    assert list(found) == [
+        "ikun-s0",
+        "ikun-schedulenone-s0",
+        "lecun-s0",
+        "lecun-schedulenone-s0",
+        "ikun-weight-decay0p0001-s0",
+        "ikun-weight-decay0p25-s0",
+    ]
+    assert found["ikun-weight-decay0p25-s0"]["schedule"] == "cosine"
+    assert found["lecun-s0"]["weight-decay"] == 0.0
+    with pytest.raises(PresetError, match=r"'weight-decay' is not in every \[\[vary\]\]"):
+        preset.read(written(tmp_path, text.replace("weight-decay = 0.0", "")))
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "value"),
+    [
+        ("channels=4", "channels", 4),
+        ("train.surrogate=sigmoid:4", "surrogate", "sigmoid:4"),
+        ("init=lecun", "init", "lecun"),
+        ("lr=0.5", "lr", 0.5),
+        ("save-at-loss=[0.1, 0.2]", "save-at-loss", [0.1, 0.2]),
+    ],
+)
+def test_changes_from_the_command_line(tmp_path: Path, change: str, key: str, value: Any) -> None:
+    found = preset.runs(preset.read(written(tmp_path), changes=[change]))
+    assert next(options for name, options in found.items() if "adam" in name)[key] == value
+
+
+def test_changes_of_lists_and_of_analyses(tmp_path: Path) -> None:
+    changes = ["init=lecun, ikun", "spectrum.top=7", "spectrum.published.samples=2", "spectrum.at=final", "seeds=3"]
+    found = preset.read(written(tmp_path), changes=[*changes, "accuracy=0.5"])
+    assert (found.seeds, found.accuracy) == (3, 0.5)
+    assert found.grids[0]["init"] == ["lecun", "ikun"]
+    assert {str(a): a.options for a in found.analyses} == {
+        "spectrum final": {"top": 7},
+        "spectrum final published": {"samples": 2},
+        "flatness final": {"draws": 4},
+    }
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('title = "T"', "", "lacks 'title'"),
+        ('title = "T"', 'titel = "T"', "unknown key 'titel': did you mean 'title'?"),
+        ("[flatness]", "[flatnes]", "unknown key 'flatnes': did you mean 'flatness'?"),
+        ("[quick]\nseeds = 1", "[quick]\nsedes = 1", "unknown key 'quick.sedes': did you mean 'seeds'?"),
+        ('by = "init"', 'by = "inits"', "by = 'inits' is not varied: did you mean 'init'?"),
+        ("seeds = 2", "seeds = 0", "seeds must be at least 1"),
+        ("seeds = 2", "seeds = true", "seeds must be a int"),
+        ("seeds = 2", "accuracy = 90", "accuracy must lie above 0"),
+        ("[when.optimizer.sgd]", "[when.optimizer.sdg]", "'sdg' is no value of optimizer: did you mean 'sgd'?"),
+        ("[when.optimizer.sgd]", "[when.optimiser.sgd]", "'optimiser' is not varied: did you mean 'optimizer'?"),
+        ("[when.optimizer.sgd]\nlr", "[when.optimizer.sgd]\ninit", "sets 'init', which is varied itself"),
+        ('["adam", "sgd"]', '"adam"', "[vary] optimizer must be a list"),
+        ('["adam", "sgd"]', "[]", "[vary] optimizer must be a list"),
+        ("[vary]", "[vary]\nseed = [1]", "give seeds = N"),
+        ("[train]", '[train]\ninit = "ikun"', "'init' is in [train] and in [vary]"),
+        ('at = ["final", "loss"]', 'at = ["final", "lost"]', "no moment 'lost': did you mean 'loss'?"),
+        ('at = ["final", "loss"]', 'at = "final"', "at must be a list"),
+        ('tag = "published"', 'tag = "a b"', "tag must be a word"),
+        ('tag = "published"', "", "two [[spectrum]] for 'final'"),
+        ("[[spectrum]]\nat", "[[spectrum\nat", "no valid TOML"),
+        ("[quick]", "[quick]\n[quick.spectrum]\ntop = 1", "list of tables there: [[quick.spectrum]]"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in TINY
+    path = written(tmp_path, TINY.replace(old, new, 1))
+    with pytest.raises(PresetError) as error:
+        preset.read(path, quick=True)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("lr", "give KEY=VALUE"),
+        ("quick.seeds=1", "no such place"),
+        ("spectrum.one.top=1", "has no [spectrum] with tag 'one'"),
+    ],
+)
+def test_changes_that_cannot_be_made(tmp_path: Path, change: str, message: str) -> None:
+    with pytest.raises(PresetError, match=message.replace("[", r"\[")):
+        preset.read(written(tmp_path), changes=[change])
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "message"),
+    [
+        ("train", {"lrr": 1}, "[train] has no option 'lrr': did you mean 'lr'?"),
+        ("train", {"seed": 1}, "[train] has no option 'seed'"),
+        ("train", {"init": "kaimng"}, "[train] init: no 'kaimng': did you mean 'kaiming'?"),
+        ("train", {"surrogate": "atn:2"}, "[train] surrogate: no 'atn:2': did you mean 'atan'?"),
+        ("train", {"lr": "fast"}, "[train] lr: 'fast' is not a valid float"),
+        ("train", {"epochs": 1.5}, "[train] epochs: '1.5' is not a valid integer"),
+        ("train", {"detach-reset": 1}, "[train] detach-reset must be true or false"),
+        ("spectrum", {"tops": 3}, "[spectrum] has no option 'tops': did you mean 'top'?"),
+        ("spectrum", {"split": "tset"}, "[spectrum] split: 'tset' is not one of"),
+        ("flatness", {"calibrate": True}, "[flatness] has no option 'calibrate'"),
+    ],
+)
+def test_options_that_the_commands_do_not_have(table: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PresetError) as error:
+        plan.parsed("my.toml", table, options)
+    assert str(error.value).startswith("my.toml: ")
+    assert message in str(error.value)
+
+
+def test_options_are_those_of_the_command_line() -> None:
+    given = {"save-at-loss": [0.1, 0.02], "hidden": [8, 4], "detach-reset": True, "lr": 1e-5}
+    found = plan.parsed("x", "train", given, seed=3)
+    assert (found["save_at_loss"], found["hidden"], found["detach_reset"]) == ((0.1, 0.02), "8,4", True)
+    assert (found["lr"], found["seed"], found["epochs"]) == (1e-5, 3, 20)
+    assert plan.parsed("x", "spectrum", {"density": False})["density"] is False
+
+
+def test_a_grid_too_large_is_refused_with_its_size(tmp_path: Path) -> None:
+    found = preset.read(written(tmp_path), seeds=251)
+    with pytest.raises(PresetError, match="1004 runs"):
+        preset.runs(found)
+    assert len(preset.runs(found, force=True)) == 1004
+
+
+def test_two_runs_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, TINY.replace('["adam", "sgd"]', '["adam", "sgd"]\nsurrogate = ["atan:2", "atan2"]'))
+    with pytest.raises(PresetError, match="two runs would be called kaiming-adam-atan2-s0"):
+        preset.runs(preset.read(path))
+
+
+def test_unknown_presets() -> None:
+    with pytest.raises(PresetError, match="no preset 'papr': did you mean 'paper'"):
+        preset.find("papr")
+    with pytest.raises(PresetError, match="cannot be read"):
+        preset.read(preset.find("nowhere.toml"))
+
+
+@pytest.mark.parametrize("name", preset.names())
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_presets_that_come_with_it(name: str, quick: bool) -> None:
+    """Every option is one of the commands', and a quick form is small and has seeds enough."""
+    found = preset.read(preset.find(name), quick=quick)
+    options = preset.runs(found)
+    for run in {str({k: v for k, v in o.items() if k != "seed"}): o for o in options.values()}.values():
+        plan.parsed(name, "train", {k: v for k, v in run.items() if k != "seed"})
+    for analysis in found.analyses:
+        plan._step(name, analysis, 1.0)
+    assert found.seeds >= 5
+    assert found.question
+    assert len(options) <= (135 if quick else 400)
+    assert all(len(run) <= 60 for run in options)
+
+
+def test_no_initializer_is_forgotten() -> None:
+    grids = preset.read(preset.find("initializers")).grids
+    assert set(grids[0]["init"]) == set(NAMES) - {"gradient_stable"}
+    assert any("gradient_stable" in grid["init"] for grid in preset.read(preset.find("depth")).grids)
