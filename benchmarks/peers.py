@@ -2,8 +2,8 @@
 
 Needs: pip install '.[benchmarks]'. Reference job: CSNN of width 16 with batch norm, T = 4, hard reset, atan(2), 64
 images of 28 x 28, all parameters, float32, two threads. All candidates run interleaved in one process; a ratio is taken
-within each round, against that round's eager gradient of the plain torch network. Peers get the network in two forms: `2-jet`,
-our own plain torch forward, which can be differentiated in every mode; `Function`, the same network as spiking
+within each round, against that round's eager gradient of the plain torch network. Peers get the network in two forms:
+`2-jet`, our own plain torch forward, which can be differentiated in every mode; `Function`, the same network as spiking
 libraries write it (surrogate in a torch.autograd.Function, torch's max-pooling), which is faster. Every product is
 compared with ours before it is timed; what a tool cannot do is printed.
 """
@@ -40,14 +40,16 @@ def pyhessian(objective: Objective, model: nn.Module, loader: bool) -> Product:
 
 
 def eigenthings(objective: Objective, model: nn.Module) -> Product:
-    from hessian_eigenthings import HessianOperator
+    from hessian_eigenthings import HessianOperator  # type: ignore[import-untyped]
 
     operator = HessianOperator(model, list(objective.batches), lambda m, batch: objective.loss(m(batch[0]), batch[1]))
-    return operator.matvec
+    return lambda v: operator.matvec(v)
 
 
 class Loss(nn.Module):
     """curvlinops wants a module."""
+
+    reduction = "mean"
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
@@ -58,12 +60,12 @@ class Loss(nn.Module):
 
 
 def curvlinops(objective: Objective, model: nn.Module) -> Product:
-    from curvlinops import HessianLinearOperator
+    from curvlinops import HessianLinearOperator  # type: ignore[import-untyped]
 
-    loss = Loss(objective)
-    loss.reduction = "mean"
     parameters = list(objective.parameters.values())
-    operator = HessianLinearOperator(model, loss, parameters, list(objective.batches), check_deterministic=False)
+    operator = HessianLinearOperator(
+        model, Loss(objective), parameters, list(objective.batches), check_deterministic=False
+    )
     return lambda v: operator @ v
 
 

@@ -26,12 +26,13 @@ from torch import Tensor, nn  # noqa: E402
 
 from hessian_tools.objective import Objective, make_objective  # noqa: E402
 from ikun import data  # noqa: E402
-from ikun.networks import LOSSES, MaxPool, Network, Spec  # noqa: E402
+from ikun.layers import MaxPool  # noqa: E402
+from ikun.networks import LOSSES, Network, Spec  # noqa: E402
 from ikun.neurons import Neuron  # noqa: E402
 
 Candidates = dict[str, Callable[[], object]]
 Times = dict[str, list[float]]
-TRIES, PATIENCE = 6, 60.0  # timings of which one must be undisturbed; seconds of waiting for each
+PATIENCE = 90.0  # seconds in which one timing must be undisturbed
 
 
 def others() -> float:
@@ -50,9 +51,9 @@ def timed(run: Callable[[], object]) -> tuple[float, bool]:
     A timing is the mean of so many runs as take a fifth of a second, behind a first one that does not count: caches and
     threads are as in an iteration, not as another candidate left them.
     """
-    disturbed = []
-    for _ in range(TRIES):
-        patience = time.monotonic() + PATIENCE
+    disturbed: list[float] = []
+    patience = time.monotonic() + PATIENCE
+    while not disturbed or time.monotonic() < patience:
         while time.monotonic() < patience:
             before = others()
             time.sleep(0.1)
@@ -107,8 +108,8 @@ def images(folder: str | None, count: int) -> tuple[Tensor, Tensor]:
     found = data.load("digits") if folder is None else data.load("fashion-mnist", data_dir=folder)
     name = "digits padded to 28 x 28 (no Fashion-MNIST folder given)" if folder is None else "Fashion-MNIST"
     print(f"images: {name}")
-    x = F.pad(found.images, (10, 10, 10, 10)) if folder is None else found.images
-    return x[:count], found.labels[:count]
+    x = found.images[:count]
+    return F.pad(x, (10, 10, 10, 10)) if folder is None else x, found.labels[:count]
 
 
 def reference_job(batch: tuple[Tensor, Tensor], batch_size: int | None = None, **changes: Any) -> Objective:
@@ -173,7 +174,8 @@ class Conventional(nn.Module):
                 flat = x.flatten(0, 1)
                 y = F.max_pool2d(flat, 2) if isinstance(layer, MaxPool) else layer(flat)
                 x = y.unflatten(0, (self.steps, -1))
-        return x.mean(0)
+        rates: Tensor = x.mean(0)
+        return rates
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:

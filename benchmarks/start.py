@@ -56,7 +56,7 @@ def passes() -> dict[str, tuple[Candidates, Tensor]]:
     plain = {
         "tangent": lambda scan, x: fused.torch_tangent(scan, x, 0.0),
         "adjoint": lambda scan, x: fused.torch_adjoint(scan, x)[0],
-        "tangent of adjoint": lambda scan, x: fused.torch_adjoint_tangent(scan, x, x)[0],
+        "tangent of adjoint": lambda scan, x: fused.torch_adjoint_tangent(scan, x, x, 0.0)[0],
     }
     ours = {
         "tangent": fused.tangent,

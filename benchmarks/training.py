@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -39,12 +40,12 @@ def steps(spec: Spec, batch: tuple[Tensor, Tensor]) -> Candidates:
     for form in ("plain torch (2-jet)", "plain torch (Function)", "fused scans"):
         torch.manual_seed(0)
         net = Network(spec).train()
-        other = Conventional(net)
-        forward: Callable[[Tensor], Tensor] = {
+        forms: dict[str, Callable[[Tensor], Tensor]] = {
             "plain torch (2-jet)": net,
-            "plain torch (Function)": other,
-            "fused scans": lambda x, net=net: net(x, once=True),  # type: ignore[misc]
-        }[form]
+            "plain torch (Function)": Conventional(net),
+            "fused scans": partial(net, once=True),
+        }
+        forward = forms[form]
         optimizer = torch.optim.Adam(net.parameters())
         outputs = forward(x)
         gradients = torch.autograd.grad(LOSSES["mse"](outputs, y), list(net.parameters()))

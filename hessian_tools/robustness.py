@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hessian_tools.forward import accuracy, noise, noise_scales, outputs_at
-from hessian_tools.inference import Interval, kendall
+from hessian_tools.inference import Interval, kendall, median
 from hessian_tools.objective import Objective
 from hessian_tools.runs import Run
 from hessian_tools.trace import estimate
@@ -121,26 +121,40 @@ def ranks(measured: Sequence[tuple[Run, RobustnessResult]], by: str) -> dict[str
     return table
 
 
-def ranks_markdown(measured: Sequence[tuple[Run, RobustnessResult]], by: str) -> str:
-    """`ranks` as a table: overall, then within the levels of `by`; "" where nothing can be ranked."""
-    table = ranks(measured, by)
-    if not table:
-        return ""
-    kinds = list(dict.fromkeys(kind for row in table.values() for kind in row))
-    lines = [
-        f"Kendall's tau of each metric with the accuracy lost, over all {len(measured)} runs and (in brackets) within "
-        f"the levels of {by}; 95% intervals over runs. Positive: the sharper lost more.",
-        "",
-        "| | " + " | ".join(kinds) + " |",
-        "|---" * (len(kinds) + 1) + "|",
-    ]
-    for name, row in table.items():
-        cells = [f"{_tau(row[kind][0])} ({_tau(row[kind][1])})" if kind in row else "-" for kind in kinds]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+def markdown(measured: Sequence[tuple[Run, RobustnessResult]], by: str) -> str:
+    """Two tables: the accuracy lost by disturbance in every level of `by`, and `ranks` where there is something to
+    rank."""
+    losses: dict[str, list[dict[str, float]]] = {}
+    for run, result in measured:
+        losses.setdefault(str(run.value(by)), []).append(lost(result))
+    kinds = list(dict.fromkeys(kind for found in losses.values() for drops in found for kind in drops))
+    lines = ["Accuracy lost, in %: mean over severities, median over runs [95% interval].", "", *_head(["", *kinds])]
+    for level, found in losses.items():
+        cells = [_interval(median([100 * drops[kind] for drops in found if kind in drops])) for kind in kinds]
+        lines.append(_row([f"{by} {level} ({len(found)} runs)", *cells]))
+    if table := ranks(measured, by):
+        lines += [
+            "",
+            "Kendall's tau of each metric with the accuracy lost, over all runs and (in brackets) within the levels "
+            f"of {by} [95% interval over runs]. Positive: the sharper lost more.",
+            "",
+            *_head(["", *kinds]),
+        ]
+        for name, row in table.items():
+            both = [f"{_interval(row[k][0])} ({_interval(row[k][1])})" if k in row else "-" for k in kinds]
+            lines.append(_row([name, *both]))
     return "\n".join([*lines, ""])
 
 
-def _tau(found: Interval) -> str:
+def _head(cells: Sequence[str]) -> list[str]:
+    return [_row(cells), "|---" * len(cells) + "|"]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _interval(found: Interval) -> str:
     if math.isnan(found.value):
         return "-"
     ends = "" if math.isnan(found.low) else f" [{found.low:.2f}, {found.high:.2f}]"

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hessian_tools.calibration_study import study_figure
+from hessian_tools.calibration_figure import AGAINST, middle, predictions
+from hessian_tools.calibration_study import study_figure, surrogate_of
 from hessian_tools.figures import save_figure
 from hessian_tools.results import write_table
 from hessian_tools.runs import Run
@@ -115,14 +117,24 @@ def write_chart(chart: Chart, stem: Path, width: int = 2) -> list[Path]:
 
 
 def _draw_calibrations(found: Mapping[str, CalibrationResult], out: Path) -> list[Path]:
+    """The figure of calibrations together, two columns wide, and its table: (a-d), then the directions of (e-g)."""
     if not found:
         raise NotEnoughError("no NAME.calibration.json: run `ikun-hessian flatness --calibrate` on the checkpoints")
-    rows = [
-        {"network": name, "scale": s.scale, "operator": operator, "rank_correlation": a.correlation, "ratio": a.ratio}
-        for name, result in found.items()
-        for s in result.calibration.scales
-        for operator, a in s.agreement.items()
-    ]
+    rows: list[dict[str, Any]] = []
+    for name, result in found.items():
+        network = {"network": name, "surrogate": surrogate_of(result)}
+        rows += [
+            {**network, "scale": s.scale, "operator": operator, "rank_correlation": a.correlation, "ratio": a.ratio}
+            for s in result.calibration.scales
+            for operator, a in s.agreement.items()
+        ]
+        at, kinds = middle(result), result.calibration.kinds
+        rows += [
+            {**network, "scale": at.scale, "operator": operator, "direction": kind, "prediction": p, "curvature": c}
+            for operator in AGAINST
+            for kind, p, c in zip(kinds, predictions(result, at, operator).tolist(), at.curvature, strict=True)
+            if math.isfinite(p)
+        ]
     write_table(rows, out / "calibration.csv")
     return [*save_figure(study_figure(found), out / "calibration"), out / "calibration.csv"]
 
@@ -223,9 +235,8 @@ _TALL = {"rank": 1.4}  # of the panels' heights, by kind of x
 
 def _named(panel: Panel, place: tuple[int, int], flowing: bool, width: float) -> str:
     """The title of a panel, in lines of at most so many points; none where it would say what its axes say."""
-    title = panel.row if flowing else panel.column if place[0] == 0 else ""
-    if title in (panel.y.label, panel.x.label):
-        return ""
+    names = [panel.column if place[0] == 0 and not flowing else "", panel.row]
+    title = ", ".join(name for name in names if name not in ("", panel.x.label, panel.y.label))
     return fitted(printable(title, 80).replace(" ≤ ", "\u00a0≤\u00a0"), width - 22)
 
 

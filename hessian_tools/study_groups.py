@@ -120,7 +120,7 @@ def moments(runs: Iterable[Run]) -> list[str]:
 
 
 def moment_name(moment: str) -> str:
-    return f"loss ≤ {moment[4:]}" if moment else "end of training"
+    return f"loss ≤ {moment[4:]}" if moment else "at the end"
 
 
 def titled(setting: str, moment: str) -> str:

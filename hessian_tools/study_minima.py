@@ -87,7 +87,9 @@ def ranks_chart(runs: Sequence[Run], by: str) -> Chart:
         "Eigenvalues by rank: a dot a run, lines and bands: median and quartiles over seeds; hollow: not converged, "
     )
     caption += "or of a run that diverged and is in no median. Norm-scaled: λ₁ with weights in units of each filter’s "
-    caption += "norm; bars: medians. Density of the bulk: mean over runs, where at least one eigenvalue. "
+    caption += "norm; bars: medians. "
+    if panels["density"]:
+        caption += "Density of the bulk: mean over runs, where at least one eigenvalue. "
     caption += f"Runs with spectra: {', '.join(f'{len(pairs)} ({titled(*key)})' for key, pairs in found.items())}."
     return Chart(tuple(itertools.chain(*panels.values())), by, caption, tuple(runs))
 

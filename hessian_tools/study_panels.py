@@ -138,6 +138,9 @@ def set_y(ax: Axes, found: Range, label: str, kind: str, height: float) -> None:
     value_scale(ax, found.axis, fitted(label, height), height)
     if kind == "share":
         ax.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
+    if kind == "epochs":
+        ax.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
+        ax.yaxis.set_major_formatter("{x:g}")
     if found.beyond:
         edge = high * (1 - BEYOND)
         ticks = [t for t in ax.get_yticks() if t < edge]
@@ -177,6 +180,7 @@ def set_x(ax: Axes, axis: Axis, marks: Sequence[Mark], width: float) -> None:
     elif axis.kind == "count":
         count_axis(ax, [int(n) for n in x], width)
     elif axis.kind == "gain":
+        low, high = min(low, 1.0), max(high, 1.0)
         _log_x(ax, low / 1.5, high * 1.5, sorted(set(x.tolist())), width)
         ax.axvline(1, color="0.45", linestyle="--", linewidth=0.8, zorder=0, label="rule")
     elif axis.kind == "signed":
@@ -242,13 +246,14 @@ def draw_panel(
         return say(ax, "nothing measured")
     set_y(ax, found, panel.y.label, panel.y.kind, size[1])
     set_x(ax, panel.x, beside, size[0])
+    dots = 3.0 if len(panel.marks) < 100 else 2.2
     ends = (int(max((m.x for m in beside), default=0)), int(max((-m.x for m in beside), default=0)))
     for name, look in styles.items():
         for kind in dict.fromkeys(m.kind for m in panel.marks if m.level == name):
             marks = [m for m in panel.marks if (m.level, m.kind) == (name, kind)]
             x = _places(marks, panel.x.kind, look, ends)
             y = np.array([_shown(m.value, found) for m in marks])
-            _draw(ax, kind, marks, x, y, look, found)
+            _draw(ax, kind, marks, x, y, look, found, dots)
     if panel.y.kind == "place":
         _name_places(ax, [m for m in panel.marks if m.x == 1])
     sns.despine(ax=ax)
@@ -292,13 +297,16 @@ def _shown(value: float, found: Range) -> float:
     return found.floor if not math.isnan(found.floor) and value < found.floor else value
 
 
-def _draw(ax: Axes, kind: str, marks: Sequence[Mark], x: Array, y: Array, look: LevelLook, found: Range) -> None:
+def _draw(
+    ax: Axes, kind: str, marks: Sequence[Mark], x: Array, y: Array, look: LevelLook, found: Range, dots: float
+) -> None:
+    """Marks of one kind and level at x, y. dots: size of those of runs."""
     name = marks[0].level
     if kind == "run":
         for note in dict.fromkeys(m.note for m in marks):
             at = np.array([m.note == note for m in marks])
             ax.plot(
-                x[at], y[at], linestyle="none", marker=look.marker, markersize=2.2, color=look.colour, alpha=0.75,
+                x[at], y[at], linestyle="none", marker=look.marker, markersize=dots, color=look.colour, alpha=0.75,
                 markerfacecolor="white" if note else look.colour, markeredgewidth=0.6 if note else 0.2,
                 label=f"run {name}", zorder=1.6,
             )  # fmt: skip

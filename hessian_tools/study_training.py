@@ -27,10 +27,10 @@ from hessian_tools.study_groups import (
 from hessian_tools.typesetting import operator_name
 
 EPOCH = Axis("epoch", "epoch")
-AT_START = {  # of a layer at initialization: name of the panel, axis
-    "current_variance": ("forward", Axis("variance of the current", "log")),
-    "gradient_square": ("backward", Axis("mean square gradient", "log")),
-    "firing_rate": ("firing", Axis("firing rate", "rate")),
+AT_START = {  # of a layer at initialization
+    "current_variance": Axis("variance of the current", "log"),
+    "gradient_square": Axis("mean square gradient", "log"),
+    "firing_rate": Axis("firing rate", "linear"),
 }
 
 
@@ -46,15 +46,17 @@ def start_chart(runs: Sequence[Run], by: str) -> Chart:
     panels = []
     for column, members in settings(known, by, AFTER_START).items():
         alike = {(level(run, by), run.value("seed")): run for run in reversed(members)}.values()
-        for key, (row, y) in AT_START.items():
+        for key, y in AT_START.items():
             points: dict[str, list[tuple[float, float]]] = {}
             for run in reversed(list(alike)):
                 for depth, layer in enumerate(layers_of(run), 1):
                     points.setdefault(level(run, by), []).append((depth, number(layer.get(key))))
             marks = [mark for name, found in points.items() for mark in medians(name, found)]
-            panels.append(Panel(row, column, Axis("layer, by depth", "layer"), y, tuple(marks)))
-    caption = "At initialization, BatchNorm by the batch, on the first 256 training samples: variance of the current "
-    caption += "into the neurons, mean square of the loss's gradient there, share of steps with a spike."
+            panels.append(Panel(y.label, column, Axis("layer, by depth", "layer"), y, tuple(marks)))
+    caption = "At initialization, BatchNorm by the batch, on the first 256 training samples. Forward: variance of the "
+    caption += (
+        "current into the neurons; backward: mean square of the loss’s gradient there; share of steps with a spike."
+    )
     return Chart(tuple(panels), by, caption, tuple(known))
 
 
@@ -189,8 +191,8 @@ def training_chart(runs: Sequence[Run], by: str) -> Chart:
     """
     panels: list[Panel] = []
     spectral = 0
-    for column, members in settings(runs, by).items():
-        panels += (of_snapshots := _snapshot_panels(column, members, by))
+    for page, members in settings(runs, by).items():
+        panels += (of_snapshots := _snapshot_panels(page, members, by))
         spectral += len(of_snapshots)
         names = dict.fromkeys(name for run in members for line in run.log for name in logged_layers(line))
         for layer in _spread(list(names), 6):
@@ -201,7 +203,7 @@ def training_chart(runs: Sequence[Run], by: str) -> Chart:
                     points.setdefault(level(run, by), []).append((line["epoch"], value))
             marks = [mark for name, found in points.items() for mark in medians(name, found)]
             if any(math.isfinite(mark.value) for mark in marks):
-                panels.append(Panel(layer, column, EPOCH, Axis("E[f′(h)²]", "log"), tuple(marks)))
+                panels.append(Panel(layer, "", EPOCH, Axis("E[f′(h)²]", "log"), tuple(marks), page=page))
     if not panels:
         raise NotEnoughError("no run has spectra of two snapshots (train --snapshots), or E[f'^2] in its log")
     parts = ["largest eigenvalue and trace of the snapshots on all samples analysed"] if spectral else []
@@ -216,7 +218,7 @@ def logged_layers(line: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
 
 
-def _snapshot_panels(column: str, runs: Sequence[Run], by: str) -> list[Panel]:
+def _snapshot_panels(page: str, runs: Sequence[Run], by: str) -> list[Panel]:
     """Of every operator lambda_max and the trace; none without two epochs."""
     found: dict[tuple[str, str], dict[str, dict[tuple[str, int], float]]] = {}
     for run in runs:
@@ -237,7 +239,7 @@ def _snapshot_panels(column: str, runs: Sequence[Run], by: str) -> list[Panel]:
             marks = [mark for name, of in points.items() for mark in medians(name, of)]
             if any(math.isfinite(mark.value) for mark in marks):
                 label = f"{operator_name(operator)} {quantity}"
-                panels.append(Panel(label, column, EPOCH, Axis(label, "signed"), tuple(marks)))
+                panels.append(Panel(label, "", EPOCH, Axis(label, "signed"), tuple(marks), page=page))
     return panels
 
 

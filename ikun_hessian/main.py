@@ -44,7 +44,7 @@ def _message(error: BaseException) -> str:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 1 the computation failed, 2 the user's mistake, 130 interrupted."""
     try:
-        cli.main(arguments, prog_name="ikun-hessian", standalone_mode=False)
+        code = cli.main(arguments, prog_name="ikun-hessian", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
         rank, size = os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE", "1"))
         one = f"rank {rank} of {size}: " if size > 1 else ""
@@ -76,7 +76,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         hint = ": lower --batch-size or --memory" if "memory" in message.lower() else ""
         click.echo(f"error: {message}{hint}", err=True)
         return 1
-    return 0
+    return code if isinstance(code, int) else 0  # click returns the code of an Exit, or what the command did
 
 
 def main() -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ikun_hessian import flatness, preset, robustness, runner, spectrum, train
 from ikun_hessian.preset import Analysis, Preset, PresetError, meant
+
+if TYPE_CHECKING:
+    from ikun.checkpoint import DataSpec
 
 SCHEMA = "ikun-hessian/study/1"
 COMMANDS = {"train": train.train, "spectrum": spectrum.spectrum, "flatness": flatness.flatness}
@@ -47,6 +50,7 @@ def make(
     steps = tuple(_step(found.source, analysis, memory) for analysis in found.analyses)
     conditions: dict[str, Any] = {}
     skipped: dict[str, str] = {}
+    counts: dict[Any, int] = {}
     units = []
     options_of = preset.runs(found, force)
     for name, options in options_of.items():
@@ -57,6 +61,7 @@ def make(
         if conditions[key] is None:
             continue
         network, data, training, folder = conditions[key]
+        _enough(found.source, data, folder, steps, counts)
         units.append(
             runner.Unit(
                 name=name,
@@ -153,6 +158,22 @@ def _specifications(
         raise PresetError(f"{found.source}: run {name}: {message}") from None
 
 
+def _enough(
+    source: str, data: DataSpec, folder: Path | None, steps: Sequence[runner.Step], counts: dict[Any, int]
+) -> None:
+    """No analysis asks for more samples than there are: before hours of training. counts: those known already."""
+    for step in steps:
+        samples, split = step.opening["samples"], step.opening["split"]
+        if samples == "all":
+            continue
+        if (data, split) not in counts:
+            counts[data, split] = len(data.load(split, folder))
+        if not 1 <= int(samples) <= counts[data, split]:
+            raise PresetError(
+                f"{source}: [{step.command}] samples {samples}: {data.name} {split} has {counts[data, split]} here"
+            )
+
+
 def _step(source: str, analysis: Analysis, memory: float) -> runner.Step:
     settings: Any
     try:
@@ -169,6 +190,8 @@ def _step(source: str, analysis: Analysis, memory: float) -> runner.Step:
     except (ValueError, click.UsageError) as error:
         message = error.message if isinstance(error, click.UsageError) else str(error)
         raise PresetError(f"{source}: [{analysis.command}] {message}") from None
+    if not (opening["samples"] == "all" or opening["samples"].isdecimal()):
+        raise PresetError(f"{source}: [{analysis.command}] samples: a number or 'all', not '{opening['samples']}'")
     return runner.Step(analysis.command, analysis.moment, analysis.tag, settings, opening)
 
 

@@ -46,6 +46,7 @@ FOLDER = Path(__file__).parent / "presets"
 MOST_RUNS = 1000
 MOMENTS = ("final", "loss", "snapshots")
 ANALYSES = ("spectrum", "flatness", "robustness")
+KINDS = {str: "text", int: "a whole number", float: "a number", list: "a list"}
 PLAIN = {"title": str, "question": str, "by": str, "accuracy": float, "seeds": int, "figures": list}
 TABLES = ("train", "vary", "when", *ANALYSES)
 
@@ -137,7 +138,7 @@ def _preset(path: Path, values: Mapping[str, Any], anywhere: Sequence[Mapping[st
             raise PresetError(f"{path}: lacks '{key}'")
         allowed = (int, float) if kind is float else (kind,)
         if not isinstance(plain[key], allowed) or isinstance(plain[key], bool):
-            raise PresetError(f"{path}: {key} must be a {kind.__name__}, not {plain[key]!r}")
+            raise PresetError(f"{path}: {key} must be {KINDS[kind]}, not {plain[key]!r}")
     if plain["seeds"] < 1:
         raise PresetError(f"{path}: seeds must be at least 1, not {plain['seeds']}")
     if not 0 < plain["accuracy"] <= 1:

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 if TYPE_CHECKING:
     from ikun.checkpoint import DataSpec
     from ikun.networks import Spec
@@ -151,7 +153,7 @@ def _tried(step: str, work: Callable[[], None]) -> str:
         raise
     except Exception as error:  # the others go on, whatever it was
         message = " ".join(str(error).split()) or type(error).__name__
-        known = isinstance(error, ValueError | RuntimeError | MemoryError)
+        known = isinstance(error, ValueError | RuntimeError | MemoryError | click.ClickException)
         return f"{step}: {message if known else f'{type(error).__name__}: {message}'}"
     return ""
 

@@ -86,14 +86,18 @@ def study(
         click.echo("\n".join(f"{_state(unit):<12}{unit.name}" for unit in plan.units))
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
-        from ikun_hessian.plan import settle
+    try:
+        with _alone(folder):
+            from ikun_hessian.plan import settle
 
-        settle(plan.record, folder, force)
-        failures = _work(plan.units, jobs)
-        for run, why in failures.items():
-            click.echo(f"! {run} failed: {why}")
-        written = _finish(found, plan, folder)
+            settle(plan.record, folder, force)
+            failures = _work(plan.units, jobs)
+            for run, why in failures.items():
+                click.echo(f"! {run} failed: {why}")
+            written = _finish(found, plan, folder)
+    except KeyboardInterrupt:
+        click.echo("interrupted: the same command goes on", err=True)
+        raise click.exceptions.Exit(130) from None
     click.echo("\n".join(written))
     if len(failures) == len(plan.units):
         raise FailedError(f"all {len(failures)} runs failed: the same command tries them again")
@@ -170,16 +174,14 @@ def _work(units: Sequence[Unit], jobs: int) -> dict[str, str]:
 
     left = [unit for unit in units if not unit.done()]
     failures: dict[str, str] = {}
+    if not left:
+        return failures
     with _bar(units, left) as say:
-        try:
-            pool = Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch="all")
-            for name, why in pool(delayed(_named)(unit) for unit in left):
-                if why:
-                    failures[name] = why
-                    say(f"{name} failed: {why}")
-        except KeyboardInterrupt:
-            say("interrupted: the same command goes on")
-            raise click.exceptions.Exit(130) from None
+        pool = Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch="all")
+        for name, why in pool(delayed(_named)(unit) for unit in left):
+            if why:
+                failures[name] = why
+                say(f"{name} failed: {why}")
     return failures
 
 
@@ -240,7 +242,7 @@ def _tables(runs: Sequence[Run], by: str, found: Preset, folder: Path) -> list[s
         from hessian_tools import robustness
 
         write_table(robustness.rows(measured, by), folder / "robustness.csv")
-        text += ["", "## Robustness", "", robustness.ranks_markdown(measured, by)]
+        text += ["", "## Robustness", "", robustness.markdown(measured, by)]
         lines[0] += ", robustness.csv"
     whole = "\n".join(text).rstrip() + "\n"
     write_atomically(folder / "tables.md", lambda file: file.write(whole.encode()))

@@ -189,12 +189,17 @@ def _neuron(x: Dual, layer: Layer, weights: dict[str, Dual]) -> Dual:
         decay = -gain + 1.0
     else:
         gain, decay = Dual.constant(one * layer["gain"]), Dual.constant(one * layer["decay"])
+    recurrent = weights[layer["recurrent"]] if "recurrent" in layer else None
     f1, f2 = layer["spike"]
     value: Function = layer.get("primitive", lambda z: (z >= 0).astype(np.float64))
     v = Dual.constant(np.full_like(x.a[:, :, 0], v_reset))
     spikes: list[Dual] = []
     for t in range(x.a.shape[2]):
-        h = decay * v + gain * x.map(lambda part, t=t: part[:, :, t]) + (-decay + 1.0) * v_reset  # type: ignore[misc]
+        current = x.map(lambda part, t=t: part[:, :, t])  # type: ignore[misc]
+        if recurrent is not None and spikes:  # V s[t-1]; _linear wants an axis of time
+            before = spikes[-1].map(lambda part: part[:, :, None])
+            current = current + _product(_linear, before, recurrent).map(lambda part: part[:, :, 0])
+        h = decay * v + gain * current + (-decay + 1.0) * v_reset
         z = h.a - theta
         s = h.lift(value(z), f1(z), f2(z))
         spikes.append(s)
@@ -223,6 +228,8 @@ def _forward(layers: list[Layer], weights: dict[str, Dual], x: Dual) -> Dual:
             x = (_norm if kind == "norm" else _neuron)(x, layer, weights)
         elif kind == "pool":
             x = _pool(x, layer)
+        elif kind == "residual":
+            x = x + _forward(layer["layers"], weights, x)
         elif kind == "flatten":
             x = x.map(lambda part: part.reshape(*part.shape[:4], -1))
         else:
@@ -271,7 +278,9 @@ def hessian(
     layers: {"kind": "conv" | "linear", "weight": name}; {"kind": "norm", "weight": name, "bias": name, "mean": array,
     "var": array}; {"kind": "pool", "ties": "first" | "last"}; {"kind": "flatten"}; {"kind": "neuron", "threshold":
     float, "v_reset": float, "decay": float, "gain": float (or "logit": name, PLIF, in place of these two), "reset":
-    "hard" | "soft", "detach_reset": bool, "spike": (f', f'')} with, optionally, "primitive": F in place of the step.
+    "hard" | "soft", "detach_reset": bool, "spike": (f', f'')} with, optionally, "primitive": F in place of the step and
+    "recurrent": name of V [M, M], V s[t-1] being added to the current; {"kind": "residual", "layers": [...]}: what
+    these layers make of their input is added to it.
     params: their order is the flat layout (row-major, concatenated). x [N, ...] is repeated `timesteps` times; y [N].
     loss: "mse" or "ce" of the last layer's output averaged over time. The directions are unit vectors, BLOCK at a time;
     mirror=False computes both triangles, so that the symmetry of the result is a finding and not a construction.

@@ -92,7 +92,7 @@ def test_ten_levels_can_be_read_too(ten: list[Run], name: str, width: int) -> No
 def test_lines_bands_and_dots_are_those_of_the_table(three: list[Run]) -> None:
     made = charts("init", 0.9)["start"](three)
     (figure,) = chart_figures(made)
-    rows = [r for r in table(made) if (r["panel"], r["init"]) == ("forward", "kaiming")]
+    rows = [r for r in table(made) if (r["panel"], r["init"]) == ("variance of the current", "kaiming")]
     assert points(figure, "kaiming").tolist() == [[r["x"], r["y"]] for r in rows]
     (band,) = [c for c in figure.axes[0].collections if c.get_label() == "band kaiming"]
     outline = {tuple(xy) for xy in band.get_paths()[0].vertices.tolist()}

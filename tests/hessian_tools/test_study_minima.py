@@ -42,8 +42,8 @@ def changed(run: Run, change: Callable[[SpectrumResult], SpectrumResult]) -> Run
 
 def test_ranks_are_dots_of_runs_and_medians(runs: list[Run]) -> None:
     found = ranks_chart(runs, "init")
-    assert list(dict.fromkeys(p.column for p in found.panels)) == ["loss ≤ 0.02", "end of training"]
-    assert "17 (loss ≤ 0.02), 17 (end of training)" in found.caption  # one of 18 diverged and has none
+    assert list(dict.fromkeys(p.column for p in found.panels)) == ["loss ≤ 0.02", "at the end"]
+    assert "17 (loss ≤ 0.02), 17 (at the end)" in found.caption  # one of 18 diverged and has none
     members = [r for r in runs if r.value("init") == "kaiming"]
     for row, operator in zip(RANKS, ("hessian", "ggn"), strict=True):
         shown = panel(found.panels, row, "loss ≤ 0.02")
@@ -53,7 +53,7 @@ def test_ranks_are_dots_of_runs_and_medians(runs: list[Run]) -> None:
         dots = [m for m in marks(shown, "run") if m.run == members[0].name and m.x > 0]
         assert [(m.x, m.value) for m in dots] == list(enumerate(tops[0].tolist(), 1))
     lows = [r.spectra[""].spectra["hessian"].smallest_eigenvalues[0].value for r in members]
-    smallest = [m for m in marks(panel(found.panels, RANKS[0], "end of training"), "median") if m.x == -1]
+    smallest = [m for m in marks(panel(found.panels, RANKS[0], "at the end"), "median") if m.x == -1]
     assert [m.value for m in smallest] == [pytest.approx(np.median(lows))]
 
 
@@ -67,15 +67,15 @@ def test_what_did_not_converge_or_diverged_is_hollow_and_the_diverged_in_no_medi
         return dataclasses.replace(result, spectra={**result.spectra, "ggn": ggn})
 
     found = ranks_chart([changed(healthy, loose), lost], "init").panels
-    dots = marks(panel(found, RANKS[1], "end of training"), "run")
+    dots = marks(panel(found, RANKS[1], "at the end"), "run")
     assert {(m.run, m.note) for m in dots} == {(healthy.name, "not converged"), (lost.name, "diverged")}
-    assert {m.n for m in marks(panel(found, RANKS[1], "end of training"), "median")} == {1}
-    (bar,) = marks(panel(found, "GGN λ₁, norm-scaled", "end of training"), "bar")
+    assert {m.n for m in marks(panel(found, RANKS[1], "at the end"), "median")} == {1}
+    (bar,) = marks(panel(found, "GGN λ₁, norm-scaled", "at the end"), "bar")
     assert bar.value == healthy.spectra[""].spectra["ggn"].scale_free_lambda_max
 
 
 def test_norm_scaled_values_stand_over_their_levels(runs: list[Run]) -> None:
-    shown = panel(ranks_chart(runs, "init").panels, "Hessian λ₁, norm-scaled", "end of training")
+    shown = panel(ranks_chart(runs, "init").panels, "Hessian λ₁, norm-scaled", "at the end")
     assert shown.x.ticks == ("ikun", "kaiming", "xavier")
     assert {(m.level, m.x) for m in shown.marks} == {("ikun", 0), ("kaiming", 1), ("xavier", 2)}
     values = [r.spectra[""].spectra["hessian"].scale_free_lambda_max for r in runs if r.value("init") == "kaiming"]
@@ -86,7 +86,7 @@ def test_norm_scaled_values_stand_over_their_levels(runs: list[Run]) -> None:
 
 def test_densities_are_means_over_runs_that_integrate_to_the_bulk(runs: list[Run]) -> None:
     found = [p for p in ranks_chart(runs, "init").panels if p.row.endswith("per unit λ")]
-    assert [p.column for p in found] == ["loss ≤ 0.02", "end of training"]
+    assert [p.column for p in found] == ["loss ≤ 0.02", "at the end"]
     for p in found:
         curve = marks(p, "curve")
         x, y = np.array([m.x for m in curve]), np.nan_to_num([m.value for m in curve])
@@ -166,11 +166,11 @@ def test_layers_and_samples(runs: list[Run]) -> None:
 
 def test_gap_has_every_run_and_kendalls_tau(runs: list[Run]) -> None:
     found = gap_chart(runs, "init").panels
-    assert list(dict.fromkeys(p.page for p in found)) == ["loss ≤ 0.02", "end of training"]
+    assert list(dict.fromkeys(p.page for p in found)) == ["loss ≤ 0.02", "at the end"]
     assert len(found) == 16
     columns = ["Hessian λ₁", "GGN λ₁", "GGN λ₁, norm-scaled", "adaptive average sharpness"]
     assert list(dict.fromkeys(p.column for p in found)) == columns
-    (shown,) = [p for p in found if (p.row, p.column, p.page) == ("loss gap", "GGN λ₁", "end of training")]
+    (shown,) = [p for p in found if (p.row, p.column, p.page) == ("loss gap", "GGN λ₁", "at the end")]
     known = [r for r in runs if not r.diverged]
     x = [r.spectra[""].spectra["ggn"].eigenvalues[0].value for r in known]
     y = [r.log[-1]["test_loss"] - r.log[-1]["loss"] for r in known]
@@ -196,6 +196,8 @@ def test_gap_needs_three_runs_with_a_log(runs: list[Run]) -> None:
         gap_chart(runs[:2], "init")
     with pytest.raises(NotEnoughError, match="no three runs"):
         gap_chart([dataclasses.replace(run, log=()) for run in runs], "init")
+    lost = [dataclasses.replace(run, failures=("NaN: x",)) for run in runs[:2]]
+    assert len(gap_chart([*lost, *runs[2:6]], "init").panels[0].marks) == 4
     few = gap_chart(runs[:3], "init").panels[0].foot
     assert "[" not in few  # no interval from three
     assert math.isfinite(float(few.removeprefix("τ ").replace("−", "-")))

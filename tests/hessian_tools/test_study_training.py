@@ -38,8 +38,12 @@ def logged(accuracies: Sequence[float], losses: Sequence[float | None], **change
 def test_start_is_the_median_and_quartiles_over_seeds() -> None:
     runs = make_study(seeds=range(5))
     found = start_chart(runs, "init")
-    assert [p.row for p in found.panels] == ["forward", "backward", "firing"]
-    for row, key in (("forward", "current_variance"), ("backward", "gradient_square"), ("firing", "firing_rate")):
+    assert [p.row for p in found.panels] == ["variance of the current", "mean square gradient", "firing rate"]
+    for row, key in (
+        ("variance of the current", "current_variance"),
+        ("mean square gradient", "gradient_square"),
+        ("firing rate", "firing_rate"),
+    ):
         shown = marks(panel(found.panels, row), "median", "kaiming")
         values = np.array([[layer[key] for layer in r.start["layers"]] for r in runs if r.value("init") == "kaiming"])  # type: ignore[index]
         expected = np.quantile(values, [0.25, 0.5, 0.75], axis=0)
@@ -50,7 +54,7 @@ def test_start_is_the_median_and_quartiles_over_seeds() -> None:
 
 def test_start_counts_a_seed_once_whatever_trained_it_and_leaves_out_what_is_missing() -> None:
     sgd, adam = (make_study(seeds=(0, 1), training={"optimizer": o}) for o in ("sgd", "adam"))
-    (forward, *_) = start_chart([*sgd, *adam], "init").panels
+    (forward, _, _) = start_chart([*sgd, *adam], "init").panels
     assert {m.n for m in forward.marks} == {2}
     start = sgd[0].start
     assert start is not None

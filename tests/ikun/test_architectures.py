@@ -3,7 +3,7 @@ double backward and finite differences."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessian_tools import operators, second_order
+from hessian_tools import operators, second_order, segments
 from hessian_tools.objective import Objective, make_objective
 from ikun.layers import Dropout
 from ikun.networks import LOSSES, Network, Spec
-from ikun.neurons import Neuron
 from ikun.statistics import observe
 
 Array = npt.NDArray[np.float64]
@@ -143,7 +142,7 @@ def test_names_and_stages() -> None:
 # ---------------------------------------------------------------- tdBN and dropout
 def test_tdbn_starts_at_the_threshold_and_by_sqrt_2_less_where_branches_are_added() -> None:
     net = Network(Spec(model="resnet", norm="tdbn", threshold=0.7, depth=1, channels=2))
-    found = [float(m.weight[0]) for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    found = [float(m.weight.detach()[0]) for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     np.testing.assert_allclose(found, [0.7, 0.7, 0.7 / 2**0.5], rtol=1e-6)
 
 
@@ -188,13 +187,34 @@ def test_a_resnets_last_layers_alone(params: str) -> None:
     assert (product(v) - exact).norm() < 1e-10 * exact.norm()
 
 
-@pytest.mark.parametrize("name", ["resnet", "rsnn"])
-def test_segments_of_time_change_nothing(name: str) -> None:
-    objective = job(network(**MODELS[name], timesteps=5))
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("name", [name for name in MODELS if "resnet" in name])
+def test_a_resnet_in_segments_of_time(name: str, coded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = network(**MODELS[name], timesteps=5, neuron="plif", tau=1.3)
+    x, y = data(net)
+    if coded:
+        g = torch.Generator().manual_seed(4)
+        x = torch.bernoulli(x[:, None].expand(-1, 5, *x.shape[1:]), generator=g)
+    objective = make_objective(net, LOSSES["mse"], (x, y))
     v = torch.randn(objective.size, dtype=torch.float64)
-    whole = operators.hessian(objective) @ v
-    cut = operators.hessian(replace(objective, segmented=True)) @ v
-    assert (whole - cut).norm() < 1e-10 * whole.norm()
+    for kind in ("hessian", "ggn", "fisher"):
+        exact = getattr(operators, f"_autograd_{kind}")(objective, (x, y))(v)
+        for length in (1, 2, 5):
+            monkeypatch.setattr(segments, "length", lambda _, length=length: length)
+            product = segments.linearize(objective, (x, y), kind)
+            assert product is not None
+            assert (product(v) - exact).norm() < 1e-10 * exact.norm()
+
+
+def test_a_recurrent_network_is_left_whole_and_to_autograd() -> None:
+    objective = replace(job(network(**MODELS["rsnn"], timesteps=20)), segmented=True)
+    assert not segments.possible(objective)
+    assert segments.bytes_per_sample(objective) is None
+    assert second_order.linearize(objective, objective.batches[0], "hessian") is None
+    v = torch.randn(objective.size, dtype=torch.float64)
+    exact = operators._autograd_hessian(objective, objective.batches[0])(v)
+    assert (operators.hessian(objective) @ v - exact).norm() < 1e-12 * exact.norm()
+    assert operators.symmetry_error(operators.hessian(objective), torch.Generator().manual_seed(0)) < 1e-12
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -238,9 +258,22 @@ def test_the_relaxed_networks_hessian_is_that_of_finite_differences(name: str) -
 def test_statistics_of_a_recurrent_layer_count_both_inputs() -> None:
     net = network(**MODELS["rsnn"], norm="none")
     found = {s.name: s for s in observe(net, *data(net), LOSSES["mse"])}
-    assert found["rec1"].input_square == pytest.approx(found["fc1"].firing_rate * 2 / 3, abs=0.34)  # s[t-1], s[-1] = 0
-    assert found["rec1"].fan_in == 8
-    assert isinstance(net.spike1, Neuron)
+    w, (x, _) = weights(net), data(net)
+    currents = np.stack([x.flatten(1).numpy() @ w["fc1"].T] * 3)
+    s = fire(currents, w["rec1"])
+    before = np.concatenate([0 * s[:1], s[:-1]])
+    total, v, squares = currents + before @ w["rec1"].T, np.zeros_like(s[0]), []
+    for t in range(3):
+        h = v + total[t]
+        v = h * (1 - s[t])
+        squares.append(((1 / (1 + (np.pi * (h - 0.6)) ** 2)) ** 2).mean())
+    for name in ("fc1", "rec1"):
+        assert found[name].neuron == "spike1"
+        assert found[name].current_variance == pytest.approx(total.var(ddof=1), rel=1e-10)
+        assert found[name].firing_rate == pytest.approx(s.mean(), rel=1e-6)
+        assert found[name].derivative_square_by_step == pytest.approx(squares, rel=1e-10)
+    assert found["rec1"].input_square == pytest.approx(before.mean(), rel=1e-10)
+    assert (found["rec1"].fan_in, found["rec1"].fan_out) == (8, 8)
 
 
 # ---------------------------------------------------------------- bad descriptions
@@ -250,6 +283,8 @@ def test_statistics_of_a_recurrent_layer_count_both_inputs() -> None:
         ({"depth": 0}, "depth must lie between 1 and 200"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
         ({"model": "rsnn", "hidden": ()}, "the rsnn needs a hidden layer"),
+        ({"dropout": float("nan")}, "dropout"),
+        ({"depth": 1, "input_shape": (1, 1, 8)}, "2 x 2 is the least"),
         ({"norm": "layer"}, "norm must be one of none, bn, tdbn"),
     ],
 )
@@ -259,7 +294,5 @@ def test_what_cannot_be_built(fields: dict[str, Any], part: str) -> None:
 
 
 def test_descriptions_from_before_these_networks_are_read() -> None:
-    from dataclasses import asdict
-
     old = {k: v for k, v in asdict(Spec()).items() if k not in ("depth", "dropout")}
     assert Spec.from_dict(old) == Spec()

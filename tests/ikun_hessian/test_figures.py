@@ -63,7 +63,7 @@ def test_only_some_figures_of_some_runs(study: Path, tmp_path: Path, capsys: Cap
 
 def test_mistakes_are_one_line(study: Path, tmp_path: Path, capsys: Capture) -> None:
     out = str(tmp_path / "none")
-    rest = [str(study), "--out", out]
+    rest = [str(study / "runs" / "kaiming-adam-s1.train.json"), "--out", out]
     fails(capsys, 2, "--only layers: no run has spectra of its layers", "figures", *rest, "--only", "layers")
     fails(capsys, 2, "no figure 'rank': choose of start", "figures", *rest, "--only", "rank")
     fails(capsys, 2, "--by inti", "figures", *rest, "--by", "inti")

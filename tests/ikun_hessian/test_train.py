@@ -45,7 +45,7 @@ def test_train_leaves_a_checkpoint_its_log_and_snapshots(trained: Path) -> None:
         (["--timesteps", "0"], "timesteps must lie between 1"),
         (["--save-at-loss", "0"], "save_at_loss must be positive"),
         (["--save-at-loss", ".1", "--save-at-loss", "0.1"], "save_at_loss has a number twice"),
-        (["--data", "spike-times", "--model", "rsnn", "--timesteps", "3"], "the network has 3: --timesteps "),
+        (["--data", "spike-times", "--model", "rsnn", "--timesteps", "3"], "the network 3: give --timesteps "),
         (["--data", "spike-times", "--model", "csnn"], "the csnn pools"),
         (["--model", "rsnn", "--coding", "spikes"], "give --coding direct or poisson"),
         (["--data", "fashion-mnist", "--data-dir", "/dev/null"], "/dev/null is not a folder"),

@@ -1,0 +1,44 @@
+"""The study's step robustness against the training's own evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from hessian_tools.settings import stream
+from ikun.checkpoint import load_checkpoint
+from ikun.corruptions import corrupted
+from ikun.training import evaluate
+from ikun_hessian.robustness import analyse, settings_of
+
+
+def test_accuracies_are_those_of_the_network(trained: Path) -> None:
+    path = trained / "a.pt"
+    options = {"corruptions": ["gaussian_noise", "occlusion"], "severities": [1, 5], "noise": [0.5, 5.0], "draws": 8}
+    settings, opening = settings_of(options)
+    found = analyse(path, settings, opening, memory=1.0, data_dir=None, device="cpu")
+    checkpoint = load_checkpoint(path)
+    network, data = checkpoint.build(), checkpoint.data.load("test")
+    assert found.accuracy == checkpoint.history[-1]["test_accuracy"]
+    assert found.data["samples"] == len(data)
+    for kind in ("gaussian_noise", "occlusion"):
+        for severity in (1, 5):
+            images = corrupted(data.images[:], kind, severity, stream(0, severity))
+            _, accuracy = evaluate(network, dataclasses.replace(data, images=images), checkpoint.loss)
+            assert found.disturbed[kind][str(severity)].value == accuracy
+    assert set(found.disturbed["weight_noise"]) == {"0.5", "5"}
+    few, opening = settings_of({**options, "samples": 50})
+    assert analyse(path, few, opening, memory=1.0, data_dir=None, device="cpu").data["samples"] == 50
+
+
+def test_nothing_but_weight_noise_can_be_asked_for(trained: Path) -> None:
+    settings, opening = settings_of({"corruptions": [], "noise": [0.2], "draws": 4})
+    found = analyse(trained / "a.pt", settings, opening, memory=1.0, data_dir=None, device="cpu")
+    assert set(found.disturbed) == {"weight_noise"}
+
+
+def test_severities_that_there_are_not() -> None:
+    with pytest.raises(ValueError, match="severities must be whole numbers from 1 to 5"):
+        settings_of({"severities": [0]})

@@ -1,0 +1,376 @@
+"""The command study: from a preset to tables and figures, stopped anywhere, with runs that fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from subprocess import DEVNULL, PIPE
+from typing import Any
+
+import pytest
+import torch
+from command_tools import ROOT, Capture, fails
+
+import cli
+from hessian_tools.runs import gather
+from ikun import training
+from ikun_hessian import plan, runner
+from ikun_hessian.plan import changed
+from ikun_hessian.preset import read
+
+TINY = """
+title = "Tiny"
+question = "Which?"
+by = "init"
+seeds = 2
+accuracy = 0.2
+figures = ["epochs"]
+[train]
+model = "mlp"
+hidden = [8]
+norm = "none"
+epochs = 2
+subset = 64
+batch-size = 16
+lr = 0.02
+save-at-loss = [0.11]
+[vary]
+init = ["kaiming", "ikun"]
+[when.init.ikun]
+alpha = 0.1
+[[spectrum]]
+at = ["final", "loss"]
+operator = "ggn"
+samples = 32
+top = 1
+smallest = 0
+density = false
+[robustness]
+severities = [3]
+noise = [0.2]
+draws = 4
+samples = 40
+"""
+RUNS = [f"{init}-s{seed}" for seed in (0, 1) for init in ("kaiming", "ikun")]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("preset") / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def studied(preset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study") / "done"
+    assert cli.run(["study", str(preset), "--out", str(folder), "--jobs", "1"]) == 0
+    return folder
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """What every file of runs says, but for times and places; weights to the bit."""
+    found: dict[str, Any] = {}
+    for path in sorted((folder / "runs").iterdir()):
+        if path.suffix == ".pt":
+            found[path.name] = {k: v.tolist() for k, v in torch.load(path, weights_only=True)["state"].items()}
+        elif path.suffix == ".jsonl":
+            found[path.name] = path.read_text()
+        elif path.suffix == ".json":
+            values = json.loads(path.read_text())
+            for key in ("seconds", "checkpoint", "settings", "start"):
+                values.pop(key, None)
+            found[path.name] = values
+    return found
+
+
+def same(folder: Path, studied: Path) -> None:
+    assert files(folder) == files(studied)
+    assert measured(folder) == measured(studied)
+    assert (folder / "compare.csv").read_text() == (studied / "compare.csv").read_text()
+    assert (folder / "tables.md").read_text() == (studied / "tables.md").read_text()
+
+
+def test_from_nothing_to_tables_and_figures(studied: Path, preset: Path, capsys: Capture) -> None:
+    """All runs are there, what the library reads of them is what was asked for, and nothing is done twice."""
+    for name in RUNS:
+        assert {f"runs/{name}.{end}" for end in ("pt", "robustness.json", "spectrum.json", "train.json")} <= files(
+            studied
+        )
+    reached = {name for name in RUNS if f"runs/{name}.loss0.11.spectrum.json" in files(studied)}
+    assert reached == {name for name in RUNS if f"runs/{name}.loss0.11.pt" in files(studied)}
+    assert 0 < len(reached) < len(RUNS)
+    assert {"figures/epochs.png", "figures/epochs.pdf", "figures/epochs.csv", "robustness.csv"} <= files(studied)
+    runs = {run.name: run for run in gather([studied / "runs"])}
+    assert sorted(runs) == sorted(RUNS)
+    ikun = runs["ikun-s1"]
+    assert (ikun.training["alpha"], ikun.training["seed"], ikun.data["seed"], ikun.network["hidden"]) == (
+        0.1,
+        1,
+        1,
+        [8],
+    )
+    assert ikun.spectra[""].data["samples"] == 32
+    assert all(("loss0.11" in run.spectra) == (run.name in reached) for run in runs.values())
+    assert "# Tiny\n\nWhich?" in (studied / "tables.md").read_text()
+    assert "weight_noise" in (studied / "tables.md").read_text()
+    before = {path: path.stat().st_mtime_ns for path in (studied / "runs").iterdir()}
+    capsys.readouterr()
+    assert cli.run(["study", str(preset), "--out", str(studied), "--jobs", "1"]) == 0
+    assert "runs        4, 4 done" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (studied / "runs").iterdir()} == before
+
+
+def test_interrupted_after_a_run_and_gone_on_with(
+    studied: Path, preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Once at the end of a training, once among the analyses; then a result is cut off: the same files in the end."""
+    study = ["study", str(preset), "--out", str(tmp_path / "s"), "--jobs", "1"]
+    analyse, calls = runner._analyse, 0
+
+    save = training.save_checkpoint
+
+    def cut(checkpoint: Any, path: Path) -> None:
+        if path.name == "kaiming-s0.pt":
+            raise KeyboardInterrupt
+        save(checkpoint, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_checkpoint", cut)
+        assert cli.run(study) == 130
+    assert [path.name for path in tmp_path.glob("s/runs/*.resume")] == ["kaiming-s0.pt.resume"]
+
+    def stop(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+        analyse(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_analyse", stop)
+        assert cli.run(study) == 130
+    assert "interrupted: the same command goes on" in capsys.readouterr().err
+    damaged = tmp_path / "s" / "runs" / "kaiming-s0.spectrum.json"
+    damaged.write_text(damaged.read_text()[:500])
+    assert cli.run([*study, "--dry-run"]) == 0
+    assert "runs        4, 0 done" in capsys.readouterr().out
+    assert cli.run(study) == 0
+    same(tmp_path / "s", studied)
+
+
+def test_killed_with_its_workers_and_gone_on_with(studied: Path, preset: Path, tmp_path: Path) -> None:
+    """SIGKILL while two runs are at work: they do not go on beside the next study, which ends with the same files."""
+    study = ["study", str(preset), "--out", str(tmp_path / "s"), "--jobs"]
+    command = [sys.executable, "-m", "ikun_hessian", *study, "2"]
+    with subprocess.Popen(command, cwd=ROOT, env=ONE_THREAD, stdout=PIPE, stderr=DEVNULL) as first:
+        end = time.monotonic() + 60
+        while len(list(tmp_path.glob("s/runs/*.train.json"))) < 2 and first.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        first.kill()
+    assert first.returncode == -signal.SIGKILL
+    assert not list(tmp_path.glob("s/runs/*.robustness.json"))
+    assert cli.run([*study, "1"]) == 0
+    same(tmp_path / "s", studied)
+
+
+def test_other_settings_are_refused_in_a_folder_that_has_some(studied: Path, preset: Path, capsys: Capture) -> None:
+    study = ["study", str(preset), "--out", str(studied), "--jobs", "1"]
+    before = measured(studied)
+    fails(capsys, 2, "run kaiming-s0 had another lr (0.02, now 0.5)", *study, "--set", "lr=0.5")
+    fails(capsys, 2, "analysis spectrum final had another top (1, now 2)", *study, "--set", "spectrum.top=2")
+    assert measured(studied) == before
+    # more seeds and other analyses are no other settings
+    old = json.loads((studied / "study.json").read_text())
+    assert changed(old, {**old, "runs": {**old["runs"], "new-s7": {"lr": 1}}}) == []
+
+
+def test_force_does_again_what_is_another(preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ikun_hessian.study._finish", lambda *_: [])
+    runs = tmp_path / "s" / "runs"
+    study = ["study", str(preset), "--out", str(tmp_path / "s"), "--jobs", "1", "--seeds", "1", "--set", "init=kaiming"]
+    assert cli.run(study) == 0
+    trained, robust = (runs / "kaiming-s0.pt").stat(), (runs / "kaiming-s0.robustness.json").stat()
+    assert cli.run([*study, "--set", "spectrum.samples=16", "--force"]) == 0
+    assert (runs / "kaiming-s0.pt").stat() == trained
+    assert (runs / "kaiming-s0.robustness.json").stat() == robust
+    for moment in ("", ".loss0.11"):
+        spectrum = json.loads((runs / f"kaiming-s0{moment}.spectrum.json").read_text())
+        assert spectrum["data"]["samples"] == 16
+    (runs / "kaiming-s0.note").write_text("of the run's own")
+    assert cli.run([*study, "--set", "spectrum.samples=16", "--set", "lr=0.03", "--force"]) == 0
+    assert json.loads((runs / "kaiming-s0.train.json").read_text())["training"]["lr"] == 0.03
+    assert not (runs / "kaiming-s0.note").exists()
+
+
+def test_a_run_that_fails_does_not_stop_the_others(preset: Path, tmp_path: Path, capsys: Capture) -> None:
+    """An initializer that refuses the network, and a training that ends in NaN: kept, marked, counted."""
+    changes = ["--set", "init=gradient_stable,kaiming,lecun", "--seeds", "1"]
+    study = ["study", str(preset), "--out", str(tmp_path / "s"), "--jobs", "1", *changes]
+    text = preset.read_text() + "[when.init.lecun]\nlr = 1e20\noptimizer = 'sgd'\nweight-decay = 1e20\n"
+    own = tmp_path / "own.toml"
+    own.write_text(text)
+    study[1] = str(own)
+    assert cli.run(study) == 0
+    out = capsys.readouterr().out
+    assert "! gradient_stable-s0 failed: train: the gradient_stable rule is about recurrent layers" in out
+    failed = json.loads((tmp_path / "s" / "runs" / "gradient_stable-s0.failed.json").read_text())
+    assert (failed["schema"], failed["step"]) == ("ikun-hessian/failed/1", "train")
+    runs = {run.name: run for run in gather([tmp_path / "s" / "runs"])}
+    assert runs["gradient_stable-s0"].failures[0].startswith("failed: train: ")
+    assert runs["lecun-s0"].diverged
+    assert "" not in runs["lecun-s0"].spectra
+    assert "" in runs["kaiming-s0"].spectra
+    tables = (tmp_path / "s" / "tables.md").read_text()
+    assert "- gradient_stable-s0: failed: train" in tables
+    assert "- lecun-s0: NaN" in tables
+    assert cli.run([*study, "--dry-run"]) == 0
+    states = dict(reversed(line.split()) for line in capsys.readouterr().out.splitlines() if line.endswith("-s0"))
+    assert states == {"gradient_stable-s0": "failed", "kaiming-s0": "done", "lecun-s0": "done"}
+
+
+def test_a_failure_that_passes_is_forgotten(
+    preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("ikun_hessian.study._finish", lambda *_: [])
+    study = ["study", str(preset), "--out", str(tmp_path / "s"), "--jobs", "1", "--seeds", "1"]
+    analyse = runner._analyse
+
+    def broken(unit: runner.Unit, step: runner.Step, *others: Path) -> None:
+        if step.command == "robustness":
+            raise RuntimeError("out of\nmemory")
+        analyse(unit, step, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_analyse", broken)
+        fails_all = cli.run(study)
+    assert fails_all == 1
+    captured = capsys.readouterr()
+    assert "! ikun-s0 failed: robustness ikun-s0: out of memory" in captured.out
+    assert captured.err.splitlines()[-1] == "error: all 2 runs failed: the same command tries them again"
+    assert (tmp_path / "s" / "runs" / "ikun-s0.spectrum.json").exists()  # the other analyses were done
+    assert cli.run(study) == 0
+    assert not list((tmp_path / "s" / "runs").glob("*.failed.json"))
+
+
+def test_progress_is_what_the_files_say(studied: Path, preset: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    shutil.copytree(studied, folder)
+    found = plan.make(read(preset), folder, data_dir=None, device="cpu", memory=1.0, leader=0)
+    unit, other = found.units[:2]
+    assert (unit.name, unit.progress(), unit.done()) == ("kaiming-s0", 1.0, True)
+    step, path, stem = next(iter(unit.stems()))
+    assert runner._measured(step, path, stem)
+    assert not runner._measured(step, other.checkpoint, stem)  # of other weights
+    Path(f"{stem}.json").unlink()
+    assert (unit.progress(), unit.done()) == (0.5 + 0.5 * 2 / 3, False)
+    (folder / "runs" / "kaiming-s0.pt").unlink()
+    assert (unit.progress(), unit.done()) == (0.5, False)  # both epochs are in the log
+    log = folder / "runs" / "kaiming-s0.train.jsonl"
+    log.write_text(log.read_text().splitlines(keepends=True)[0])
+    assert unit.progress() == 0.25
+    log.unlink()
+    assert unit.progress() == 0
+
+
+def test_a_worker_dies_with_its_study(tmp_path: Path) -> None:
+    """Whose lock it holds: the next study waits for it."""
+    (tmp_path / "runs").mkdir()
+    worker = "import sys, time; from ikun_hessian.runner import _working; from types import SimpleNamespace as N\n"
+    worker += "from pathlib import Path\n"
+    worker += (
+        "with _working(N(runs=Path(sys.argv[1]), study=int(sys.argv[2]))): print('up', flush=True); time.sleep(60)"
+    )
+    leader = "import os, subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:], str(os.getpid())])"
+    command = [sys.executable, "-c", leader, worker, str(tmp_path / "runs")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "up\n"
+        with pytest.raises(BlockingIOError), runner.locked(tmp_path / runner.WORKING):
+            pass
+        first.kill()
+        with runner.locked(tmp_path / runner.WORKING, wait=10):
+            pass
+
+
+def test_one_study_at_a_time(studied: Path, preset: Path, capsys: Capture) -> None:
+    study = ["study", str(preset), "--out", str(studied), "--jobs", "1"]
+    with runner.locked(studied / ".study.lock"):
+        fails(capsys, 2, "another study is at work here", *study)
+
+
+def test_data_that_cannot_be_had_are_left_out_and_named(preset: Path, tmp_path: Path, capsys: Capture) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text(preset.read_text().replace("[vary]", "[vary]\ndata = ['digits', 'image-folder']"))
+    study = ["study", str(own), "--data-dir", str(tmp_path), "--dry-run"]
+    assert cli.run(study) == 0
+    out = capsys.readouterr().out
+    assert "! image-folder is left out: " in out
+    assert "runs        4, 0 done" in out
+    fails(capsys, 2, "no run is left", *study, "--set", "data=image-folder")
+    own.write_text(preset.read_text().replace("[train]", "[train]\ndata = 'image-folder'"))
+    fails(capsys, 2, "image-folder", *study)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give the NAME of a preset"),
+        (["papr"], "no preset 'papr': did you mean 'paper'"),
+        (["TINY", "--quick"], "has no [quick]"),
+        (["TINY", "--set", "init=kaimng"], "init: no 'kaimng': did you mean 'kaiming'?"),
+        (["TINY", "--set", "loss=msee"], "loss: no 'msee': did you mean 'mse'?"),
+        (["TINY", "--set", "lr=-1"], "run kaiming-s0: lr and alpha must be positive"),
+        (["TINY", "--set", "spectrum.samples=65"], "[spectrum] samples 65: digits train has 64 here"),
+        (["TINY", "--set", "robustness.samples=361"], "[robustness] samples 361: digits test has 360 here"),
+        (["TINY", "--set", "hidden=a,b"], "is no list of sizes"),
+        (["TINY", "--set", "figures=epoch"], "figures: no 'epoch': did you mean 'epochs'?"),
+        (["TINY", "--set", "spectrum.operator=hesian"], "[spectrum] unknown operator hesian"),
+        (["TINY", "--set", "robustness.draws=3"], "[robustness] draws come in antithetic pairs"),
+        (["TINY", "--set", "robustness.noise=0.1"], "[robustness] noise must be a list"),
+        (["TINY", "--set", "robustness.corruptions=['fog']"], "no corruption 'fog'"),
+        (["TINY", "--set", "robustness.severity=1"], "has no option 'severity': did you mean 'severities'?"),
+        (["TINY", "--seeds", "600"], "1200 runs"),
+        (["TINY", "--jobs", "0"], "0 is not in the range"),
+        (["TINY", "--out", "/dev/null/x"], "/dev/null"),
+    ],
+)
+def test_mistakes(preset: Path, tmp_path: Path, capsys: Capture, arguments: list[str], message: str) -> None:
+    given = [str(preset) if word == "TINY" else word for word in arguments]
+    place = [] if "--out" in given else ["--out", str(tmp_path / "s")]
+    fails(capsys, 2, message, "study", *given, *place)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_damaged_record_is_refused(preset: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "study.json").write_text("{}")
+    fails(capsys, 2, "not the record of a study", "study", str(preset), "--out", str(tmp_path), "--jobs", "1")
+
+
+def test_the_published_spectrum_can_be_had_of_any_preset(preset: Path, tmp_path: Path, capsys: Capture) -> None:
+    study = ["study", str(preset), "--out", str(tmp_path / "s"), "--dry-run"]
+    assert cli.run([*study, "--as-published"]) == 0
+    assert "spectrum final published" in capsys.readouterr().out
+    assert cli.run(["study", "paper", "--quick", "--no-as-published", "--seeds", "1", *study[2:]]) == 0
+    assert "final published" not in capsys.readouterr().out
+
+
+def test_the_callers_backend_serves(preset: Path, tmp_path: Path, studied: Path, capsys: Capture) -> None:
+    """joblib.parallel_config around the command: dask's and ray's backends come in this way."""
+    import joblib
+
+    with joblib.parallel_config("threading", n_jobs=2):
+        assert cli.run(["study", str(preset), "--out", str(tmp_path / "s"), "--seeds", "1"]) == 0
+    assert "2 side by side" in capsys.readouterr().out
+    assert measured(tmp_path / "s").items() <= measured(studied).items()
