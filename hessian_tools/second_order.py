@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hessian_tools.layers import Layer, Segment, Tangents, UnknownLayerError, Want, add, layer_makers
+from hessian_tools.layers import Layer, Segment, Tangents, Want, add
+from hessian_tools.making import UnknownLayerError, layer_makers
 
 if TYPE_CHECKING:
     from hessian_tools.objective import Batch, Loss, Objective
