@@ -27,12 +27,11 @@ Triton's on CUDA (triton_scans.py); plain torch where there is neither.
 
 from __future__ import annotations
 
-import os
+import math
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from itertools import pairwise
 from types import ModuleType
 from typing import Any, TypeVar, cast
@@ -41,7 +40,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ikun import numba_scans
+from ikun.neurons import Dynamics
+from ikun.openmp import side_by_side
+from ikun.surrogates import Surrogate
+
 BLOCK = 1024  # neurons of a block: [T, BLOCK] local arrays
+PIECE = 65536  # elements of a piece: the temporaries of a surrogate's formula stay in the cache
+GRAIN = 32768  # elements that are worth a thread
+KERNELS = ("value", "slopes", "tangent", "adjoint", "adjoint_tangent")
 
 F = TypeVar("F", bound=Callable[..., Any])
 Number = float | Tensor  # a Tensor [] on devices: reading it would wait for all that is queued there
@@ -57,7 +64,7 @@ class Scan:
     """A scan at fixed weights: f1, c, e, u, gh [T, M]; gh: the kept adjoint of h, for a learned decay; reset: (a, b).
 
     unit: the size of one pooled plane; blocks are multiples of it, so that no window is cut. width: of its rows.
-    static: x is [1, M].
+    static: x is [1, M]. surrogate: of which the adjoint computes e; without one from the f'' that e holds.
     """
 
     f1: Tensor
@@ -72,6 +79,7 @@ class Scan:
     gh: Tensor | None = None
     reset: tuple[float, float] = (0.0, 0.0)
     width: int = 1
+    surrogate: Surrogate | None = None
 
 
 # ---------------------------------------------------------------- plain torch
@@ -99,6 +107,44 @@ def _leave(state: Tensor | None, end: Tensor) -> None:
         state.copy_(end)
 
 
+def by_pieces(fill: Callable[..., object], *tensors: Tensor) -> None:
+    """Run an element-wise function that fills some of its contiguous arguments; on the CPU piece by piece."""
+    size = PIECE if tensors[0].device.type == "cpu" else max(1, tensors[0].numel())
+    for parts in zip(*(t.view(-1).split(size) for t in tensors), strict=True):
+        fill(*parts)
+
+
+def reset_slope(d: Dynamics) -> tuple[float, float]:
+    """(a, b) of c = k + (a + b z) f1."""
+    if d.detach_reset:
+        return 0.0, 0.0
+    return (-d.threshold, 0.0) if d.reset == "soft" else (d.v_reset - d.threshold, -1.0)
+
+
+def torch_slopes(d: Dynamics, z: Tensor, f1: Tensor, c: Tensor) -> None:
+    """Fill f1 and c at z."""
+
+    def fill(z: Tensor, f1: Tensor, c: Tensor) -> None:
+        f1.copy_(d.surrogate.first(z))
+        if d.reset == "soft":
+            c.fill_(1)
+        elif d.relaxed:
+            c.copy_(1 - d.surrogate.primitive(z))
+        else:
+            torch.lt(z, 0, out=c)  # into floats: many times faster than a mask and its conversion
+        if not d.detach_reset:
+            a, b = reset_slope(d)
+            c.addcmul_(a + b * z, f1)
+
+    by_pieces(fill, z, f1, c)
+
+
+def begin_second(scan: Scan, z: Tensor) -> None:
+    """Fill scan.e with f'' at z, if the scan is to."""
+    if (surrogate := scan.surrogate) is not None and scan.e is not None:
+        by_pieces(lambda z, e: e.copy_(surrogate.second(z)), z, scan.e)
+
+
 def torch_tangent(scan: Scan, dx: Tensor, dgain: Number, state: Tensor | None = None) -> Tensor:
     """x' [T or 1, M] -> s' [T, M or Q]; state: v'."""
     dv, spikes = _rest(state, dx), []
@@ -114,10 +160,12 @@ def torch_tangent(scan: Scan, dx: Tensor, dgain: Number, state: Tensor | None = 
 
 
 def torch_adjoint(scan: Scan, g: Tensor, z: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Number]:
-    """gs [T, M or Q] -> (gx [T or 1, M], dL/dgain or 0); with z [T, M] also turns scan.e from f2 into e, fills gh.
+    """gs [T, M or Q] -> (gx [T or 1, M], dL/dgain or 0); with z [T, M] also fills scan.e and gh.
 
     state: gv.
     """
+    if z is not None:
+        begin_second(scan, z)
     gs, gx, total = scatter(g, scan), [], number(0.0)
     gv, (a, b) = _rest(state, gs), scan.reset
     for t in reversed(range(len(gs))):
@@ -161,226 +209,23 @@ def torch_adjoint_tangent(
     return _collect(gx, scan.static), total
 
 
-# ---------------------------------------------------------------- numba: blocks first..last of `block` neurons
-def _value(  # type: ignore[no-untyped-def]
-    x, z, u, state, decay, gain, offset, threshold, v_reset, hard, after,
-    height, width, ties, index, block, first, last, out,
-):  # fmt: skip
-    # neurons.step, operation by operation: the spikes are the same to the bit; y - y is NaN where y is not finite
-    steps, size = z.shape
-    pooled, learned, static = index.shape[0] > 0, u.shape[0] > 0, x.shape[0] == 1
-    carried = state.shape[0] > 0
-    one, zero = z.dtype.type(1), z.dtype.type(0)
-    v, s = np.empty(block, z.dtype), np.empty(block, z.dtype)
-    across = width // 2
-    for b in range(first, last):
-        lo = b * block
-        n = min(block, size - lo)
-        if carried:
-            v[:n] = state[0, lo : lo + n]
-        else:
-            v[:] = v_reset
-        for t in range(steps):
-            xt, zt = x[0 if static else t, lo : lo + n], z[t, lo : lo + n]
-            target = s[:n] if pooled else out[t, lo : lo + n]
-            if learned:
-                ut = u[t, lo : lo + n]
-                for i in range(n):
-                    ut[i] = xt[i] - v[i] + v_reset
-            for i in range(n):
-                h = decay * v[i] + gain * xt[i] + offset
-                y = h - threshold
-                f = (one if y >= zero else zero) + (y - y)
-                v[i] = h * (one - hard * f) + after * f
-                zt[i] = y
-                target[i] = f
-            if pooled:
-                j = lo // (height * width) * (height // 2) * across
-                for plane in range(0, n, height * width):
-                    for row in range(height // 2):
-                        corner = plane + 2 * row * width
-                        upper, lower = s[corner : corner + width], s[corner + width : corner + 2 * width]
-                        ot, it = out[t, j : j + across], index[t, j : j + across]
-                        for i in range(across):
-                            q = 2 * i
-                            best, k = upper[q], 0
-                            for w, place in ((upper[q + 1], 1), (lower[q], width), (lower[q + 1], width + 1)):
-                                better = w >= best if ties else w > best
-                                best, k = (w, place) if better else (best, k)
-                            ot[i] = best
-                            it[i] = lo + corner + q + k
-                        j += across
-        if carried:
-            state[0, lo : lo + n] = v[:n]
-
-
-def _tangent(x, f1, c, u, state, decay, gain, dgain, index, block, first, last, out):  # type: ignore[no-untyped-def]
-    steps, size = f1.shape
-    pooled, learned, static = index.shape[0] > 0, u.shape[0] > 0, x.shape[0] == 1
-    carried = state.shape[0] > 0
-    v, s = np.empty(block, f1.dtype), np.empty(block, f1.dtype)
-    per = index.shape[1] * block // size if pooled else 0
-    for b in range(first, last):
-        lo = b * block
-        n = min(block, size - lo)
-        v[:] = 0
-        if carried:
-            v[:n] = state[0, lo : lo + n]
-        for t in range(steps):
-            xt, ft, ct = x[0 if static else t, lo : lo + n], f1[t, lo : lo + n], c[t, lo : lo + n]
-            target = s[:n] if pooled else out[t, lo : lo + n]
-            if learned:
-                ut = u[t, lo : lo + n]
-                for i in range(n):
-                    h = decay * v[i] + gain * xt[i] + dgain * ut[i]
-                    v[i] = ct[i] * h
-                    target[i] = ft[i] * h
-            else:
-                for i in range(n):
-                    h = decay * v[i] + gain * xt[i]
-                    v[i] = ct[i] * h
-                    target[i] = ft[i] * h
-            if pooled:
-                start = b * per
-                for j in range(start, min(start + per, index.shape[1])):
-                    out[t, j] = s[index[t, j] - lo]
-        if carried:
-            state[0, lo : lo + n] = v[:n]
-
-
-def _adjoint(g, f1, c, u, z, e, gh, state, decay, gain, ra, rb, index, block, first, last, out):  # type: ignore[no-untyped-def]
-    steps, size = f1.shape
-    pooled, learned, static = index.shape[0] > 0, u.shape[0] > 0, out.shape[0] == 1
-    keep, carried = z.shape[0] > 0, state.shape[0] > 0
-    v, s = np.empty(block, f1.dtype), np.empty(block, f1.dtype)
-    per = index.shape[1] * block // size if pooled else 0
-    total = 0.0
-    for b in range(first, last):
-        lo = b * block
-        n = min(block, size - lo)
-        v[:] = 0
-        if carried:
-            v[:n] = state[0, lo : lo + n]
-        if static:
-            out[0, lo : lo + n] = 0
-        for t in range(steps - 1, -1, -1):
-            ft, ct, ot = f1[t, lo : lo + n], c[t, lo : lo + n], out[0 if static else t, lo : lo + n]
-            gt = s[:n] if pooled else g[t, lo : lo + n]
-            if pooled:
-                s[:] = 0
-                start = b * per
-                for j in range(start, min(start + per, index.shape[1])):
-                    s[index[t, j] - lo] = g[t, j]
-            if learned:
-                ut = u[t, lo : lo + n]
-                for i in range(n):
-                    total += (ft[i] * gt[i] + ct[i] * v[i]) * ut[i]
-            if keep:
-                zt, et = z[t, lo : lo + n], e[t, lo : lo + n]
-                for i in range(n):
-                    et[i] = et[i] * (gt[i] + v[i] * (ra + rb * zt[i])) + (rb + rb) * v[i] * ft[i]
-                if learned:
-                    at = gh[t, lo : lo + n]
-                    for i in range(n):
-                        at[i] = ft[i] * gt[i] + ct[i] * v[i]
-            if static:
-                for i in range(n):
-                    h = ft[i] * gt[i] + ct[i] * v[i]
-                    v[i] = decay * h
-                    ot[i] += gain * h
-            else:
-                for i in range(n):
-                    h = ft[i] * gt[i] + ct[i] * v[i]
-                    v[i] = decay * h
-                    ot[i] = gain * h
-        if carried:
-            state[0, lo : lo + n] = v[:n]
-    return total
-
-
-def _adjoint_tangent(  # type: ignore[no-untyped-def]
-    g, x, f1, c, e, u, gh, begin, state, decay, gain, dgain, index, block, first, last, out
-):
-    steps, size = f1.shape
-    pooled, learned = index.shape[0] > 0, u.shape[0] > 0
-    static_in, static = x.shape[0] == 1, out.shape[0] == 1
-    begun, carried = begin.shape[0] > 0, state.shape[0] > 0
-    v, s, hs = np.empty(block, f1.dtype), np.empty(block, f1.dtype), np.empty((steps, block), f1.dtype)
-    per = index.shape[1] * block // size if pooled else 0
-    total = 0.0
-    for b in range(first, last):
-        lo = b * block
-        n = min(block, size - lo)
-        v[:] = 0
-        if begun:
-            v[:n] = begin[0, lo : lo + n]
-        for t in range(steps):
-            xt, ct, ht = x[0 if static_in else t, lo : lo + n], c[t, lo : lo + n], hs[t, :n]
-            if learned:
-                ut, gt = u[t, lo : lo + n], gh[t, lo : lo + n]
-                for i in range(n):
-                    total += gt[i] * (xt[i] - v[i])
-                    h = decay * v[i] + gain * xt[i] + dgain * ut[i]
-                    ht[i] = h
-                    v[i] = ct[i] * h
-            else:
-                for i in range(n):
-                    h = decay * v[i] + gain * xt[i]
-                    ht[i] = h
-                    v[i] = ct[i] * h
-        v[:] = 0
-        if carried:
-            v[:n] = state[0, lo : lo + n]
-        if static:
-            out[0, lo : lo + n] = 0
-        for t in range(steps - 1, -1, -1):
-            ft, ct, et, ht = f1[t, lo : lo + n], c[t, lo : lo + n], e[t, lo : lo + n], hs[t, :n]
-            ot = out[0 if static else t, lo : lo + n]
-            gt = s[:n] if pooled else g[t, lo : lo + n]
-            if pooled:
-                s[:] = 0
-                start = b * per
-                for j in range(start, min(start + per, index.shape[1])):
-                    s[index[t, j] - lo] = g[t, j]
-            if learned:
-                ut, at = u[t, lo : lo + n], gh[t, lo : lo + n]
-                for i in range(n):
-                    h = ft[i] * gt[i] + ct[i] * v[i] + et[i] * ht[i]
-                    total += h * ut[i]
-                    v[i] = decay * h - dgain * at[i]
-                    if static:
-                        ot[i] += gain * h + dgain * at[i]
-                    else:
-                        ot[i] = gain * h + dgain * at[i]
-            elif static:
-                for i in range(n):
-                    h = ft[i] * gt[i] + ct[i] * v[i] + et[i] * ht[i]
-                    v[i] = decay * h
-                    ot[i] += gain * h
-            else:
-                for i in range(n):
-                    h = ft[i] * gt[i] + ct[i] * v[i] + et[i] * ht[i]
-                    v[i] = decay * h
-                    ot[i] = gain * h
-        if carried:
-            state[0, lo : lo + n] = v[:n]
-    return total
-
-
+# ---------------------------------------------------------------- kernels
 _state = {"broken": False, "triton broken": False}
 
 
 @cache
 def _compiled() -> dict[str, Callable[..., Any]] | None:
-    found = (_value, _tangent, _adjoint, _adjoint_tangent)
-    sources: dict[str, Any] = {source.__name__.removeprefix("_"): source for source in found}
+    sources: dict[str, Any] = {name: getattr(numba_scans, name) for name in KERNELS}
     try:
         import numba
 
         try:
-            return {name: numba.njit(nogil=True, cache=True)(source) for name, source in sources.items()}
+            return {
+                name: numba.njit(nogil=True, cache=True, error_model="numpy")(source)
+                for name, source in sources.items()
+            }
         except RuntimeError:  # nowhere to keep the cache
-            return {name: numba.njit(nogil=True)(source) for name, source in sources.items()}
+            return {name: numba.njit(nogil=True, error_model="numpy")(source) for name, source in sources.items()}
     except Exception as error:  # a broken installation may raise anything
         warnings.warn(f"numba is not usable ({error}): spikes run in plain torch, slower", stacklevel=2)
         return None
@@ -389,15 +234,6 @@ def _compiled() -> dict[str, Callable[..., Any]] | None:
 def kernels() -> dict[str, Callable[..., Any]] | None:
     """The kernels by name, compiled when first called; None, after one warning, if numba does not work here."""
     return None if _state["broken"] else _compiled()
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="scan")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
 @cache
@@ -442,6 +278,23 @@ def _there_first(function: F) -> F:
     return cast(F, chosen)
 
 
+def _on_threads(
+    kernel: Callable[..., Any], arguments: Sequence[Any], out: Sequence[Any], count: int, size: int
+) -> float:
+    """kernel(*arguments, first, last, *out) over 0..count, one slice a thread, for `size` elements in all; the sum of
+    what the slices return."""
+    threads = max(1, min(torch.get_num_threads(), count, 1 + size // GRAIN))
+    edges = [count * i // threads for i in range(threads + 1)]
+    slices = [partial(kernel, *arguments, first, last, *out) for first, last in pairwise(edges)]
+    return float(sum(total or 0.0 for total in side_by_side(slices)))
+
+
+def _broken(error: Exception) -> None:
+    """numba compiles at the first call, and may fail then."""
+    warnings.warn(f"numba failed ({error}): spikes run in plain torch, slower", stacklevel=2)
+    _state["broken"] = True
+
+
 def _launch(
     name: str,
     like: Tensor,
@@ -460,22 +313,52 @@ def _launch(
         return None
     dtype, size = like.numpy().dtype, like.shape[1]
     block = max(1, BLOCK // unit) * unit
-    blocks = -(-size // block)
-    threads = max(1, min(torch.get_num_threads(), blocks, 1 + like.numel() // 32768))
-    edges = [blocks * i // threads for i in range(threads + 1)]
     arrays = [np.empty((0, 0), dtype) if t is None else t.contiguous().numpy() for t in tensors]
     numbers = [*(dtype.type(float(r)) for r in rates), *sizes]
     places = np.empty((0, 0), np.int32) if index is None else index.numpy()
-    fixed, target = [*arrays, *numbers, places, block], out.numpy()
-    kernel, slices = found[name], list(pairwise(edges))
     try:
-        others = [_pool(threads - 1).submit(kernel, *fixed, a, b, target) for a, b in slices[1:]]
-        totals = [kernel(*fixed, *slices[0], target), *(f.result() for f in others)]
-    except Exception as error:  # numba compiles at the first call
-        warnings.warn(f"numba failed ({error}): spikes run in plain torch, slower", stacklevel=2)
-        _state["broken"] = True
+        fixed = (*arrays, *numbers, places, block)
+        return _on_threads(found[name], fixed, (out.numpy(),), -(-size // block), like.numel())
+    except Exception as error:
+        _broken(error)
         return None
-    return float(sum(total or 0.0 for total in totals))
+
+
+def jet(surrogate: Surrogate) -> tuple[int, float, float, float] | None:
+    """(family, p, q, k) of the kernels, None for a surrogate that they do not know.
+
+    f'' = k z f'^2 (LORENTZ), k sign(z) f'^1.5 (BUMP), k sign(z) (TRIANGLE).
+    """
+    width = surrogate.parameter
+    match surrogate.name:
+        case "atan":
+            q = (math.pi * width / 2) ** 2
+            return numba_scans.LORENTZ, surrogate.peak, q, -2 * q / surrogate.peak
+        case "fast_sigmoid" | "superspike" | "softsign":
+            return numba_scans.BUMP, surrogate.peak, width, -2 * width / math.sqrt(surrogate.peak)
+        case "triangle" | "linear":
+            return numba_scans.TRIANGLE, 1 / width, width**-2, -(width**-2)
+        case "rect":
+            return numba_scans.RECT, 1 / width, width / 2, 0.0
+        case _:
+            return None
+
+
+def slopes(d: Dynamics, z: Tensor) -> tuple[Tensor, Tensor]:
+    """(f1, c) [T, M] at z [T, M]."""
+    f1, c = torch.empty_like(z), torch.empty_like(z)
+    known = None if d.relaxed or z.device.type != "cpu" or not usable(z) else jet(d.surrogate)
+    if known is not None and (found := kernels()) is not None:
+        flat = [t.view(-1).numpy() for t in (z, f1, c)]
+        numbers = [flat[0].dtype.type(r) for r in (*known[1:3], *reset_slope(d))]
+        try:
+            fixed = (flat[0], known[0], *numbers, d.reset == "soft")
+            _on_threads(found["slopes"], fixed, flat[1:], z.numel(), z.numel())
+            return f1, c
+        except Exception as error:
+            _broken(error)
+    torch_slopes(d, z, f1, c)
+    return f1, c
 
 
 @_there_first
@@ -524,8 +407,12 @@ def tangent(scan: Scan, dx: Tensor, dgain: Number = 0.0, state: Tensor | None = 
 def adjoint(scan: Scan, g: Tensor, z: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Number]:
     """See torch_adjoint."""
     out, kept = _gx(scan), (None,) * 3 if z is None else (z, scan.e, scan.gh)
-    tensors, rates = (g, scan.f1, scan.c, scan.u, *kept, state), (scan.decay, scan.gain, *scan.reset)
-    total = _launch("adjoint", scan.f1, scan.unit, tensors, rates, scan.index, out)
+    known = None if scan.surrogate is None else jet(scan.surrogate)
+    if z is not None and known is None:
+        begin_second(scan, z)
+    family, k = (-1, 0.0) if known is None else (known[0], known[3])
+    tensors, rates = (g, scan.f1, scan.c, scan.u, *kept, state), (scan.decay, scan.gain, *scan.reset, k)
+    total = _launch("adjoint", scan.f1, scan.unit, tensors, rates, scan.index, out, (family,))
     return torch_adjoint(scan, g, z, state) if total is None else (out, total)
 
 

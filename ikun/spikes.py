@@ -4,9 +4,8 @@ adjoint, tangent, tangent of the adjoint), and as a function that can be differe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,14 +14,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ikun import fused
-from ikun.fused import Number, Scan, adjoint, adjoint_tangent, number, tangent
-from ikun.neurons import Dynamics, Neuron, step
+from ikun.fused import Number, Scan, adjoint, adjoint_tangent, number, reset_slope, slopes, tangent
+from ikun.neurons import Neuron, step
 
 if TYPE_CHECKING:
     from hessian_tools.layers import Carry
     from ikun.layers import MaxPool
-
-PIECE = 65536  # elements of a piece: the temporaries of a surrogate's formula stay in the cache
 
 
 class Spikes:
@@ -78,7 +75,6 @@ class Spikes:
             z, self.z = self.z, None
             self.scan.e = torch.empty_like(z)
             self.scan.gh = None if self.scan.u is None else torch.empty_like(z)
-            by_pieces(lambda part, e: e.copy_(self.neuron.dynamics.surrogate.second(part)), z, self.scan.e)
         gx, total = adjoint(self.scan, self._outputs(g), z, self._state("adjoint"))
         self.total = total
         if not self.parameters:
@@ -190,34 +186,6 @@ def carried(carry: Carry, kind: str, rest: Tensor) -> Tensor:
     return state
 
 
-def by_pieces(fill: Callable[..., object], *tensors: Tensor) -> None:
-    """Run an element-wise function that fills some of its contiguous arguments; on the CPU piece by piece."""
-    size = PIECE if tensors[0].device.type == "cpu" else max(1, tensors[0].numel())
-    for parts in zip(*(t.view(-1).split(size) for t in tensors), strict=True):
-        fill(*parts)
-
-
-def _reset(d: Dynamics) -> tuple[float, float]:
-    """(a, b): dv/dh = k + (a + b z) f1, see fused.py."""
-    if d.detach_reset:
-        return 0.0, 0.0
-    return (-d.threshold, 0.0) if d.reset == "soft" else (d.v_reset - d.threshold, -1.0)
-
-
-def _slopes(d: Dynamics, z: Tensor, f1: Tensor, c: Tensor) -> None:
-    """Fill f1 and c at z."""
-    f1.copy_(d.surrogate.first(z))
-    if d.reset == "soft":
-        c.fill_(1)
-    elif d.relaxed:
-        c.copy_(1 - d.surrogate.primitive(z))
-    else:
-        torch.lt(z, 0, out=c)  # into floats: many times faster than a mask and its conversion
-    if not d.detach_reset:
-        a, b = _reset(d)
-        c.addcmul_(a + b * z, f1)
-
-
 def _value(
     neuron: Neuron, steps: int, pool: MaxPool | None, x: Tensor, carry: Carry | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -251,11 +219,11 @@ def _scan(
     neuron: Neuron, pool: MaxPool | None, shape: torch.Size, z: Tensor, index: Tensor | None, u: Tensor | None
 ) -> Scan:
     """The scan's derivatives at z, for inputs of shape [T or 1, N, ...]."""
-    f1, c, (decay, gain) = torch.empty_like(z), torch.empty_like(z), neuron.rates()
-    by_pieces(partial(_slopes, neuron.dynamics), z, f1, c)
+    (f1, c), (decay, gain) = slopes(neuron.dynamics, z), neuron.rates()
     width, height = (1, 1) if pool is None else (shape[-1], shape[-2])
-    rates, reset = (number(decay), number(gain)), _reset(neuron.dynamics)
-    return Scan(f1, c, *rates, shape[0] == 1, index, width * height, u=u, reset=reset, width=width)
+    rates, reset = (number(decay), number(gain)), reset_slope(neuron.dynamics)
+    surrogate = neuron.dynamics.surrogate
+    return Scan(f1, c, *rates, shape[0] == 1, index, width * height, u=u, reset=reset, width=width, surrogate=surrogate)
 
 
 def linearize(

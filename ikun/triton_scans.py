@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ikun.fused import Number, Scan
+from ikun.fused import Number, Scan, begin_second
 
 NEURONS = 512  # of a block: four a thread
 PROGRAMS = 16  # a multiprocessor: of 128 threads each
@@ -315,10 +315,12 @@ def tangent(scan: Scan, dx: Tensor, dgain: Number = 0.0, state: Tensor | None = 
 
 
 def adjoint(scan: Scan, g: Tensor, z: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Number]:
-    """gs [T, M or Q] -> (gx [T or 1, M], dL/dgain or 0); with z [T, M] also turns scan.e from f2 into e, fills gh.
+    """gs [T, M or Q] -> (gx [T or 1, M], dL/dgain or 0); with z [T, M] also fills scan.e and gh.
 
     state: gv.
     """
+    if z is not None:
+        begin_second(scan, z)
     launch, out = _of(scan), _gx(scan)
     e, gh = (None, None) if z is None else (scan.e, scan.gh)
     totals, rates = launch.totals(scan.u is not None), _rates(scan.f1, scan.decay, scan.gain, *scan.reset)

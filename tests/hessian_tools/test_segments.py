@@ -238,7 +238,7 @@ class Peak(TorchDispatchMode):
 
 @pytest.mark.parametrize("coding", ["direct", "poisson"])
 def test_memory_grows_like_the_square_root_of_time(coding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spikes, "PIECE", 1024)  # as small as this network asks for
+    monkeypatch.setattr(fused, "PIECE", 1024)  # as small as this network asks for
     found: dict[bool, list[float]] = {False: [], True: []}
     for steps in (16, 64, 256):
         whole = objective_of(timesteps=steps, coding=coding, channels=4, input_shape=(1, 8, 8), classes=2)

@@ -120,7 +120,7 @@ def test_kept_coefficients_are_the_tables(
 ) -> None:
     if plain:
         monkeypatch.setattr(fused, "kernels", lambda: None)
-    monkeypatch.setattr(spikes, "PIECE", 50)  # several pieces, the last one short
+    monkeypatch.setattr(fused, "PIECE", 50)  # several pieces, the last one short
     neuron = neuron_of("plif", reset, torch.float64, detach_reset=detach_reset)
     x = torch.randn(STEPS * 2, 3, 4, 5, dtype=torch.float64)
     with torch.no_grad():
@@ -224,6 +224,43 @@ def test_elsewhere_the_plain_path_is_taken(why: str, monkeypatch: pytest.MonkeyP
     assert not any("Fire" in type(n).__name__ for n in nodes(found))
 
 
+def at_the_edges(surrogate: Surrogate, dtype: torch.dtype) -> torch.Tensor:
+    """z [5, M]: random ones, 0, both sides of every kink, far out; more than one thread's share."""
+    width = surrogate.parameter
+    far = torch.tensor([0.0, 1e-6, 0.49, 0.51, 0.99, 1.01, 1e3, 1e6], dtype=dtype) * width
+    random = torch.randn(5 * fused.GRAIN - 2 * len(far), dtype=dtype, generator=torch.Generator().manual_seed(0))
+    return torch.cat([far, -far, random]).view(5, -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("reset", ["hard", "soft"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_slopes_and_their_derivatives_are_the_formulas(
+    family: str, reset: str, detach: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    surrogate = Surrogate.parse(family)
+    d = Dynamics(surrogate, threshold=0.7, v_reset=-0.2 if reset == "hard" else 0.0, reset=reset, detach_reset=detach)
+    z = at_the_edges(surrogate, dtype)
+    near = {"rtol": 2e-6, "atol": 1e-12} if dtype == torch.float32 else {"rtol": 1e-13, "atol": 1e-16}
+    exact = z.double()
+    first, silent = surrogate.first(exact), (exact < 0).double()
+    felt = torch.zeros_like(exact) if detach else (-0.2 - 0.7 - exact if reset == "hard" else exact.new_tensor(-0.7))
+    c = (silent if reset == "hard" else 1) + felt * first
+    g = torch.randn(z.shape, dtype=dtype)
+    for known in (True, False):
+        if not known:
+            monkeypatch.setattr(fused, "jet", lambda surrogate: None)
+        found = fused.slopes(d, z)
+        torch.testing.assert_close(found[0].double(), first, **near)
+        torch.testing.assert_close(found[1].double(), c, rtol=near["rtol"], atol=5 * near["rtol"])
+        scan = fused.Scan(*found, 0.0, 1.0, False, None, 1, e=torch.empty_like(z), surrogate=surrogate)
+        fused.adjoint(scan, g, z)  # without memory: e = f'' gs
+        assert scan.e is not None
+        expected = surrogate.second(exact) * g
+        torch.testing.assert_close(scan.e.double(), expected, rtol=5 * near["rtol"], atol=1e-12)
+
+
 @compiled
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_surrogate_in_pieces_is_the_whole(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,9 +268,9 @@ def test_every_surrogate_in_pieces_is_the_whole(family: str, monkeypatch: pytest
     d = Dynamics(Surrogate.parse(family))
     results = []
     for piece in (64, 10**6):
-        monkeypatch.setattr(spikes, "PIECE", piece)
+        monkeypatch.setattr(fused, "PIECE", piece)
         f1, c = torch.empty_like(z), torch.empty_like(z)
-        spikes.by_pieces(lambda *parts: spikes._slopes(d, *parts), z, f1, c)
+        fused.torch_slopes(d, z, f1, c)
         results.append((f1, c))
     torch.testing.assert_close(results[0], results[1], rtol=1e-14, atol=1e-16)
     torch.testing.assert_close(results[0][0], d.surrogate.first(z), rtol=1e-14, atol=1e-16)
