@@ -140,7 +140,7 @@ class Atan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+        x: Tensor = ctx.saved_tensors[0]
         return g / (1 + (math.pi * x).square())
 
 

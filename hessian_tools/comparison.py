@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from hessian_tools import inference
 from hessian_tools.compare import refuse_unlike
@@ -252,11 +253,19 @@ def _rows(paired: Paired, measure: Measure, moment: str, settings: _Settings) ->
     return rows
 
 
+def _differences(pairs: Sequence[tuple[float, float]], ratio: bool) -> npt.NDArray[np.float64]:
+    """x - y, or log x - log y, of every pair, without the last digits: rounding must not break ties."""
+    d = np.array([math.log(x) - math.log(y) if ratio else x - y for x, y in pairs])
+    sizes = [1.0] if ratio else [abs(z) for pair in pairs for z in pair if math.isfinite(z)]
+    digit = 1e-12 * max(sizes, default=0.0)
+    return np.rint(d / digit) * digit if digit else d
+
+
 def _against(row: Row, pairs: Sequence[tuple[Run, Run]], values: dict[str, float], settings: _Settings) -> Row:
     """The row with what its pairs say; those in which both are worst, or one is not known, say nothing."""
     both = [(values[a.name], values[b.name]) for a, b in pairs]
     known = [(x, y) for x, y in both if not (math.isnan(x) or math.isnan(y) or (math.isinf(x) and x == y))]
-    d = np.array([math.log(x) - math.log(y) if row.ratio else x - y for x, y in known])
+    d = _differences(known, row.ratio)
     bound = math.log(settings.margin) if row.ratio else NAN
     shift = inference.paired_shift(d)
     if row.ratio:

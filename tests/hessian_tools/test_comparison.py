@@ -16,7 +16,7 @@ import pytest
 from run_tools import make_run, make_study
 from scipy import stats
 
-from hessian_tools.comparison import Comparison, Row, compare_runs
+from hessian_tools.comparison import Comparison, Row, _differences, compare_runs
 from hessian_tools.comparison_measures import GAP
 from hessian_tools.comparison_pairs import chosen_runs, several_seeds
 from hessian_tools.comparison_report import (
@@ -473,3 +473,14 @@ def test_another_analysis_by_its_tag() -> None:
     assert {r.family for r in c.rows} == {"lambda_max", "lambda_min", "trace"}
     assert c.correlations
     assert "one-image" not in compare_runs(make_study(seeds=range(2), tags=("one-image",))).moments
+
+
+def test_rounding_breaks_no_ties() -> None:
+    tests = [(0.9333333333333333, 0.9305555555555556), (0.9361111111111111, 0.9388888888888889), (0.95, 0.95)]
+    d = _differences(tests, ratio=False)  # of 360 samples: one more, one fewer, as many
+    assert d[0] == -d[1] == pytest.approx(1 / 360, rel=1e-9)
+    assert d[2] == 0
+    assert list(_differences([(math.inf, 3.0), (3.0, math.inf)], ratio=True)) == [math.inf, -math.inf]
+    assert list(_differences([(0.0, 0.0)], ratio=False)) == [0.0]
+    thirds = _differences([(0.3, 0.1), (3.0, 1.0)], ratio=True)
+    assert thirds[0] == thirds[1] == pytest.approx(math.log(3))
