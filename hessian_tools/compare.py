@@ -23,6 +23,8 @@ CONDITIONS = (
     ("network", "surrogate", "surrogate of the analysis"),
     ("network", "norm", "normalization"),
     ("network", "ties", "pooling tie rule"),
+    ("network", "output", "output that is read"),
+    ("network", "readout", "readout over time"),
 )
 
 

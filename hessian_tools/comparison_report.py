@@ -11,7 +11,7 @@ from hessian_tools import inference
 from hessian_tools.comparison import ACCURACY, MARGIN, Comparison, Correlation, Row, compare_runs
 from hessian_tools.comparison_measures import OUTCOME, SPEED
 from hessian_tools.inference import LEAST, Interval
-from hessian_tools.report import WIDTH
+from hessian_tools.opened import WIDTH
 from hessian_tools.results import ResultError
 from hessian_tools.runs import Run
 from hessian_tools.study_groups import moment_of, settings

@@ -143,7 +143,7 @@ def flatness(
         seed=settings.seed,
         main=main,
         others=others,
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - began + run.phases.seconds,
         versions=versions(),
     )
 
@@ -166,7 +166,7 @@ def _expected(objective: Objective, settings: FlatnessSettings) -> dict[str, int
 
 # --- several checkpoints
 
-ALWAYS = ("timesteps", "coding")  # of the network: what every metric depends on, with all of the data
+ALWAYS = ("timesteps", "coding", "output", "readout")  # what every metric depends on, with all of the data
 
 
 def incomparable(found: Sequence[FlatnessResult]) -> str:

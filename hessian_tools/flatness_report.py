@@ -10,7 +10,7 @@ from pathlib import PurePath
 from hessian_tools.calibration import CalibrationResult
 from hessian_tools.flatness import Difference, FlatnessResult, Metric, differences, incomparable, unlike
 from hessian_tools.flatness_metric import MATCHED, SURROGATE
-from hessian_tools.report import WIDTH, opened
+from hessian_tools.opened import WIDTH, opened
 
 COLUMNS = f"{'':<27}{'value':>11}  {'95% interval':<21}{'data se':>8}{'cost':>11}"
 COLUMN, PER_BLOCK = 17, 3  # of a comparison: width, checkpoints in one block
@@ -153,8 +153,8 @@ def cautions(r: FlatnessResult) -> Iterator[str]:
     trace = r.main["hessian trace"]
     if trace.value < 0:
         yield (
-            "The surrogate Hessian's trace is negative: that comes from the surrogate's f'' and is no curvature of the "
-            "spiking loss."
+            "The surrogate Hessian's trace is negative: that comes from the surrogate's f'' and the reset, and is no "
+            "curvature of the spiking loss."
         )
     if r.data.get("loss") == "ce":
         yield "Cross-entropy with large logits shrinks all curvature: compare at a matched loss."

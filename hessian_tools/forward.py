@@ -80,9 +80,11 @@ def mean_loss(objective: Objective, outputs: Tensor) -> float:
 @torch.no_grad()
 def sample_losses(objective: Objective, outputs: Tensor) -> Tensor:
     """Every sample's loss [N], in float64."""
-    losses: Tensor = torch.func.vmap(lambda o, y: objective.loss(o[None], y[None]))(
-        outputs.double(), _wide(targets(objective))
-    )
+    found, wanted = outputs.double(), _wide(targets(objective))
+    try:
+        losses: Tensor = torch.func.vmap(lambda o, y: objective.loss(o[None], y[None]))(found, wanted)
+    except RuntimeError:  # a loss that asks for values: one sample after the other
+        losses = torch.stack([objective.loss(o[None], y[None]) for o, y in zip(found, wanted, strict=True)])
     return losses
 
 

@@ -249,7 +249,7 @@ def landscape(
         refused=why,
         products=work.phases.products,
         evaluations=work.evaluations,
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - began + work.phases.seconds,
         versions=versions(),
     )
 

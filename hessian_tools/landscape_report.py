@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from hessian_tools.landscape import RANDOM_RANGE, SHARP_RANGE, LandscapeResult, Line, Plane
-from hessian_tools.report import WIDTH, opened
+from hessian_tools.opened import WIDTH, opened
 
 
 def landscape_lines(result: LandscapeResult) -> list[str]:

@@ -10,7 +10,6 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from hessian_tools import segments
 from hessian_tools.cuda import full_precision
@@ -161,12 +160,15 @@ class Objective:
 def evaluation_mode(model: nn.Module) -> None:
     """BatchNorm and Dropout evaluate; every other module stays as in training.
 
-    Not model.eval(): some spiking libraries swap the surrogate out there, and no gradient is left.
+    Not model.eval(): some spiking libraries swap the surrogate out there, and no gradient is left. Dropout is whatever
+    has "Drop" in the name of its class or of one of that class's bases: spiking libraries have their own.
     """
     model.train()
     for module in model.modules():
-        if isinstance(module, _BatchNorm | _DropoutNd | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d):
+        if isinstance(module, _BatchNorm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d):
             module.eval()
+        elif any("Drop" in c.__name__ for c in type(module).__mro__):
+            module.training = False  # of it alone: what it may hold could be neurons
 
 
 def make_objective(

@@ -29,12 +29,13 @@ from hessian_tools.operators import Composed, Operator
 from hessian_tools.results import write_atomically
 
 Op = TypeVar("Op", bound=Operator)
+_State = tuple[str, int, float, dict[str, Any]]  # of a phase: name, products, seconds, value
 
-# A record of the journal: head (format; CRC-32 of the phase's name, of the block's dtype and shape, of the block),
-# CRC-32 of head and product, product row by row.
-_HEAD = struct.Struct("<4s3I")
+# A record of the journal: head (format; CRC-32 of the phase's name, of the block's dtype and shape, of the block;
+# seconds since the phase began), CRC-32 of head and product, product row by row.
+_HEAD = struct.Struct("<4s3Id")
 _CHECK = struct.Struct("<I")
-_FORMAT = b"hvp1"
+_FORMAT = b"hvp2"
 _WHOLE = 0x2144DF1C  # the CRC-32 of anything with its CRC-32 behind
 _SYNC = 5.0  # seconds between two fsyncs: a kill loses nothing that was flushed, a power cut at most so much
 
@@ -50,6 +51,8 @@ class Phases:
     what differs), and so is a damaged one. group: processes that run the phases together; only rank 0 reads and writes.
     The phases of an analysis come in the same order every time, each analysis takes Phases of its own.
     A file that cannot be read or written raises OSError with its name, and the state stays as it was.
+    products: with the operators, in all phases so far. seconds: that interrupted processes took for what was read from
+    the disk, up to their last product.
     """
 
     def __init__(
@@ -57,12 +60,13 @@ class Phases:
     ) -> None:
         self.path = path
         self.products = 0
+        self.seconds = 0.0
         self._key = {name: json.dumps(value, sort_keys=True) for name, value in (key or {}).items()}
         self._group = group
         self._first = group is None or group.rank == 0
         self._number = 0  # of the phase in the order of the analysis
         if path is not None and (state := self._load(path)):
-            known = state[2]
+            known = state[-1]
             if changed := [name for name in {**self._key, **known} if self._key.get(name) != known.get(name)]:
                 raise ResumeError(
                     f"{path}: the {' and the '.join(changed)} changed since the analysis was interrupted: put that "
@@ -84,20 +88,22 @@ class Phases:
         file = _beside(path, self._number)
         if self._first and not path.exists():
             _discard(path)  # what is left of an analysis that was given up
-            _save(path, "", 0, self._key)
+            _save(path, "", 0, 0.0, self._key)
         if done := self._load(file):
-            found, products, value = done
+            found, products, seconds, value = done
             if found != name:
                 raise ResumeError(f"{file}: holds the phase '{found}', not '{name}': start anew with --force")
         else:
             with _opened(_beside(path, "journal")) if self._first else contextlib.nullcontext() as journal:
-                value = compute(cast(Op, _Journaled(op, name, journal, self._group)))
-            products = op.products - before
+                journaled = _Journaled(op, name, journal, self._group)
+                value = compute(cast(Op, journaled))
+            products, seconds = op.products - before, journaled.earlier
             if self._first:
                 # in this order: what a kill between the two leaves in the journal carries a finished phase's name
-                _save(file, name, products, value)
+                _save(file, name, products, journaled.seconds(), value)
                 _beside(path, "journal").unlink(missing_ok=True)
         self.products += products
+        self.seconds += seconds
         return value
 
     def keep(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -105,7 +111,7 @@ class Phases:
         idle = Composed(1, torch.float64, torch.device("cpu"), lambda v: v)
         return self.run(name, idle, lambda _: compute())
 
-    def _load(self, path: Path) -> tuple[str, int, dict[str, Any]] | None:
+    def _load(self, path: Path) -> _State | None:
         """What _save wrote, on every rank; None if there is no such file."""
         there = self._first and path.exists()
         if self._group is None:
@@ -143,11 +149,12 @@ class _Summed:
         return self._write(data)
 
 
-def _save(path: Path, name: str, products: int, value: dict[str, Any]) -> None:
+def _save(path: Path, name: str, products: int, seconds: float, value: dict[str, Any]) -> None:
     def write(file: IO[bytes]) -> None:
         summed = _Summed(file)
         try:
-            torch.save({"name": name, "products": products, "value": value}, cast(IO[bytes], summed))
+            state = {"name": name, "products": products, "seconds": seconds, "value": value}
+            torch.save(state, cast(IO[bytes], summed))
         except RuntimeError as error:  # torch's own hides what stopped a write: a full disk, Ctrl-C
             raise (error.__context__ or error) from None
         file.write(_CHECK.pack(summed.sum))
@@ -156,8 +163,8 @@ def _save(path: Path, name: str, products: int, value: dict[str, Any]) -> None:
         write_atomically(path, write)
 
 
-def _read(path: Path, file: IO[bytes]) -> tuple[str, int, dict[str, Any]]:
-    """Name, products and value of what _save wrote."""
+def _read(path: Path, file: IO[bytes]) -> _State:
+    """What _save wrote."""
 
     def here(storage: Any, location: str) -> Any:  # a rank's tensors on its own GPU
         return storage.cuda() if location != "cpu" and torch.cuda.is_available() else storage
@@ -170,7 +177,7 @@ def _read(path: Path, file: IO[bytes]) -> tuple[str, int, dict[str, Any]]:
             raise ResumeError(f"{path}: not the state of an interrupted analysis: start anew with --force")
         file.seek(0)
         state = torch.load(file, map_location=here, weights_only=True)
-        return state["name"], state["products"], state["value"]
+        return state["name"], state["products"], state.get("seconds", 0.0), state["value"]
 
 
 class _Journaled(Operator):
@@ -186,7 +193,12 @@ class _Journaled(Operator):
         self._file = file  # None on all ranks but the first
         self._group = group
         self._replaying = True
-        self._synced = time.monotonic()
+        self.earlier = 0.0  # seconds that interrupted processes took for what the journal has
+        self._began = self._synced = time.monotonic()
+
+    def seconds(self) -> float:
+        """Since the phase began, those of interrupted processes among them."""
+        return self.earlier + time.monotonic() - self._began
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._op, name)
@@ -219,24 +231,26 @@ class _Journaled(Operator):
 
     def _next(self, block: Tensor, file: io.BufferedRandom) -> Tensor | ResumeError | None:
         """The next product of the journal; None at its end, where what is no whole record is cut off."""
-        head, start = self._head(block), file.tell()
+        expected, start = self._head(block), file.tell()
         product = torch.empty(block.shape, dtype=block.dtype)
         data = _bytes(product)
         with _naming(file.name):
             raw, check = file.read(_HEAD.size), file.read(_CHECK.size)
             whole = file.readinto(data) == len(data)
-            if not whole or check != _CHECK.pack(crc32(data, crc32(raw))) or _HEAD.unpack(raw)[:3] != head[:3]:
+            found = _HEAD.unpack(raw) if whole and check == _CHECK.pack(crc32(data, crc32(raw))) else ()
+            if found[:3] != expected[:3]:
                 file.truncate(start)
                 return None
-        if raw != _HEAD.pack(*head):
+        if found[:4] != expected:
             return ResumeError(
                 f"{file.name}: this machine does not repeat the interrupted analysis bit for bit (another processor, "
                 "device or number of threads): resume where it began, or start anew with --force"
             )
+        self.earlier = found[4]
         return product
 
     def _append(self, block: Tensor, image: Tensor, file: io.BufferedRandom) -> None:
-        head, product = _HEAD.pack(*self._head(block)), _bytes(image)
+        head, product = _HEAD.pack(*self._head(block), self.seconds()), _bytes(image)
         with _naming(file.name):
             file.write(head + _CHECK.pack(crc32(product, crc32(head))))
             file.write(product)

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from hessian_tools.compare import by_method, common_operators, method_of
-from hessian_tools.results import AnalysedParts, Eigenvalue, Spectrum, SpectrumResult, Trace
-
-WIDTH = 80
+from hessian_tools.opened import WIDTH, field, opened
+from hessian_tools.results import Eigenvalue, Spectrum, SpectrumResult, Trace
 
 
 def warnings_of(result: SpectrumResult) -> tuple[str, ...]:
@@ -51,7 +50,7 @@ def _warnings(result: SpectrumResult) -> Iterator[str]:
                 f"{damping:g} (lambda_min {low:.3g}): give a --damping above that in size."
             )
     negative = [p for p in pairs if p.value < -p.residual]
-    if name == "hessian" and negative:
+    if name == "hessian" and negative and _spiking(result):
         yield (
             f"Negative eigenvalues (down to {_ratio(min(p.value for p in negative), top.value)} of lambda_max) belong "
             "to the surrogate's 2-jet. Do not read them as saddle directions of the spiking loss."
@@ -77,6 +76,11 @@ def _warnings(result: SpectrumResult) -> Iterator[str]:
         yield "Training reported: " + "; ".join(str(f) for f in result.training["failures"]) + "."
 
 
+def _spiking(result: SpectrumResult) -> bool:
+    """Not so for a network of another library in which no surrogate was found."""
+    return bool("library" not in result.network or result.network.get("surrogate"))
+
+
 def _missed(s: Spectrum) -> str | None:
     """Whether another start found something beyond the pairs that are printed, by more than round-off."""
     pairs = (*s.eigenvalues, *s.smallest_eigenvalues)
@@ -100,56 +104,14 @@ def spectrum_lines(result: SpectrumResult) -> list[str]:
     return [line for section in sections if (lines := section(result)) for line in [*lines, ""]][:-1]
 
 
-def _field(name: str, text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=f"{name:<12}", subsequent_indent=" " * 12)
-
-
-def opened(r: AnalysedParts) -> list[str]:
-    """What was opened and how it was trained."""
-    n, t = r.network, r.training
-    lines = _field("checkpoint", f"{r.checkpoint.get('path', '-')}  sha256 {str(r.checkpoint.get('sha256', '-'))[:12]}")
-    if n:
-        analysed = (
-            f", analysed with {n['surrogate']}" if n.get("trained_surrogate", n["surrogate"]) != n["surrogate"] else ""
-        )
-        norm = "BatchNorm in evaluation mode" if n["norm"] == "bn" else "no BatchNorm"
-        once = " drawn once" if n["coding"] == "poisson" else ""
-        reset = f"{n['reset']} reset{', detached' if n['detach_reset'] else ''}"
-        lines += _field(
-            "network",
-            f"{n['model']}, {n['neuron']} neurons, {reset}, surrogate {n.get('trained_surrogate', n['surrogate'])}"
-            f"{analysed}, T = {n['timesteps']}, {n['coding']} coding{once}, {norm}, pooling ties: {n['ties']}",
-        )
-    where = r.device.replace("cpu", "CPU")
-    lines += _field(
-        "parameters", f"{r.num_parameters:,} in {len(r.parameters)} tensors; {r.dtype} on {where}, seed {r.seed}"
-    )
-    d = r.data
-    lines += _field(
-        "data", f"{d.get('name', '-')} {d.get('split', '')}, {d['samples']:,} samples, loss {d.get('loss', '-')}"
-    )
-    if t:
-        lines += _field(
-            "trained",
-            f"{t['init']} initializer{_alpha(t)}, {t['optimizer']} lr {t['lr']:g}, {t['schedule']} schedule, "
-            f"weight decay {t['weight_decay']:g} (not in the Hessian), batch {t['batch_size']}, "
-            f"{t['epochs_run']} epochs, seed {t['seed']}",
-        )
-    return lines
-
-
-def _alpha(training: dict[str, object]) -> str:
-    return f" (alpha {training['alpha']:g})" if training["init"] == "ikun" else ""
-
-
 def _state(r: SpectrumResult) -> list[str]:
     name, spectrum = r.main
     accuracy = "" if math.isnan(r.accuracy) else f", accuracy {r.accuracy:.2%}"
-    lines = _field("loss", f"{r.loss:.6g}{accuracy}")
+    lines = field("loss", f"{r.loss:.6g}{accuracy}")
     if r.activity:
         rates = ", ".join(f"{k} {v['firing_rate']:.3f} ({v['dead']:.0%} dead)" for k, v in r.activity.items())
-        lines += _field("firing", rates)
-    lines += _field(
+        lines += field("firing", rates)
+    lines += field(
         "gradient", f"norm {r.gradient_norm:.4g}; symmetry error of the {name} {spectrum.symmetry_error:.1e}"
     )
     return lines
@@ -159,7 +121,7 @@ def _minimum(r: SpectrumResult) -> list[str]:
     """Whether this is a minimum of the surrogate loss at all."""
     name, s = r.main
     if not s.smallest_eigenvalues:
-        return _field("minimum?", "the smallest eigenvalues were not computed (--smallest)")
+        return field("minimum?", "the smallest eigenvalues were not computed (--smallest)")
     top, low = s.eigenvalues[0], s.smallest_eigenvalues[0]
     if low.value < -low.residual and not (low.converged is False and abs(low.value) < low.residual):
         verdict = f"no: the {name} has lambda_min = {low.value:.4g} against lambda_max = {top.value:.4g}"
@@ -167,7 +129,7 @@ def _minimum(r: SpectrumResult) -> list[str]:
             verdict += f" ({-low.value / top.value:.1%} of it)"
     else:
         verdict = f"yes, to this accuracy: lambda_min = {low.value:.3g} +- {low.residual:.1g} is not negative"
-    return _field("minimum?", verdict)
+    return field("minimum?", verdict)
 
 
 def _rows(pairs: tuple[Eigenvalue, ...], start: int, step: int, width: int) -> Iterator[str]:
@@ -209,18 +171,18 @@ def _search(r: SpectrumResult) -> list[str]:
                 text += (
                     f"; outside the converged pairs {others} found {s.search.smallest:.3g} to {s.search.largest:.3g}"
                 )
-            lines += _field("missed?", text)
+            lines += field("missed?", text)
     for name, s in r.spectra.items():
         if s.density is not None:
             d = s.density
             text = (
                 f"{name}: {d.probes} probes of at most {d.steps} steps; all the steps moved it by {d.accuracy:.1g} of"
             )
-            lines += _field("density", f"{text} the range from half of them (Wasserstein distance)")
+            lines += field("density", f"{text} the range from half of them (Wasserstein distance)")
     name, s = r.main
     if math.isfinite(s.gradient_share):
         text = f"{_percent(s.gradient_share)} of the gradient's squared norm lies along the converged {name}"
-        lines += _field("grad", f"{text} eigenvectors of rank 1 to {len(s.eigenvalues)} (column grad: along each)")
+        lines += field("grad", f"{text} eigenvectors of rank 1 to {len(s.eigenvalues)} (column grad: along each)")
     return lines
 
 
@@ -254,12 +216,18 @@ def _traces(r: SpectrumResult) -> list[str]:
         h, g = traces["hessian"].estimate, traces["ggn"].estimate
         lines += [""]
         lines += textwrap.wrap(
-            f"tr(H - GGN) is {h - g:.4g}, {_ratio(h - g, g)} of tr GGN in size: the part that comes from the "
-            "surrogate's own curvature f''. The GGN leaves it out, keeps the curvature of the loss alone, and is never "
-            "negative. Neither is the curvature of the spiking loss itself, which is piecewise constant.",
+            f"tr(H - GGN) is {h - g:.4g}, {_ratio(h - g, g)} of tr GGN in size: the part that comes from "
+            f"second derivatives of the outputs{_SPIKING if _spiking(r) else _SMOOTH}",
             WIDTH,
         )
     return lines
+
+
+_SPIKING = (
+    ": the surrogate's f'', and the reset unless detached. The GGN leaves it out, keeps the curvature of the loss "
+    "alone, and is never negative. Neither is the curvature of the spiking loss itself, which is piecewise constant."
+)
+_SMOOTH = ". The GGN leaves it out, keeps the curvature of the loss alone, and is never negative."
 
 
 def _functionals(r: SpectrumResult) -> list[str]:
@@ -281,13 +249,13 @@ def _functionals(r: SpectrumResult) -> list[str]:
 def _scales(r: SpectrumResult) -> list[str]:
     lines = []
     for name, s in r.spectra.items():
-        lines += _field(
+        lines += field(
             "scale-free", f"{name} lambda_max {_number(s.scale_free_lambda_max)} (weights in units of filter norm)"
         )
     if r.sensitivity:
         top = r.main[1].eigenvalues[0].value
         text = ", ".join(f"{k}: {_number(v)}" for k, v in r.sensitivity.items())
-        lines += _field("sensitivity", f"{r.main[0]} lambda_max {top:.4g} becomes, {text}")
+        lines += field("sensitivity", f"{r.main[0]} lambda_max {top:.4g} becomes, {text}")
     return lines
 
 
@@ -300,7 +268,7 @@ def _cautions(r: SpectrumResult) -> list[str]:
 
 def _cost(r: SpectrumResult) -> list[str]:
     products = sum(s.hessian_vector_products for s in r.spectra.values())
-    return _field("cost", f"{products} products with the operators, {r.seconds:.1f} s")
+    return field("cost", f"{products} products with the operators, {r.seconds:.1f} s")
 
 
 def compare_lines(labelled: list[tuple[str, SpectrumResult]]) -> list[str]:

@@ -24,10 +24,16 @@ import numpy as np
 import numpy.typing as npt
 
 SCHEMA = "ikun-hessian/spectrum/1"
+MOST_BYTES = 2**25  # of a text file: parsed, one of nothing but brackets takes 25 times as much memory
+DEEPEST = 30  # lists and objects in one another
 
 
 class ResultError(ValueError):
     """A result file that cannot be used: one line that names it and says why."""
+
+
+class MissingError(ResultError):
+    """There is no such file."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +254,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         known = {name: hint for name, hint in hints.items() if name in value and name != "vectors"}
         return kind(**{name: _build(hint, value[name], f"{where}.{name}") for name, hint in known.items()})  # type: ignore[operator]
     if origin is tuple and isinstance(value, list):
+        if Ellipsis not in arguments and len(value) != len(arguments):
+            raise ResultError(f"field '{where}' has not {len(arguments)} entries")
         return tuple(_build(arguments[0], item, where) for item in value)
     if origin is dict and isinstance(value, dict):
         return {key: _build(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
@@ -266,17 +274,64 @@ def load(path: str | Path, kind: type[R], schema: str) -> R:
 
     Raises ResultError for a missing, foreign, damaged or newer file.
     """
+    text = read_text(path)
     try:
-        with Path(path).open(encoding="utf-8") as file:
-            values = json.load(file)
-    except OSError as error:
-        raise ResultError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
-        raise ResultError(f"{path}: not a JSON file: run `ikun-hessian {schema.split('/')[1]}` again") from None
+        values = parsed(text)
+    except ResultError as error:
+        raise ResultError(f"{path}: {error}: run `ikun-hessian {schema.split('/')[1]}` again") from None
     try:
         return from_plain(values, kind, schema)
     except ResultError as error:
         raise ResultError(f"{path}: {error}") from None
+
+
+def read_text(path: str | Path) -> str:
+    """A text file of a sensible size. Raises ResultError, MissingError where there is none."""
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise ResultError(f"{path}: cannot be read (a folder or device, and no file)")
+        with Path(path).open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ResultError(f"{path}: cannot be read (more than {MOST_BYTES:,} bytes)")
+        return data.decode("utf-8")
+    except FileNotFoundError as error:
+        raise MissingError(f"{path}: cannot be read ({error.strerror})") from None
+    except OSError as error:
+        raise ResultError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ResultError(f"{path}: no text file") from None
+
+
+def parsed(text: str) -> Any:
+    """What a JSON text holds, with numbers, names and depths that the rest can count on. Raises ResultError."""
+    try:
+        return _legal(json.loads(text, parse_constant=_no_number), 0)
+    except ResultError:
+        raise
+    except (ValueError, RecursionError):  # int() refuses thousands of digits with a ValueError
+        raise ResultError("not a JSON file") from None
+
+
+def _no_number(word: str) -> Any:
+    raise ResultError(f"not a JSON file ({word} in it)")
+
+
+def _legal(value: Any, depth: int) -> Any:
+    """The value, its texts without what is no character or commands a terminal."""
+    if depth > DEEPEST:
+        raise ResultError(f"more than {DEEPEST} lists and objects in one another")
+    if isinstance(value, dict):
+        return {_legal(k, depth + 1): _legal(v, depth + 1) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_legal(v, depth + 1) for v in value]
+    if isinstance(value, str):
+        return value if value.isprintable() else "".join(c if c.isprintable() or c == "\n" else "?" for c in value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ResultError("a whole number of more than 64 bits")
+    if isinstance(value, float) and math.isinf(value):
+        raise ResultError("a number beyond 1e308")
+    return value
 
 
 def from_plain(values: Any, kind: type[R], schema: str) -> R:
@@ -287,7 +342,7 @@ def from_plain(values: Any, kind: type[R], schema: str) -> R:
         raise ResultError(f"not a {command} of this version (schema {found!r}, expected {schema!r})")
     try:
         result: R = _build(kind, values, "result")
-    except ResultError as error:
+    except ValueError as error:  # a dataclass that checks its fields raises its own kind
         raise ResultError(f"{error}: run `ikun-hessian {command}` again") from None
     return result
 

@@ -9,7 +9,7 @@ of its own, without a log.
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -80,11 +80,13 @@ def gather(paths: Sequence[Path], report: Report = _warn) -> list[Run]:
     nothing to gather, and for a named file that is missing or damaged.
     """
     files: dict[Path, bool] = {}  # whether the user named the file; in the order of the paths
+    given: dict[Path, Path] = {}  # how
     for path in paths:
         named = not path.is_dir()
         for file in _named(path) if named else _searched(path):
-            key = file.resolve()
+            key = Path(os.path.realpath(file))  # Path.resolve raises in a loop of links
             files[key] = files.get(key, False) or named
+            given.setdefault(key, file)
     parts: dict[tuple[Path, str], dict[str, Any]] = {}
     names: dict[Path, list[str]] = {}
     for file, named in files.items():
@@ -94,9 +96,10 @@ def gather(paths: Sequence[Path], report: Report = _warn) -> list[Run]:
         try:
             name, kind, value = _read(file, names[file.parent])
         except ResultError as error:
+            line = str(error).replace(str(file), str(given[file]), 1)
             if named:
-                raise
-            report(f"{error} (left out)")
+                raise ResultError(line) from None
+            report(f"{line} (left out)")
             continue
         parts.setdefault((file.parent, name), {TRAIN: {}, SPECTRUM: {}, FLATNESS: {}})[kind].update(value)
     prefixes = _prefixes(list(parts))
@@ -201,18 +204,18 @@ def _log(path: Path, report: Report) -> tuple[dict[str, Any], ...]:
     """The epochs of a log, () without one; a line that a running or killed training left half-written ends it."""
     lines: list[dict[str, Any]] = []
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+        text = results.read_text(path)
+    except results.MissingError:
         return ()
-    except (OSError, UnicodeDecodeError):
-        report(f"{path}: cannot be read (left out)")
+    except ResultError as error:
+        report(f"{error} (left out)")
         return ()
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
+            value = results.parsed(line)
+        except ResultError:
             value = None
-        if not isinstance(value, dict) or not isinstance(value.get("epoch"), int):
+        if not isinstance(value, dict) or type(value.get("epoch")) is not int:
             report(f"{path}: line {number} is no epoch of a log (left out with all that follow)")
             break
         lines.append(value)

@@ -98,7 +98,7 @@ def spectrum(
         blocks=blocks,
         samples_curve=curve,
         warnings=(),
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - began + run.phases.seconds,
         versions=versions(),
     )
     return dataclasses.replace(result, warnings=warnings_of(result))

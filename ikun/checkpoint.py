@@ -1,7 +1,7 @@
 """The checkpoint: one .pt that says everything needed to rebuild the network, its data, its loss, and how it was made.
 
-Files come from strangers: they are loaded with weights_only=True, checked field by field, and the network is built
-only after the shapes of its weights are known to agree with its description.
+Files come from strangers: they are read as data (archive.py), checked field by field, and the network is built only
+after the shapes of its weights are known to agree with its description.
 """
 
 from __future__ import annotations
@@ -21,18 +21,37 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from ikun.archive import ArchiveError, read_archive
 from ikun.data import NAMES, DataError, Dataset, encoded, load
 from ikun.images import Images, taken
 from ikun.networks import LOSSES, Network, Spec
 
 SCHEMA = "ikun-hessian/checkpoint/1"
+LONGEST = 1000  # characters of an error line
+# What a checkpoint says of its training: all of this or nothing
+_TRAINED: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("init", "optimizer", "schedule"), (str,)),
+    **dict.fromkeys(("alpha", "lr", "weight_decay"), (int, float)),
+    **dict.fromkeys(("batch_size", "seed", "samples", "epochs_run"), (int,)),
+    "failures": (list, tuple),
+}
+_MORE: dict[str, tuple[type, ...]] = {  # that others do not have
+    **dict.fromkeys(("law", "loss", "data_sha256"), (str,)),
+    "momentum": (int, float),
+    **dict.fromkeys(("epochs", "patience", "snapshots", "best_epoch"), (int,)),
+    "save_at_loss": (list, tuple),
+    "saved_at_loss": (dict,),
+}
+_EPOCH: dict[str, tuple[type, ...]] = dict.fromkeys(("loss", "accuracy", "test_accuracy"), (int, float))
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: one line that names the file and says why and what to do."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))  # values quoted from a foreign file may hold line breaks
+        """Values quoted from a foreign file may hold line breaks, a terminal's commands, or a megabyte."""
+        line = "".join(c if c.isprintable() else " " for c in message)
+        super().__init__(line if len(line) <= LONGEST else f"{line[:LONGEST]} ...")
 
 
 @dataclass(frozen=True)
@@ -96,7 +115,15 @@ class Checkpoint:
         return network.eval()
 
     def inputs(self, images: Images) -> Images:
-        """Network inputs: samples as they are, or Poisson spikes drawn once from the data seed and frozen."""
+        """Network inputs: samples as they are, or Poisson spikes drawn once from the data seed and frozen.
+
+        Raises CheckpointError for images of another shape than the network's, DataError as data.encode does.
+        """
+        if tuple(images.shape[-3:]) != self.network.input_shape:
+            raise CheckpointError(
+                f"this checkpoint's network takes inputs {list(self.network.input_shape)}, and the data "
+                f"{self.data.name} are {list(images.shape[-3:])}: not data that it was trained on"
+            )
         return encoded(images, self.network.timesteps, self.network.coding, self.data.seed)
 
 
@@ -148,19 +175,18 @@ def sha256(path: str | Path) -> str:
 
 def read_plain(path: str | Path) -> dict[str, Any]:
     """The dict in a .pt file, without running any code from it. Raises CheckpointError."""
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file: `ikun-hessian train --out {path}` makes one")
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise CheckpointError(f"{path}: may not be read: check its permissions") from None
-    except Exception as error:  # torch.load raises many kinds on damaged files
-        foreign = "unsupported global" in str(error).lower()
-        reason = "it holds objects that need code to load" if foreign else "truncated or not a .pt file"
-        raise CheckpointError(f"{path}: not a checkpoint that can be loaded safely ({reason})") from None
+        values = read_archive(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file: `ikun-hessian train --out {path}` makes one") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: may not be read ({error.strerror}): check its permissions") from None
+    except (ArchiveError, ValueError) as error:  # a path with a zero byte is a ValueError
+        raise CheckpointError(f"{path}: not a checkpoint that can be loaded safely ({error})") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a checkpoint of ikun-hessian: it holds a {type(values).__name__}")
+    if odd := _odd(values.get("settings")):  # of a state to resume from: they are compared with those asked for
+        raise CheckpointError(f"{path}: damaged or foreign: field 'settings' must hold plain values, and not {odd}")
     return values
 
 
@@ -192,17 +218,53 @@ def _fields(values: dict[str, Any]) -> tuple[Spec, DataSpec, str, dict[str, Tens
     fields = {"name", "subset", "seed", "held_out"}  # image_size is younger
     if set(raw) - {"image_size"} != fields or raw["name"] not in NAMES:
         raise ValueError("field 'data' does not name a known data set")
-    if any(type(raw[k]) is not int or raw[k] < 0 for k in ("seed", "held_out")):
+    if any(not _whole(raw[k]) for k in ("seed", "held_out")):
         raise ValueError("field 'data': seed and held_out must be whole numbers")
-    if any(raw.get(k) is not None and type(raw[k]) is not int for k in ("subset", "image_size")):
+    if any(raw.get(k) is not None and not _whole(raw[k]) for k in ("subset", "image_size")):
         raise ValueError("field 'data': subset and image_size must be whole numbers")
+    if raw["held_out"] >= (2**31 if raw["subset"] is None else min(raw["subset"], 2**31)):
+        raise ValueError(f"field 'data': {raw['held_out']} held-out samples of {raw['subset'] or 'all'}")
+    if raw.get("image_size") is not None and raw["name"] != "image-folder":
+        raise ValueError(f"field 'data': {raw['name']} has a size of its own, and no image_size")
     if values["loss"] not in LOSSES:
         raise ValueError(f"unknown loss '{values['loss']}'")
     if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in values["state"].items()):
         raise ValueError("field 'state' must map names to tensors")
     if not all(isinstance(line, dict) for line in values["history"]):
         raise ValueError("field 'history' must hold one dict per epoch")
+    for name in ("training", "history"):
+        if odd := _odd(values[name]):
+            raise ValueError(f"field '{name}' must hold plain values, and not {odd}")
+    training = values["training"]
+    if training and (missing := [name for name in _TRAINED if name not in training]):
+        raise ValueError(f"field 'training' lacks {', '.join(missing)}")
+    for name, kinds, found in (
+        ("training", _TRAINED | _MORE, training),
+        *(("history", _EPOCH, line) for line in values["history"]),
+    ):
+        for key in kinds.keys() & found.keys():
+            if not isinstance(found[key], kinds[key]) or isinstance(found[key], bool):
+                raise ValueError(f"field '{name}': {key} must be {kinds[key][-1].__name__}")
     return network, DataSpec(**raw), values["loss"], values["state"], values["training"], values["history"]
+
+
+def _whole(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _odd(value: object) -> str:
+    """What in it no JSON file and no screen would take; "" if nothing."""
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            return "names that are no text"
+        return next((o for k, v in value.items() if (o := _odd(k) or _odd(v))), "")
+    if isinstance(value, list | tuple):
+        return next((o for v in value if (o := _odd(v))), "")
+    if isinstance(value, str):
+        return "" if value.isprintable() and len(value) <= LONGEST else "text that cannot be shown"
+    if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63):
+        return ""
+    return "a huge number" if isinstance(value, int) else f"a {type(value).__name__}"
 
 
 def _check_state(path: str | Path, network: Spec, state: dict[str, Tensor]) -> None:
@@ -210,6 +272,7 @@ def _check_state(path: str | Path, network: Spec, state: dict[str, Tensor]) -> N
         expected = Network(network).state_dict()
     if wrong := sorted(set(expected) ^ set(state)):
         raise CheckpointError(f"{path}: the weights do not fit the network described: {', '.join(wrong[:3])}")
+    storages = {}
     for name, tensor in expected.items():
         found = state[name]
         if found.shape != tensor.shape or found.dtype != tensor.dtype:
@@ -218,9 +281,13 @@ def _check_state(path: str | Path, network: Spec, state: dict[str, Tensor]) -> N
                 f"{list(tensor.shape)}"
             )
         stored = found.layout == torch.strided and found.device.type == "cpu"
-        if not stored or found.untyped_storage().nbytes() < found.numel() * found.element_size():
+        storage = found.untyped_storage() if stored else None
+        if storage is None or storage.data_ptr() in storages or storage.nbytes() < found.nbytes:
             raise CheckpointError(f"{path}: '{name}' is not stored in full: not a checkpoint that ikun-hessian wrote")
+        storages[storage.data_ptr()] = name  # one for every weight: else a small file could ask for a large network
         if not bool(torch.isfinite(found).all()):
             raise CheckpointError(
                 f"{path}: '{name}' has NaN or infinite entries: the training diverged, take an earlier one"
             )
+        if name.endswith("running_var") and bool((found < 0).any()):
+            raise CheckpointError(f"{path}: '{name}' has negative entries, and is a variance: the file is damaged")

@@ -1,13 +1,17 @@
-"""Files of data sets: folders, bounded reading, downloads with checksums."""
+"""Files of data sets: folders, bounded reading, downloads with checksums; and locks, one process at a time."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import os
+import re
+import time
 import urllib.request
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -15,6 +19,7 @@ MAX_DOWNLOAD_BYTES = 256 * 2**20
 DOWNLOAD_TIMEOUT_S = 60.0
 
 _CHUNK = 2**20
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of a file system that has none
 
 
 class DataError(ValueError):
@@ -72,6 +77,83 @@ def read_up_to(stream: IO[bytes], count: int) -> bytearray:
             break
         data += piece
     return data
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, shared: bool = False, wait: float = 0.0) -> Iterator[bool]:
+    """Hold the lock of this file, which need not exist and, unless shared, is removed at the end; its folder must.
+
+    Yields whether it is held: some network file systems have no locks, and there everyone goes on without. A process
+    that ends in whatever way holds nothing any more. Raises BlockingIOError if another has it for `wait` seconds, and
+    OSError that names the folder where the file cannot be made.
+    """
+    end = time.monotonic() + wait
+    while True:
+        try:
+            file = path.open("ab")
+        except OSError as error:
+            error.filename = str(path.parent)
+            raise
+        with file:
+            held = _lock(file, shared)
+            if held is None and time.monotonic() >= end:
+                raise BlockingIOError(errno.EAGAIN, "another process is at work", str(path))
+            if held is None:
+                time.sleep(0.1)
+            elif _is(file, path):  # else it was removed by the one who had it before: nobody's lock any more
+                try:
+                    yield held
+                finally:
+                    if held and not shared:
+                        _remove(path)
+                return
+
+
+def _lock(file: IO[bytes], shared: bool) -> bool | None:
+    """Whether its lock is ours now; None if another has it."""
+    import fcntl
+
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _is(file: IO[bytes], path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
+
+
+@contextlib.contextmanager
+def alone(output: Path, temporaries: str) -> Iterator[None]:
+    """Be the only process that writes `output`, whose folder is made; .NAME.lock lies beside it meanwhile.
+
+    temporaries: a regular expression of the names that are written along with it: what a killed process left of them
+    half-written is removed. Raises BlockingIOError if another process is at it, OSError that names the folder if
+    nothing can be written there.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with locked(output.with_name(f".{output.name}.lock")) as held:
+        form = re.compile(rf"\.({temporaries})\.[0-9a-f]{{32}}\.part")
+        for name in filter(form.fullmatch, os.listdir(output.parent) if held else []):
+            _remove(output.with_name(name))
+        yield
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError names this file, where that of a full disk names none and that of a folder a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def reason(error: BaseException) -> str:

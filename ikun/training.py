@@ -10,8 +10,10 @@ import copy
 import dataclasses
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from torch import Tensor
 from ikun import initializers
 from ikun.checkpoint import Checkpoint, CheckpointError, DataSpec, read_plain, save_atomically, save_checkpoint
 from ikun.data import Dataset, encode
+from ikun.files import alone
 from ikun.networks import LOSSES, Network, Spec
 from ikun.record import append, layer_lines, loss_path, run_paths, snapshot_path, write_description, write_log
 from ikun.statistics import LayerStatistics, batch_norm_by_batch, observe
@@ -126,6 +129,12 @@ def initialized(network: Spec, data: Dataset, spec: TrainingSpec, device: torch.
     return Start(net.to(device), seconds, done.forward_passes)
 
 
+def at_work(out: Path) -> AbstractContextManager[None]:
+    """While `out` is trained: no other process does the same (files.alone)."""
+    stem, suffix = re.escape(out.stem), re.escape(out.suffix)
+    return alone(out, rf"{stem}(\.(epoch|loss)[^.]*(\.[^.]*)?)?{suffix}(\.resume)?|{stem}\.train\.jsonl?")
+
+
 def train(
     network: Spec,
     data: DataSpec,
@@ -138,7 +147,7 @@ def train(
     progress: Progress | None = None,
 ) -> Checkpoint:
     """Train and write `out`; beside it the log (OUT.train.jsonl), the run's description (OUT.train.json, at the start
-    and at the end), checkpoints on the way and, until the end, OUT.resume.
+    and at the end), checkpoints on the way and, until the end, OUT.resume, from before the first epoch on.
 
     A run whose weights become NaN stops; the checkpoint then holds the last finite epoch and says so under
     training['failures']. Raises CheckpointError if there is nothing to resume or it was made with other settings,
@@ -159,11 +168,13 @@ def train(
         state = _read_resume(paths["resume"], settings)
         net.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
-    else:
-        for path in [*(loss_path(out, x) for x in spec.save_at_loss), *(snapshot_path(out, e) for e in _epochs(spec))]:
-            path.unlink(missing_ok=True)  # of another run by this name
     state = {"saved_at_loss": {}, "seconds": 0.0, **state, "settings": settings}
     state.setdefault("start", _described(begun, spec, train_set))
+    if not resume:
+        _keep(state, net, optimizer, paths["resume"])
+    if state["epoch"] == 0:
+        for path in [*(loss_path(out, x) for x in spec.save_at_loss), *(snapshot_path(out, e) for e in _epochs(spec))]:
+            path.unlink(missing_ok=True)  # of another run by this name
     write_log(paths["log"], state["history"])
     write_description(paths["run"], _description(state, finished=False))
     steps = len(_cuts(len(train_set), spec.batch_size))
@@ -191,7 +202,7 @@ def train(
         for path in [] if diverged else _moments(out, state, line, spec):
             save_checkpoint(_checkpoint(network, data, spec, net, state, epoch + 1), path)
         state["seconds"] += time.perf_counter() - began
-        save_atomically({**state, "network": net.state_dict(), "optimizer": optimizer.state_dict()}, paths["resume"])
+        _keep(state, net, optimizer, paths["resume"])
     if state["best"] is not None:
         net.load_state_dict(state["best"]["network"])
     checkpoint = _checkpoint(network, data, spec, net, state, _best_epoch(state))
@@ -199,6 +210,11 @@ def train(
     write_description(paths["run"], _description(state, finished=True))
     paths["resume"].unlink(missing_ok=True)
     return checkpoint
+
+
+def _keep(state: dict[str, Any], net: Network, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Write what a resumed run goes on with."""
+    save_atomically({**state, "network": net.state_dict(), "optimizer": optimizer.state_dict()}, path)
 
 
 def _moments(out: Path, state: dict[str, Any], line: dict[str, Any], spec: TrainingSpec) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ikun_hessian.opening import Job
 
@@ -25,11 +25,11 @@ def calibration_of(
     from hessian_tools.settings import versions
 
     began = time.perf_counter()
-    network, objective = job.checkpoint.network, job.objective
-    variants: dict[str, Any] = {}
-    if network.model == "csnn":
-        variants["ties reversed"] = job.another(ties="last" if network.ties == "first" else "first")
-    family = {f"gaussian:{w:g}": job.another(surrogate=f"gaussian:{w * network.threshold:g}") for w in WIDTHS}
+    objective, threshold = job.objective, job.threshold
+    variants = {name: job.another(**changes) for name, changes in job.variants.items() if "ties" in changes}
+    family = {}
+    if threshold is not None:
+        family = {f"gaussian:{w:g}": job.another(surrogate=f"gaussian:{w * threshold:g}") for w in WIDTHS}
     found = calibration.calibrate(
         objective, settings, variants=variants, family=family, phases=phases, progress=progress
     )

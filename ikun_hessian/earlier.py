@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,19 +23,38 @@ R = TypeVar("R", bound="Analysed")
 def earlier(stem: Path, load: Callable[[Path], R], settings: Any, job: Job, force: bool, resume: bool) -> R | None:
     """The finished result STEM.json that --resume keeps, or None where the analysis is to be done.
 
-    load reads a result of the command; settings: the dataclass that it stores. With --force the way is cleared. Raises
-    click.UsageError for a result made in another way (it may have cost an hour) and for an interrupted analysis.
+    load reads a result of the command; settings: the dataclass that it stores. With --force the way is cleared. Until
+    the command ends, no other process may write this result. Raises click.UsageError for a result made in another way
+    (it may have cost an hour), for an interrupted analysis and for one that is under way, and OSError for a folder that
+    cannot be written.
     """
     from hessian_tools.phases import Phases
 
     state = Path(f"{stem}.resume")
+    old = None if force else _same(Path(f"{stem}.json"), load, settings, job)
+    if old and resume and not state.exists():
+        return old
+    hold(at_work(stem), stem, "choose another --out or --tag")
     if force:
         Phases.remove(state)
-        return None
-    old = _same(Path(f"{stem}.json"), load, settings, job)
-    if state.exists() and not resume:
+    elif state.exists() and not resume:
         raise click.UsageError(f"an interrupted analysis lies at {state}: --resume it, or --force a new one")
-    return old if resume and not state.exists() else None
+    return None
+
+
+def at_work(stem: Path) -> AbstractContextManager[None]:
+    """While the results STEM.* are made: no other process does the same (ikun.files.alone)."""
+    from ikun.files import alone
+
+    return alone(stem, rf"{re.escape(stem.name)}(\.layers|\.samples)?\.(json|npz|png|pdf)")
+
+
+def hold(lock: AbstractContextManager[None], output: Path, elsewhere: str) -> None:
+    """Hold a lock until the command ends. Raises click.UsageError if another process has it."""
+    try:
+        click.get_current_context().with_resource(lock)
+    except BlockingIOError:
+        raise click.UsageError(f"{output}: another process is writing it: wait for it, or {elsewhere}") from None
 
 
 def _same(existing: Path, load: Callable[[Path], R], settings: Any, job: Job) -> R | None:

@@ -12,10 +12,12 @@ from ikun_hessian.earlier import earlier
 from ikun_hessian.opening import Job, measured_on, open_job
 from ikun_hessian.options import (
     OPENING,
+    Own,
     half_of_the_memory,
     json_option,
     opening_options,
     out_option,
+    own_options,
     pick,
     result_stem,
     tag_option,
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 @click.option("--damping", type=float, help="z of effective dimension and log det [default: 1% of lambda_max].")
 @click.option("--calibrate", is_flag=True, help="Measure too which operator predicts this network's true loss.")
 @opening_options
+@own_options
 @click.option("--seed", default=0, show_default=True)
 @out_option
 @tag_option
@@ -71,6 +74,7 @@ def flatness(
     force: bool,
     resume: bool,
     as_json: bool,
+    own: Own,
     **options: Any,
 ) -> None:
     """How flat the loss is at each checkpoint, by the field's metrics, with errors, cost and validity.
@@ -95,7 +99,7 @@ def flatness(
     found: list[FlatnessResult] = []
     for path, stem in zip(checkpoints, stems, strict=True):
         click.echo(f"opening {path}", err=True)
-        job = open_job(path, **opening, memory=memory, data_dir=data_dir, device=where)
+        job = open_job(path, own=own, **opening, memory=memory, data_dir=data_dir, device=where)
         beside = result_stem(path, out, tag, "calibration")
         old = earlier(stem, lambda path: load(path, FlatnessResult, SCHEMA), settings, job, force, resume)
         known: CalibrationResult | None = None

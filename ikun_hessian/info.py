@@ -34,7 +34,10 @@ def info(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
     data = found.data.load(data_dir=data_dir)
     x, y = found.inputs(data.images)[:512], data.labels[:512]
     known = {f.name for f in dataclasses.fields(TrainingSpec)}
-    spec = TrainingSpec(**{k: v for k, v in found.training.items() if k in known})
+    try:
+        spec = TrainingSpec(**{k: v for k, v in found.training.items() if k in known})
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from None
     fresh = initialized(found.network, data, spec)
     with batch_norm_by_batch(fresh.network.eval()):  # no dropout
         before = observe(fresh.network, x, y, LOSSES[found.loss])
@@ -48,7 +51,7 @@ def info(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
         told = {"network": dataclasses.asdict(found.network), "training": found.training, "layers": table}
         click.echo(dumps({**told, "initializer_passes": fresh.forward_passes}))
         return
-    n, t = found.network, found.training
+    n, t = found.network, {**dataclasses.asdict(spec), "epochs_run": "?", "samples": "?", **found.training}
     click.echo(str(checkpoint))
     click.echo(
         f"{n.model}, {n.neuron} neurons, {n.reset} reset, surrogate {n.surrogate}, T = {n.timesteps}, norm {n.norm},"
@@ -59,8 +62,8 @@ def info(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
         f"{t['optimizer']} lr {t['lr']:g}, {t['epochs_run']} epochs on {found.data.name}, {t['samples']} samples, "
         f"seed {t['seed']}"
     )
-    if found.history:
-        last = found.history[-1]
+    last = found.history[-1] if found.history else {}
+    if {"accuracy", "test_accuracy"} <= set(last):
         click.echo(f"train accuracy {last['accuracy']:.1%}, test accuracy {last['test_accuracy']:.1%}")
 
     def show(title: str, rows: Sequence[LayerStatistics]) -> None:

@@ -15,6 +15,7 @@ from ikun_hessian.options import (
     json_option,
     opening_options,
     out_option,
+    own_options,
     pick,
     result_stem,
     tag_option,
@@ -58,6 +59,7 @@ PLANES = ("random1,random2", "top1,negative")
 @click.option("--no-planes", is_flag=True, help="Lines alone.")
 @click.option("--accuracy", is_flag=True, help="Along the lines too.")
 @opening_options
+@own_options
 @click.option("--seed", default=0, show_default=True)
 @out_option
 @tag_option
@@ -143,11 +145,11 @@ def _relaxed(job: Job) -> tuple[Objective | None, dict[str, str]]:
     """The relaxed network's objective, or none and why."""
     import torch
 
-    objective = job.another(relaxed=True)
     try:
+        objective = job.another(relaxed=True)
         with torch.no_grad():
             objective.outputs(objective.first_inputs(1))
-    except ValueError as error:  # the surrogate has no primitive
+    except ValueError as error:  # the surrogate has no primitive, or the network is not this package's
         return None, {"relaxed network": str(error)}
     return objective, {}
 

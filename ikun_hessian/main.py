@@ -5,8 +5,8 @@ Heavy imports happen inside the commands, so that --help answers at once.
 
 from __future__ import annotations
 
+import errno
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -16,6 +16,7 @@ from ikun_hessian.compare import compare
 from ikun_hessian.figures import figures
 from ikun_hessian.flatness import flatness
 from ikun_hessian.info import info
+from ikun_hessian.interruption import end_by_signals, interrupted_by
 from ikun_hessian.landscape import landscape
 from ikun_hessian.screen import FailedError
 from ikun_hessian.spectrum import spectrum
@@ -42,15 +43,16 @@ def _message(error: BaseException) -> str:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0 done, 1 the computation failed, 2 the user's mistake, 130 interrupted."""
+    """Run one command; the exit code: 0 done, 1 the computation failed, 2 what the user can mend (a full disk too),
+    128 + n ended by signal n: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP."""
     try:
         code = cli.main(arguments, prog_name="ikun-hessian", standalone_mode=False)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
         rank, size = os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE", "1"))
         one = f"rank {rank} of {size}: " if size > 1 else ""
         died = " (torchrun ends all processes when one has died)" if size > 1 else ""
         click.echo(f"{one}interrupted{died}: --resume goes on", err=True)
-        return 130
+        return interrupted_by(error.__cause__ or error)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "", err=True)
         return 2
@@ -62,12 +64,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:  # CheckpointError, DataError, ResultError and settings that do not fit are ValueErrors
         click.echo(f"error: {_message(error)}", err=True)
         return 2
-    except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
-        click.echo(f"error: {error.filename}: {error.strerror}: choose another place with --out", err=True)
-        return 2
     except OSError as error:
-        click.echo(f"error: {error.filename or 'writing failed'}: {error.strerror or error}", err=True)
-        return 1
+        why, code = _unwritten(error)
+        click.echo(f"error: {error.filename or 'writing failed'}: {why}", err=True)
+        return code
     except FailedError as error:
         click.echo(f"error: {_message(error)}", err=True)
         return 1
@@ -79,6 +79,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else 0  # click returns the code of an Exit, or what the command did
 
 
+def _unwritten(error: OSError) -> tuple[str, int]:
+    """(why and what to do, exit code) of a file that could not be written or read."""
+    why = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"no space left ({why}): make room, then run the same again, with --resume where there is one", 2
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        return f"{why}: choose another place with --out", 2
+    return why, 2 if isinstance(error, BlockingIOError) else 1
+
+
 def main() -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated run ends as an interrupted one
+    end_by_signals()
     sys.exit(run())

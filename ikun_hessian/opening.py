@@ -13,11 +13,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from hessian_tools.distributed import Group
-    from hessian_tools.objective import Objective
+    from hessian_tools.objective import Loss, Objective
     from ikun.checkpoint import Checkpoint
     from ikun.data import Dataset
     from ikun.images import Images
+    from ikun_hessian.options import Own
+
+
+SLOPES = {"slope x 1/2": {"steeper": 0.5}, "slope x 2": {"steeper": 2.0}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,19 +31,38 @@ class Job:
     """A checkpoint opened for analysis.
 
     objective: its loss on the samples asked for. another(steeper=1.0, **changes): the same objective with the surrogate
-    so many times steeper and the network's Spec changed so. provenance: of what was analysed, as in JSON.
+    so many times steeper and the network's Spec changed so (of a network of the user's own, surrogate alone can be).
+    variants: changes, by name, of what is convention in a spiking network's derivative. threshold: of its neurons;
+    None where its surrogate cannot be another. provenance: of what was analysed, as in JSON.
     """
 
     path: Path
-    checkpoint: Checkpoint
     objective: Objective
     another: Callable[..., Objective]
+    variants: dict[str, dict[str, Any]]
+    threshold: float | None
     provenance: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What a Job is made of. network(steeper=1.0, **changes): the model and what resets it. activity: of the neurons,
+    on so many samples."""
+
+    network: Callable[..., tuple[nn.Module, Callable[[nn.Module], None] | None]]
+    loss: Loss
+    x: Images
+    y: Tensor
+    variants: dict[str, dict[str, Any]]
+    threshold: float | None
+    provenance: dict[str, Any]
+    activity: Callable[[int], dict[str, Any]]
 
 
 def open_job(
     path: Path,
     *,
+    own: Own | None = None,
     samples: str,
     split: str,
     batch_size: int | None,
@@ -49,7 +74,7 @@ def open_job(
     device: str,
     group: Group | None = None,
 ) -> Job:
-    """Open a checkpoint and its data as the options (options.opening_options) say.
+    """Open a checkpoint and its data as the options (options.opening_options, options.own_options) say.
 
     memory: GiB. A quarter is for the batches at work: as many samples each as fit, where batch_size is None; where not
     one fits, or not as many as asked for, long sequences run in segments of time. An eighth is for samples from disk:
@@ -61,27 +86,28 @@ def open_job(
 
     from hessian_tools.objective import make_objective
     from hessian_tools.segments import bytes_per_sample
-    from ikun.checkpoint import load_checkpoint, sha256
-    from ikun.networks import LOSSES
-    from ikun.statistics import observe
-    from ikun.surrogates import Surrogate
+    from ikun.checkpoint import sha256
 
-    checkpoint = load_checkpoint(path)
-    trained = Surrogate.parse(checkpoint.network.surrogate)
-    analysed = Surrogate.parse(surrogate) if surrogate else trained
-    data, x, digest = _samples(checkpoint, split, samples, data_dir, memory * 2**30 / 8)
-    y = data.labels[: len(x)]
+    if own is not None and own.meant(path):
+        if split != "train" or data_dir is not None:
+            raise click.UsageError(
+                "--split and --data-dir are for checkpoints of ikun-hessian: --data says which samples"
+            )
+        source = _own(path, own, samples, surrogate, memory)
+    else:
+        source = _ours(path, samples, split, surrogate, data_dir, memory)
 
     def objective(steeper: float = 1.0, **changes: Any) -> Objective:
-        network = checkpoint.build(**{"surrogate": str(analysed.steeper(steeper)), **changes})
+        network, reset = source.network(steeper, **changes)
         made = make_objective(
             network,
-            LOSSES[checkpoint.loss],
-            (x, y),
+            source.loss,
+            (source.x, source.y),
             batch_size=batch_size,
             params=params,
             dtype=getattr(torch, dtype),
             device=device,
+            reset=reset,
         )
         return dataclasses.replace(made, group=group, segmented=segmented)
 
@@ -90,22 +116,82 @@ def open_job(
     first = objective()
     each = bytes_per_sample(dataclasses.replace(first, segmented=False))  # an autograd pass takes about three of it
     few = max(1, min(512, int(memory * 2**30 / 12 / each))) if each else 512
-    statistics = observe(checkpoint.build(), x[:few], y[:few], LOSSES[checkpoint.loss])
     provenance = {
         "checkpoint": {"path": str(path), "sha256": sha256(path)},
+        **source.provenance,
+        "activity": source.activity(few),
+    }
+    plain = json.loads(json.dumps(provenance))
+    return Job(path, first, objective, source.variants, source.threshold, plain)
+
+
+def _ours(path: Path, samples: str, split: str, surrogate: str | None, data_dir: Path | None, memory: float) -> _Source:
+    """A checkpoint of this package."""
+    from ikun.checkpoint import CheckpointError, load_checkpoint
+    from ikun.networks import LOSSES
+    from ikun.statistics import observe
+    from ikun.surrogates import Surrogate
+
+    try:
+        checkpoint = load_checkpoint(path)
+    except CheckpointError as error:
+        if "not a checkpoint of ikun-hessian" not in str(error):
+            raise
+        raise click.UsageError(f"{error}: for a network of your own give --model module:function") from None
+    network = checkpoint.network
+    trained = Surrogate.parse(network.surrogate)
+    analysed = Surrogate.parse(surrogate) if surrogate else trained
+    data, x, digest = _samples(checkpoint, split, samples, data_dir, memory * 2**30 / 8)
+    y = data.labels[: len(x)]
+
+    def built(steeper: float = 1.0, **changes: Any) -> tuple[nn.Module, None]:
+        return checkpoint.build(**{"surrogate": str(analysed.steeper(steeper)), **changes}), None
+
+    def activity(few: int) -> dict[str, Any]:
+        return {
+            s.neuron: {"firing_rate": s.firing_rate, "dead": s.dead, "derivative_square": s.derivative_square}
+            for s in observe(checkpoint.build(), x[:few], y[:few], LOSSES[checkpoint.loss])
+        }
+
+    variants: dict[str, dict[str, Any]] = dict(SLOPES)
+    if network.model == "csnn":
+        variants["ties reversed"] = {"ties": "last" if network.ties == "first" else "first"}
+    provenance = {
         "data": {"name": data.name, "split": split, "sha256": digest, "loss": checkpoint.loss},
         "network": {
-            **dataclasses.asdict(checkpoint.network),
+            **dataclasses.asdict(network),
             "surrogate": str(analysed),
             "trained_surrogate": str(trained),
         },
         "training": checkpoint.training,
-        "activity": {
-            s.neuron: {"firing_rate": s.firing_rate, "dead": s.dead, "derivative_square": s.derivative_square}
-            for s in statistics
-        },
     }
-    return Job(path, checkpoint, first, objective, json.loads(json.dumps(provenance)))
+    return _Source(built, LOSSES[checkpoint.loss], x, y, variants, network.threshold, provenance, activity)
+
+
+def _own(path: Path, own: Own, samples: str, surrogate: str | None, memory: float) -> _Source:
+    """A network of the user's own."""
+    from hessian_tools.adapters.described import firing
+    from ikun_hessian.own import in_options, open_own
+
+    found = open_own(path, own, samples=samples, surrogate=surrogate, memory=memory)
+
+    def built(steeper: float = 1.0, **changes: Any) -> tuple[nn.Module, Callable[[nn.Module], None] | None]:
+        if unknown := set(changes) - {"surrogate"}:
+            raise ValueError(f"a network of your own has no other form ({', '.join(sorted(unknown))})")
+        with in_options():
+            adapted = found.adapted(steeper, **changes)
+        return adapted.model, adapted.reset
+
+    return _Source(
+        built,
+        found.loss,
+        found.x,
+        found.y,
+        dict(SLOPES) if found.spiking else {},
+        found.threshold,
+        {"data": found.data, "network": found.network, "training": {}},
+        lambda few: firing(found.adapted(), found.x[:few]),
+    )
 
 
 def _cut(objective: Objective, asked: int | None, memory: float, group: Group | None) -> tuple[int, bool]:

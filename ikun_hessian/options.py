@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import click
 
 Command = Callable[..., Any]
+LIBRARIES = (
+    "spikingjelly",
+    "snntorch",
+    "norse",
+    "none",
+)  # as hessian_tools.adapters has them, which takes long to load
+OUTPUTS = ("spikes", "membrane")
+READOUTS = ("mean", "sum", "last", "max")
 
 
 def shared(*options: Command) -> Command:
@@ -62,6 +72,70 @@ opening_options = shared(
 )
 """What `opening.open_job` takes, under the same names: every command that analyses a checkpoint has these."""
 OPENING = ("samples", "split", "batch_size", "params", "surrogate", "dtype")  # of these, what a number depends on
+
+
+@dataclass(frozen=True)
+class Own:
+    """A network of the user's own, as the options of `own_options` say; None: not given."""
+
+    model: str | None = None
+    data: str | None = None
+    loss: str | None = None
+    library: str | None = None
+    timesteps: int | None = None
+    sequences: bool = False
+    time_first: bool | None = None
+    output: str | None = None
+    readout: str | None = None
+    replace_surrogate: str | None = None
+    reset: str | None = None
+    dt: float | None = None
+
+    def meant(self, path: Path) -> bool:
+        """Whether the checkpoint is of such a network. Raises click.UsageError for its options without it."""
+        if self.model is not None or path.suffix == ".nir":
+            return True
+        given = [f.name.replace("_", "-") for f in fields(self) if getattr(self, f.name) != f.default]
+        if given:
+            option = "time-first and --batch-first" if given[0] == "time-first" else given[0]
+            raise click.UsageError(f"--{option}: for networks of your own: give --model module:function too")
+        return False
+
+
+def _keep(context: click.Context, option: click.Parameter, value: Any) -> None:
+    context.meta.setdefault(Own.__qualname__, {})[option.name] = value
+
+
+def _own(*names: str, **settings: Any) -> Command:
+    """An option that is no parameter of the command: its value becomes part of the command's `own`."""
+    return click.option(*names, callback=_keep, expose_value=False, **settings)
+
+
+def own_options(command: Command) -> Command:
+    """Options on networks of the user's own; the command gets them all as `own`, an Own."""
+
+    @functools.wraps(command)
+    def collected(**values: Any) -> Any:
+        return command(own=Own(**click.get_current_context().meta[Own.__qualname__]), **values)
+
+    options = shared(
+        _own("--model", metavar="MODULE:FUNCTION", help="Your network: the function makes it. This runs your code."),
+        _own("--data", metavar="MODULE:FUNCTION", help="Your samples: inputs and targets, a data set or batches."),
+        _own("--loss", metavar="LOSS", help="mse on one-hot rates, ce, or MODULE:FUNCTION, a mean over samples."),
+        _own("--library", type=click.Choice(LIBRARIES), help="Your network's library [default: found by its layers]."),
+        _own("--timesteps", type=int, help="Steps to run it for [default: it runs through time by itself]."),
+        _own("--sequences", is_flag=True, help="Samples are sequences [T, ...], one input a step."),
+        _own("--time-first/--batch-first", default=None, help="Where time is in its inputs and outputs."),
+        _own("--output", type=click.Choice(OUTPUTS), help="Of the (spikes, ..., membrane) it returns."),
+        _own("--readout", type=click.Choice(READOUTS), help="Over time."),
+        _own(
+            "--replace-surrogate", metavar="NAME:P", help="In place of surrogates that cannot be differentiated twice."
+        ),
+        _own("--reset", metavar="RESET", help="MODULE:FUNCTION that clears its state; of a .nir file, hard or soft."),
+        _own("--dt", type=float, help="Time step of a .nir file, in the unit of its time constants."),
+    )
+    made: Command = options(collected)
+    return made
 
 
 def pick(device: str) -> str:

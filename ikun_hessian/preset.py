@@ -44,15 +44,25 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "presets"
 MOST_RUNS = 1000
+LONGEST = 1000  # characters of an error line
 MOMENTS = ("final", "loss", "snapshots")
 ANALYSES = ("spectrum", "flatness", "robustness")
 KINDS = {str: "text", int: "a whole number", float: "a number", list: "a list"}
 PLAIN = {"title": str, "question": str, "by": str, "accuracy": float, "seeds": int, "figures": list}
+ROBUSTNESS: dict[str, tuple[type, ...]] = {
+    "corruptions": (str,),
+    "severities": (int,),
+    "noise": (int, float),
+    "draws": (int,),
+}
 TABLES = ("train", "vary", "when", *ANALYSES)
 
 
 class PresetError(ValueError):
     """A preset that cannot be used: one line that names the file, the key and what is right."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= LONGEST else f"{message[:LONGEST]} ...")  # it quotes the file
 
 
 @dataclass(frozen=True)
@@ -106,12 +116,18 @@ def read(path: Path, *, quick: bool = False, changes: Sequence[str] = (), seeds:
 
     Raises PresetError for a file that cannot be read and for anything in it that is not known.
     """
+    from hessian_tools.results import ResultError, read_text
+
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PresetError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = tomllib.loads(read_text(path))
+    except ResultError as error:
+        raise PresetError(str(error)) from None
+    except ValueError as error:  # a TOMLDecodeError, or int() about a number of thousands of digits
         raise PresetError(f"{path}: no valid TOML: {error}") from None
+    except RecursionError:
+        raise PresetError(f"{path}: no valid TOML: too many lists in one another") from None
+    if odd := _odd(values):
+        raise PresetError(f"{path}: {odd} has no meaning in a preset")
     _known(path, "", values, (*PLAIN, *TABLES, "quick"))
     smaller = values.pop("quick", {})
     if not isinstance(smaller, dict):
@@ -203,6 +219,11 @@ def _analyses(path: Path, command: str, found: Any) -> Iterable[Analysis]:
         at, tag = options.pop("at", ["final"]), options.pop("tag", "")
         if not isinstance(tag, str) or not re.fullmatch(r"[A-Za-z0-9_-]*", tag):
             raise PresetError(f"{path}: [{command}] tag must be a word of letters, digits, - and _, not {tag!r}")
+        for key, kind in ROBUSTNESS.items() if command == "robustness" else ():
+            written = options.get(key, [])
+            for value in written if isinstance(written, list) else [written]:
+                if not isinstance(value, kind) or isinstance(value, bool):
+                    raise PresetError(f"{path}: [robustness] {key} cannot be {value!r}")
         if not isinstance(at, list) or not at:
             raise PresetError(f"{path}: [{command}] at must be a list of {', '.join(MOMENTS)}, not {at!r}")
         for moment in at:
@@ -274,6 +295,19 @@ def _value(written: str, listed: bool = False) -> Any:
     if not listed or isinstance(value, list):
         return value
     return [one(word.strip()) for word in written.split(",")]
+
+
+def _odd(value: Any) -> str:
+    """What in it is no value of any option; "" if nothing."""
+    if isinstance(value, dict):
+        return next((odd for k, v in value.items() if (odd := _odd(k) or _odd(v))), "")
+    if isinstance(value, list):
+        return next((odd for v in value if (odd := _odd(v))), "")
+    if isinstance(value, str):
+        return "" if value.replace("\n", "").isprintable() else f"the text {value!r}"
+    if isinstance(value, int):
+        return "" if abs(value) < 2**63 else "a number of more than 64 bits"
+    return "" if isinstance(value, float) else f"a {type(value).__name__}"
 
 
 def _known(path: Path, where: str, values: Mapping[str, Any], known: Iterable[str]) -> None:

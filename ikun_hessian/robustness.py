@@ -59,12 +59,13 @@ def analyse(
     from hessian_tools.results import clean
     from hessian_tools.robustness import SCHEMA, WEIGHTS, Accuracy, RobustnessResult, noisy_accuracy
     from hessian_tools.settings import stream, versions
+    from ikun.checkpoint import load_checkpoint
     from ikun.corruptions import corrupted
     from ikun.networks import LOSSES
 
     began = time.perf_counter()
     job = open_job(path, **opening, memory=memory, data_dir=data_dir, device=device)
-    checkpoint, count = job.checkpoint, job.objective.samples
+    checkpoint, count = load_checkpoint(path), job.objective.samples
     data = checkpoint.data.load("test", data_dir)
     images, labels = data.images[:count], data.labels[:count]
 

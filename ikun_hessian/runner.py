@@ -96,6 +96,15 @@ class Unit:
             return False
         return all(_measured(step, path, stem) for step, path, stem in self.stems())
 
+    def files(self) -> list[Path]:
+        """The description and the results that a comparison is made of, as far as they are there."""
+        from hessian_tools.runs import FLATNESS, SPECTRUM, TRAIN
+
+        beside = self.runs.glob("*.json") if self.runs.is_dir() else []
+        return [
+            p for p in beside if p.name.startswith(f"{self.name}.") and p.name.endswith((TRAIN, SPECTRUM, FLATNESS))
+        ]
+
     @property
     def failure(self) -> Path:
         return self.runs / f"{self.name}.failed.json"
@@ -116,7 +125,7 @@ def run(unit: Unit) -> str:
     """Do what is left of a unit; returns why it failed, in one line, or "".
 
     A failure is kept as NAME.failed.json and tried again next time. What is no fault of the run ends the study: OSError
-    and KeyboardInterrupt.
+    and KeyboardInterrupt. Another process that writes the same is an OSError too.
     """
     import torch
 
@@ -161,22 +170,30 @@ def _tried(step: str, work: Callable[[], None]) -> str:
 def _train(unit: Unit) -> None:
     from ikun.checkpoint import CheckpointError
     from ikun.record import run_paths
-    from ikun.training import train
+    from ikun.training import at_work, train
 
     state = run_paths(unit.checkpoint)["resume"]
-    if not unit.trained():
-        work: dict[str, Any] = {"data_dir": unit.data_dir, "device": unit.device}
-        try:
-            train(unit.network, unit.data, unit.training, unit.checkpoint, resume=state.exists(), **work)
-        except CheckpointError:
-            if not state.exists():
-                raise
-            state.unlink()  # damaged, or of other settings: from the start
-            train(unit.network, unit.data, unit.training, unit.checkpoint, **work)
-    state.unlink(missing_ok=True)
+    with at_work(unit.checkpoint):
+        if not unit.trained():
+            work: dict[str, Any] = {"data_dir": unit.data_dir, "device": unit.device}
+            try:
+                train(unit.network, unit.data, unit.training, unit.checkpoint, resume=state.exists(), **work)
+            except CheckpointError:
+                if not state.exists():
+                    raise
+                state.unlink()  # damaged, or of other settings: from the start
+                train(unit.network, unit.data, unit.training, unit.checkpoint, **work)
+        state.unlink(missing_ok=True)
 
 
 def _analyse(unit: Unit, step: Step, path: Path, stem: Path) -> None:
+    from ikun_hessian.earlier import at_work
+
+    with at_work(stem):
+        _written(unit, step, path, stem)
+
+
+def _written(unit: Unit, step: Step, path: Path, stem: Path) -> None:
     from hessian_tools.phases import Phases, ResumeError
     from hessian_tools.results import save
     from ikun_hessian import flatness, robustness, spectrum
@@ -253,6 +270,8 @@ WORKING = ".working.lock"  # shared by those at work on a run
 def _working(unit: Unit) -> Iterator[None]:
     """Dies with the study that started this process, and until then says that it is at work in the folder: two must
     not work on one run."""
+    from ikun.files import locked
+
     with locked(unit.runs.parent / WORKING, shared=True):
         if os.getppid() == unit.study:
             threading.Thread(target=_watch, args=(unit.study,), daemon=True).start()
@@ -263,22 +282,3 @@ def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.2)
     os._exit(1)
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, shared: bool = False, wait: float = 0.0) -> Iterator[None]:
-    """Hold the lock of this file, which need not exist. Raises BlockingIOError if another has it for `wait` seconds."""
-    import fcntl
-
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    end = time.monotonic() + wait
-    with path.open("ab") as file:
-        while True:
-            try:
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= end:
-                    raise
-                time.sleep(0.1)
-        yield

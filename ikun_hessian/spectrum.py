@@ -13,10 +13,12 @@ from ikun_hessian.earlier import earlier
 from ikun_hessian.opening import Job, measured_on, open_job
 from ikun_hessian.options import (
     OPENING,
+    Own,
     half_of_the_memory,
     json_option,
     opening_options,
     out_option,
+    own_options,
     pick,
     result_stem,
     tag_option,
@@ -25,7 +27,6 @@ from ikun_hessian.screen import Bar
 
 if TYPE_CHECKING:
     from hessian_tools.distributed import Group
-    from hessian_tools.objective import Objective
     from hessian_tools.results import SpectrumResult
     from hessian_tools.settings import Settings
 
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     "--trajectory", is_flag=True, help="The checkpoints are snapshots of one run: draw them against the epoch."
 )
 @opening_options
+@own_options
 @click.option("--seed", default=0, show_default=True)
 @out_option
 @tag_option
@@ -81,6 +83,7 @@ def spectrum(
     data_dir: Path | None,
     memory: float | None,
     trajectory: bool,
+    own: Own,
     **options: Any,
 ) -> None:
     """Eigenvalues, density and trace of the Hessian at each checkpoint, with errors.
@@ -99,6 +102,8 @@ def spectrum(
     settings, opening = settings_of(memory or half_of_the_memory(where), **options)
     if trajectory and len(checkpoints) < 2:
         raise click.UsageError("--trajectory needs several snapshots of one run")
+    if trajectory and any(own.meant(path) for path in checkpoints):
+        raise click.UsageError("--trajectory needs the epochs that checkpoints of ikun-hessian hold: leave it out")
     if trajectory:  # before hours of work
         opened = [load_checkpoint(path) for path in checkpoints]
         named = zip(checkpoints, opened, strict=True)
@@ -112,7 +117,7 @@ def spectrum(
     for path, stem in zip(checkpoints, stems, strict=True):
         if first:
             click.echo(f"opening {path}", err=True)
-        job = open_job(path, **opening, memory=settings.memory, data_dir=data_dir, device=where, group=group)
+        job = open_job(path, own=own, **opening, memory=settings.memory, data_dir=data_dir, device=where, group=group)
         old = earlier(stem, load_spectrum, settings, job, force, resume) if first else None
         old = old if group is None else group.broadcast(old)
         result = old or analyse(job, settings, stem, group)
@@ -164,15 +169,6 @@ def _counts(text: str | None) -> tuple[int, ...]:
     return counts
 
 
-def _variants(job: Job) -> dict[str, Objective]:
-    """The choices in a spiking network's derivative that the results are tested against."""
-    variants = {"slope x 1/2": job.another(0.5), "slope x 2": job.another(2.0)}
-    network = job.checkpoint.network
-    if network.model == "csnn":
-        variants["ties reversed"] = job.another(ties="last" if network.ties == "first" else "first")
-    return variants
-
-
 def analyse(job: Job, settings: Settings, stem: Path, group: Group | None = None, shown: bool = True) -> SpectrumResult:
     """The result of one checkpoint, computed from the start or from where an interrupted run stopped."""
     from hessian_tools.phases import Phases
@@ -192,7 +188,7 @@ def analyse(job: Job, settings: Settings, stem: Path, group: Group | None = None
         return analyse(
             job.objective,
             settings,
-            variants=_variants(job),
+            variants={name: job.another(**changes) for name, changes in job.variants.items()},
             relaxed=job.another(relaxed=True) if "relaxed" in settings.operators else None,
             provenance=job.provenance,
             progress=bar.update,

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ikun_hessian import preset
+from ikun_hessian.interruption import interrupted_by
 from ikun_hessian.options import data_dir_option, device_option, half_of_the_memory, pick, shared
 from ikun_hessian.preset import Analysis, Preset
 from ikun_hessian.screen import FailedError
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 PUBLISHED = Analysis(
     "spectrum", "final", "published", {"samples": 1, "split": "test", "density": False, "magnitude": 50}
 )
-LOCK = ".study.lock"
+TEMPORARIES = r"study\.json|tables\.md|(compare|robustness)\.csv"
 FIELDS = {"data": "name"}  # what runs.Run calls an option, where it is another word
 
 
@@ -95,9 +97,12 @@ def study(
             for run, why in failures.items():
                 click.echo(f"! {run} failed: {why}")
             written = _finish(found, plan, folder)
-    except KeyboardInterrupt:
+    except BrokenExecutor:
+        why = "a process at work was killed, by the system if memory ran out"
+        raise FailedError(f"{why}: the same command goes on, with fewer --jobs if need be") from None
+    except KeyboardInterrupt as error:
         click.echo("interrupted: the same command goes on", err=True)
-        raise click.exceptions.Exit(130) from None
+        raise click.exceptions.Exit(interrupted_by(error)) from None
     click.echo("\n".join(written))
     if len(failures) == len(plan.units):
         raise FailedError(f"all {len(failures)} runs failed: the same command tries them again")
@@ -155,17 +160,19 @@ def _state(unit: Unit) -> str:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """The only study in this folder, and none of the processes of one that was killed is still at work there."""
-    from ikun_hessian.runner import WORKING, locked
+    from ikun.files import alone, locked
+    from ikun_hessian.runner import WORKING
 
-    try:
-        with locked(folder / LOCK):
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(alone(folder / "study", TEMPORARIES))
             with locked(folder / WORKING, wait=30):
                 pass
-            yield
-    except BlockingIOError:
-        raise click.UsageError(
-            f"{folder}: another study is at work here: wait for it, or choose another --out"
-        ) from None
+        except BlockingIOError:
+            raise click.UsageError(
+                f"{folder}: another study is at work here: wait for it, or choose another --out"
+            ) from None
+        yield
 
 
 def _work(units: Sequence[Unit], jobs: int) -> dict[str, str]:
@@ -250,23 +257,47 @@ def _tables(runs: Sequence[Run], by: str, found: Preset, folder: Path) -> list[s
 
 
 def _robustness(runs: Sequence[Run], folder: Path) -> list[tuple[Run, RobustnessResult]]:
-    from hessian_tools.results import load
+    from hessian_tools.results import ResultError, load
     from hessian_tools.robustness import SCHEMA, RobustnessResult
 
-    paths = [(run, folder / "runs" / f"{run.name}.robustness.json") for run in runs]
-    return [(run, load(path, RobustnessResult, SCHEMA)) for run, path in paths if path.exists()]
+    found = []
+    for run in runs:
+        if (path := folder / "runs" / f"{run.name}.robustness.json").exists():
+            try:
+                found.append((run, load(path, RobustnessResult, SCHEMA)))
+            except ResultError as error:
+                click.echo(f"! {error} (left out)", err=True)
+    return found
 
 
 def _finish(found: Preset, plan: Plan, folder: Path) -> list[str]:
     """Tables and figures of what is there; the lines that say where."""
-    from hessian_tools.runs import gather
     from hessian_tools.study_figures import draw_all
 
-    warn = partial(click.echo, err=True)
-    runs = gather([unit.checkpoint for unit in plan.units], warn)
+    runs = _gathered(plan.units, partial(click.echo, err=True))
+    if not runs:
+        return ["! no tables and figures: no run left a file that can be used"]
     by = FIELDS.get(found.by, found.by.replace("-", "_"))
     lines = _tables(runs, by, found, folder)
     drawn = draw_all(runs, folder / "figures", found.figures, by=by, accuracy=found.accuracy)
     names = dict.fromkeys(path.stem for path in drawn.written)
     lines.append(f"figures     {folder}/figures/{{{','.join(names)}}}.{{png,pdf,csv}}")
     return [*lines, *(f"! no figure {name}: {why}" for name, why in drawn.skipped.items())]
+
+
+def _gathered(units: Sequence[Unit], warn: Callable[[str], None]) -> list[Run]:
+    """What the files of these units hold; those that cannot be used are named and left out."""
+    from hessian_tools.results import ResultError
+    from hessian_tools.runs import TRAIN, gather
+
+    whole = []
+    for unit in units:
+        for path in sorted(unit.files(), key=lambda path: (not path.name.endswith(TRAIN), path.name)):
+            try:
+                gather([path], lambda _: None)
+                whole.append(path)
+            except ResultError as error:
+                warn(f"! {error} (left out)")
+                if path.name.endswith(TRAIN):
+                    break  # nothing is known of the run
+    return gather(whole, warn) if whole else []

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ikun_hessian.earlier import hold
 from ikun_hessian.options import Command, data_dir_option, device_option, pick, shared
 from ikun_hessian.screen import Bar, FailedError
 
@@ -20,35 +19,43 @@ if TYPE_CHECKING:
 
 
 class Listed(click.Option):
-    """An option whose help begins with its choices: a collection of names in a module, read when help is asked for."""
+    """An option whose values are listed in a module, and in its help as well: the module is too heavy for --help."""
 
     def __init__(self, *arguments: Any, choices: str, **fields: Any) -> None:
         super().__init__(*arguments, **fields)
-        self.choices = choices
-
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        module, name = self.choices.split(":")
-        names: Iterable[str] = getattr(import_module(module), name)
-        before, self.help = self.help or "", f"{', '.join(names)}. {self.help or ''}".strip()
-        record = super().get_help_record(ctx)
-        self.help = before
-        return record
+        self.choices = choices  # module:collection of names
 
 
-def _listed(name: str, choices: str, default: str | None, help: str = "") -> Command:
+def _listed(name: str, choices: str, default: str | None, help: str) -> Command:
     return click.option(name, cls=Listed, choices=choices, default=default, show_default=True, help=help)
 
 
 @click.command()
-@click.option("--data", "data_name", cls=Listed, choices="ikun.data:NAMES", default="digits", show_default=True)
+@click.option(
+    "--data",
+    "data_name",
+    cls=Listed,
+    choices="ikun.data:NAMES",
+    default="digits",
+    show_default=True,
+    help="digits, fashion-mnist, cifar10, image-folder, spike-times.",
+)
 @click.option("--image-size", type=int, help="Pixels a side that the images of image-folder are cut to.")
-@_listed("--model", "ikun.networks:MODELS", "csnn", "csnn is the paper's, rsnn recurrent.")
+@_listed("--model", "ikun.networks:MODELS", "csnn", "csnn, mlp, resnet, rsnn. csnn is the paper's, rsnn recurrent.")
 @click.option("--depth", default=2, show_default=True, help="Convolutions of the csnn; blocks of the resnet.")
-@_listed("--norm", "ikun.networks:NORMS", "bn", "bn: BatchNorm; tdbn: one that starts at the threshold.")
+@_listed(
+    "--norm", "ikun.networks:NORMS", "bn", "none, bn, tdbn. bn: BatchNorm; tdbn: one that starts at the threshold."
+)
 @click.option("--dropout", default=0.0, show_default=True, help="Share of hidden neurons dropped in training.")
-@_listed("--init", "ikun.initializers:NAMES", "ikun")
+@_listed(
+    "--init",
+    "ikun.initializers:NAMES",
+    "ikun",
+    "ikun, ikun_v1, ikun_v2, xavier, kaiming, lecun, normal, orthogonal, delta_orthogonal, lsuv, fluctuation, firing, "
+    "gradient_stable, tdbn.",
+)
 @click.option("--alpha", default=1.0, show_default=True, help="alpha of the ikun rule and of tdbn.")
-@_listed("--law", "ikun.initializers:LAWS", "empirical", "Law of h of ikun and firing.")
+@_listed("--law", "ikun.initializers:LAWS", "empirical", "empirical, analytic. Law of h of ikun and firing.")
 @click.option(
     "--surrogate",
     cls=Listed,
@@ -56,21 +63,27 @@ def _listed(name: str, choices: str, default: str | None, help: str = "") -> Com
     default="atan:2",
     show_default=True,
     metavar="NAME[:P]",
-    help="P: its parameter.",
+    help="atan, sigmoid, tanh, triangle, linear, fast_sigmoid, superspike, softsign, piecewise_exp, erf, gaussian, "
+    "rect. P: its parameter.",
 )
-@_listed("--neuron", "ikun.neurons:KINDS", "if")
+@_listed("--neuron", "ikun.neurons:KINDS", "if", "if, lif, plif.")
 @click.option("--tau", default=2.0, show_default=True, help="Time constant of lif (start of plif), in steps.")
-@_listed("--reset", "ikun.neurons:RESETS", "hard")
+@_listed("--reset", "ikun.neurons:RESETS", "hard", "hard, soft.")
 @click.option("--detach-reset", is_flag=True, help="No derivative through the reset.")
 @click.option("--timesteps", type=int, help="T [default: 4; that of the data if they are spike trains].")
-@_listed("--coding", "ikun.data:CODINGS", None, "[default: direct; spikes if the data are spike trains]")
+@_listed(
+    "--coding",
+    "ikun.data:CODINGS",
+    None,
+    "direct, poisson, spikes. [default: direct; spikes if the data are spike trains]",
+)
 @click.option("--channels", default=16, show_default=True, help="Width C of csnn and resnet.")
 @click.option("--hidden", default="128,128", show_default=True, help="Layer sizes of mlp and rsnn.")
-@_listed("--loss", "ikun.networks:LOSSES", "mse", "mse: on rates.")
-@_listed("--optimizer", "ikun.training:OPTIMIZERS", "adam")
+@_listed("--loss", "ikun.networks:LOSSES", "mse", "mse, ce. mse: on rates.")
+@_listed("--optimizer", "ikun.training:OPTIMIZERS", "adam", "adam, sgd.")
 @click.option("--momentum", default=0.9, show_default=True, help="Of sgd.")
 @click.option("--lr", default=1e-3, show_default=True)
-@_listed("--schedule", "ikun.training:SCHEDULES", "cosine")
+@_listed("--schedule", "ikun.training:SCHEDULES", "cosine", "cosine, step, none.")
 @click.option("--weight-decay", default=0.0, show_default=True)
 @click.option("--epochs", default=20, show_default=True)
 @click.option("--batch-size", default=128, show_default=True)
@@ -98,15 +111,16 @@ def train(resume: bool, force: bool, out: Path, data_dir: Path | None, device: s
     The log, one JSON line an epoch, lies beside it. An interrupted run goes on with --resume and the same options.
     """
     from ikun.record import run_paths
+    from ikun.training import at_work
     from ikun.training import train as run
 
-    if out.exists() and not force:
-        raise click.UsageError(f"{out} exists: choose another --out, or --force to overwrite it")
-    if run_paths(out)["resume"].exists() and not (force or resume):
-        raise click.UsageError(
-            f"an interrupted run lies at {run_paths(out)['resume']}: --resume it, or --force a new one"
-        )
     network, data, spec = specifications(data_dir=data_dir, **options)
+    hold(at_work(out), out, "choose another --out")
+    state = run_paths(out)["resume"]
+    if state.exists() and not (force or resume):
+        raise click.UsageError(f"an interrupted run lies at {state}: --resume it, or --force a new one")
+    if out.exists() and not (force or (resume and state.exists())):
+        raise click.UsageError(f"{out} exists: choose another --out, or --force to overwrite it")
     with Bar("train") as bar:
         checkpoint = run(
             network,

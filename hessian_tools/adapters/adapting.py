@@ -72,6 +72,8 @@ def adapt(
     output: str = "spikes",
     readout: str = "mean",
     surrogate: Spike | None = None,
+    replacement: Spike | None = None,
+    steeper: float = 1.0,
     reset: Callable[[nn.Module], None] | None = None,
 ) -> Adapted:
     """A copy of `model` as a function of batches; the model itself is left as it is.
@@ -82,7 +84,9 @@ def adapt(
     that ([T, N, ...]; time_first=False: [N, T, ...]). time_first also says where time is in what a model returns, if
     its shape does not. output: of a tuple, the first (spikes) or the last (membrane). readout: mean (the firing rate),
     sum, last or max over time. surrogate: x = h - threshold -> spikes, takes the place of the derivatives of every
-    surrogate found; the spikes stay. reset: clears what the library's own reset does not know of.
+    surrogate found; the spikes stay. replacement: the same, of those alone that could not be used as they are. steeper:
+    a f'(a x) in place of f'(x), in the surrogates that stay. reset: clears what the library's own reset does not know
+    of.
 
     Raises AdapterError (a ValueError) for anything that would make the Hessian wrong: one line that says what to do.
     """
@@ -95,12 +99,12 @@ def adapt(
         raise AdapterError("sequences=True needs steps=, the number of steps of a sample")
     if not isinstance(x, Tensor) or x.dim() < 2 or not len(x):
         raise AdapterError("x must be a batch of inputs [N, ...], at least one sample")
-    network = _copied(_bare(model))
+    network = _copied(bare(model))
     name, kind = _library(network, library)
     if reset is not None:
         kind = replace(kind, clear=_both(kind.clear, reset))
     kind.prepare(network)
-    surrogates = tuple(_settled(network, kind, surrogate))
+    surrogates = tuple(_settled(network, kind, surrogate, replacement, steeper))
     by_step = steps is not None and time_first is None and kind.by_step(network)
     carries = by_step and name == "norse" and "state" in inspect.signature(network.forward).parameters
     plan = Plan(steps, sequences, by_step, time_first is not False, carries, output, None, readout)
@@ -116,7 +120,7 @@ def adapt(
     if name == "none" and not surrogates and reset is None and plan == Plan():
         result, clear = network, None  # as it is: passes written by hand stay possible
     y = try_network(wrapped, few)
-    warnings = [*_hooks(_bare(model)), *_tried(kind, wrapped, few, y)]
+    warnings = [*_hooks(bare(model)), *_tried(kind, wrapped, few, y)]
     return Adapted(result, clear, name, plan, surrogates, tuple(warnings))
 
 
@@ -128,7 +132,7 @@ def _both(first: Callable[[nn.Module], None], second: Callable[[nn.Module], None
     return clear
 
 
-def _bare(model: nn.Module) -> nn.Module:
+def bare(model: nn.Module) -> nn.Module:
     """Without torch.compile and data parallelism around it."""
     while True:
         inner = getattr(model, "_orig_mod", None)
@@ -164,10 +168,13 @@ def _library(network: nn.Module, asked: str | None) -> tuple[str, Library]:
     return name, LIBRARIES[name]
 
 
-def _settled(network: nn.Module, kind: Library, surrogate: Spike | None) -> Iterator[Found]:
+def _settled(
+    network: nn.Module, kind: Library, surrogate: Spike | None, replacement: Spike | None, steeper: float
+) -> Iterator[Found]:
     """Put every surrogate found into the network as a 2-jet, its own or the one asked for."""
-    if surrogate is not None and not (verdict := check_surrogate(surrogate)).exact:
-        raise AdapterError(f"surrogate= cannot be used: {verdict.reason}")
+    for name, given in (("surrogate", surrogate), ("replacement", replacement)):
+        if given is not None and not (verdict := check_surrogate(given)).exact:
+            raise AdapterError(f"{name}= cannot be used: {verdict.reason}")
     slots = list(kind.slots(network))
     if surrogate is not None and not slots:
         raise AdapterError(
@@ -180,13 +187,14 @@ def _settled(network: nn.Module, kind: Library, surrogate: Spike | None) -> Iter
         if key not in verdicts:
             verdicts[key] = check_surrogate(slot.function), is_step(slot.function)
         verdict, step = verdicts[key]
-        if not verdict.exact and surrogate is None:
+        other = replacement if surrogate is None and not verdict.exact else surrogate
+        if not verdict.exact and other is None:
             raise AdapterError(f"surrogate {slot.label} ('{slot.name}'): {verdict.reason}; {CURE}")
-        if surrogate is not None and not step:
+        if other is not None and not step:
             raise AdapterError(f"surrogate {slot.label} ('{slot.name}') is no step at 0: it cannot be replaced")
         if step:
-            slot.put(Jet(slot.function, surrogate))
-        yield Found(slot.name, slot.label, verdict, surrogate is not None)
+            slot.put(Jet(slot.function, other, steeper if other is None else 1.0))
+        yield Found(slot.name, slot.label, verdict, other is not None)
 
 
 def _few(x: Tensor, network: nn.Module) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -119,15 +120,25 @@ class InTime(nn.Module):
         return raw
 
 
+_before: list[torch.dtype] = []  # the default dtype as each thread inside found it
+_lock = Lock()
+
+
 @contextmanager
 def _default_dtype(x: Tensor) -> Iterator[None]:
-    """States that a network makes for itself get the dtype of its inputs: some are made without one."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(x.dtype if x.is_floating_point() else dtype)
+    """States that a network makes for itself get the dtype of its inputs: some are made without one.
+
+    The default is one for all threads: what the first in found comes back when the last is out.
+    """
+    with _lock:
+        _before.append(torch.get_default_dtype())
+        if x.is_floating_point():
+            torch.set_default_dtype(x.dtype)
     try:
         yield
     finally:
-        torch.set_default_dtype(dtype)
+        with _lock:
+            torch.set_default_dtype(_before.pop())
 
 
 def clear_state(model: nn.Module) -> None:

@@ -17,13 +17,14 @@ class Jet(nn.Module):
     nothing of the network goes through an autograd function any more (which fails in torch.func and loses f'' in a jvp
     of a jvp), kernels that know only their own surrogates are not used, and a surrogate that returns float32 whatever
     it is given does not spoil a network in float64. With `derivatives`, a function differentiable twice, its f' and f''
-    are taken instead: the spikes stay those of `spikes`.
+    are taken instead: the spikes stay those of `spikes`. steeper: a f'(a x) takes the place of f'(x).
     """
 
-    def __init__(self, spikes: Spike, derivatives: Spike | None = None) -> None:
+    def __init__(self, spikes: Spike, derivatives: Spike | None = None, steeper: float = 1.0) -> None:
         super().__init__()
         self.spikes = spikes
         self.derivatives = derivatives
+        self.steeper = steeper
 
     def forward(self, x: Tensor) -> Tensor:
         c = x.detach()
@@ -37,7 +38,7 @@ class Jet(nn.Module):
 
     def _slopes(self, c: Tensor) -> tuple[Tensor, Tensor]:
         c = c.detach().requires_grad_()
-        (first,) = torch.autograd.grad((self.derivatives or self.spikes)(c).sum(), c, create_graph=True)
+        (first,) = torch.autograd.grad((self.derivatives or self.spikes)(self.steeper * c).sum(), c, create_graph=True)
         second = None
         if first.requires_grad:
             (second,) = torch.autograd.grad(first.sum(), c, allow_unused=True)

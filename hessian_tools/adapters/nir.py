@@ -7,6 +7,7 @@ Euler), the spike with its two derivatives, and how a spike resets. Feed-forward
 from __future__ import annotations
 
 from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hessian_tools.adapters.library import AdapterError
 from hessian_tools.surrogate_check import Spike, first_line
 
 RESETS = ("hard", "soft")
+MOST_BYTES = 2**26  # of a file's arrays, and a hundred times its own size
 State = tuple[Tensor, ...]
 
 
@@ -28,13 +30,32 @@ def read_nir(
     """The network in a .nir file, see `from_nir`. Raises AdapterError for a file that is none."""
     import nir
 
+    if not Path(path).is_file():
+        raise AdapterError(f"{path}: no such file" if not Path(path).exists() else f"{path}: a folder or device")
     try:
+        _check_size(Path(path))
         graph = nir.read(path)
-    except FileNotFoundError:
-        raise AdapterError(f"{path}: no such file") from None
-    except (OSError, KeyError, ValueError, AssertionError) as error:
+    except Exception as error:  # h5py and nir raise many kinds on damaged files
         raise AdapterError(f"{path}: not a NIR file, or a broken one ({first_line(error)})") from error
-    return from_nir(graph, dt=dt, spike=spike, reset=reset)
+    try:
+        network = from_nir(graph, dt=dt, spike=spike, reset=reset)
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from None
+    except Exception as error:  # sizes that do not fit, edges between nodes that are not there
+        raise AdapterError(f"{path}: a graph that cannot be built ({first_line(error)})") from error
+    if broken := [name for name, t in network.state_dict().items() if not bool(torch.isfinite(t).all())]:
+        raise AdapterError(f"{path}: NaN or infinite values in {broken[0]}")
+    return network
+
+
+def _check_size(path: Path) -> None:
+    """HDF5 can claim any size in a few bytes: what is not written reads as zeros, and zeros compress well."""
+    h5py = import_module("h5py")  # comes with nir, without types
+    sizes: list[int] = []
+    with h5py.File(path, "r") as file:
+        file.visititems(lambda _, item: sizes.append(item.nbytes) if isinstance(item, h5py.Dataset) else None)
+    if sum(sizes) > MOST_BYTES + 100 * path.stat().st_size:
+        raise ValueError(f"it claims {sum(sizes):,} bytes")
 
 
 def from_nir(

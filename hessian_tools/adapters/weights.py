@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import difflib
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hessian_tools.adapters.archive import ArchiveError, CodeError, read_archive
 from hessian_tools.adapters.library import AdapterError
 
 KEYS = ("net", "model", "state_dict", "model_state_dict")  # where scripts put the weights, beside other things
 PREFIXES = ("module.", "_orig_mod.")  # of data parallelism and torch.compile
 CONVERT = "where it was made, run torch.save(model.state_dict(), 'weights.pt')"
-NEEDS_CODE = ("Unsupported global", "Unsupported class", "unrecognized")  # torch's words for it
-SHOWN = 3  # names in a message
+SHOWN, LONGEST = 3, 200  # names in a message, characters of each
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The weights in a file of torch.save. Raises AdapterError for a file that cannot be read, or only by running code
     that it brings along."""
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = read_archive(path)
     except FileNotFoundError:
         raise AdapterError(f"{path}: no such file") from None
-    except pickle.UnpicklingError as error:
-        if not any(words in str(error) for words in NEEDS_CODE):
-            raise AdapterError(f"{path}: not a file of torch.save, or a broken one") from error
+    except CodeError as error:
         raise AdapterError(f"{path} holds more than tensors, and would run code to be loaded: {CONVERT}") from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise AdapterError(f"{path}: not a file of torch.save, or a broken one") from error
+    except (ArchiveError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AdapterError(f"{path}: not a file of torch.save, or a broken one ({reason})") from error
     try:
         return state_dict_of(loaded)
     except AdapterError as error:
@@ -60,7 +58,7 @@ def state_dict_of(loaded: Any) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Put weights [name -> tensor] into the model, all of them and nothing else.
 
-    Raises AdapterError if names or shapes do not fit, with the nearest names.
+    Raises AdapterError if names or shapes do not fit, with the nearest names, and for weights that are not finite.
     """
     own = model.state_dict()
     if not set(own) <= set(weights) and {f"module.{name}" for name in weights} == set(own):
@@ -82,6 +80,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
         problems.append(f"other shapes: {_some(shapes)}")
     if problems:
         raise AdapterError(f"the weights do not fit the model: {'; '.join(problems)}")
+    if broken := [name for name, _ in model.named_parameters() if not bool(torch.isfinite(weights[name]).all())]:
+        raise AdapterError(f"NaN or infinite weights: {_some(broken)}: the training diverged, take an earlier file")
     model.load_state_dict(weights, strict=True)
 
 
@@ -92,4 +92,5 @@ def _near(name: str, names: list[str]) -> str:
 
 def _some(names: list[str]) -> str:
     more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+    shown = ("".join(c if c.isprintable() else "?" for c in name[:LONGEST]) for name in names[:SHOWN])
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")

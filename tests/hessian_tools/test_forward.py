@@ -187,3 +187,14 @@ def test_noise_scales_are_the_rms_of_filters() -> None:
         else:
             exact.append(np.abs(a).reshape(-1))
     np.testing.assert_allclose(noise_scales(objective).numpy(), np.concatenate(exact), rtol=1e-13)
+
+
+def test_a_loss_that_asks_for_values() -> None:
+    def loss(o: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        errors = (o - y).square()
+        return errors.mean() if errors.max().item() < 1 else errors.sqrt().mean()
+
+    x, y = draw(6, 2), draw(6, 1, seed=1)
+    objective = make_objective(nn.Linear(2, 1).double(), loss, (x, y))
+    outputs = y + torch.tensor([[0.5], [2.0], [-0.1], [3.0], [-4.0], [0.0]])
+    assert sample_losses(objective, outputs).tolist() == pytest.approx([0.25, 2.0, 0.01, 3.0, 4.0, 0.0])

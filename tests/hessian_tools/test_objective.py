@@ -75,6 +75,22 @@ def test_only_norms_and_dropout_evaluate() -> None:
     assert [m.training for m in model] == [True, False, False, True]
 
 
+def test_what_spiking_libraries_call_dropout_evaluates_alone() -> None:
+    class Dropout(nn.Module):  # as SpikingJelly's and snnTorch's: no class of torch
+        pass
+
+    class Masked(Dropout):
+        pass
+
+    class DropPath(nn.Sequential):
+        pass
+
+    model = nn.Sequential(Dropout(), Masked(), DropPath(nn.ReLU(), nn.BatchNorm1d(2)), nn.Linear(2, 2))
+    evaluation_mode(model)
+    assert [m.training for m in model] == [False, False, False, True]
+    assert [m.training for m in model[2]] == [True, False]
+
+
 def test_reset_runs_before_every_forward() -> None:
     class Counting(nn.Module):
         """A leaky neuron that forgets only when told to."""

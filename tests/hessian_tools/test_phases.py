@@ -142,6 +142,32 @@ def test_interrupted_at_any_product(tmp_path: Path, dtype: torch.dtype) -> None:
         assert again.products == products
 
 
+def test_the_seconds_of_interrupted_processes_are_summed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that only the products move, by a second for each vector: what was taken from the disk took its time."""
+    clock = 0.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock)
+
+    class Timed(Limited):
+        def _apply(self, block: Tensor) -> Tensor:
+            nonlocal clock
+            image = super()._apply(block)
+            clock += block.shape[1]
+            return image
+
+    _, products = uninterrupted()
+    for limit in range(0, products, 7):
+        path = tmp_path / f"{limit}"
+        for stop in (limit // 2, limit - limit // 2):
+            with contextlib.suppress(KeyboardInterrupt):
+                analyse(Phases(path), Timed(matrix(), stop))
+        phases, last = Phases(path), Timed(matrix())
+        analyse(phases, last)
+        assert phases.seconds == products - last.computed
+        again = Phases(path)
+        analyse(again, Timed(matrix(), -1))
+        assert again.seconds == products
+
+
 def test_interrupted_again_and_again(tmp_path: Path) -> None:
     expected, products = uninterrupted()
     interruptions = 0
@@ -333,12 +359,12 @@ def test_a_damaged_journal_counts_up_to_the_damage(tmp_path: Path) -> None:
     expected, products = uninterrupted()
     left = left_by(tmp_path / "left", 12)
     whole = journal(left).read_bytes()
-    record = 20 + 8 * SIZE
+    record = 28 + 8 * SIZE
     assert len(whole) == 10 * record  # the symmetry's two are done
     flipped = [bytes([*whole[:i], whole[i] ^ 1 << i % 8, *whole[i + 1 :]]) for i in range(0, len(whole), 61)]
-    heads = [bytes([*whole[:i], whole[i] ^ 16, *whole[i + 1 :]]) for i in range(3 * record, 3 * record + 20)]
+    heads = [bytes([*whole[:i], whole[i] ^ 16, *whole[i + 1 :]]) for i in range(3 * record, 3 * record + 28)]
     cut = [whole[:n] for n in range(0, len(whole), 151)]
-    longer = [whole + b"\0" * n for n in (1, 19, 20, 21, 500)] + [whole + whole]
+    longer = [whole + b"\0" * n for n in (1, 27, 28, 29, 500)] + [whole + whole]
     for damaged in [*flipped, *heads, *cut, *longer, b"\0" * len(whole), whole[record:]]:
         path = tmp_path / "state"
         Phases.remove(path)

@@ -254,12 +254,15 @@ def test_interrupted_twice_is_uninterrupted_bit_for_bit(out: Path, whole: tuple[
     check_same_run(train(COUNTED, HELD, LONG, out, resume=True), out, whole)
 
 
-def test_a_run_killed_in_its_first_epoch_starts_again(out: Path) -> None:
+def test_a_run_killed_in_its_first_epoch_is_resumed(out: Path) -> None:
+    """From its beginning; with its own options only."""
     with pytest.raises(KeyboardInterrupt):
         train(MLP, DATA, RUN, out, progress=interrupt(2))
-    with pytest.raises(CheckpointError, match="no interrupted run"):
-        train(MLP, DATA, RUN, out, resume=True)
-    assert len(train(MLP, DATA, RUN, out).history) == len(log(out)) == 4
+    with pytest.raises(CheckpointError, match="had lr "):
+        train(MLP, DATA, dataclasses.replace(RUN, lr=1e-2), out, resume=True)
+    found = train(MLP, DATA, RUN, out, resume=True)
+    assert same(found.state, train(MLP, DATA, RUN, out).state)
+    assert len(found.history) == len(log(out)) == 4
 
 
 def test_sigkill_in_the_middle_of_an_epoch(out: Path, whole: tuple[Checkpoint, Path]) -> None:

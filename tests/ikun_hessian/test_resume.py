@@ -107,7 +107,7 @@ def test_a_full_disk_loses_nothing(analysed: Path, tmp_path: Path, capsys: Captu
     )
     one = {**os.environ, "OMP_NUM_THREADS": "1"}
     full = subprocess.run([sys.executable, "-c", script, *part], cwd=ROOT, env=one, capture_output=True, text=True)
-    assert full.returncode == 1
+    assert full.returncode == 2
     last = full.stderr.splitlines()[-1]
     assert last.startswith("error: ")
     assert "a.spectrum.resume" in last

@@ -16,13 +16,16 @@ from typing import Any
 import pytest
 import torch
 from command_tools import ROOT, Capture, fails
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 import cli
 from hessian_tools.runs import gather
 from ikun import training
+from ikun.files import locked
 from ikun_hessian import plan, runner
 from ikun_hessian.plan import changed
 from ikun_hessian.preset import read
+from ikun_hessian.study import _gathered
 
 TINY = """
 title = "Tiny"
@@ -76,7 +79,9 @@ def studied(preset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    """All but a lock that may stay."""
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return found - {runner.WORKING}
 
 
 def measured(folder: Path) -> dict[str, Any]:
@@ -264,6 +269,45 @@ def test_a_failure_that_passes_is_forgotten(
     assert not list((tmp_path / "s" / "runs").glob("*.failed.json"))
 
 
+def test_files_that_cannot_be_used_do_not_stop_the_tables(studied: Path, preset: Path, tmp_path: Path) -> None:
+    """A half-written result, a description of another version, a run of which only its failure is there."""
+    folder = tmp_path / "s"
+    shutil.copytree(studied, folder)
+    units = plan.make(read(preset), folder, data_dir=None, device="cpu", memory=1.0, leader=0).units
+    half, other, failed, whole = (unit.name for unit in units)
+    (folder / f"runs/{half}.spectrum.json").write_text('{"schema": "ikun-hes')
+    (folder / f"runs/{other}.train.json").write_text('{"schema": "ikun-hessian/train/9"}')
+    for path in (folder / "runs").glob(f"{failed}.*"):
+        path.unlink()
+    (folder / f"runs/{failed}.failed.json").write_text("{}")
+    said: list[str] = []
+    runs = {run.name: run for run in _gathered(units, said.append)}
+    assert len(said) == 2
+    assert f"{half}.spectrum.json: not a JSON file" in said[0] + said[1]
+    assert f"{other}.train.json" in said[0] + said[1]
+    assert set(runs) == {half, whole}
+    assert ("" in runs[half].spectra, "" in runs[whole].spectra, runs[half].log != ()) == (False, True, True)
+    assert _gathered(units[2:3], said.append) == []
+
+
+def test_a_worker_that_is_killed_is_said(
+    preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def broken(*_: object) -> None:
+        raise TerminatedWorkerError("A worker process managed by\nthe executor was unexpectedly terminated.")
+
+    monkeypatch.setattr("ikun_hessian.study._work", broken)
+    fails(
+        capsys,
+        1,
+        "killed, by the system if memory ran out: the same command",
+        "study",
+        str(preset),
+        "--out",
+        str(tmp_path),
+    )
+
+
 def test_progress_is_what_the_files_say(studied: Path, preset: Path, tmp_path: Path) -> None:
     folder = tmp_path / "s"
     shutil.copytree(studied, folder)
@@ -297,16 +341,16 @@ def test_a_worker_dies_with_its_study(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=ROOT, stdout=PIPE, text=True) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "up\n"
-        with pytest.raises(BlockingIOError), runner.locked(tmp_path / runner.WORKING):
+        with pytest.raises(BlockingIOError), locked(tmp_path / runner.WORKING):
             pass
         first.kill()
-        with runner.locked(tmp_path / runner.WORKING, wait=10):
+        with locked(tmp_path / runner.WORKING, wait=10):
             pass
 
 
 def test_one_study_at_a_time(studied: Path, preset: Path, capsys: Capture) -> None:
     study = ["study", str(preset), "--out", str(studied), "--jobs", "1"]
-    with runner.locked(studied / ".study.lock"):
+    with locked(studied / ".study.lock"):
         fails(capsys, 2, "another study is at work here", *study)
 
 

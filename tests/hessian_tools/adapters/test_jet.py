@@ -73,3 +73,15 @@ def test_neurons_can_ask_the_original() -> None:
     assert (jet.spiking, jet.alpha) == (True, 3.0)
     with pytest.raises(AttributeError):
         _ = jet.beta
+
+
+def test_a_steeper_surrogate_is_the_same_function_of_a_multiple() -> None:
+    """a f'(a x): atan:2 twice as steep is atan:4, and the spikes stay."""
+    jet, ours = Jet(Loose.apply, steeper=2.0), Surrogate.parse("atan:4")
+    x = X.clone().requires_grad_()
+    y = jet(x)
+    assert y.tolist() == [0, 0, 0, 1, 1]
+    (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(first.detach(), ours.first(X), rtol=1e-7, atol=0)
+    torch.testing.assert_close(second, ours.second(X), rtol=1e-7, atol=1e-12)
