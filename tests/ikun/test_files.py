@@ -101,7 +101,7 @@ def test_half_written_files_of_a_killed_process_are_removed(tmp_path: Path) -> N
     folder = tmp_path / "new"
     assert [p.name for p in folder.iterdir()] == [".a.lock"]
     ours = [f".a.json.{HEX}.part", f".a.npz.{HEX}.part"]
-    others = ["a.json", f".b.json.{HEX}.part", f".a.json.{HEX}", f".a.json.{HEX[1:]}.part", f"x.a.json.{HEX}.part"]
+    others = ["a.json", f".b.json.{HEX}.part", f".a.json.{HEX}", f".a.json.{HEX[1:]}.part", f"xa.json.{HEX}.part"]
     for name in [*ours, *others]:
         (folder / name).touch()
     with alone(folder / "a", r"a\.(json|npz)"):
