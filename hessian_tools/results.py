@@ -25,11 +25,15 @@ import numpy.typing as npt
 
 SCHEMA = "ikun-hessian/spectrum/1"
 MOST_BYTES = 2**25  # of a text file: parsed, one of nothing but brackets takes 25 times as much memory
+LONGEST = 1000  # characters of an error line
 DEEPEST = 30  # lists and objects in one another
 
 
 class ResultError(ValueError):
     """A result file that cannot be used: one line that names it and says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= LONGEST else f"{message[:LONGEST]} ...")  # it quotes the file
 
 
 class MissingError(ResultError):
@@ -329,8 +333,8 @@ def _legal(value: Any, depth: int) -> Any:
         return value if value.isprintable() else "".join(c if c.isprintable() or c == "\n" else "?" for c in value)
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ResultError("a whole number of more than 64 bits")
-    if isinstance(value, float) and math.isinf(value):
-        raise ResultError("a number beyond 1e308")
+    if isinstance(value, float) and abs(value) > 1e150:  # whose square is no number
+        raise ResultError("a number beyond 1e150")
     return value
 
 

@@ -8,8 +8,11 @@ each other: both have this file, and a test keeps the two alike.
 
 from __future__ import annotations
 
+import io
+import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -43,6 +46,17 @@ _BEHIND = {
     b"c"[0]: -2,
 }
 _STOP = b"."[0]
+_SIZES = {  # bytes of an entry
+    f"{name}Storage": size
+    for size, names in {
+        1: ("Untyped", "Byte", "Char", "Bool"),
+        2: ("Short", "Half", "BFloat16"),
+        4: ("Int", "Float"),
+        8: ("Long", "Double", "ComplexFloat"),
+        16: ("ComplexDouble",),
+    }.items()
+    for name in names
+}
 
 
 class ArchiveError(ValueError):
@@ -63,18 +77,22 @@ def read_archive(path: str | Path) -> Any:
     if path.exists() and not path.is_file():
         raise ArchiveError("a folder or device, and no file")
     with path.open("rb") as file:
-        steps = _check_pickle(_pickle(file))
+        pickled, sizes = _pickle(file)
+        steps = _check_pickle(pickled)
+        _check_storages(pickled, sizes)
         file.seek(0)
         try:
-            values = torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about what damage looks like
+                values = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises many kinds on damaged files
             raise ArchiveError("damaged, or not a .pt file") from error
     return _plain(values, 0, iter(range(1000 + 10 * steps)))
 
 
-def _pickle(file: IO[bytes]) -> bytes:
-    """The pickle in an archive that holds what it says it does: every entry once, uncompressed and in a place of its
-    own. Torch's reader and Python's agree about such an archive."""
+def _pickle(file: IO[bytes]) -> tuple[bytes, dict[str, int]]:
+    """(the pickle, bytes of every storage by its key) of an archive that holds what it says it does: every entry once,
+    uncompressed and in a place of its own. Torch's reader and Python's agree about such an archive."""
     if file.read(2) == b"\x80\x02":
         raise ArchiveError("in the format of torch before 1.6: torch.load it with weights_only=True and torch.save it")
     size = file.seek(0, 2)
@@ -89,10 +107,12 @@ def _pickle(file: IO[bytes]) -> bytes:
                 raise ArchiveError("its entries are compressed, which torch.save never does")
             if sum(e.file_size for e in entries) > size:
                 raise ArchiveError("damaged: its entries claim more bytes than it has")
-            entry = archive.getinfo(f"{names[0].partition('/')[0]}/data.pkl")
+            top = names[0].partition("/")[0]
+            sizes = {name.removeprefix(f"{top}/data/"): e.file_size for name, e in zip(names, entries, strict=True)}
+            entry = archive.getinfo(f"{top}/data.pkl")
             if entry.file_size > MOST_PICKLE:
                 raise ArchiveError(f"more than {MOST_PICKLE:,} bytes beside the weights")
-            return archive.read(entry)
+            return archive.read(entry), sizes
     except ArchiveError:
         raise
     except Exception as error:  # zipfile raises many kinds too, NotImplementedError and struct.error among them
@@ -143,6 +163,46 @@ def _check_pickle(data: bytes) -> int:
                 raise ArchiveError(f"more than {MOST_STEPS:,} values beside the weights")
     except (IndexError, KeyError):
         raise ArchiveError("damaged, or not written by torch.save") from None
+
+
+class _Inert:
+    """Stands for everything that a pickle names: made of anything, filled with anything, without effect."""
+
+    def __init__(self, *arguments: object) -> None: ...
+
+    def __call__(self, *arguments: object) -> _Inert:
+        return self
+
+    def __setitem__(self, key: object, value: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+class _Storages(pickle.Unpickler):
+    """Goes through a pickle that _check_pickle has passed, for the sizes of its storages alone: older versions of torch
+    take them as they are said, and read beyond the end."""
+
+    def __init__(self, pickled: bytes, sizes: dict[str, int]) -> None:
+        super().__init__(io.BytesIO(pickled))
+        self.sizes = sizes
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _SIZES[name] if module == "torch" and name in _SIZES else _Inert()
+
+    def persistent_load(self, pid: Any) -> _Inert:
+        _, each, key, _, count = pid
+        if not (type(count) is int and 0 <= count * each <= self.sizes[key]):
+            raise ArchiveError("damaged: a tensor claims more bytes than are stored")
+        return _Inert()
+
+
+def _check_storages(pickled: bytes, sizes: dict[str, int]) -> None:
+    try:
+        _Storages(pickled, sizes).load()
+    except ArchiveError:
+        raise
+    except Exception as error:  # pickle raises many kinds on damaged files
+        raise ArchiveError("damaged, or not a .pt file") from error
 
 
 def _lines(data: bytes, place: int) -> tuple[str, str, int]:

@@ -7,6 +7,7 @@ As a script, this file runs one command again and again, each time in a process 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -61,6 +62,9 @@ COMMANDS = {
     "study": "DATA/tiny.toml --jobs 1 --out OUT/s",
 }
 MOST = 5  # writes of the longest attempt that is killed: more than a last one does
+# Imported once for all attempts
+HEAVY = ["fontTools.ttLib", "numba", "sklearn.datasets", "torch._dynamo", "ikun.training"]
+HEAVY += [f"hessian_tools.{name}" for name in ("figures", "flatness", "landscape", "spectrum", "study_figures")]
 # What each attempt ends by and at which of its writes; the last one goes through
 SIGNALS = [("SIGTERM", 2), ("SIGHUP", 3), ("SIGINT", 2), ("", 0)]
 
@@ -289,12 +293,7 @@ def script(name: str, data: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    import hessian_tools.figures
-    import hessian_tools.flatness
-    import hessian_tools.landscape
-    import hessian_tools.spectrum
-    import hessian_tools.study_figures  # noqa: F401
-    import ikun.training  # noqa: F401
-
+    for module in HEAVY:
+        importlib.import_module(module)
     torch.set_num_threads(1)
     script(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
