@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from hessian_tools.results import AnalysedParts
+from hessian_tools.results import AnalysedParts, ResultError
 
 WIDTH = 80
 
@@ -17,7 +17,17 @@ def field(name: str, text: str) -> list[str]:
 
 
 def opened(r: AnalysedParts) -> list[str]:
-    """What was opened and how it was trained."""
+    """What was opened and how it was trained. Raises ResultError for a result that lacks some of it."""
+    try:
+        return _opened(r)
+    except (KeyError, TypeError, AttributeError) as error:
+        path = r.checkpoint.get("path", "-")
+        raise ResultError(
+            f"the result of {path} does not say all that it should ({error}): --force, to redo it"
+        ) from None
+
+
+def _opened(r: AnalysedParts) -> list[str]:
     n, t = r.network, r.training
     lines = field("checkpoint", f"{r.checkpoint.get('path', '-')}  sha256 {str(r.checkpoint.get('sha256', '-'))[:12]}")
     if "library" in n:

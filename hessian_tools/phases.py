@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hessian_tools.distributed import Group
 from hessian_tools.operators import Composed, Operator
-from hessian_tools.results import write_atomically
+from hessian_tools.results import naming, write_atomically
 
 Op = TypeVar("Op", bound=Operator)
 _State = tuple[str, int, float, dict[str, Any]]  # of a phase: name, products, seconds, value
@@ -159,8 +159,7 @@ def _save(path: Path, name: str, products: int, seconds: float, value: dict[str,
             raise (error.__context__ or error) from None
         file.write(_CHECK.pack(summed.sum))
 
-    with _naming(path):
-        write_atomically(path, write)
+    write_atomically(path, write)
 
 
 def _read(path: Path, file: IO[bytes]) -> _State:
@@ -169,7 +168,7 @@ def _read(path: Path, file: IO[bytes]) -> _State:
     def here(storage: Any, location: str) -> Any:  # a rank's tensors on its own GPU
         return storage.cuda() if location != "cpu" and torch.cuda.is_available() else storage
 
-    with file, _naming(path):
+    with file, naming(path):
         check = 0
         while chunk := file.read(2**20):
             check = crc32(chunk, check)
@@ -234,7 +233,7 @@ class _Journaled(Operator):
         expected, start = self._head(block), file.tell()
         product = torch.empty(block.shape, dtype=block.dtype)
         data = _bytes(product)
-        with _naming(file.name):
+        with naming(file.name):
             raw, check = file.read(_HEAD.size), file.read(_CHECK.size)
             whole = file.readinto(data) == len(data)
             found = _HEAD.unpack(raw) if whole and check == _CHECK.pack(crc32(data, crc32(raw))) else ()
@@ -251,7 +250,7 @@ class _Journaled(Operator):
 
     def _append(self, block: Tensor, image: Tensor, file: io.BufferedRandom) -> None:
         head, product = _HEAD.pack(*self._head(block), self.seconds()), _bytes(image)
-        with _naming(file.name):
+        with naming(file.name):
             file.write(head + _CHECK.pack(crc32(product, crc32(head))))
             file.write(product)
             file.flush()
@@ -270,16 +269,6 @@ def _opened(journal: Path) -> Iterator[io.BufferedRandom]:
     finally:
         with contextlib.suppress(OSError):  # every record was flushed: what is left is a part of one
             file.close()
-
-
-@contextlib.contextmanager
-def _naming(path: Path | str) -> Iterator[None]:
-    """An OSError names this file, where that of a full disk names none and that of a folder a temporary one."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = str(path)
-        raise
 
 
 def _bytes(block: Tensor) -> memoryview:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ikun.archive import ArchiveError, read_archive
 from ikun.data import NAMES, DataError, Dataset, encoded, load
+from ikun.files import naming
 from ikun.images import Images, taken
 from ikun.networks import LOSSES, Network, Spec
 
@@ -146,21 +147,29 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
 
 def save_atomically(values: dict[str, Any], path: Path) -> None:
     """torch.save, the whole file or nothing."""
-    write_atomically(path, lambda file: torch.save(values, file))
+
+    def write(file: IO[bytes]) -> None:
+        try:
+            torch.save(values, file)
+        except RuntimeError as error:  # torch's own hides what stopped a write: a full disk, Ctrl-C
+            raise (error.__context__ or error) from None
+
+    write_atomically(path, write)
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write to a temporary name in the same folder, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write to a temporary name in the same folder, then rename. An OSError names `path`."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with temporary.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:

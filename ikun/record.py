@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ikun.checkpoint import versions, write_atomically
+from ikun.files import naming
 from ikun.networks import Network
 from ikun.statistics import LayerStatistics
 
@@ -39,7 +40,7 @@ def write_log(path: Path, history: Sequence[dict[str, Any]]) -> None:
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(_line(line))
 
 

@@ -166,8 +166,11 @@ def train(
     state: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "stopped": False}
     if resume:
         state = _read_resume(paths["resume"], settings)
-        net.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            net.load_state_dict(state["network"])
+            optimizer.load_state_dict(state["optimizer"])
+        except Exception as error:  # torch raises many kinds on values that do not fit
+            raise CheckpointError(f"{paths['resume']}: {NO_STATE}") from error
     state = {"saved_at_loss": {}, "seconds": 0.0, **state, "settings": settings}
     state.setdefault("start", _described(begun, spec, train_set))
     if not resume:
@@ -260,6 +263,9 @@ def _described(begun: Start, spec: TrainingSpec, data: Dataset) -> dict[str, Any
     return {"seconds": begun.seconds, "forward_passes": begun.forward_passes, "layers": layers}
 
 
+NO_STATE = "not the state of an interrupted run: remove it and start again"
+
+
 def _read_resume(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no interrupted run to resume: start without --resume")
@@ -270,7 +276,7 @@ def _read_resume(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         or {"network", "optimizer", "epoch", "history", "best", "stopped"} - set(state)
         or not all(isinstance(known.get(part), dict) for part in settings)
     ):
-        raise CheckpointError(f"{path}: not the state of an interrupted run: remove it and start again")
+        raise CheckpointError(f"{path}: {NO_STATE}")
     for part, default in (("network", Spec()), ("data", DataSpec()), ("training", TrainingSpec())):
         had = {**dataclasses.asdict(default), **known[part]}  # an older version knew fewer settings
         for key, value in settings[part].items():

@@ -49,7 +49,7 @@ def calibration_of(
         dtype=str(objective.dtype).removeprefix("torch."),
         device=str(objective.device),
         seed=settings.seed,
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - began + (phases.seconds if phases else 0.0),
         versions=versions(),
         calibration=found,
     )

@@ -88,6 +88,7 @@ def open_job(
     from hessian_tools.segments import bytes_per_sample
     from ikun.checkpoint import sha256
 
+    before = _version(path)
     if own is not None and own.meant(path):
         if split != "train" or data_dir is not None:
             raise click.UsageError(
@@ -96,6 +97,10 @@ def open_job(
         source = _own(path, own, samples, surrogate, memory)
     else:
         source = _ours(path, samples, split, surrogate, data_dir, memory)
+
+    digest = sha256(path)
+    if _version(path) != before:  # a training that ended just now
+        raise click.UsageError(f"{path} changed while it was read: run the same again")
 
     def objective(steeper: float = 1.0, **changes: Any) -> Objective:
         network, reset = source.network(steeper, **changes)
@@ -117,7 +122,7 @@ def open_job(
     each = bytes_per_sample(dataclasses.replace(first, segmented=False))  # an autograd pass takes about three of it
     few = max(1, min(512, int(memory * 2**30 / 12 / each))) if each else 512
     provenance = {
-        "checkpoint": {"path": str(path), "sha256": sha256(path)},
+        "checkpoint": {"path": str(path), "sha256": digest},
         **source.provenance,
         "activity": source.activity(few),
     }
@@ -192,6 +197,14 @@ def _own(path: Path, own: Own, samples: str, surrogate: str | None, memory: floa
         {"data": found.data, "network": found.network, "training": {}},
         lambda few: firing(found.adapted(), found.x[:few]),
     )
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """Another one after a file was written anew."""
+    if not path.is_file():
+        return ()
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _cut(objective: Objective, asked: int | None, memory: float, group: Group | None) -> tuple[int, bool]:

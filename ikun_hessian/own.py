@@ -155,8 +155,11 @@ def _built(path: Path, own: Own, model: str) -> Build:
     network = called("--model", model, named("--model", model))
     if not isinstance(network, nn.Module):
         raise click.UsageError(f"--model {model}: returned a {type(network).__name__}, and a torch.nn.Module is needed")
-    with in_options():
-        load_weights(bare(network), read_weights(path))
+    weights = read_weights(path)
+    try:
+        load_weights(bare(network), weights)
+    except AdapterError as error:
+        raise click.UsageError(f"{path}: {error}") from None
 
     def build(x: Tensor, surrogate: Any, replacement: Any, steeper: float, reset: Any) -> Adapted:
         with readable(f"--model {model}", AdapterError):

@@ -213,11 +213,13 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, s
 
 def read(path: Path) -> dict[str, Any] | None:
     """A study's record, None where there is none. Raises PresetError for a file that is no such record."""
+    from hessian_tools.results import MissingError, ResultError, parsed, read_text
+
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        found = parsed(read_text(path))
+    except MissingError:
         return None
-    except (OSError, ValueError):
+    except ResultError:
         found = None
     parts = [found.get(part) for part in ("runs", "analyses")] if isinstance(found, dict) else []
     whole = len(parts) == 2 and all(

@@ -77,9 +77,11 @@ class Unit:
 
     def description(self) -> dict[str, Any]:
         """NAME.train.json; {} while there is none."""
+        from hessian_tools.results import ResultError, parsed, read_text
+
         try:
-            found = json.loads(self.checkpoint.with_suffix(".train.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = parsed(read_text(self.checkpoint.with_suffix(".train.json")))
+        except ResultError:
             return {}
         return found if isinstance(found, dict) else {}
 

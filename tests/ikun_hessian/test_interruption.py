@@ -7,9 +7,13 @@ As a script, this file runs one command again and again, each time in a process 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
 import importlib
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +29,7 @@ import torch
 import cli
 from hessian_tools import phases
 from ikun import files
-from ikun.checkpoint import load_checkpoint, read_plain
+from ikun.checkpoint import load_checkpoint, read_plain, save_checkpoint
 from ikun_hessian import earlier, runner
 from ikun_hessian.interruption import end_by_signals
 
@@ -66,7 +70,7 @@ MOST = 5  # writes of the longest attempt that is killed: more than a last one d
 HEAVY = ["fontTools.ttLib", "numba", "sklearn.datasets", "torch._dynamo", "ikun.training"]
 HEAVY += [f"hessian_tools.{name}" for name in ("figures", "flatness", "landscape", "spectrum", "study_figures")]
 # What each attempt ends by and at which of its writes; the last one goes through
-SIGNALS = [("SIGTERM", 2), ("SIGHUP", 3), ("SIGINT", 2), ("", 0)]
+SIGNALS = [("SIGTERM", 2), ("SIGHUP", 3), ("SIGINT", 2), ("full", 1), ("full", 3), ("", 0)]
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +144,12 @@ def test_killed_at_every_write_and_resumed(ended: tuple[str, Path]) -> None:
 def test_ended_by_signals_and_resumed(ended: tuple[str, Path]) -> None:
     """Each leaves its exit code, one line that says how to go on, and nothing half-written."""
     name, folder = ended
-    assert json.loads((folder / "signals.codes").read_text()) == [143, 129, 130, 0]
+    assert json.loads((folder / "signals.codes").read_text()) == [143, 129, 130, 2, 2, 0]
     said = (folder / "signals.err").read_text()
     assert said.count("the same command goes on" if name == "study" else "--resume goes on") == 3
+    full = [line for line in said.splitlines() if "no space left" in line]
+    assert len(full) == 2
+    assert all(line.startswith(f"error: {folder / 'signals'}/") and ".part" not in line for line in full)
     assert "Traceback" not in said
     assert content(folder / "signals") == content(folder / "whole")
     assert left(folder / "signals") == set()
@@ -225,6 +232,23 @@ def test_finished_results_in_a_folder_that_cannot_be_written_are_shown(
     assert cli.run([*command, "--resume"]) == 0
 
 
+def test_a_checkpoint_rewritten_while_it_is_read_is_not_analysed(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its weights would bear another's hash."""
+    path = tmp_path / "a.pt"
+    shutil.copy(data / "a.pt", path)
+
+    def read(path: Path) -> Any:
+        found = load_checkpoint(path)
+        save_checkpoint(dataclasses.replace(found, history=[]), path)  # as a training does that ends just now
+        return found
+
+    monkeypatch.setattr("ikun.checkpoint.load_checkpoint", read)
+    said = one_line(capsys, ["spectrum", str(path), "--samples", "8"])
+    assert said == f"error: {path} changed while it was read: run the same again"
+
+
 def test_a_study_that_is_terminated_ends_its_workers(data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ikun_hessian", "study", str(data / "tiny.toml"), "--jobs", "2"]
     command += ["--set", "epochs=2000", "--out", str(tmp_path / "s")]
@@ -243,8 +267,12 @@ def test_a_study_that_is_terminated_ends_its_workers(data: Path, tmp_path: Path)
 
 # -------------------------------------------------------------------------------------------------- as a script
 def ending(how: str, count: int) -> None:
-    """This process ends itself at its write of this number: before it is renamed, behind it, or by a signal then."""
+    """This process ends itself at its write of this number: before it is renamed, behind it, or by a signal then. Or
+    the disk is full in the middle of it."""
     replace, done = os.replace, 0
+    if how == "full":
+        fill(count)
+        return
 
     def replacing(source: Any, target: Any) -> None:
         nonlocal done
@@ -256,6 +284,39 @@ def ending(how: str, count: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL if how == "after" else getattr(signal, how))
 
     os.replace = replacing  # type: ignore[assignment]
+
+
+def fill(count: int) -> None:
+    plain, opened = Path.open, 0
+
+    def opening(self: Path, mode: str = "r", *others: Any, **options: Any) -> Any:
+        nonlocal opened
+        file: Any = plain(self, mode, *others, **options)
+        opened += mode == "xb"
+        if opened < count or mode != "xb":
+            return file
+        return io.BufferedWriter(Full(file.detach()))
+
+    Path.open = opening  # type: ignore[method-assign]
+
+
+class Full(io.RawIOBase):
+    """A file of which the first 60 bytes find a place."""
+
+    def __init__(self, file: io.RawIOBase) -> None:
+        self.file, self.room = file, 60
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+    def write(self, data: Any) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.room -= (written := self.file.write(bytes(data)[: self.room]) or 0)
+        return written
 
 
 def attempt(command: list[str], errors: Path, how: str, count: int) -> int:

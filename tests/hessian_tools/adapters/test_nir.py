@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hessian_tools.adapters import AdapterError, adapt
+from hessian_tools.adapters import nir as nir_files
 from hessian_tools.adapters.nir import from_nir, read_nir
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators import hessian
@@ -220,3 +221,14 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "text.nir").write_text("not a graph")
     with pytest.raises(AdapterError, match=r"text.nir: not a NIR file, or a broken one"):
         read_nir(tmp_path / "text.nir", **FACTS)
+
+
+def test_reading_that_never_ends_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.nir"
+    path.write_bytes(b"")
+    monkeypatch.setattr(nir_files, "_READING", "while True: pass")
+    with pytest.raises(ValueError, match=r"more than 0\.5 s"):
+        nir_files.try_reading(path, seconds=0.5)
+    monkeypatch.setattr(nir_files, "_READING", "import sys; sys.exit('it claims 9 bytes')")
+    with pytest.raises(AdapterError, match=r"a\.nir: not a NIR file, or a broken one \(it claims 9 bytes\)"):
+        read_nir(path, **FACTS)
