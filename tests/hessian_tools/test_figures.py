@@ -353,10 +353,10 @@ def test_neither_torch_nor_global_state() -> None:
         names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert not {name for name in names if name.split(".")[0] in ("torch", "ikun") or "pyplot" in name}
-    before = dict(matplotlib.rcParams)
+    before, shown = dict(matplotlib.rcParams), pyplot.get_fignums()
     rank_figure([("a", without_density())])
     assert dict(matplotlib.rcParams) == before
-    assert pyplot.get_fignums() == []
+    assert pyplot.get_fignums() == shown
 
 
 def test_layers_figure_has_a_panel_a_layer_on_one_axis() -> None:

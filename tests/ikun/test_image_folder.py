@@ -273,7 +273,7 @@ def test_of_samples_in_memory_as_ever() -> None:
     found = encoded(x, 3, "poisson", 1)
     assert isinstance(found, Tensor)
     assert torch.equal(found, expected)
-    checkpoint = Checkpoint(Spec(coding="poisson", timesteps=3), DataSpec(seed=1), "mse", {}, {}, [])
+    checkpoint = Checkpoint(Spec("mlp", (1, 4, 4), coding="poisson", timesteps=3), DataSpec(seed=1), "mse", {}, {}, [])
     assert torch.equal(checkpoint.inputs(x)[:], expected)
 
 
