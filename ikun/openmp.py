@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -65,17 +66,19 @@ def side_by_side(functions: Sequence[Callable[[], R]]) -> list[R]:
         others = [_pool(len(functions) - 1).submit(function) for function in functions[1:]]
         return [functions[0](), *(other.result() for other in others)]
     left, results, errors = iter(enumerate(functions)), dict[int, R](), list[BaseException]()
+    ended: list[int] = []
 
     def region(_: object) -> None:
         try:
             for i, function in left:
                 results[i] = function()
+            ended.append(threading.get_ident())
         except BaseException as error:  # would be lost: nothing above it is Python
             errors.append(error)
 
     library.GOMP_parallel(REGION(region), None, len(functions), 0)
     if errors:
         raise errors[0]
-    if len(results) < len(functions):
-        raise KeyboardInterrupt  # it came at the edge of a region
+    if threading.get_ident() not in ended:
+        raise KeyboardInterrupt  # it came as the region was entered, before anything could catch it
     return [results[i] for i in range(len(functions))]

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -47,6 +48,20 @@ def test_what_one_raises_is_raised(error: type[BaseException]) -> None:
         with pytest.raises(error, match="this one"):
             side_by_side(functions)
     assert len(side_by_side([time.time] * 2)) == 2
+
+
+def test_an_interruption_before_anything_can_catch_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        """The calling thread's region ends at its first instruction; another thread does all the work."""
+
+        def GOMP_parallel(self, region: Callable[[None], None], *_: object) -> None:  # noqa: N802
+            other = threading.Thread(target=region, args=(None,))
+            other.start()
+            other.join()
+
+    monkeypatch.setattr(openmp, "_library", Library)
+    with pytest.raises(KeyboardInterrupt):
+        side_by_side([time.time] * 3)
 
 
 @pytest.mark.usefixtures("anywhere")
