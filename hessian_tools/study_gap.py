@@ -53,7 +53,7 @@ def gap_chart(runs: Sequence[Run], by: str) -> Chart:
 
 def sharpness_at(runs: Sequence[Run], moment: str) -> dict[str, Sharpness]:
     """What any of the runs has at a moment: lambda_max of each operator, norm-scaled that of the last, the adaptive
-    average sharpness of the spiking loss, the trace of the last operator."""
+    average sharpness of the spiking loss, the trace of the last operator; from flatness where there are no spectra."""
     found = [result for run in runs if (result := at_moment(run, moment))]
     operators = list(dict.fromkeys(name for result in found for name in result.spectra))
 
@@ -64,15 +64,21 @@ def sharpness_at(runs: Sequence[Run], moment: str) -> dict[str, Sharpness]:
 
         return at
 
-    def average(run: Run) -> float:
-        result = run.flatness.get(moment)
-        metric = result.metrics.get("adaptive average sharpness") if result else None
-        return metric.value if metric else math.nan
+    def metric(name: str) -> Sharpness:
+        def at(run: Run) -> float:
+            result = run.flatness.get(moment)
+            found = result.metrics.get(name) if result else None
+            return found.value if found else math.nan
+
+        return at
 
     measures = {f"{operator_name(o)} λ₁": of(o, largest_of) for o in operators[:2]}
     for last in operators[-1:]:
         measures[f"{operator_name(last)} λ₁, norm-scaled"] = of(last, lambda s: s.scale_free_lambda_max)
-    measures["adaptive average sharpness"] = average
+    if not operators:
+        measures = {f"{operator_name(o)} λ₁": metric(f"{o} lambda_max") for o in ("hessian", "ggn")}
+        measures["GGN λ₁, norm-scaled"] = metric("ggn lambda_max scaled")
+    measures["adaptive average sharpness"] = metric("adaptive average sharpness")
     for last in operators[-1:]:
         measures[f"{operator_name(last)} trace"] = of(last, lambda s: s.trace.estimate if s.trace else math.nan)
     return {name: value for name, value in measures.items() if any(math.isfinite(value(run)) for run in runs)}

@@ -114,8 +114,11 @@ def moment_of(key: str) -> tuple[str, str]:
 
 
 def moments(runs: Iterable[Run]) -> list[str]:
-    """Where spectra were measured: every "lossX", the largest X first, then "" for the end; snapshots left out."""
+    """Where spectra were measured, or flatness where no spectra were: every "lossX", the largest X first, then "" for
+    the end; snapshots left out."""
+    runs = list(runs)
     found = {moment_of(key)[0] for run in runs for key in run.spectra}
+    found = found or {moment_of(key)[0] for run in runs for key in run.flatness}
     return sorted((m for m in found if not m.startswith("epoch")), key=lambda m: -float(m[4:] or 0))
 
 

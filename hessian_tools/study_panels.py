@@ -207,7 +207,7 @@ def _signed_x(ax: Axes, axis: Axis, x: Array, width: float) -> None:
 def _log_x(ax: Axes, low: float, high: float, ticks: Sequence[float], width: float) -> None:
     """A logarithmic x axis with labels under these ticks, or under its own, as many as fit."""
     own, decades = log_places(low, high)
-    wanted = [t for t in ticks if low <= t <= high and float(f"{t:.3g}") == t]
+    wanted = [t for t in ticks if low <= t <= high and (float(f"{t:.3g}") == t or _fraction(t))]
     wanted = wanted if len(wanted) > 2 else own
     order = sorted(wanted, key=lambda t: (t != 1, abs(math.log10(t)))) if ticks else wanted
     labels = (

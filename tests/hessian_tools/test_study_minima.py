@@ -191,6 +191,15 @@ def test_gap_has_every_run_and_kendalls_tau(runs: list[Run]) -> None:
         assert m.value == pytest.approx(at["accuracy"] - at["test_accuracy"])
 
 
+def test_gap_from_flatness_alone(runs: list[Run]) -> None:
+    found = gap_chart([dataclasses.replace(run, spectra={}) for run in runs], "init").panels
+    (shown,) = [
+        p for p in found if p.row == "accuracy gap" and p.column == "adaptive average sharpness" and "end" in p.page
+    ]
+    known = {r.name: r.flatness[""].metrics["adaptive average sharpness"].value for r in runs if not r.diverged}
+    assert {m.run: m.x for m in shown.marks} == known
+
+
 def test_gap_needs_three_runs_with_a_log(runs: list[Run]) -> None:
     with pytest.raises(NotEnoughError, match="no three runs"):
         gap_chart(runs[:2], "init")
