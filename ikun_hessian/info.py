@@ -13,6 +13,7 @@ from ikun_hessian.options import data_dir_option, json_option
 from ikun_hessian.screen import dumps
 
 if TYPE_CHECKING:
+    from ikun.checkpoint import Checkpoint
     from ikun.statistics import LayerStatistics
 
 
@@ -32,6 +33,7 @@ def info(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
 
     found = load_checkpoint(checkpoint)
     data = found.data.load(data_dir=data_dir)
+    _refuse_too_long(checkpoint, found, len(data))
     x, y = found.inputs(data.images)[:512], data.labels[:512]
     known = {f.name for f in dataclasses.fields(TrainingSpec)}
     try:
@@ -84,3 +86,26 @@ def info(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
         "gradient at the layer before over this one's. An initializer wants to keep both\n"
         "near 1. dead: neurons that never fire on 512 samples."
     )
+
+
+def _refuse_too_long(path: Path, found: Checkpoint, count: int) -> None:
+    """Click's error where the passes over 512 samples would take more than half of the memory: T may be 10,000."""
+    import math
+
+    import torch
+
+    from hessian_tools.objective import make_objective
+    from hessian_tools.segments import bytes_per_sample
+    from ikun.networks import LOSSES
+    from ikun_hessian.options import half_of_the_memory
+
+    n = found.network
+    one = torch.zeros(1, *((n.timesteps,) if n.coding == "poisson" else ()), *n.input_shape)
+    each = bytes_per_sample(make_objective(found.build(), LOSSES[found.loss], (one, torch.zeros(1, dtype=torch.long))))
+    coded = 4 * count * n.timesteps * math.prod(n.input_shape) if n.coding == "poisson" else 0
+    needed, most = (3 * 512 * (each or 0) + coded) / 2**30, half_of_the_memory("cpu")
+    if needed > most:
+        raise click.UsageError(
+            f"{path}: T = {n.timesteps}: its passes would take some {needed:.0f} GiB, more than half of this machine's "
+            "memory: spectrum runs such networks in segments of time, info does not"
+        )

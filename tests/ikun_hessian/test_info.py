@@ -9,6 +9,8 @@ import pytest
 from command_tools import Capture
 
 import cli
+from ikun.checkpoint import Checkpoint, DataSpec, save_checkpoint
+from ikun.networks import Network, Spec
 
 NETWORKS = {
     "csnn": ["--model", "csnn", "--channels", "2", "--depth", "3", "--init", "delta_orthogonal"],
@@ -42,3 +44,18 @@ def test_every_layer_of_every_network_is_told(model: str, tmp_path: Path, capsys
     assert f"{NETWORKS[model][NETWORKS[model].index('--init') + 1]} initializer (alpha 1), " in lines[3]
     assert max(len(line) for line in lines if path not in line) <= 80
     assert sum(line.split()[:1] == [LAYERS[model][0]] for line in lines) == 2
+
+
+@pytest.mark.parametrize("coding", ["direct", "poisson"])
+def test_sequences_too_long_for_the_memory(
+    coding: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ikun_hessian.options.half_of_the_memory", lambda device: 1.0)
+    for steps, fits in ((20, True), (10_000, False)):
+        spec = Spec(channels=2, timesteps=steps, coding=coding, norm="none")
+        path = tmp_path / f"{steps}.pt"
+        save_checkpoint(Checkpoint(spec, DataSpec(), "mse", Network(spec).state_dict(), {}, []), path)
+        assert cli.run(["info", str(path)]) == (0 if fits else 2)
+        said = capsys.readouterr().err
+        assert said == "" if fits else said.startswith(f"error: {path}: T = 10000: its passes would take some ")
+        assert len(said.splitlines()) <= 1
