@@ -115,6 +115,17 @@ class Checkpoint:
         network.load_state_dict(self.state)
         return network.eval()
 
+    def samples(self, split: str = "train", data_dir: str | Path | None = None) -> Dataset:
+        """The data set. Raises what loading it raises, and CheckpointError for labels that the network has no output
+        for."""
+        found = self.data.load(split, data_dir)
+        if (classes := int(found.labels.max()) + 1) > self.network.classes:
+            raise CheckpointError(
+                f"this checkpoint's network has {self.network.classes} classes, and the data {self.data.name} "
+                f"{classes}: not data that it was trained on"
+            )
+        return found
+
     def inputs(self, images: Images) -> Images:
         """Network inputs: samples as they are, or Poisson spikes drawn once from the data seed and frozen.
 

@@ -32,7 +32,7 @@ def info(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
     from ikun.training import TrainingSpec, initialized
 
     found = load_checkpoint(checkpoint)
-    data = found.data.load(data_dir=data_dir)
+    data = found.samples(data_dir=data_dir)
     _refuse_too_long(checkpoint, found, len(data))
     x, y = found.inputs(data.images)[:512], data.labels[:512]
     known = {f.name for f in dataclasses.fields(TrainingSpec)}

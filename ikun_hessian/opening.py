@@ -243,7 +243,7 @@ def _samples(
     bytes."""
     from ikun.images import taken
 
-    data = checkpoint.data.load(split, data_dir)
+    data = checkpoint.samples(split, data_dir)
     if samples != "all" and not (samples.isdecimal() and 1 <= int(samples) <= len(data)):
         raise click.UsageError(f"--samples {samples}: give a number from 1 to {len(data)}, or all")
     count = len(data) if samples == "all" else int(samples)

@@ -66,7 +66,7 @@ def analyse(
     began = time.perf_counter()
     job = open_job(path, **opening, memory=memory, data_dir=data_dir, device=device)
     checkpoint, count = load_checkpoint(path), job.objective.samples
-    data = checkpoint.data.load("test", data_dir)
+    data = checkpoint.samples("test", data_dir)
     images, labels = data.images[:count], data.labels[:count]
 
     @torch.no_grad()

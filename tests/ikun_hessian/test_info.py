@@ -59,3 +59,14 @@ def test_sequences_too_long_for_the_memory(
         said = capsys.readouterr().err
         assert said == "" if fits else said.startswith(f"error: {path}: T = 10000: its passes would take some ")
         assert len(said.splitlines()) <= 1
+
+
+@pytest.mark.parametrize("command", [["info"], ["spectrum", "--samples", "8"], ["flatness", "--samples", "8"]])
+def test_labels_that_the_network_does_not_know(command: list[str], tmp_path: Path, capsys: Capture) -> None:
+    spec = Spec(channels=2, classes=3)
+    save_checkpoint(Checkpoint(spec, DataSpec(), "mse", Network(spec).state_dict(), {}, []), tmp_path / "a.pt")
+    assert cli.run([command[0], str(tmp_path / "a.pt"), *command[1:]]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == (
+        "error: this checkpoint's network has 3 classes, and the data digits 10: not data that it was trained on"
+    )
