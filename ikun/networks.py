@@ -17,11 +17,11 @@ it. Layers are named conv1, norm1, spike1, pool1, ..., fc1, rec1, so that parame
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,13 +32,23 @@ from ikun.layers import Add, Branch, Dropout, MaxPool, Recurrent
 from ikun.neurons import KINDS, RESETS, Dynamics, Neuron
 from ikun.surrogates import Surrogate
 
-if TYPE_CHECKING:
-    from hessian_tools.layers import Segment
-
 MODELS = ("csnn", "mlp", "resnet", "rsnn")
 NORMS = ("none", "bn", "tdbn")
 TIES = ("first", "last")
 ADDED = ("depth", "dropout")  # fields of a Spec that older descriptions lack; they mean the default
+
+
+class Segment(Protocol):
+    """The steps first, ..., last - 1 of time, and what every module with a state carries into them."""
+
+    @property
+    def first(self) -> int: ...
+
+    @property
+    def last(self) -> int: ...
+
+    @property
+    def carries(self) -> defaultdict[nn.Module, Any]: ...
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,16 @@ from ikun.fused import Number, Scan, adjoint, adjoint_tangent, number, reset_slo
 from ikun.neurons import Neuron, step
 
 if TYPE_CHECKING:
-    from hessian_tools.layers import Carry
     from ikun.layers import MaxPool
+
+
+class Carry(Protocol):
+    """What neurons hand from one segment of time to the next, [1, M] each: v, v' forward, gv, gv' backward in time."""
+
+    value: Tensor | None
+    tangent: Tensor | None
+    adjoint: Tensor | None
+    adjoint_tangent: Tensor | None
 
 
 class Spikes:

@@ -277,3 +277,10 @@ def test_figures_need_no_model_and_no_global_state(three: list[Run]) -> None:
     chart_figures(charts("init", 0.9)["samples"](three))
     assert dict(matplotlib.rcParams) == before
     assert pyplot.get_fignums() == shown
+
+
+def test_small_gains_have_their_ticks() -> None:
+    gains = (1 / 256, 1 / 16, 1.0, 16.0)
+    marks = [Mark("ikun", "run", gain, 5.0, run=f"r{gain}") for gain in gains]
+    (figure,) = chart_figures(chart(*marks, x="gain", y="epochs"))
+    assert {"1/256", "1/16", "1", "16"} <= {t.get_text() for t in figure.axes[0].get_xticklabels()}

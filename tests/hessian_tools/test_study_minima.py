@@ -192,12 +192,27 @@ def test_gap_has_every_run_and_kendalls_tau(runs: list[Run]) -> None:
 
 
 def test_gap_from_flatness_alone(runs: list[Run]) -> None:
-    found = gap_chart([dataclasses.replace(run, spectra={}) for run in runs], "init").panels
-    (shown,) = [
-        p for p in found if p.row == "accuracy gap" and p.column == "adaptive average sharpness" and "end" in p.page
-    ]
-    known = {r.name: r.flatness[""].metrics["adaptive average sharpness"].value for r in runs if not r.diverged}
-    assert {m.run: m.x for m in shown.marks} == known
+    def alone(run: Run) -> Run:
+        if "" not in run.flatness:  # diverged
+            return dataclasses.replace(run, spectra={})
+        found = run.flatness[""]
+        scaled = dataclasses.replace(found.main["ggn lambda_max"], value=7 * found.main["ggn lambda_max"].value)
+        more = dataclasses.replace(found, main={**found.main, "ggn lambda_max scaled": scaled})
+        return dataclasses.replace(run, spectra={}, flatness={**run.flatness, "": more})
+
+    runs = [alone(run) for run in runs]
+    found = gap_chart(runs, "init").panels
+    measured = {
+        "Hessian λ₁": "hessian lambda_max",
+        "GGN λ₁": "ggn lambda_max",
+        "GGN λ₁, norm-scaled": "ggn lambda_max scaled",
+        "adaptive average sharpness": "adaptive average sharpness",
+    }
+    shown = [p for p in found if p.row == "accuracy gap" and "end" in p.page]
+    assert [p.column for p in shown] == list(measured)
+    for panel in shown:
+        metrics = {r.name: r.flatness[""].metrics[measured[panel.column]].value for r in runs if not r.diverged}
+        assert {m.run: m.x for m in panel.marks} == metrics
 
 
 def test_gap_needs_three_runs_with_a_log(runs: list[Run]) -> None:
