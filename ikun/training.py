@@ -12,7 +12,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,9 @@ SCHEDULES = ("cosine", "step", "none")
 DEAD_SHARE = 0.99
 EXPLODING_NORM, VANISHING_NORM = 1e4, 1e-10
 EXPLODING_RATIO, VANISHING_RATIO = 1e8, 1e-8
+# Variance of the current at initialization, in thresholds^2: few neurons are then within the surrogate's reach. Of 677
+# runs that learned none began above it, of 77 that failed from too large weights 65 did (docs/findings.md, claim 9).
+OVERDRIVEN_VARIANCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -145,9 +148,11 @@ def train(
     device: torch.device | str = "cpu",
     resume: bool = False,
     progress: Progress | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> Checkpoint:
     """Train and write `out`; beside it the log (OUT.train.jsonl), the run's description (OUT.train.json, at the start
-    and at the end), checkpoints on the way and, until the end, OUT.resume, from before the first epoch on.
+    and at the end), checkpoints on the way and, until the end, OUT.resume, from before the first epoch on. report:
+    called before the first epoch with every failure that the initialization shows.
 
     A run whose weights become NaN stops; the checkpoint then holds the last finite epoch and says so under
     training['failures']. Raises CheckpointError if there is nothing to resume or it was made with other settings,
@@ -173,6 +178,9 @@ def train(
             raise CheckpointError(f"{paths['resume']}: {NO_STATE}") from error
     state = {"saved_at_loss": {}, "seconds": 0.0, **state, "settings": settings}
     state.setdefault("start", _described(begun, spec, train_set))
+    if report is not None and state["epoch"] == 0:
+        for failure in _all_failures(state):
+            report(failure)
     if not resume:
         _keep(state, net, optimizer, paths["resume"])
     if state["epoch"] == 0:
@@ -381,6 +389,17 @@ def failures(line: dict[str, Any], observed: tuple[LayerStatistics, ...], net: N
     return found
 
 
+def overdriven(layers: Sequence[Mapping[str, Any]], threshold: float) -> list[str]:
+    """The layers whose current is too large for their neurons at initialization, by name. layers: LayerStatistics as
+    dicts."""
+    return [
+        f"overdriven layer: {s['neuron']} ({s['name']}) starts with current variance "
+        f"{s['current_variance'] / threshold**2:.3g} threshold^2"
+        for s in layers
+        if s["current_variance"] > OVERDRIVEN_VARIANCE * threshold**2
+    ]
+
+
 def _early_stop(state: dict[str, Any], line: dict[str, Any], net: Network, spec: TrainingSpec) -> None:
     """Keep the weights of the best held-out loss; stop when `patience` epochs brought none better."""
     if not spec.patience or state["stopped"]:
@@ -417,4 +436,5 @@ def _best_epoch(state: dict[str, Any]) -> int:
 
 
 def _all_failures(state: dict[str, Any]) -> list[str]:
-    return sorted({f for line in state["history"] for f in line["failures"]})
+    begun = overdriven(state["start"]["layers"], state["settings"]["network"]["threshold"])
+    return sorted({*begun, *(f for line in state["history"] for f in line["failures"])})

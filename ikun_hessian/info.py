@@ -67,6 +67,8 @@ def info(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
     last = found.history[-1] if found.history else {}
     if {"accuracy", "test_accuracy"} <= set(last):
         click.echo(f"train accuracy {last['accuracy']:.1%}, test accuracy {last['test_accuracy']:.1%}")
+    for failure in found.training.get("failures", ()):
+        click.echo(f"! {failure}")
 
     def show(title: str, rows: Sequence[LayerStatistics]) -> None:
         click.echo(f"\n{title}")

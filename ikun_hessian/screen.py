@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 
@@ -26,6 +27,10 @@ class Bar:
         self.bar.set_description_str(f"{self.name}{phase} ", refresh=False)
         self.bar.set_postfix_str(f"residual {worst:.0e}" if worst == worst else "", refresh=False)
         self.bar.update(done - self.bar.n)
+
+    def say(self, line: str) -> None:
+        """A warning above the bar."""
+        self.bar.write(f"! {line}", file=sys.stderr)
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()

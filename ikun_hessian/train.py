@@ -131,6 +131,7 @@ def train(resume: bool, force: bool, out: Path, data_dir: Path | None, device: s
             device=pick(device),
             resume=resume,
             progress=lambda done, total, note: bar.update(note, done, total),
+            report=lambda failure: bar.say(failure + ("; lower --alpha" if spec.init == "ikun" else "")),
         )
     last = checkpoint.history[-1] if checkpoint.history else {}
     if last:

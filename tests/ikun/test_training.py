@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[2]
 NET = Spec(channels=3, timesteps=2)
 MLP = Spec(model="mlp", hidden=(24,), timesteps=2)
 DATA = DataSpec("digits", 96, 5)
-RUN = TrainingSpec(epochs=4, batch_size=32, lr=5e-3)
+RUN = TrainingSpec(alpha=0.1, epochs=4, batch_size=32, lr=5e-3)
 LAYER_KEYS = {
     "firing_rate",
     "derivative_square",
@@ -486,6 +486,25 @@ def test_failures_have_names(line: dict[str, float], layers: list[dict[str, floa
         assert found[0].startswith(expected)
 
 
+@pytest.mark.parametrize("threshold", [1.0, 0.5])
+def test_a_current_far_beyond_the_threshold_is_reported_before_the_first_epoch(
+    threshold: float, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of the second layer are set so that the variance of its current is known, on either side of 10."""
+    spec, told = dataclasses.replace(PLAIN, threshold=threshold), list[str]()
+    run, data = dataclasses.replace(RUN, init="kaiming", epochs=1), DATA.parts()[0]
+    variance = training._observe(training.start(spec, data, run).eval(), run, data)[1].current_variance
+    for wanted in (9.9, 10.1):
+        factor = math.sqrt(wanted * threshold**2 / variance)
+        with monkeypatch.context() as patch:
+            scaled(patch, lambda net, factor=factor: net.fc2.weight.mul_(factor))
+            found = train(spec, DATA, run, out, report=told.append)
+        named = [f for f in found.training["failures"] if f.startswith("overdriven")]
+        assert named == told
+        assert json.loads(run_paths(out)["run"].read_text())["failures"] == found.training["failures"]
+    assert told == ["overdriven layer: spike2 (fc2) starts with current variance 10.1 threshold^2"]
+
+
 def test_weights_that_are_not_finite_are_named() -> None:
     net = Network(MLP)
     with torch.no_grad():
@@ -580,9 +599,9 @@ def test_nan_ends_the_run_with_the_last_finite_weights(out: Path, monkeypatch: p
 def test_a_diverged_run_is_described(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last batch spoils the weights, so that the epoch's loss is finite: its weights are not kept all the same."""
     diverge(monkeypatch, 1, batch=2)
-    found = train(MLP, DATA, dataclasses.replace(RUN, lr=5e-2, snapshots=4, save_at_loss=(0.3,)), out)
+    found = train(MLP, DATA, dataclasses.replace(RUN, lr=5e-2, snapshots=4, save_at_loss=(0.1,)), out)
     (first, second) = (line["loss"] for line in log(out))
-    assert first > 0.3 > second
+    assert first > 0.1 > second
     assert found.training["saved_at_loss"] == {}
     assert sorted(p.name for p in out.parent.glob("*.pt")) == ["run.epoch0001.pt", "run.pt"]
     said = json.loads(run_paths(out)["run"].read_text())
