@@ -61,8 +61,10 @@ def _opened(r: AnalysedParts) -> list[str]:
     return lines
 
 
-def _alpha(training: dict[str, object]) -> str:
-    return f" (alpha {training['alpha']:g})" if training["init"] == "ikun" else ""
+def _alpha(training: dict[str, Any]) -> str:
+    known = {"alpha": training["alpha"]} if training["init"] == "ikun" else {}
+    known |= {"gain": training["gain"]} if training.get("gain", 1) != 1 else {}
+    return f" ({', '.join(f'{key} {value:g}' for key, value in known.items())})" if known else ""
 
 
 def _own(n: dict[str, Any]) -> Iterator[tuple[str, str]]:

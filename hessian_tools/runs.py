@@ -3,8 +3,8 @@
 A run NAME is known by NAME.train.json, which `train` writes when it starts and again when it ends; beside it lie the
 log NAME.train.jsonl (a line an epoch) and the results NAME[.MOMENT][.TAG].spectrum.json and .flatness.json. MOMENT is
 empty for the final weights, epoch0005 for a snapshot and loss0.02 for the first epoch whose training loss was no
-larger. NAME.failed.json, left by a study, says which step failed and why. A result without a NAME.train.json is a run
-of its own, without a log.
+larger. A study leaves NAME.robustness.json, and NAME.failed.json, which says what step failed and why. A result
+without a NAME.train.json is a run of its own, without a log.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 
-from hessian_tools import flatness, results
+from hessian_tools import flatness, results, robustness
 from hessian_tools.flatness import FlatnessResult
 from hessian_tools.results import ResultError, SpectrumResult
+from hessian_tools.robustness import RobustnessResult
 
 SCHEMA, FAILED_SCHEMA = "ikun-hessian/train/1", "ikun-hessian/failed/1"
 TRAIN, SPECTRUM, FLATNESS = ".train.json", ".spectrum.json", ".flatness.json"
@@ -27,6 +28,7 @@ MOMENT = r"(epoch\d+|loss\d[\d.e+-]*)"  # as it stands in the name of a checkpoi
 # in a checkpoint's training, but found there and not asked for
 OUTCOMES = ("epochs_run", "best_epoch", "failures", "data_sha256", "samples", "saved_at_loss")
 
+R = TypeVar("R")
 Report = Callable[[str], None]
 
 
@@ -36,9 +38,10 @@ class Run:
 
     start: {"seconds", "forward_passes", "layers": [statistics of every layer at initialization, in order]}, None if
     not known. log: a dict an epoch, () without a log. spectra, flatness: by what stands between NAME and the command in
-    the file's name ("" for the final weights, "loss0.02", "epoch0005", "loss0.02.ggn"). failures: names of what went
-    wrong in training ("NaN: ...", "dead layer: ..."), and "failed: STEP: why" from NAME.failed.json. finished: whether
-    the training came to its end. best_epoch: the one whose weights were kept, None if not known.
+    the file's name ("" for the final weights, "loss0.02", "epoch0005", "loss0.02.ggn"). robustness: of the final
+    weights. failures: names of what went wrong in training ("NaN: ...", "dead layer: ..."), and "failed: STEP: why"
+    from NAME.failed.json. finished: whether the training came to its end. best_epoch: the one whose weights were kept,
+    None if not known.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Run:
     log: tuple[dict[str, Any], ...] = ()
     spectra: dict[str, SpectrumResult] = field(default_factory=dict)
     flatness: dict[str, FlatnessResult] = field(default_factory=dict)
+    robustness: RobustnessResult | None = None
     failures: tuple[str, ...] = ()
     finished: bool = True
     best_epoch: int | None = None
@@ -179,14 +183,22 @@ def _run(folder: Path, name: str, shown: str, found: dict[str, Any], report: Rep
         failures = described.failures
     else:
         known, failures = _from_result(next(iter((*spectra.values(), *sharpness.values()))))
-    if (path := folder / f"{name}.failed.json").is_file():
-        try:
-            failed = results.load(path, _Failed, FAILED_SCHEMA)
-            failures = (*failures, f"failed: {failed.step}: {failed.error}")
-        except ResultError as error:
-            report(f"{error} (left out)")
+    if failed := _beside(folder / f"{name}.failed.json", _Failed, FAILED_SCHEMA, report):
+        failures = (*failures, f"failed: {failed.step}: {failed.error}")
+    known["robustness"] = _beside(folder / f"{name}.robustness.json", RobustnessResult, robustness.SCHEMA, report)
     log = _log(folder / f"{name}.train.jsonl", report)
     return Run(shown, log=log, spectra=spectra, flatness=sharpness, failures=failures, **known)
+
+
+def _beside(path: Path, kind: type[R], schema: str, report: Report) -> R | None:
+    """What a study leaves beside a run; None where it did not, or where it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        return results.load(path, kind, schema)
+    except ResultError as error:
+        report(f"{error} (left out)")
+        return None
 
 
 def _from_result(result: SpectrumResult | FlatnessResult) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -20,7 +20,7 @@ from hessian_tools.figures import save_figure
 from hessian_tools.results import write_table
 from hessian_tools.runs import Run
 from hessian_tools.study_chart import Axis, Chart, NotEnoughError, Panel, provenance, table
-from hessian_tools.study_gap import gap_chart
+from hessian_tools.study_gap import gap_chart, robustness_chart
 from hessian_tools.study_groups import levels
 from hessian_tools.study_minima import layers_chart, one_image_chart, ranks_chart, samples_chart
 from hessian_tools.study_panels import LevelLook, Range, draw_panel, fitted, floors, legend, level_looks, y_range
@@ -40,7 +40,10 @@ from hessian_tools.typesetting import (
 if TYPE_CHECKING:
     from hessian_tools.calibration import CalibrationResult
 
-NAMES = ("start", "gain", "epochs", "ranks", "one-image", "gap", "training", "layers", "samples", "calibration")
+NAMES = (
+    *("start", "gain", "epochs", "ranks", "one-image", "gap", "robustness"),
+    *("training", "layers", "samples", "calibration"),
+)
 WIDTHS = {1: 3.5, 2: 7.2}  # inches, by columns of a page
 ACROSS = {1: 2, 2: 4}  # panels side by side that share an axis
 FLOW = {1: 8, 2: 16}  # panels that do not, on one page at the most
@@ -101,6 +104,7 @@ def charts(by: str, accuracy: float) -> dict[str, Callable[[Sequence[Run]], Char
         "ranks": partial(ranks_chart, by=by),
         "one-image": partial(one_image_chart, by=by),
         "gap": partial(gap_chart, by=by),
+        "robustness": partial(robustness_chart, by=by),
         "training": partial(training_chart, by=by),
         "layers": partial(layers_chart, by=by),
         "samples": partial(samples_chart, by=by),

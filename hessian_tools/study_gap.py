@@ -1,4 +1,4 @@
-"""The chart of sharpness against the gap between test and training."""
+"""The charts of sharpness against what it is said to predict: the gap between test and training, and robustness."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from hessian_tools.comparison_measures import accuracy_gap
 from hessian_tools.inference import Interval, kendall
 from hessian_tools.results import Spectrum
+from hessian_tools.robustness import lost
 from hessian_tools.runs import Run
 from hessian_tools.study_chart import Axis, Chart, Mark, NotEnoughError, Panel
 from hessian_tools.study_groups import at_moment, epoch_at, level, moments, number, settings, titled
@@ -32,23 +33,51 @@ def gap_chart(runs: Sequence[Run], by: str) -> Chart:
             for column, sharpness in list(sharpness_at(members, moment).items())[:MOST]:
                 for y, gap in _GAPS.items():
                     found = [(run, sharpness(run), gap(run, moment)) for run in members]
-                    known = [(r, x, v) for r, x, v in found if math.isfinite(x) and math.isfinite(v) and not r.diverged]
-                    if len(known) < LEAST:
-                        continue
-                    marks = tuple(Mark(level(r, by), "run", x, v, run=r.name) for r, x, v in known)
-                    foot = _taus(
-                        [x for _, x, _ in known], [v for _, _, v in known], [level(r, by) for r, _, _ in known]
-                    )
-                    x_axis = Axis(column, "signed")
-                    panels.append(Panel(y.label, column, x_axis, y, marks, foot, titled(name, moment)))
+                    panels += _panel(found, by, column, y, titled(name, moment))
     if not panels:
         raise NotEnoughError("no three runs have both a sharpness and a test loss in their log")
+    caption = f"{_caption(by)} Loss gap: test less training, accuracy gap: training less test, both from the log; runs "
+    return Chart(tuple(panels), by, f"{caption}that diverged have none.", tuple(runs))
+
+
+def robustness_chart(runs: Sequence[Run], by: str) -> Chart:
+    """Sharpness at the end of training against the accuracy lost by every disturbance, with Kendall's tau over all runs
+    and over the pairs of runs of one level.
+
+    Raises NotEnoughError without three runs that have both, or where a panel's were not measured alike.
+    """
+    panels = []
+    for name, members in settings([run for run in runs if run.robustness], by).items():
+        alike([result for run in members if (result := at_moment(run, ""))], name)
+        drops = [(run, lost(run.robustness)) for run in members if run.robustness]
+        for kind in dict.fromkeys(kind for _, of in drops for kind in of):
+            y = Axis(f"lost, {kind.replace('_', ' ')}", "linear")
+            for column, sharpness in list(sharpness_at(members, "").items())[:MOST]:
+                found = [(run, sharpness(run), of.get(kind, math.nan)) for run, of in drops]
+                panels += _panel(found, by, column, y, name)
+    if not panels:
+        raise NotEnoughError("no three runs have both a sharpness and a robustness: a study measures both")
     caption = (
-        "A point a run. τ: Kendall’s rank correlation of the two over all runs, and within: over the pairs of runs "
+        f"{_caption(by)} Lost: accuracy on undisturbed test images less that under the disturbance, mean over its "
     )
-    caption += f"of one {by.replace('_', ' ')}; in brackets 95% intervals (jackknife over runs). Loss gap: test less "
-    caption += "training, accuracy gap: training less test, both from the log; runs that diverged have none."
-    return Chart(tuple(panels), by, caption, tuple(runs))
+    return Chart(tuple(panels), by, f"{caption}severities; runs that diverged have none.", tuple(runs))
+
+
+def _panel(found: Sequence[tuple[Run, float, float]], by: str, x: str, y: Axis, page: str) -> list[Panel]:
+    """(run, sharpness, value) as a panel; none where too few are known."""
+    known = [(r, u, v) for r, u, v in found if math.isfinite(u) and math.isfinite(v) and not r.diverged]
+    if len(known) < LEAST:
+        return []
+    marks = tuple(Mark(level(r, by), "run", u, v, run=r.name) for r, u, v in known)
+    foot = _taus([u for _, u, _ in known], [v for _, _, v in known], [level(r, by) for r, _, _ in known])
+    return [Panel(y.label, x, Axis(x, "signed"), y, marks, foot, page)]
+
+
+def _caption(by: str) -> str:
+    return (
+        "A point a run. τ: Kendall’s rank correlation of the two over all runs, and within: over the pairs of runs "
+        f"of one {by.replace('_', ' ')}; in brackets 95% intervals (jackknife over runs)."
+    )
 
 
 def sharpness_at(runs: Sequence[Run], moment: str) -> dict[str, Sharpness]:
@@ -110,5 +139,5 @@ def _taus(x: Sequence[float], y: Sequence[float], names: Sequence[str]) -> str:
 
 
 def _interval(found: Interval) -> str:
-    ends = "" if math.isnan(found.low) else f" [{found.low:.2f}, {found.high:.2f}]"
-    return f"{found.value:.2f}{ends}".replace("-", "−")
+    ends = "" if math.isnan(found.low) else f" [{found.low:z.2f}, {found.high:z.2f}]"
+    return f"{found.value:z.2f}{ends}".replace("-", "−")

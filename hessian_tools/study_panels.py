@@ -182,7 +182,7 @@ def set_x(ax: Axes, axis: Axis, marks: Sequence[Mark], width: float) -> None:
     elif axis.kind == "gain":
         low, high = min(low, 1.0), max(high, 1.0)
         _log_x(ax, low / 1.5, high * 1.5, sorted(set(x.tolist())), width)
-        ax.axvline(1, color="0.45", linestyle="--", linewidth=0.8, zorder=0, label="rule")
+        ax.axvline(1, color="0.45", linestyle="--", linewidth=0.8, zorder=0, label="own")
     elif axis.kind == "signed":
         _signed_x(ax, replace(axis, label=label), x, width)
     else:
@@ -383,7 +383,7 @@ def legend(panels: Sequence[Panel], styles: Mapping[str, LevelLook]) -> list[Lin
                 )
             )
     if any(p.x.kind == "gain" for p in panels):
-        handles.append(Line2D([], [], color="0.45", linestyle="--", linewidth=0.8, label="the rule"))
+        handles.append(Line2D([], [], color="0.45", linestyle="--", linewidth=0.8, label="the initializer’s own"))
     return handles
 
 

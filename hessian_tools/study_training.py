@@ -65,63 +65,34 @@ def layers_of(run: Run) -> list[Mapping[str, Any]]:
     return [layer for layer in found if isinstance(layer, dict)] if isinstance(found, list) else []
 
 
-def gain_of(run: Run) -> float:
-    """The weights' variance over that of the rule of arXiv 2411.18250, Theorem 1, with alpha = 1.
-
-    alpha where the rule chose the weights, else the geometric mean over the layers of fan_in E[x^2] E[f'^2] Var W, all
-    measured at initialization. NaN where it is not known.
-    """
-    if run.value("init") == "ikun":
-        return number(run.value("alpha"))
-    found = []
-    for layer in layers_of(run):
-        parts = [number(layer.get(k)) for k in ("fan_in", "input_square", "derivative_square", "weight_variance")]
-        found.append(math.prod(parts))
-    return math.exp(float(np.mean(np.log(found)))) if found and all(0 < r < math.inf for r in found) else math.nan
-
-
 def gain_chart(runs: Sequence[Run], by: str, accuracy: float) -> Chart:
-    """Epochs to an accuracy against the weights' variance over the rule's, a column a surrogate.
+    """Epochs to an accuracy against the gain: the initial weights' variance over the initializer's own.
 
     Runs that never get there are drawn above all others. Raises NotEnoughError without two gains on one panel.
     """
-    by = "init" if by == "alpha" else by
+    by = "init" if by == "gain" else by
     ended = [run for run in runs if over(run) or epochs_to(run, accuracy)[1]]
-    known = [run for run in ended if gain_of(run) > 0]
     panels = []
-    for column, members in settings(known, by, ("alpha", "init")).items():
-        points: dict[tuple[str, bool], list[tuple[float, float]]] = {}
+    for column, members in settings(ended, by, ("gain", "init")).items():
+        points: dict[str, list[tuple[float, float]]] = {}
         marks = []
         for run in members:
-            gain, (epoch, reached) = gain_of(run), epochs_to(run, accuracy)
+            gain, (epoch, reached) = float(run.training.get("gain", 1.0)), epochs_to(run, accuracy)
             value = float(epoch) if reached else math.inf
-            points.setdefault((level(run, by), run.value("init") == "ikun"), []).append((gain, value))
+            points.setdefault(level(run, by), []).append((gain, value))
             marks.append(Mark(level(run, by), "run", gain, value, run=run.name, note="" if reached else "never"))
         if len({mark.x for mark in marks}) > 1:
-            marks += [mark for (name, exact), of in points.items() for mark in _gain_medians(name, of, exact)]
+            middle = [mark for name, of in points.items() for mark in medians(name, of) if math.isfinite(mark.value)]
+            marks += [Mark(m.level, "median", m.x, m.value, n=m.n) for m in middle]
             y = Axis(f"epochs to {accuracy:.0%}", "epochs")
-            panels.append(Panel(y.label, column, Axis("weight variance over the rule’s (α)", "gain"), y, tuple(marks)))
+            x = Axis("weight variance over the initializer’s", "gain")
+            panels.append(Panel(y.label, column, x, y, tuple(marks)))
     if not panels:
-        raise NotEnoughError("the weights' variance over the rule's takes one value, or is not known: vary alpha")
-    caption = f"Epochs to {accuracy:.0%} test accuracy against the variance of the initial weights over that of the "
-    caption += "rule with α\u00a0=\u00a01: α itself for ikun, else the geometric mean over layers of "
-    caption += "fan-in\u00a0·\u00a0E[x²]\u00a0·\u00a0E[f′²]\u00a0·\u00a0Var\u00a0W at initialization. "
-    caption += "Lines: medians over seeds; never: not within the epochs asked for."
+        raise NotEnoughError("the weights' variance over the initializer's takes one value: vary gain")
+    caption = f"Epochs to {accuracy:.0%} test accuracy against the variance of the initial weights over that which the "
+    caption += "initializer gives them (1: its own). Lines: medians over seeds; never: not within the epochs asked for."
     caption += f" Not drawn: {len(runs) - len(ended)} under way." if len(runs) > len(ended) else ""
-    caption += f" Not drawn: {len(ended) - len(known)} of unknown variance." if len(ended) > len(known) else ""
-    return Chart(tuple(panels), by, caption, tuple(known))
-
-
-def _gain_medians(name: str, points: Sequence[tuple[float, float]], exact: bool) -> list[Mark]:
-    """The median at every gain where it was asked for, else one at the geometric mean of the gains measured."""
-    if not exact:
-        middle = math.exp(float(np.mean([math.log(gain) for gain, _ in points])))
-        points = [(middle, value) for _, value in points]
-    return [
-        Mark(name, "median", mark.x, mark.value, n=mark.n)
-        for mark in medians(name, points)
-        if math.isfinite(mark.value)
-    ]
+    return Chart(tuple(panels), by, caption, tuple(ended))
 
 
 def epochs_chart(runs: Sequence[Run], by: str, accuracy: float) -> Chart:

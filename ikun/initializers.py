@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy import special
@@ -100,14 +100,16 @@ def initialize(
     x: Tensor | None = None,
     alpha: float = 1.0,
     law: str = "empirical",
+    gain: float = 1.0,
 ) -> Initialized:
     """Draw all weights of `network` in place.
 
-    x: a batch of network inputs, for the rules that measure. alpha: of ikun and tdbn. law: of ikun and firing. Where
-    the network's own norm is tdbn, the initializer of that name leaves its weights as they are.
-    Raises ValueError for an unknown name or law, alpha <= 0, a missing batch, or a rule without a solution.
+    x: a batch of network inputs, for the rules that measure. alpha: of ikun and tdbn. law: of ikun and firing. gain:
+    the variance of all weights over that of the initializer, which is multiplied by it at the end. Where the network's
+    own norm is tdbn, the initializer of that name leaves its weights as they are.
+    Raises ValueError for an unknown name or law, alpha or gain <= 0, a missing batch, or a rule without a solution.
     """
-    return _draw(Probe(network, stages_of(network), x), name, generator, alpha, law)
+    return _draw(Probe(network, stages_of(network), x), name, generator, alpha, law, gain)
 
 
 def initialize_module(
@@ -120,6 +122,7 @@ def initialize_module(
     threshold: float = 1.0,
     neurons: type | tuple[type, ...] | None = None,
     alpha: float = 1.0,
+    gain: float = 1.0,
     reset: Reset | None = None,
 ) -> Initialized:
     """Draw all convolution and linear weights of any torch module in place, and set their biases to 0.
@@ -129,28 +132,29 @@ def initialize_module(
     registration, enough for rules that do not measure). The membrane of a neuron that is not ikun's is not looked
     into: h is the current that enters it, accumulated by ikun's own IF neuron with this surrogate and threshold (so
     gradient_stable, which needs a leak, has no solution there). reset: brings the module's state back before every
-    forward, instead of the libraries' own ways.
+    forward, instead of the libraries' own ways. alpha, gain: as in initialize().
     Raises ValueError as initialize(), or where a rule that measures finds no neurons.
     """
     if isinstance(module, Network):
-        return initialize(module, name, generator=generator, x=x, alpha=alpha)
+        return initialize(module, name, generator=generator, x=x, alpha=alpha, gain=gain)
     model = Neuron("if", Dynamics(Surrogate.parse(surrogate), threshold))
     kinds = () if neurons is None else neurons if isinstance(neurons, tuple) else (neurons,)
     back = reset or reset_states
     stages = stages_of_module(module, x, model, kinds, back)
     if (name == "ikun" or name in RULES) and all(s.neuron is None for s in stages):
         raise ValueError(f"no spiking neurons found for {name}: name their class with `neurons`")
-    found = _draw(Probe(module, stages, x, back), name, generator, alpha, "empirical")
+    found = _draw(Probe(module, stages, x, back), name, generator, alpha, "empirical", gain)
     return Initialized(found.solutions, found.forward_passes + (x is not None))
 
 
-def _draw(probe: Probe, name: str, generator: torch.Generator, alpha: float, law: str) -> Initialized:
+def _draw(probe: Probe, name: str, generator: torch.Generator, alpha: float, law: str, gain: float) -> Initialized:
     if name not in NAMES:
         raise ValueError(f"unknown initializer '{name}': choose one of {', '.join(NAMES)}")
     if law not in LAWS:
         raise ValueError(f"unknown law '{law}': choose one of {', '.join(LAWS)}")
-    if not (alpha > 0 and math.isfinite(alpha)):
-        raise ValueError(f"alpha must be positive, not {alpha}")
+    for option, value in (("alpha", alpha), ("gain", gain)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{option} must be positive, not {value}")
     if probe.x is None and (name == "ikun" or name in RULES):
         raise ValueError(f"the {name} initializer needs a batch of inputs")
     with torch.no_grad():
@@ -169,7 +173,9 @@ def _draw(probe: Probe, name: str, generator: torch.Generator, alpha: float, law
             for s in probe.stages:
                 FILLS["kaiming" if name == "tdbn" else name](s.weights.weight, generator)
             found = []
-    return Initialized(tuple(found), probe.passes)
+        for s in probe.stages:
+            s.weights.weight.mul_(math.sqrt(gain))
+    return Initialized(tuple(replace(s, variance=gain * s.variance) for s in found), probe.passes)
 
 
 def _thresholds(probe: Probe, alpha: float) -> None:

@@ -45,14 +45,16 @@ OVERDRIVEN_VARIANCE = 10.0
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """How to train. momentum: of sgd. patience: stop after so many epochs without a better held-out loss and keep the
-    best (0: never). step schedule: lr x 0.1 after each third of the epochs. snapshots: so many checkpoints on the way.
-    save_at_loss: one more for each of these, of the first epoch whose training loss is no larger.
+    """How to train. gain: factor on the variance of the initializer's weights. momentum: of sgd. patience: stop after
+    so many epochs without a better held-out loss and keep the best (0: never). step schedule: lr x 0.1 after each third
+    of the epochs. snapshots: so many checkpoints on the way. save_at_loss: one more for each of these, of the first
+    epoch whose training loss is no larger.
     """
 
     init: str = "ikun"
     alpha: float = 1.0
     law: str = "empirical"
+    gain: float = 1.0
     loss: str = "mse"
     optimizer: str = "adam"
     lr: float = 1e-3
@@ -71,8 +73,8 @@ class TrainingSpec:
         for name, allowed in (*choices, ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not '{getattr(self, name)}'")
-        if not (self.lr > 0 and math.isfinite(self.lr) and self.alpha > 0 and self.weight_decay >= 0):
-            raise ValueError("lr and alpha must be positive, weight_decay not negative")
+        if not (all(0 < x < math.inf for x in (self.lr, self.alpha, self.gain)) and self.weight_decay >= 0):
+            raise ValueError("lr, alpha and gain must be positive, weight_decay not negative")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, not {self.momentum}")
         if self.epochs < 0 or self.batch_size < 1 or min(self.seed, self.patience, self.snapshots) < 0:
@@ -126,7 +128,7 @@ def initialized(network: Spec, data: Dataset, spec: TrainingSpec, device: torch.
     x = encode(data.images[:256], network.timesteps, network.coding, generator(spec.seed, 1))
     began = time.perf_counter()
     done = initializers.initialize(
-        net, spec.init, generator=generator(spec.seed, 0), x=x, alpha=spec.alpha, law=spec.law
+        net, spec.init, generator=generator(spec.seed, 0), x=x, alpha=spec.alpha, law=spec.law, gain=spec.gain
     )
     seconds = time.perf_counter() - began
     return Start(net.to(device), seconds, done.forward_passes)

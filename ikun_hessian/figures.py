@@ -43,9 +43,9 @@ def figures(
 
     PATH is a folder of runs (a study), a checkpoint, or a result beside one. Names: start (variances and firing at
     initialization), gain (epochs to an accuracy against the variance of the weights over the rule's), epochs, ranks
-    (eigenvalues), one-image (against all), gap (test less training, against sharpness), training (curvature along it),
-    layers, samples, calibration. One that the runs cannot fill is left out, and said why; asked for by --only, it is an
-    error.
+    (eigenvalues), one-image (against all), gap (test less training, against sharpness), robustness (accuracy lost,
+    against sharpness), training (curvature along it), layers, samples, calibration. One that the runs cannot fill is
+    left out, and said why; asked for by --only, it is an error.
     """
     from hessian_tools.comparison_pairs import chosen_runs
     from hessian_tools.runs import gather

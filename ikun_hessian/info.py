@@ -59,7 +59,10 @@ def info(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
         f"{n.model}, {n.neuron} neurons, {n.reset} reset, surrogate {n.surrogate}, T = {n.timesteps}, norm {n.norm},"
     )
     click.echo(f"loss {found.loss}, {sum(p.numel() for p in found.build().parameters()):,} parameters")
-    click.echo(f"{t['init']} initializer (alpha {t['alpha']:g}), {fresh.forward_passes} forward passes over a batch")
+    gain = f", gain {t['gain']:g}" if t["gain"] != 1 else ""
+    click.echo(
+        f"{t['init']} initializer (alpha {t['alpha']:g}{gain}), {fresh.forward_passes} forward passes over a batch"
+    )
     click.echo(
         f"{t['optimizer']} lr {t['lr']:g}, {t['epochs_run']} epochs on {found.data.name}, {t['samples']} samples, "
         f"seed {t['seed']}"

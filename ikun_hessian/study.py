@@ -22,7 +22,6 @@ from ikun_hessian.preset import Analysis, Preset
 from ikun_hessian.screen import FailedError
 
 if TYPE_CHECKING:
-    from hessian_tools.robustness import RobustnessResult
     from hessian_tools.runs import Run
     from ikun_hessian.plan import Plan
     from ikun_hessian.runner import Unit
@@ -232,6 +231,7 @@ def _tables(runs: Sequence[Run], by: str, found: Preset, folder: Path) -> list[s
     from hessian_tools.comparison import compare_runs
     from hessian_tools.comparison_report import comparison_markdown, comparison_rows
     from hessian_tools.results import ResultError, write_atomically, write_table
+    from hessian_tools.robustness_report import robustness_markdown, robustness_rows
     from hessian_tools.study_groups import settings
 
     failed = [f"- {run.name}: {why}" for run in runs for why in run.failures if why.startswith(("NaN", "failed"))]
@@ -245,29 +245,13 @@ def _tables(runs: Sequence[Run], by: str, found: Preset, folder: Path) -> list[s
             rows += [{"setting": name, **row} for row in comparison_rows(compared)]
     write_table(rows, folder / "compare.csv")
     lines = [f"tables      {folder}/tables.md, compare.csv"]
-    if measured := _robustness(runs, folder):
-        from hessian_tools import robustness
-
-        write_table(robustness.rows(measured, by), folder / "robustness.csv")
-        text += ["", "## Robustness", "", robustness.markdown(measured, by)]
+    if table := robustness_rows(runs, by):
+        write_table(table, folder / "robustness.csv")
+        text += ["", "## Robustness", "", robustness_markdown(runs, by)]
         lines[0] += ", robustness.csv"
     whole = "\n".join(text).rstrip() + "\n"
     write_atomically(folder / "tables.md", lambda file: file.write(whole.encode()))
     return lines
-
-
-def _robustness(runs: Sequence[Run], folder: Path) -> list[tuple[Run, RobustnessResult]]:
-    from hessian_tools.results import ResultError, load
-    from hessian_tools.robustness import SCHEMA, RobustnessResult
-
-    found = []
-    for run in runs:
-        if (path := folder / "runs" / f"{run.name}.robustness.json").exists():
-            try:
-                found.append((run, load(path, RobustnessResult, SCHEMA)))
-            except ResultError as error:
-                click.echo(f"! {error} (left out)", err=True)
-    return found
 
 
 def _finish(found: Preset, plan: Plan, folder: Path) -> list[str]:

@@ -55,6 +55,7 @@ def _listed(name: str, choices: str, default: str | None, help: str) -> Command:
     "gradient_stable, tdbn.",
 )
 @click.option("--alpha", default=1.0, show_default=True, help="alpha of the ikun rule and of tdbn.")
+@click.option("--gain", default=1.0, show_default=True, help="Factor on the variance of the initializer's weights.")
 @_listed("--law", "ikun.initializers:LAWS", "empirical", "empirical, analytic. Law of h of ikun and firing.")
 @click.option(
     "--surrogate",

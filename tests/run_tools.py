@@ -12,10 +12,11 @@ from typing import Any
 import figure_tools
 import numpy as np
 
-from hessian_tools import flatness, results
+from hessian_tools import flatness, results, robustness
 from hessian_tools.flatness import FlatnessResult
 from hessian_tools.flatness_metric import SURROGATE, TRUE, FlatnessSettings, Metric
 from hessian_tools.results import Spectrum, SpectrumResult, clean
+from hessian_tools.robustness import Accuracy, RobustnessResult
 from hessian_tools.runs import SCHEMA, Run
 
 EPOCHS = 12
@@ -78,8 +79,9 @@ def make_run(
         if key in moments:
             sharpness[key] = _flatness(size, own, part)
     return Run(
-        _name(trained), trained, net, samples, _start(own), log, spectra, sharpness, failures, True, log[-1]["epoch"]
-    )
+        _name(trained), trained, net, samples, _start(own), log, spectra, sharpness,
+        _robustness(curvature, own) if "" in sharpness else None, failures, True, log[-1]["epoch"],
+    )  # fmt: skip
 
 
 def _name(training: Mapping[str, Any]) -> str:
@@ -167,6 +169,15 @@ def _flatness(size: float, rng: np.random.Generator, part: Mapping[str, Any]) ->
     return FlatnessResult(**{**fields, "others": {"SAM sharpness": metric(0.01 * size, TRUE)}})
 
 
+def _robustness(size: float, rng: np.random.Generator) -> RobustnessResult:
+    drop = 0.05 * size**0.5 * math.exp(0.05 * rng.normal())
+    disturbed = {
+        "blur": {"1": Accuracy(0.9 - drop), "5": Accuracy(0.9 - 3 * drop)},
+        "weight_noise": {"0.1": Accuracy(0.7 + drop, 0.01)},
+    }
+    return RobustnessResult(robustness.SCHEMA, {}, {}, {}, {}, {}, 0.9, disturbed, 1.0, {})
+
+
 def _start(rng: np.random.Generator) -> dict[str, Any]:
     layers = [
         {
@@ -207,6 +218,8 @@ def write_run(run: Run, folder: Path) -> None:
             _, step, error = f.split(": ", 2)
             failed = {"schema": "ikun-hessian/failed/1", "step": step, "error": error}
             (folder / f"{run.name}.failed.json").write_text(json.dumps(failed))
+    if run.robustness:
+        results.save(run.robustness, folder / f"{run.name}.robustness.json")
     for key, spectrum in run.spectra.items():
         results.save(spectrum, folder / f"{run.name}{'.' * bool(key)}{key}.spectrum.json")
     for key, sharpness in run.flatness.items():

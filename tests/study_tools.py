@@ -77,13 +77,13 @@ def full_study(inits: Sequence[str] = ("ikun", "kaiming", "xavier"), seeds: int 
 
 
 def gain_study(seeds: int = 3) -> list[Run]:
-    """Two surrogates, alpha from 1/16 to 16, slower the farther from 1 and never there at the ends; kaiming besides."""
+    """Two surrogates, gains from 1/16 to 16, slower the farther from 1 and never there at the ends; kaiming besides."""
     runs = []
     for surrogate in ("atan:2", "triangle:1"):
         part: dict[str, Any] = {"network": {"surrogate": surrogate}}
         for power in range(-4, 5):
             runs += [
-                run_tools.make_run("ikun", s, speed=1.5 * (1 + 0.3 * power**2), training={"alpha": 2.0**power}, **part)
+                run_tools.make_run("ikun", s, speed=1.5 * (1 + 0.3 * power**2), training={"gain": 2.0**power}, **part)
                 for s in range(seeds)
             ]
         runs += [run_tools.make_run("kaiming", s, **part) for s in range(seeds)]

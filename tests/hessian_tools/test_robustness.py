@@ -7,21 +7,12 @@ import math
 
 import pytest
 import torch
-from run_tools import make_run
+from run_tools import make_study
 from scipy import stats
 
 from hessian_tools.objective import make_objective
-from hessian_tools.robustness import (
-    Accuracy,
-    RobustnessResult,
-    RobustnessSettings,
-    lost,
-    markdown,
-    noisy_accuracy,
-    ranks,
-    rows,
-)
-from hessian_tools.runs import Run
+from hessian_tools.robustness import Accuracy, RobustnessSettings, lost, noisy_accuracy
+from hessian_tools.robustness_report import ranks, robustness_markdown, robustness_rows
 
 
 def test_accuracy_under_weight_noise_of_a_linear_classifier() -> None:
@@ -57,73 +48,53 @@ def test_settings_that_do_not_fit(change: dict[str, object], message: str) -> No
         RobustnessSettings(**change)  # type: ignore[arg-type]
 
 
-def measured(seeds: int = 4) -> list[tuple[Run, RobustnessResult]]:
-    """Runs whose loss of accuracy under blur grows with the first metric, and under weight noise falls with it."""
-    found = []
-    for init in ("ikun", "kaiming"):
-        for seed in range(seeds):
-            run = make_run(init, seed)
-            sharp = next(iter(run.flatness[""].main.values())).value
-            drop = 0.1 * math.atan(sharp)
-            found.append(
-                (
-                    run,
-                    RobustnessResult(
-                        schema="ikun-hessian/robustness/1",
-                        checkpoint={},
-                        data={},
-                        network={},
-                        training={},
-                        settings={},
-                        accuracy=0.9,
-                        disturbed={
-                            "blur": {"1": Accuracy(0.9 - drop), "5": Accuracy(0.9 - 3 * drop)},
-                            "weight_noise": {"0.1": Accuracy(0.7 + drop, 0.01)},
-                        },
-                        seconds=1.0,
-                        versions={},
-                    ),
-                )
-            )
-    return found
-
-
 def test_what_was_lost_and_its_ranks() -> None:
-    known = measured()
-    run, result = known[3]
-    first = next(iter(run.flatness[""].main))
-    drop = 0.9 - result.disturbed["blur"]["1"].value
-    assert lost(result) == pytest.approx({"blur": 2 * drop, "weight_noise": 0.2 - drop})
-    table = ranks(known, "init")
-    assert (table[first]["blur"][0].value, table[first]["blur"][1].value) == (1, 1)
-    assert (table[first]["weight_noise"][0].value, table[first]["weight_noise"][1].value) == (-1, -1)
+    runs = make_study(("ikun", "kaiming"), range(4), ())
+    kept = runs[3].robustness
+    assert kept is not None
+    drop = 0.9 - kept.disturbed["blur"]["1"].value
+    assert lost(kept) == pytest.approx({"blur": 2 * drop, "weight_noise": 0.2 - drop})
+    table = ranks(runs, "init")
+    assert set(table) == set(runs[0].flatness[""].main)
     for name, row in table.items():
-        x = [r.flatness[""].main[name].value for r, _ in known]
-        y = [lost(found)["blur"] for _, found in known]
-        assert row["blur"][0].value == pytest.approx(stats.kendalltau(x, y).statistic)
-        within = [stats.kendalltau(x[i : i + 4], y[i : i + 4]).statistic for i in (0, 4)]
-        assert row["blur"][1].value == pytest.approx(sum(within) / 2)
+        x = [run.flatness[""].main[name].value for run in runs]
+        for kind in ("blur", "weight_noise"):
+            y = [lost(run.robustness)[kind] for run in runs if run.robustness]
+            assert row[kind][0].value == pytest.approx(stats.kendalltau(x, y).statistic)
+            within = [stats.kendalltau(x[i : i + 4], y[i : i + 4]).statistic for i in (0, 4)]
+            assert row[kind][1].value == pytest.approx(sum(within) / 2)
 
 
 def test_the_tables() -> None:
-    known = measured()
-    table = rows(known, "init")
-    assert len(table) == 8 * 3
+    runs = make_study(("ikun", "kaiming"), range(4), (("kaiming", 2),))
+    first = runs[0].robustness
+    assert first is not None
+    table = robustness_rows(runs, "init")
+    assert len(table) == 7 * 3  # nothing of the run that diverged
     assert table[1] == {
-        "run": known[0][0].name,
+        "run": runs[0].name,
         "init": "ikun",
         "seed": 0,
         "disturbance": "blur",
         "severity": "5",
-        "accuracy": known[0][1].disturbed["blur"]["5"].value,
+        "accuracy": first.disturbed["blur"]["5"].value,
         "stderr": "",
-        "lost": pytest.approx(0.9 - known[0][1].disturbed["blur"]["5"].value),
+        "lost": pytest.approx(0.9 - first.disturbed["blur"]["5"].value),
     }
     assert table[2]["stderr"] == 0.01
-    text = markdown(known, "init")
-    drops = sorted(100 * lost(found)["blur"] for _, found in known[:4])
+    text = robustness_markdown(runs, "init")
+    drops = sorted(100 * lost(run.robustness)["blur"] for run in runs[:4] if run.robustness)
     assert f"| init ikun (4 runs) | {(drops[1] + drops[2]) / 2:.2f} |" in text
-    first = next(iter(known[0][0].flatness[""].main))
-    assert f"| {first} | 1.00 (1.00) | -1.00 (-1.00) |" in text
-    bare = [(dataclasses.replace(run, flatness={}), found) for run, found in known]
-    assert "Kendall" not in markdown(bare, "init")
+    assert "| init kaiming (3 runs) |" in text
+    assert "Kendall" in text
+    assert "Kendall" not in robustness_markdown([dataclasses.replace(run, flatness={}) for run in runs], "init")
+    assert robustness_markdown([dataclasses.replace(run, robustness=None) for run in runs], "init") == ""
+
+
+def test_settings_have_tables_of_their_own() -> None:
+    """Two runs of one seed are not independent: they may not share a rank correlation."""
+    decays = [make_study(("ikun", "kaiming"), range(4), (), training={"weight_decay": w}) for w in (0.0, 0.1)]
+    text = robustness_markdown([run for runs in decays for run in runs], "init")
+    assert text.count("### weight decay 0") == 2
+    for runs in decays:
+        assert robustness_markdown(runs, "init") in text

@@ -157,6 +157,18 @@ def test_damaged_files(tmp_path: Path, ending: str, text: str, why: str) -> None
             gather([path], none)
 
 
+def test_damaged_robustness_is_left_out_of_its_run(tmp_path: Path) -> None:
+    write_run(make_run(), tmp_path)
+    damaged = tmp_path / "kaiming-adam-s0.robustness.json"
+    damaged.write_text(damaged.read_text()[:100])
+    said: list[str] = []
+    (found,) = gather([tmp_path], said.append)
+    assert (found.robustness, found.spectra.keys()) == (None, make_run().spectra.keys())
+    assert len(said) == 1
+    assert said[0].startswith(f"{damaged}: not a JSON file")
+    assert said[0].endswith("(left out)")
+
+
 def test_a_half_written_line_ends_the_log(tmp_path: Path) -> None:
     run = make_run()
     write_run(run, tmp_path)

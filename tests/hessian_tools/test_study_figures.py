@@ -20,6 +20,7 @@ from figure_tools import collisions, said
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from run_tools import make_run, make_study
+from scipy import stats
 from study_tools import TEN, full_study, gain_study
 
 from hessian_tools import (
@@ -102,6 +103,27 @@ def test_lines_bands_and_dots_are_those_of_the_table(three: list[Run]) -> None:
     rows = [r for r in table(made) if r["page"] == "loss ≤ 0.02" and r["init"] == "ikun"]
     shown = np.concatenate([points(first, "run ikun", i) for i in range(8)])
     assert sorted(map(tuple, shown.tolist())) == sorted((r["x"], r["y"]) for r in rows)
+
+
+def test_robustness_shows_the_accuracy_lost_by_every_run(three: list[Run]) -> None:
+    made = charts("init", 0.9)["robustness"](three)
+    assert list(dict.fromkeys(p.row for p in made.panels)) == ["lost, blur", "lost, weight noise"]
+    run = next(r for r in three if r.robustness)
+    kept = run.robustness
+    assert kept is not None
+    blur = [kept.accuracy - a.value for a in kept.disturbed["blur"].values()]
+    for panel in made.panels[:4]:
+        (mark,) = [m for m in panel.marks if m.run == run.name]
+        assert mark.value == pytest.approx(np.mean(blur))
+    first = made.panels[0]
+    assert (first.column, first.x.label) == ("Hessian λ₁", "Hessian λ₁")
+    (mark,) = [m for m in first.marks if m.run == run.name]
+    assert mark.x == run.spectra[""].spectra["hessian"].eigenvalues[0].value
+    x, y = [m.x for m in first.marks], [m.value for m in first.marks]
+    assert f"τ {stats.kendalltau(x, y).statistic:.2f}".replace("-", "−") in first.foot
+    assert len(first.marks) == len(three) - 1  # without the run that diverged
+    with pytest.raises(study_chart.NotEnoughError, match="a study measures both"):
+        charts("init", 0.9)["robustness"]([dataclasses.replace(r, robustness=None) for r in three])
 
 
 def test_steps_rise_where_the_table_says(three: list[Run]) -> None:

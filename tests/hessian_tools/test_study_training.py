@@ -14,8 +14,7 @@ from study_tools import full_study, gain_study
 
 from hessian_tools.runs import Run
 from hessian_tools.study_chart import Mark, NotEnoughError, Panel
-from hessian_tools.study_training import epochs_chart, gain_chart, gain_of, start_chart, training_chart
-from ikun.statistics import LayerStatistics
+from hessian_tools.study_training import epochs_chart, gain_chart, start_chart, training_chart
 
 
 def panel(panels: Sequence[Panel], row: str, column: str = "") -> Panel:
@@ -68,29 +67,12 @@ def test_start_counts_a_seed_once_whatever_trained_it_and_leaves_out_what_is_mis
         start_chart([dataclasses.replace(r, start=start) for r, start in zip(sgd, [None, {}] * 3, strict=True)], "init")
 
 
-def test_gain_is_the_weights_variance_over_the_rules() -> None:
-    run = make_run("kaiming")
-    assert run.start is not None
-    ratios = []
-    layers = [{**layer, "weight_variance": 0.01 * (i + 1)} for i, layer in enumerate(run.start["layers"])]
-    for layer in layers:
-        known = {k: v for k, v in layer.items() if not k.endswith("_gain")}
-        ratios.append(layer["weight_variance"] / LayerStatistics(**known).rule_variance(1.0))
-    started = dataclasses.replace(run, start={"layers": layers})
-    assert gain_of(started) == pytest.approx(math.prod(ratios) ** 0.25)
-    assert gain_of(make_run("ikun", training={"alpha": 0.5})) == 0.5
-    silent = dataclasses.replace(run, start={"layers": [{**layers[0], "input_square": 0.0}]})
-    assert math.isnan(gain_of(silent))
-    assert math.isnan(gain_of(dataclasses.replace(run, start=None)))
-
-
 def test_gain_shows_every_run_and_those_that_never_get_there() -> None:
     runs = gain_study()
     waiting = dataclasses.replace(runs[0], name="waiting", finished=False)
-    unknown = dataclasses.replace(runs[-1], name="unknown", start=None)
-    found = gain_chart([*runs, waiting, unknown], "init", 0.9)
+    found = gain_chart([*runs, waiting], "init", 0.9)
     assert [p.column for p in found.panels] == ["atan:2", "triangle:1"]
-    assert "Not drawn: 1 under way. Not drawn: 1 of unknown variance." in found.caption
+    assert "Not drawn: 1 under way." in found.caption
     for p in found.panels:
         dots, line = marks(p, "run", "ikun"), marks(p, "median", "ikun")
         assert {m.run for m in dots} < {r.name for r in runs}
@@ -101,12 +83,12 @@ def test_gain_shows_every_run_and_those_that_never_get_there() -> None:
         at_one = [m.value for m in dots if m.x == 1]
         assert next(m.value for m in line if m.x == 1) == np.median(at_one)
         assert not {m.x for m in line} & {1 / 16, 16.0}
-        (one,) = marks(p, "median", "kaiming")  # gains that the runs happen to have: one place
-        assert one.x == pytest.approx(gain_of(runs[-1]))
-    assert gain_chart(runs, "alpha", 0.9).by == "init"
+        (one,) = marks(p, "median", "kaiming")  # runs from before there was a gain
+        assert one.x == 1
+    assert gain_chart(runs, "gain", 0.9).by == "init"
     sweep = [run for run in runs if run.value("seed") == 0]
     assert len(marks(gain_chart(sweep, "init", 0.9).panels[0], "median", "ikun")) > 3  # one seed is a line too
-    with pytest.raises(NotEnoughError, match="vary alpha"):
+    with pytest.raises(NotEnoughError, match="vary gain"):
         gain_chart(make_study(["ikun"]), "init", 0.9)
 
 

@@ -262,6 +262,19 @@ def test_analytic_weights_are_the_closed_rule(norm: str) -> None:
         square = 0.5 * math.erfc(1 / (scale * math.sqrt(2)))  # P(h >= threshold)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_gain_multiplies_the_variance_of_every_weight_and_nothing_else(name: str) -> None:
+    spec = Spec(model="rsnn", hidden=(20, 20), norm="bn", neuron="lif")
+    plain, scaled = Network(spec), Network(spec)
+    for net, gain in ((plain, 1.0), (scaled, 0.3)):
+        done = initialize(net, name, generator=generator(), x=images(), gain=gain)
+        found = done.solutions if net is scaled else (before := done.solutions)
+    assert [s.variance for s in found] == pytest.approx([0.3 * s.variance for s in before])
+    for (key, a), b in zip(plain.named_parameters(), scaled.parameters(), strict=True):
+        factor = math.sqrt(0.3) if a.ndim > 1 else 1.0
+        assert torch.allclose(b, factor * a, rtol=1e-6), key
+
+
 # ---------------------------------------------------------------- refusals
 @pytest.mark.parametrize(
     ("name", "options", "part"),
@@ -272,6 +285,8 @@ def test_analytic_weights_are_the_closed_rule(norm: str) -> None:
         ("ikun", {"alpha": -1.0}, "alpha must be positive"),
         ("ikun", {"alpha": math.nan}, "alpha must be positive"),
         ("ikun", {"alpha": math.inf}, "alpha must be positive"),
+        ("kaiming", {"gain": 0.0}, "gain must be positive"),
+        ("kaiming", {"gain": math.nan}, "gain must be positive"),
         ("ikun", {"x": None}, "needs a batch"),
         ("ikun", {"x": None, "law": "analytic"}, "needs a batch"),
         ("ikun", {"x": torch.zeros(4, 1, 8, 8)}, "no solution for layer fc1: its input is zero"),
