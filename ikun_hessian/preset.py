@@ -278,8 +278,20 @@ def _changed(path: Path, values: dict[str, Any], change: str) -> dict[str, Any]:
         value = _value(written, listed=True)
         return {**values, "vary": [{**grid, key: value} for grid in grids]}
     if table in ("", "train"):
-        return {**values, "train": {**values.get("train", {}), key: _value(written)}}
+        train = {**values.get("train", {}), key: _value(written)}
+        return {**values, "train": train, "when": _without(values.get("when", {}), key)}
     raise PresetError(f"--set {change}: no such place: a key of [vary] or [train], or spectrum.KEY, flatness.KEY")
+
+
+def _without(when: Any, key: str) -> Any:
+    """[when] less a train option, which is then the same for all runs; what is no table is refused later."""
+
+    def less(table: Any, depth: int) -> Any:
+        if not isinstance(table, dict):
+            return table
+        return {k: less(v, depth + 1) for k, v in table.items() if depth < 2 or k != key}
+
+    return less(when, 0)
 
 
 def _value(written: str, listed: bool = False) -> Any:
