@@ -1,6 +1,6 @@
 """The numbers of docs/findings.md that no table of `compare` has: python benchmarks/claims.py FOLDER.
 
-FOLDER holds the unpacked archives of docs/findings (paper/runs, stationarity/runs, ...).
+FOLDER holds the unpacked archives of docs/findings (paper/runs, stationarity/runs, ...). What is not there is left out.
 """
 
 from __future__ import annotations
@@ -10,109 +10,267 @@ import json
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from scipy.stats import kendalltau
+from scipy.stats import kendalltau, spearmanr
 
+from hessian_tools.inference import LEAST, Interval, kendall, paired_shift
 from ikun.training import overdriven
 
+T = TypeVar("T")
+Json = dict[str, Any]
+PAPER = ("paper", "paper-fashion")
+CHANCE, LEARNED, GOOD, TINY = 0.2, 0.8, 0.9, 1e-300  # test accuracies: at chance below the first, learned from 0.8 on
 
-def runs(folder: Path, study: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """(description, log) of every run."""
+
+@dataclass(frozen=True)
+class Run:
+    """stem: FOLDER/STUDY/runs/NAME. told: what NAME.train.json says. log: a dict an epoch."""
+
+    stem: Path
+    told: Json
+    log: list[Json]
+
+    def setting(self, name: str) -> Any:
+        return {**self.told["network"], **self.told["training"]}[name]
+
+    def start(self, what: str) -> list[Any]:
+        return [layer[what] for layer in self.told["start"]["layers"]]
+
+    def result(self, suffix: str) -> Json:
+        """NAME.SUFFIX.json, {} if there is none."""
+        path = self.stem.with_name(f"{self.stem.name}.{suffix}.json")
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+
+    def reached(self, accuracy: float) -> float:
+        """The first epoch with that test accuracy, inf if there is none."""
+        return next((float(line["epoch"]) for line in self.log if line["test_accuracy"] >= accuracy), math.inf)
+
+
+def runs(folder: Path, study: str) -> list[Run]:
     found = []
     for path in sorted((folder / study / "runs").glob("*.train.json")):
         lines = path.with_suffix(".jsonl").read_text().splitlines()
-        found.append((json.loads(path.read_text()), [json.loads(line) for line in lines]))
+        stem = path.with_name(path.name.removesuffix(".train.json"))
+        found.append(Run(stem, json.loads(path.read_text()), [json.loads(line) for line in lines]))
     return found
 
 
-def lambda_min(folder: Path) -> None:
-    ends = defaultdict(list)
-    for path in (folder / "paper" / "runs").glob("*.spectrum.json"):
-        if ".published." not in path.name and ".loss" not in path.name:
-            h = json.loads(path.read_text())["spectra"]["hessian"]
-            values = [e["value"] for e in h["eigenvalues"] + h["smallest_eigenvalues"]]
-            ends[path.name.partition("-")[0]].append((max(values), min(values)))
-    for name, of in sorted(ends.items()):
-        largest, smallest = (statistics.median(v) for v in zip(*of, strict=True))
-        print(f"claim 3: {name}, {len(of)} runs: median lambda_max {largest:.3f}, lambda_min {smallest:.3f}")
+def grouped(items: Iterable[T], key: Callable[[T], Any]) -> list[tuple[Any, list[T]]]:
+    found = defaultdict(list)
+    for item in items:
+        found[key(item)].append(item)
+    return sorted(found.items())
+
+
+def by_optimizer(folder: Path) -> list[tuple[str, str, list[Run]]]:
+    """Study, optimizer or "all", and the runs, of the studies of the paper's comparison."""
+    parts = [(study, runs(folder, study)) for study in PAPER]
+    each = [(s, name, of) for s, found in parts for name, of in grouped(found, lambda run: run.setting("optimizer"))]
+    return [*each, *((study, "all", found) for study, found in parts if found)]
+
+
+def outermost(spectrum: Json, operator: str = "hessian") -> tuple[Json, Json]:
+    """The pairs of the largest and the smallest eigenvalue found."""
+    of = spectrum["spectra"][operator]
+    pairs = sorted(of["eigenvalues"] + of["smallest_eigenvalues"], key=lambda pair: pair["value"])
+    return pairs[-1], pairs[0]
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def interval(found: Interval) -> str:
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def minima(folder: Path) -> None:
+    for study, optimizer, found in by_optimizer(folder):
+        for level in ("", *sorted({level for run in found for level in run.told["saved_at_loss"]})):
+            head = f"{study}, {optimizer}, {f'loss {level}' if level else 'end'}"
+            suffix = f"loss{level}.spectrum" if level else "spectrum"
+            there = [(run, spectrum) for run in found if (spectrum := run.result(suffix))]
+            for init, of in grouped(there, lambda pair: pair[0].setting("init")):
+                top, bottom = np.array([[pair["value"] for pair in outermost(spectrum)] for _, spectrum in of]).T
+                medians = f"median lambda_max {np.median(top):.3f}, lambda_min {np.median(bottom):.3f}"
+                print(f"claim 3: {head}: {init}: {medians}, the latter below 0 in {(bottom < 0).sum()} of ", end="")
+                print(f"{len(of)} runs, at most {bottom.max():.3f} and {(bottom / top).max():.0%} of lambda_max")
+            for operator in ("hessian", "ggn") if there else ():
+                tops = [outermost(spectrum, operator)[0] for _, spectrum in there]
+                share = np.median([pair["data_stderr"] / pair["value"] for pair in tops])
+                print(f"claim 4: {head}: {operator}, data stderr over lambda_max {share:.0%} (median)")
+            if level and there:
+                epochs = [run.told["saved_at_loss"][level] for run, _ in there]
+                loss = spread([run.log[epoch - 1]["loss"] for (run, _), epoch in zip(there, epochs, strict=True)])
+                print(f"claim 4: {head}: {len(there)} of {len(found)} runs, loss {loss}, epoch {spread(epochs)}")
 
 
 def one_image(folder: Path) -> None:
-    ratios = []
-    for path in (folder / "paper" / "runs").glob("*.published.spectrum.json"):
-        both = (path, path.with_name(path.name.replace(".published", "")))
-        one, many = (json.loads(p.read_text())["spectra"]["hessian"]["eigenvalues"][0]["value"] for p in both)
-        ratios.append(one / many)
-    print("one image over 256: 5%, 50%, 95% quantiles", np.quantile(ratios, [0.05, 0.5, 0.95]).round(2))
+    """lambda_max of the Hessian on one test image, and on the training samples, for the same networks."""
+    for study, optimizer, found in by_optimizer(folder):
+        head, both = f"one image: {study}, {optimizer}", []
+        table: dict[str, dict[int, list[float]]] = defaultdict(dict)  # [init][seed]
+        for run in found:
+            if (one := run.result("published.spectrum")) and (many := run.result("spectrum")):
+                both.append([outermost(spectrum)[0]["value"] for spectrum in (one, many)])
+                table[run.setting("init")][run.setting("seed")] = both[-1]
+        if not both:
+            continue
+        x, y = np.array(both).T
+        quantiles, rho = np.quantile(x / y, [0.05, 0.5, 0.95]).round(2), spearmanr(x, y)
+        print(f"{head}: over that of the training samples, 5%, 50%, 95% of {len(x)} networks: {quantiles}; ", end="")
+        print(f"Spearman {rho.statistic:.2f} (p {rho.pvalue:.2f})")
+        if optimizer == "all":
+            continue
+        seeds = sorted(set.intersection(*(set(of) for of in table.values())))
+        level = "exact 95% interval of the ratio, paired over seeds" if len(seeds) >= LEAST else "too few seeds for any"
+        turned, known, per_seed = [], [], []
+        for a, b in combinations(table.values(), 2):
+            first, second = (np.array([of[seed] for seed in seeds]) for of in (a, b))  # [seed, (one, many)]
+            turned.append(bool(np.prod(np.median(first, 0) - np.median(second, 0)) < 0))
+            per_seed.append(np.prod(first - second, 1) < 0)
+            shift = paired_shift(np.log(first[:, 1] / second[:, 1]))
+            known.append(shift.low > 0 or shift.high < 0)
+        print(f"{head}: of {len(turned)} pairs of initializers {sum(turned)} change order between medians, ", end="")
+        print(f"{np.sum(per_seed, 0).mean():.1f} per seed; {sum(known)} are resolved by the training samples ", end="")
+        print(f"({level}), {sum(a and b for a, b in zip(known, turned, strict=True))} of which change")
+
+
+def gain(folder: Path) -> None:
+    """By the factor on the weight variance; before there was `gain`, alpha was scanned."""
+
+    def condition(run: Run) -> tuple[str, float]:
+        return run.setting("norm"), run.told["training"].get("gain", run.setting("alpha"))
+
+    for (norm, factor), of in grouped(runs(folder, "gain"), condition):
+        parts = grouped(of, lambda run: run.setting("surrogate"))
+        each = ", ".join(f"{name} {sum(run.reached(GOOD) < math.inf for run in some)}" for name, some in parts)
+        epochs = [run.reached(GOOD) for run in of]
+        reach = f"{np.isfinite(epochs).sum()} of {len(of)} runs reach 90% ({each})"
+        print(f"claim 6: norm {norm}, gain {factor:g}: {reach}, epochs {spread(epochs)}")
 
 
 def variances(folder: Path) -> None:
-    found = defaultdict(list)
-    for told, _ in runs(folder, "stationarity"):
-        v = [layer["current_variance"] for layer in told["start"]["layers"]]
-        found[told["network"]["model"], told["training"]["init"]].append((max(v) / max(min(v), 1e-300), min(v) < 1e-6))
-    for key, of in sorted(found.items()):
-        spread = f"largest over smallest at most {max(r for r, _ in of):.3g}; " if not any(z for _, z in of) else ""
-        print(f"claim 7: {key}: {spread}zero in some layer in {sum(zero for _, zero in of)} of {len(of)} runs")
+    for key, of in grouped(runs(folder, "stationarity"), lambda run: (run.setting("model"), run.setting("init"))):
+        v, g = ([run.start(what) for run in of] for what in ("current_variance", "gradient_square"))
+        zero, good = sum(min(layers) < 1e-6 for layers in v), sum(run.reached(GOOD) < math.inf for run in of)
+        most = "" if zero else f"at most {max(max(layers) / min(layers) for layers in v):.3g}, "
+        gradient = spread([max(layers) / max(min(layers), TINY) for layers in g])
+        print(
+            f"claim 7: {' '.join(key)}: {good} of {len(of)} runs reach 90%; layers at the start, largest over ", end=""
+        )
+        print(f"smallest: variance {most}zero in some layer in {zero} runs; squared gradient {gradient}")
 
 
 def drift(folder: Path) -> None:
-    drifts, accuracies, last, hidden = [], [], defaultdict(list), defaultdict(list)
-    for told, log in runs(folder, "stationarity"):
-        first, end = ({k: s["derivative_square"] for k, s in log[i]["layers"].items()} for i in (0, -1))
-        moves = [math.log(max(end[k], 1e-300) / max(first[k], 1e-300)) for k in end]
-        drifts.append(math.exp(statistics.mean(map(abs, moves))))
-        accuracies.append(log[-1]["test_accuracy"])
-        if max(line["test_accuracy"] for line in log) >= 0.8:
-            last[told["network"]["model"]].append(math.exp(-moves[-1]))
-            hidden[told["network"]["model"]] += [math.exp(abs(m)) for m in moves[:-1]]
-    for model in last:
-        quantiles = np.quantile(hidden[model], [0.5, 0.9]).round(2)
-        print(f"claim 8: {model}: last layer / {statistics.median(last[model]):.1f}; hidden: 50%, 90%", quantiles)
-    tau = kendalltau(drifts, accuracies)
-    chance = [d for d, a in zip(drifts, accuracies, strict=True) if a < 0.2]
-    learned = [d for d, a in zip(drifts, accuracies, strict=True) if a >= 0.8]
-    print(
-        f"claim 8: tau {tau.statistic:.2f} (p {tau.pvalue:.2f}); at chance {min(chance):.1f} to {max(chance):.1f}, ",
-        end="",
-    )
-    print(f"learned {min(learned):.1f} to {max(learned):.1f}")
+    """Of E[f'^2]: as factors, up or down alike."""
+    points: list[tuple[float, float, tuple[str, str]]] = []  # of every run: mean drift, accuracy at the end, group
+    last, hidden = defaultdict(list), defaultdict(list)  # of the runs that learn
+    for run in runs(folder, "stationarity"):
+        model, names = run.setting("model"), run.start("name")
+        logged = ([run.log[i]["layers"][name]["derivative_square"] for name in names] for i in (0, -1))
+        start, first, end = (np.log(np.maximum(of, TINY)) for of in (run.start("derivative_square"), *logged))
+        moved = math.exp(np.abs(end - first).mean())
+        points.append((moved, run.log[-1]["test_accuracy"], (model, run.setting("init"))))
+        if run.reached(LEARNED) < math.inf:
+            last[model].append(math.exp((first - end)[-1]))
+            hidden[model, "the first epoch"].extend(np.exp(np.abs(end - first)[:-1]).tolist())
+            hidden[model, "initialization"].extend(np.exp(np.abs(end - start)[:-1]).tolist())
+    for model, of in sorted(last.items()):
+        print(f"claim 8: {model}, {len(of)} runs that learn: last layer / {statistics.median(of):.1f} since epoch 1")
+    for (model, since), of in sorted(hidden.items()):
+        print(f"claim 8: {model}: hidden layers since {since}, 50%, 90%: {np.quantile(of, [0.5, 0.9]).round(2)}")
+    for name in ("all", *sorted({model for *_, (model, _) in points})) if points else ():
+        x, y, groups = zip(*[point for point in points if name in ("all", point[2][0])], strict=True)
+        inside, p = interval(kendall(x, y, groups)), kendalltau(x, y).pvalue
+        print(f"claim 8: {name}: tau {interval(kendall(x, y))}, p {p:.2g}; within model and initializer {inside}")
+    for name, low, high in (("at chance", 0.0, CHANCE), ("in between", CHANCE, LEARNED), ("learned", LEARNED, 1.1)):
+        if of := sorted(moved for moved, accuracy, _ in points if low <= accuracy < high):
+            each = spread(of) if len(of) > 9 else " ".join(f"{moved:.2f}" for moved in of)
+            print(f"claim 8: {name} at the end, {len(of)} runs: drift {each}")
 
 
 def failures(folder: Path) -> None:
-    """The archived runs are older than the signature of too large weights, which their start shows all the same."""
-    for study in sorted(path.name for path in folder.iterdir() if (path / "runs").is_dir()):
-        counts: dict[bool, list[int]] = {True: [0, 0, 0, 0], False: [0, 0, 0, 0]}  # by whether the run failed
-        for told, log in runs(folder, study):
-            failed = max(line["test_accuracy"] for line in log) < 0.8
-            driven = bool(overdriven(told["start"]["layers"], told["network"]["threshold"]))
-            logged = bool([f for f in told["failures"] if not f.startswith("overdriven")])
-            counts[failed] = [a + b for a, b in zip(counts[failed], (1, driven, logged, driven or logged), strict=True)]
+    """The archived runs are older than the signature of too large weights, which their start shows all the same.
+
+    Presets share runs: "all, once" counts those with the same losses and accuracies once.
+    """
+    studies = {path.name: runs(folder, path.name) for path in sorted(folder.iterdir()) if (path / "runs").is_dir()}
+    every = [run for found in studies.values() for run in found]
+    once = {tuple((line["loss"], line["test_accuracy"]) for line in run.log): run for run in every}
+    for study, found in (*studies.items(), ("all, once", list(once.values()))):
+        counts = {True: np.zeros(4, int), False: np.zeros(4, int)}  # by whether the run failed
+        for run in found:
+            driven = bool(overdriven(run.told["start"]["layers"], run.setting("threshold")))
+            logged = any(not name.startswith("overdriven") for name in run.told["failures"])
+            counts[run.reached(LEARNED) == math.inf] += (1, driven, logged, driven or logged)
         for below, (count, started, later, flagged) in counts.items():
             print(
-                f"claim 9: {study}: {count} runs {'below' if below else 'of at least'} 80%: {flagged} flagged, "
-                f"{started} as overdriven, {later} by the log"
+                f"claim 9: {study}: {count} runs {'below' if below else 'of at least'} 80%: {flagged} flagged, ", end=""
             )
+            print(f"{started} as overdriven, {later} by the log")
 
 
 def costs(folder: Path) -> None:
-    found = defaultdict(list)
-    for told, _ in runs(folder, "initializers"):
-        start = told["start"]
-        found[told["training"]["init"]].append((start["forward_passes"], start["seconds"], told["seconds"]))
-    for name, of in sorted(found.items()):
-        passes, begin, whole = (statistics.median(v) for v in zip(*of, strict=True))
-        print(f"claim 10: {name}: {passes:g} forward passes, {begin:.3f} s of a training of {whole:.1f} s")
+    for init, of in grouped(runs(folder, "initializers"), lambda run: run.setting("init")):
+        starts = [(r.told["start"]["forward_passes"], r.told["start"]["seconds"], r.told["seconds"]) for r in of]
+        passes, begin, whole = np.median(starts, 0)
+        print(f"claim 10: {init}: {passes:g} forward passes, {begin:.3f} s of a training of {whole:.1f} s")
+
+
+def clustered(x: Sequence[float], y: Sequence[float], clusters: Sequence[Hashable], draws: int = 10_000) -> Interval:
+    """Kendall's tau-a with the 95% interval of the bootstrap over clusters of runs; no run is paired with itself."""
+    names = list(dict.fromkeys(clusters))
+    drawn = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
+    times = drawn[:, [names.index(cluster) for cluster in clusters]].astype(float)  # [draw, run]: how often it is there
+    agree = np.sign(np.subtract.outer(x, x)) * np.sign(np.subtract.outer(y, y))
+    taus = ((times @ agree) * times).sum(1) / (times.sum(1) ** 2 - (times**2).sum(1))
+    low, high = np.quantile(taus, [0.025, 0.975])
+    return Interval(kendall(x, y).value, float(low), float(high), len(x))
+
+
+def robustness(folder: Path) -> None:
+    """Runs of one initializer and seed start alike: a cluster. p is scipy's, as if all runs were independent."""
+    triples = [(run, run.result("flatness"), run.result("robustness")) for run in runs(folder, "robustness")]
+    triples = [triple for triple in triples if all(triple[1:])]
+    clusters = [(run.setting("init"), run.setting("seed")) for run, _, _ in triples]
+    for metric in triples[0][1]["main"] if triples else ():
+        x = [flat["main"][metric]["value"] for _, flat, _ in triples]
+        for kind in triples[0][2]["disturbed"]:
+            left = [statistics.mean(at["value"] for at in of["disturbed"][kind].values()) for _, _, of in triples]
+            lost = [of["accuracy"] - mean for (_, _, of), mean in zip(triples, left, strict=True)]
+            y = np.round(lost, 9).tolist()  # equal ones stay ties
+            tau, p = interval(clustered(x, y, clusters)), kendalltau(x, y).pvalue
+            print(f"claim 11: {metric}, {kind}: tau {tau}, {len(set(clusters))} clusters of {len(x)} runs; p {p:.2g}")
+
+
+def evolution(folder: Path) -> None:
+    for init, of in grouped(runs(folder, "evolution"), lambda run: run.setting("init")):
+        paths = of[0].stem.parent.glob(f"{of[0].stem.name}.epoch*.spectrum.json")
+        epochs = sorted(path.name.split(".")[-3] for path in paths)
+        series = [[run.result(f"{epoch}.spectrum") for epoch in epochs] for run in of]
+        top = np.array([[outermost(spectrum, "ggn")[0]["value"] for spectrum in one] for one in series])
+        trace = np.array([[spectrum["spectra"]["ggn"]["trace"]["estimate"] for spectrum in one] for one in series])
+        for name, values in (("lambda_max", top), ("trace", trace)):
+            for a, b in ((0, len(epochs) - 1), *((i, i + 1) for i in range(len(epochs) - 1))):
+                ratios = values[:, a] / values[:, b]
+                rises = f"rises in {(ratios < 1).sum()} of {len(of)} runs"
+                print(f"evolution: {init}: ggn {name}, {epochs[a]} over {epochs[b]}: {spread(ratios)}, {rises}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    for part in (lambda_min, variances, drift, failures, costs, one_image):
+    if not list(folder.glob("*/runs")):
+        parser.error(f"{folder} holds no STUDY/runs: unpack the archives of docs/findings there")
+    for part in (minima, one_image, gain, variances, drift, failures, costs, robustness, evolution):
         part(folder)
 
 

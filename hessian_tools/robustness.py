@@ -71,8 +71,8 @@ def noisy_accuracy(objective: Objective, scale: float, draws: int, seed: int) ->
 
 
 def lost(result: RobustnessResult) -> dict[str, float]:
-    """By disturbance: the accuracy lost, mean over its severities."""
+    """By disturbance: the accuracy lost, mean over its severities; rounded, so that equal losses are equal numbers."""
     return {
-        kind: result.accuracy - sum(found.value for found in severities.values()) / len(severities)
+        kind: round(result.accuracy - sum(found.value for found in severities.values()) / len(severities), 12)
         for kind, severities in result.disturbed.items()
     }

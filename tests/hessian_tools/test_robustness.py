@@ -65,6 +65,17 @@ def test_what_was_lost_and_its_ranks() -> None:
             assert row[kind][1].value == pytest.approx(sum(within) / 2)
 
 
+def test_equal_losses_are_ties() -> None:
+    kept = make_study(("ikun",), (0,), ())[0].robustness
+    assert kept is not None
+    assert 0.9 - 0.6 != 0.7 - 0.4
+    one, other = (
+        dataclasses.replace(kept, accuracy=whole, disturbed={"blur": {"1": Accuracy(left)}})
+        for whole, left in ((0.9, 0.6), (0.7, 0.4))
+    )
+    assert lost(one) == lost(other)
+
+
 def test_the_tables() -> None:
     runs = make_study(("ikun", "kaiming"), range(4), (("kaiming", 2),))
     first = runs[0].robustness
