@@ -19,7 +19,9 @@ from typing import Any, TypeVar
 import numpy as np
 from scipy.stats import kendalltau, spearmanr
 
+from hessian_tools.comparison import compare_runs
 from hessian_tools.inference import LEAST, Interval, kendall, paired_shift
+from hessian_tools.runs import gather
 from ikun.training import overdriven
 
 T = TypeVar("T")
@@ -109,6 +111,25 @@ def minima(folder: Path) -> None:
                 epochs = [run.told["saved_at_loss"][level] for run, _ in there]
                 loss = spread([run.log[epoch - 1]["loss"] for (run, _), epoch in zip(there, epochs, strict=True)])
                 print(f"claim 4: {head}: {len(there)} of {len(found)} runs, loss {loss}, epoch {spread(epochs)}")
+
+
+def ratios(folder: Path) -> None:
+    """Tables of every form of the rule against every other initializer; * as in `compare`, p <= 0.05 after Holm."""
+    for study, accuracy in (("paper", 0.9), ("paper-alpha", 0.9), ("paper-fashion", 0.8)):
+        found = gather([folder / study / "runs"]) if (folder / study).is_dir() else []
+        if study == "paper-alpha" and found:  # ikun alone, beside the other initializers of the paper's
+            found += [run for run in gather([folder / "paper" / "runs"]) if run.value("init") != "ikun"]
+        for optimizer, of in grouped(found, lambda run: run.value("optimizer")):
+            print(f"claims 1 and 4: {study}, {optimizer}")
+            for reference in ("kaiming", "xavier", "lecun", "normal"):
+                rows = compare_runs(of, reference=reference, accuracy=accuracy).rows
+                for init in sorted({row.level for row in rows if row.level.startswith("ikun")}):
+                    at = {(row.measure, row.moment): row for row in rows if row.level == init}
+                    (epochs,) = (row for (name, _), row in at.items() if name.startswith("epochs"))
+                    losses = [m for name, m in at if name == "ggn lambda_max" and m.startswith("loss")]
+                    curved = [at[f"ggn lambda_max{s}", m] for m in losses for s in ("", " scaled")]
+                    cells = [interval(row.shift) + "*" * (row.holm <= 0.05) for row in (epochs, *curved)]
+                    print(f"| `{init}` / {reference} | {' | '.join(cells)} |")
 
 
 def one_image(folder: Path) -> None:
@@ -270,7 +291,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     if not list(folder.glob("*/runs")):
         parser.error(f"{folder} holds no STUDY/runs: unpack the archives of docs/findings there")
-    for part in (minima, one_image, gain, variances, drift, failures, costs, robustness, evolution):
+    for part in (minima, ratios, one_image, gain, variances, drift, failures, costs, robustness, evolution):
         part(folder)
 
 

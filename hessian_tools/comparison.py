@@ -1,7 +1,8 @@
 """Levels of one condition (initializers) compared over runs: medians over seeds, and paired differences to a reference.
 
-Runs of two levels pair when everything else that was varied (seed, optimizer, ...) agrees in them, so that what the
-seed does to both drops out. Positive numbers are compared by their ratio, all others by their difference. Everything
+Runs of two levels and one seed pair, so that what the seed does to both drops out. Whatever else was varied (optimizer,
+data, ...) makes settings, each compared by itself: pairs of several settings are not independent, and what a level does
+need not be the same in all. Positive numbers are compared by their ratio, all others by their difference. Everything
 rests on ranks (see hessian_tools.inference), in which a run that diverged counts as worse than any other.
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hessian_tools import inference
-from hessian_tools.compare import refuse_unlike
+from hessian_tools.compare import Unlike, refuse_unlike
 from hessian_tools.comparison_measures import (
     CURVATURES,
     FLAT,
@@ -31,9 +32,9 @@ from hessian_tools.comparison_pairs import Paired, pair_runs
 from hessian_tools.inference import Interval, SampleSize
 from hessian_tools.results import ResultError
 from hessian_tools.runs import Run
-from hessian_tools.study_groups import epochs_to, moment_of, named, plain, show
+from hessian_tools.study_groups import cut, epochs_to, level, moment_of, named, plain, settings
 
-MARGIN, ACCURACY = 1.25, 0.9
+MARGIN, WIDEST, ACCURACY = 1.25, 100.0, 0.9
 END = "end"  # what the user calls the moment ""
 NAN = math.nan
 NO_INTERVAL, NO_SIZE = Interval(), SampleSize()
@@ -82,7 +83,7 @@ class Correlation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare_runs` found. paired_by: conditions that vary and that pairs agree in, with their values.
+    """What `compare_runs` found. seeds: of all runs. logged: how many have a log.
 
     follows: conditions whose value goes with the level (the learning rate of an optimizer): the comparison is of both.
     unpaired: by level, runs without a partner in the reference. lost: what went wrong, by run. left_out: what was not
@@ -95,7 +96,8 @@ class Comparison:
     accuracy: float
     margin: float
     moments: tuple[str, ...]
-    paired_by: dict[str, tuple[str, ...]]
+    seeds: tuple[str, ...]
+    logged: int
     follows: dict[str, dict[str, str]]
     unpaired: dict[str, tuple[str, ...]]
     lost: dict[str, str]
@@ -118,18 +120,20 @@ def compare_runs(
     margin: float = MARGIN,
     moments: Sequence[str] | None = None,
 ) -> Comparison:
-    """The levels of the condition `by` (any key of Run.value) against a reference level.
+    """The levels of the condition `by` (any key of Run.value) against a reference level, in runs of one setting.
 
     reference: kaiming if there is one, else the first. accuracy: of the test split, 0 to 1, for the epochs to get
     there. margin: ratios from 1 / margin to it count as alike. moments: keys of results without a tag ("end" or "" for
     the final weights, "loss0.02"); by default the end and every matched loss. Raises ResultError for fewer than two
-    levels, an unknown condition, reference or moment, runs that differ in nothing, and for what was not measured alike
-    though `by` is not the reason; where it is, the curvatures are left out and listed.
+    levels, an unknown condition, reference or moment, runs of several settings or that differ in nothing, and for what
+    was not measured alike though `by` is not the reason; where it is, the curvatures are left out and listed.
     """
     if not 0 < accuracy <= 1:
         raise ResultError(f"--accuracy {accuracy:g}: give a share of the test images, above 0 and at most 1")
-    if not 1 < margin < math.inf:
-        raise ResultError(f"--margin {margin:g}: give a ratio above 1, for instance 1.25 for 0.8 to 1.25")
+    if not 1 < margin <= WIDEST:
+        raise ResultError(
+            f"--margin {margin:g}: give a ratio above 1 and at most {WIDEST:g}, for instance 1.25 for 0.8 to 1.25"
+        )
     paired = pair_runs(runs, by, reference)
     chosen = _moments(runs, moments)
     left_out = [gap for moment in chosen for gap in _refuse(paired, moment)]
@@ -143,6 +147,7 @@ def compare_runs(
             settings = _Settings(accuracy, margin, len(some) * len(paired.pairs))
             rows += _adjusted([row for m in some for row in _rows(paired, m, moment, settings)])
         correlations += _correlations(paired, [m for m in found if m.family in (*CURVATURES, FLAT)], moment)
+    logged = sum(bool(run.log) for run in paired.runs)
     return Comparison(
         by=by,
         reference=paired.reference,
@@ -150,15 +155,40 @@ def compare_runs(
         accuracy=accuracy,
         margin=margin,
         moments=tuple(chosen),
-        paired_by=paired.agreeing,
+        seeds=paired.seeds,
+        logged=logged,
         follows=paired.follows,
         unpaired=paired.unpaired,
-        lost={run.name: why for run in paired.runs if (why := _lost(run))},
+        lost={run.name: why for run in paired.runs if (why := _lost(run, logged > 0))},
         left_out=tuple(left_out),
         rows=tuple(rows),
         correlations=tuple(correlations),
         data=_data(paired.runs),
     )
+
+
+def compare_settings(
+    runs: Sequence[Run],
+    by: str = "init",
+    *,
+    reference: str | None = None,
+    accuracy: float = ACCURACY,
+    margin: float = MARGIN,
+    moments: Sequence[str] | None = None,
+) -> dict[str, Comparison | str]:
+    """`compare_runs` for every setting that was varied besides `by` and the seed, by its name ("" where nothing was),
+    or why its runs cannot be compared; under "" where none can, all for one reason."""
+    groups = settings(runs, by)
+    if by == "seed" or len({level(run, by) for run in runs}) < 2:
+        groups = {"": list(runs)}
+    found: dict[str, Comparison | str] = {}
+    for name, some in groups.items():
+        try:
+            found[name] = compare_runs(some, by, reference=reference, accuracy=accuracy, margin=margin, moments=moments)
+        except ResultError as error:
+            found[name] = str(error)
+    reasons = set(map(str, found.values())) if all(isinstance(c, str) for c in found.values()) else set()
+    return {"": reasons.pop()} if len(reasons) == 1 else found
 
 
 def _data(runs: Sequence[Run]) -> str:
@@ -168,9 +198,13 @@ def _data(runs: Sequence[Run]) -> str:
     return ", ".join(named(key, runs[0].value(key)) for key, _ in known if runs[0].value(key) is not None)
 
 
-def _lost(run: Run) -> str:
+def _lost(run: Run, logged: bool) -> str:
+    """What went wrong with a run. logged: whether there are logs, so that one is missed."""
     wrong = [f for f in run.failures if f.startswith(("NaN", "failed"))]
-    return "; ".join(wrong) or ("" if run.finished else "not finished")
+    wrong += [] if run.finished or wrong else ["not finished"]
+    if logged and cut(run):
+        wrong.append(f"the log ends at epoch {len(run.log)} of {run.epochs_run}: what came later is not known")
+    return "; ".join(wrong)
 
 
 # --- pairs
@@ -200,18 +234,21 @@ def _refuse(paired: Paired, moment: str) -> list[LeftOut]:
         if all(len(some) == 1 for some in values.values()):
             left_out.append(gap)
             continue
-        key = gap.difference.key
-        varied = len({plain(run.value(key)) for run in runs}) > 1
-        remedy = f"compare them apart (--where {key}={show(runs[0].value(key))})" if varied else "measure all alike"
-        if key == "parameters":
-            remedy = "compare networks of one size (--where)"
-        refuse_unlike([run.name for run in runs], gap.difference, remedy)
+        refuse_unlike([run.name for run in runs], _sized(gap.difference), "measure all alike")
     for pair in (pair for some in paired.pairs.values() for pair in some):
         for gap in unlike_samples(pair, moment):
-            if paired.by not in pair[0].data:
+            if not any(key in pair[0].data for key in (paired.by, *paired.follows)):
                 refuse_unlike([run.name for run in pair], gap.difference, "measure a pair on the same samples")
             left_out.append(gap)
     return list({(gap.source, gap.difference.key): gap for gap in left_out}.values())
+
+
+def _sized(difference: Unlike) -> Unlike:
+    """With the number of weights for sets of parameters, where that tells them apart."""
+    if difference.key != "parameters":
+        return difference
+    sizes = tuple(f"{sum(count for _, count in value):,} weights" for value in difference.values)
+    return replace(difference, values=sizes) if len(set(sizes)) > 1 else difference
 
 
 # --- numbers

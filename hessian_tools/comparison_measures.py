@@ -11,7 +11,7 @@ from hessian_tools.flatness import ALWAYS, FlatnessResult
 from hessian_tools.flatness_metric import MATCHED, TRUE
 from hessian_tools.results import Analysed, AnalysedParts, Spectrum, SpectrumResult
 from hessian_tools.runs import Run
-from hessian_tools.study_groups import at_moment, epoch_at, epochs_to, moment_of, number
+from hessian_tools.study_groups import at_moment, ended_in_nan, epoch_at, epochs_to, moment_of, number, over
 
 GAP = "accuracy gap, train - test"
 OUTCOME, SPEED, FLAT = "outcome", "speed", "loss under noise"
@@ -64,11 +64,6 @@ def measures(runs: Sequence[Run], moment: str, accuracy: float) -> list[Measure]
     return [m for m in found if any(math.isfinite(m.value(run)) for run in runs)]
 
 
-def ended_in_nan(run: Run) -> bool:
-    """Whether training itself broke down, not an analysis after it."""
-    return any(f.startswith(("NaN", "failed: train")) for f in run.failures)
-
-
 def _outcomes(runs: Sequence[Run], moment: str) -> list[Measure]:
     logged, (when, tag) = any(run.log for run in runs), moment_of(moment)
     if tag:
@@ -97,7 +92,8 @@ def _outcomes(runs: Sequence[Run], moment: str) -> list[Measure]:
         difference = accuracy(run) - test(run)
         return difference if math.isfinite(difference) else NAN
 
-    train = [Measure(OUTCOME, "train loss", loss), Measure(OUTCOME, "train accuracy", accuracy, "%")]
+    here = "" if logged else ", the samples analysed"
+    train = [Measure(OUTCOME, f"train loss{here}", loss), Measure(OUTCOME, f"train accuracy{here}", accuracy, "%")]
     tested = [Measure(OUTCOME, "test accuracy", test, "%"), Measure(OUTCOME, GAP, gap, "%")]
     return tested if moment else [*train, *tested]
 
@@ -105,8 +101,7 @@ def _outcomes(runs: Sequence[Run], moment: str) -> list[Measure]:
 def _speed(accuracy: float) -> list[Measure]:
     def epochs(run: Run) -> float:
         epoch, reached = epochs_to(run, accuracy)
-        gave_up = run.finished or ended_in_nan(run)
-        return float(epoch) if reached else INF if run.log and gave_up else NAN
+        return float(epoch) if reached else INF if run.log and over(run) else NAN
 
     return [Measure(SPEED, f"epochs to {100 * accuracy:g}% test accuracy", epochs, "epochs")]
 

@@ -1,4 +1,4 @@
-"""Which runs pair: two levels of the condition compared, alike in everything else that was varied."""
+"""Which runs pair: two levels of the condition compared and one seed, alike in everything else that was varied."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass
 
 from hessian_tools.results import ResultError
 from hessian_tools.runs import Run
-from hessian_tools.study_groups import NO_CONDITION, level, levels, plain, show
+from hessian_tools.study_groups import NO_CONDITION, common_conditions, level, levels, plain, settings, show
 
 
 @dataclass(frozen=True)
 class Paired:
     """The runs of every level of `by`, the reference first, and each other level's pairs (run, the reference's run).
 
-    agreeing: conditions that vary and that pairs agree in, with their values. follows: conditions whose value goes with
-    the level, by level (the learning rate of an optimizer). unpaired: by level, the runs without a partner.
+    seeds: of all runs. follows: conditions whose value goes with the level, by level (the learning rate of an
+    optimizer). unpaired: by level, the runs without a partner.
     """
 
     by: str
     reference: str
     levels: dict[str, list[Run]]
     pairs: dict[str, list[tuple[Run, Run]]]
-    agreeing: dict[str, tuple[str, ...]]
+    seeds: tuple[str, ...]
     follows: dict[str, dict[str, str]]
     unpaired: dict[str, tuple[str, ...]]
 
@@ -33,61 +33,70 @@ class Paired:
 
 
 def pair_runs(runs: Sequence[Run], by: str, reference: str | None) -> Paired:
-    """Raises ResultError for an unknown condition or reference, fewer than two levels, and runs that are alike."""
+    """The runs of one setting (study_groups.settings) in pairs of one seed.
+
+    Raises ResultError for an unknown condition or reference, fewer than two levels, runs of several settings, whose
+    pairs would not be independent, and runs that are alike.
+    """
+    if by == "seed":
+        raise ResultError("--by seed: runs pair by their seed: choose another condition")
     _known(runs, by, f"--by {by}")
     names = levels(runs, by)
     if len(names) < 2:
-        raise ResultError(f"a comparison needs at least two levels of {by}: all runs have {names[0]}")
+        others = [key for key in common_conditions(runs) if key != by and len({level(run, key) for run in runs}) > 1]
+        choose = f": choose --by {' or '.join(others)}" if others else ""
+        raise ResultError(f"a comparison needs at least two levels of {by}: all runs have {by} {names[0]}{choose}")
     reference = reference or ("kaiming" if "kaiming" in names else names[0])
     if reference not in names:
         raise ResultError(f"--reference {reference}: no run has it: {by} is {', '.join(names)}")
+    if len(apart := list(settings(runs, by))) > 1:
+        raise ResultError(f"runs of several settings ({apart[0]}; {apart[1]}): compare them apart (--where)")
     order = [reference, *(name for name in names if name != reference)]
     grouped = {name: [run for run in runs if level(run, by) == name] for name in order}
-    varied, follows = _varied(grouped, by)
-    keyed: dict[str, dict[tuple[str, ...], Run]] = {}
+    keyed: dict[str, dict[str, Run]] = {name: {} for name in order}
     for name, some in grouped.items():
-        keyed[name] = {}
         for run in some:
-            key = tuple(plain(run.value(condition)) for condition in varied)
-            if twin := keyed[name].get(key):
-                raise ResultError(
-                    f"{twin.name} and {run.name} differ in nothing that is known of them: give one of them"
-                )
-            keyed[name][key] = run
+            seed = plain(run.value("seed"))
+            if seed in keyed[name]:
+                raise ResultError(_twins(keyed[name][seed], run))
+            keyed[name][seed] = run
     base = keyed[reference]
     pairs = {
-        name: [(run, base[key]) for key, run in some.items() if key in base]
+        name: [(run, base[seed]) for seed, run in some.items() if seed in base]
         for name, some in keyed.items()
         if name != reference
     }
-    unpaired = {name: tuple(run.name for key, run in keyed[name].items() if key not in base) for name in pairs}
-    partners = [set(keyed[name]) for name in pairs]
-    unpaired[reference] = tuple(run.name for key, run in base.items() if not any(key in some for some in partners))
+    unpaired = {name: tuple(run.name for seed, run in keyed[name].items() if seed not in base) for name in pairs}
+    met = {seed for name in pairs for seed in keyed[name]}
+    unpaired[reference] = tuple(run.name for seed, run in base.items() if seed not in met)
     return Paired(
         by=by,
         reference=reference,
         levels=grouped,
         pairs=pairs,
-        agreeing={key: tuple(dict.fromkeys(level(run, key) for run in runs)) for key in varied},
-        follows=follows,
+        seeds=tuple(dict.fromkeys(level(run, "seed") for run in runs)),
+        follows=_follows(grouped, by),
         unpaired={name: found for name, found in unpaired.items() if found},
     )
 
 
-def _varied(grouped: dict[str, list[Run]], by: str) -> tuple[list[str], dict[str, dict[str, str]]]:
-    """(conditions that pairs must agree in, those that follow from the level with their value in each)."""
+def _twins(one: Run, other: Run) -> str:
+    """Why two runs of one setting, level and seed cannot both be compared, and what to do."""
+    keys = dict.fromkeys(key for run in (one, other) for part in (run.training, run.network, run.data) for key in part)
+    for key in (key for key in keys if key not in NO_CONDITION and plain(one.value(key)) != plain(other.value(key))):
+        known = level(one if other.value(key) is None else other, key)
+        return (
+            f"{one.name} and {other.name} differ in {key}, which is not known of all runs: choose with "
+            f"--where {key}={known}"
+        )
+    return f"{one.name} and {other.name} differ in nothing that is known of them: give one of them"
+
+
+def _follows(grouped: dict[str, list[Run]], by: str) -> dict[str, dict[str, str]]:
+    """The conditions that differ between the levels, with their value in each."""
     runs = [run for some in grouped.values() for run in some]
-    keys = dict.fromkeys(key for run in runs for part in (run.training, run.network, run.data) for key in part)
-    varied, follows = ["seed"] if len({plain(run.value("seed")) for run in runs}) > 1 else [], {}
-    for key in keys:
-        if key == by or key in NO_CONDITION or len({plain(run.value(key)) for run in runs}) == 1:
-            continue
-        values = {name: {plain(run.value(key)) for run in some} for name, some in grouped.items()}
-        if all(len(some) == 1 for some in values.values()):
-            follows[key] = {name: show(some[0].value(key)) for name, some in grouped.items()}
-        else:
-            varied.append(key)
-    return varied, follows
+    varied = [key for key in common_conditions(runs) if key != by and len({plain(run.value(key)) for run in runs}) > 1]
+    return {key: {name: show(some[0].value(key)) for name, some in grouped.items()} for key in varied}
 
 
 def chosen_runs(runs: Sequence[Run], where: Sequence[str]) -> list[Run]:

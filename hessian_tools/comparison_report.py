@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hessian_tools import inference
-from hessian_tools.comparison import ACCURACY, MARGIN, Comparison, Correlation, Row, compare_runs
+from hessian_tools.comparison import Comparison, Correlation, Row
 from hessian_tools.comparison_measures import OUTCOME, SPEED
 from hessian_tools.inference import LEAST, Interval
 from hessian_tools.opened import WIDTH
-from hessian_tools.results import ResultError
-from hessian_tools.runs import Run
-from hessian_tools.study_groups import moment_of, settings
+from hessian_tools.study_groups import moment_of
 
 SIGNIFICANT = 0.05
 LABEL, ENDS = 11, 16  # columns of a level's name and of an interval
@@ -52,7 +51,9 @@ def remarks(c: Comparison) -> Iterator[str]:
         where = f"Left out {moment_title(gap.moment)}: {what} from the {gap.source}"
         yield f"{where}: {gap.difference.meaning} differs ({shown}){remedy}."
     families = {(row.moment, row.family) for row in c.rows}
-    if ("", OUTCOME) in families and ("", SPEED) not in families:
+    if not c.logged:
+        yield "No log (NAME.train.jsonl): train loss and accuracy are those of the samples analysed; no epochs."
+    elif ("", OUTCOME) in families and ("", SPEED) not in families:
         yield f"No run reached {100 * c.accuracy:g}% test accuracy: ask for less with --accuracy."
     if c.most_pairs < LEAST:
         need = inference.least_pairs()
@@ -63,7 +64,7 @@ def remarks(c: Comparison) -> Iterator[str]:
         )
         return
     if hopeless := list(_hopeless(c)):
-        least = ", ".join(f"{least} for {family} ({count} comparisons)" for family, count, least in hopeless)
+        least = ", ".join(f"{least} for {family} ({n} comparison{'s' * (n != 1)})" for family, n, least in hopeless)
         yield f"No p can pass Holm's correction with so few pairs: read the intervals. It takes {least}."
 
 
@@ -86,17 +87,19 @@ def _hopeless(c: Comparison) -> Iterator[tuple[str, int, int]]:
         yield family, count, least
 
 
-def legend(c: Comparison) -> str:
-    """How to read the tables."""
-    alike, low = " and ".join(c.paired_by) or "all else", f"{1 / c.margin:.3g}"
+def legend(found: Sequence[Comparison]) -> str:
+    """How to read the tables of these comparisons."""
+    references, margin = {c.reference for c in found}, found[0].margin
+    reference, low = references.pop() if len(references) == 1 else "the reference", f"{1 / margin:.3g}"
     return (
         "median: over the runs of a level, n + those without a number. against: ratio (x) or difference (+, -) to "
-        f"{c.reference}, in pairs alike in {alike}, by Hodges and Lehmann. Intervals hold the truth over seeds with "
-        "95% (93.75% of five, which allow no more), each by itself. p: exact signed-rank test (of epochs, log-rank by "
-        f"pairs), Holm's correction over its block; * at most 0.05. ~ the ratio lies within {low} to {c.margin:.3g}, "
+        f"{reference}, in pairs of one seed, by Hodges and Lehmann. Intervals hold the truth over seeds with 95% "
+        "(93.75% of five, which allow no more), each by itself. p: exact signed-rank test (of epochs, log-rank by "
+        f"pairs), Holm's correction over its block; * at most 0.05. ~ the ratio lies within {low} to {margin:.3g}, "
         "shown by two one-sided tests at 0.05, Holm's correction too. pairs: so many would show a true effect of this "
-        "size with probability 0.8, as far as these runs can tell. inf, never: runs that diverged or did not get there "
-        "count as worse than all others."
+        "size with probability 0.8, as far as these runs can tell. inf, never: in loss, accuracy and epochs, runs that "
+        "diverged or did not get there count as worse than all others; of curvatures they have none, and drop out with "
+        "their pairs."
     )
 
 
@@ -180,16 +183,16 @@ def _blocks(c: Comparison) -> Iterator[tuple[str, str, list[Row]]]:
 
 
 def comparison_lines(c: Comparison) -> list[str]:
-    """The whole screen."""
+    """What the screen shows of one comparison."""
     others = [name for name in c.levels if name != c.reference]
     lines = _field("compared", f"{c.by}: {', '.join(others)} against {c.reference} (--reference)")
     if c.data:
         lines += _field("trained", c.data)
     counts = ", ".join(f"{name} {count}" for name, count in c.levels.items())
-    pairs = "; ".join(f"{key} ({len(values)})" for key, values in c.paired_by.items())
-    lines += _field("runs", f"{counts}; pairs agree in {pairs or 'all else'}")
+    pairs = f"seed ({len(c.seeds)})" if len(c.seeds) > 1 else "all else"
+    lines += _field("runs", f"{counts}; pairs agree in {pairs}")
     for text in remarks(c):
-        lines += textwrap.wrap(text, WIDTH, initial_indent="! ", subsequent_indent="  ", break_on_hyphens=False)
+        lines += _remark(text)
     shown = ""
     for moment, family, rows in _blocks(c):
         if moment != shown or rows[0] is c.rows[0]:
@@ -201,8 +204,30 @@ def comparison_lines(c: Comparison) -> list[str]:
             some = [row for row in rows if row.measure == name]
             unit = _unit(some)
             lines += [f"{_title(some[0], unit)}:", *(_line(row, unit, row.level == c.reference) for row in some)]
-    lines += _tau_lines(c)
-    return [*lines, "", *textwrap.wrap(legend(c), WIDTH)]
+    return [*lines, *_tau_lines(c)]
+
+
+def settings_lines(found: Mapping[str, Comparison | str]) -> list[str]:
+    """The whole screen: what comparison.compare_settings found, each under the name of its setting."""
+    lines: list[str] = []
+    refused: dict[str, list[str]] = {}
+    for name, c in found.items():
+        if isinstance(c, Comparison):
+            lines += [*([""] if lines else []), *(_field("setting", name) if name else []), *comparison_lines(c)]
+        else:
+            refused.setdefault(c, []).append(name)
+    for why, names in refused.items():
+        lines += ["", *_remark(f"Not compared: {'; '.join(names)}: {why}")]
+    compared = _compared(found)
+    return [*lines, *(["", *textwrap.wrap(legend(compared), WIDTH)] if compared else [])]
+
+
+def _compared(found: Mapping[str, Comparison | str]) -> list[Comparison]:
+    return [c for c in found.values() if isinstance(c, Comparison)]
+
+
+def _remark(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent="! ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _line(row: Row, unit: float, reference: bool) -> str:
@@ -259,28 +284,38 @@ def _interval(name: str, found: Interval) -> dict[str, float]:
     return {name: found.value, f"{name} low": found.low, f"{name} high": found.high}
 
 
-def comparison_markdown(
-    runs: Sequence[Run],
-    by: str = "init",
-    *,
-    reference: str | None = None,
-    accuracy: float = ACCURACY,
-    margin: float = MARGIN,
-    moments: Sequence[str] | None = None,
-) -> str:
-    """The tables of a study: a comparison for each setting that was varied besides `by` and the seed, as Markdown.
+def settings_rows(found: Mapping[str, Comparison | str]) -> list[dict[str, Any]]:
+    """`comparison_rows` of every setting that could be compared, with its name."""
+    compared = {name: c for name, c in found.items() if isinstance(c, Comparison)}
+    return [{"setting": name, **row} for name, c in compared.items() for row in comparison_rows(c)]
 
-    A setting whose runs cannot be compared is named with the reason. Arguments as in `compare_runs`.
-    """
-    parts, reading = [], [""]
-    for name, some in settings(runs, by).items():
-        try:
-            c = compare_runs(some, by, reference=reference, accuracy=accuracy, margin=margin, moments=moments)
-            lines, reading = markdown_lines(c), [legend(c), ""]
-        except ResultError as error:
-            lines = [f"Not compared: {error}", ""]
+
+def settings_json(found: Mapping[str, Comparison | str]) -> dict[str, Any]:
+    """{"settings": [{"setting": its name, and the fields of Comparison or "refused": why}, ...]}; worse than any number
+    is "inf" or "-inf", what is not known NaN."""
+    parts = [
+        {"setting": name, **(dataclasses.asdict(c) if isinstance(c, Comparison) else {"refused": c})}
+        for name, c in found.items()
+    ]
+    return {"settings": _told(parts)}
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _told(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told(item) for item in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
+def settings_markdown(found: Mapping[str, Comparison | str]) -> str:
+    """A part for every setting, as Markdown; one whose runs cannot be compared is named with the reason."""
+    parts: list[str] = []
+    for name, c in found.items():
+        lines = markdown_lines(c) if isinstance(c, Comparison) else [f"Not compared: {c}", ""]
         parts += [*([f"## {name}", ""] if name else []), *lines]
-    return "\n".join([*parts, *reading])
+    compared = _compared(found)
+    return "\n".join([*parts, *([legend(compared)] if compared else []), ""])
 
 
 def markdown_lines(c: Comparison) -> list[str]:

@@ -41,7 +41,7 @@ class Run:
     the file's name ("" for the final weights, "loss0.02", "epoch0005", "loss0.02.ggn"). robustness: of the final
     weights. failures: names of what went wrong in training ("NaN: ...", "dead layer: ..."), and "failed: STEP: why"
     from NAME.failed.json. finished: whether the training came to its end. best_epoch: the one whose weights were kept,
-    None if not known.
+    epochs_run: as many as were trained, None if not known.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Run:
     failures: tuple[str, ...] = ()
     finished: bool = True
     best_epoch: int | None = None
+    epochs_run: int | None = None
 
     def value(self, key: str) -> Any:
         """The condition `key` of training, network or data, the first that has it; None if none does."""
@@ -167,6 +168,7 @@ class _Described:
     best_epoch: int
     failures: tuple[str, ...]
     start: dict[str, Any] | None = None
+    epochs_run: int | None = None
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ class _Failed:
 def _run(folder: Path, name: str, shown: str, found: dict[str, Any], report: Report) -> Run:
     spectra, sharpness = (dict(sorted(found[kind].items())) for kind in (SPECTRUM, FLATNESS))
     if described := found[TRAIN].get(""):
-        known = {k: getattr(described, k) for k in ("network", "data", "training", "start", "finished", "best_epoch")}
+        kept = ("network", "data", "training", "start", "finished", "best_epoch", "epochs_run")
+        known = {key: getattr(described, key) for key in kept}
         failures = described.failures
     else:
         known, failures = _from_result(next(iter((*spectra.values(), *sharpness.values()))))
@@ -208,12 +211,14 @@ def _from_result(result: SpectrumResult | FlatnessResult) -> tuple[dict[str, Any
         network = {**network, "surrogate": network["trained_surrogate"]}
     data = {"name": result.data.get("name"), "sha256": training.get("data_sha256"), "samples": training.get("samples")}
     asked = {key: value for key, value in training.items() if key not in OUTCOMES}
-    known = {"training": asked, "network": network, "data": data, "best_epoch": training.get("best_epoch")}
-    return known, tuple(map(str, training.get("failures", ())))
+    best, last = (v if isinstance(v := training.get(key), int) else None for key in ("best_epoch", "epochs_run"))
+    known: dict[str, Any] = {"training": asked, "network": network, "data": data, "best_epoch": best}
+    return {**known, "epochs_run": last}, tuple(map(str, training.get("failures", ())))
 
 
 def _log(path: Path, report: Report) -> tuple[dict[str, Any], ...]:
-    """The epochs of a log, () without one; a line that a running or killed training left half-written ends it."""
+    """The epochs of a log from the first on, () without one; a line that a running or killed training left half-written
+    ends it, and so does one that is missing."""
     lines: list[dict[str, Any]] = []
     try:
         text = results.read_text(path)
@@ -227,8 +232,8 @@ def _log(path: Path, report: Report) -> tuple[dict[str, Any], ...]:
             value = results.parsed(line)
         except ResultError:
             value = None
-        if not isinstance(value, dict) or type(value.get("epoch")) is not int:
-            report(f"{path}: line {number} is no epoch of a log (left out with all that follow)")
+        if not isinstance(value, dict) or type(value.get("epoch")) is not int or value["epoch"] != number:
+            report(f"{path}: line {number} is not epoch {number} of a log (left out with all that follow)")
             break
         lines.append(value)
     return tuple(lines)

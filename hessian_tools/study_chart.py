@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hessian_tools.results import Analysed
 from hessian_tools.runs import Run
 from hessian_tools.study_groups import common_conditions, named, plain, quartiles, show
 from hessian_tools.typesetting import printable
@@ -50,16 +51,18 @@ class Mark:
 
 @dataclass(frozen=True)
 class Panel:
-    """row, column: its place and names there, on a page of its own for every `page`. foot: what stands in its title's
-    second line."""
+    """row, column: its place and names there, on a page of its own for every `page`. runs: those it is about. foot:
+    what stands in its title's second line. samples: on how many the curvature was measured that it shows."""
 
     row: str
     column: str
     x: Axis
     y: Axis
     marks: tuple[Mark, ...]
+    runs: tuple[Run, ...]
     foot: str = ""
     page: str = ""
+    samples: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,24 @@ def medians(level: str, points: Iterable[tuple[float, float]]) -> list[Mark]:
         known = sum(not math.isnan(v) for v in at[x])
         marks.append(Mark(level, "median", x, middle, low, high, known))
     return marks
+
+
+def samples_of(results: Iterable[Analysed]) -> tuple[int, ...]:
+    """On how many samples each was measured, as far as it is known."""
+    return tuple(count for r in results if isinstance(count := r.data.get("samples"), int))
+
+
+def reading(panels: Iterable[Panel]) -> str:
+    """What the medians of these panels are drawn as, for a caption."""
+    lines: dict[tuple[int, str], set[float]] = {}
+    bands = False
+    for i, panel in enumerate(panels):
+        for mark in panel.marks:
+            if mark.kind == "median":
+                lines.setdefault((i, mark.level), set()).add(mark.x)
+                bands |= mark.low < mark.high
+    drawn = "lines" if any(len(x) > 1 for x in lines.values()) else "larger marks"
+    return f"{drawn}{' and bands: median and quartiles' if bands else ': medians'}"
 
 
 def table(chart: Chart) -> list[dict[str, Any]]:
@@ -113,16 +134,20 @@ def table(chart: Chart) -> list[dict[str, Any]]:
     ]
 
 
-def provenance(runs: Sequence[Run], by: str) -> str:
-    """What all runs share, how many there are, and which of them diverged, for a caption."""
+def provenance(runs: Sequence[Run], by: str, samples: Iterable[int] = ()) -> str:
+    """What all runs share, how many there are, and which of them diverged, for a caption.
+
+    samples: on how many the curvature was measured that is shown.
+    """
     shared = {k: runs[0].value(k) for k in common_conditions(runs) if len({plain(r.value(k)) for r in runs}) == 1}
 
     def words(*keys: str) -> str:
         return ", ".join(_word(key, shared[key]) for key in keys if shared.get(key) not in (None, "", 0, "none"))
 
-    model, data = words("model", "norm", "neuron", "reset", "surrogate", "timesteps"), words("name", "subset", "loss")
+    model = words("model", "norm", "neuron", "reset", "surrogate", "timesteps")
+    data = ", ".join(part for part in (words("name"), _trained_on(runs), words("loss")) if part)
     trained = words("optimizer", "lr", "schedule", "weight_decay", "batch_size", "epochs")
-    text = "; ".join(part for part in (model, data, trained) if part)
+    text = "; ".join(part for part in (model, data, trained, _analysed(samples)) if part)
     seeds = {plain(run.value("seed")) for run in runs}
     count = len({show(run.value(by)) for run in runs})
     text += f". {_many(len(runs), 'run')}: {_many(count, 'level')} of {by}, {_many(len(seeds), 'seed')}"
@@ -134,8 +159,23 @@ def provenance(runs: Sequence[Run], by: str) -> str:
 def _word(key: str, value: Any) -> str:
     words = {"timesteps": f"T = {value}", "reset": f"{value} reset", "surrogate": f"surrogate {value}"}
     words |= {"schedule": f"{value} schedule", "batch_size": f"batch {value}", "epochs": f"{value} epochs"}
-    words |= {"subset": f"{value} samples"}
     return printable(words.get(key) or named(key, value), 40)
+
+
+def _trained_on(runs: Sequence[Run]) -> str:
+    """How many samples all runs were trained on; nothing where they differ, or it is not known."""
+    counts = [run.data.get("samples") or run.value("subset") for run in runs]
+    if not isinstance(counts[0], int) or any(count != counts[0] for count in counts):
+        return ""
+    images = all(run.value("coding") in ("direct", "poisson") for run in runs)
+    return _many(counts[0], f"training {'image' if images else 'sample'}")
+
+
+def _analysed(samples: Iterable[int]) -> str:
+    found = sorted(set(samples))
+    if not found:
+        return ""
+    return f"curvature on {f'{found[0]} to ' if len(found) > 1 else ''}{_many(found[-1], 'sample')}"
 
 
 def _many(count: int, noun: str) -> str:

@@ -21,7 +21,7 @@ from hessian_tools.results import write_table
 from hessian_tools.runs import Run
 from hessian_tools.study_chart import Axis, Chart, NotEnoughError, Panel, provenance, table
 from hessian_tools.study_gap import gap_chart, robustness_chart
-from hessian_tools.study_groups import levels
+from hessian_tools.study_groups import levels, named
 from hessian_tools.study_minima import layers_chart, one_image_chart, ranks_chart, samples_chart
 from hessian_tools.study_panels import LevelLook, Range, draw_panel, fitted, floors, legend, level_looks, y_range
 from hessian_tools.study_training import epochs_chart, gain_chart, start_chart, training_chart
@@ -76,8 +76,10 @@ def draw_all(
     """
     if wrong := [name for name in only if name not in NAMES]:
         raise ValueError(f"no figure '{wrong[0]}': choose of {', '.join(NAMES)}")
-    if width not in WIDTHS or not 0 < accuracy <= 1:
-        raise ValueError(f"width must be 1 or 2 and accuracy in (0, 1], not {width} and {accuracy}")
+    if width not in WIDTHS:
+        raise ValueError(f"--width {width}: choose 1 or 2 columns")
+    if not 0 < accuracy <= 1:
+        raise ValueError(f"--accuracy {accuracy:g}: give a share of the test images, above 0 and at most 1")
     if not runs and not calibrations:
         raise ValueError("no run to draw")
     if runs:
@@ -148,7 +150,7 @@ def chart_figures(chart: Chart, width: int = 2) -> list[Figure]:
 
     A page whose panels all stand in one column has them side by side; all with one label of y share its range.
     """
-    styles = level_looks(levels(chart.runs, chart.by))
+    styles = level_looks(levels(chart.runs, chart.by), chart.by)
     ranges = {
         axis: y_range(axis.kind, [m for p in chart.panels if p.y == axis for m in p.marks])
         for axis in dict.fromkeys(p.y for p in chart.panels)
@@ -156,12 +158,16 @@ def chart_figures(chart: Chart, width: int = 2) -> list[Figure]:
     pages = [page for name in dict.fromkeys(p.page for p in chart.panels) for page in _pages(chart, name, width)]
     figures = []
     for number, (panels, flowing) in enumerate(pages, 1):
-        text = f"{printable(panels[0].page, 80)}: " if panels[0].page else ""
-        text += f"({number} of {len(pages)}) " if len(pages) > 1 else ""
+        text = f"({number} of {len(pages)}) " if len(pages) > 1 else ""
+        text += f"{printable(panels[0].page, 80)}. " if panels[0].page else ""
         used = {axis: found for axis, found in ranges.items() if any(p.y == axis for p in panels)}
-        text = f"{text}{chart.caption}{floors(used)} {provenance(chart.runs, chart.by)}"
+        shown = list({run.name: run for panel in panels for run in panel.runs}.values())
+        samples = [count for panel in panels for count in panel.samples]
+        text = f"{text}{chart.caption}{floors(used)} {provenance(shown, chart.by, samples)}"
+        names = [run.value(chart.by) for run in chart.runs]
+        title = "" if all(isinstance(v, str) and named(chart.by, v) == v for v in names) else chart.by
         with styled():
-            figures.append(_figure(panels, flowing, WIDTHS[width], styles, ranges, text))
+            figures.append(_figure(panels, flowing, WIDTHS[width], styles, ranges, text, title.replace("_", " ")))
     return figures
 
 
@@ -184,8 +190,9 @@ def _figure(
     styles: Mapping[str, LevelLook],
     ranges: Mapping[Axis, Range | None],
     caption: str,
+    title: str,
 ) -> Figure:
-    """One page."""
+    """One page. title: of the legend."""
     rows = list(dict.fromkeys(p.row for p in panels))
     columns = list(dict.fromkeys(p.column for p in panels))
     if flowing:
@@ -206,13 +213,14 @@ def _figure(
     inner = 1.8 if len(panels) == 1 else 1.1 if deep < 4 else 0.85
     tall = [inner * max(_TALL.get(p.x.kind, 1.0) for (r, _), p in at.items() if r == row) for row in range(deep)]
     wide = 72 * (width / across - 0.5)
-    titles = {place: _named(p, place, flowing, wide) for place, p in at.items()}
+    room = wide if flowing else 72 * (width - 0.6) / across  # without labels between them panels are wider
+    titles = {place: _named(p, place, flowing, room) for place, p in at.items()}
     around = LINE * sum(feet)
     for row in range(deep):
         around += max(0.2 + LINE * titles[r, c].count("\n") for r, c in at if r == row)
         around += max(_below(p, shares_x(r, c), wide) for (r, c), p in at.items() if r == row)
     handles = legend(panels, styles)
-    above = legend_rows([str(h.get_label()) for h in handles], width)
+    above = legend_rows([str(h.get_label()) for h in handles], width) + bool(title)
     below = wrapped(caption, (width - 0.15) * 72).count("\n") + 1
     height = sum(tall) + around + (above + below) * LINE + 0.2
     figure = Figure(figsize=(width, height), layout=layout())
@@ -229,7 +237,7 @@ def _figure(
         if shares_x(row, column):
             ax.set_xlabel("")
             ax.tick_params(labelbottom=False)
-    add_legend(figure, handles)
+    add_legend(figure, handles, title)
     add_caption(figure, caption)
     return settled(figure)
 

@@ -10,7 +10,7 @@ from hessian_tools.inference import Interval, kendall
 from hessian_tools.results import Spectrum
 from hessian_tools.robustness import lost
 from hessian_tools.runs import Run
-from hessian_tools.study_chart import Axis, Chart, Mark, NotEnoughError, Panel
+from hessian_tools.study_chart import Axis, Chart, Mark, NotEnoughError, Panel, samples_of
 from hessian_tools.study_groups import at_moment, epoch_at, level, moments, number, settings, titled
 from hessian_tools.study_minima import alike
 from hessian_tools.typesetting import operator_name
@@ -30,10 +30,11 @@ def gap_chart(runs: Sequence[Run], by: str) -> Chart:
     for name, members in settings(runs, by).items():
         for moment in moments(members):
             alike([result for run in members if (result := at_moment(run, moment))], titled(name, moment))
+            samples = _samples(members, moment)
             for column, sharpness in list(sharpness_at(members, moment).items())[:MOST]:
                 for y, gap in _GAPS.items():
                     found = [(run, sharpness(run), gap(run, moment)) for run in members]
-                    panels += _panel(found, by, column, y, titled(name, moment))
+                    panels += _panel(found, by, column, y, titled(name, moment), samples)
     if not panels:
         raise NotEnoughError("no three runs have both a sharpness and a test loss in their log")
     caption = f"{_caption(by)} Loss gap: test less training, accuracy gap: training less test, both from the log; runs "
@@ -47,14 +48,17 @@ def robustness_chart(runs: Sequence[Run], by: str) -> Chart:
     Raises NotEnoughError without three runs that have both, or where a panel's were not measured alike.
     """
     panels = []
-    for name, members in settings([run for run in runs if run.robustness], by).items():
+    for name, members in settings([run for run in runs if run.robustness or run.diverged], by).items():
         alike([result for run in members if (result := at_moment(run, ""))], name)
-        drops = [(run, lost(run.robustness)) for run in members if run.robustness]
+        drops, samples = (
+            [(run, lost(run.robustness) if run.robustness else {}) for run in members],
+            _samples(members, ""),
+        )
         for kind in dict.fromkeys(kind for _, of in drops for kind in of):
             y = Axis(f"lost, {kind.replace('_', ' ')}", "linear")
             for column, sharpness in list(sharpness_at(members, "").items())[:MOST]:
                 found = [(run, sharpness(run), of.get(kind, math.nan)) for run, of in drops]
-                panels += _panel(found, by, column, y, name)
+                panels += _panel(found, by, column, y, name, samples)
     if not panels:
         raise NotEnoughError("no three runs have both a sharpness and a robustness: a study measures both")
     caption = (
@@ -63,14 +67,22 @@ def robustness_chart(runs: Sequence[Run], by: str) -> Chart:
     return Chart(tuple(panels), by, f"{caption}severities; runs that diverged have none.", tuple(runs))
 
 
-def _panel(found: Sequence[tuple[Run, float, float]], by: str, x: str, y: Axis, page: str) -> list[Panel]:
+def _samples(runs: Sequence[Run], moment: str) -> tuple[int, ...]:
+    """On how many the sharpness of these runs was measured."""
+    found = [result for run in runs for result in (at_moment(run, moment), run.flatness.get(moment))]
+    return samples_of([result for result in found if result is not None])
+
+
+def _panel(
+    found: Sequence[tuple[Run, float, float]], by: str, x: str, y: Axis, page: str, samples: tuple[int, ...]
+) -> list[Panel]:
     """(run, sharpness, value) as a panel; none where too few are known."""
     known = [(r, u, v) for r, u, v in found if math.isfinite(u) and math.isfinite(v) and not r.diverged]
     if len(known) < LEAST:
         return []
     marks = tuple(Mark(level(r, by), "run", u, v, run=r.name) for r, u, v in known)
     foot = _taus([u for _, u, _ in known], [v for _, _, v in known], [level(r, by) for r, _, _ in known])
-    return [Panel(y.label, x, Axis(x, "signed"), y, marks, foot, page)]
+    return [Panel(y.label, x, Axis(x, "signed"), y, marks, tuple(run for run, *_ in found), foot, page, samples)]
 
 
 def _caption(by: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from hessian_tools.results import SpectrumResult
+from hessian_tools.results import ResultError, SpectrumResult
 from hessian_tools.runs import Run
 
 LEVELS = 16  # more cannot be told apart in one panel
@@ -39,15 +39,15 @@ def level(run: Run, by: str) -> str:
 def levels(runs: Iterable[Run], by: str) -> list[str]:
     """The levels of the condition `by`: numbers by size, names by alphabet.
 
-    Raises ValueError for a condition that no run knows, or of more levels than can be told apart.
+    Raises ResultError for a condition that no run knows, or of more levels than can be told apart.
     """
     runs = list(runs)
     if all(run.value(by) is None for run in runs):
         known = sorted({key for run in runs for part in (run.training, run.network, run.data) for key in part})
-        raise ValueError(f"--by {by}: no run knows this condition: choose one of {', '.join(known)}")
+        raise ResultError(f"--by {by}: no run knows this condition: choose one of {', '.join(known)}")
     found = {level(run, by) for run in runs}
     if len(found) > LEVELS:
-        raise ValueError(f"--by {by}: {len(found)} levels cannot be told apart: give at most {LEVELS}")
+        raise ResultError(f"--by {by}: {len(found)} levels cannot be told apart: give at most {LEVELS}")
     return sorted(found, key=lambda name: (*_number(name), name))
 
 
@@ -146,7 +146,7 @@ def epoch_at(run: Run, moment: str) -> int | None:
         return int(moment[5:])
     if moment:
         return next((line["epoch"] for line in run.log if at_most(line.get("loss"), float(moment[4:]))), None)
-    return run.best_epoch or (run.log[-1]["epoch"] if run.log else None)
+    return run.best_epoch or (run.log[-1]["epoch"] if run.log and not cut(run) else None)
 
 
 def at_most(value: Any, limit: float) -> bool:
@@ -185,13 +185,18 @@ def ended_in_nan(run: Run) -> bool:
     return any(failure.startswith(("NaN", "failed: train")) for failure in run.failures)
 
 
+def cut(run: Run) -> bool:
+    """Whether the log lacks epochs that were trained."""
+    return run.epochs_run is not None and len(run.log) < run.epochs_run
+
+
 def over(run: Run) -> bool:
-    """Whether there will be no further epoch."""
-    return run.finished or ended_in_nan(run)
+    """Whether there will be no further epoch, and the log is there to the last."""
+    return (run.finished or ended_in_nan(run)) and not cut(run)
 
 
 def horizon(run: Run) -> int:
-    """The epochs that a run had, those it gave up included; the last logged one of a run still under way."""
+    """The epochs that a run had, those it gave up included; the last logged one where there is or may be more."""
     last = int(run.log[-1]["epoch"]) if run.log else 0
     return max(last, int(run.training.get("epochs") or 0)) if over(run) else last
 
@@ -200,7 +205,7 @@ def epochs_to(run: Run, accuracy: float) -> tuple[int, bool]:
     """(epoch of the first test accuracy of at least this, True), or (horizon, False) for a run that never had it.
 
     A run that ended early, in NaN or by early stopping, never will: it counts as not there up to the last epoch that
-    was asked for.
+    was asked for; one whose log was cut, up to the last line.
     """
     for line in run.log:
         value = line.get("test_accuracy")

@@ -15,7 +15,7 @@ from hessian_tools.comparison_measures import ALIKE
 from hessian_tools.curves import densities_of, density_curves, one_eigenvalue, symlog_axis
 from hessian_tools.results import Eigenvalue, Spectrum, SpectrumResult
 from hessian_tools.runs import Run
-from hessian_tools.study_chart import Axis, Chart, Mark, NotEnoughError, Panel, medians
+from hessian_tools.study_chart import Axis, Chart, Mark, NotEnoughError, Panel, medians, reading, samples_of
 from hessian_tools.study_groups import (
     at_moment,
     level,
@@ -68,7 +68,7 @@ def alike(results: Sequence[SpectrumResult], title: str) -> None:
 def ranks_chart(runs: Sequence[Run], by: str) -> Chart:
     """Eigenvalue against rank of every operator, lambda_max with weights in units of filter norm, and densities; a
     column a setting and moment. Raises NotEnoughError as `at_moments`."""
-    found, names = at_moments(runs, by), levels(runs, by)
+    found, names, groups = at_moments(runs, by), levels(runs, by), settings(runs, by)
     operators = list(dict.fromkeys(name for pairs in found.values() for _, r in pairs for name in r.spectra))
     panels = {kind: [] for kind in ("rank", "scaled", "density")}  # type: dict[str, list[Panel]]
     for operator in operators:
@@ -76,22 +76,28 @@ def ranks_chart(runs: Sequence[Run], by: str) -> Chart:
         for (setting, moment), pairs in found.items():
             column = titled(setting, moment)
             spectra = [(run, r.spectra[operator]) for run, r in pairs if operator in r.spectra]
+            members, samples = tuple(groups[setting]), samples_of([r for _, r in pairs])
             marks = rank_marks(spectra, by)
             y = Axis(f"{label} eigenvalue λ", "signed")
-            panels["rank"].append(Panel(y.label, column, rank_axis(marks), y, marks))
-            scaled = strip([(run, s.scale_free_lambda_max) for run, s in spectra], by, names)
-            y = Axis(f"{label} λ₁, norm-scaled", "log")
-            panels["scaled"] += [Panel(y.label, column, Axis("", "names", tuple(names)), y, scaled)] if scaled else []
+            panels["rank"].append(Panel(y.label, column, rank_axis(marks), y, marks, members, samples=samples))
+            if scaled := strip([(run, s.scale_free_lambda_max) for run, s in spectra], by, names):
+                x, y = Axis("", "names", tuple(names)), Axis(f"{label} λ₁, norm-scaled", "log")
+                panels["scaled"].append(Panel(y.label, column, x, y, scaled, members))
     panels["density"] = _densities(found, operators[0], by)
-    caption = (
-        "Eigenvalues by rank: a dot a run, lines and bands: median and quartiles over seeds; hollow: not converged, "
-    )
-    caption += "or of a run that diverged and is in no median. Norm-scaled: λ₁ with weights in units of each filter’s "
+    caption = f"Eigenvalues by rank: {_dots(panels['rank'])}. Norm-scaled: λ₁ with weights in units of each filter’s "
     caption += "norm; bars: medians. "
     if panels["density"]:
         caption += "Density of the bulk: mean over runs, where at least one eigenvalue. "
     caption += f"Runs with spectra: {', '.join(f'{len(pairs)} ({titled(*key)})' for key, pairs in found.items())}."
     return Chart(tuple(itertools.chain(*panels.values())), by, caption, tuple(runs))
+
+
+def _dots(panels: Sequence[Panel]) -> str:
+    """How to read eigenvalues by rank."""
+    notes = {mark.note for panel in panels for mark in panel.marks}
+    text = f"a dot a run, {reading(panels)} over seeds"
+    text += "; hollow: not converged" if "not converged" in notes else ""
+    return text + ("; ×: of a run that diverged and is in no median" if "diverged" in notes else "")
 
 
 def rank_marks(spectra: Sequence[tuple[Run, Spectrum]], by: str) -> tuple[Mark, ...]:
@@ -157,18 +163,18 @@ def _densities(found: Mapping[tuple[str, str], Found], operator: str, by: str) -
             shown = np.where(mean >= floor, mean, math.nan)
             marks += [Mark(name, "curve", x, y, n=len(ys)) for x, y in zip(grid.tolist(), shown.tolist(), strict=True)]
         y_axis = Axis(f"{operator_name(operator)} density per unit λ", "log")
-        panels.append(
-            Panel(y_axis.label, column, Axis("eigenvalue λ", "signed", linthresh=axis.linthresh), y_axis, tuple(marks))
-        )
+        x_axis = Axis("eigenvalue λ", "signed", linthresh=axis.linthresh)
+        panels.append(Panel(y_axis.label, column, x_axis, y_axis, tuple(marks), tuple(run for run, _ in pairs)))
     return panels
 
 
 def one_image_chart(runs: Sequence[Run], by: str) -> Chart:
-    """lambda_max on all samples beside that on one image: ranks of the levels' medians, and values.
+    """lambda_max on many samples beside that on one image: ranks of the levels' medians, and values.
 
     Raises NotEnoughError unless two levels have both.
     """
-    ranks, values = [], []
+    ranks, values, samples = [], [], set()  # type: tuple[list[Panel], list[Panel], set[int]]
+    groups = settings(runs, by)
     for (setting, moment), pairs in at_moments(runs, by).items():
         both: dict[str, list[tuple[str, float, float]]] = {}  # run, on all samples, on one
         for run, result in pairs:
@@ -181,24 +187,27 @@ def one_image_chart(runs: Sequence[Run], by: str) -> Chart:
             continue
         middle = {n: [quartiles(side)[1] for side in list(zip(*of, strict=True))[1:]] for n, of in both.items()}
         places = [stats.rankdata([m[i] for m in middle.values()]) for i in (0, 1)]
-        samples = pairs[0][1].data.get("samples")
-        x, column = Axis("", "names", (f"{samples} samples", "one image")), titled(setting, moment)
+        members, column = tuple(groups[setting]), titled(setting, moment)
+        count = pairs[0][1].data.get("samples")
+        samples.update(samples_of([pairs[0][1]]))
+        x = Axis("", "names", (f"{count} samples", "one image"))
         marks = [
             Mark(name, "slope", side, float(places[side][i]), n=len(both[name]))
             for side in (0, 1)
             for i, name in enumerate(both)
         ]
-        ranks.append(Panel(PLACE.label, column, x, PLACE, tuple(marks), _swaps(places)))
+        ranks.append(Panel(PLACE.label, column, x, PLACE, tuple(marks), members, _swaps(places)))
         marks = [Mark(n, "slope", i, middle[n][i], n=len(both[n])) for i in (0, 1) for n in both]
         for name, of in both.items():
             marks += [Mark(name, "path", i, v, run=run) for run, *sides in of for i, v in enumerate(sides)]
-        values.append(Panel("Hessian λ₁", column, x, Axis("Hessian λ₁", "log"), tuple(marks)))
+        values.append(Panel("Hessian λ₁", column, x, Axis("Hessian λ₁", "log"), tuple(marks), members))
     if not ranks:
         raise NotEnoughError(
-            "no two levels have spectra of all samples and of one: add `spectrum --samples 1 --tag one-image`"
+            "no two levels have spectra of many samples and of one: add `spectrum --samples 1 --tag one-image`"
         )
-    caption = "λ₁ on all samples (left in each panel) and on one image, as the released code of arXiv 2411.18250 takes "
-    caption += "it (right): ranks of the medians over seeds, and the medians, with the runs as thin lines."
+    many = " or ".join(map(str, sorted(samples)))
+    caption = f"λ₁ on {many} samples (left in each panel) and on one image, as the released code of arXiv 2411.18250 "
+    caption += "takes it (right): ranks of the medians over seeds, and the medians, with the runs as thin lines."
     return Chart((*ranks, *values), by, caption, tuple(runs))
 
 
@@ -223,13 +232,13 @@ def layers_chart(runs: Sequence[Run], by: str) -> Chart:
         for layer in dict.fromkeys(layer for _, r in found for layer in r.blocks):
             marks = rank_marks([(run, r.blocks[layer]) for run, r in found if layer in r.blocks], by)
             y = Axis(f"{operator_name(found[0][1].main[0])} block, λ", "signed")
-            panels.append(Panel(layer, "", rank_axis(marks), y, marks, page=name))
+            samples = samples_of([r for _, r in found])
+            panels.append(Panel(layer, "", rank_axis(marks), y, marks, tuple(members), page=name, samples=samples))
     if not panels:
         raise NotEnoughError(
             "no run has spectra of its layers: run `ikun-hessian spectrum --per-layer` on the checkpoints"
         )
-    caption = "Eigenvalues of each layer’s diagonal block by rank: a dot a run, lines and bands: median and quartiles "
-    caption += "over seeds; hollow: not converged, or of a run that diverged and is in no median."
+    caption = f"Eigenvalues of each layer’s diagonal block by rank: {_dots(panels)}."
     return Chart(tuple(panels), by, caption, tuple(runs))
 
 
@@ -256,10 +265,10 @@ def samples_chart(runs: Sequence[Run], by: str) -> Chart:
             marks = tuple(mark for n, of in found.items() for mark in medians(n, of))
             if any(math.isfinite(mark.value) for mark in marks):
                 x, y = Axis("samples in the subset", "count"), Axis(f"Hessian {quantity}", "signed")
-                panels.append(Panel(y.label, "", x, y, marks, page=name))
+                panels.append(Panel(y.label, "", x, y, marks, tuple(members), page=name))
     if not panels:
         raise NotEnoughError(
             "no run has a curve over samples: run `ikun-hessian spectrum --samples-curve` on the checkpoints"
         )
-    caption = "Lines and bands: median and quartiles over subsets and seeds, each subset drawn anew."
+    caption = f"{reading(panels).capitalize()} over subsets and seeds, each subset drawn anew."
     return Chart(tuple(panels), by, caption, tuple(runs))

@@ -14,7 +14,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from hessian_tools.curves import SymlogAxis, ValueAxis, linear_axis, value_axis
 from hessian_tools.panels import rank_ticks
@@ -43,6 +43,10 @@ Array = npt.NDArray[np.float64]
 MARKERS = "os^DvP*X<p>h"
 COLOURS = (0, 1, 2, 3, 4, 9, 5, 7)  # of the palette; the palest left out, for those of Tol's "muted" and black
 MORE: tuple[Colour, ...] = ((0.1, 0.1, 0.1), (0.2, 0.13, 0.53), (0.53, 0.13, 0.33), (0.6, 0.6, 0.2))
+KNOWN = (  # initializers that look alike in all figures, the most usual first
+    *("ikun", "kaiming", "xavier", "lecun", "normal", "ikun_v1", "ikun_v2", "orthogonal", "lsuv", "fluctuation"),
+    *("delta_orthogonal", "firing", "gradient_stable", "tdbn"),
+)
 DECADES = 12  # of a logarithmic axis below its largest value; what is smaller lies on the floor
 BEYOND = 0.12  # of a panel's height, the strip of what is never
 LINES = ("median", "slope", "curve", "steps")
@@ -64,19 +68,29 @@ class LevelLook:
     place: float  # of its dots beside those of other levels, from -0.5 to 0.5
 
 
-def level_looks(names: Sequence[str]) -> dict[str, LevelLook]:
-    """Colour, dashes and marker of each level, by place: no two alike. Numbers go from dark to light."""
+def level_looks(names: Sequence[str], by: str = "") -> dict[str, LevelLook]:
+    """Colour, dashes and marker of each level, by place: no two alike. Numbers go from dark to light, initializers that
+    are known have their own."""
     count = len(names)
-    plain = looks(count)
+    turns = _turns(names) if by == "init" else list(range(count))
+    palette = [*(looks(10)[i][0] for i in COLOURS), *MORE]
+    colours = [palette[turn % len(palette)] for turn in turns]
     if count > 3 and all(_is_number(name) for name in names):
         colours = [colour for colour, _ in shades(count)]
-    else:
-        palette = [*(looks(10)[i][0] for i in COLOURS), *MORE]
-        colours = [palette[i % len(palette)] for i in range(count)]
+    dashes = looks(max(turns, default=0) + 1)
+    markers = [MARKERS[(turn + turn // len(MARKERS)) % len(MARKERS)] for turn in turns]
     return {
-        name: LevelLook(colours[i], plain[i][1], MARKERS[i % len(MARKERS)], (i + 0.5) / count - 0.5)
+        name: LevelLook(colours[i], dashes[turns[i]][1], markers[i], (i + 0.5) / count - 0.5)
         for i, name in enumerate(names)
     }
+
+
+def _turns(names: Sequence[str]) -> list[int]:
+    """Which look each initializer has: those not known take turns that no level here has, the rarest first."""
+    own = [KNOWN.index(name) for name in names if name in KNOWN]
+    rarest = itertools.chain(reversed(range(len(MARKERS))), itertools.count(len(KNOWN)))
+    free = (turn for turn in rarest if turn not in own)
+    return [KNOWN.index(name) if name in KNOWN else next(free) for name in names]
 
 
 def _is_number(name: str) -> bool:
@@ -181,7 +195,7 @@ def set_x(ax: Axes, axis: Axis, marks: Sequence[Mark], width: float) -> None:
         count_axis(ax, [int(n) for n in x], width)
     elif axis.kind == "gain":
         low, high = min(low, 1.0), max(high, 1.0)
-        _log_x(ax, low / 1.5, high * 1.5, sorted(set(x.tolist())), width)
+        _gain_x(ax, low / 1.5, high * 1.5, sorted(set(x.tolist())), width)
         ax.axvline(1, color="0.45", linestyle="--", linewidth=0.8, zorder=0, label="own")
     elif axis.kind == "signed":
         _signed_x(ax, replace(axis, label=label), x, width)
@@ -199,34 +213,42 @@ def _signed_x(ax: Axes, axis: Axis, x: Array, width: float) -> None:
     if found.kind == "symlog":
         return symlog_ticks(ax, SymlogAxis(found.linthresh, found.low, found.high, 0.0), axis.label, width)
     if found.kind == "log":
-        return _log_x(ax, found.low, found.high, [], width)
+        return _log_x(ax, found.low, found.high, width)
     ax.set_xlim(found.low, found.high)
     ax.xaxis.set_major_locator(MaxNLocator(max(2, int(width / 36)), steps=[1, 2, 5, 10]))
 
 
-def _log_x(ax: Axes, low: float, high: float, ticks: Sequence[float], width: float) -> None:
-    """A logarithmic x axis with labels under these ticks, or under its own, as many as fit."""
-    own, decades = log_places(low, high)
-    wanted = [t for t in ticks if low <= t <= high and (float(f"{t:.3g}") == t or _fraction(t))]
-    wanted = wanted if len(wanted) > 2 else own
-    order = sorted(wanted, key=lambda t: (t != 1, abs(math.log10(t)))) if ticks else wanted
-    labels = (
-        [_fraction(t) or label for t, label in zip(order, numbers(order), strict=True)] if ticks else numbers(order)
-    )
-    places = [math.log(t / low) / math.log(high / low) for t in order]
-    shown = apart(order, places, [(text_width(label, MEDIUM) + 4) / width for label in labels])
+def _log_x(ax: Axes, low: float, high: float, width: float) -> None:
+    """A logarithmic x axis with labels under as many of its ticks as fit."""
+    ticks, decades = log_places(low, high)
+    _log_ticks(ax, low, high, ticks, numbers(ticks), width)
+    ax.set_xticks(decades, minor=True)
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _gain_x(ax: Axes, low: float, high: float, gains: Sequence[float], width: float) -> None:
+    """A logarithmic x axis with labels under as many of these gains as fit, first come those next to 1."""
+    order = sorted(gains, key=lambda t: (abs(math.log(t)), t))
+    _log_ticks(ax, low, high, order, _gain_labels(order), width)
+    ax.set_xticks(order, minor=True)
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _log_ticks(ax: Axes, low: float, high: float, ticks: Sequence[float], labels: Sequence[str], width: float) -> None:
+    """As many of the ticks as fit, first come, first served."""
+    places = [math.log(t / low) / math.log(high / low) for t in ticks]
+    shown = apart(list(range(len(ticks))), places, [(text_width(label, MEDIUM) + 4) / width for label in labels])
     ax.set_xscale("log")
     ax.set_xlim(low, high)
-    ax.set_xticks(shown, [label for t, label in zip(order, labels, strict=True) if t in shown])
-    ax.set_xticks(decades if not ticks else order, minor=True)
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    if ticks:
-        ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xticks([ticks[i] for i in shown], [labels[i] for i in shown])
 
 
-def _fraction(t: float) -> str:
-    """1/n for whole n from 3 on, else nothing."""
-    return f"1/{round(1 / t)}" if 0 < t < 0.4 and math.isclose(1 / t, round(1 / t)) else ""
+def _gain_labels(gains: Sequence[float]) -> list[str]:
+    """All written alike: as n and 1/n where all are, and these short, otherwise as numbers."""
+    parts = [(t, "") if t >= 1 else (1 / t, "1/") for t in gains]
+    if all(math.isclose(n, round(n)) and n < 1e5 for n, _ in parts):
+        return [f"{over}{round(n)}" for n, over in parts]
+    return numbers(gains)
 
 
 # --- marks
@@ -304,11 +326,11 @@ def _draw(
     name = marks[0].level
     if kind == "run":
         for note in dict.fromkeys(m.note for m in marks):
-            at = np.array([m.note == note for m in marks])
+            at, lost = np.array([m.note == note for m in marks]), note == "diverged"
             ax.plot(
-                x[at], y[at], linestyle="none", marker=look.marker, markersize=dots, color=look.colour, alpha=0.75,
-                markerfacecolor="white" if note else look.colour, markeredgewidth=0.6 if note else 0.2,
-                label=f"run {name}", zorder=1.6,
+                x[at], y[at], linestyle="none", marker=NOTES[note][1] if lost else look.marker, markersize=dots,
+                color=look.colour, alpha=0.75, markerfacecolor="white" if note else look.colour,
+                markeredgewidth=1.0 if lost else 0.6 if note else 0.2, label=f"run {name}", zorder=1.6,
             )  # fmt: skip
     elif kind in ("censored", "diverged"):
         ax.plot(
@@ -390,7 +412,7 @@ def legend(panels: Sequence[Panel], styles: Mapping[str, LevelLook]) -> list[Lin
 def floors(ranges: Mapping[Axis, Range | None]) -> str:
     """For the caption: where axes turn linear and where their floors lie."""
     known = [(axis.label, r) for axis, r in ranges.items() if r is not None]
-    linear = [f"{label} within ±{r.axis.linthresh:.2g}" for label, r in known if r.axis.kind == "symlog"]
+    linear = [f"{label} ±{r.axis.linthresh:.2g}" for label, r in known if r.axis.kind == "symlog"]
     cut = [f"{label} {r.floor:.1g}" for label, r in known if not math.isnan(r.floor)]
-    text = f" Linear: {', '.join(linear)}." if linear else ""
+    text = f" Axes linear within these bounds and logarithmic beyond: {', '.join(linear)}." if linear else ""
     return text + (f" On the floor (dotted) what is smaller still: {', '.join(cut)}." if cut else "")

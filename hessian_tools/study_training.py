@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from hessian_tools.inference import survival_median
 from hessian_tools.runs import Run
-from hessian_tools.study_chart import Axis, Chart, Mark, NotEnoughError, Panel, medians
+from hessian_tools.study_chart import Axis, Chart, Mark, NotEnoughError, Panel, medians, reading, samples_of
 from hessian_tools.study_groups import (
     AFTER_START,
     at_moment,
@@ -52,7 +53,7 @@ def start_chart(runs: Sequence[Run], by: str) -> Chart:
                 for depth, layer in enumerate(layers_of(run), 1):
                     points.setdefault(level(run, by), []).append((depth, number(layer.get(key))))
             marks = [mark for name, found in points.items() for mark in medians(name, found)]
-            panels.append(Panel(y.label, column, Axis("layer, by depth", "layer"), y, tuple(marks)))
+            panels.append(Panel(y.label, column, Axis("layer, by depth", "layer"), y, tuple(marks), tuple(members)))
     caption = "At initialization, BatchNorm by the batch, on the first 256 training samples. Forward: variance of the "
     caption += (
         "current into the neurons; backward: mean square of the loss’s gradient there; share of steps with a spike."
@@ -68,31 +69,38 @@ def layers_of(run: Run) -> list[Mapping[str, Any]]:
 def gain_chart(runs: Sequence[Run], by: str, accuracy: float) -> Chart:
     """Epochs to an accuracy against the gain: the initial weights' variance over the initializer's own.
 
-    Runs that never get there are drawn above all others. Raises NotEnoughError without two gains on one panel.
+    Runs that never get there are drawn above all others. Medians are Kaplan and Meier's, as in a comparison, and know
+    those under way too. Raises NotEnoughError without two gains on one panel.
     """
     by = "init" if by == "gain" else by
-    ended = [run for run in runs if over(run) or epochs_to(run, accuracy)[1]]
+    known = [run for run in runs if run.log or ended_in_nan(run)]
+    waiting = {run.name for run in known if not over(run) and not epochs_to(run, accuracy)[1]}
     panels = []
-    for column, members in settings(ended, by, ("gain", "init")).items():
-        points: dict[str, list[tuple[float, float]]] = {}
+    for column, members in settings(known, by, ("gain", "init")).items():
+        arrivals: dict[tuple[str, float], list[tuple[int, bool]]] = {}
         marks = []
         for run in members:
             gain, (epoch, reached) = float(run.training.get("gain", 1.0)), epochs_to(run, accuracy)
             value = float(epoch) if reached else math.inf
-            points.setdefault(level(run, by), []).append((gain, value))
-            marks.append(Mark(level(run, by), "run", gain, value, run=run.name, note="" if reached else "never"))
+            arrivals.setdefault((level(run, by), gain), []).append((epoch, reached))
+            if run.name not in waiting:
+                marks.append(Mark(level(run, by), "run", gain, value, run=run.name, note="" if reached else "never"))
         if len({mark.x for mark in marks}) > 1:
-            middle = [mark for name, of in points.items() for mark in medians(name, of) if math.isfinite(mark.value)]
-            marks += [Mark(m.level, "median", m.x, m.value, n=m.n) for m in middle]
+            for (name, gain), found in sorted(arrivals.items()):
+                middle = survival_median(*zip(*found, strict=True)).value
+                marks += [Mark(name, "median", gain, middle, n=len(found))] if math.isfinite(middle) else []
             y = Axis(f"epochs to {accuracy:.0%}", "epochs")
             x = Axis("weight variance over the initializer’s", "gain")
-            panels.append(Panel(y.label, column, x, y, tuple(marks)))
+            panels.append(Panel(y.label, column, x, y, tuple(marks), tuple(members)))
     if not panels:
-        raise NotEnoughError("the weights' variance over the initializer's takes one value: vary gain")
+        varied = len({run.value("alpha") for run in runs}) > 1
+        hint = " (alpha is varied here: --only epochs --by alpha)" if varied else ""
+        raise NotEnoughError(f"the weights' variance over the initializer's takes one value: vary gain{hint}")
     caption = f"Epochs to {accuracy:.0%} test accuracy against the variance of the initial weights over that which the "
-    caption += "initializer gives them (1: its own). Lines: medians over seeds; never: not within the epochs asked for."
-    caption += f" Not drawn: {len(runs) - len(ended)} under way." if len(runs) > len(ended) else ""
-    return Chart(tuple(panels), by, caption, tuple(ended))
+    caption += f"initializer gives them (1: its own); {reading(panels)} (Kaplan–Meier) over seeds; never: not within "
+    caption += "the epochs asked for."
+    caption += f" Not drawn: {len(waiting)} under way." if waiting else ""
+    return Chart(tuple(panels), by, caption, tuple(known))
 
 
 def epochs_chart(runs: Sequence[Run], by: str, accuracy: float) -> Chart:
@@ -110,18 +118,20 @@ def epochs_chart(runs: Sequence[Run], by: str, accuracy: float) -> Chart:
             groups.setdefault(level(run, by), []).append(run)
         share = [mark for name, found in groups.items() for mark in _arrivals(name, found, accuracy)]
         arrived = Axis(f"share at {accuracy:.0%}", "share")
-        panels.append(Panel(arrived.label, column, EPOCH, arrived, tuple(share)))
+        panels.append(Panel(arrived.label, column, EPOCH, arrived, tuple(share), tuple(members)))
         for key, worst, y in (
             ("test_accuracy", 0.0, Axis("test accuracy", "linear")),
             ("loss", math.inf, Axis("training loss", "log")),
         ):
             marks = [mark for name, found in groups.items() for mark in _curves(name, found, key, worst)]
-            panels.append(Panel(y.label, column, EPOCH, y, tuple(marks)))
+            panels.append(Panel(y.label, column, EPOCH, y, tuple(marks), tuple(members)))
     caption = (
         f"Share of runs that have had {accuracy:.0%} test accuracy (Kaplan–Meier; ticks: runs that ended, or were "
     )
-    caption += "stopped, without). Lines and bands: median and quartiles over seeds; a run counts with its last value "
-    caption += "after early stopping, and as worse than all others after divergence."
+    caption += (
+        f"stopped, without). {reading(panels).capitalize()} over seeds; a run counts with its last value after early "
+    )
+    caption += "stopping, and as worse than all others after divergence."
     return Chart(tuple(panels), by, caption, tuple(known))
 
 
@@ -174,12 +184,13 @@ def training_chart(runs: Sequence[Run], by: str) -> Chart:
                     points.setdefault(level(run, by), []).append((line["epoch"], value))
             marks = [mark for name, found in points.items() for mark in medians(name, found)]
             if any(math.isfinite(mark.value) for mark in marks):
-                panels.append(Panel(layer, "", EPOCH, Axis("E[f′(h)²]", "log"), tuple(marks), page=page))
+                y = Axis("E[f′(h)²]", "log")
+                panels.append(Panel(layer, "", EPOCH, y, tuple(marks), tuple(members), page=page))
     if not panels:
         raise NotEnoughError("no run has spectra of two snapshots (train --snapshots), or E[f'^2] in its log")
-    parts = ["largest eigenvalue and trace of the snapshots on all samples analysed"] if spectral else []
+    parts = ["largest eigenvalue and trace of the snapshots"] if spectral else []
     parts += ["E[f′(h)²] of layers on the first 256 training samples"] if len(panels) > spectral else []
-    caption = f"By epoch: {', and '.join(parts)}. Lines and bands: median and quartiles over the seeds still training."
+    caption = f"By epoch: {', and '.join(parts)}; {reading(panels)} over the seeds still training."
     return Chart(tuple(panels), by, caption, tuple(runs))
 
 
@@ -192,11 +203,13 @@ def logged_layers(line: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def _snapshot_panels(page: str, runs: Sequence[Run], by: str) -> list[Panel]:
     """Of every operator lambda_max and the trace; none without two epochs."""
     found: dict[tuple[str, str], dict[str, dict[tuple[str, int], float]]] = {}
+    samples: list[int] = []
     for run in runs:
         for moment in dict.fromkeys(moment_of(key)[0] for key in run.spectra):
             result, epoch = at_moment(run, moment), epoch_at(run, moment)
             if moment.startswith("loss") or result is None or epoch is None:
                 continue
+            samples += samples_of([result])
             for operator, spectrum in result.spectra.items():
                 top = spectrum.eigenvalues[0].value if spectrum.eigenvalues else math.nan
                 trace = spectrum.trace.estimate if spectrum.trace else math.nan
@@ -210,7 +223,9 @@ def _snapshot_panels(page: str, runs: Sequence[Run], by: str) -> list[Panel]:
             marks = [mark for name, of in points.items() for mark in medians(name, of)]
             if any(math.isfinite(mark.value) for mark in marks):
                 label = f"{operator_name(operator)} {quantity}"
-                panels.append(Panel(label, "", EPOCH, Axis(label, "signed"), tuple(marks), page=page))
+                y = Axis(label, "signed")
+                shown = Panel(label, "", EPOCH, y, tuple(marks), tuple(runs), page=page, samples=tuple(samples))
+                panels.append(shown)
     return panels
 
 

@@ -216,12 +216,12 @@ def say(ax: Axes, message: str) -> None:
     ax.text(0.5, 0.5, message, transform=ax.transAxes, ha="center", va="center", color="0.3")
 
 
-def add_legend(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
+def add_legend(figure: Figure, handles: Sequence[Line2D | Patch], title: str = "") -> None:
     """Above all panels, in as few rows as the width allows; matplotlib fills columns first."""
     rows = legend_rows([str(h.get_label()) for h in handles], figure.get_figwidth())
     figure.legend(
         handles=handles, loc="outside upper center", ncols=math.ceil(len(handles) / rows), handlelength=2.4,
-        columnspacing=1.2, handletextpad=0.5,
+        columnspacing=1.2, handletextpad=0.5, title=title or None, title_fontsize=SMALL,
     )  # fmt: skip
 
 

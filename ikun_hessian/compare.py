@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from ikun_hessian.conditions import condition, conditions, study_defaults
 from ikun_hessian.options import json_option
 from ikun_hessian.screen import dumps
 
 if TYPE_CHECKING:
     from hessian_tools.comparison import Comparison
 
+SHOWN = 3  # reasons of settings, where nothing can be compared
+
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--by", help="Condition compared, of training, network or data [default: init].")
+@click.option("--by", help="Condition compared: an option of train [default: that of the study in PATH, else init].")
 @click.option("--reference", help="Level that the others are compared with [default: kaiming, else the first].")
-@click.option("--accuracy", type=float, help="Test accuracy for the epochs to get there [default: 0.9].")
+@click.option(
+    "--accuracy", type=float, help="Test accuracy for the epochs to get there [default: the study's, else 0.9]."
+)
 @click.option("--margin", type=float, help="Ratios from 1 / margin to margin count as alike [default: 1.25].")
 @click.option(
     "--moment",
@@ -50,64 +54,73 @@ def compare(
     """Training runs of several seeds, or single spectra, side by side.
 
     PATH is a folder of runs (a study), a checkpoint, or a result beside one. Runs of several seeds: the levels of a
-    condition (initializers) against a reference, paired by seed and all else, with intervals over seeds, exact p-values
-    and equivalence. Leaves compare.csv and compare.md. One seed a level: a table of the spectra and the
-    eigenvalue-against-rank figure. Refuses to compare what was not measured alike, and says which condition differs.
+    condition (initializers) against a reference, paired by seed, with intervals over seeds, exact p-values and
+    equivalence; apart in every setting of what else was varied. Leaves compare.csv and compare.md. One seed a level: a
+    table of the spectra and the eigenvalue-against-rank figure. Refuses to compare what was not measured alike, and
+    says which condition differs. In --json null is not known, "inf" and "-inf" worse than any number (never).
     """
-    from hessian_tools.comparison import ACCURACY, MARGIN, compare_runs
+    from hessian_tools.comparison import ACCURACY, MARGIN, compare_settings
     from hessian_tools.comparison_pairs import chosen_runs, several_seeds
+    from hessian_tools.results import ResultError
     from hessian_tools.runs import gather
 
+    if tag and Path(tag).name != tag:
+        raise click.UsageError(f"--tag {tag}: give a part of a file's name, without a folder (--out)")
     stem = out / ".".join(["compare", *([tag] if tag else [])])
     runs = gather(paths, report=lambda text: click.echo(f"! {text}", err=True))
-    runs = chosen_runs(runs, where)
+    runs = chosen_runs(runs, conditions(where))
     asked = any(option is not None for option in (by, reference, accuracy, margin)) or moments or where
-    if not asked and not several_seeds(runs, "init"):
-        _spectra(paths, stem, as_json)
+    usual = study_defaults(paths)
+    by = condition(by) if by is not None else usual[0] or "init"
+    accuracy = accuracy if accuracy is not None else usual[1] or ACCURACY
+    if not asked and not several_seeds(runs, by) and (files := _spectrum_files(paths)):
+        _spectra(files, stem, as_json)
         return
-    found = compare_runs(
-        runs,
-        by or "init",
-        reference=reference,
-        accuracy=ACCURACY if accuracy is None else accuracy,
-        margin=MARGIN if margin is None else margin,
-        moments=moments,
-    )
+    margin = MARGIN if margin is None else margin
+    found = compare_settings(runs, by, reference=reference, accuracy=accuracy, margin=margin, moments=moments)
+    refused = [f"{name}: {why}" if name else why for name, why in found.items() if isinstance(why, str)]
+    if len(refused) == len(found):
+        more = f"; and {len(refused) - SHOWN} settings more" if len(refused) > SHOWN else ""
+        raise ResultError("; ".join(refused[:SHOWN]) + more)
     _write(found, stem)
     if as_json:
-        click.echo(dumps(dataclasses.asdict(found)))
-        return
-    from hessian_tools.comparison_report import comparison_lines
+        from hessian_tools.comparison_report import settings_json
 
-    click.echo("\n".join(comparison_lines(found)))
+        click.echo(dumps(settings_json(found)))
+        return
+    from hessian_tools.comparison_report import settings_lines
+
+    click.echo("\n".join(settings_lines(found)))
     click.echo(f"files       {stem}.{{csv,md}}")
 
 
-def _write(found: Comparison, stem: Path) -> None:
-    from hessian_tools.comparison_report import comparison_rows, legend, markdown_lines
+def _write(found: Mapping[str, Comparison | str], stem: Path) -> None:
+    from hessian_tools.comparison_report import settings_markdown, settings_rows
     from hessian_tools.results import write_atomically, write_table
 
-    write_table(comparison_rows(found), Path(f"{stem}.csv"))
-    text = "\n".join([*markdown_lines(found), legend(found), ""])
+    write_table(settings_rows(found), Path(f"{stem}.csv"))
+    text = settings_markdown(found)
     write_atomically(Path(f"{stem}.md"), lambda file: file.write(text.encode()))
 
 
-def _spectra(paths: Sequence[Path], stem: Path, as_json: bool) -> None:
+def _spectrum_files(paths: Sequence[Path]) -> list[Path]:
+    """The spectra in the folders themselves, and those named or beside the named checkpoints."""
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files += sorted(path.glob("*.spectrum.json"))
+        else:
+            files.append(path.with_suffix(".spectrum.json") if path.suffix == ".pt" else path)
+    return files
+
+
+def _spectra(files: Sequence[Path], stem: Path, as_json: bool) -> None:
     """One seed a level: the spectra themselves, a table and a figure."""
     from hessian_tools.compare import comparable, labelled
     from hessian_tools.figures import rank_figure, save_figure
     from hessian_tools.report import compare_lines
-    from hessian_tools.results import ResultError, load_spectrum, to_json
+    from hessian_tools.results import load_spectrum, to_json
 
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(path.glob("*.spectrum.json"))
-            if not inside:
-                raise ResultError(f"{path}: no *.spectrum.json in this folder: run `ikun-hessian spectrum` first")
-            files += inside
-        else:
-            files.append(path.with_suffix(".spectrum.json") if path.suffix == ".pt" else path)
     results = labelled([load_spectrum(f) for f in files])
     comparable(results)
     written = save_figure(rank_figure(results), f"{stem}.eigenvalues")

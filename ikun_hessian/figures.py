@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ikun_hessian.conditions import condition, conditions, study_defaults
+
 if TYPE_CHECKING:
     from hessian_tools.calibration import CalibrationResult
 
@@ -17,9 +19,15 @@ CALIBRATION = ".calibration.json"
 @click.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--only", multiple=True, metavar="NAME", help="Only this figure; repeatable [default: all].")
-@click.option("--by", default="init", show_default=True, help="Condition compared, of training, network or data.")
+@click.option(
+    "--by", help="Condition compared, of training, network or data [default: that of the study in PATH, else init]."
+)
 @click.option("--where", multiple=True, metavar="KEY=VALUE", help="Only runs of this condition; repeatable.")
-@click.option("--accuracy", default=0.9, show_default=True, help="Test accuracy for the epochs to get there.")
+@click.option(
+    "--accuracy",
+    type=float,
+    help="Test accuracy for the epochs to get there [default: that of the study in PATH, else 0.9].",
+)
 @click.option(
     "--width", type=click.Choice(["1", "2"]), default="2", show_default=True, help="Of the figures, in columns."
 )
@@ -33,20 +41,21 @@ CALIBRATION = ".calibration.json"
 def figures(
     paths: tuple[Path, ...],
     only: tuple[str, ...],
-    by: str,
+    by: str | None,
     where: tuple[str, ...],
-    accuracy: float,
+    accuracy: float | None,
     width: str,
     out: Path,
 ) -> None:
     """Publication figures of training runs, each as PNG, PDF, and a CSV of what it shows.
 
     PATH is a folder of runs (a study), a checkpoint, or a result beside one. Names: start (variances and firing at
-    initialization), gain (epochs to an accuracy against the variance of the weights over the rule's), epochs, ranks
-    (eigenvalues), one-image (against all), gap (test less training, against sharpness), robustness (accuracy lost,
-    against sharpness), training (curvature along it), layers, samples, calibration. One that the runs cannot fill is
-    left out, and said why; asked for by --only, it is an error.
+    initialization), gain (epochs to an accuracy against the variance of the weights over the initializer's own),
+    epochs, ranks (eigenvalues), one-image (against many samples), gap (test less training, against sharpness),
+    robustness (accuracy lost, against sharpness), training (curvature along it), layers, samples, calibration. One that
+    the runs cannot fill is left out, and said why; asked for by --only, it is an error.
     """
+    from hessian_tools.comparison import ACCURACY
     from hessian_tools.comparison_pairs import chosen_runs
     from hessian_tools.runs import gather
     from hessian_tools.study_figures import draw_all
@@ -55,7 +64,10 @@ def figures(
         click.echo(f"! {text}", err=True)
 
     results = [path for path in paths if not path.name.endswith(CALIBRATION)]
-    runs = chosen_runs(gather(results, report=report), where) if results else []
+    runs = chosen_runs(gather(results, report=report), conditions(where)) if results else []
+    usual = study_defaults(paths)
+    by = condition(by) if by is not None else usual[0] or "init"
+    accuracy = accuracy if accuracy is not None else usual[1] or ACCURACY
     calibrations = _calibrations(paths) if "calibration" in (only or ("calibration",)) else {}
     drawn = draw_all(runs, out, only, by=by, accuracy=accuracy, width=int(width), calibrations=calibrations)
     for path in drawn.written:

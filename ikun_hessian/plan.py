@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from ikun_hessian.preset import Analysis, Preset, PresetError, meant
 
 if TYPE_CHECKING:
     from ikun.checkpoint import DataSpec
+    from ikun.networks import Spec
 
 SCHEMA = "ikun-hessian/study/1"
 COMMANDS = {"train": train.train, "spectrum": spectrum.spectrum, "flatness": flatness.flatness}
@@ -26,11 +28,19 @@ IN_NAMES = {"final": "", "loss": r"\.loss[\d.e+-]+", "snapshots": r"\.epoch\d+"}
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """units: the runs. skipped: data sets that cannot be had, and why; their runs are left out. record: study.json."""
+    """units: the runs. skipped: data sets that cannot be had, and why; their runs are left out. record: study.json.
+    others, refusal: the runs in its folder that were made with other settings, and why it is refused; "" if it is not.
+    """
 
     units: tuple[runner.Unit, ...]
     skipped: dict[str, str]
     record: dict[str, Any]
+    others: set[str]
+    refusal: str
+
+    def levels(self, by: str) -> set[str]:
+        """Of a varied key, those of the runs that are not left out."""
+        return {preset.text(options[by]) for options in self.record["runs"].values()}
 
 
 def make(
@@ -43,6 +53,7 @@ def make(
     if the data cannot be had.
     """
     from hessian_tools.study_figures import NAMES
+    from hessian_tools.study_groups import LEVELS
 
     for figure in found.figures:
         if figure not in NAMES:
@@ -51,6 +62,7 @@ def make(
     conditions: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     counts: dict[Any, int] = {}
+    seen = set()
     units = []
     options_of = preset.runs(found, force)
     for name, options in options_of.items():
@@ -61,7 +73,10 @@ def make(
         if conditions[key] is None:
             continue
         network, data, training, folder = conditions[key]
-        _enough(found.source, data, folder, steps, counts)
+        if key not in seen:
+            _enough(found.source, data, folder, steps, counts)
+            _possible(found.source, name, network, steps)
+            seen.add(key)
         units.append(
             runner.Unit(
                 name=name,
@@ -78,13 +93,17 @@ def make(
         )
     if not units:
         raise PresetError(f"{found.source}: no run is left: {next(iter(skipped.values()))}")
+    _moments(found, units)
     record = {
         "schema": SCHEMA,
         **{key: getattr(found, key) for key in ("title", "question", "by", "accuracy")},
         "runs": {unit.name: options_of[unit.name] for unit in units},
         "analyses": {str(analysis): analysis.options for analysis in found.analyses},
     }
-    return Plan(tuple(units), skipped, record)
+    made = Plan(tuple(units), skipped, record, *others(record, out))
+    if (count := len(made.levels(found.by))) > LEVELS:
+        raise PresetError(f"{found.source}: by = '{found.by}' has {count} levels: at most {LEVELS} can be told apart")
+    return made
 
 
 def parsed(source: str, table: str, options: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
@@ -93,7 +112,7 @@ def parsed(source: str, table: str, options: Mapping[str, Any], seed: int = 0) -
     Raises PresetError with the file, the key and the nearest valid one.
     """
     command = COMMANDS[table]
-    known = {p.opts[0].removeprefix("--"): p for p in command.params if isinstance(p, click.Option)}
+    known = {p.opts[0].removeprefix("--"): p for p in command.params if isinstance(p, click.Option) and p.expose_value}
     arguments = []
     for key, value in options.items():
         if key in MINE or key not in known:
@@ -147,6 +166,8 @@ def _specifications(
     if options["data_name"] in skipped:
         return None
     try:
+        if options["epochs"] < 1:
+            raise ValueError(f"epochs must be at least 1 in a study, not {options['epochs']}")
         return *train.specifications(data_dir=folder, **options), folder
     except DataError as error:
         if not any("data" in grid for grid in found.grids):
@@ -164,14 +185,54 @@ def _enough(
     """No analysis asks for more samples than there are: before hours of training. counts: those known already."""
     for step in steps:
         samples, split = step.opening["samples"], step.opening["split"]
-        if samples == "all":
+        curve = getattr(step.settings, "samples_curve", ())
+        if samples == "all" and not curve:
             continue
         if (data, split) not in counts:
             counts[data, split] = len(data.load(split, folder))
-        if not 1 <= int(samples) <= counts[data, split]:
-            raise PresetError(
-                f"{source}: [{step.command}] samples {samples}: {data.name} {split} has {counts[data, split]} here"
-            )
+        here = counts[data, split]
+        if samples != "all" and not 1 <= int(samples) <= here:
+            raise PresetError(f"{source}: [{step.command}] samples {samples}: {data.name} {split} has {here} here")
+        if curve and max(curve) > (most := here if samples == "all" else int(samples)):
+            raise PresetError(f"{source}: [{step.command}] samples-curve goes to {max(curve)}, samples to {most}")
+
+
+def _possible(source: str, name: str, network: Spec, steps: Sequence[runner.Step]) -> None:
+    """No analysis names parameters or a surrogate that are not there, or pairs for which the memory does not suffice:
+    before hours of training as well."""
+    import torch
+
+    from hessian_tools.measure import budget
+    from ikun.networks import Network
+    from ikun.surrogates import Surrogate
+
+    with torch.device("meta"):  # shapes alone
+        sizes = {key: tensor.numel() for key, tensor in Network(network).named_parameters()}
+    for step in steps:
+        patterns = [pattern.strip() for pattern in step.opening["params"].split(",")]
+        size = sum(n for key, n in sizes.items() if any(fnmatchcase(key, pattern) for pattern in patterns))
+        try:
+            if not size:
+                raise ValueError(f"params: none matches '{step.opening['params']}': choose of {', '.join(sizes)}")
+            if step.opening["surrogate"]:
+                Surrogate.parse(step.opening["surrogate"])
+            if step.command == "spectrum":
+                pairs = step.settings.magnitude or step.settings.top
+                if pairs > size:
+                    raise ValueError(f"{pairs} eigenvalues of {size} parameters: ask for fewer")
+                budget(step.settings.memory * 2**30, size, pairs)
+        except ValueError as error:
+            raise PresetError(f"{source}: run {name}: [{step.command}] {error}") from None
+
+
+def _moments(found: Preset, units: Sequence[runner.Unit]) -> None:
+    """Every moment that is analysed comes in some run."""
+    for analysis in found.analyses:
+        where = f"{found.source}: [{analysis.command}] at: no run "
+        if analysis.moment == "loss" and not any(unit.training.save_at_loss for unit in units):
+            raise PresetError(f"{where}has a save-at-loss: give [train] save-at-loss = [X], or take 'loss' out of at")
+        if analysis.moment == "snapshots" and not any(unit.training.snapshots for unit in units):
+            raise PresetError(f"{where}has snapshots: give [train] snapshots = N, or take 'snapshots' out of at")
 
 
 def _step(source: str, analysis: Analysis, memory: float) -> runner.Step:
@@ -230,6 +291,25 @@ def read(path: Path) -> dict[str, Any] | None:
     return dict(found)
 
 
+def others(record: Mapping[str, Any], out: Path) -> tuple[set[str], str]:
+    """The runs with something in the folder `out` that was made with other settings, and why the record is refused
+    there; "" if it is not. Raises what `read` does."""
+    path = out / "study.json"
+    old = read(path) or {"runs": {}, "analyses": {}}
+    found = changed(old, record)
+    if not found:
+        return set(), ""
+    part, name, key = found[0]
+    why = (
+        f"{path}: {'run' if part == 'runs' else 'analysis'} {name} had another {key} "
+        f"({_show(old[part][name].get(key))}, now {_show(record[part][name].get(key))}): "
+        "choose another --out, or --force to do it again"
+    )
+    if any(part == "analyses" for part, _, _ in found):
+        return set(old["runs"]) & set(record["runs"]), why
+    return {name for _, name, _ in found}, why
+
+
 def settle(record: Mapping[str, Any], out: Path, force: bool) -> None:
     """Write OUT/study.json: the record, and of what is there already what this study leaves alone.
 
@@ -238,14 +318,11 @@ def settle(record: Mapping[str, Any], out: Path, force: bool) -> None:
     from hessian_tools.results import write_atomically
 
     path = out / "study.json"
+    _, refusal = others(record, out)
+    if refusal and not force:
+        raise PresetError(refusal)
     old = read(path) or {"runs": {}, "analyses": {}}
-    for part, name, key in changed(old, record):
-        if not force:
-            kind = "run" if part == "runs" else "analysis"
-            raise PresetError(
-                f"{path}: {kind} {name} had another {key} ({_show(old[part][name].get(key))}, now "
-                f"{_show(record[part][name].get(key))}): choose another --out, or --force to do it again"
-            )
+    for part, name, _ in changed(old, record):
         _remove(out / "runs", part, name)
     whole = {**record, **{part: {**old[part], **record[part]} for part in ("runs", "analyses")}}
     text = json.dumps(whole, indent=1) + "\n"

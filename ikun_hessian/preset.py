@@ -107,7 +107,7 @@ def find(name: str) -> Path:
     if name.endswith(".toml"):
         return Path(name)
     if name not in names():
-        raise PresetError(f"no preset '{name}'{meant(name, names())} Choose one of {', '.join(names())}, or a .toml")
+        raise PresetError(f"no preset '{name}'{meant(name, names())} (--list tells of them; your own end in .toml)")
     return FOLDER / f"{name}.toml"
 
 
@@ -165,7 +165,7 @@ def _preset(path: Path, values: Mapping[str, Any], anywhere: Sequence[Mapping[st
     varied = list(dict.fromkeys(key for grid in grids for key in grid))
     if plain["by"] not in varied:
         raise PresetError(f"{path}: by = '{plain['by']}' is not varied{meant(plain['by'], varied)}")
-    train = _table(path, "train", values.get("train", {}))
+    train = _unseeded(path, "train", values.get("train", {}))
     for key in varied:
         if key in train and all(key in grid for grid in grids):
             raise PresetError(f"{path}: '{key}' is in [train] and in [vary]: leave it in one of them")
@@ -183,13 +183,13 @@ def _preset(path: Path, values: Mapping[str, Any], anywhere: Sequence[Mapping[st
 
 def _grids(path: Path, values: Mapping[str, Any]) -> list[dict[str, list[Any]]]:
     found = values.get("vary", [])
-    grids = [_table(path, "vary", grid) for grid in (found if isinstance(found, list) else [found])]
+    grids = [_unseeded(path, "vary", grid) for grid in (found if isinstance(found, list) else [found])]
     for grid in grids:
         for key, value in grid.items():
             if not isinstance(value, list) or not value:
                 raise PresetError(f"{path}: [vary] {key} must be a list of values, not {value!r}")
-            if key == "seed":
-                raise PresetError(f"{path}: [vary] seed: give seeds = N, the number of seeds, at the top")
+            if twice := [text(v) for i, v in enumerate(value) if v in value[:i]]:
+                raise PresetError(f"{path}: [vary] {key} has '{twice[0]}' twice: leave one out")
     return grids
 
 
@@ -204,7 +204,7 @@ def _when(
         for value, options in _table(path, f"when.{key}", cases).items():
             if value not in known:
                 raise PresetError(f"{path}: [when.{key}.{value}]: '{value}' is no value of {key}{meant(value, known)}")
-            options = _table(path, f"when.{key}.{value}", options)
+            options = _unseeded(path, f"when.{key}.{value}", options)
             if wrong := sorted(set(options) & set(varied)):
                 raise PresetError(f"{path}: [when.{key}.{value}] sets '{wrong[0]}', which is varied itself")
             yield key, value, options
@@ -241,6 +241,13 @@ def _table(path: Path, name: str, value: Any) -> dict[str, Any]:
     return value
 
 
+def _unseeded(path: Path, name: str, value: Any) -> dict[str, Any]:
+    """A table of train options, which leave the seeds to the study."""
+    if "seed" in _table(path, name, value):
+        raise PresetError(f"{path}: [{name}] seed: give seeds = N at the top, or --seeds N, for seeds 0 to N - 1")
+    return dict(value)
+
+
 def _merged(path: Path, values: Mapping[str, Any], over: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     found = dict(values)
     for key, value in over.items():
@@ -265,7 +272,13 @@ def _changed(path: Path, values: dict[str, Any], change: str) -> dict[str, Any]:
     first, _, rest = name.partition(".")
     if not rest and name in PLAIN:
         return {**values, name: _value(written, listed=PLAIN[name] is list)}
-    if rest and first in ANALYSES and first in values:
+    if name in ANALYSES:
+        if _value(written) is not False:
+            raise PresetError(f"--set {change}: give {name}=false to leave it out, or {name}.KEY=VALUE")
+        return {key: value for key, value in values.items() if key != name}
+    if rest and first in ANALYSES:
+        if first not in values:
+            raise PresetError(f"--set {change}: {path} has no [{first}]: write one, in a preset of your own")
         tag, _, key = rest.rpartition(".")
         entries = values[first] if isinstance(values[first], list) else [values[first]]
         if all(entry.get("tag", "") != tag for entry in entries):
@@ -280,7 +293,7 @@ def _changed(path: Path, values: dict[str, Any], change: str) -> dict[str, Any]:
     if table in ("", "train"):
         train = {**values.get("train", {}), key: _value(written)}
         return {**values, "train": train, "when": _without(values.get("when", {}), key)}
-    raise PresetError(f"--set {change}: no such place: a key of [vary] or [train], or spectrum.KEY, flatness.KEY")
+    raise PresetError(f"--set {change}: no such place: a key of [vary] or [train], or {'.KEY, '.join(ANALYSES)}.KEY")
 
 
 def _without(when: Any, key: str) -> Any:
@@ -329,9 +342,9 @@ def _known(path: Path, where: str, values: Mapping[str, Any], known: Iterable[st
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """The end of a line that names a word nobody knows: the nearest one known."""
-    nearest = difflib.get_close_matches(str(word), sorted(known), 1, 0.0)
-    return f": did you mean '{nearest[0]}'?" if nearest else "."
+    """The end of a line that names a word nobody knows: the nearest one known, or all where none is near."""
+    nearest = difflib.get_close_matches(str(word), sorted(known), 1)
+    return f": did you mean '{nearest[0]}'?" if nearest else f": choose one of {', '.join(sorted(known))}"
 
 
 # --- from a preset to runs

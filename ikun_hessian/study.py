@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import click
 
 from ikun_hessian import preset
+from ikun_hessian.conditions import condition
 from ikun_hessian.interruption import interrupted_by
 from ikun_hessian.options import data_dir_option, device_option, half_of_the_memory, pick, shared
-from ikun_hessian.preset import Analysis, Preset
+from ikun_hessian.preset import Analysis, Preset, PresetError
 from ikun_hessian.screen import FailedError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ PUBLISHED = Analysis(
     "spectrum", "final", "published", {"samples": 1, "split": "test", "density": False, "magnitude": 50}
 )
 TEMPORARIES = r"study\.json|tables\.md|(compare|robustness)\.csv"
-FIELDS = {"data": "name"}  # what runs.Run calls an option, where it is another word
+DRAWN = r".+\.(png|pdf|csv)"  # temporaries of figures
 
 
 @click.command()
@@ -47,6 +48,7 @@ FIELDS = {"data": "name"}  # what runs.Run calls an option, where it is another 
     default=None,
     help="The spectrum on one test image too, as the paper's code has it [default: what the preset says].",
 )
+@click.option("--memory", type=click.FloatRange(0, min_open=True), help="GiB a run [default: half of all over --jobs].")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change the preset; may be repeated.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and what is done already.")
 @click.option("--force", is_flag=True, help="Do again what was made with other settings; more than 1000 runs.")
@@ -59,6 +61,7 @@ def study(
     jobs: int | None,
     seeds: int | None,
     as_published: bool | None,
+    memory: float | None,
     changes: tuple[str, ...],
     dry_run: bool,
     force: bool,
@@ -81,10 +84,13 @@ def study(
     folder = out or Path("-".join(["study", path.stem, *(["quick"] if quick else [])]))
     where = pick(device)
     jobs = jobs or _jobs(where)
-    plan = _plan(found, folder, data_dir, where, jobs, force)
+    memory = memory or round(half_of_the_memory(where) / jobs, 2)
+    plan = _plan(found, folder, data_dir, where, memory, force)
     click.echo("\n".join(_opening_lines(found, plan, folder, jobs)))
     if dry_run:
-        click.echo("\n".join(f"{_state(unit):<12}{unit.name}" for unit in plan.units))
+        click.echo("\n".join(_states(plan, force)))
+        if plan.refusal and not force:
+            raise PresetError(plan.refusal)
         return
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -123,10 +129,9 @@ def _published(found: Preset, wanted: bool | None) -> Preset:
     return dataclasses.replace(found, analyses=(*analyses, PUBLISHED) if wanted else analyses)
 
 
-def _plan(found: Preset, folder: Path, data_dir: Path | None, device: str, jobs: int, force: bool) -> Plan:
+def _plan(found: Preset, folder: Path, data_dir: Path | None, device: str, memory: float, force: bool) -> Plan:
     from ikun_hessian import plan
 
-    memory = round(half_of_the_memory(device) / jobs, 2)
     return plan.make(found, folder, data_dir=data_dir, device=device, memory=memory, leader=os.getpid(), force=force)
 
 
@@ -140,14 +145,24 @@ def _jobs(device: str) -> int:
 
 
 def _opening_lines(found: Preset, plan: Plan, folder: Path, jobs: int) -> list[str]:
-    done = sum(unit.done() for unit in plan.units)
+    done = sum(unit.done() for unit in plan.units if unit.name not in plan.others)
+    levels = plan.levels(found.by)
     return [
         f"study       {found.title} ({found.source})",
         *([f"asks        {found.question}"] if found.question else []),
         f"runs        {len(plan.units)}, {done} done; {jobs} side by side; in {folder}/runs",
         f"of each     {', '.join(['training', *map(str, found.analyses)])}",
         *(f"! {name} is left out: {why}" for name, why in plan.skipped.items()),
+        *([f"! all runs have {found.by} {levels.pop()}: nothing will be compared"] if len(levels) == 1 else []),
     ]
+
+
+def _states(plan: Plan, force: bool) -> list[str]:
+    """What --dry-run says of every run."""
+    other = "again" if force else "other settings: --force"
+    states = [other if unit.name in plan.others else _state(unit) for unit in plan.units]
+    width = max(12, *(len(state) + 2 for state in states))
+    return [f"{state:<{width}}{unit.name}" for state, unit in zip(states, plan.units, strict=True)]
 
 
 def _state(unit: Unit) -> str:
@@ -228,22 +243,17 @@ def _bar(units: Sequence[Unit], left: Sequence[Unit]) -> Iterator[Callable[[str]
 
 def _tables(runs: Sequence[Run], by: str, found: Preset, folder: Path) -> list[str]:
     """Write tables.md and compare.csv, and robustness.csv where that was measured; the lines that say where."""
-    from hessian_tools.comparison import compare_runs
-    from hessian_tools.comparison_report import comparison_markdown, comparison_rows
-    from hessian_tools.results import ResultError, write_atomically, write_table
+    from hessian_tools.comparison import compare_settings
+    from hessian_tools.comparison_report import settings_markdown, settings_rows
+    from hessian_tools.results import write_atomically, write_table
     from hessian_tools.robustness_report import robustness_markdown, robustness_rows
-    from hessian_tools.study_groups import settings
 
     failed = [f"- {run.name}: {why}" for run in runs for why in run.failures if why.startswith(("NaN", "failed"))]
     text = [f"# {found.title}", "", *([found.question, ""] if found.question else [])]
     text += ["Diverged or failed:", "", *failed, ""] if failed else []
-    text.append(comparison_markdown(runs, by, accuracy=found.accuracy))
-    rows = []
-    for name, some in settings(runs, by).items():
-        with contextlib.suppress(ResultError):  # the reason is in tables.md
-            compared = compare_runs(some, by, accuracy=found.accuracy)
-            rows += [{"setting": name, **row} for row in comparison_rows(compared)]
-    write_table(rows, folder / "compare.csv")
+    compared = compare_settings(runs, by, accuracy=found.accuracy)
+    text.append(settings_markdown(compared))
+    write_table(settings_rows(compared), folder / "compare.csv")
     lines = [f"tables      {folder}/tables.md, compare.csv"]
     if table := robustness_rows(runs, by):
         write_table(table, folder / "robustness.csv")
@@ -257,13 +267,15 @@ def _tables(runs: Sequence[Run], by: str, found: Preset, folder: Path) -> list[s
 def _finish(found: Preset, plan: Plan, folder: Path) -> list[str]:
     """Tables and figures of what is there; the lines that say where."""
     from hessian_tools.study_figures import draw_all
+    from ikun.files import alone
 
     runs = _gathered(plan.units, partial(click.echo, err=True))
     if not runs:
         return ["! no tables and figures: no run left a file that can be used"]
-    by = FIELDS.get(found.by, found.by.replace("-", "_"))
+    by = condition(found.by)
     lines = _tables(runs, by, found, folder)
-    drawn = draw_all(runs, folder / "figures", found.figures, by=by, accuracy=found.accuracy)
+    with alone(folder / "figures" / "figures", DRAWN):
+        drawn = draw_all(runs, folder / "figures", found.figures, by=by, accuracy=found.accuracy)
     names = dict.fromkeys(path.stem for path in drawn.written)
     lines.append(f"figures     {folder}/figures/{{{','.join(names)}}}.{{png,pdf,csv}}")
     return [*lines, *(f"! no figure {name}: {why}" for name, why in drawn.skipped.items())]

@@ -206,7 +206,8 @@ def write_run(run: Run, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     described = {
         "schema": SCHEMA, "network": run.network, "data": run.data, "training": run.training,
-        "finished": run.finished, "epochs_run": len(run.log), "best_epoch": run.best_epoch,
+        "finished": run.finished,
+        "epochs_run": len(run.log) if run.epochs_run is None else run.epochs_run, "best_epoch": run.best_epoch,
         "failures": [f for f in run.failures if not f.startswith("failed: ")], "seconds": 1.0,
         "start": run.start, "versions": {},
     }  # fmt: skip

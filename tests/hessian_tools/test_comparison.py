@@ -16,16 +16,19 @@ import pytest
 from run_tools import make_run, make_study
 from scipy import stats
 
-from hessian_tools.comparison import Comparison, Row, _differences, compare_runs
+from hessian_tools.comparison import Comparison, Row, _differences, compare_runs, compare_settings
 from hessian_tools.comparison_measures import GAP
 from hessian_tools.comparison_pairs import chosen_runs, several_seeds
 from hessian_tools.comparison_report import (
     comparison_lines,
-    comparison_markdown,
     comparison_rows,
     markdown_lines,
     moment_title,
     remarks,
+    settings_json,
+    settings_lines,
+    settings_markdown,
+    settings_rows,
 )
 from hessian_tools.results import ResultError, SpectrumResult, write_table
 from hessian_tools.runs import Run
@@ -65,7 +68,7 @@ def changed(run: Run, **parts: dict[str, Any]) -> Run:
 
 
 def text(c: Comparison) -> str:
-    return " ".join(" ".join(comparison_lines(c)).split())
+    return " ".join(" ".join(settings_lines({"": c})).split())
 
 
 # --- numbers
@@ -225,7 +228,9 @@ def test_weights_kept_by_early_stopping(runs: list[Run]) -> None:
 def test_results_without_logs(runs: list[Run]) -> None:
     bare = [dataclasses.replace(run, log=(), start=None) for run in runs if not run.diverged]
     c = compare_runs(bare)
-    assert row(c, "train loss", "ikun").values["ikun-adam-s0"] == runs[0].spectra[""].loss
+    assert row(c, "train loss, the samples analysed", "ikun").values["ikun-adam-s0"] == runs[0].spectra[""].loss
+    assert "No log (NAME.train.jsonl): train loss and accuracy are those of the samples analysed" in text(c)
+    assert "No run reached" not in text(c)
     assert not [r for r in c.rows if r.measure in ("test accuracy", GAP, EPOCHS)]
     assert not c.correlations
 
@@ -233,26 +238,124 @@ def test_results_without_logs(runs: list[Run]) -> None:
 # --- pairs
 
 
-def test_pairs_agree_in_all_that_varies() -> None:
-    made = [
-        make_run(init, seed, training={"optimizer": optimizer, "lr": lr})
+def crossed(seeds: range = range(6)) -> list[Run]:
+    return [
+        make_run(init, seed, training={"optimizer": optimizer, "lr": lr}, curvature=curvature)
+        for optimizer, lr, curvature in (("adam", 0.01, None), ("sgd", 0.1, 1.0))
         for init in ("ikun", "kaiming")
-        for optimizer, lr in (("adam", 0.01), ("sgd", 0.1))
-        for seed in range(3)
+        for seed in seeds
     ]
-    lone = make_run("ikun", 7, training={"optimizer": "adam"})
-    c = compare_runs([*made, lone])
-    assert c.paired_by == {"seed": ("0", "1", "2", "7"), "optimizer": ("adam", "sgd"), "lr": ("0.01", "0.1")}
-    one = row(c, "ggn lambda_max", "ikun")
-    assert (one.pairs, c.levels) == (6, {"kaiming": 6, "ikun": 7})
+
+
+def test_settings_are_compared_apart() -> None:
+    """An initializer that matters under one optimizer alone: pairs are a setting's seeds, each has its own ratio."""
+    made = crossed()
+    with pytest.raises(ResultError, match=r"runs of several settings \(adam; sgd\)"):
+        compare_runs(made)
+    found = compare_settings(made, accuracy=0.8, margin=2.0, moments=["end"])
+    assert list(found) == ["adam", "sgd"]
+    for name, c in found.items():
+        some = [run for run in made if run.value("optimizer") == name]
+        assert isinstance(c, Comparison)
+        assert c == compare_runs(some, accuracy=0.8, margin=2.0, moments=["end"])
+        one = row(c, "ggn lambda_max", "ikun")
+        d = [math.log(tops(some, "ikun")[seed] / tops(some, "kaiming")[seed]) for seed in range(6)]
+        assert (one.pairs, one.p) == (6, pytest.approx(stats.wilcoxon(d, method="exact").pvalue))
+        assert one.shift.value == pytest.approx(2.5 if name == "adam" else 1.0, rel=0.3)
+        assert all(tau.within.n <= 12 for tau in c.correlations)
+    by_optimizer = compare_settings(made, by="optimizer", reference="adam")
+    assert list(by_optimizer) == ["ikun", "kaiming"]
+    c = by_optimizer["ikun"]
+    assert isinstance(c, Comparison)
+    assert c.follows == {"lr": {"adam": "0.01", "sgd": "0.1"}}
+    assert "lr goes with optimizer (adam 0.01, sgd 0.1)" in text(c)
+    screen = settings_lines(found)
+    assert [line for line in screen if line.startswith("setting")] == ["setting     adam", "setting     sgd"]
+    assert " ".join(screen).count("two one-sided tests") == 1
+    assert {r["setting"] for r in settings_rows(found)} == {"adam", "sgd"}
+    assert len(settings_rows(found)) == sum(len(c.rows) for c in found.values() if isinstance(c, Comparison))
+
+
+def test_one_setting_has_no_name(runs: list[Run], found: Comparison) -> None:
+    alone = compare_settings(runs)
+    assert alone == {"": found}
+    assert settings_lines(alone)[: len(comparison_lines(found))] == comparison_lines(found)
+
+
+def test_a_setting_that_cannot_be_compared_is_named() -> None:
+    made = [run for run in crossed(range(2)) if run.name not in ("kaiming-sgd-s0", "kaiming-sgd-s1")]
+    found = compare_settings(made)
+    why = "a comparison needs at least two levels of init: all runs have init ikun"
+    assert found["sgd"] == why
+    assert f"! Not compared: sgd: {why}" in " ".join(" ".join(settings_lines(found)).split())
+    parts = settings_json(found)["settings"]
+    assert [part["setting"] for part in parts] == ["adam", "sgd"]
+    assert parts[1] == {"setting": "sgd", "refused": why}
+
+
+def test_a_run_without_a_partner() -> None:
+    made = [*make_study(("ikun", "kaiming"), range(3), ()), make_run("ikun", 7)]
+    c = compare_runs(made)
+    assert (c.seeds, c.levels) == (("0", "1", "2", "7"), {"kaiming": 3, "ikun": 4})
+    assert row(c, "ggn lambda_max", "ikun").pairs == 3
     assert c.unpaired == {"ikun": ("ikun-adam-s7",)}
-    assert "Without a partner: 1 of 7 runs of ikun (ikun-adam-s7)." in text(c)
-    by_optimizer = compare_runs(made, by="optimizer", reference="adam")
-    assert by_optimizer.follows == {"lr": {"adam": "0.01", "sgd": "0.1"}}
-    assert row(by_optimizer, "ggn lambda_max", "sgd").pairs == 6
-    assert "lr goes with optimizer (adam 0.01, sgd 0.1)" in text(by_optimizer)
+    assert "Without a partner: 1 of 4 runs of ikun (ikun-adam-s7)." in text(c)
     with pytest.raises(ResultError, match=r"ikun-adam-s0 and ikun-adam-s0 differ in nothing"):
         compare_runs([*made, made[0]])
+
+
+def test_a_condition_that_some_runs_do_not_have_hinders_no_pair(runs: list[Run], found: Comparison) -> None:
+    """NAME.train.json lost, and a study that was begun before there was an option."""
+    lost = dataclasses.replace(runs[0], data={"name": "digits"})
+    later = [dataclasses.replace(run, training={**run.training, "gain": 1.0}) for run in runs[1:]]
+    (c,) = compare_settings([lost, *later]).values()
+    assert isinstance(c, Comparison)
+    assert (c.unpaired, c.follows, c.rows) == ({}, {}, found.rows)
+    other = dataclasses.replace(runs[0], name="ikun-gain", training={**runs[0].training, "gain": 2.0})
+    why = "ikun-adam-s0 and ikun-gain differ in gain, which is not known of all runs: choose with --where gain=2"
+    assert compare_settings([*runs, other]) == {"": why}
+
+
+def test_seeds_are_no_levels(runs: list[Run]) -> None:
+    assert compare_settings(runs, by="seed") == {"": "--by seed: runs pair by their seed: choose another condition"}
+
+
+def test_what_varies_is_named_where_the_levels_do_not(runs: list[Run]) -> None:
+    made = [
+        make_run("ikun", seed, training={"alpha": alpha}, network={"norm": norm})
+        for seed in range(2)
+        for alpha, norm in ((0.5, "bn"), (1.0, "none"))
+    ]
+    why = "a comparison needs at least two levels of init: all runs have init ikun: choose --by alpha or norm"
+    assert compare_settings(made) == {"": why}
+
+
+def test_samples_that_go_with_the_level_are_left_out() -> None:
+    """Early stopping holds samples out, so that no pair can be measured on the same ones."""
+    made = []
+    for seed in range(2):
+        for patience, held_out in ((0, 0), (4, 143)):
+            run = make_run("ikun", seed, training={"patience": patience}, data={"held_out": held_out})
+            made.append(dataclasses.replace(changed(run, data={"sha256": f"{held_out}"}), name=f"{patience}-{seed}"))
+    c = compare_runs(made, by="patience")
+    assert {r.family for r in c.rows} >= {"outcome", "speed"}
+    assert not {"lambda_max", "trace"} & {r.family for r in c.rows}
+    assert "all from the spectrum: samples differs (143, 0)" in text(c)
+    assert "held_out goes with patience (0 0, 4 143)" in text(c)
+
+
+def test_a_log_that_was_cut_is_not_known_to_never(runs: list[Run], found: Comparison) -> None:
+    """Three lines of twelve: no epochs, no loss at the end; the survival median has it censored at the third."""
+    short = dataclasses.replace(runs[0], log=runs[0].log[:3], epochs_run=12, best_epoch=None)
+    c = compare_runs([short, *runs[1:]], accuracy=0.9)
+    assert math.isnan(row(c, EPOCHS, "ikun").values["ikun-adam-s0"])
+    assert math.isnan(row(c, "train loss", "ikun").values["ikun-adam-s0"])
+    assert row(c, EPOCHS, "ikun").pairs == row(found, EPOCHS, "ikun").pairs - 1
+    assert c.lost["ikun-adam-s0"] == "the log ends at epoch 3 of 12: what came later is not known"
+    times = [value for name, value in row(found, EPOCHS, "ikun").values.items() if name != "ikun-adam-s0"]
+    left = stats.ecdf(stats.CensoredData(uncensored=times, right=[3])).sf
+    expected = next(t for t, share in zip(left.quantiles, left.probabilities, strict=True) if share <= 0.5)
+    assert row(c, EPOCHS, "ikun").median.value == expected
 
 
 def test_what_does_not_move_training_does_not_hinder_pairs() -> None:
@@ -276,12 +379,14 @@ def test_reference() -> None:
     ("options", "why"),
     [
         ({"by": "opimizer"}, "no run has a condition 'opimizer': did you mean optimizer"),
-        ({"by": "optimizer"}, "at least two levels of optimizer: all runs have adam"),
+        ({"by": "optimizer"}, "at least two levels of optimizer: all runs have optimizer adam"),
         ({"reference": "lecun"}, "--reference lecun: no run has it: init is ikun, kaiming, xavier"),
         ({"accuracy": 90}, "--accuracy 90: give a share"),
         ({"accuracy": 0.0}, "--accuracy 0: give a share"),
         ({"margin": 0.8}, "--margin 0.8: give a ratio above 1"),
         ({"margin": math.nan}, "--margin nan"),
+        ({"margin": 1e308}, "--margin 1e+308: give a ratio above 1 and at most 100"),
+        ({"by": ""}, "no run has a condition ''"),
         ({"moments": ["loss0.5"]}, "--moment loss0.5: nothing was measured there: end, loss0.02"),
     ],
 )
@@ -339,17 +444,15 @@ def test_other_flatness_settings_and_sizes_are_refused(runs: list[Run]) -> None:
     flat = {k: dataclasses.replace(f, settings={**f.settings, "draws": 64}) for k, f in r.flatness.items()}
     with pytest.raises(ResultError, match="setting draws differs, 32 for kaiming-adam-s0 but 64 for ikun-adam-s3"):
         compare_runs([*runs[:3], dataclasses.replace(r, flatness=flat), *runs[4:]])
-    with pytest.raises(ResultError, match="set of parameters differs"):
+    why = r"set of parameters differs, [\d,]+ weights for .* but [\d,]+ weights for ikun-adam-s3: measure all alike"
+    with pytest.raises(ResultError, match=why):
         compare_runs([*runs[:3], changed(r, parameters={"more": 1}), *runs[4:]])
 
 
-def test_mixed_networks_are_refused_with_the_way_out() -> None:
+def test_mixed_networks_are_compared_apart() -> None:
     made = [make_run(i, s, network={"norm": n}) for i in ("ikun", "kaiming") for s in (0, 1) for n in ("bn", "none")]
-    made = [dataclasses.replace(run, name=f"{run.name}-{run.value('norm')}") for run in made]
-    with pytest.raises(ResultError, match=r"normalization differs, bn for .*--where norm=bn"):
-        compare_runs(made)
     assert compare_runs(chosen_runs(made, ["norm=none"])).levels == {"kaiming": 2, "ikun": 2}
-    tables = comparison_markdown(made)
+    tables = settings_markdown(compare_settings(made))
     assert "## bn" in tables
     assert "## norm none" in tables
     assert tables.count("### lambda_max, at the end of training") == 2
@@ -446,7 +549,7 @@ def test_markdown_tables_are_whole(found: Comparison, runs: list[Run]) -> None:
     tables = [line for line in lines if line.startswith("|")]
     assert {line.count("|") for line in tables} == {16, 8}
     assert "### Loss under noise, at the first epoch of training loss <= 0.02" in lines
-    whole = comparison_markdown(runs)
+    whole = settings_markdown(compare_settings(runs))
     assert "\n".join(lines) in whole
     assert "Hodges and Lehmann" in whole
     assert not re.search(r"no difference", whole, re.IGNORECASE)
@@ -454,8 +557,8 @@ def test_markdown_tables_are_whole(found: Comparison, runs: list[Run]) -> None:
 
 def test_markdown_names_what_cannot_be_compared() -> None:
     made = [*make_study(("ikun", "kaiming"), (0, 1), ()), make_run("ikun", 0, training={"optimizer": "sgd"})]
-    tables = comparison_markdown(made)
-    assert "## sgd\n\nNot compared: a comparison needs at least two levels of init: all runs have ikun" in tables
+    tables = settings_markdown(compare_settings(made))
+    assert "## sgd\n\nNot compared: a comparison needs at least two levels of init: all runs have init ikun" in tables
     assert "## adam" in tables
 
 
@@ -484,3 +587,19 @@ def test_rounding_breaks_no_ties() -> None:
     assert list(_differences([(0.0, 0.0)], ratio=False)) == [0.0]
     thirds = _differences([(0.3, 0.1), (3.0, 1.0)], ratio=True)
     assert thirds[0] == thirds[1] == pytest.approx(math.log(3))
+
+
+def test_never_and_unknown_are_told_apart_in_json(found: Comparison) -> None:
+    part = settings_json({"": found})["settings"][0]
+    assert (part["setting"], part["reference"], part["margin"]) == ("", "kaiming", 1.25)
+    (loss,) = [r for r in part["rows"] if (r["measure"], r["level"]) == ("train loss", "xavier")]
+    assert loss["values"]["xavier-adam-s3"] == "inf"
+    (test,) = [r for r in part["rows"] if (r["measure"], r["level"], r["moment"]) == ("test accuracy", "xavier", "")]
+    assert test["values"]["xavier-adam-s3"] == "-inf"
+    (base,) = [r for r in part["rows"] if (r["measure"], r["level"]) == ("train loss", "kaiming")]
+    assert math.isnan(base["p"])
+
+
+def test_the_legend_says_what_becomes_of_diverged_runs(found: Comparison) -> None:
+    assert "of curvatures they have none, and drop out with their pairs" in text(found)
+    assert math.isnan(row(found, "ggn lambda_max", "xavier").values["xavier-adam-s3"])

@@ -32,6 +32,8 @@ def same(found: Run, made: Run) -> None:
             assert list(value) == sorted(expected)
             for key, result in value.items():
                 assert results.clean(dataclasses.asdict(result)) == results.clean(dataclasses.asdict(expected[key]))
+        elif field.name == "epochs_run":
+            assert value == len(made.log)
         else:
             assert value == expected, field.name
 
@@ -87,7 +89,7 @@ def test_a_result_alone_says_what_was_trained(tmp_path: Path) -> None:
     assert list(found.spectra) == ["", "loss0.02", "wide"]
     assert found.value("surrogate") == "atan:5"
     assert found.data == {"name": "digits", "sha256": "ab", "samples": 1437}
-    assert (found.best_epoch, found.failures, found.diverged) == (9, ("NaN: x",), True)
+    assert (found.best_epoch, found.epochs_run, found.failures, found.diverged) == (9, 12, ("NaN: x",), True)
     assert found.training == made.training
     (tmp_path / "kaiming-adam-s0.spectrum.json").rename(tmp_path / "other.spectrum.json")
     assert "other" in [run.name for run in gather([tmp_path], none)]
@@ -180,6 +182,20 @@ def test_a_half_written_line_ends_the_log(tmp_path: Path) -> None:
     assert "line 12" in said[0]
     log.write_text("[]\n")
     assert gather([tmp_path], said.append)[0].log == ()
+
+
+def test_a_log_with_a_gap_ends_there(tmp_path: Path) -> None:
+    """What stood in the lines that are missing is not known: nothing behind them can be the first."""
+    run = make_run()
+    write_run(run, tmp_path)
+    log = tmp_path / f"{run.name}.train.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    for kept, left in ((lines[:3], 3), (lines[:3] + lines[5:], 3), (lines[2:], 0)):
+        log.write_text("".join(kept))
+        said: list[str] = []
+        (found,) = gather([tmp_path], said.append)
+        assert (found.log, found.epochs_run) == (run.log[:left], 12)
+        assert [text.endswith("(left out with all that follow)") for text in said] == [True] * (len(kept) > left)
 
 
 def test_nothing_to_gather(tmp_path: Path) -> None:

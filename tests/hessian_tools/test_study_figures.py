@@ -21,7 +21,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from run_tools import make_run, make_study
 from scipy import stats
-from study_tools import TEN, full_study, gain_study
+from study_tools import TEN, full_run, full_study, gain_study
 
 from hessian_tools import (
     study_chart,
@@ -35,7 +35,8 @@ from hessian_tools import (
 from hessian_tools.runs import Run
 from hessian_tools.study_chart import Axis, Chart, Mark, Panel, provenance, table
 from hessian_tools.study_figures import NAMES, WIDTHS, chart_figures, charts, draw_all
-from hessian_tools.study_panels import MARKERS, Range, floors, level_looks, y_range
+from hessian_tools.study_panels import KNOWN, MARKERS, Range, floors, level_looks, y_range
+from ikun import initializers
 
 DRAWN = NAMES[:-1]
 
@@ -58,8 +59,12 @@ def ten() -> list[Run]:
 
 
 def chart(*marks: Mark, x: str = "epoch", y: str = "log", **changes: Any) -> Chart:
-    runs = tuple(make_run(name) for name in dict.fromkeys(m.level for m in marks))
-    return Chart((Panel("loss", "", Axis("x", x), Axis("y", y), marks, **changes),), "init", "A caption.", runs)
+    runs = tuple(make_run(name) for name in dict.fromkeys(m.level for m in marks) or ["ikun"])
+    return Chart((Panel("loss", "", Axis("x", x), Axis("y", y), marks, runs, **changes),), "init", "A caption.", runs)
+
+
+def caption(figure: Figure) -> str:
+    return said(figure).replace("\n", " ")
 
 
 def points(figure: Figure, label: str, panel: int = 0) -> np.ndarray:
@@ -69,15 +74,15 @@ def points(figure: Figure, label: str, panel: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize(("name", "width"), [*((name, 1) for name in DRAWN), ("start", 2), ("ranks", 2), ("gap", 2)])
 def test_every_text_can_be_read(three: list[Run], name: str, width: int) -> None:
-    figures = chart_figures(charts("init", 0.9)[name](three), width)
+    runs = gain_study() if name == "gain" else three
+    figures = chart_figures(charts("init", 0.9)[name](runs), width)
     for figure in figures[:2]:
         assert collisions(figure) == []
         assert figure.get_figwidth() == WIDTHS[width]
         assert figure.get_figheight() < 10.5
         assert min(t.get_fontsize() for ax in figure.axes for t in ax.get_xticklabels()) >= 7
-        assert "18 runs: 3 levels of init, 6 seeds; 1 diverged or failed (xavier-adam-s3)" in said(figure).replace(
-            "\n", " "
-        )
+        count = "18 runs: 3 levels of init, 6 seeds; 1 diverged or failed (xavier-adam-s3)"
+        assert (count if runs is three else "60 runs: 2 levels of init, 3 seeds.") in caption(figure)
 
 
 @pytest.mark.parametrize(("name", "width"), [("epochs", 1), ("ranks", 2), ("one-image", 2)])
@@ -176,7 +181,7 @@ def test_negative_values_of_a_signed_axis_stay_negative() -> None:
     low, high = figure.axes[0].get_ylim()
     assert low < -2 < 5 < high
     assert figure.axes[0].get_yscale() == "symlog"
-    assert "Linear: y within ±0.005." in said(figure).replace("\n", " ")
+    assert "Axes linear within these bounds and logarithmic beyond: y ±0.005." in caption(figure)
 
 
 def test_ranks_from_the_small_end_stand_behind_the_others(three: list[Run]) -> None:
@@ -203,13 +208,30 @@ def test_panels_of_one_quantity_share_its_range(three: list[Run]) -> None:
 def test_levels_are_told_apart_by_more_than_colour(count: int) -> None:
     found = list(level_looks([f"name{i}" for i in range(count)]).values())
     for a, b in itertools.combinations(found, 2):
-        assert a.marker != b.marker or (a.colour, a.dashes) != (b.colour, b.dashes)
+        assert (a.marker, a.colour) != (b.marker, b.colour)
         if count <= 12:
             assert a.colour != b.colour
             assert a.marker != b.marker
     assert len(MARKERS) == 12
     numbers = [look.colour for look in level_looks(["0.5", "1", "2", "4"]).values()]
     assert [sum(c) for c in numbers] == sorted(sum(c) for c in numbers)  # from dark to light
+
+
+def test_initializers_look_alike_in_all_figures() -> None:
+    assert set(KNOWN) == set(initializers.NAMES)
+    whole = level_looks(sorted(KNOWN), "init")
+    mixed = level_looks([*sorted(KNOWN), "mine", "yours"], "init")
+    for a, b in itertools.combinations(mixed.values(), 2):
+        assert (a.marker, a.colour) != (b.marker, b.colour)
+    for some in (["ikun", "kaiming"], ["kaiming", "xavier"], ["kaiming", "mine"], sorted(KNOWN)[3:9]):
+        found = level_looks(some, "init")
+        for name in set(some) & set(KNOWN):
+            kept = dataclasses.replace(found[name], place=0)
+            assert kept == dataclasses.replace(whole[name], place=0) == dataclasses.replace(mixed[name], place=0)
+    ten = level_looks([*TEN, "mine"], "init").values()
+    assert len({look.colour for look in ten}) == len({look.marker for look in ten}) == 11
+    elsewhere = level_looks(["kaiming", "xavier"], "model").values()
+    assert list(elsewhere) == list(level_looks(["a", "b"], "model").values())  # of another condition, by place
 
 
 def test_many_settings_take_several_pages_and_all_show_the_same_range() -> None:
@@ -246,9 +268,10 @@ def test_draw_all_writes_three_files_a_figure_and_says_what_it_leaves_out(tmp_pa
     ("arguments", "message"),
     [
         ({"only": ("rank",)}, "no figure 'rank': choose of start, gain"),
-        ({"width": 3}, "width must be 1 or 2"),
-        ({"accuracy": 90.0}, "accuracy in"),
-        ({"accuracy": math.nan}, "accuracy in"),
+        ({"width": 3}, "^--width 3: choose 1 or 2 columns$"),
+        ({"accuracy": 90.0}, "^--accuracy 90: give a share of the test images, above 0 and at most 1$"),
+        ({"accuracy": 0.0}, "--accuracy 0:"),
+        ({"accuracy": math.nan}, "--accuracy nan:"),
         ({"by": "colour"}, "no run knows this condition"),
     ],
 )
@@ -276,7 +299,7 @@ def test_names_from_files_are_printed_as_they_stand() -> None:
 @pytest.mark.parametrize("values", [(), (math.nan,), (math.inf, math.nan)])
 def test_a_panel_without_a_finite_value_says_so(values: tuple[float, ...]) -> None:
     made = chart(*(Mark("ikun", "median", i, v) for i, v in enumerate(values)))
-    (figure,) = chart_figures(dataclasses.replace(made, runs=(make_run("ikun"),)))
+    (figure,) = chart_figures(made)
     assert "nothing measured" in said(figure)
 
 
@@ -301,8 +324,125 @@ def test_figures_need_no_model_and_no_global_state(three: list[Run]) -> None:
     assert pyplot.get_fignums() == shown
 
 
-def test_small_gains_have_their_ticks() -> None:
-    gains = (1 / 256, 1 / 16, 1.0, 16.0)
+@pytest.mark.parametrize(
+    ("gains", "labels"),
+    [
+        ([4.0**k for k in range(-4, 3)], ["1/256", "1/64", "1/16", "1/4", "1", "4", "16"]),
+        ([10.0**k for k in range(-4, 1)], ["1/10000", "1/1000", "1/100", "1/10", "1"]),
+        ([0.5, 1.0, 2.0], ["1/2", "1", "2"]),
+        ([1.0, 4.0], ["1", "4"]),
+        ([0.3, 1.0, 2.5], ["0.3", "1", "2.5"]),
+        ([1e-6, 1e-3, 1.0], ["$10^{-6}$", "$10^{-3}$", "$10^{0}$"]),
+    ],
+)
+@pytest.mark.parametrize("width", [1, 2])
+def test_the_ticks_of_gains_are_the_gains_all_written_alike(gains: list[float], labels: list[str], width: int) -> None:
     marks = [Mark("ikun", "run", gain, 5.0, run=f"r{gain}") for gain in gains]
-    (figure,) = chart_figures(chart(*marks, x="gain", y="epochs"))
-    assert {"1/256", "1/16", "1", "16"} <= {t.get_text() for t in figure.axes[0].get_xticklabels()}
+    (figure,) = chart_figures(chart(*marks, x="gain", y="epochs"), width)
+    ax = figure.axes[0]
+    assert sorted(ax.get_xticks()) == gains
+    assert [t.get_text() for _, t in sorted(zip(ax.get_xticks(), ax.get_xticklabels(), strict=True))] == labels
+    many = [Mark("ikun", "run", 2.0**k, 5.0, run=f"{k}") for k in range(-30, 31)]
+    (figure,) = chart_figures(chart(*many, x="gain", y="epochs"), width)
+    assert collisions(figure) == []
+    assert 0.0 in np.log2(figure.axes[0].get_xticks())
+
+
+def test_the_caption_says_on_what_was_trained_and_on_what_the_curvature_was_measured() -> None:
+    def measured(run: Run, count: int) -> Run:
+        parts = {
+            part: {k: dataclasses.replace(r, data={**r.data, "samples": count}) for k, r in getattr(run, part).items()}
+            for part in ("spectra", "flatness")
+        }
+        return dataclasses.replace(run, **parts)
+
+    runs = [measured(run, 256) for run in full_study(("ikun", "kaiming"), 2, moments=("", "epoch0004"), tags=())]
+    for name in ("start", "epochs", "ranks", "gap", "robustness", "training", "layers"):
+        for figure in chart_figures(charts("init", 0.9)[name](runs)):
+            spectral = name not in ("start", "epochs")
+            assert "digits, 1437 training images, mse;" in caption(figure)
+            assert ("curvature on 256 samples." in caption(figure)) == spectral, name
+            assert "all samples" not in caption(figure)
+    made = charts("init", 0.9)["robustness"]([dataclasses.replace(run, spectra={}) for run in runs])
+    assert "curvature on 256 samples" in caption(chart_figures(made)[0])  # of flatness
+    bare = [dataclasses.replace(run, spectra={}, flatness={}) for run in runs]
+    assert "curvature on" not in caption(chart_figures(charts("init", 0.9)["training"](bare))[0])
+
+
+def test_provenance_of_spike_trains_of_parts_and_of_what_differs() -> None:
+    spikes = [make_run(seed=s, network={"coding": "spikes"}, data={"samples": 1, "subset": 1}) for s in (0, 1)]
+    assert "digits, 1 training sample, mse;" in provenance(spikes, "init")
+    parts = [make_run(seed=s, data={"subset": 1437, "held_out": 143, "samples": 1294}) for s in (0, 1)]
+    assert "1294 training images" in provenance(parts, "init")
+    old = [dataclasses.replace(run, data={"name": "digits", "subset": 500}, network={}) for run in parts]
+    assert "digits, 500 training samples, mse;" in provenance(old, "init")
+    assert "training" not in provenance([parts[0], old[0]], "init")
+    assert provenance(parts, "init", [256, 64, 256]).endswith(
+        "; curvature on 64 to 256 samples. 2 runs: 1 level of init, 2 seeds."
+    )
+
+
+def test_a_page_is_about_the_runs_that_it_shows() -> None:
+    runs = [
+        dataclasses.replace(run, name=f"{run.name}-{rate}")
+        for optimizer, rate in (("adam", 0.01), ("sgd", 2.0))
+        for run in full_study(seeds=2, moments=("",), training={"optimizer": optimizer, "lr": rate})
+    ]
+    for name, setting in (("gap", "adam, at the end"), ("training", "adam")):
+        figures = chart_figures(charts("init", 0.9)[name](runs))
+        text, last = caption(figures[0]), caption(figures[-1])
+        assert f"(1 of {len(figures)}) {setting}. " in text
+        for shown, optimizer, rate in ((text, "adam", "0.01"), (last, "sgd", "2")):
+            assert f"; {optimizer}, lr {rate}, cosine schedule" in shown
+            assert ". 6 runs: 3 levels of init, 2 seeds" in shown
+    (both,) = chart_figures(charts("init", 0.9)["ranks"](runs))
+    assert ". 12 runs: 3 levels of init, 2 seeds." in caption(both)
+    assert "adam, lr" not in caption(both)
+
+
+def test_titles_above_four_columns_take_one_line() -> None:
+    runs = [
+        dataclasses.replace(run, name=f"{run.name}-{optimizer}")
+        for optimizer in ("adam", "sgd")
+        for run in make_study(["ikun"], (0, 1), training={"optimizer": optimizer})
+    ]
+    (both,) = chart_figures(charts("init", 0.9)["ranks"](runs))
+    titles = [ax.get_title(loc="left") for ax in both.axes[:4]]
+    assert "adam, loss\u00a0≤\u00a00.02" in titles[0]
+    assert not any("\n" in title for title in titles)
+    assert collisions(both) == []
+
+
+def test_bare_numbers_in_the_legend_have_a_title(three: list[Run]) -> None:
+    runs = [
+        dataclasses.replace(make_run("ikun", s, training={"alpha": a, "batch_size": int(64 * a)}), name=f"r{a}-{s}")
+        for a in (0.5, 1.0)
+        for s in (0, 1)
+    ]
+    for by, title, width in (("alpha", "alpha", 1), ("batch_size", "batch size", 2)):
+        (figure,) = chart_figures(charts(by, 0.9)["epochs"](runs), width)
+        assert figure.legends[0].get_title().get_text() == title
+        assert collisions(figure) == []
+    (figure,) = chart_figures(charts("init", 0.9)["start"](three))
+    assert figure.legends[0].get_title().get_text() == ""
+
+
+def test_a_run_that_diverged_is_marked_as_the_legend_says() -> None:
+    runs = full_study(("ikun", "kaiming"), 3, moments=("",))[:-1]
+    lost = dataclasses.replace(full_run("kaiming", 5, moments=("",)), failures=("failed: spectrum: x",))
+    made = charts("init", 0.9)["ranks"]([*runs, lost])
+    (figure,) = chart_figures(made)
+    handles = {
+        t.get_text(): h for t, h in zip(figure.legends[0].get_texts(), figure.legends[0].legend_handles, strict=True)
+    }
+    sign = handles["diverged run"]
+    drawn = [line for line in figure.axes[0].lines if line.get_label() == "run kaiming"]
+    assert {line.get_marker() for line in drawn} == {
+        sign.get_marker(),
+        level_looks(["ikun", "kaiming"], "init")["kaiming"].marker,
+    }
+    (cross,) = [line for line in drawn if line.get_marker() == sign.get_marker()]
+    marks = [m for m in made.panels[0].marks if m.note == "diverged"]
+    assert sorted(np.asarray(cross.get_ydata(), float)) == sorted(m.value for m in marks)
+    assert "×: of a run that diverged and is in no median" in caption(figure)
+    assert "hollow" not in caption(figure)

@@ -15,6 +15,7 @@ from run_tools import make_run, make_study
 from hessian_tools.runs import Run
 from hessian_tools.study_groups import (
     at_moment,
+    cut,
     epoch_at,
     epochs_to,
     horizon,
@@ -22,6 +23,7 @@ from hessian_tools.study_groups import (
     moment_of,
     moments,
     named,
+    over,
     quartiles,
     settings,
     survival,
@@ -170,3 +172,20 @@ def test_epochs_to_an_accuracy() -> None:
     unmeasured = dataclasses.replace(there, finished=False, failures=("failed: spectrum: out of memory",))
     assert horizon(unmeasured) == 4
     assert horizon(dataclasses.replace(run, training={}, log=lines(0.1, 0.2))) == 2
+
+
+def test_a_log_that_was_cut_is_censored_at_its_end() -> None:
+    """Whatever else says that the training ended: the accuracy may have come in a line that is missing."""
+    run = dataclasses.replace(make_run(training={"epochs": 10}), log=lines(0.5, 0.6, 0.7), epochs_run=10)
+    for part in (run, dataclasses.replace(run, finished=False, failures=("NaN: the loss is not finite",))):
+        assert cut(part)
+        assert not over(part)
+        assert epochs_to(part, 0.9) == (3, False)
+        assert epochs_to(part, 0.6) == (2, True)
+    assert epoch_at(dataclasses.replace(run, best_epoch=None), "") is None
+    stopped = dataclasses.replace(run, epochs_run=3)
+    assert not cut(stopped)
+    assert over(stopped)
+    assert epochs_to(stopped, 0.9) == (10, False)
+    gone = dataclasses.replace(run, log=())
+    assert (cut(gone), horizon(gone)) == (True, 0)

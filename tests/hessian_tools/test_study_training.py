@@ -12,6 +12,8 @@ import pytest
 from run_tools import make_run, make_study
 from study_tools import full_study, gain_study
 
+from hessian_tools.comparison import compare_runs
+from hessian_tools.comparison_measures import SPEED
 from hessian_tools.runs import Run
 from hessian_tools.study_chart import Mark, NotEnoughError, Panel
 from hessian_tools.study_training import epochs_chart, gain_chart, start_chart, training_chart
@@ -81,7 +83,7 @@ def test_gain_shows_every_run_and_those_that_never_get_there() -> None:
         never = {m.x for m in dots if m.note == "never"}
         assert never == {m.x for m in dots if math.isinf(m.value)} >= {1 / 16, 16.0}
         at_one = [m.value for m in dots if m.x == 1]
-        assert next(m.value for m in line if m.x == 1) == np.median(at_one)
+        assert next(m.value for m in line if m.x == 1) == np.median(at_one)  # of three
         assert not {m.x for m in line} & {1 / 16, 16.0}
         (one,) = marks(p, "median", "kaiming")  # runs from before there was a gain
         assert one.x == 1
@@ -90,6 +92,58 @@ def test_gain_shows_every_run_and_those_that_never_get_there() -> None:
     assert len(marks(gain_chart(sweep, "init", 0.9).panels[0], "median", "ikun")) > 3  # one seed is a line too
     with pytest.raises(NotEnoughError, match="vary gain"):
         gain_chart(make_study(["ikun"]), "init", 0.9)
+
+
+def test_medians_of_epochs_are_those_of_the_comparison() -> None:
+    runs = [
+        dataclasses.replace(logged(a, [0.1] * len(a), **changes), name=f"r{gain}-{i}-{init}")
+        for init in ("kaiming", "ikun")
+        for gain in (0.5, 1.0)
+        for i, (a, changes) in enumerate(
+            [([0.5, 0.95], {}), ([0.5, 0.5, 0.95], {}), ([0.95], {}), ([0.5, 0.5, 0.5, 0.95], {})]
+            + ([([0.5, 0.6, 0.7], {"finished": False})] * 2 if gain == 1 else [])
+        )
+    ]
+    runs = [
+        dataclasses.replace(
+            run,
+            training={
+                **run.training,
+                "gain": float(run.name[1:].split("-")[0]),
+                "init": run.name.split("-")[2],
+                "seed": int(run.name.split("-")[1]),
+            },
+        )
+        for run in runs
+    ]
+    shown = {m.x: m.value for m in marks(gain_chart(runs, "init", 0.9).panels[0], "median", "kaiming")}
+    assert shown == {0.5: 2, 1: 3}  # the first epoch at which half are there: not 2.5; two of six are under way
+    for gain in (0.5, 1.0):
+        some = [run for run in runs if run.value("gain") == gain]
+        rows = compare_runs(some, "init", accuracy=0.9).rows
+        (row,) = [r for r in rows if r.family == SPEED and r.level == "kaiming"]
+        assert row.median.value == shown[gain]
+    without = dataclasses.replace(runs[0], name="without", log=())
+    assert gain_chart([*runs, without], "init", 0.9).panels == gain_chart(runs, "init", 0.9).panels
+
+
+def test_what_was_varied_instead_of_the_gain_is_named() -> None:
+    old = [dataclasses.replace(make_run("ikun", 0, training={"alpha": a}), name=f"{a}") for a in (0.5, 1.0)]
+    with pytest.raises(NotEnoughError, match=r"vary gain \(alpha is varied here: --only epochs --by alpha\)$"):
+        gain_chart(old, "init", 0.9)
+    with pytest.raises(NotEnoughError, match=r"vary gain$"):
+        gain_chart(old[:1], "init", 0.9)
+
+
+def test_captions_speak_of_lines_and_bands_only_where_there_are_some() -> None:
+    runs = gain_study(seeds=2)
+    assert "lines: medians (Kaplan–Meier)" in gain_chart(runs, "init", 0.9).caption
+    wide = [run for run in runs if (run.value("init"), run.value("gain")) in (("ikun", 4.0), ("kaiming", None))]
+    apart = gain_chart(wide, "init", 0.9)
+    assert "larger marks: medians (Kaplan–Meier)" in apart.caption
+    assert "lines" not in apart.caption.lower()
+    assert "Lines and bands: median and quartiles over seeds" in epochs_chart(make_study(), "init", 0.9).caption
+    assert "Lines: medians over seeds" in epochs_chart(make_study(seeds=(0,)), "init", 0.9).caption
 
 
 def test_arrivals_step_up_and_censored_runs_are_ticked() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from command_tools import FAST, SHIPPED, Capture, fails
-from run_tools import make_study, write_study
+from run_tools import make_run, make_study, write_study
 
 import cli
 
@@ -70,8 +71,14 @@ def test_runs_of_several_seeds(study: Path, tmp_path: Path, capsys: Capture) -> 
 def test_options_reach_the_comparison(study: Path, tmp_path: Path, capsys: Capture) -> None:
     options = ["--reference", "xavier", "--accuracy", "0.8", "--margin", "2", "--moment", "end", "--where", "seed=2"]
     assert cli.run(["compare", str(study), *options, "--json", "--out", str(tmp_path)]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["reference"], found["accuracy"], found["margin"], found["moments"]) == ("xavier", 0.8, 2.0, [""])
+    (found,) = json.loads(capsys.readouterr().out)["settings"]
+    assert (found["setting"], found["reference"], found["accuracy"], found["margin"], found["moments"]) == (
+        "",
+        "xavier",
+        0.8,
+        2.0,
+        [""],
+    )
     assert found["levels"] == {"xavier": 1, "ikun": 1, "kaiming": 1}
     assert "epochs to 80% test accuracy" in {row["measure"] for row in found["rows"]}
     assert found["rows"][0]["p"] is None
@@ -91,7 +98,10 @@ def test_damaged_files_of_a_folder_are_named_and_left_out(tmp_path: Path, capsys
     ("options", "why"),
     [
         (["--by", "colour"], "no run has a condition 'colour': choose one of"),
-        (["--by", "norm"], "at least two levels of norm: all runs have bn"),
+        (["--by", "norm"], "at least two levels of norm: all runs have norm bn"),
+        (["--by", "seed"], "--by seed: runs pair by their seed: choose another condition"),
+        (["--by", ""], "no run has a condition ''"),
+        (["--tag", "a/b"], "--tag a/b: give a part of a file's name, without a folder (--out)"),
         (["--reference", "he"], "--reference he: no run has it"),
         (["--accuracy", "90"], "--accuracy 90: give a share"),
         (["--margin", "1"], "--margin 1: give a ratio above 1"),
@@ -101,3 +111,56 @@ def test_damaged_files_of_a_folder_are_named_and_left_out(tmp_path: Path, capsys
 )
 def test_mistakes_about_runs(study: Path, capsys: Capture, options: list[str], why: str) -> None:
     fails(capsys, 2, why, "compare", str(study), *options)
+
+
+def test_settings_apart(tmp_path: Path, capsys: Capture) -> None:
+    """The words of train, a block on the screen and a part of the files for every setting."""
+    for norm in ("bn", "none"):
+        for size in (32, 64):
+            made = make_study(
+                ("ikun", "kaiming"), (0, 1), (), training={"batch_size": size}, network={"norm": norm}, moments=("",)
+            )
+            write_study(tmp_path / norm / str(size), made)
+    options = ["--by", "batch-size", "--where", "data=digits", "--where", "init=ikun"]
+    assert cli.run(["compare", str(tmp_path), *options, "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("setting")] == ["setting     bn", "setting     norm none"]
+    assert lines.count("compared    batch_size: 64 against 32 (--reference)") == 2
+    assert max(map(len, lines[:-1])) <= 80
+    with (tmp_path / "compare.csv").open() as file:
+        assert {(row["setting"], row["batch_size"]) for row in csv.DictReader(file)} == {
+            (setting, size) for setting in ("bn", "norm none") for size in ("32", "64")
+        }
+    assert (tmp_path / "compare.md").read_text().count("## ") >= 2
+    assert cli.run(["compare", str(tmp_path), *options, "--json", "--out", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)["settings"]
+    assert [part["setting"] for part in found] == ["bn", "norm none"]
+
+
+def test_settings_none_of_which_can_be_compared(tmp_path: Path, capsys: Capture) -> None:
+    for init, optimizer in (("ikun", "adam"), ("kaiming", "sgd")):
+        write_study(tmp_path, make_study((init,), (0, 1), (), training={"optimizer": optimizer}, moments=()))
+    fails(capsys, 2, "all runs have lr 0.01: choose --by init or optimizer", "compare", str(tmp_path), "--by", "lr")
+    write_study(tmp_path, make_study(("ikun",), (0, 1), (), training={"optimizer": "sgd"}, moments=()))
+    fails(capsys, 2, "sgd: --reference he: no run has it", "compare", str(tmp_path), "--reference", "he")
+    assert not list(tmp_path.glob("compare*"))
+
+
+def test_a_study_says_what_it_compares(tmp_path: Path, capsys: Capture) -> None:
+    """study.json in the folder or above it gives --by and --accuracy, unless asked for or damaged."""
+    made = [make_run("ikun", s, training={"alpha": a}, moments=("",)) for s in (0, 1) for a in (0.5, 1.0)]
+    made = [dataclasses.replace(run, name=f"a{i}") for i, run in enumerate(made)]
+    write_study(tmp_path, made)
+    record = tmp_path / "study.json"
+    out = ["--out", str(tmp_path / "out")]
+    record.write_text(json.dumps({"schema": "ikun-hessian/study/1", "by": "alpha", "accuracy": 0.8, "runs": {}}))
+    for folder in (tmp_path, tmp_path / "runs"):
+        assert cli.run(["compare", str(folder), *out]) == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith("compared    alpha: 1 against 0.5 (--reference)")
+        assert "epochs to 80% test accuracy" in shown
+    assert cli.run(["compare", str(tmp_path), "--accuracy", "0.7", *out]) == 0
+    assert "epochs to 70% test accuracy" in capsys.readouterr().out
+    fails(capsys, 2, "all runs have init ikun: choose --by alpha", "compare", str(tmp_path), "--by", "init")
+    record.write_text("{")
+    fails(capsys, 2, "all runs have init ikun: choose --by alpha", "compare", str(tmp_path))

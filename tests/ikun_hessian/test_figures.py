@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,13 @@ def test_figures_of_a_study(study: Path, tmp_path: Path, capsys: Capture) -> Non
     assert "ikun-adam-s1" not in (out / "ranks.csv").read_text()
     assert "ikun-adam-s2" in (out / "ranks.csv").read_text()
     left = [line for line in shown.err.splitlines() if line.startswith("! no figure ")]
-    assert [line.split(":")[0].split()[-1] for line in left] == ["one-image", "layers", "samples", "calibration"]
+    assert [line.split(":")[0].split()[-1] for line in left] == [
+        "gain",
+        "one-image",
+        "layers",
+        "samples",
+        "calibration",
+    ]
 
 
 def test_only_some_figures_of_some_runs(study: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -61,6 +69,31 @@ def test_only_some_figures_of_some_runs(study: Path, tmp_path: Path, capsys: Cap
     assert "xavier" not in table
 
 
+def test_a_study_says_what_its_figures_compare(tmp_path: Path, capsys: Capture) -> None:
+    runs = [
+        dataclasses.replace(run, name=f"{run.name}-{rate}")
+        for rate in (0.1, 0.2)
+        for run in make_study(seeds=(1,), moments=(), training={"lr": rate, "batch_size": int(640 * rate)})
+    ]
+    write_study(tmp_path / "s", runs)
+    described = {"schema": "ikun-hessian/study/1", "title": "t", "question": "", "by": "lr", "accuracy": 0.8}
+    (tmp_path / "s" / "study.json").write_text(json.dumps({**described, "runs": {}, "analyses": {}}))
+
+    def drawn(*options: str) -> str:
+        out = tmp_path / "o"
+        assert cli.run(["figures", str(tmp_path / "s"), "--only", "epochs", "--out", str(out), *options]) == 0
+        capsys.readouterr()
+        return (out / "epochs.csv").read_text()
+
+    usual = drawn()
+    assert usual.startswith("page,panel,column,lr,mark")
+    assert "share at 80%" in usual
+    asked = drawn("--by", "batch-size", "--accuracy", "0.7", "--where", "batch-size=64", "--where", "data=digits")
+    assert asked.startswith("page,panel,column,batch_size,mark")
+    assert "share at 70%" in asked
+    assert {row.split(",")[3] for row in asked.splitlines()[1:]} == {"64"}
+
+
 def test_mistakes_are_one_line(study: Path, tmp_path: Path, capsys: Capture) -> None:
     out = str(tmp_path / "none")
     rest = [str(study / "runs" / "kaiming-adam-s1.train.json"), "--out", out]
@@ -68,7 +101,7 @@ def test_mistakes_are_one_line(study: Path, tmp_path: Path, capsys: Capture) -> 
     fails(capsys, 2, "no figure 'rank': choose of start", "figures", *rest, "--only", "rank")
     fails(capsys, 2, "--by inti", "figures", *rest, "--by", "inti")
     fails(capsys, 2, "--where init", "figures", *rest, "--where", "init=none")
-    fails(capsys, 2, "accuracy in (0, 1]", "figures", *rest, "--accuracy", "90")
+    fails(capsys, 2, "--accuracy 90: give a share of the test images", "figures", *rest, "--accuracy", "90")
     fails(capsys, 2, "no *.spectrum.json", "figures", str(tmp_path), "--out", out)
     (tmp_path / "a.calibration.json").write_text("{}")
     fails(capsys, 2, "a.calibration.json", "figures", str(tmp_path / "a.calibration.json"), "--out", out)

@@ -120,6 +120,12 @@ def test_changes_from_the_command_line(tmp_path: Path, change: str, key: str, va
     assert [options[key] for options in found.values()] == [value] * len(found)
 
 
+def test_an_analysis_is_left_out(tmp_path: Path) -> None:
+    for name in ("spectrum", "flatness"):
+        found = preset.read(written(tmp_path), changes=[f"{name}=false"])
+        assert {analysis.command for analysis in found.analyses} == {"spectrum", "flatness"} - {name}
+
+
 def test_changes_of_lists_and_of_analyses(tmp_path: Path) -> None:
     changes = ["init=lecun, ikun", "spectrum.top=7", "spectrum.published.samples=2", "spectrum.at=final", "seeds=3"]
     found = preset.read(written(tmp_path), changes=[*changes, "accuracy=0.5"])
@@ -148,7 +154,12 @@ def test_changes_of_lists_and_of_analyses(tmp_path: Path) -> None:
         ("[when.optimizer.sgd]\nlr", "[when.optimizer.sgd]\ninit", "sets 'init', which is varied itself"),
         ('["adam", "sgd"]', '"adam"', "[vary] optimizer must be a list"),
         ('["adam", "sgd"]', "[]", "[vary] optimizer must be a list"),
-        ("[vary]", "[vary]\nseed = [1]", "give seeds = N"),
+        ("[vary]", "[vary]\nseed = [1]", "[vary] seed: give seeds = N"),
+        ("[train]", "[train]\nseed = 3", "[train] seed: give seeds = N at the top, or --seeds N"),
+        ("[when.optimizer.sgd]", "[when.optimizer.sgd]\nseed = 3", "[when.optimizer.sgd] seed: give seeds = N"),
+        ('["adam", "sgd"]', '["adam", "sgd", "adam"]', "[vary] optimizer has 'adam' twice"),
+        ('["adam", "sgd"]', "[1, 2.5, 1.0]", "[vary] optimizer has '1' twice"),
+        ('by = "init"', 'by = "seed"', "by = 'seed' is not varied: choose one of init, optimizer"),
         ("[train]", '[train]\ninit = "ikun"', "'init' is in [train] and in [vary]"),
         ('at = ["final", "loss"]', 'at = ["final", "lost"]', "no moment 'lost': did you mean 'loss'?"),
         ('at = ["final", "loss"]', 'at = "final"', "at must be a list"),
@@ -174,6 +185,10 @@ def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) ->
         ("lr", "give KEY=VALUE"),
         ("quick.seeds=1", "no such place"),
         ("spectrum.one.top=1", "has no [spectrum] with tag 'one'"),
+        ("robustness.draws=2", "has no [robustness]"),
+        ("flatness=true", "give flatness=false to leave it out, or flatness.KEY=VALUE"),
+        ("seed=7", "give seeds = N at the top, or --seeds N"),
+        ("lrr.x=1", "no such place"),
     ],
 )
 def test_changes_that_cannot_be_made(tmp_path: Path, change: str, message: str) -> None:
@@ -194,6 +209,8 @@ def test_changes_that_cannot_be_made(tmp_path: Path, change: str, message: str) 
         ("spectrum", {"tops": 3}, "[spectrum] has no option 'tops': did you mean 'top'?"),
         ("spectrum", {"split": "tset"}, "[spectrum] split: 'tset' is not one of"),
         ("flatness", {"calibrate": True}, "[flatness] has no option 'calibrate'"),
+        ("spectrum", {"loss": "ce"}, "[spectrum] has no option 'loss'"),  # of networks of the user's own alone
+        ("train", {"init": "foo"}, "[train] init: no 'foo': choose one of delta_orthogonal, firing,"),
     ],
 )
 def test_options_that_the_commands_do_not_have(table: str, options: dict[str, Any], message: str) -> None:
@@ -225,6 +242,8 @@ def test_two_runs_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_presets() -> None:
+    with pytest.raises(PresetError, match="no preset 'nosuch': choose one of datasets, depth, "):
+        preset.find("nosuch")
     with pytest.raises(PresetError, match="no preset 'papr': did you mean 'paper'"):
         preset.find("papr")
     with pytest.raises(PresetError, match="cannot be read"):

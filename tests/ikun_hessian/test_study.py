@@ -190,11 +190,49 @@ def test_killed_with_its_workers_and_gone_on_with(studied: Path, preset: Path, t
     same(tmp_path / "s", studied)
 
 
+def test_killed_in_the_middle_of_a_figure(studied: Path, preset: Path, tmp_path: Path) -> None:
+    """The next call draws all of them again and leaves nothing half-written."""
+    folder = tmp_path / "s"
+    shutil.copytree(studied, folder)
+    shutil.rmtree(folder / "figures")
+    study = ["study", str(preset), "--out", str(folder), "--jobs", "1"]
+    kill = (
+        "import os, signal, sys, cli; from matplotlib.figure import Figure\n"
+        "def save(self, file, **options):\n"
+        "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Figure.savefig = save; cli.run(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", kill, *study], cwd=ROOT, env=ONE_THREAD, stdout=DEVNULL, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [path.name[:12] for path in (folder / "figures").glob(".*.part")] == [".epochs.png."]
+    assert cli.run(study) == 0
+    assert files(folder) == files(studied)
+    for path in (folder / "figures").iterdir():
+        assert path.read_bytes() == (studied / "figures" / path.name).read_bytes()
+
+
 def test_other_settings_are_refused_in_a_folder_that_has_some(studied: Path, preset: Path, capsys: Capture) -> None:
     study = ["study", str(preset), "--out", str(studied), "--jobs", "1"]
     before = measured(studied)
     fails(capsys, 2, "run kaiming-s0 had another lr (0.02, now 0.5)", *study, "--set", "lr=0.5")
     fails(capsys, 2, "analysis spectrum final had another top (1, now 2)", *study, "--set", "spectrum.top=2")
+    assert measured(studied) == before
+    for change, key in (("lr=0.5", "lr"), ("spectrum.top=2", "top")):  # and --dry-run says what the command would do
+        said = [*study, "--dry-run", "--set", change]
+        assert cli.run(said) == 2
+        captured = capsys.readouterr()
+        assert f"had another {key} " in captured.err
+        assert "runs        4, 0 done" in captured.out
+        assert captured.out.splitlines()[-4:] == [f"other settings: --force  {name}" for name in RUNS]
+        assert cli.run([*said, "--force"]) == 0
+        assert capsys.readouterr().out.splitlines()[-4:] == [f"again       {name}" for name in RUNS]
+    assert cli.run([*study, "--dry-run", "--seeds", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "runs        6, 4 done" in out
+    assert "done        kaiming-s0\n" in out
+    fails(
+        capsys, 2, "analysis spectrum final had another top", *study, "--set", "init=lecun", "--set", "spectrum.top=2"
+    )
     assert measured(studied) == before
     # more seeds and other analyses are no other settings
     old = json.loads((studied / "study.json").read_text())
@@ -375,9 +413,16 @@ def test_data_that_cannot_be_had_are_left_out_and_named(preset: Path, tmp_path: 
         (["TINY", "--quick"], "has no [quick]"),
         (["TINY", "--set", "init=kaimng"], "init: no 'kaimng': did you mean 'kaiming'?"),
         (["TINY", "--set", "loss=msee"], "loss: no 'msee': did you mean 'mse'?"),
-        (["TINY", "--set", "lr=-1"], "run kaiming-s0: lr and alpha must be positive"),
+        (["TINY", "--set", "lr=-1"], "run kaiming-s0: lr, alpha and gain must be positive"),
         (["TINY", "--set", "spectrum.samples=65"], "[spectrum] samples 65: digits train has 64 here"),
         (["TINY", "--set", "robustness.samples=361"], "[robustness] samples 361: digits test has 360 here"),
+        (["TINY", "--set", "spectrum.at=snapshots"], "[spectrum] at: no run has snapshots: give [train] snapshots = N"),
+        (["TINY", "--set", "save-at-loss=[]"], "[spectrum] at: no run has a save-at-loss: give [train] save-at-loss"),
+        (["TINY", "--set", "epochs=0"], "run kaiming-s0: epochs must be at least 1 in a study, not 0"),
+        (["TINY", "--set", "spectrum.top=593"], "run kaiming-s0: [spectrum] 593 eigenvalues of 592 parameters"),
+        (["TINY", "--set", "spectrum.params=fc3*"], "[spectrum] params: none matches 'fc3*': choose of fc1.weight, "),
+        (["TINY", "--set", "spectrum.surrogate=atn:2"], "run kaiming-s0: [spectrum] unknown surrogate 'atn'"),
+        (["TINY", "--set", "spectrum.samples-curve=1,33"], "[spectrum] samples-curve goes to 33, samples to 32"),
         (["TINY", "--set", "hidden=a,b"], "is no list of sizes"),
         (["TINY", "--set", "figures=epoch"], "figures: no 'epoch': did you mean 'epochs'?"),
         (["TINY", "--set", "spectrum.operator=hesian"], "[spectrum] unknown operator hesian"),
@@ -395,6 +440,28 @@ def test_mistakes(preset: Path, tmp_path: Path, capsys: Capture, arguments: list
     place = [] if "--out" in given else ["--out", str(tmp_path / "s")]
     fails(capsys, 2, message, "study", *given, *place)
     assert not (tmp_path / "s").exists()
+
+
+def test_a_memory_that_does_not_suffice_is_said_before_training(preset: Path, tmp_path: Path, capsys: Capture) -> None:
+    study = ["study", str(preset), "--out", str(tmp_path / "s"), "--dry-run", "--memory"]
+    fails(capsys, 2, "run kaiming-s0: [spectrum] 1 eigenpairs and 0 steps of density for 592 para", *study, "1e-6")
+    assert cli.run([*study, "0.1"]) == 0
+
+
+def test_more_levels_than_can_be_told_apart(preset: Path, tmp_path: Path, capsys: Capture) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text(preset.read_text().replace("[vary]", "[vary]\ndropout = [0.1, 0.2]"))
+    study = ["study", str(own), "--out", str(tmp_path / "s"), "--set", "by=dropout", "--dry-run", "--set"]
+    assert cli.run([*study, f"dropout={[i / 32 for i in range(16)]}"]) == 0
+    fails(capsys, 2, "by = 'dropout' has 17 levels: at most 16", *study, f"dropout={[i / 32 for i in range(17)]}")
+
+
+def test_one_level_is_said(preset: Path, tmp_path: Path, capsys: Capture) -> None:
+    study = ["study", str(preset), "--out", str(tmp_path / "s"), "--dry-run"]
+    assert cli.run([*study, "--set", "init=lecun"]) == 0
+    assert "! all runs have init lecun: nothing will be compared" in capsys.readouterr().out
+    assert cli.run(study) == 0
+    assert "nothing will be compared" not in capsys.readouterr().out
 
 
 def test_a_damaged_record_is_refused(preset: Path, tmp_path: Path, capsys: Capture) -> None:
