@@ -92,6 +92,13 @@ def interval(found: Interval) -> str:
     return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
+def ratio(found: Interval) -> str:
+    """Without an interval where there are too few pairs for one, nothing where a run that never gets there decides."""
+    if not 0 < found.value < math.inf:
+        return "-"
+    return f"{found.value:.2f}" if math.isnan(found.low) else interval(found)
+
+
 def minima(folder: Path) -> None:
     for study, optimizer, found in by_optimizer(folder):
         for level in ("", *sorted({level for run in found for level in run.told["saved_at_loss"]})):
@@ -128,7 +135,7 @@ def ratios(folder: Path) -> None:
                     (epochs,) = (row for (name, _), row in at.items() if name.startswith("epochs"))
                     losses = [m for name, m in at if name == "ggn lambda_max" and m.startswith("loss")]
                     curved = [at[f"ggn lambda_max{s}", m] for m in losses for s in ("", " scaled")]
-                    cells = [interval(row.shift) + "*" * (row.holm <= 0.05) for row in (epochs, *curved)]
+                    cells = [ratio(row.shift) + "*" * (row.holm <= 0.05) for row in (epochs, *curved)]
                     print(f"| `{init}` / {reference} | {' | '.join(cells)} |")
 
 
@@ -220,9 +227,11 @@ def drift(folder: Path) -> None:
 def failures(folder: Path) -> None:
     """The archived runs are older than the signature of too large weights, which their start shows all the same.
 
-    Presets share runs: "all, once" counts those with the same losses and accuracies once.
+    Presets share runs: "all, once" counts those with the same losses and accuracies once. Without the part of
+    Fashion-MNIST, where 80% is what good runs reach.
     """
-    studies = {path.name: runs(folder, path.name) for path in sorted(folder.iterdir()) if (path / "runs").is_dir()}
+    names = [path.name for path in sorted(folder.iterdir()) if (path / "runs").is_dir()]
+    studies = {name: runs(folder, name) for name in names if name != "paper-fashion"}
     every = [run for found in studies.values() for run in found]
     once = {tuple((line["loss"], line["test_accuracy"]) for line in run.log): run for run in every}
     for study, found in (*studies.items(), ("all, once", list(once.values()))):

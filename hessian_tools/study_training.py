@@ -93,7 +93,7 @@ def gain_chart(runs: Sequence[Run], by: str, accuracy: float) -> Chart:
             x = Axis("weight variance over the initializer’s", "gain")
             panels.append(Panel(y.label, column, x, y, tuple(marks), tuple(members)))
     if not panels:
-        varied = len({run.value("alpha") for run in runs}) > 1
+        varied = len({run.value("alpha") for run in runs}) > len({run.value("init") for run in runs})
         hint = " (alpha is varied here: --only epochs --by alpha)" if varied else ""
         raise NotEnoughError(f"the weights' variance over the initializer's takes one value: vary gain{hint}")
     caption = f"Epochs to {accuracy:.0%} test accuracy against the variance of the initial weights over that which the "

@@ -30,7 +30,7 @@ def test_train_leaves_a_checkpoint_its_log_and_snapshots(trained: Path) -> None:
         (["--surrogate", "stairs"], "unknown surrogate 'stairs'"),
         (["--data", "mnist"], "unknown data set 'mnist'"),
         (["--model", "vgg"], "model must be one of csnn, mlp"),
-        (["--lr", "-1"], "lr and alpha must be positive"),
+        (["--lr", "-1"], "lr, alpha and gain must be positive"),
         (["--tau", "1"], "tau must exceed 1"),
         (["--subset", "99999"], "a subset of 99999"),
         (["--hidden", "a,b"], "--hidden 'a,b'"),
