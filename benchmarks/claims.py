@@ -118,6 +118,9 @@ def minima(folder: Path) -> None:
                 epochs = [run.told["saved_at_loss"][level] for run, _ in there]
                 loss = spread([run.log[epoch - 1]["loss"] for (run, _), epoch in zip(there, epochs, strict=True)])
                 print(f"claim 4: {head}: {len(there)} of {len(found)} runs, loss {loss}, epoch {spread(epochs)}")
+                lines = [run.log[epoch - 1] for (run, _), epoch in zip(there, epochs, strict=True)]
+                gap = np.std([line["accuracy"] - line["test_accuracy"] for line in lines])
+                print(f"claim 5: {head}: standard deviation of the accuracy gap over runs {gap:.3f}")
 
 
 def ratios(folder: Path) -> None:
@@ -199,7 +202,7 @@ def variances(folder: Path) -> None:
 def drift(folder: Path) -> None:
     """Of E[f'^2]: as factors, up or down alike."""
     points: list[tuple[float, float, tuple[str, str]]] = []  # of every run: mean drift, accuracy at the end, group
-    last, hidden = defaultdict(list), defaultdict(list)  # of the runs that learn
+    last, hidden, falls = defaultdict(list), defaultdict(list), defaultdict(list)  # of the runs that learn
     for run in runs(folder, "stationarity"):
         model, names = run.setting("model"), run.start("name")
         logged = ([run.log[i]["layers"][name]["derivative_square"] for name in names] for i in (0, -1))
@@ -210,8 +213,10 @@ def drift(folder: Path) -> None:
             last[model].append(math.exp((first - end)[-1]))
             hidden[model, "the first epoch"].extend(np.exp(np.abs(end - first)[:-1]).tolist())
             hidden[model, "initialization"].extend(np.exp(np.abs(end - start)[:-1]).tolist())
+            falls[model].extend((end < first)[:-1].tolist())
     for model, of in sorted(last.items()):
-        print(f"claim 8: {model}, {len(of)} runs that learn: last layer / {statistics.median(of):.1f} since epoch 1")
+        falling = f"{sum(falls[model])} of {len(falls[model])} hidden layers fall since epoch 1"
+        print(f"claim 8: {model}, {len(of)} runs that learn: {falling}, the last layer by {statistics.median(of):.1f}")
     for (model, since), of in sorted(hidden.items()):
         print(f"claim 8: {model}: hidden layers since {since}, 50%, 90%: {np.quantile(of, [0.5, 0.9]).round(2)}")
     for name in ("all", *sorted({model for *_, (model, _) in points})) if points else ():
@@ -248,6 +253,9 @@ def failures(folder: Path) -> None:
 
 
 def costs(folder: Path) -> None:
+    every = [run for path in folder.iterdir() for run in runs(folder, path.name) if run.setting("init") == "ikun"]
+    most = max(run.told["start"]["forward_passes"] for run in every)
+    print(f"claim 10: ikun takes at most {most} forward passes in any study")
     for init, of in grouped(runs(folder, "initializers"), lambda run: run.setting("init")):
         starts = [(r.told["start"]["forward_passes"], r.told["start"]["seconds"], r.told["seconds"]) for r in of]
         passes, begin, whole = np.median(starts, 0)
@@ -287,7 +295,11 @@ def evolution(folder: Path) -> None:
         series = [[run.result(f"{epoch}.spectrum") for epoch in epochs] for run in of]
         top = np.array([[outermost(spectrum, "ggn")[0]["value"] for spectrum in one] for one in series])
         trace = np.array([[spectrum["spectra"]["ggn"]["trace"]["estimate"] for spectrum in one] for one in series])
+        share = spread([run.log[int(epochs[0][5:]) - 1]["loss"] / run.log[0]["loss"] for run in of])
+        print(f"evolution: {init}: training loss, {epochs[0]} over epoch 1: {share}")
         for name, values in (("lambda_max", top), ("trace", trace)):
+            somewhere = (np.diff(values, axis=1) > 0).any(1).sum()
+            print(f"evolution: {init}: ggn {name} rises between some snapshots in {somewhere} of {len(of)} runs")
             for a, b in ((0, len(epochs) - 1), *((i, i + 1) for i in range(len(epochs) - 1))):
                 ratios = values[:, a] / values[:, b]
                 rises = f"rises in {(ratios < 1).sum()} of {len(of)} runs"

@@ -22,6 +22,23 @@ def test_train_leaves_a_checkpoint_its_log_and_snapshots(trained: Path) -> None:
     assert not list(trained.glob("*.resume"))
 
 
+def test_a_start_beyond_the_surrogates_reach_is_said_by_train_and_info(tmp_path: Path, capsys: Capture) -> None:
+    path = str(tmp_path / "a.pt")
+    short = ["--model", "mlp", "--hidden", "16", "--norm", "none", "--subset", "64", "--epochs", "1", "--out", path]
+    assert cli.run(["train", *short, "--init", "ikun", "--gain", "300"]) == 0
+    said, told = "! overdriven layer: spike1 (fc1) starts with current variance ", capsys.readouterr()
+    assert [line.endswith("threshold^2; lower --alpha") for line in told.err.splitlines() if said in line] == [True]
+    assert said in told.out
+    assert cli.run(["info", path]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "ikun initializer (alpha 1, gain 300), " in lines[3]
+    assert any(line.startswith(said) for line in lines)
+    assert cli.run(["spectrum", path, "--top", "1", "--no-density"]) == 0
+    assert "ikun initializer (alpha 1, gain 300)," in capsys.readouterr().out
+    assert cli.run(["train", *short, "--init", "kaiming", "--force"]) == 0
+    assert "overdriven" not in "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
