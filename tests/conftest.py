@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 
 import torch
+from hypothesis import settings
 
+# The same examples each time, none of them timed: a pull request fails for what it changed.
+# Other examples, and more: --hypothesis-profile=explore
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=1000)
+settings.load_profile("steady")
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 if not torch.cuda.is_available():

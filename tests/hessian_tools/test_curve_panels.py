@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from figure_tools import collisions, ends, line, on_paper, result, run, said, snapshot, words
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
@@ -55,11 +55,13 @@ def titles(figure: Figure) -> list[str]:
 # the axis of a curve
 
 
-values = st.lists(st.floats(-1e3, 1e3).map(lambda x: round(x, 3)), min_size=1, max_size=8)
+def thousandths(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.floats(low, high).map(lambda x: round(x, 3))
 
 
-@given(values, st.floats(0, 10), st.sampled_from([1e-12, 1.0, 1e12]))
-@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(thousandths(-1e3, 1e3), min_size=1, max_size=8), thousandths(0, 10), st.sampled_from([1e-12, 1.0, 1e12])
+)
 def test_axis_shows_every_value_and_scales_with_them(y: list[float], error: float, scale: float) -> None:
     v, e = np.array(y), np.full(len(y), error)
     for choose in (value_axis, linear_axis):

@@ -168,7 +168,7 @@ weighted = st.lists(st.tuples(st.integers(-20, 20), st.integers(1, 9)), min_size
 
 
 @given(weighted, weighted, st.sampled_from([1e-12, 1.0, 1e12]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_wasserstein_is_the_integral_between_the_distribution_functions(
     one: list[tuple[int, int]], other: list[tuple[int, int]], scale: float
 ) -> None:

@@ -81,7 +81,7 @@ def test_path_laplacian(max_basis: int | None) -> None:
 
 
 @given(st.integers(2, 40), st.integers(0, 10**6))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_random_matrices(n: int, seed: int) -> None:
     m = torch.randn(n, n, dtype=torch.float64, generator=seeded(seed))
     op = Dense(m + m.T)
@@ -128,7 +128,7 @@ def test_by_magnitude(values: Tensor, max_basis: int | None) -> None:
 
 
 @given(st.integers(2, 40), st.integers(0, 10**6))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_by_magnitude_on_random_matrices(n: int, seed: int) -> None:
     m = torch.randn(n, n, dtype=torch.float64, generator=seeded(seed))
     op, count = Dense(m + m.T), min(4, n)
@@ -275,14 +275,14 @@ def test_temple_bounds_by_hand() -> None:
 
 
 @given(st.integers(5, 40), st.sampled_from([1e-6, 1e-8, 1e-10]), st.integers(0, 10**6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_bounds_hold_on_random_matrices(n: int, tol: float, seed: int) -> None:
     m = torch.randn(n, n, dtype=torch.float64, generator=seeded(seed))
     check_bounds(Dense(m + m.T), torch.linalg.eigvalsh(m + m.T), tol, seed)
 
 
 @given(st.integers(10, 40), st.floats(1, 8), st.integers(0, 10**6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_bounds_hold_for_nearly_multiple_eigenvalues(n: int, digits: float, seed: int) -> None:
     delta = 10**-digits
     inner = torch.rand(n - 4, dtype=torch.float64, generator=seeded(seed))
@@ -535,7 +535,7 @@ def test_power_iteration_tells_its_progress() -> None:
 
 
 @given(st.integers(3, 30), st.integers(1, 8), st.integers(0, 10**6))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_gauss_quadrature_is_exact_to_degree_2m_minus_1(n: int, m: int, seed: int) -> None:
     values = torch.randn(n, dtype=torch.float64, generator=seeded(seed))
     op, _ = with_eigenvalues(values, seed)

@@ -244,7 +244,7 @@ matrices = st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers
 
 
 @given(matrices, st.floats(-1e6, 1e6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_algebra(shape: tuple[int, int], c: float) -> None:
     n, seed = shape
     rng = np.random.default_rng(seed)

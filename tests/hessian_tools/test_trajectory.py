@@ -108,7 +108,7 @@ def test_trace_error_adds_what_is_known(stderr: float, data: float, both: float)
 
 
 @given(lr=st.floats(0.01, 1), momentum=st.floats(0, 0.95), side=st.sampled_from([0.98, 1.02]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_heavy_ball_diverges_above_the_limit_and_not_below(lr: float, momentum: float, side: float) -> None:
     curvature = side * stability_limit({"optimizer": "sgd", "lr": lr, "momentum": momentum})
     # w' = w - lr v', v' = momentum v + curvature w: PyTorch's SGD on a quadratic, one step as a matrix

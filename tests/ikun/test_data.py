@@ -44,7 +44,7 @@ def test_digits_split_is_a_partition() -> None:
     assert sorted(train + test) == sorted(everything)
 
 
-@settings(max_examples=8, deadline=None, database=None)
+@settings(max_examples=8)
 @given(sizes=st.tuples(st.integers(1, 360), st.integers(1, 360)), seed=st.integers(0, 2**64))
 def test_subsets_are_nested_and_repeatable(sizes: tuple[int, int], seed: int) -> None:
     small, large = (load("digits", "test", subset=size, seed=seed) for size in sorted(sizes))

@@ -84,7 +84,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("pack", [as_is, zipped])
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=60)
 @given(shape=st.lists(st.integers(0, 5), min_size=1, max_size=5), seed=st.integers(0, 2**32 - 1))
 def test_idx_round_trip(pack: Callable[[bytes], bytes], shape: list[int], seed: int) -> None:
     array = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
@@ -96,7 +96,7 @@ def test_idx_round_trip(pack: Callable[[bytes], bytes], shape: list[int], seed: 
     np.testing.assert_array_equal(found, array)
 
 
-@settings(max_examples=200, deadline=None, database=None)
+@settings(max_examples=200)
 @given(content=st.one_of(st.binary(max_size=40), st.binary(max_size=40).map(lambda tail: b"\0\0\x08" + tail)))
 def test_arbitrary_bytes_are_an_idx_or_a_data_error(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -328,7 +328,7 @@ def integral(name: str, p: float, mu: float, s: float) -> float:
 
 
 @pytest.mark.parametrize("name", [n for n in FAMILIES if n not in ("linear", "superspike")])
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8)
 @given(
     mu=st.floats(-3, 3),
     log_s=st.floats(math.log(1e-3), math.log(1e3)),
