@@ -30,7 +30,6 @@ from hessian_tools.study_groups import (
 from hessian_tools.typesetting import operator_name
 
 Found = list[tuple[Run, SpectrumResult]]
-Points = Mapping[str, list[tuple[float, float]]]
 POINTS = 240  # of a density curve
 PLACE = Axis("rank (1: flattest)", "place")
 RANK, TOPS = Axis("rank (P: smallest λ)", "rank"), Axis("rank (1: largest λ)", "rank")

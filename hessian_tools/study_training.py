@@ -99,7 +99,7 @@ def gain_chart(runs: Sequence[Run], by: str, accuracy: float) -> Chart:
     caption = f"Epochs to {accuracy:.0%} test accuracy against the variance of the initial weights over that which the "
     caption += f"initializer gives them (1: its own); {reading(panels)} (Kaplan–Meier) over seeds; never: not within "
     caption += "the epochs asked for."
-    caption += f" Not drawn: {len(waiting)} under way." if waiting else ""
+    caption += f" Not drawn: {len(waiting)} with a log that ends before the training." if waiting else ""
     return Chart(tuple(panels), by, caption, tuple(known))
 
 

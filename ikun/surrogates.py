@@ -25,6 +25,7 @@ class Family:
     """One row of the table: functions of (x, p), p the family's one parameter.
 
     slope: +1 if the derivative steepens as p grows, -1 if p is a width. length(p): the scale of x on which f' varies.
+    formula: f'(x) for people to read, the parameter as a.
     """
 
     default: float
@@ -74,7 +75,7 @@ def _fast_sigmoid(default: float) -> Family:
         peak=_one,
         area=lambda k: 2 / k,
         length=lambda k: 1 / k,
-        formula="1 / (1 + k|x|)^2",
+        formula="1 / (1 + a|x|)^2",
     )
 
 
@@ -88,7 +89,7 @@ def _triangle() -> Family:
         peak=lambda w: 1 / w,
         area=_one,
         length=lambda w: w,
-        formula="(1/w) (1 - |x|/w)+",
+        formula="max(0, 1 - |x|/a) / a",
     )
 
 
@@ -113,7 +114,7 @@ FAMILIES: dict[str, Family] = {
         peak=lambda a: a / 4,
         area=_one,
         length=lambda a: 1 / a,
-        formula="a s (1 - s), s = sigmoid(a x)",
+        formula="a sigmoid(a x) (1 - sigmoid(a x))",
     ),
     "tanh": Family(
         2.0,
@@ -124,7 +125,7 @@ FAMILIES: dict[str, Family] = {
         peak=lambda k: k / 2,
         area=_one,
         length=lambda k: 1 / k,
-        formula="(k/2) (1 - tanh(k x)^2)",
+        formula="(a/2) (1 - tanh(a x)^2)",
     ),
     "triangle": _triangle(),
     "linear": _triangle(),
@@ -172,7 +173,7 @@ FAMILIES: dict[str, Family] = {
         peak=lambda s: 1 / (s * math.sqrt(2 * math.pi)),
         area=_one,
         length=lambda s: s,
-        formula="N(x; 0, s^2)",
+        formula="exp(-x^2 / (2 a^2)) / (a sqrt(2 pi))",
     ),
     "rect": Family(
         1.0,
@@ -183,7 +184,7 @@ FAMILIES: dict[str, Family] = {
         peak=lambda w: 1 / w,
         area=_one,
         length=lambda w: w / 2,
-        formula="1/w for |x| < w/2 (f'' = 0: second-order terms vanish)",
+        formula="1/a where |x| < a/2, 0 elsewhere",
     ),
 }
 

@@ -29,6 +29,7 @@ def info(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
     from ikun.checkpoint import load_checkpoint
     from ikun.networks import LOSSES
     from ikun.statistics import batch_norm_by_batch, observe
+    from ikun.surrogates import Surrogate
     from ikun.training import TrainingSpec, initialized
 
     found = load_checkpoint(checkpoint)
@@ -67,6 +68,7 @@ def info(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
         f"{t['optimizer']} lr {t['lr']:g}, {t['epochs_run']} epochs on {found.data.name}, {t['samples']} samples, "
         f"seed {t['seed']}"
     )
+    surrogate = Surrogate.parse(n.surrogate)
     last = found.history[-1] if found.history else {}
     if {"accuracy", "test_accuracy"} <= set(last):
         click.echo(f"train accuracy {last['accuracy']:.1%}, test accuracy {last['test_accuracy']:.1%}")
@@ -89,7 +91,8 @@ def info(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
         f"\nrule's: alpha / (fan_in E[x^2] E[f'^2]), alpha = {spec.alpha:g}, this layer's own moments.\n"
         "forward: Var current over the layer before's. backward: mean square of the loss\n"
         "gradient at the layer before over this one's. An initializer wants to keep both\n"
-        "near 1. dead: neurons that never fire on 512 samples."
+        "near 1. dead: neurons that never fire on 512 samples.\n"
+        f"f'(x) = {surrogate.family.formula} at x = h - threshold, a = {surrogate.parameter:g}."
     )
 
 

@@ -13,7 +13,6 @@ from hessian_tools.adapters.archive import ArchiveError, CodeError, read_archive
 from hessian_tools.adapters.library import AdapterError
 
 KEYS = ("net", "model", "state_dict", "model_state_dict")  # where scripts put the weights, beside other things
-PREFIXES = ("module.", "_orig_mod.")  # of data parallelism and torch.compile
 CONVERT = "where it was made, run torch.save(model.state_dict(), 'weights.pt')"
 SHOWN, LONGEST = 3, 200  # names in a message, characters of each
 

@@ -74,7 +74,7 @@ def test_gain_shows_every_run_and_those_that_never_get_there() -> None:
     waiting = dataclasses.replace(runs[0], name="waiting", finished=False)
     found = gain_chart([*runs, waiting], "init", 0.9)
     assert [p.column for p in found.panels] == ["atan:2", "triangle:1"]
-    assert "Not drawn: 1 under way." in found.caption
+    assert "Not drawn: 1 with a log that ends before the training." in found.caption
     for p in found.panels:
         dots, line = marks(p, "run", "ikun"), marks(p, "median", "ikun")
         assert {m.run for m in dots} < {r.name for r in runs}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -117,6 +118,18 @@ def test_derivative_is_the_documented_formula(name: str, p: float) -> None:
     x = places(name, p)
     found = Surrogate(name, p).first(x).numpy()
     np.testing.assert_allclose(found, derivative(name, p, x.numpy()), rtol=1e-12, atol=1e-300)
+
+
+@pytest.mark.parametrize(("name", "p"), EVERY)
+def test_formula_that_people_read(name: str, p: float) -> None:
+    text, _, where = Surrogate(name, p).family.formula.partition(" where ")
+    text += " * (|x| < a/2)" if where == "|x| < a/2, 0 elsewhere" else ""
+    text = re.sub(r"\|x\|", " abs(x)", text).replace("^", "**")
+    text = re.sub(r"((?<![a-z])(?:a|\d|pi)|\)) (?=[a-z(])", r"\1 * ", text)  # a product of what stands side by side
+    known = {"sigmoid": lambda z: 1 / (1 + np.exp(-z)), "max": np.maximum, "abs": np.abs, "pi": np.pi}
+    x = places(name, p).numpy()
+    found = eval(text, {"__builtins__": {}}, {"a": p, "x": x, "tanh": np.tanh, "exp": np.exp, "sqrt": np.sqrt, **known})
+    np.testing.assert_allclose(found, derivative(name, p, x), rtol=1e-9, atol=1e-12 / width(name, p))
 
 
 @pytest.mark.parametrize(("name", "p"), EVERY)
