@@ -249,7 +249,7 @@ def _named(panel: Panel, place: tuple[int, int], flowing: bool, width: float) ->
     """The title of a panel, in lines of at most so many points; none where it would say what its axes say."""
     names = [panel.column if place[0] == 0 and not flowing else "", panel.row]
     title = ", ".join(name for name in names if name not in ("", panel.x.label, panel.y.label))
-    return fitted(printable(title, 80).replace(" ≤ ", "\u00a0≤\u00a0"), width - 22)
+    return fitted(printable(title, 80).replace(" ≤ ", "\u00a0≤\u00a0"), width - 26)
 
 
 def _below(panel: Panel, shared: bool, width: float) -> float:

@@ -20,6 +20,7 @@ from hessian_tools.study_groups import (
     at_moment,
     level,
     levels,
+    moment_name,
     moment_of,
     moments,
     quartiles,
@@ -52,6 +53,15 @@ def at_moments(runs: Sequence[Run], by: str) -> dict[tuple[str, str], Found]:
     return found
 
 
+def columns_of(found: Iterable[tuple[str, str]]) -> tuple[dict[tuple[str, str], str], str]:
+    """Titles by setting and moment, and a sentence for the caption: a moment that all share stands there alone."""
+    keys = list(found)
+    shared = {moment for _, moment in keys}
+    if len(keys) > 1 and len(shared) == 1:
+        return {key: key[0] for key in keys}, f" All spectra: {moment_name(shared.pop())}."
+    return {key: titled(*key) for key in keys}, ""
+
+
 def alike(results: Sequence[SpectrumResult], title: str) -> None:
     """Raises NotEnoughError, naming the first condition in which spectra that share a panel were not measured alike.
 
@@ -69,25 +79,26 @@ def ranks_chart(runs: Sequence[Run], by: str) -> Chart:
     column a setting and moment. Raises NotEnoughError as `at_moments`."""
     found, names, groups = at_moments(runs, by), levels(runs, by), settings(runs, by)
     operators = list(dict.fromkeys(name for pairs in found.values() for _, r in pairs for name in r.spectra))
+    columns, shared = columns_of(found)
+    gaps = any(len(pairs) < len(groups[setting]) for (setting, _), pairs in found.items())
     panels = {kind: [] for kind in ("rank", "scaled", "density")}  # type: dict[str, list[Panel]]
     for operator in operators:
         label = operator_name(operator)
         for (setting, moment), pairs in found.items():
-            column = titled(setting, moment)
+            column = columns[setting, moment]
+            foot = f"{len(pairs)} of {len(groups[setting])} runs" if gaps else ""
             spectra = [(run, r.spectra[operator]) for run, r in pairs if operator in r.spectra]
             members, samples = tuple(groups[setting]), samples_of([r for _, r in pairs])
             marks = rank_marks(spectra, by)
             y = Axis(f"{label} eigenvalue λ", "signed")
-            panels["rank"].append(Panel(y.label, column, rank_axis(marks), y, marks, members, samples=samples))
+            panels["rank"].append(Panel(y.label, column, rank_axis(marks), y, marks, members, foot, samples=samples))
             if scaled := strip([(run, s.scale_free_lambda_max) for run, s in spectra], by, names):
                 x, y = Axis("", "names", tuple(names)), Axis(f"{label} λ₁, norm-scaled", "log")
                 panels["scaled"].append(Panel(y.label, column, x, y, scaled, members))
-    panels["density"] = _densities(found, operators[0], by)
-    caption = f"Eigenvalues by rank: {_dots(panels['rank'])}. Norm-scaled: λ₁ with weights in units of each filter’s "
-    caption += "norm; bars: medians. "
-    if panels["density"]:
-        caption += "Density of the bulk: mean over runs, where at least one eigenvalue. "
-    caption += f"Runs with spectra: {', '.join(f'{len(pairs)} ({titled(*key)})' for key, pairs in found.items())}."
+    panels["density"] = _densities(found, columns, operators[0], by)
+    caption = f"Eigenvalues by rank: {_dots(panels['rank'])}.{shared} Norm-scaled: λ₁ with weights in units of each "
+    caption += "filter’s norm; bars: medians."
+    caption += " Density of the bulk: mean over runs, where at least one eigenvalue." if panels["density"] else ""
     return Chart(tuple(itertools.chain(*panels.values())), by, caption, tuple(runs))
 
 
@@ -132,10 +143,12 @@ def strip(values: Iterable[tuple[Run, float]], by: str, names: Sequence[str]) ->
     return tuple(marks)
 
 
-def _densities(found: Mapping[tuple[str, str], Found], operator: str, by: str) -> list[Panel]:
+def _densities(
+    found: Mapping[tuple[str, str], Found], titles: Mapping[tuple[str, str], str], operator: str, by: str
+) -> list[Panel]:
     """Mean bulk density of every level, on one axis for all columns."""
     columns = {
-        titled(*key): [(run, r) for run, r in pairs if not run.diverged and operator in r.spectra]
+        titles[key]: [(run, r) for run, r in pairs if not run.diverged and operator in r.spectra]
         for key, pairs in found.items()
     }
     every = [r.spectra[operator] for pairs in columns.values() for _, r in pairs]
@@ -173,8 +186,9 @@ def one_image_chart(runs: Sequence[Run], by: str) -> Chart:
     Raises NotEnoughError unless two levels have both.
     """
     ranks, values, samples = [], [], set()  # type: tuple[list[Panel], list[Panel], set[int]]
-    groups = settings(runs, by)
-    for (setting, moment), pairs in at_moments(runs, by).items():
+    groups, at = settings(runs, by), at_moments(runs, by)
+    columns, shared = columns_of(at)
+    for (setting, moment), pairs in at.items():
         both: dict[str, list[tuple[str, float, float]]] = {}  # run, on all samples, on one
         for run, result in pairs:
             found = [r for key, r in run.spectra.items() if moment_of(key)[0] == moment and r.data.get("samples") == 1]
@@ -186,7 +200,7 @@ def one_image_chart(runs: Sequence[Run], by: str) -> Chart:
             continue
         middle = {n: [quartiles(side)[1] for side in list(zip(*of, strict=True))[1:]] for n, of in both.items()}
         places = [stats.rankdata([m[i] for m in middle.values()]) for i in (0, 1)]
-        members, column = tuple(groups[setting]), titled(setting, moment)
+        members, column = tuple(groups[setting]), columns[setting, moment]
         count = pairs[0][1].data.get("samples")
         samples.update(samples_of([pairs[0][1]]))
         x = Axis("", "names", (f"{count} samples", "one image"))
@@ -207,6 +221,7 @@ def one_image_chart(runs: Sequence[Run], by: str) -> Chart:
     many = " or ".join(map(str, sorted(samples)))
     caption = f"λ₁ on {many} samples (left in each panel) and on one image, as the released code of arXiv 2411.18250 "
     caption += "takes it (right): ranks of the medians over seeds, and the medians, with the runs as thin lines."
+    caption += shared
     return Chart((*ranks, *values), by, caption, tuple(runs))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from run_tools import make_run, make_study
+from run_tools import INITS, make_run, make_study
 from scipy import stats
 from study_tools import full_study
 
@@ -43,7 +43,7 @@ def changed(run: Run, change: Callable[[SpectrumResult], SpectrumResult]) -> Run
 def test_ranks_are_dots_of_runs_and_medians(runs: list[Run]) -> None:
     found = ranks_chart(runs, "init")
     assert list(dict.fromkeys(p.column for p in found.panels)) == ["loss ≤ 0.02", "at the end"]
-    assert "17 (loss ≤ 0.02), 17 (at the end)" in found.caption  # one of 18 diverged and has none
+    assert {p.foot for p in found.panels if "eigenvalue λ" in p.row} == {"17 of 18 runs"}  # one diverged and has none
     members = [r for r in runs if r.value("init") == "kaiming"]
     for row, operator in zip(RANKS, ("hessian", "ggn"), strict=True):
         shown = panel(found.panels, row, "loss ≤ 0.02")
@@ -55,6 +55,14 @@ def test_ranks_are_dots_of_runs_and_medians(runs: list[Run]) -> None:
     lows = [r.spectra[""].spectra["hessian"].smallest_eigenvalues[0].value for r in members]
     smallest = [m for m in marks(panel(found.panels, RANKS[0], "at the end"), "median") if m.x == -1]
     assert [m.value for m in smallest] == [pytest.approx(np.median(lows))]
+
+
+def test_a_moment_that_all_settings_share_stands_in_the_caption() -> None:
+    norms = ("bn", "none")
+    found = ranks_chart([make_run(i, network={"norm": n}, moments=("",)) for i in INITS for n in norms], "init")
+    assert {p.column for p in found.panels} == {"bn", "norm none"}
+    assert "All spectra: at the end." in found.caption
+    assert {p.foot for p in found.panels} == {""}  # all runs have one
 
 
 def test_what_did_not_converge_or_diverged_is_hollow_and_the_diverged_in_no_median() -> None:
