@@ -56,9 +56,14 @@ def _opened(r: AnalysedParts) -> list[str]:
             "trained",
             f"{t['init']} initializer{_alpha(t)}, {t['optimizer']} lr {t['lr']:g}, {t['schedule']} schedule, "
             f"weight decay {t['weight_decay']:g} (not in the Hessian), batch {t['batch_size']}, "
-            f"{t['epochs_run']} epochs, seed {t['seed']}",
+            f"{t['epochs_run']} epochs{_kept(t)}, seed {t['seed']}",
         )
     return lines
+
+
+def _kept(training: dict[str, Any]) -> str:
+    best = training.get("best_epoch", training["epochs_run"])
+    return "" if best == training["epochs_run"] else f", weights of epoch {best}"
 
 
 def _alpha(training: dict[str, Any]) -> str:

@@ -30,7 +30,7 @@ RUN = (
 
 
 def snapshots(results: list[SpectrumResult]) -> list[SpectrumResult]:
-    """The results in the order of their epochs, training["epochs_run"].
+    """The results in the order of their epochs.
 
     One snapshot under two names (same epoch, loss and gradient norm: a run's last snapshot and its checkpoint) counts
     once. Raises ValueError, one line that says what differs, unless two or more are left, all of one run, measured
@@ -89,7 +89,9 @@ def trajectory_rows(results: list[SpectrumResult]) -> list[dict[str, Any]]:
 
 
 def epoch(result: SpectrumResult) -> int:
-    return int(result.training["epochs_run"])
+    """The epoch that the weights are of: an earlier one than the last after early stopping."""
+    best = result.training.get("best_epoch")
+    return int(result.training["epochs_run"] if best is None else best)
 
 
 def trace_error(trace: Trace) -> float:

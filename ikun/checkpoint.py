@@ -109,6 +109,12 @@ class Checkpoint:
     training: dict[str, Any]
     history: list[dict[str, Any]]
 
+    @property
+    def kept(self) -> dict[str, Any]:
+        """The line of the epoch that the weights are of; {} where there is none."""
+        epoch = self.training.get("best_epoch", len(self.history))
+        return next((line for line in self.history if line.get("epoch") == epoch), {})
+
     def build(self, **changes: Any) -> Network:
         """The network with its weights; changes replace fields of the description (surrogate, ties, relaxed)."""
         network = Network(dataclasses.replace(self.network, **changes))

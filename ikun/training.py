@@ -433,8 +433,10 @@ def _checkpoint(
 
 
 def _best_epoch(state: dict[str, Any]) -> int:
-    """The epoch whose weights are kept."""
-    return int(state["epoch"] if state["best"] is None else state["best"]["epoch"])
+    """The epoch whose weights are kept: the best one, or the last finite one (0: the initial weights)."""
+    if state["best"] is not None:
+        return int(state["best"]["epoch"])
+    return int(state["epoch"]) - any(f.startswith("NaN") for line in state["history"][-1:] for f in line["failures"])
 
 
 def _all_failures(state: dict[str, Any]) -> list[str]:

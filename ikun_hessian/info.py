@@ -68,10 +68,11 @@ def info(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
         f"{t['optimizer']} lr {t['lr']:g}, {t['epochs_run']} epochs on {found.data.name}, {t['samples']} samples, "
         f"seed {t['seed']}"
     )
+    if t.get("best_epoch", t["epochs_run"]) != t["epochs_run"]:
+        click.echo(f"weights of epoch {t['best_epoch']}, the best or the last finite one")
     surrogate = Surrogate.parse(n.surrogate)
-    last = found.history[-1] if found.history else {}
-    if {"accuracy", "test_accuracy"} <= set(last):
-        click.echo(f"train accuracy {last['accuracy']:.1%}, test accuracy {last['test_accuracy']:.1%}")
+    if {"accuracy", "test_accuracy"} <= set(found.kept):
+        click.echo(f"train accuracy {found.kept['accuracy']:.1%}, test accuracy {found.kept['test_accuracy']:.1%}")
     for failure in found.training.get("failures", ()):
         click.echo(f"! {failure}")
 

@@ -100,7 +100,8 @@ def _listed(name: str, choices: str, default: str | None, help: str) -> Command:
     type=float,
     multiple=True,
     metavar="X",
-    help="A checkpoint NAME.lossX.pt of the first epoch with a training loss of X or less; may be repeated.",
+    help="A checkpoint NAME.lossX.pt of the first epoch with a training loss (as logged: the mean over its batches, "
+    "dropout on) of X or less; may be repeated.",
 )
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @click.option("--force", is_flag=True, help="Overwrite an existing checkpoint or interrupted run.")
@@ -134,11 +135,12 @@ def train(resume: bool, force: bool, out: Path, data_dir: Path | None, device: s
             progress=lambda done, total, note: bar.update(note, done, total),
             report=lambda failure: bar.say(failure + ("; lower --alpha" if spec.init == "ikun" else "")),
         )
-    last = checkpoint.history[-1] if checkpoint.history else {}
-    if last:
+    if kept := checkpoint.kept:
+        run_all = checkpoint.training["epochs_run"]
+        of = "" if kept["epoch"] == run_all else f", kept of {run_all}"
         click.echo(
-            f"epoch {last['epoch']}: train loss {last['loss']:.4g}, accuracy {last['accuracy']:.1%}; "
-            f"test loss {last['test_loss']:.4g}, accuracy {last['test_accuracy']:.1%}"
+            f"epoch {kept['epoch']}{of}: train loss {kept['loss']:.4g}, accuracy {kept['accuracy']:.1%}; "
+            f"test loss {kept['test_loss']:.4g}, accuracy {kept['test_accuracy']:.1%}"
         )
     for failure in checkpoint.training["failures"]:
         click.echo(f"! {failure}")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hessian_tools.results import SpectrumResult, Trace
-from hessian_tools.trajectory import RANKS, snapshots, stability_limit, trace_error, trajectory_rows
+from hessian_tools.trajectory import RANKS, epoch, snapshots, stability_limit, trace_error, trajectory_rows
 
 
 def test_snapshots_come_in_the_order_of_their_epochs() -> None:
@@ -27,6 +27,14 @@ def test_one_snapshot_under_two_names_counts_once() -> None:
     assert len(snapshots([snapshot(3), last, twin])) == 2
     with pytest.raises(ValueError, match="at least two snapshots"):
         snapshots([last, twin])
+
+
+def test_weights_kept_by_early_stopping_are_of_their_own_epoch() -> None:
+    """The last of 12 epochs is another snapshot than the checkpoint, whose weights are of epoch 6."""
+    best = dataclasses.replace(snapshot(6), checkpoint={"path": "/x/ckpt.pt", "sha256": "other"})
+    best = dataclasses.replace(best, training={**best.training, "epochs_run": 12, "best_epoch": 6})
+    assert [epoch(r) for r in snapshots([snapshot(12), best, snapshot(3)])] == [3, 6, 12]
+    assert len(snapshots([snapshot(3), snapshot(6), best])) == 2
 
 
 def with_(part: str, **changes: Any) -> SpectrumResult:

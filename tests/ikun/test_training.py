@@ -355,6 +355,7 @@ def test_early_stopping_keeps_the_best_weights(out: Path) -> None:
     assert len(losses) == best + 2
     assert (found.training["best_epoch"], found.training["epochs_run"]) == (best, len(losses))
     assert same(found.state, load_checkpoint(snapshot_path(out, best)).state)
+    assert found.kept == load_checkpoint(out).kept == found.history[best - 1]
     held = HELD.parts()[1]
     assert held is not None
     assert evaluate(found.build(), held, "mse")[0] == min(losses)
@@ -586,7 +587,9 @@ def test_nan_ends_the_run_with_the_last_finite_weights(out: Path, monkeypatch: p
     diverge(monkeypatch, 2)
     found = train(MLP, DATA, dataclasses.replace(RUN, schedule="none"), out)
     assert any(f.startswith("NaN: fc1.weight") for f in found.training["failures"])
-    assert found.training["epochs_run"] == 3
+    assert (found.training["epochs_run"], found.training["best_epoch"]) == (3, 2)
+    assert json.loads(run_paths(out)["run"].read_text())["best_epoch"] == 2
+    assert found.kept == found.history[1]
     assert same(found.state, load_checkpoint(snapshot_path(out.with_name("whole.pt"), 2)).state)
     loaded = load_checkpoint(out)
     assert same(loaded.state, found.state)

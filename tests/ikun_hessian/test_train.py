@@ -39,6 +39,24 @@ def test_a_start_beyond_the_surrogates_reach_is_said_by_train_and_info(tmp_path:
     assert "overdriven" not in "".join(capsys.readouterr())
 
 
+def test_what_is_said_of_weights_kept_by_early_stopping_is_of_their_epoch(tmp_path: Path, capsys: Capture) -> None:
+    path = str(tmp_path / "a.pt")
+    short = ["--model", "mlp", "--hidden", "16", "--norm", "none", "--subset", "100", "--epochs", "9", "--seed", "1"]
+    options = ["--held-out", "20", "--patience", "2", "--lr", "0.3", "--schedule", "none", "--batch-size", "20"]
+    assert cli.run(["train", *short, *options, "--out", path]) == 0
+    log = [json.loads(line) for line in (tmp_path / "a.train.jsonl").read_text().splitlines()]
+    best = min(log, key=lambda line: line["held_out_loss"])
+    assert best["epoch"] == len(log) - 2
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith(f"epoch {best['epoch']}, kept of {len(log)}: train loss {best['loss']:.4g}")
+    assert cli.run(["info", path]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"weights of epoch {best['epoch']}, the best or the last finite one" in lines
+    assert f"train accuracy {best['accuracy']:.1%}, test accuracy {best['test_accuracy']:.1%}" in lines
+    assert cli.run(["spectrum", path, "--top", "1", "--no-density"]) == 0
+    assert f"{len(log)} epochs, weights of epoch {best['epoch']}" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
