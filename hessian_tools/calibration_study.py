@@ -269,7 +269,8 @@ def study_caption(results: Results) -> str:
     every = list(results.values())
     counts = Counter(families_of(results).values()).most_common()
     s = f"s\u00a0=\u00a0{_middles(every)}"
-    text = f"{len(every)} networks ({', '.join(f'{n} {family}' for family, n in counts)}), a dot each. (a, c) Rank "
+    text = f"{len(every)} network{'' if len(every) == 1 else 's'} "
+    text += f"({', '.join(f'{n} {family}' for family, n in counts)}), a dot each. (a, c) Rank "
     text += "correlation over directions v between v′Av and c, second difference of the mean true spiking loss under "
     text += "noise of s of each filter’s rms. (b, d) Median of c / v′Av over the directions where both are positive; "
     text += "arrows: number of dots beyond the axis, and the farthest. "

@@ -139,6 +139,7 @@ def provenance(runs: Sequence[Run], by: str, samples: Iterable[int] = ()) -> str
 
     samples: on how many the curvature was measured that is shown.
     """
+    samples = tuple(samples)
     shared = {k: runs[0].value(k) for k in common_conditions(runs) if len({plain(r.value(k)) for r in runs}) == 1}
 
     def words(*keys: str) -> str:
@@ -147,7 +148,7 @@ def provenance(runs: Sequence[Run], by: str, samples: Iterable[int] = ()) -> str
     model = words("model", "norm", "neuron", "reset", "surrogate", "timesteps")
     data = ", ".join(part for part in (words("name"), _trained_on(runs), words("loss")) if part)
     trained = words("optimizer", "lr", "schedule", "weight_decay", "batch_size", "epochs")
-    text = "; ".join(part for part in (model, data, trained, _analysed(samples)) if part)
+    text = "; ".join(part for part in (model, data, trained, _analysed(runs, samples)) if part)
     seeds = {plain(run.value("seed")) for run in runs}
     count = len({show(run.value(by)) for run in runs})
     text += f". {_many(len(runs), 'run')}: {_many(count, 'level')} of {by}, {_many(len(seeds), 'seed')}"
@@ -171,11 +172,17 @@ def _trained_on(runs: Sequence[Run]) -> str:
     return _many(counts[0], f"training {'image' if images else 'sample'}")
 
 
-def _analysed(samples: Iterable[int]) -> str:
+def _analysed(runs: Sequence[Run], samples: Sequence[int]) -> str:
+    """How the curvature was measured: on how many samples, and under which surrogate if not each under its own."""
     found = sorted(set(samples))
     if not found:
         return ""
-    return f"curvature on {f'{found[0]} to ' if len(found) > 1 else ''}{_many(found[-1], 'sample')}"
+    networks = [r.network for run in runs for results in (run.spectra, run.flatness) for r in results.values()]
+    others = {
+        str(n["surrogate"]) for n in networks if n.get("trained_surrogate", n.get("surrogate")) != n.get("surrogate")
+    }
+    under = f" under surrogate {', '.join(sorted(others))}" if others else ""
+    return f"curvature on {f'{found[0]} to ' if len(found) > 1 else ''}{_many(found[-1], 'sample')}{under}"
 
 
 def _many(count: int, noun: str) -> str:

@@ -95,10 +95,13 @@ def ranks_chart(runs: Sequence[Run], by: str) -> Chart:
             if scaled := strip([(run, s.scale_free_lambda_max) for run, s in spectra], by, names):
                 x, y = Axis("", "names", tuple(names)), Axis(f"{label} λ₁, norm-scaled", "log")
                 panels["scaled"].append(Panel(y.label, column, x, y, scaled, members))
-    panels["density"] = _densities(found, columns, operators[0], by)
+    panels["density"] = [panel for operator in operators for panel in _densities(found, columns, operator, by)]
     caption = f"Eigenvalues by rank: {_dots(panels['rank'])}.{shared} Norm-scaled: λ₁ with weights in units of each "
     caption += "filter’s norm; bars: medians."
-    caption += " Density of the bulk: mean over runs, where at least one eigenvalue." if panels["density"] else ""
+    if panels["density"]:
+        bounds = dict.fromkeys(f"±{panel.x.linthresh:.2g}" for panel in panels["density"])
+        caption += " Density of the bulk: mean over runs, where at least one eigenvalue; its eigenvalues linear within "
+        caption += f"{' and '.join(bounds)} and logarithmic beyond."
     return Chart(tuple(itertools.chain(*panels.values())), by, caption, tuple(runs))
 
 
@@ -152,6 +155,8 @@ def _densities(
         for key, pairs in found.items()
     }
     every = [r.spectra[operator] for pairs in columns.values() for _, r in pairs]
+    if not every:
+        return []
     whole = replace(found[next(iter(found))][0][1], spectra={f"{i}": s for i, s in enumerate(every)})
     densities = list(densities_of(whole).values())
     if not any(any(nodes) for d in densities for nodes in d.nodes):
@@ -175,7 +180,7 @@ def _densities(
             shown = np.where(mean >= floor, mean, math.nan)
             marks += [Mark(name, "curve", x, y, n=len(ys)) for x, y in zip(grid.tolist(), shown.tolist(), strict=True)]
         y_axis = Axis(f"{operator_name(operator)} density per unit λ", "log")
-        x_axis = Axis("eigenvalue λ", "signed", linthresh=axis.linthresh)
+        x_axis = Axis(f"{operator_name(operator)} eigenvalue λ", "signed", linthresh=axis.linthresh)
         panels.append(Panel(y_axis.label, column, x_axis, y_axis, tuple(marks), tuple(run for run, _ in pairs)))
     return panels
 

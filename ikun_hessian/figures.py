@@ -29,7 +29,11 @@ CALIBRATION = ".calibration.json"
     help="Test accuracy for the epochs to get there [default: that of the study in PATH, else 0.9].",
 )
 @click.option(
-    "--width", type=click.Choice(["1", "2"]), default="2", show_default=True, help="Of the figures, in columns."
+    "--width",
+    type=click.Choice(["1", "2"]),
+    default="2",
+    show_default=True,
+    help="Of the figures, in columns; calibration takes two.",
 )
 @click.option(
     "--out",

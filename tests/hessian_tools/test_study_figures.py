@@ -365,6 +365,16 @@ def test_the_caption_says_on_what_was_trained_and_on_what_the_curvature_was_meas
             assert "all samples" not in caption(figure)
     made = charts("init", 0.9)["robustness"]([dataclasses.replace(run, spectra={}) for run in runs])
     assert "curvature on 256 samples" in caption(chart_figures(made)[0])  # of flatness
+    common = {"surrogate": "atan:2", "trained_surrogate": "superspike:10"}
+    under = [
+        dataclasses.replace(
+            run,
+            spectra={k: dataclasses.replace(r, network={**r.network, **common}) for k, r in run.spectra.items()},
+        )
+        for run in runs
+    ]
+    (figure, *_) = chart_figures(charts("init", 0.9)["ranks"](under))
+    assert "curvature on 256 samples under surrogate atan:2." in caption(figure)
     bare = [dataclasses.replace(run, spectra={}, flatness={}) for run in runs]
     assert "curvature on" not in caption(chart_figures(charts("init", 0.9)["training"](bare))[0])
 

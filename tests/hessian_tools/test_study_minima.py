@@ -93,14 +93,18 @@ def test_norm_scaled_values_stand_over_their_levels(runs: list[Run]) -> None:
 
 
 def test_densities_are_means_over_runs_that_integrate_to_the_bulk(runs: list[Run]) -> None:
-    found = [p for p in ranks_chart(runs, "init").panels if p.row.endswith("per unit λ")]
-    assert [p.column for p in found] == ["loss ≤ 0.02", "at the end"]
+    chart = ranks_chart(runs, "init")
+    found = [p for p in chart.panels if p.row.endswith("per unit λ")]
+    assert [p.row.split()[0] for p in found] == ["Hessian", "Hessian", "GGN", "GGN"]
+    assert [p.column for p in found] == 2 * ["loss ≤ 0.02", "at the end"]
+    assert {f"{p.x.linthresh:.2g}" for p in found} == {"0.00032"}
+    assert "eigenvalues linear within ±0.00032 and logarithmic" in chart.caption
     for p in found:
         curve = marks(p, "curve")
         x, y = np.array([m.x for m in curve]), np.nan_to_num([m.value for m in curve])
         assert np.trapezoid(y, x) == pytest.approx(1 - 5 / 500, rel=0.02)
         assert {m.n for m in curve} == {6}
-    assert found[0].x == found[1].x
+    assert found[0].x == found[1].x != found[2].x
 
 
 def test_densities_are_left_out_where_there_are_none(runs: list[Run]) -> None:
