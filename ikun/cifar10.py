@@ -2,7 +2,7 @@
 
 binary: records of 1 label byte and 3072 pixel bytes, in files NAME.bin. python: a pickled dict with 'data' [N, 3072]
 and 'labels' in files NAME. A pixel row is the red plane, the green and the blue, each 32 x 32 in row-major order
-(https://www.cs.toronto.edu/~kriz/cifar.html). No class of a pickle is ever built and no function of it called.
+(https://www.cs.toronto.edu/~kriz/cifar.html). No class or function that a pickle names is ever used.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _parse(content: bytearray, where: str) -> Batch:
         pixels, labels = records[:, 1:], records[:, 0]
     else:
         try:
-            pixels, labels = _batch(_Unpickler(io.BytesIO(content), encoding="bytes").load())
+            pixels, labels = _batch(_Unpickler(content).load())
         except Exception as error:  # a damaged pickle can fail in any way
             raise DataError(
                 f"{where} is no batch of CIFAR-10 in its python format ({reason(error)}): replace it with a good copy"
@@ -169,6 +169,22 @@ class _Inert:
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
+
+
+class _Encode(_Inert):
+    """_codecs.encode, by which Python 3 writes bytes in protocol 2: of latin1 alone, and in all of no more bytes than
+    the file has (a small file could ask for the same text without end)."""
+
+    def __init__(self, left: int) -> None:
+        super().__init__("encode")
+        self.left = left
+
+    def __call__(self, *args: Any) -> Any:
+        text, encoding = args
+        self.left -= len(text)
+        if type(text) is not str or encoding != "latin1" or self.left < 0:
+            raise pickle.UnpicklingError("it asks for more than bytes of latin1")
+        return text.encode("latin1")
 
 
 # What is needed for a dict of bytes, whole numbers, lists and arrays, from Python 2 (as published) or 3.
@@ -202,7 +218,13 @@ class _Unpickler(pickle._Unpickler):
         pickle.EMPTY_DICT[0]: lambda self: self.append(_Names())
     }
 
+    def __init__(self, content: bytearray) -> None:
+        super().__init__(io.BytesIO(content), encoding="bytes")
+        self.encode = _Encode(len(content))
+
     def find_class(self, module: str, name: str) -> _Inert:
+        if (module, name) == ("_codecs", "encode"):
+            return self.encode
         if (module, name) not in _GLOBALS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return _Inert(name)

@@ -26,23 +26,27 @@ gradient_stable sets recurrent V alone, and all else as xavier.
 
 ikun and firing need the law of h, which itself depends on the weights. law='empirical' (default) solves this fixed
 point on the batch. law='analytic' takes h ~ N(0, s^2) and E[x^2] = P(h >= threshold) behind the first layer, for a
-chain of layers; the fixed point of ikun is then s^2 E[f'(N(-threshold, s^2))^2] = alpha, and firing has s = 1. Before
-a BatchNorm the scale of the weights does not reach h, whose law is the BatchNorm's: measured in the empirical case,
-N(0, gamma^2) in the analytic one. A recurrent layer adds E[x^2] of its own spikes, its own fan and the same m.
+chain of layers; what a weight layer adds to s^2, fi Var(W) E[x^2], is then alpha / m for ikun and 1 for firing. Before
+a BatchNorm the scale of the weights does not reach h: what is added is the BatchNorm's variance, measured in the
+empirical case, gamma^2 in the analytic one. A recurrent layer has E[x^2] of its own spikes, its own fan and the same m.
+So with k layers without a norm before the same neurons (2 with recurrence, 1 behind a norm) ikun's fixed point is
+(s^2 - gamma^2) E[f'(N(-threshold, s^2))^2] = k alpha, gamma = 0 without a norm.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from scipy import special
 from torch import Tensor, nn
 from torch.nn import init
+from torch.nn.parameter import is_lazy
 
 from ikun import rules
+from ikun.layers import Add
 from ikun.modules import stages_of_module
 from ikun.networks import Network
 from ikun.neurons import Dynamics, Neuron
@@ -86,10 +90,14 @@ NAMES = ("ikun", *FILLS, *RULES, "tdbn")
 
 @dataclass(frozen=True)
 class Initialized:
-    """What an initialization found, () for a rule that measures nothing, and how many forward passes it took."""
+    """What an initialization found, () for a rule that measures nothing, and how many forward passes it took.
+
+    untouched: parameters of two or more dimensions that it left as they were.
+    """
 
     solutions: tuple[Solution, ...]
     forward_passes: int
+    untouched: tuple[str, ...] = ()
 
 
 def initialize(
@@ -106,9 +114,13 @@ def initialize(
 
     x: a batch of network inputs, for the rules that measure. alpha: of ikun and tdbn. law: of ikun and firing. gain:
     the variance of all weights over that of the initializer, which is multiplied by it at the end. Where the network's
-    own norm is tdbn, the initializer of that name leaves its weights as they are.
-    Raises ValueError for an unknown name or law, alpha or gain <= 0, a missing batch, or a rule without a solution.
+    own norm is tdbn, the initializer of that name leaves its weights as they are. Frozen parameters
+    (requires_grad=False) stay as they are, and rules that measure see the network with them.
+    Raises ValueError for an unknown name or law, alpha or gain <= 0, a batch that is missing, empty or not finite,
+    weights that cannot be written to (computed, tied, without values), the analytic law where branches are added, or a
+    rule without a solution.
     """
+    _check(network, name, x, alpha, law, gain)
     return _draw(Probe(network, stages_of(network), x), name, generator, alpha, law, gain)
 
 
@@ -125,18 +137,25 @@ def initialize_module(
     gain: float = 1.0,
     reset: Reset | None = None,
 ) -> Initialized:
-    """Draw all convolution and linear weights of any torch module in place, and set their biases to 0.
+    """Draw the convolution and linear weights of any torch module in place, and set their biases to 0.
 
+    All else stays as it is, and the result's `untouched` names it: transposed convolutions, torch's RNN, LSTM, GRU,
+    Bilinear, MultiheadAttention and Embedding, layers that forward does not call on x, and frozen weights
+    (requires_grad=False) with their biases. Rules that measure see the module with them.
     Its neurons are found by class: ikun's, SpikingJelly's and snnTorch's, or the given `neurons`. x is what the
     module's forward takes; order and pairing come from one forward pass on it (without x from the order of
     registration, enough for rules that do not measure). The membrane of a neuron that is not ikun's is not looked
     into: h is the current that enters it, accumulated by ikun's own IF neuron with this surrogate and threshold (so
     gradient_stable, which needs a leak, has no solution there). reset: brings the module's state back before every
     forward, instead of the libraries' own ways. alpha, gain: as in initialize().
-    Raises ValueError as initialize(), or where a rule that measures finds no neurons.
+    Raises ValueError as initialize(), for a threshold <= 0, where a rule that measures finds no neurons, and where
+    neurons are shared by several places of the module.
     """
     if isinstance(module, Network):
         return initialize(module, name, generator=generator, x=x, alpha=alpha, gain=gain)
+    _check(module, name, x, alpha, "empirical", gain)
+    if not 0 < threshold < math.inf:
+        raise ValueError(f"threshold must be positive, not {threshold}")
     model = Neuron("if", Dynamics(Surrogate.parse(surrogate), threshold))
     kinds = () if neurons is None else neurons if isinstance(neurons, tuple) else (neurons,)
     back = reset or reset_states
@@ -144,10 +163,11 @@ def initialize_module(
     if (name == "ikun" or name in RULES) and all(s.neuron is None for s in stages):
         raise ValueError(f"no spiking neurons found for {name}: name their class with `neurons`")
     found = _draw(Probe(module, stages, x, back), name, generator, alpha, "empirical", gain)
-    return Initialized(found.solutions, found.forward_passes + (x is not None))
+    return replace(found, forward_passes=found.forward_passes + (x is not None))
 
 
-def _draw(probe: Probe, name: str, generator: torch.Generator, alpha: float, law: str, gain: float) -> Initialized:
+def _check(module: nn.Module, name: str, x: Tensor | None, alpha: float, law: str, gain: float) -> None:
+    """What can be refused before anything is touched."""
     if name not in NAMES:
         raise ValueError(f"unknown initializer '{name}': choose one of {', '.join(NAMES)}")
     if law not in LAWS:
@@ -155,13 +175,39 @@ def _draw(probe: Probe, name: str, generator: torch.Generator, alpha: float, law
     for option, value in (("alpha", alpha), ("gain", gain)):
         if not 0 < value < math.inf:
             raise ValueError(f"{option} must be positive, not {value}")
-    if probe.x is None and (name == "ikun" or name in RULES):
-        raise ValueError(f"the {name} initializer needs a batch of inputs")
+    if any(p.is_meta for p in module.parameters()):
+        raise ValueError("the module is on the meta device and has no values yet: module.to_empty(device=...) first")
+    if name == "ikun" or name in RULES:
+        if x is None:
+            raise ValueError(f"the {name} initializer needs a batch of inputs")
+        if not x.numel():
+            raise ValueError(f"the {name} initializer measures on x, and x {list(x.shape)} is empty: give samples")
+        if not x.isfinite().all():
+            raise ValueError(f"the {name} initializer measures on x, and x has NaN or Inf: clean it first")
+
+
+def _writable(probe: Probe) -> None:
+    """Raises ValueError where writing to a layer's weight would not set it, or set another's too."""
+    owners: dict[int, str] = {}
+    for s in probe.drawn:
+        if not {"weight", "bias"} <= s.weights._parameters.keys():
+            raise ValueError(f"layer {s.name}: its weight is computed (weight_norm, pruning, ...): remove that first")
+        if is_lazy(s.weights.weight):
+            raise ValueError(f"layer {s.name} has no shape yet: give a batch x, or call the module once")
+        owner = owners.setdefault(s.weights.weight.data_ptr(), s.name)
+        if owner != s.name:
+            raise ValueError(f"layers {owner} and {s.name} share one weight: untie them, or freeze it")
+    if not owners:
+        raise ValueError("all weights are frozen (requires_grad=False): there is nothing to initialize")
+
+
+def _draw(probe: Probe, name: str, generator: torch.Generator, alpha: float, law: str, gain: float) -> Initialized:
+    _writable(probe)
     with torch.no_grad():
         if name == "tdbn":
             _thresholds(probe, alpha)
-        for s in probe.stages:
-            if s.weights.bias is not None:
+        for s in probe.drawn:
+            if s.weights.bias is not None and s.weights.bias.requires_grad:
                 s.weights.bias.zero_()
         if name in ("ikun", "firing") and law == "analytic":
             found = _analytic(name, probe, generator, alpha)
@@ -170,12 +216,16 @@ def _draw(probe: Probe, name: str, generator: torch.Generator, alpha: float, law
         elif name in RULES:
             found = RULES[name](probe, generator)
         else:
-            for s in probe.stages:
+            for s in probe.drawn:
                 FILLS["kaiming" if name == "tdbn" else name](s.weights.weight, generator)
             found = []
-        for s in probe.stages:
+        for s in probe.drawn:
             s.weights.weight.mul_(math.sqrt(gain))
-    return Initialized(tuple(replace(s, variance=gain * s.variance) for s in found), probe.passes)
+    drawn = {id(s.weights.weight) for s in probe.drawn}
+    untouched = tuple(
+        key for key, p in probe.module.named_parameters() if id(p) not in drawn and (is_lazy(p) or p.dim() > 1)
+    )
+    return Initialized(tuple(replace(s, variance=gain * s.variance) for s in found), probe.passes, untouched)
 
 
 def _thresholds(probe: Probe, alpha: float) -> None:
@@ -185,33 +235,44 @@ def _thresholds(probe: Probe, alpha: float) -> None:
     if isinstance(probe.module, Network) and probe.module.spec.norm == "tdbn":
         return
     for s in normed:
-        if s.norm is not None and s.model is not None:
+        if s.norm is not None and s.model is not None and s.norm.weight.requires_grad:
             s.norm.weight.fill_(alpha * s.model.dynamics.threshold)
 
 
 def _analytic(name: str, probe: Probe, generator: torch.Generator, alpha: float) -> list[Solution]:
-    """ikun and firing under the Gaussian law."""
+    """ikun and firing under the Gaussian law, for one of ikun's networks, where neurons follow every layer."""
+    if any(isinstance(m, Add) for m in probe.module.modules()):
+        raise ValueError("law 'analytic' is for a chain of layers, and this network adds branches: choose empirical")
+    if len(probe.drawn) < len(probe.stages):
+        raise ValueError("law 'analytic' takes all weights for drawn, and some are frozen: choose empirical")
     assert probe.x is not None
     square, found = float(probe.x.double().square().mean()), []
-    for s in probe.stages:
-        rules.normal(s.weights, generator)
-        rules.require(name, s.name, square)
-        solution, square = _gaussian(name, s, square, alpha)
-        s.weights.weight.mul_(math.sqrt(solution.variance))
-        found.append(solution)
+    for group in probe.groups():
+        solutions, square = _gaussian(name, group, square, alpha)
+        for s, solution in zip(group, solutions, strict=True):
+            rules.normal(s.weights, generator)
+            s.weights.weight.mul_(math.sqrt(solution.variance))
+        found += solutions
     return found
 
 
-def _gaussian(name: str, stage: Stage, square: float, alpha: float) -> tuple[Solution, float]:
-    """The layer's solution, and the model's E[x^2] = P(h >= threshold) for the next layer."""
-    assert stage.model is not None  # only ikun's networks come here, where neurons follow every layer
-    fan_in, _ = fans(stage.weights.weight)
-    surrogate, threshold = stage.model.dynamics.surrogate, stage.model.dynamics.threshold
-    if name == "firing":
-        variance = 1 / (rules.constants(stage.model)[1] ** 2 * fan_in * square)
-        return Solution(stage.name, variance, square, math.nan, 1, True), float(special.ndtr(-threshold))
-    s = rules.potential_scale(surrogate, threshold, alpha) if stage.norm is None else float(stage.norm.weight.mean())
-    moment = expected_square(surrogate, -threshold, s)
-    rules.require(name, stage.name, square, moment)
-    variance = alpha / (fan_in * square * moment)
-    return Solution(stage.name, variance, square, moment, 1, True), float(special.ndtr(-threshold / s))
+def _gaussian(name: str, group: Sequence[Stage], square: float, alpha: float) -> tuple[list[Solution], float]:
+    """The solutions of layers before the same neurons, and the model's E[x^2] = P(h >= threshold) behind these."""
+    model = group[0].model
+    assert model is not None
+    surrogate, threshold = model.dynamics.surrogate, model.dynamics.threshold
+    fixed = sum(float(s.norm.weight.mean()) ** 2 for s in group if s.norm is not None)
+    free = sum(s.norm is None for s in group)
+    if name == "firing" or not free:
+        scale = math.sqrt(fixed + free)
+    else:
+        scale = rules.potential_scale(surrogate, threshold, free * alpha, fixed)
+    rate = float(special.ndtr(-threshold / scale))
+    moment = math.nan if name == "firing" else expected_square(surrogate, -threshold, scale)
+    divisor, top = (rules.constants(model)[1] ** 2, 1.0) if name == "firing" else (moment, alpha)
+    found = []
+    for s in group:
+        x = rate if s.recurrent else square
+        rules.require(name, s.name, x, divisor)
+        found.append(Solution(s.name, top / (fans(s.weights.weight)[0] * x * divisor), x, moment, 1, True))
+    return found, rate

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ikun.neurons import Neuron
-from ikun.stages import Arguments, Reset, Stage, Weights, as_at_start, entering, reset_states
+from ikun.stages import Arguments, Reset, Stage, Weights, entering, evaluating, forward, reset_states
 
 FOREIGN = ("BaseNode", "SpikingNeuron")  # the base classes of the neurons of SpikingJelly and of snnTorch
 
@@ -33,7 +33,8 @@ def stages_of_module(
     A weight layer feeds the neurons whose input its output reaches, with no other weight layer or neuron between them;
     its norm is the one that takes its output alone. It is recurrent if its neurons call it, or if their spikes reach
     its input. Without x, in the order of registration: neurons and norm are then the next ones, nothing is recurrent.
-    model stands in for neurons that are not ikun's. Raises ValueError if no convolution and no linear layer is called.
+    model stands in for neurons that are not ikun's. Raises ValueError if no convolution and no linear layer is called,
+    or if the same neurons stand behind different layers at different calls.
     """
     names = {m: name for name, m in module.named_modules()}
     watched = [m for m in names if isinstance(m, Weights | _BatchNorm) or is_neuron(m, neurons)]
@@ -67,12 +68,14 @@ def _registered(watched: Sequence[nn.Module]) -> Links:
 
 def _traced(module: nn.Module, x: Tensor, watched: Sequence[nn.Module], reset: Reset) -> Links:
     """Outputs of weight layers and neurons are cut from their history and marked by a leaf of the autograd graph each,
-    so that the leaves behind a tensor are the layers that it comes from."""
+    so that the leaves behind a tensor are the layers that it comes from. What comes back to neurons is added to what
+    they had at first: neurons with nothing in common at two calls are shared by two places of the module."""
     weights: dict[Weights, None] = {}
     norms: dict[nn.Module, _BatchNorm] = {}
     feeds: dict[nn.Module, nn.Module] = {}
     recurrent: set[nn.Module] = set()
     sources: dict[nn.Module, set[nn.Module]] = {}
+    calls: dict[nn.Module, list[set[nn.Module]]] = {}  # what is behind the input of neurons, if anything
     marks: dict[Tensor, nn.Module] = {}
     running: list[nn.Module] = []  # neurons within their call
 
@@ -89,6 +92,7 @@ def _traced(module: nn.Module, x: Tensor, watched: Sequence[nn.Module], reset: R
                 recurrent.add(m)
         else:
             running.append(m)
+            calls.setdefault(m, []).extend([behind] if behind else [])
             for w in behind:
                 feeds.setdefault(w, m)
 
@@ -104,13 +108,18 @@ def _traced(module: nn.Module, x: Tensor, watched: Sequence[nn.Module], reset: R
     handles = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in watched]
     handles += [m.register_forward_hook(leave) for m in watched if not isinstance(m, _BatchNorm)]
     try:
-        with as_at_start(module), torch.enable_grad():
+        with evaluating(module), torch.enable_grad():
             reset(module)
-            module(x)
+            forward(module, x)
     finally:
         for handle in handles:
             handle.remove()
     reset(module)
+    names = {m: name for name, m in module.named_modules()}
+    for neuron, seen in calls.items():
+        if seen and not set.intersection(*seen):
+            layers = ", ".join(sorted({names[m] for behind in seen for m in behind}))
+            raise ValueError(f"neurons {names[neuron]} stand behind several layers ({layers}): give each its own")
     recurrent |= {w for w, behind in sources.items() if feeds.get(w) in behind}
     return list(weights), norms, feeds, recurrent
 

@@ -58,12 +58,16 @@ def orthogonal(weights: Weights, generator: torch.Generator) -> None:
 
 
 def require(rule: str, layer: str, input_square: float, derivative: float = 1.0) -> None:
-    if input_square == 0:
-        raise ValueError(
-            f"the {rule} rule has no solution for layer {layer}: its input is zero (the layer before never fires)"
-        )
-    if derivative == 0:
-        raise ValueError(f"the {rule} rule has no solution for layer {layer}: the surrogate derivative is zero there")
+    """Raises ValueError unless both are finite and positive."""
+    for what, value in (("input", input_square), ("surrogate derivative", derivative)):
+        if not math.isfinite(value):
+            problem = f"its {what} is not finite (the values before it overflow)"
+        elif value <= 0:
+            zero = {"input": "its input is zero (the layer before never fires)"}
+            problem = zero.get(what, "the surrogate derivative is zero there")
+        else:
+            continue
+        raise ValueError(f"the {rule} rule has no solution for layer {layer}: {problem}")
 
 
 # ---------------------------------------------------------------- fixed points
@@ -148,7 +152,7 @@ def delta_orthogonal(probe: Probe, generator: torch.Generator) -> list[Solution]
     isometry. Linear layers are orthogonal. The gain 1/sqrt(m) keeps the mean square of a gradient that goes through f'
     and W; it is ours, as the paper's networks do not spike.
     """
-    for s in probe.stages:
+    for s in probe.drawn:
         fan_in, fan_out = s.weights.weight.shape[1], s.weights.weight.shape[0] // getattr(s.weights, "groups", 1)
         if s.weights.weight.dim() > 2 and fan_out < fan_in:
             raise ValueError(
@@ -250,8 +254,9 @@ def lsuv(probe: Probe, generator: torch.Generator) -> list[Solution]:
 
 def _output_variance(seen: Seen, s: Stage) -> float:
     variance = float(seen.outputs[0].double().var(unbiased=False))
-    if variance == 0:
-        raise ValueError(f"the lsuv rule has no solution for layer {s.name}: its output does not vary")
+    if not 0 < variance < math.inf:
+        problem = "does not vary" if variance == 0 else "is not finite (the values before it overflow)"
+        raise ValueError(f"the lsuv rule has no solution for layer {s.name}: its output {problem}")
     return variance
 
 
@@ -326,20 +331,23 @@ def kernel_moments(decay: float, gain: float, steps: int) -> tuple[float, float,
 
 
 # ---------------------------------------------------------------- the analytic law
-def potential_scale(surrogate: Surrogate, threshold: float, alpha: float) -> float:
-    """s with s^2 E[f'(N(-threshold, s^2))^2] = alpha: the analytic fixed point without a norm.
+def potential_scale(surrogate: Surrogate, threshold: float, alpha: float, fixed: float = 0.0) -> float:
+    """s with (s^2 - fixed) E[f'(N(-threshold, s^2))^2] = alpha: the analytic fixed point. fixed: the part of the
+    variance s^2 that comes from a norm, and does not move with the weights.
 
     The left side grows from 0 with s, without bound. Raises ValueError where no s below 1e6 thresholds solves it.
     """
 
-    def gap(log_s: float) -> float:
-        s = math.exp(log_s)
-        moment = expected_square(surrogate, -threshold, s)
-        return 2 * log_s + math.log(moment) - math.log(alpha) if moment > 0 else -math.inf
+    def scale(log_free: float) -> float:
+        return math.sqrt(fixed + math.exp(2 * log_free))
+
+    def gap(log_free: float) -> float:
+        moment = expected_square(surrogate, -threshold, scale(log_free))
+        return 2 * log_free + math.log(moment) - math.log(alpha) if moment > 0 else -math.inf
 
     lo, hi = math.log(threshold * 1e-3), math.log(threshold * 1e6)
     while gap(lo) == -math.inf and lo < hi:
         lo += 0.5
     if not gap(lo) < 0 < gap(hi):
         raise ValueError(f"the analytic ikun rule has no solution for surrogate {surrogate} and alpha {alpha}")
-    return math.exp(float(optimize.brentq(gap, lo, hi)))
+    return scale(float(optimize.brentq(gap, lo, hi)))

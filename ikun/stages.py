@@ -35,6 +35,12 @@ class Stage:
     model: Neuron | None = None
     recurrent: bool = False
 
+    @property
+    def frozen(self) -> bool:
+        """requires_grad=False: left as it is."""
+        weight = self.weights._parameters.get("weight")  # a computed weight is no parameter, and none is frozen
+        return weight is not None and not weight.requires_grad
+
 
 def stages_of(network: Network) -> tuple[Stage, ...]:
     """The stages of one of ikun's networks."""
@@ -57,16 +63,26 @@ def reset_states(module: nn.Module) -> None:
 
 
 @contextmanager
-def as_at_start(module: nn.Module) -> Iterator[None]:
-    """Without gradients and dropout, BatchNorm normalizing by the batch; every module's mode comes back afterwards."""
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """In evaluation mode; every module's own comes back afterwards."""
     before = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
-        with torch.no_grad(), batch_norm_by_batch(module):
-            yield
+        yield
     finally:
         for m, training in before:
             m.training = training
+
+
+def forward(module: nn.Module, x: Tensor) -> None:
+    """module(x), with the commonest mistake told in one line."""
+    try:
+        module(x)
+    except RuntimeError as error:
+        kinds = list(dict.fromkeys(p.dtype for p in module.parameters() if p.is_floating_point()))
+        if kinds and x.is_floating_point() and x.dtype not in kinds:
+            raise ValueError(f"x is {x.dtype}, the module's parameters are {kinds[0]}: convert one of them") from error
+        raise
 
 
 def entering(arguments: Arguments, named: dict[str, Tensor]) -> Tensor:
@@ -104,17 +120,20 @@ class Probe:
         self, module: nn.Module, stages: Sequence[Stage], x: Tensor | None = None, reset: Reset = reset_states
     ) -> None:
         self.module, self.stages, self.x, self.reset = module, tuple(stages), x, reset
+        self.drawn = tuple(s for s in self.stages if not s.frozen)
         self.passes = 0
 
     def groups(self) -> list[tuple[Stage, ...]]:
-        """Stages that feed the same neurons, placed where the last of them that is not recurrent is."""
+        """The stages to be drawn that feed the same neurons, placed where the last of them, frozen or not, that is not
+        recurrent is."""
         found: dict[nn.Module, list[Stage]] = {}
         place: dict[nn.Module, int] = {}
         for i, s in enumerate(self.stages):
             key = s.weights if s.neuron is None else s.neuron
             found.setdefault(key, []).append(s)
             place[key] = place.get(key, i) if s.recurrent else i
-        return [tuple(found[key]) for key in sorted(found, key=lambda key: place[key])]
+        whole = (found[key] for key in sorted(found, key=lambda key: place[key]))
+        return [drawn for group in whole if (drawn := tuple(s for s in group if not s.frozen))]
 
     def look(self, group: Sequence[Stage]) -> Seen:
         """One forward pass, as far as needed. The stages must feed the same neurons; the module's state must be fresh,
@@ -159,8 +178,9 @@ class Probe:
         handles.append(last.register_forward_hook(leave))
         self.passes += 1
         try:
-            with as_at_start(self.module), suppress(_FoundError):
-                self.module(self.x)
+            # as at the start of training: BatchNorm normalizes by the batch; but without dropout
+            with evaluating(self.module), batch_norm_by_batch(self.module), torch.no_grad(), suppress(_FoundError):
+                forward(self.module, self.x)
         finally:
             for handle in handles:
                 handle.remove()

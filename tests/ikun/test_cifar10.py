@@ -144,7 +144,7 @@ def test_all_formats_are_the_same_data(tmp_path: Path) -> None:
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("protocol", [3, 4])
+@pytest.mark.parametrize("protocol", [2, 3, 4])
 def test_python_3_protocols(tmp_path: Path, protocol: int) -> None:
     put(tmp_path, {f"cifar-10-batches-py/{s}": python3(*samples(i), protocol) for i, s in enumerate(STEMS)})
     check(local(tmp_path))
@@ -230,6 +230,8 @@ def wrong(**changes: Any) -> bytes:
         (python2(*samples(0), dtype=b"f8"), "no array of bytes"),
         (python2(*samples(0), columns_first=b"\x88"), "no array of bytes"),
         (python2(samples(0)[0][:2], [1, 2, 3]), "3 labels"),
+        (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00utf-8\x86R.", "more than bytes of latin1"),
+        (b"\x80\x02c_codecs\nencode\nU\x01aX\x06\x00\x00\x00latin1\x86R.", "more than bytes of latin1"),
     ],
 )
 def test_wrong_pickles(tmp_path: Path, content: bytes, message: str) -> None:
@@ -257,6 +259,7 @@ HOSTILE = {
     "instance": b"(ios\nsystem\n(lp0\n.",
     "new object": b"\x80\x02cio\nFileIO\n)\x81.",
     "extension": b"\x80\x02\x82\x01.",
+    "another function of the codecs": b"\x80\x02c_codecs\ndecode\nU\x01aX\x06\x00\x00\x00latin1\x86R.",
     "a deep key": b"\x80\x02}" + b")" + b"\x85" * 500_000 + b"K\x01s.",
     "deep keys": b"\x80\x02}()" + b"\x85" * 500_000 + b"K\x01u.",
     "persistent id": b"\x80\x02U\x01aQ.",
@@ -281,8 +284,11 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, name: str, monkeypatch: pyt
         b"\x80\x02}r" + struct.pack("<I", 2**30) + b".",  # an entry far out in the memo
         python2(samples(0)[0], [1, 2, 3]).replace(b"M\x00\x0c\x86", b"J\xff\xff\xff\x7f\x86"),  # a shape
         b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nJ\xff\xff\xff\x7f\x85U\x01b\x87R.",
+        # the same 64 KiB of text encoded 1,000 times
+        b"\x80\x02X\x00\x00\x01\x00" + b"a" * 2**16 + b"X\x06\x00\x00\x00latin1\x86q\x00]("
+        b"c_codecs\nencode\nq\x01h\x00R" + b"h\x01h\x00R" * 999 + b"e.",
     ],
-    ids=["bytearray", "bytes", "string", "frame", "memo", "shape", "array"],
+    ids=["bytearray", "bytes", "string", "frame", "memo", "shape", "array", "encode"],
 )
 def test_what_a_pickle_claims_takes_no_memory(tmp_path: Path, content: bytes) -> None:
     put(tmp_path, {"cifar-10-batches-py/test_batch": content})

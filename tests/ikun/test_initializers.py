@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ikun.initializers import FILLS, NAMES, Initialized, initialize, released_beta
 from ikun.networks import LOSSES, Network, Spec
-from ikun.rules import potential_scale
+from ikun.rules import potential_scale, require
 from ikun.statistics import batch_norm_by_batch, fans, observe
 from ikun.surrogates import Surrogate
 
@@ -227,6 +227,14 @@ def test_potential_scale_solves_its_equation(text: str, first: Callable[[float],
     assert s**2 * gaussian_moment(first, -threshold, s) == pytest.approx(alpha, rel=1e-6)
 
 
+@pytest.mark.parametrize("fixed", [0.25, 1.0, 9.0])
+@pytest.mark.parametrize("alpha", [1e-3, 0.3, 2.0])
+def test_potential_scale_beside_a_fixed_part(fixed: float, alpha: float) -> None:
+    s = potential_scale(Surrogate("triangle", 1), 1.0, alpha, fixed)
+    moment = gaussian_moment(lambda x: max(0.0, 1 - abs(x)), -1.0, s)
+    assert (s**2 - fixed) * moment == pytest.approx(alpha, rel=1e-6)
+
+
 def test_potential_scale_is_the_published_one() -> None:
     assert potential_scale(Surrogate("atan", 2), 1.0, 1.0) == pytest.approx(5.1, abs=0.05)
     assert potential_scale(Surrogate("fast_sigmoid", 25), 1.0, 1.0) == pytest.approx(94, abs=0.5)
@@ -290,12 +298,85 @@ def test_gain_multiplies_the_variance_of_every_weight_and_nothing_else(name: str
         ("ikun", {"x": None}, "needs a batch"),
         ("ikun", {"x": None, "law": "analytic"}, "needs a batch"),
         ("ikun", {"x": torch.zeros(4, 1, 8, 8)}, "no solution for layer fc1: its input is zero"),
+        ("ikun", {"x": images(8).double()}, "x is torch.float64, the module's parameters are torch.float32"),
     ],
 )
 def test_refusals_say_why(name: str, options: dict[str, Any], part: str) -> None:
     with pytest.raises(ValueError, match=part) as caught:
         initialize(wide(hidden=(5,)), name, generator=generator(), **{"x": images(8), **options})
     assert "\n" not in str(caught.value)
+
+
+MEASURING = [(n, "empirical") for n in NAMES if n not in (*FILLS, "tdbn")] + [
+    ("ikun", "analytic"),
+    ("firing", "analytic"),
+]
+
+
+@pytest.mark.parametrize(("name", "law"), MEASURING)
+def test_a_batch_that_nothing_can_be_measured_on_is_refused_before_anything(name: str, law: str) -> None:
+    spoiled = {"NaN": images(8), "Inf": images(8), r"x \[0, 1, 8, 8\] is empty": images(0)}
+    spoiled["NaN"][3, 0, 1, 2], spoiled["Inf"][3, 0, 1, 2] = math.nan, -math.inf
+    net = wide(model="rsnn", hidden=(5,), neuron="lif")
+    before = net.state_dict()["fc1.weight"].clone()
+    for part, x in spoiled.items():
+        with pytest.raises(ValueError, match=part):
+            initialize(net, name, generator=generator(), x=x, law=law)
+        initialize(wide(hidden=(5,)), "kaiming", generator=generator(), x=x)  # measures nothing
+    assert torch.equal(net.fc1.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ((0.0, 1.0), "its input is zero"),
+        ((1.0, 0.0), "the surrogate derivative is zero there"),
+        ((math.nan, 1.0), "its input is not finite"),
+        ((math.inf, 1.0), "its input is not finite"),
+        ((1.0, math.nan), "its surrogate derivative is not finite"),
+    ],
+)
+def test_a_rule_requires_finite_positive_moments(values: tuple[float, float], part: str) -> None:
+    require("ikun", "fc1", 1e-300, 1e-300)
+    with pytest.raises(ValueError, match=f"the ikun rule has no solution for layer fc1: {part}"):
+        require("ikun", "fc1", *values)
+
+
+def test_lsuv_refuses_an_output_that_overflows() -> None:
+    with pytest.raises(ValueError, match="layer fc1: its output is not finite"):
+        initialize(wide(hidden=(5,)), "lsuv", generator=generator(), x=images(8) * 3e38)
+
+
+@pytest.mark.parametrize("name", ["ikun", "kaiming"])
+def test_a_module_without_values_is_refused(name: str) -> None:
+    with torch.device("meta"):
+        net = wide(hidden=(5,))
+    with pytest.raises(ValueError, match="on the meta device and has no values yet"):
+        initialize(net, name, generator=generator(), x=images(8))
+
+
+def test_frozen_weights_of_a_network() -> None:
+    net = wide(norm="bn")
+    net.fc1.requires_grad_(False)
+    net.norm1.requires_grad_(False)
+    before = net.fc1.weight.clone()
+    done = initialize(net, "ikun", generator=generator(), x=images(), gain=2.0)
+    assert torch.equal(net.fc1.weight, before)
+    assert done.untouched == ("fc1.weight",)
+    assert [s.layer for s in done.solutions] == ["fc2", "fc3"]
+    initialize(net, "tdbn", generator=generator(), alpha=0.5)
+    assert net.norm1.weight.eq(1).all()
+    assert net.norm2.weight.eq(0.5).all()
+    with pytest.raises(ValueError, match="law 'analytic' takes all weights for drawn, and some are frozen"):
+        initialize(net, "ikun", generator=generator(), x=images(), law="analytic")
+    with pytest.raises(ValueError, match="all weights are frozen"):
+        initialize(net.requires_grad_(False), "kaiming", generator=generator())
+
+
+@pytest.mark.parametrize("name", ["ikun", "firing"])
+def test_analytic_rules_refuse_branches(name: str) -> None:
+    with pytest.raises(ValueError, match="for a chain of layers, and this network adds branches: choose empirical"):
+        initialize(Network(Spec(model="resnet")), name, generator=generator(), x=images(8), law="analytic")
 
 
 def test_analytic_rule_refuses_a_dead_input() -> None:

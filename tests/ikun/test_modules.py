@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune, weight_norm
 
 from ikun.initializers import NAMES, initialize, initialize_module
 from ikun.modules import is_neuron, stages_of_module
 from ikun.networks import Network, Spec
 from ikun.neurons import Dynamics, Neuron
 from ikun.stages import Probe, reset_states
+from ikun.statistics import derivative_square
 from ikun.surrogates import Surrogate
 
 STEPS = 4
@@ -425,8 +427,178 @@ def test_layers_that_the_forward_pass_leaves_out_are_left_out() -> None:
 
     net = Partly()
     before = net.unused.weight.clone()
-    initialize_module(net, "ikun", generator=generator(), x=images())
+    done = initialize_module(net, "ikun", generator=generator(), x=images())
     assert torch.equal(net.unused.weight, before)
+    assert done.untouched == ("unused.weight",)
+
+
+class Odd(nn.Module):
+    """Weights that no initializer draws, before one that is drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up = nn.Embedding(5, 4), nn.ConvTranspose1d(1, 2, 3)
+        self.rnn, self.pair = nn.GRU(4, 3, batch_first=True), nn.Bilinear(4, 4, 2)
+        self.heads, self.lazy = nn.MultiheadAttention(4, 2), nn.LazyLinear(2)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x + self.embed.weight.sum() + self.up(x[:, None]).mean() + self.rnn(x[:, None])[0].mean())
+
+
+def test_all_weights_that_are_not_drawn_are_told() -> None:
+    net = Odd()
+    done = initialize_module(net, "kaiming", generator=generator(), x=torch.rand(6, 4))
+    assert done.untouched == (
+        "embed.weight",
+        "up.weight",
+        "rnn.weight_ih_l0",
+        "rnn.weight_hh_l0",
+        "pair.weight",
+        "heads.in_proj_weight",
+        "heads.out_proj.weight",
+        "lazy.weight",
+        "lazy.bias",
+    )
+    assert initialize_module(MultiStep(2), "kaiming", generator=generator(), x=images()).untouched == ()
+
+
+def test_frozen_layers_stay_and_are_seen() -> None:
+    net, x = Two(), torch.rand(64, 40, generator=generator())
+    net.long.requires_grad_(False)
+    net.short.bias.requires_grad_(False)
+    kept = {k: v.clone() for k, v in net.state_dict().items() if k != "short.weight"}
+    done = initialize_module(net, "ikun", generator=generator(), x=x)
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in kept.items())
+    assert done.untouched == ("long.weight",)
+    (short,) = done.solutions
+    with torch.no_grad():
+        m = derivative_square(net.node, (net.long(x) + net.short(x)).expand(STEPS, -1, -1))
+    assert short.variance == pytest.approx(1 / (40 * float(x.square().mean()) * m), rel=0.02)
+
+
+def test_what_waits_for_a_frozen_layer_waits() -> None:
+    net, x = Shortcut(), torch.rand(64, 40, generator=generator())
+    net.second.requires_grad_(False)
+    done = initialize_module(net, "firing", generator=generator(), x=x)
+    assert [s.layer for s in done.solutions] == ["first", "short"]
+
+
+@pytest.mark.parametrize("name", ["kaiming", "lsuv"])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        pytest.param(weight_norm, marks=pytest.mark.filterwarnings("ignore")),
+        lambda m: prune.random_unstructured(m, "weight", 0.5),
+        lambda m: prune.random_unstructured(m, "bias", 0.5),
+    ],
+    ids=["weight_norm", "spectral_norm", "old weight_norm", "pruned", "pruned bias"],
+)
+def test_computed_weights_are_refused(compute: Any, name: str) -> None:
+    net = single_step(2)
+    compute(net.layers[0])
+    before = {k: v.clone() for k, v in net.state_dict().items() if "weight" in k}
+    with pytest.raises(ValueError, match=r"layer layers\.0: its weight is computed \(weight_norm.*remove that first"):
+        initialize_module(net, name, generator=generator(), x=images(8))
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items() if not k.endswith(("_u", "_v")))
+
+
+@pytest.mark.parametrize("name", ["kaiming", "ikun"])
+@pytest.mark.parametrize("view", [False, True])
+def test_tied_weights_are_refused(name: str, view: bool) -> None:
+    net = Two()
+    net.short.weight = nn.Parameter(net.long.weight.data) if view else net.long.weight
+    with pytest.raises(ValueError, match="layers long and short share one weight"):
+        initialize_module(net, name, generator=generator(), x=torch.rand(8, 40))
+
+
+class Stateless(nn.Module):
+    def forward(self, x: Tensor, v: Tensor | float) -> tuple[Tensor, Tensor]:
+        h = v + x
+        s = (h >= 1).to(x)
+        return s, h * (1 - s)
+
+
+class Chain(nn.Module):
+    """Two layers whose neurons are one module or two."""
+
+    def __init__(self, kind: str, shared: bool, width: int = 40) -> None:
+        super().__init__()
+        self.a, self.b, self.kind = nn.Linear(40, width), nn.Linear(width, 40), kind
+        make = Stateless if kind == "stateless" else lambda: Neuron("if", MODEL.dynamics)
+        self.n = make()
+        self.m = self.n if shared else make()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "ikun":
+            return self.m(self.b(self.n(self.a(x).expand(STEPS, -1, -1))))
+        one, two, total = 0.0, 0.0, torch.zeros(())
+        for _ in range(STEPS):
+            s, one = self.n(self.a(x), one)
+            s, two = self.m(self.b(s), two)
+            total = total + s
+        return total
+
+
+@pytest.mark.parametrize("kind", ["stateless", "ikun"])
+@pytest.mark.parametrize("width", [40, 30])
+def test_neurons_shared_by_two_places_are_refused(kind: str, width: int) -> None:
+    kinds = Stateless if kind == "stateless" else None
+    x = torch.rand(64, 40, generator=generator())
+    own = initialize_module(Chain(kind, False, width), "ikun", generator=generator(), x=x, neurons=kinds)
+    assert [s.layer for s in own.solutions] == ["a", "b"]
+    for name in ("ikun", "lsuv"):
+        with pytest.raises(ValueError, match=r"neurons n stand behind several layers \(a, b\): give each its own"):
+            initialize_module(Chain(kind, True, width), name, generator=generator(), x=x, neurons=kinds)
+
+
+class Late(nn.Module):
+    """Recurrence that begins at the second step; with_input: beside a layer, or beside the bare input."""
+
+    def __init__(self, with_input: bool) -> None:
+        super().__init__()
+        self.fc, self.back, self.node = nn.Linear(40, 40), nn.Linear(40, 40), IFNode()
+        self.with_input = with_input
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes = self.node(self.fc(x) if self.with_input else x)
+        for _ in range(STEPS):
+            spikes = self.node((self.fc(x) if self.with_input else x) + self.back(spikes))
+        return spikes
+
+
+@pytest.mark.parametrize("with_input", [True, False])
+def test_recurrence_is_no_sharing(with_input: bool) -> None:
+    net = Late(with_input)
+    found = stages_of_module(net, torch.rand(8, 40), MODEL)
+    assert [(s.name, s.neuron, s.recurrent) for s in found][-1] == ("back", net.node, True)
+
+
+def test_a_rule_that_does_not_measure_needs_no_statistics_of_the_batch() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.BatchNorm1d(128), IFNode())
+    done = initialize_module(net, "kaiming", generator=generator(), x=images(1))
+    assert (done.forward_passes, net.training, net[2].training) == (1, True, True)
+    assert net[1].bias.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "part"),
+    [
+        (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), {"x": None}, "layer 1 has no shape yet: give a batch"),
+        (lambda: MultiStep(2).double(), {}, "x is torch.float32, the module's parameters are torch.float64"),
+        (lambda: MultiStep(2).to("meta"), {}, "the module is on the meta device and has no values yet"),
+        (lambda: MultiStep(2).to("meta"), {"x": None}, "the module is on the meta device and has no values yet"),
+        (lambda: MultiStep(2), {"threshold": math.nan}, "threshold must be positive, not nan"),
+        (lambda: MultiStep(2), {"threshold": 0.0}, "threshold must be positive, not 0.0"),
+        (lambda: MultiStep(2).requires_grad_(False), {}, "all weights are frozen"),
+    ],
+)
+def test_modules_that_cannot_be_drawn_are_refused(make: Any, options: dict[str, Any], part: str) -> None:
+    with pytest.raises(ValueError, match=part) as caught:
+        initialize_module(make(), "kaiming", generator=generator(), **{"x": images(4), **options})
+    assert "\n" not in str(caught.value)
 
 
 def test_what_counts_as_a_neuron() -> None:

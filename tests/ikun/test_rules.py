@@ -320,12 +320,36 @@ def test_tdbn_needs_a_norm() -> None:
 
 
 # ---------------------------------------------------------------- the analytic law of ikun elsewhere
-def test_analytic_law_of_a_recurrent_layer_is_its_own_rate() -> None:
-    solutions, _ = run("ikun", network(model="rsnn", hidden=(40,)), images(), law="analytic")
-    first, back = solutions["fc1"], solutions["rec1"]
-    assert back.derivative_square == first.derivative_square
-    assert back.input_square == solutions["fc2"].input_square
-    assert back.variance == pytest.approx(1 / (40 * back.input_square * back.derivative_square))
+@pytest.mark.parametrize(("name", "alpha"), [("ikun", 1.0), ("ikun", 0.05), ("firing", 1.0)])
+@pytest.mark.parametrize(("norm", "threshold"), [("none", 1.0), ("bn", 1.0), ("tdbn", 0.7)])
+def test_analytic_law_of_recurrent_layers_is_that_of_both_currents(
+    name: str, alpha: float, norm: str, threshold: float
+) -> None:
+    """The current drawn: Gaussian weights of the solutions' variances, independent spikes of the model's rate."""
+    net = network(model="rsnn", hidden=(400, 30), norm=norm, threshold=threshold)
+    x, rng = images(), np.random.default_rng(0)
+    solutions = {
+        s.layer: s for s in initialize(net, name, generator=generator(), x=x, alpha=alpha, law="analytic").solutions
+    }
+    first, back, second = (solutions[n] for n in ("fc1", "rec1", "fc2"))
+    assert back.input_square == second.input_square
+    spikes = (rng.random((4000, 400)) < back.input_square).astype(float)
+    current = (spikes * rng.normal(0, math.sqrt(back.variance), (4000, 400))).sum(1)  # a neuron a row
+    if norm == "none":
+        pixels = x.flatten(1).double().numpy()[rng.integers(0, 64, 4000)]
+        current += (pixels * rng.normal(0, math.sqrt(first.variance), (4000, 64))).sum(1)
+    else:
+        current += rng.normal(0, 1.0 if norm == "bn" else threshold, 4000)
+    assert (current >= threshold).mean() == pytest.approx(second.input_square, abs=4 * 0.5 / math.sqrt(4000))
+    if name == "ikun":
+        moment = np.mean((1 + (math.pi * (current - threshold)) ** 2) ** -2.0)
+        assert first.derivative_square == back.derivative_square == pytest.approx(moment, rel=0.12)
+        for s, fan in ((first, 64), (back, 400)):
+            assert s.variance == pytest.approx(alpha / (fan * s.input_square * s.derivative_square))
+    else:
+        assert [s.variance for s in (first, back)] == pytest.approx(
+            [1 / (64 * first.input_square), 1 / (400 * back.input_square)]
+        )
 
 
 def test_analytic_law_behind_a_norm_has_its_weight_for_standard_deviation() -> None:
