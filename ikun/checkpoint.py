@@ -83,6 +83,8 @@ class DataSpec:
         whole = read(subset=count, seed=self.seed)
         if not self.held_out:
             return whole, None
+        if self.held_out < 0:
+            raise DataError(f"{self.held_out} held-out samples: give 0 or more")
         cut = len(whole) - self.held_out
         if cut < 1:
             raise DataError(f"{self.held_out} held-out samples of {len(whole)} leave none to train on: hold out fewer")

@@ -38,6 +38,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from scipy import special
@@ -47,13 +48,13 @@ from torch.nn.parameter import is_lazy
 
 from ikun import rules
 from ikun.layers import Add
+from ikun.membranes import stand_in
 from ikun.modules import stages_of_module
 from ikun.networks import Network
-from ikun.neurons import Dynamics, Neuron
 from ikun.rules import Solution
 from ikun.stages import Probe, Reset, Stage, reset_states, stages_of
 from ikun.statistics import fans
-from ikun.surrogates import Surrogate, expected_square
+from ikun.surrogates import expected_square
 
 LAWS = ("empirical", "analytic")
 
@@ -130,8 +131,8 @@ def initialize_module(
     *,
     generator: torch.Generator,
     x: Tensor | None = None,
-    surrogate: str = "atan:2",
-    threshold: float = 1.0,
+    surrogate: str | None = None,
+    threshold: float | None = None,
     neurons: type | tuple[type, ...] | None = None,
     alpha: float = 1.0,
     gain: float = 1.0,
@@ -144,22 +145,21 @@ def initialize_module(
     (requires_grad=False) with their biases. Rules that measure see the module with them.
     Its neurons are found by class: ikun's, SpikingJelly's and snnTorch's, or the given `neurons`. x is what the
     module's forward takes; order and pairing come from one forward pass on it (without x from the order of
-    registration, enough for rules that do not measure). The membrane of a neuron that is not ikun's is not looked
-    into: h is the current that enters it, accumulated by ikun's own IF neuron with this surrogate and threshold (so
-    gradient_stable, which needs a leak, has no solution there). reset: brings the module's state back before every
-    forward, instead of the libraries' own ways. alpha, gain: as in initialize().
+    registration, enough for rules that do not measure). Rules that measure the membrane have it from ikun's own neuron
+    with the leak, reset, threshold and surrogate that `membranes.stand_in` reads; surrogate and threshold, if given, in
+    place of those. reset: brings the module's state back before every forward, instead of the libraries' own ways.
+    alpha, gain: as in initialize().
     Raises ValueError as initialize(), for a threshold <= 0, where a rule that measures finds no neurons, and where
     neurons are shared by several places of the module.
     """
     if isinstance(module, Network):
         return initialize(module, name, generator=generator, x=x, alpha=alpha, gain=gain)
     _check(module, name, x, alpha, "empirical", gain)
-    if not 0 < threshold < math.inf:
+    if threshold is not None and not 0 < threshold < math.inf:
         raise ValueError(f"threshold must be positive, not {threshold}")
-    model = Neuron("if", Dynamics(Surrogate.parse(surrogate), threshold))
     kinds = () if neurons is None else neurons if isinstance(neurons, tuple) else (neurons,)
     back = reset or reset_states
-    stages = stages_of_module(module, x, model, kinds, back)
+    stages = stages_of_module(module, x, partial(stand_in, surrogate=surrogate, threshold=threshold), kinds, back)
     if (name == "ikun" or name in RULES) and all(s.neuron is None for s in stages):
         raise ValueError(f"no spiking neurons found for {name}: name their class with `neurons`")
     found = _draw(Probe(module, stages, x, back), name, generator, alpha, "empirical", gain)

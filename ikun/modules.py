@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ def is_neuron(module: nn.Module, kinds: tuple[type, ...] = ()) -> bool:
 def stages_of_module(
     module: nn.Module,
     x: Tensor | None,
-    model: Neuron,
+    stand_in: Callable[[nn.Module], Neuron],
     neurons: tuple[type, ...] = (),
     reset: Reset = reset_states,
 ) -> tuple[Stage, ...]:
@@ -33,7 +33,7 @@ def stages_of_module(
     A weight layer feeds the neurons whose input its output reaches, with no other weight layer or neuron between them;
     its norm is the one that takes its output alone. It is recurrent if its neurons call it, or if their spikes reach
     its input. Without x, in the order of registration: neurons and norm are then the next ones, nothing is recurrent.
-    model stands in for neurons that are not ikun's. Raises ValueError if no convolution and no linear layer is called,
+    stand_in gives the model of neurons. Raises ValueError if no convolution and no linear layer is called,
     or if the same neurons stand behind different layers at different calls.
     """
     names = {m: name for name, m in module.named_modules()}
@@ -44,8 +44,8 @@ def stages_of_module(
     found = []
     for m in weights:
         neuron = feeds.get(m)
-        stand_in = None if neuron is None else neuron if isinstance(neuron, Neuron) else model
-        found.append(Stage(names[m], m, norms.get(m), neuron, stand_in, m in recurrent))
+        model = None if neuron is None else stand_in(neuron)
+        found.append(Stage(names[m], m, norms.get(m), neuron, model, m in recurrent))
     return tuple(found)
 
 

@@ -236,6 +236,11 @@ def test_held_out_must_leave_something(held_out: int) -> None:
         DataSpec("digits", 60, held_out=held_out).parts()
 
 
+def test_held_out_is_no_negative_number() -> None:
+    with pytest.raises(DataError, match="-1 held-out samples: give 0 or more"):
+        DataSpec("digits", 60, held_out=-1).parts()
+
+
 # ---------------------------------------------------------------- refusals
 def test_missing_empty_and_folder(tmp_path: Path) -> None:
     assert "no such file" in refused(tmp_path / "nothing.pt")

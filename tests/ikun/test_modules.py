@@ -4,6 +4,7 @@ by the libraries themselves."""
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 from ikun.initializers import NAMES, initialize, initialize_module
+from ikun.membranes import stand_in
 from ikun.modules import is_neuron, stages_of_module
 from ikun.networks import Network, Spec
 from ikun.neurons import Dynamics, Neuron
@@ -192,19 +194,20 @@ def test_ikuns_own_network_is_taken_as_it_is() -> None:
 
 def test_the_forward_pass_says_what_feeds_what() -> None:
     net, x = Recurrent(), torch.rand(8, 6, generator=generator())
-    found = stages_of_module(net, x, MODEL)
-    assert [(s.name, s.neuron, s.model, s.recurrent) for s in found] == [
-        ("fc1", net.lif1, MODEL, False),
-        ("fc2", net.lif2, MODEL, False),
-        ("lif2.recurrent", net.lif2, MODEL, True),
-        ("out", None, None, False),
-        ("back", net.lif1, MODEL, True),
+    found = stages_of_module(net, x, stand_in)
+    assert [(s.name, s.neuron, s.recurrent) for s in found] == [
+        ("fc1", net.lif1, False),
+        ("fc2", net.lif2, False),
+        ("lif2.recurrent", net.lif2, True),
+        ("out", None, False),
+        ("back", net.lif1, True),
     ]
-    assert next(s.name for s in stages_of_module(net, None, MODEL)) == "out"
+    assert [s.model is None for s in found] == [False, False, False, True, False]
+    assert next(s.name for s in stages_of_module(net, None, stand_in)) == "out"
     theirs = MultiStep(2)
     nodes = [m for m in theirs.modules() if isinstance(m, BaseNode)]
     for batch in (None, images()):
-        normed = stages_of_module(theirs, batch, MODEL)
+        normed = stages_of_module(theirs, batch, stand_in)
         assert [s.neuron for s in normed] == nodes
     assert all(m.v == 0.0 for m in nodes)  # as fresh as before
     assert [type(s.norm).__name__ for s in normed] == ["BatchNorm2d", "BatchNorm2d", "NoneType", "NoneType"]
@@ -215,7 +218,7 @@ def test_currents_include_what_comes_back_once() -> None:
     with torch.no_grad():
         for p in net.parameters():
             p.normal_(0, 1, generator=generator(1))
-    probe = Probe(net, stages_of_module(net, x, MODEL), x)
+    probe = Probe(net, stages_of_module(net, x, stand_in), x)
     reset_states(net)
     mems: list[list[Tensor]] = [[], []]
     with torch.no_grad():
@@ -252,7 +255,7 @@ def test_layers_that_feed_the_same_neurons_are_solved_together() -> None:
     constant = sum(t * t for t in range(1, STEPS + 1)) / STEPS
     assert [s.variance for s in done.solutions] == pytest.approx([0.5 / (40 * square * constant)] * 2)
     done = initialize_module(net, "ikun", generator=generator(), x=x)
-    (long, short), seen = done.solutions, Probe(net, stages_of_module(net, x, MODEL), x)
+    (long, short), seen = done.solutions, Probe(net, stages_of_module(net, x, stand_in), x)
     assert [s.layer for s in done.solutions] == ["long", "short"]
     assert long.variance == short.variance
     slope = seen.look(seen.groups()[0]).derivative_square()
@@ -270,7 +273,7 @@ def test_a_shared_layer_feeds_its_first_neurons_and_a_norm_of_a_sum_is_nobodys()
             return self.node2(self.norm(self.turn(self.node1(self.turn(x))[0]) + self.other(x)))[0]
 
     net = Shared()
-    found = stages_of_module(net, torch.rand(8, 6), MODEL)
+    found = stages_of_module(net, torch.rand(8, 6), stand_in)
     assert [(s.name, s.neuron, s.norm) for s in found] == [("turn", net.node1, None), ("other", net.node2, None)]
 
 
@@ -572,7 +575,7 @@ class Late(nn.Module):
 @pytest.mark.parametrize("with_input", [True, False])
 def test_recurrence_is_no_sharing(with_input: bool) -> None:
     net = Late(with_input)
-    found = stages_of_module(net, torch.rand(8, 40), MODEL)
+    found = stages_of_module(net, torch.rand(8, 40), stand_in)
     assert [(s.name, s.neuron, s.recurrent) for s in found][-1] == ("back", net.node, True)
 
 
@@ -610,7 +613,9 @@ def test_what_counts_as_a_neuron() -> None:
 
 
 # ---------------------------------------------------------------- the libraries themselves
-def test_spikingjelly() -> None:
+@pytest.mark.parametrize("lif", [False, True])
+def test_spikingjelly(lif: bool) -> None:
+    """Leak, threshold and surrogate are read: the same weights as ours of that kind."""
     base = pytest.importorskip("spikingjelly.activation_based")
     layer = pytest.importorskip("spikingjelly.activation_based.layer")
     node = pytest.importorskip("spikingjelly.activation_based.neuron")
@@ -620,17 +625,19 @@ def test_spikingjelly() -> None:
     class Theirs(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            parts = [layer.Conv2d(1, 4, 3, padding=1, bias=False), layer.BatchNorm2d(4), node.IFNode()]
+            neuron = partial(node.LIFNode, tau=3.0, v_threshold=0.7) if lif else node.IFNode
+            parts = [layer.Conv2d(1, 4, 3, padding=1, bias=False), layer.BatchNorm2d(4), neuron()]
             parts += [layer.MaxPool2d(2, 2), layer.Conv2d(4, 4, 3, padding=1, bias=False), layer.BatchNorm2d(4)]
-            parts += [node.IFNode(), layer.MaxPool2d(2, 2), layer.Flatten(), layer.Linear(16, 64, bias=False)]
-            self.net = nn.Sequential(*parts, node.IFNode(), layer.Linear(64, 10, bias=False), node.IFNode())
+            parts += [neuron(), layer.MaxPool2d(2, 2), layer.Flatten(), layer.Linear(16, 64, bias=False)]
+            self.net = nn.Sequential(*parts, neuron(), layer.Linear(64, 10, bias=False), neuron())
             functional.set_step_mode(self.net, "m")
 
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x.expand(STEPS, *x.shape)).mean(0)
 
+    dynamics: dict[str, Any] = {"neuron": "lif", "tau": 3.0, "threshold": 0.7} if lif else {}
     for name in ("ikun", "lsuv", "delta_orthogonal", "fluctuation"):
-        ours, theirs = Network(Spec(channels=4)), Theirs()
+        ours, theirs = Network(Spec(channels=4, surrogate="sigmoid:4", **dynamics)), Theirs()
         initialize(ours, name, generator=generator(3), x=images())
         initialize_module(theirs, name, generator=generator(3), x=images())
         for a, b in zip(weights(ours), weights(theirs), strict=True):
