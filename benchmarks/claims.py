@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from scipy.stats import kendalltau, spearmanr
 
 from hessian_tools.comparison import compare_runs
@@ -26,8 +27,10 @@ from ikun.training import overdriven
 
 T = TypeVar("T")
 Json = dict[str, Any]
+Array = npt.NDArray[np.float64]
 PAPER = ("paper", "paper-fashion")
 CHANCE, LEARNED, GOOD, TINY = 0.2, 0.8, 0.9, 1e-300  # test accuracies: at chance below the first, learned from 0.8 on
+MEASURED = {"E[f'^2]": "derivative_square", "current variance": "current_variance"}
 
 
 @dataclass(frozen=True)
@@ -199,34 +202,69 @@ def variances(folder: Path) -> None:
         print(f"smallest: variance {most}zero in some layer in {zero} runs; squared gradient {gradient}")
 
 
+def ends(run: Run, what: str) -> Array:
+    """[2, layers, ...]: what the log has of every layer after the first and the last epoch."""
+    return np.array([[run.log[i]["layers"][name][what] for name in run.start("name")] for i in (0, -1)])
+
+
+def moved(run: Run, what: str) -> float:
+    """Mean factor over the layers from the first epoch to the last, up or down alike."""
+    return float(np.exp(np.abs(np.diff(np.log(np.maximum(ends(run, what), TINY)), axis=0)).mean()))
+
+
+def stationary(folder: Path) -> None:
+    """E[f'^2] over the time steps, and it and the current's variance over layers and training, of runs that learn."""
+
+    def quantiles(values: Array) -> str:
+        low, middle, high = np.quantile(values, [0.1, 0.5, 0.9])
+        return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+
+    learned = [run for run in runs(folder, "stationarity") if run.reached(LEARNED) < math.inf]
+    for model, of in grouped(learned, lambda run: run.setting("model")):
+        head = f"claim 8: {model}, {len(of)} runs that learn, median (10% to 90%)"
+        steps = np.array([ends(run, "derivative_square_by_step") for run in of])[:, :, :-1]  # hidden layers
+        for place, when in enumerate(("epoch 1", "the last epoch")):
+            for name, some in (("", steps[:, place]), (", without t = 1", steps[:, place, :, 1:])):
+                print(f"{head}: {when}: E[f'^2] in a hidden layer, largest over smallest t{name}: ", end="")
+                print(quantiles(some.max(-1) / np.maximum(some.min(-1), TINY)))
+        for name, what in MEASURED.items():
+            values = np.array([ends(run, what) for run in of])  # [run, first and last, layer]
+            for place, when in enumerate(("epoch 1", "the last epoch")):
+                hidden = values[:, place, :-1]
+                print(f"{head}: {when}: {name}, largest over smallest hidden layer: ", end="")
+                print(quantiles(hidden.max(-1) / np.maximum(hidden.min(-1), TINY)))
+            factors = values[:, 1] / np.maximum(values[:, 0], TINY)
+            print(f"{head}: {name}, last epoch over the first: hidden layers {quantiles(factors[:, :-1])}, ", end="")
+            print(f"last layer {quantiles(factors[:, -1])}")
+
+
 def drift(folder: Path) -> None:
-    """Of E[f'^2]: as factors, up or down alike."""
-    points: list[tuple[float, float, tuple[str, str]]] = []  # of every run: mean drift, accuracy at the end, group
-    last, hidden, falls = defaultdict(list), defaultdict(list), defaultdict(list)  # of the runs that learn
-    for run in runs(folder, "stationarity"):
-        model, names = run.setting("model"), run.start("name")
-        logged = ([run.log[i]["layers"][name]["derivative_square"] for name in names] for i in (0, -1))
-        start, first, end = (np.log(np.maximum(of, TINY)) for of in (run.start("derivative_square"), *logged))
-        moved = math.exp(np.abs(end - first).mean())
-        points.append((moved, run.log[-1]["test_accuracy"], (model, run.setting("init"))))
-        if run.reached(LEARNED) < math.inf:
-            last[model].append(math.exp((first - end)[-1]))
-            hidden[model, "the first epoch"].extend(np.exp(np.abs(end - first)[:-1]).tolist())
-            hidden[model, "initialization"].extend(np.exp(np.abs(end - start)[:-1]).tolist())
-            falls[model].extend((end < first)[:-1].tolist())
-    for model, of in sorted(last.items()):
-        falling = f"{sum(falls[model])} of {len(falls[model])} hidden layers fall since epoch 1"
-        print(f"claim 8: {model}, {len(of)} runs that learn: {falling}, the last layer by {statistics.median(of):.1f}")
+    """Of E[f'^2], and whether it and that of the current's variance go with failure: as factors, up or down alike."""
+    found = runs(folder, "stationarity")
+    hidden, falls = defaultdict(list), defaultdict(list)
+    for run in (run for run in found if run.reached(LEARNED) < math.inf):
+        model = run.setting("model")
+        first, end = np.log(np.maximum(ends(run, "derivative_square")[:, :-1], TINY))
+        start = np.log(np.maximum(run.start("derivative_square")[:-1], TINY))
+        hidden[model, "the first epoch"].extend(np.exp(np.abs(end - first)).tolist())
+        hidden[model, "initialization"].extend(np.exp(np.abs(end - start)).tolist())
+        falls[model].extend((end < first).tolist())
+    for model, of in sorted(falls.items()):
+        print(f"claim 8: {model}: E[f'^2] of {sum(of)} of {len(of)} hidden layers falls since epoch 1")
     for (model, since), of in sorted(hidden.items()):
         print(f"claim 8: {model}: hidden layers since {since}, 50%, 90%: {np.quantile(of, [0.5, 0.9]).round(2)}")
-    for name in ("all", *sorted({model for *_, (model, _) in points})) if points else ():
-        x, y, groups = zip(*[point for point in points if name in ("all", point[2][0])], strict=True)
-        inside, p = interval(kendall(x, y, groups)), kendalltau(x, y).pvalue
-        print(f"claim 8: {name}: tau {interval(kendall(x, y))}, p {p:.2g}; within model and initializer {inside}")
-    for name, low, high in (("at chance", 0.0, CHANCE), ("in between", CHANCE, LEARNED), ("learned", LEARNED, 1.1)):
-        if of := sorted(moved for moved, accuracy, _ in points if low <= accuracy < high):
-            each = spread(of) if len(of) > 9 else " ".join(f"{moved:.2f}" for moved in of)
-            print(f"claim 8: {name} at the end, {len(of)} runs: drift {each}")
+    for what, key in MEASURED.items():
+        points = [(moved(run, key), run.log[-1]["test_accuracy"], run) for run in found]
+        for name in ("all", *sorted({run.setting("model") for run in found})) if points else ():
+            some = [point for point in points if name in ("all", point[2].setting("model"))]
+            x, y = [point[0] for point in some], [point[1] for point in some]
+            inside = kendall(x, y, [(run.setting("model"), run.setting("init")) for *_, run in some])
+            print(f"claim 8: {what}, {name}: tau of drift and final accuracy {interval(kendall(x, y))}, ", end="")
+            print(f"p {kendalltau(x, y).pvalue:.2g}; within model and initializer {interval(inside)}")
+        for name, low, high in (("at chance", 0.0, CHANCE), ("in between", CHANCE, LEARNED), ("learned", LEARNED, 1.1)):
+            if of := sorted(size for size, accuracy, _ in points if low <= accuracy < high):
+                each = spread(of) if len(of) > 9 else " ".join(f"{size:.3g}" for size in of)
+                print(f"claim 8: {what}, {name} at the end, {len(of)} runs: drift {each}")
 
 
 def failures(folder: Path) -> None:
@@ -258,8 +296,8 @@ def costs(folder: Path) -> None:
     print(f"claim 10: ikun takes at most {most} forward passes in any study")
     for init, of in grouped(runs(folder, "initializers"), lambda run: run.setting("init")):
         starts = [(r.told["start"]["forward_passes"], r.told["start"]["seconds"], r.told["seconds"]) for r in of]
-        passes, begin, whole = np.median(starts, 0)
-        print(f"claim 10: {init}: {passes:g} forward passes, {begin:.3f} s of a training of {whole:.1f} s")
+        passes, (_, begin, whole) = spread([count for count, *_ in starts]), np.median(starts, 0)
+        print(f"claim 10: {init}: {passes} forward passes, {begin:.3f} s of a training of {whole:.1f} s")
 
 
 def clustered(x: Sequence[float], y: Sequence[float], clusters: Sequence[Hashable], draws: int = 10_000) -> Interval:
@@ -312,7 +350,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     if not list(folder.glob("*/runs")):
         parser.error(f"{folder} holds no STUDY/runs: unpack the archives of docs/findings there")
-    for part in (minima, ratios, one_image, gain, variances, drift, failures, costs, robustness, evolution):
+    for part in (minima, ratios, one_image, gain, variances, stationary, drift, failures, costs, robustness, evolution):
         part(folder)
 
 

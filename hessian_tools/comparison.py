@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ from hessian_tools.comparison_pairs import Paired, pair_runs
 from hessian_tools.inference import Interval, SampleSize
 from hessian_tools.results import ResultError
 from hessian_tools.runs import Run
-from hessian_tools.study_groups import cut, epochs_to, level, moment_of, named, plain, settings
+from hessian_tools.study_groups import at_moment, cut, epochs_to, level, moment_of, named, plain, settings
 
 MARGIN, WIDEST, ACCURACY = 1.25, 100.0, 0.9
 END = "end"  # what the user calls the moment ""
@@ -82,12 +82,21 @@ class Correlation:
 
 
 @dataclass(frozen=True)
+class Start:
+    """What a level's initializer costs, once: medians over its runs."""
+
+    seconds: float
+    forward_passes: float
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What `compare_runs` found. seeds: of all runs. logged: how many have a log.
 
     follows: conditions whose value goes with the level (the learning rate of an optimizer): the comparison is of both.
     unpaired: by level, runs without a partner in the reference. lost: what went wrong, by run. left_out: what was not
-    measured alike, because of the condition itself.
+    measured alike, because of the condition itself. surrogates: by moment, that of the analysis, where there is one and
+    some run was trained with another. start: by level, where initializers are compared.
     """
 
     by: str
@@ -105,6 +114,8 @@ class Comparison:
     rows: tuple[Row, ...]
     correlations: tuple[Correlation, ...]
     data: str = ""
+    surrogates: dict[str, str] = field(default_factory=dict)
+    start: dict[str, Start] = field(default_factory=dict)
 
     @property
     def most_pairs(self) -> int:
@@ -164,6 +175,8 @@ def compare_runs(
         rows=tuple(rows),
         correlations=tuple(correlations),
         data=_data(paired.runs),
+        surrogates={moment: name for moment in chosen if (name := _surrogate(paired.runs, moment))},
+        start=_starts(paired) if by == "init" else {},
     )
 
 
@@ -196,6 +209,27 @@ def _data(runs: Sequence[Run]) -> str:
     shared = ("name", "model", "surrogate", "norm", "timesteps")
     known = [(key, run_values) for key in shared if len(run_values := {plain(run.value(key)) for run in runs}) == 1]
     return ", ".join(named(key, runs[0].value(key)) for key, _ in known if runs[0].value(key) is not None)
+
+
+def _surrogate(runs: Sequence[Run], moment: str) -> str:
+    """The one surrogate of the spectra, or of flatness where there are none; "" where it is what all were trained with,
+    or not one."""
+    spectra = [r.network for run in runs if (r := at_moment(run, moment)) is not None]
+    found = spectra or [flat.network for run in runs if (flat := run.flatness.get(moment)) is not None]
+    names = {str(network.get("surrogate")) for network in found}
+    trained = {str(network.get("trained_surrogate", network.get("surrogate"))) for network in found}
+    return names.pop() if len(names) == 1 and names != trained else ""
+
+
+def _starts(paired: Paired) -> dict[str, Start]:
+    """Of the levels whose cost is known."""
+    found = {}
+    for name, runs in paired.levels.items():
+        known = [run.start for run in runs if run.start is not None]
+        columns = [[x for s in known if (x := s.get(key)) is not None] for key in ("seconds", "forward_passes")]
+        if all(columns):
+            found[name] = Start(*(inference.median(column).value for column in columns))
+    return found
 
 
 def _lost(run: Run, logged: bool) -> str:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hessian_tools.compare import Unlike, refuse_unlike
 from hessian_tools.results import ResultError
 from hessian_tools.runs import Run
 from hessian_tools.study_groups import NO_CONDITION, common_conditions, level, levels, plain, settings, show
@@ -36,7 +37,7 @@ def pair_runs(runs: Sequence[Run], by: str, reference: str | None) -> Paired:
     """The runs of one setting (study_groups.settings) in pairs of one seed.
 
     Raises ResultError for an unknown condition or reference, fewer than two levels, runs of several settings, whose
-    pairs would not be independent, and runs that are alike.
+    pairs would not be independent, runs that are alike, and pairs trained on different data.
     """
     if by == "seed":
         raise ResultError("--by seed: runs pair by their seed: choose another condition")
@@ -66,6 +67,9 @@ def pair_runs(runs: Sequence[Run], by: str, reference: str | None) -> Paired:
         for name, some in keyed.items()
         if name != reference
     }
+    follows = _follows(grouped, by)
+    for pair in (pair for some in pairs.values() for pair in some):
+        _refuse_other_data(pair, (by, *follows))
     unpaired = {name: tuple(run.name for seed, run in keyed[name].items() if seed not in base) for name in pairs}
     met = {seed for name in pairs for seed in keyed[name]}
     unpaired[reference] = tuple(run.name for seed, run in base.items() if seed not in met)
@@ -75,9 +79,20 @@ def pair_runs(runs: Sequence[Run], by: str, reference: str | None) -> Paired:
         levels=grouped,
         pairs=pairs,
         seeds=tuple(dict.fromkeys(level(run, "seed") for run in runs)),
-        follows=_follows(grouped, by),
+        follows=follows,
         unpaired={name: found for name, found in unpaired.items() if found},
     )
+
+
+def _refuse_other_data(pair: tuple[Run, Run], compared: Sequence[str]) -> None:
+    """Raises ResultError for two runs trained on different samples, unless a condition compared is what chose them."""
+    one, other = pair
+    if any(key in one.data and plain(one.data[key]) != plain(other.data.get(key)) for key in compared):
+        return
+    hashes = one.data.get("sha256"), other.data.get("sha256")
+    if None not in hashes:
+        names = [one.name, other.name]
+        refuse_unlike(names, Unlike("sha256", "training data", hashes), "train a pair on the same data")
 
 
 def _twins(one: Run, other: Run) -> str:

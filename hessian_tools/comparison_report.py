@@ -35,6 +35,34 @@ def moment_title(moment: str) -> str:
     return kinds[kind].format(value.lstrip("0") if kind == "epoch" else value) + (f", {tag}" if tag else "")
 
 
+def moment_note(moment: str) -> str:
+    """Which training loss a moment goes by, "" for one that goes by none."""
+    matched = moment_of(moment)[0].startswith("loss")
+    return "training loss: the log's mean over the batches of an epoch, in training mode" if matched else ""
+
+
+def trained(c: Comparison) -> str:
+    """What all runs were trained on, and the surrogate of the curvatures where it is not that of the training."""
+    moments: dict[str, list[str]] = {}
+    for moment, name in c.surrogates.items():
+        moments.setdefault(name, []).append(moment_title(moment))
+    everywhere = len(moments) == 1 and len(c.surrogates) == len(c.moments)
+    under = [
+        f"curvature under {name}" + ("" if everywhere else f" {' and '.join(some)}") for name, some in moments.items()
+    ]
+    return "; ".join([*([c.data] if c.data else []), *under])
+
+
+def start_cost(c: Comparison, seconds: bool = True) -> str:
+    """What the initializers cost, once; "" where it is not known. seconds: they too, which no two runs share."""
+    shown = "median seconds and forward passes" if seconds else "median forward passes"
+    costs = [
+        f"{name} {f'{number(s.seconds, 2)}, ' if seconds else ''}{number(s.forward_passes)}"
+        for name, s in c.start.items()
+    ]
+    return f"{shown}, once: {'; '.join(costs)}" if costs else ""
+
+
 def remarks(c: Comparison) -> Iterator[str]:
     """What to know before the numbers: what is compared with what, and what is missing."""
     for key, values in c.follows.items():
@@ -69,6 +97,8 @@ def remarks(c: Comparison) -> Iterator[str]:
 
 
 def _plan(c: Comparison) -> str:
+    if all(row.effect.n < 2 for row in c.rows):
+        return "fewer than two differences are finite, which is nothing to plan with."
     needed = [row.needed.effect for row in c.rows if math.isfinite(row.needed.effect)]
     if not needed:
         return "the differences seen are too small to plan for."
@@ -186,17 +216,19 @@ def comparison_lines(c: Comparison) -> list[str]:
     """What the screen shows of one comparison."""
     others = [name for name in c.levels if name != c.reference]
     lines = _field("compared", f"{c.by}: {', '.join(others)} against {c.reference} (--reference)")
-    if c.data:
-        lines += _field("trained", c.data)
+    if text := trained(c):
+        lines += _field("trained", text)
     counts = ", ".join(f"{name} {count}" for name, count in c.levels.items())
     pairs = f"seed ({len(c.seeds)})" if len(c.seeds) > 1 else "all else"
     lines += _field("runs", f"{counts}; pairs agree in {pairs}")
+    if text := start_cost(c):
+        lines += _field("initialized", text)
     for text in remarks(c):
         lines += _remark(text)
     shown = ""
     for moment, family, rows in _blocks(c):
         if moment != shown or rows[0] is c.rows[0]:
-            lines += ["", moment_title(moment).upper()]
+            lines += ["", moment_title(moment).upper(), *textwrap.wrap(moment_note(moment), WIDTH)]
         shown = moment
         head = f"{family:<{LABEL + 6}}{'median':>8} {'95% interval':<{ENDS}}{'against':>9}  {'95% interval':<{ENDS}}"
         lines += ["", f"{head}{'p':>5}{'pairs':>6}"]
@@ -321,7 +353,9 @@ def settings_markdown(found: Mapping[str, Comparison | str]) -> str:
 def markdown_lines(c: Comparison) -> list[str]:
     """One comparison: what was compared, a table a family and moment, and the correlations."""
     levels = ", ".join(f"{name} ({count} runs)" for name, count in c.levels.items())
-    lines = [f"{c.by}: {levels}; reference {c.reference}. {c.data}.".replace(" .", ""), ""]
+    lines = [f"{c.by}: {levels}; reference {c.reference}. {trained(c)}.".replace(" .", ""), ""]
+    # without seconds: a study done again ends in the same tables
+    lines += [f"- initialized: {text}" for text in [start_cost(c, seconds=False)] if text]
     lines += [f"- {text}" for text in remarks(c)]
     columns = [
         "",
@@ -336,9 +370,13 @@ def markdown_lines(c: Comparison) -> list[str]:
         "p Holm",
     ]
     columns += ["p equivalence", "d_z", "95% interval", "P(larger)", "pairs needed"]
+    noted = {""}
     for moment, family, rows in _blocks(c):
         title = family if "_" in family else family.capitalize()
         lines += ["", f"### {title}, {moment_title(moment)}", ""]
+        if (note := moment_note(moment)) not in noted:
+            lines += [f"({note})", ""]
+            noted.add(note)
         lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
         for name in dict.fromkeys(row.measure for row in rows):
             some = [row for row in rows if row.measure == name]

@@ -21,7 +21,8 @@ class NotEnoughError(ValueError):
 class Axis:
     """kind: of y, log (what is 0 or less lies on a floor), signed (logarithmic where all is positive, symlog where
     not), linear, share (0 to 1), epochs (what is infinite stands above the others) or place (1 at the top); of x,
-    epoch, layer, rank, gain, count, signed or names (the ticks 0, 1, ...). linthresh: where a signed x is linear."""
+    epoch, layer, rank, gain, count, signed or names (the ticks 0, 1, ...). linthresh: where a signed x is linear,
+    and how far a signed y is at least if it is symlog."""
 
     label: str
     kind: str

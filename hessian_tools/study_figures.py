@@ -152,7 +152,7 @@ def chart_figures(chart: Chart, width: int = 2) -> list[Figure]:
     """
     styles = level_looks(levels(chart.runs, chart.by), chart.by)
     ranges = {
-        axis: y_range(axis.kind, [m for p in chart.panels if p.y == axis for m in p.marks])
+        axis: y_range(axis.kind, [m for p in chart.panels if p.y == axis for m in p.marks], axis.linthresh)
         for axis in dict.fromkeys(p.y for p in chart.panels)
     }
     pages = [page for name in dict.fromkeys(p.page for p in chart.panels) for page in _pages(chart, name, width)]

@@ -102,8 +102,16 @@ def plain(value: Any) -> str:
 
 def named(key: str, value: Any) -> str:
     """A value that speaks for itself, otherwise with the name of its condition."""
-    text = show(value)
+    text = gain_name(value) if key == "gain" and isinstance(value, int | float) else show(value)
     return text if isinstance(value, str) and value != "none" else f"{key.replace('_', ' ')} {text}"
+
+
+def gain_name(gain: float) -> str:
+    """As n or 1/n where it is one to the six digits of its text, else as a number."""
+    n = gain if gain >= 1 else 1 / gain if gain > 0 else math.inf
+    if n < 1e5 and math.isclose(n, round(n), rel_tol=5e-6):
+        return f"{round(n)}" if gain >= 1 else f"1/{round(n)}"
+    return show(float(gain))
 
 
 def moment_of(key: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from scipy import stats
 from hessian_tools.compare import differing
 from hessian_tools.comparison_measures import ALIKE
 from hessian_tools.curves import densities_of, density_curves, one_eigenvalue, symlog_axis
-from hessian_tools.results import Eigenvalue, Spectrum, SpectrumResult
+from hessian_tools.results import Eigenvalue, SamplePoint, Spectrum, SpectrumResult
 from hessian_tools.runs import Run
 from hessian_tools.study_chart import Axis, Chart, Mark, NotEnoughError, Panel, medians, reading, samples_of
 from hessian_tools.study_groups import (
@@ -271,11 +271,11 @@ def _with_blocks(run: Run) -> SpectrumResult | None:
 def samples_chart(runs: Sequence[Run], by: str) -> Chart:
     """lambda_max and trace against the number of samples, over resamples and seeds. Raises NotEnoughError without."""
     panels = []
+    errors = {"λ₁": math.nan, "trace": _trace_error(runs)}
     for name, members in settings(runs, by).items():
         points: dict[str, dict[str, list[tuple[float, float]]]] = {"λ₁": {}, "trace": {}}
         for run in members:
-            result = next((r for key, r in run.spectra.items() if r.samples_curve and not moment_of(key)[0]), None)
-            for point in result.samples_curve if result else ():
+            for point in _samples_curve(run):
                 tops = [values[0] for values in point.eigenvalues if values]
                 for quantity, values in (("λ₁", tops), ("trace", point.traces)):
                     of = points[quantity].setdefault(level(run, by), [])
@@ -283,7 +283,8 @@ def samples_chart(runs: Sequence[Run], by: str) -> Chart:
         for quantity, found in points.items():
             marks = tuple(mark for n, of in found.items() for mark in medians(n, of))
             if any(math.isfinite(mark.value) for mark in marks):
-                x, y = Axis("samples in the subset", "count"), Axis(f"Hessian {quantity}", "signed")
+                x = Axis("samples in the subset", "count")
+                y = Axis(f"Hessian {quantity}", "signed", linthresh=errors[quantity])
                 panels.append(Panel(y.label, "", x, y, marks, tuple(members), page=name))
     if not panels:
         raise NotEnoughError(
@@ -291,3 +292,13 @@ def samples_chart(runs: Sequence[Run], by: str) -> Chart:
         )
     caption = f"{reading(panels).capitalize()} over subsets and seeds, each subset drawn anew."
     return Chart(tuple(panels), by, caption, tuple(runs))
+
+
+def _samples_curve(run: Run) -> Sequence[SamplePoint]:
+    return next((r.samples_curve for key, r in run.spectra.items() if r.samples_curve and not moment_of(key)[0]), ())
+
+
+def _trace_error(runs: Sequence[Run]) -> float:
+    """The median standard error of a trace, from the spread over subsets of one size; NaN where none has two."""
+    traces = [point.traces for run in runs for point in _samples_curve(run) if len(point.traces) > 1]
+    return quartiles(float(np.std(values, ddof=1)) for values in traces)[1]

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from hessian_tools.curves import SymlogAxis, ValueAxis, linear_axis, value_axis
 from hessian_tools.panels import rank_ticks
 from hessian_tools.study_chart import Axis, Mark, Panel
+from hessian_tools.study_groups import gain_name
 from hessian_tools.typesetting import (
     MEDIUM,
     NORMAL,
@@ -66,6 +67,7 @@ class LevelLook:
     dashes: Any
     marker: str
     place: float  # of its dots beside those of other levels, from -0.5 to 0.5
+    label: str = ""  # where it is not the level's name
 
 
 def level_looks(names: Sequence[str], by: str = "") -> dict[str, LevelLook]:
@@ -78,9 +80,12 @@ def level_looks(names: Sequence[str], by: str = "") -> dict[str, LevelLook]:
     if count > 3 and all(_is_number(name) for name in names):
         colours = [colour for colour, _ in shades(count)]
     dashes = looks(max(turns, default=0) + 1)
+    labels = (
+        _gain_labels([float(name) for name in names]) if by == "gain" and all(map(_is_number, names)) else [""] * count
+    )
     markers = [MARKERS[(turn + turn // len(MARKERS)) % len(MARKERS)] for turn in turns]
     return {
-        name: LevelLook(colours[i], dashes[turns[i]][1], markers[i], (i + 0.5) / count - 0.5)
+        name: LevelLook(colours[i], dashes[turns[i]][1], markers[i], (i + 0.5) / count - 0.5, labels[i])
         for i, name in enumerate(names)
     }
 
@@ -113,8 +118,9 @@ class Range:
     beyond: bool = False
 
 
-def y_range(kind: str, marks: Sequence[Mark]) -> Range | None:
-    """Of all the marks that share an axis; None without a finite value."""
+def y_range(kind: str, marks: Sequence[Mark], least: float = math.nan) -> Range | None:
+    """Of all the marks that share an axis; None without a finite value. least: how far a symlog axis is linear at
+    least."""
     values = np.array([v for m in marks for v in (m.value, m.low, m.high)], dtype=float)
     beyond = bool(np.isposinf([m.value for m in marks]).any())
     y = values[np.isfinite(values)]
@@ -134,11 +140,24 @@ def y_range(kind: str, marks: Sequence[Mark]) -> Range | None:
     if kind == "place":
         return Range(ValueAxis("linear", float(y.max()) + 0.5, 0.5))
     if kind == "signed":
-        return Range(value_axis(y, np.zeros(len(y))))
+        return Range(_linear_to(least, value_axis(y, np.zeros(len(y))), y))
     if kind == "epochs":
         top = float(y.max())
         return Range(ValueAxis("linear", 0.0, top * (1.06 + 1.6 * BEYOND * beyond)), beyond=beyond)
     return Range(linear_axis(y, np.zeros(len(y))))
+
+
+def _linear_to(least: float, found: ValueAxis, y: Array) -> ValueAxis:
+    """A symlog axis that is linear within +-least, linear throughout where that is most of it."""
+    if found.kind != "symlog" or not least > found.linthresh:
+        return found
+    if least > np.abs(y).max() / 10:
+        return linear_axis(y, np.zeros(len(y)))
+    scale = SymlogAxis(least, found.low, found.high, 0.0)
+    low, high = scale.forward(np.array([y.min(), y.max()]))
+    room = 0.05 * (high - low)
+    ends = scale.inverse(np.array([low - room, high + room]))
+    return ValueAxis("symlog", float(ends[0]), float(ends[1]), least)
 
 
 def set_y(ax: Axes, found: Range, label: str, kind: str, height: float) -> None:
@@ -229,26 +248,38 @@ def _log_x(ax: Axes, low: float, high: float, width: float) -> None:
 def _gain_x(ax: Axes, low: float, high: float, gains: Sequence[float], width: float) -> None:
     """A logarithmic x axis with labels under as many of these gains as fit, first come those next to 1."""
     order = sorted(gains, key=lambda t: (abs(math.log(t)), t))
-    _log_ticks(ax, low, high, order, _gain_labels(order), width)
+    labels = _gain_labels(order)
+    _log_ticks(ax, low, high, order, labels, width)
+    if len(ax.get_xticks()) < len(order):  # turned, more fit
+        _log_ticks(ax, low, high, order, labels, width, turned=True)
     ax.set_xticks(order, minor=True)
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _log_ticks(ax: Axes, low: float, high: float, ticks: Sequence[float], labels: Sequence[str], width: float) -> None:
-    """As many of the ticks as fit, first come, first served."""
+def _log_ticks(
+    ax: Axes,
+    low: float,
+    high: float,
+    ticks: Sequence[float],
+    labels: Sequence[str],
+    width: float,
+    *,
+    turned: bool = False,
+) -> None:
+    """As many of the ticks as fit, first come, first served. turned: labels upright."""
     places = [math.log(t / low) / math.log(high / low) for t in ticks]
-    shown = apart(list(range(len(ticks))), places, [(text_width(label, MEDIUM) + 4) / width for label in labels])
+    widths = [1.2 * SMALL if turned else text_width(label, MEDIUM) + 4 for label in labels]
+    shown = apart(list(range(len(ticks))), places, [w / width for w in widths])
     ax.set_xscale("log")
     ax.set_xlim(low, high)
-    ax.set_xticks([ticks[i] for i in shown], [labels[i] for i in shown])
+    how: dict[str, Any] = {"rotation": 90, "fontsize": SMALL} if turned else {}
+    ax.set_xticks([ticks[i] for i in shown], [labels[i] for i in shown], **how)
 
 
 def _gain_labels(gains: Sequence[float]) -> list[str]:
     """All written alike: as n and 1/n where all are, and these short, otherwise as numbers."""
-    parts = [(t, "") if t >= 1 else (1 / t, "1/") for t in gains]
-    if all(math.isclose(n, round(n)) and n < 1e5 for n, _ in parts):
-        return [f"{over}{round(n)}" for n, over in parts]
-    return numbers(gains)
+    names = [gain_name(t) for t in gains]
+    return numbers(gains) if any("." in name or "e" in name for name in names) else names
 
 
 # --- marks
@@ -277,15 +308,15 @@ def draw_panel(
             y = np.array([_shown(m.value, found) for m in marks])
             _draw(ax, kind, marks, x, y, look, found, dots)
     if panel.y.kind == "place":
-        _name_places(ax, [m for m in panel.marks if m.x == 1])
+        _name_places(ax, [m for m in panel.marks if m.x == 1], styles)
     sns.despine(ax=ax)
 
 
-def _name_places(ax: Axes, marks: Sequence[Mark]) -> None:
+def _name_places(ax: Axes, marks: Sequence[Mark], styles: Mapping[str, LevelLook]) -> None:
     """The names of the levels behind the ends of their lines."""
     ax.set_xlim(-0.12, 1.45)
     for value in dict.fromkeys(m.value for m in marks):
-        names = ", ".join(printable(m.level, 18) for m in marks if m.value == value)
+        names = ", ".join(styles[m.level].label or printable(m.level, 18) for m in marks if m.value == value)
         ax.text(1.05, value, names, va="center", fontsize=SMALL, color="0.2")
 
 
@@ -333,6 +364,8 @@ def _draw(
                 markeredgewidth=1.0 if lost else 0.6 if note else 0.2, label=f"run {name}", zorder=1.6,
             )  # fmt: skip
     elif kind in ("censored", "diverged"):
+        values = np.array([m.value for m in marks])
+        y = np.where(np.isinf(values), np.clip(values, found.axis.low, found.axis.high), y)  # on the edge
         ax.plot(
             x, y, linestyle="none", marker=NOTES[kind][1], markersize=5, color=look.colour, markeredgewidth=1.0,
             label=f"{kind} {name}", zorder=3, clip_on=False,
@@ -358,8 +391,9 @@ def _unbroken(x: Array) -> list[slice]:
 def _line(ax: Axes, kind: str, marks: Sequence[Mark], x: Array, y: Array, look: LevelLook, found: Range) -> None:
     """A line through the marks with their band; markers on some of them where there are many."""
     low, high = (np.array([getattr(m, end) for m in marks]) for end in ("low", "high"))
-    if np.isfinite(low).any():
-        lower, upper = np.array([_shown(v, found) for v in low]), np.where(np.isposinf(high), found.axis.high, high)
+    if np.isfinite([low, high]).any():
+        lower = np.array([found.axis.low if math.isinf(v) and v < 0 else _shown(v, found) for v in low])
+        upper = np.where(np.isposinf(high), found.axis.high, high)
         name = f"band {marks[0].level}"
         ax.fill_between(x, lower, upper, color=look.colour, alpha=0.15, linewidth=0, zorder=1, label=name)
     step = max(1, len(x) // 6)
@@ -383,7 +417,7 @@ def legend(panels: Sequence[Panel], styles: Mapping[str, LevelLook]) -> list[Lin
     handles: list[Line2D | Patch] = [
         Line2D(
             [], [], color=look.colour, linestyle=look.dashes if lines else "none", linewidth=1.1,
-            marker=look.marker if dots else "", markersize=3.2, label=printable(name, 20),
+            marker=look.marker if dots else "", markersize=3.2, label=look.label or printable(name, 20),
         )
         for name, look in styles.items()
         if name in drawn

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hessian_tools.inference import survival_median
+from hessian_tools.results import SpectrumResult
 from hessian_tools.runs import Run
 from hessian_tools.study_chart import Axis, Chart, Mark, NotEnoughError, Panel, medians, reading, samples_of
 from hessian_tools.study_groups import (
@@ -22,14 +23,23 @@ from hessian_tools.study_groups import (
     moment_of,
     number,
     over,
+    quartiles,
     settings,
     survival,
 )
 from hessian_tools.typesetting import operator_name
 
 EPOCH = Axis("epoch", "epoch")
+SQUARE = Axis("E[f′(h)²]", "log")
+STEPS = Axis("E[f′(h)²], max/min over t", "log")
+VARIANCE = Axis("variance of the current", "log")
+LOGGED = {  # of a layer by epoch, as the caption has it
+    SQUARE: "E[f′(h)²]",
+    STEPS: "its largest over its smallest value over the time steps t",
+    VARIANCE: "variance of the current",
+}
 AT_START = {  # of a layer at initialization
-    "current_variance": Axis("variance of the current", "log"),
+    "current_variance": VARIANCE,
     "gradient_square": Axis("mean square gradient", "log"),
     "firing_rate": Axis("firing rate", "linear"),
 }
@@ -120,7 +130,7 @@ def epochs_chart(runs: Sequence[Run], by: str, accuracy: float) -> Chart:
         arrived = Axis(f"share at {accuracy:.0%}", "share")
         panels.append(Panel(arrived.label, column, EPOCH, arrived, tuple(share), tuple(members)))
         for key, worst, y in (
-            ("test_accuracy", 0.0, Axis("test accuracy", "linear")),
+            ("test_accuracy", -math.inf, Axis("test accuracy", "linear")),
             ("loss", math.inf, Axis("training loss", "log")),
         ):
             marks = [mark for name, found in groups.items() for mark in _curves(name, found, key, worst)]
@@ -131,7 +141,9 @@ def epochs_chart(runs: Sequence[Run], by: str, accuracy: float) -> Chart:
     caption += (
         f"stopped, without). {reading(panels).capitalize()} over seeds; a run counts with its last value after early "
     )
-    caption += "stopping, and as worse than all others after divergence."
+    caption += "stopping, and as worse than all others after divergence"
+    unseen = any(mark.kind == "diverged" and math.isinf(mark.value) for panel in panels for mark in panel.marks)
+    caption += "; × on the edge: diverged before any measurement." if unseen else "."
     return Chart(tuple(panels), by, caption, tuple(known))
 
 
@@ -160,37 +172,29 @@ def _curves(name: str, runs: Sequence[Run], key: str, worst: float) -> list[Mark
         final = worst if ended_in_nan(run) else values.get(ended, math.nan)
         after = range(ended + 1, (last if over(run) else ended) + 1)
         points += [(float(e), v) for e, v in (*values.items(), *((e, final) for e in after))]
-        if ended_in_nan(run) and values:
-            marks.append(Mark(name, "diverged", ended, values[ended], run=run.name, note="diverged"))
+        if ended_in_nan(run) and last:
+            value = values.get(ended, worst)  # infinite without any: on the edge
+            marks.append(Mark(name, "diverged", max(ended, 1), value, run=run.name, note="diverged"))
     return [*medians(name, points), *marks]
 
 
 def training_chart(runs: Sequence[Run], by: str) -> Chart:
-    """Largest eigenvalue and trace of the snapshots, and E[f'^2] of every layer, against the epoch.
+    """Largest eigenvalue and trace of the snapshots, and E[f'^2], its ratio over the time steps and the current's
+    variance in every layer, against the epoch.
 
     Raises NotEnoughError where neither snapshots nor logs have them.
     """
     panels: list[Panel] = []
-    spectral = 0
+    errors = _errors(runs)
     for page, members in settings(runs, by).items():
-        panels += (of_snapshots := _snapshot_panels(page, members, by))
-        spectral += len(of_snapshots)
-        names = dict.fromkeys(name for run in members for line in run.log for name in logged_layers(line))
-        for layer in _spread(list(names), 6):
-            points: dict[str, list[tuple[float, float]]] = {}
-            for run in members:
-                for line in run.log:
-                    value = number(logged_layers(line).get(layer, {}).get("derivative_square"))
-                    points.setdefault(level(run, by), []).append((line["epoch"], value))
-            marks = [mark for name, found in points.items() for mark in medians(name, found)]
-            if any(math.isfinite(mark.value) for mark in marks):
-                y = Axis("E[f′(h)²]", "log")
-                panels.append(Panel(layer, "", EPOCH, y, tuple(marks), tuple(members), page=page))
+        panels += _snapshot_panels(page, members, by, errors)
+        panels += _layer_panels(page, members, by)
     if not panels:
         raise NotEnoughError("no run has spectra of two snapshots (train --snapshots), or E[f'^2] in its log")
-    parts = ["largest eigenvalue and trace of the snapshots"] if spectral else []
-    parts += ["E[f′(h)²] of layers on the first 256 training samples"] if len(panels) > spectral else []
-    caption = f"By epoch: {', and '.join(parts)}; {reading(panels)} over the seeds still training."
+    logged = [label for y, label in LOGGED.items() if any(panel.y == y for panel in panels)]
+    parts = ["largest eigenvalue and trace of the snapshots"] if any(p.y not in LOGGED for p in panels) else []
+    parts += [f"{', '.join(logged)} (of layers, on the first 256 training samples)"] if logged else []
+    caption = f"By epoch: {'; '.join(parts)}; {reading(panels)} over the seeds still training."
     return Chart(tuple(panels), by, caption, tuple(runs))
 
 
@@ -200,32 +204,85 @@ def logged_layers(line: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
 
 
-def _snapshot_panels(page: str, runs: Sequence[Run], by: str) -> list[Panel]:
-    """Of every operator lambda_max and the trace; none without two epochs."""
-    found: dict[tuple[str, str], dict[str, dict[tuple[str, int], float]]] = {}
-    samples: list[int] = []
-    for run in runs:
-        for moment in dict.fromkeys(moment_of(key)[0] for key in run.spectra):
-            result, epoch = at_moment(run, moment), epoch_at(run, moment)
-            if moment.startswith("loss") or result is None or epoch is None:
-                continue
-            samples += samples_of([result])
-            for operator, spectrum in result.spectra.items():
-                top = spectrum.eigenvalues[0].value if spectrum.eigenvalues else math.nan
-                trace = spectrum.trace.estimate if spectrum.trace else math.nan
-                for quantity, value in (("λ₁", top), ("trace", trace)):
-                    of = found.setdefault((operator, quantity), {}).setdefault(level(run, by), {})
-                    of[run.name, epoch] = value
+def _layer_panels(page: str, runs: Sequence[Run], by: str) -> list[Panel]:
+    """A row for every quantity that the logs have, a column for every layer, or some of them, as their page says."""
+    names = list(dict.fromkeys(name for run in runs for line in run.log for name in logged_layers(line)))
+    shown = _spread(names, 6)
+    few = f"{len(shown)} of {len(names)} layers" if len(shown) < len(names) else "layers"
     panels = []
-    for (operator, quantity), groups in found.items():
-        if len({epoch for values in groups.values() for _, epoch in values}) > 1:
-            points = {name: [(float(e), v) for (_, e), v in values.items()] for name, values in groups.items()}
-            marks = [mark for name, of in points.items() for mark in medians(name, of)]
-            if any(math.isfinite(mark.value) for mark in marks):
-                label = f"{operator_name(operator)} {quantity}"
-                y = Axis(label, "signed")
-                shown = Panel(label, "", EPOCH, y, tuple(marks), tuple(runs), page=page, samples=tuple(samples))
-                panels.append(shown)
+    for y in LOGGED:
+        row = []
+        for layer in shown:
+            points: dict[str, list[tuple[float, float]]] = {}
+            for run in runs:
+                found = [(float(line["epoch"]), _logged(logged_layers(line).get(layer, {}), y)) for line in run.log]
+                points.setdefault(level(run, by), []).extend(found)
+            marks = tuple(mark for name, of in points.items() for mark in medians(name, of))
+            marks = marks if any(math.isfinite(mark.value) for mark in marks) else ()
+            titled = f"{page}, {few}" if page else few
+            row.append(Panel(y.label, layer, EPOCH, y, marks, tuple(runs), page=titled))
+        panels += row if any(panel.marks for panel in row) else []
+    return panels
+
+
+def _logged(layer: Mapping[str, Any], y: Axis) -> float:
+    """NaN for what the log does not have; the ratio is infinite where some steps alone have a derivative."""
+    if y == VARIANCE:
+        return number(layer.get("current_variance"))
+    if y == SQUARE:
+        return number(layer.get("derivative_square"))
+    steps = layer.get("derivative_square_by_step")
+    values = [number(step) for step in steps] if isinstance(steps, list) else []
+    if len(values) < 2 or not max(values) > 0 or any(math.isnan(v) for v in values):
+        return math.nan
+    return max(values) / min(values) if min(values) > 0 else math.inf
+
+
+def _snapshots(run: Run) -> dict[tuple[str, int], tuple[float, float]]:
+    """By panel and epoch a value and its standard error, from the probes and from the data as far as they are known."""
+    found: dict[tuple[str, int], tuple[float, float]] = {}
+    for epoch, result in _results(run):
+        for operator, spectrum in result.spectra.items():
+            for top in spectrum.eigenvalues[:1]:
+                found[f"{operator_name(operator)} λ₁", epoch] = top.value, top.data_stderr
+            if (trace := spectrum.trace) is not None:
+                known = [e for e in (trace.stderr, trace.data_stderr) if math.isfinite(e)]
+                found[f"{operator_name(operator)} trace", epoch] = (
+                    trace.estimate,
+                    math.hypot(*known) if known else math.nan,
+                )
+    return found
+
+
+def _results(run: Run) -> list[tuple[int, SpectrumResult]]:
+    """Epochs and spectra of the snapshots and of the weights kept."""
+    found = [(moment, at_moment(run, moment)) for moment in dict.fromkeys(moment_of(key)[0] for key in run.spectra)]
+    epochs = [(epoch_at(run, moment), result) for moment, result in found if not moment.startswith("loss")]
+    return [(epoch, result) for epoch, result in epochs if epoch is not None and result is not None]
+
+
+def _errors(runs: Sequence[Run]) -> dict[str, float]:
+    """By panel the median of the standard errors that are known: what is smaller is no sign."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for (label, _), (_, error) in _snapshots(run).items():
+            found.setdefault(label, []).append(error)
+    return {label: quartiles(errors)[1] for label, errors in found.items()}
+
+
+def _snapshot_panels(page: str, runs: Sequence[Run], by: str, errors: Mapping[str, float]) -> list[Panel]:
+    """Of every operator lambda_max and the trace; none without two epochs."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for run in runs:
+        for (label, epoch), (value, _) in _snapshots(run).items():
+            found.setdefault(label, {}).setdefault(level(run, by), []).append((float(epoch), value))
+    samples = samples_of(result for run in runs for _, result in _results(run))
+    panels = []
+    for label, groups in found.items():
+        marks = tuple(mark for name, of in groups.items() for mark in medians(name, of))
+        if len({mark.x for mark in marks}) > 1 and any(math.isfinite(mark.value) for mark in marks):
+            y = Axis(label, "signed", linthresh=errors[label])
+            panels.append(Panel(label, "", EPOCH, y, marks, tuple(runs), page=page, samples=samples))
     return panels
 
 

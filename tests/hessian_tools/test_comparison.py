@@ -344,6 +344,52 @@ def test_samples_that_go_with_the_level_are_left_out() -> None:
     assert "held_out goes with patience (0 0, 4 143)" in text(c)
 
 
+def on_other_data(run: Run, sha256: str | None, **data: object) -> Run:
+    return dataclasses.replace(run, data={**run.data, "sha256": sha256, **data})
+
+
+@pytest.mark.parametrize("bare", [True, False], ids=["no spectra", "spectra alike"])
+def test_runs_trained_on_other_data_are_refused(runs: list[Run], bare: bool) -> None:
+    """Folders of images under one name: only the hash of the training samples tells them apart."""
+    made = [dataclasses.replace(run, spectra={}, flatness={}) if bare else run for run in runs]
+    made[3] = on_other_data(made[3], "e" * 64)
+    why = (
+        "not comparable: training data differs, eeeeeeeeeeee… for ikun-adam-s3 but dddddddddddd… for kaiming-adam-s3: "
+        "train a pair on the same data"
+    )
+    with pytest.raises(ResultError) as error:
+        compare_runs(made)
+    assert str(error.value) == why
+    assert compare_settings(made) == {"": why}
+
+
+def test_data_may_differ_with_the_seed_or_where_not_known(runs: list[Run], found: Comparison) -> None:
+    """Subsets are drawn by the seed; a result without its NAME.train.json may not know its training data."""
+    drawn = [on_other_data(run, str(run.value("seed"))) for run in runs]
+    assert compare_runs(drawn).rows == found.rows
+    unknown = [on_other_data(run, None) if i == 3 else run for i, run in enumerate(drawn)]
+    assert compare_runs(unknown).rows == found.rows
+    alone = [*drawn, on_other_data(make_run("ikun", 7), "e" * 64)]  # without a partner
+    assert compare_runs(alone).unpaired["ikun"] == ("ikun-adam-s7",)
+
+
+@pytest.mark.parametrize("key", ["name", "subset", "held_out"])
+def test_data_that_are_compared_may_differ(key: str) -> None:
+    """By the data themselves, and by what they follow (held-out samples of early stopping). But where two levels have
+    the same of it, they must have the same samples."""
+    made = []
+    for seed in range(2):
+        for patience, value in ((0, "a"), (4, "b"), (8, "b")):
+            run = make_run("ikun", seed, training={"patience": patience}, data={key: value}, moments=[])
+            made.append(dataclasses.replace(on_other_data(run, value), name=f"{patience}-{seed}"))
+    assert compare_runs([run for run in made if run.value("patience") < 8], by=key).reference == "a"
+    assert compare_runs(made, by="patience").follows == {key: {"0": "a", "4": "b", "8": "b"}}
+    assert compare_runs(made, by="patience", reference="4").reference == "4"
+    made[2] = on_other_data(made[2], "c")
+    with pytest.raises(ResultError, match=r"training data differs, c for 8-0 but b for 4-0: train a pair on the same"):
+        compare_runs(made, by="patience", reference="4")
+
+
 def test_a_log_that_was_cut_is_not_known_to_never(runs: list[Run], found: Comparison) -> None:
     """Three lines of twelve: no epochs, no loss at the end; the survival median has it censored at the third."""
     short = dataclasses.replace(runs[0], log=runs[0].log[:3], epochs_run=12, best_epoch=None)
@@ -498,6 +544,22 @@ def test_few_seeds_have_no_p() -> None:
     assert "Without a partner: 1 of 1 runs of ikun" in text(alone)
 
 
+def test_no_finite_difference_is_no_small_one() -> None:
+    """Every run of the reference diverged, or all but one: infinite differences say nothing of how many pairs it
+    takes."""
+    for diverged in (3, 2):
+        made = make_study(("ikun", "kaiming"), range(3), [("kaiming", seed) for seed in range(diverged)])
+        said = text(compare_runs(made, moments=["end"]))
+        assert "fewer than two differences are finite, which is nothing to plan with." in said
+        assert "too small" not in said
+    alike = [
+        dataclasses.replace(make_run(init, seed, moments=[]), log=make_run("kaiming", seed).log)
+        for init in ("kaiming", "twin")
+        for seed in range(3)
+    ]
+    assert "the differences seen are too small to plan for." in text(compare_runs(alike))
+
+
 def test_p_that_holm_can_never_pass_is_said(found: Comparison) -> None:
     said = text(found)
     assert "No p can pass Holm's correction with so few pairs" in said
@@ -521,6 +583,73 @@ def test_80_columns(inits: tuple[str, ...], seeds: int) -> None:
     lines = comparison_lines(c)
     assert max(map(len, lines)) <= 80, max(lines, key=len)
     assert any(line.startswith("  delta_ort") for line in lines) == ("delta_orthogonal" in inits)
+
+
+def test_what_an_initializer_costs_once(runs: list[Run]) -> None:
+    """Medians of the runs that know it, without tests; of initializers alone."""
+    costs = {"ikun": [(0.3, 20), (0.1, 31), (0.2, 30)], "kaiming": [(1e-4, 0)] * 3, "xavier": [(2e-4, 1)] * 3}
+    made = []
+    for run in make_study(seeds=range(3), diverged=()):
+        seconds, passes = costs[run.value("init")][run.value("seed")]
+        made.append(dataclasses.replace(run, start={"seconds": seconds, "forward_passes": passes, "layers": []}))
+    c = compare_runs(made)
+    costs_of = "median seconds and forward passes, once:"
+    shown = f"{costs_of} kaiming 0.0001, 0; ikun 0.2, 30; xavier 0.0002, 1"
+    assert f"initialized {shown}" in text(c)
+    assert "- initialized: median forward passes, once: kaiming 0; ikun 30; xavier 1" in markdown_lines(c)
+    assert settings_json({"": c})["settings"][0]["start"]["ikun"] == {"seconds": 0.2, "forward_passes": 30}
+    assert not {"seconds", "forward_passes"} & {r.measure for r in c.rows}
+    unknown = [dataclasses.replace(run, start=None) if run.value("init") != "ikun" or i else run
+               for i, run in enumerate(made)]  # fmt: skip
+    assert f"initialized {costs_of} ikun 0.3, 20 !" in text(compare_runs(unknown))
+    early = [dataclasses.replace(run, start={"layers": []}) for run in made]  # before costs were kept
+    assert "initialized" not in text(compare_runs(early))
+    by_norm = [make_run("ikun", 0, network={"norm": norm}, moments=[]) for norm in ("bn", "none")]
+    assert "initialized" not in text(compare_runs(by_norm, by="norm"))
+
+
+def test_the_surrogate_of_the_analysis_is_said() -> None:
+    """Where it is not the one that all were trained with; per moment where they were analysed with several."""
+    made = [
+        dataclasses.replace(make_run("ikun", seed, network={"surrogate": surrogate}), name=f"{surrogate}-{seed}")
+        for surrogate in ("atan:2", "sigmoid:4")
+        for seed in range(2)
+    ]
+    common = [changed(run, network={"surrogate": "atan:2"}) for run in made]
+    c = compare_runs(common, by="surrogate")
+    assert c.surrogates == {"": "atan:2", "loss0.02": "atan:2"}
+    assert "trained digits, csnn, bn, timesteps 4; curvature under atan:2 runs" in text(c)  # flatness: left out
+    assert "digits, csnn, bn, timesteps 4; curvature under atan:2." in markdown_lines(c)[0]
+    flat = [dataclasses.replace(run, flatness={}) for run in common]
+    end = [dataclasses.replace(run, spectra={"": run.spectra[""], "loss0.02": old.spectra["loss0.02"]})
+           for run, old in zip(flat, made, strict=True)]  # fmt: skip
+    said = "curvature under atan:2 at the end of training"
+    assert f"{said} runs" in text(compare_runs(end, by="surrogate"))
+    several = [dataclasses.replace(run, spectra={**run.spectra, "loss0.02": changed(run, network={
+        "surrogate": "atan:5"}).spectra["loss0.02"]}) for run in flat]  # fmt: skip
+    both = f"{said}; curvature under atan:5 at the first epoch of training loss <= 0.02 runs"
+    assert both in text(compare_runs(several, by="surrogate"))
+    apart = [
+        run if run.value("surrogate") == "atan:2" else changed(run, network={"surrogate": "atan:5"}) for run in made
+    ]
+    assert compare_runs(apart, by="surrogate").surrogates == {}  # not one: curvatures are left out
+    for own in (made, make_study(seeds=range(2))):
+        by = "surrogate" if own is made else "init"
+        assert "curvature under" not in text(compare_runs(own, by=by))
+    only_flat = [
+        dataclasses.replace(run, spectra={}, flatness={k: dataclasses.replace(f, network={
+            **f.network, "surrogate": "atan:5"}) for k, f in run.flatness.items()})
+        for run in made
+    ]  # fmt: skip
+    assert "curvature under atan:5 runs" in text(compare_runs(only_flat, by="surrogate"))
+
+
+def test_a_matched_loss_says_which_loss_it_is(found: Comparison) -> None:
+    note = "training loss: the log's mean over the batches of an epoch, in training mode"
+    lines = comparison_lines(found)
+    assert lines[lines.index("AT THE FIRST EPOCH OF TRAINING LOSS <= 0.02") + 1] == note
+    assert lines.count(note) == markdown_lines(found).count(f"({note})") == 1
+    assert note not in text(dataclasses.replace(found, rows=tuple(r for r in found.rows if not r.moment)))
 
 
 def test_numbers_of_every_size_fit() -> None:

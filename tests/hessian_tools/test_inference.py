@@ -398,6 +398,23 @@ def test_kendall_jackknife_by_leaving_out() -> None:
     assert (found.low, found.high) == pytest.approx((max(-1, found.value - half), min(1, found.value + half)))
 
 
+def test_kendall_has_no_interval_where_leaving_out_changes_nothing() -> None:
+    """An interval of no width is no interval: every run left out leaves the same tau, by SciPy."""
+    x, y = list(range(6)), [4, 5, 2, 3, 0, 1]
+    without = [stats.kendalltau(np.delete(x, i), np.delete(y, i)).statistic for i in range(6)]
+    assert without == pytest.approx([-0.6] * 6)
+    for order in (y, y[::-1]):
+        found = kendall(x, order)
+        assert abs(found.value) == pytest.approx(0.6)
+        assert math.isnan(found.low)
+        assert math.isnan(found.high)
+        assert found.n == 6
+    apart = kendall(x * 2, [*y, *(10.0 * np.array(y))], [0] * 6 + [1] * 6)
+    assert apart.value == pytest.approx(-0.6)
+    assert math.isnan(apart.low)
+    assert kendall(x, [4, 5, 2, 3, 1, 0]).low < kendall(x, [4, 5, 2, 3, 1, 0]).high  # one pair exchanged
+
+
 def test_kendall_at_its_limits() -> None:
     assert kendall([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]).value == 1
     assert math.isnan(kendall([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]).low)

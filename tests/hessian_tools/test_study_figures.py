@@ -359,7 +359,7 @@ def test_the_caption_says_on_what_was_trained_and_on_what_the_curvature_was_meas
     runs = [measured(run, 256) for run in full_study(("ikun", "kaiming"), 2, moments=("", "epoch0004"), tags=())]
     for name in ("start", "epochs", "ranks", "gap", "robustness", "training", "layers"):
         for figure in chart_figures(charts("init", 0.9)[name](runs)):
-            spectral = name not in ("start", "epochs")
+            spectral = name not in ("start", "epochs") and " layers. By epoch" not in caption(figure)
             assert "digits, 1437 training images, mse;" in caption(figure)
             assert ("curvature on 256 samples." in caption(figure)) == spectral, name
             assert "all samples" not in caption(figure)
@@ -398,7 +398,7 @@ def test_a_page_is_about_the_runs_that_it_shows() -> None:
         for optimizer, rate in (("adam", 0.01), ("sgd", 2.0))
         for run in full_study(seeds=2, moments=("",), training={"optimizer": optimizer, "lr": rate})
     ]
-    for name, setting in (("gap", "adam, at the end"), ("training", "adam")):
+    for name, setting in (("gap", "adam, at the end"), ("training", "adam, layers")):
         figures = chart_figures(charts("init", 0.9)[name](runs))
         text, last = caption(figures[0]), caption(figures[-1])
         assert f"(1 of {len(figures)}) {setting}. " in text

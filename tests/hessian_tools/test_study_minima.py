@@ -171,6 +171,9 @@ def test_layers_and_samples(runs: list[Run]) -> None:
     assert (at.low, at.value, at.high, at.n) == pytest.approx((*np.quantile(every, [0.25, 0.5, 0.75]), 24))
     at = next(m for m in marks(trace, "median") if m.x == 16)
     assert at.value == pytest.approx(np.median([t for point in points for t in point.traces]))
+    spreads = [np.std(p.traces, ddof=1) for r in runs if not r.diverged for p in r.spectra[""].samples_curve]
+    assert trace.y.linthresh == pytest.approx(np.median(spreads))
+    assert math.isnan(largest.y.linthresh)
     for chart, message in ((layers_chart, "--per-layer"), (samples_chart, "--samples-curve")):
         with pytest.raises(NotEnoughError, match=message):
             chart(make_study(), "init")

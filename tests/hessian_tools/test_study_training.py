@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-from run_tools import make_run, make_study
+from run_tools import LAYERS, make_run, make_study
 from study_tools import full_study, gain_study
 
 from hessian_tools.comparison import compare_runs
 from hessian_tools.comparison_measures import SPEED
+from hessian_tools.results import SpectrumResult
 from hessian_tools.runs import Run
 from hessian_tools.study_chart import Mark, NotEnoughError, Panel
 from hessian_tools.study_training import epochs_chart, gain_chart, start_chart, training_chart
@@ -176,6 +178,14 @@ def test_curves_keep_what_stopped_and_count_what_diverged_as_worst() -> None:
     assert [m.value for m in marks(accuracy, "median", "kaiming")] == [0.5, 0.8, 0.7, 0.8]
     (cross,) = marks(loss, "diverged", "kaiming")
     assert (cross.x, cross.value) == (2, 1)
+    never = logged([None, None], [None, None], failures=("NaN: the loss is not finite",))  # type: ignore[list-item]
+    chart = epochs_chart([runs[0], never, never], "init", 0.9)
+    loss, accuracy = panel(chart.panels, "training loss"), panel(chart.panels, "test accuracy")
+    for of, worst in ((loss, math.inf), (accuracy, -math.inf)):  # never measured: no median, a cross on the edge
+        assert [m.value for m in marks(of, "median", "kaiming")] == [worst] * 4
+        assert [(m.x, m.value) for m in marks(of, "diverged", "kaiming")] == [(1, worst)] * 2
+    assert "× on the edge: diverged before any measurement" in chart.caption
+    assert "on the edge" not in epochs_chart(runs, "init", 0.9).caption
     way = [*runs[:1], dataclasses.replace(runs[1], finished=False)]
     assert [m.n for m in marks(panel(epochs_chart(way, "init", 0.9).panels, "training loss"), "median", "kaiming")] == [
         2, 2, 1, 1,
@@ -187,26 +197,92 @@ def test_curves_keep_what_stopped_and_count_what_diverged_as_worst() -> None:
 def test_training_has_snapshots_and_every_layers_derivative() -> None:
     runs = full_study(seeds=4)
     found = training_chart(runs, "init").panels
-    rows = ["Hessian λ₁", "Hessian trace", "GGN λ₁", "GGN trace", "conv1", "conv2", "fc1", "fc2"]
-    assert [p.row for p in found] == rows
+    assert [p.row for p in found[:4]] == ["Hessian λ₁", "Hessian trace", "GGN λ₁", "GGN trace"]
+    rows = ["E[f′(h)²]", "E[f′(h)²], max/min over t", "variance of the current"]
+    assert [(p.row, p.column) for p in found[4:]] == list(itertools.product(rows, LAYERS))
+    assert [p.page for p in found] == [""] * 4 + ["layers"] * 12
     shown = marks(found[0], "median", "kaiming")
     assert [m.x for m in shown] == [4, 8, 12]
     keys = {4: "epoch0004", 8: "epoch0008", 12: ""}
     for m in shown:
         values = [r.spectra[keys[int(m.x)]] for r in runs if r.value("init") == "kaiming"]
         assert m.value == pytest.approx(np.median([v.spectra["hessian"].eigenvalues[0].value for v in values]))
-    squares = [r.log[6]["layers"]["fc1"]["derivative_square"] for r in runs if r.value("init") == "kaiming"]
-    assert marks(panel(found, "fc1"), "median", "kaiming")[6].value == pytest.approx(np.median(squares))
+    for row, key in zip(rows[::2], ("derivative_square", "current_variance"), strict=True):
+        values = [r.log[6]["layers"]["fc1"][key] for r in runs if r.value("init") == "kaiming"]
+        assert marks(panel(found, row, "fc1"), "median", "kaiming")[6].value == pytest.approx(np.median(values))
+    assert {m.value for m in panel(found, rows[1], "fc1").marks} == {0.2 / 0.14}
+
+
+def with_layers(runs: Sequence[Run], layers: Any) -> list[Run]:
+    return [dataclasses.replace(run, log=tuple({**line, "layers": layers} for line in run.log)) for run in runs]
+
+
+def test_training_draws_of_layers_what_the_log_has() -> None:
+    runs = make_study(["ikun"], moments=("",))
+    steps = {"a": [0.1, 0.4, 0.2], "b": [0.0, 0.3], "c": [0.0, 0.0], "d": [0.5], "e": [0.1, None], "f": "x"}
+    found = training_chart(
+        with_layers(runs, {name: {"derivative_square_by_step": of} for name, of in steps.items()}), "init"
+    )
+    assert {p.row for p in found.panels} == {"E[f′(h)²], max/min over t"}
+    ratios = {p.column: {m.value for m in p.marks} for p in found.panels}
+    assert ratios == {"a": {4.0}, "b": set(), "c": set(), "d": set(), "e": set(), "f": set()}
+    assert "its largest over its smallest value over the time steps t (of layers, on" in found.caption
+    assert "variance" not in found.caption
+    some = with_layers(runs[:2], {"b": {"derivative_square_by_step": [0.0, 0.3]}})
+    some += with_layers(runs[2:], {"b": {"derivative_square_by_step": [0.1, 0.3]}})
+    (only,) = training_chart(some, "init").panels
+    assert (only.marks[0].value, only.marks[0].high, only.marks[0].n) == (pytest.approx(3), math.inf, 6)
+
+
+def test_training_s_symlog_axis_is_linear_as_far_as_the_traces_are_uncertain() -> None:
+    runs = full_study(["ikun"], seeds=4)
+    sizes = iter(range(1, 100))
+
+    def uncertain(result: SpectrumResult, sure: bool) -> SpectrumResult:
+        trace = result.spectra["hessian"].trace
+        assert trace is not None
+        error = next(sizes)
+        known = dataclasses.replace(trace, stderr=0.3 * error, data_stderr=math.nan if sure else 0.4 * error)
+        spectrum = dataclasses.replace(result.spectra["hessian"], trace=known)
+        return dataclasses.replace(result, spectra={**result.spectra, "hessian": spectrum})
+
+    shown = [
+        dataclasses.replace(r, spectra={k: uncertain(v, sure=r is runs[0]) for k, v in r.spectra.items()}) for r in runs
+    ]
+    expected = [
+        t.stderr if math.isnan(t.data_stderr) else 5 / 3 * t.stderr
+        for r in shown
+        for key, result in r.spectra.items()
+        if key in ("", "epoch0004", "epoch0008") and (t := result.spectra["hessian"].trace)
+    ]
+    by_row = {p.row: p.y.linthresh for p in training_chart(shown, "init").panels}
+    assert by_row["Hessian trace"] == pytest.approx(np.median(expected))
+    unknown = dataclasses.replace(runs[0].spectra[""].spectra["ggn"].trace, stderr=math.nan, data_stderr=math.nan)  # type: ignore[type-var]
+    bare = [
+        dataclasses.replace(
+            r,
+            spectra={
+                k: dataclasses.replace(
+                    v, spectra={"ggn": dataclasses.replace(v.spectra["ggn"], trace=unknown, eigenvalues=())}
+                )
+                for k, v in r.spectra.items()
+            },
+        )
+        for r in runs
+    ]
+    assert math.isnan(training_chart(bare, "init").panels[0].y.linthresh)
 
 
 def test_training_without_snapshots_says_so_by_its_panels() -> None:
     runs = make_study(moments=("",))
     chart = training_chart(runs, "init")
-    assert [p.row for p in chart.panels] == ["conv1", "conv2", "fc1", "fc2"]
+    assert {(p.column, p.page) for p in chart.panels} == {(name, "layers") for name in LAYERS}
     assert "eigenvalue" not in chart.caption
     deep = {f"fc{i}": {"derivative_square": 0.1 * i} for i in range(1, 12)}
-    many = [dataclasses.replace(r, log=tuple({**line, "layers": deep} for line in r.log)) for r in runs]
-    assert [p.row for p in training_chart(many, "init").panels] == ["fc1", "fc3", "fc5", "fc7", "fc9", "fc11"]
-    bare = [dataclasses.replace(r, log=tuple({**line, "layers": [1]} for line in r.log)) for r in runs]
+    some = training_chart(with_layers(runs, deep), "init").panels
+    assert [p.column for p in some] == ["fc1", "fc3", "fc5", "fc7", "fc9", "fc11"]
+    assert {p.page for p in some} == {"6 of 11 layers"}
+    two = [*with_layers(runs, deep), *make_study(moments=("",), network={"norm": "none"})]
+    assert {p.page for p in training_chart(two, "init").panels} == {"bn, 6 of 11 layers", "norm none, layers"}
     with pytest.raises(NotEnoughError, match="two snapshots"):
-        training_chart(bare, "init")
+        training_chart(with_layers(runs, [1]), "init")

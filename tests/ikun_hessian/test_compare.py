@@ -94,6 +94,19 @@ def test_damaged_files_of_a_folder_are_named_and_left_out(tmp_path: Path, capsys
     assert said[0].endswith("(left out)")
 
 
+def test_runs_trained_on_other_data(tmp_path: Path, capsys: Capture) -> None:
+    """Two folders of images under one name, nothing measured: told apart by the hash in NAME.train.json alone."""
+    images = {"a": {"name": "image-folder", "sha256": "a" * 64}, "b": {"name": "image-folder", "sha256": "b" * 64}}
+    kaiming, ikun = (
+        make_study((init,), (0, 1), (), moments=[], data=images[name])
+        for init, name in (("kaiming", "a"), ("ikun", "b"))
+    )
+    write_study(tmp_path, [*kaiming, *ikun])
+    why = "training data differs, bbbbbbbbbbbb… for ikun-adam-s0 but aaaaaaaaaaaa… for kaiming-adam-s0"
+    fails(capsys, 2, why, "compare", str(tmp_path), "--out", str(tmp_path))
+    assert not list(tmp_path.glob("compare.*"))
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
