@@ -38,7 +38,7 @@ SCHEDULES = ("cosine", "step", "none")
 DEAD_SHARE = 0.99
 EXPLODING_NORM, VANISHING_NORM = 1e4, 1e-10
 EXPLODING_RATIO, VANISHING_RATIO = 1e8, 1e-8
-# Variance of the current at initialization, in thresholds^2: few neurons are then within the surrogate's reach. Of 621
+# Variance of the current at initialization, in thresholds^2: few neurons are then within the surrogate's reach. Of 626
 # runs that learned none began above it, of 58 that failed from too large weights 51 did (docs/findings.md, claim 9).
 OVERDRIVEN_VARIANCE = 10.0
 

@@ -30,7 +30,7 @@ NOT_RUN = {
     "checkpoints/README.md": ["minutes"],
     "docs/calibration.md": ["minutes"],
     "docs/cluster.md": ["starts several processes", "a cluster"],
-    "docs/findings.md": ["minutes", "hours", "needs the repository's benchmarks"],
+    "docs/findings.md": ["minutes", "hours", "minutes", "needs the repository's benchmarks"],
     "docs/index.md": ["installs"],
     "docs/presets.md": ["needs the study above"],
     "docs/tutorial.md": ["minutes"],
