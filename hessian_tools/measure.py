@@ -132,6 +132,15 @@ def measure(
         scaled(op, filter_norms(objective)),
         random_vector(op, run.generator("scale", index)),
     )
+    scales = min(settings.scaled, size)
+    ranks: list[float] = []
+    if scales > 1:
+        step_ranks = run.meter.phase(f"{name}: scale-free ranks")
+        ranks = run.phase(
+            f"{name}: scale-free ranks",
+            scaled(op, filter_norms(objective)),
+            lambda op: {"values": _largest(op, scales, settings, run.generator("scale", index), step_ranks)},
+        )["values"]
     columns = zip(
         pairs.values.tolist(),
         pairs.residuals.tolist(),
@@ -156,6 +165,7 @@ def measure(
         ),
         frobenius_norm=frobenius(probed["squared"], exact),
         scale_free_lambda_max=free,
+        scale_free=tuple(ranks),
         density=_density(spectral),
         search=_search(pairs, size, ends["nodes"], spectral),
         gradient_share=sum(found[i].gradient for i in upper if found[i].converged),
@@ -321,6 +331,27 @@ def lambda_max(run: Run, name: str, op: Operator, start: Tensor) -> float:
 
     value: float = run.phase(name, op, compute)["value"]
     return value
+
+
+def _largest(
+    op: Operator,
+    count: int,
+    settings: Settings,
+    generator: torch.Generator,
+    progress: Callable[[int, int, float], None],
+) -> list[float]:
+    """The largest eigenvalues that converged, descending."""
+    room, _ = budget(settings.memory * 2**30, op.shape[0], count)
+    found = eigenpairs(
+        op,
+        count,
+        generator=generator,
+        tol=settings.tol,
+        max_products=settings.max_products,
+        max_basis=room,
+        progress=progress,
+    )
+    return sorted(found.values[found.converged].tolist(), reverse=True)
 
 
 def _vectors(pairs: Eigenpairs, order: Sequence[int], op: Operator) -> Any:

@@ -252,6 +252,8 @@ def _scales(r: SpectrumResult) -> list[str]:
         lines += field(
             "scale-free", f"{name} lambda_max {_number(s.scale_free_lambda_max)} (weights in units of filter norm)"
         )
+        if s.scale_free:
+            lines += field("", f"largest {len(s.scale_free)}: {', '.join(map(_number, s.scale_free))}")
     if r.sensitivity:
         top = r.main[1].eigenvalues[0].value
         text = ", ".join(f"{k}: {_number(v)}" for k, v in r.sensitivity.items())

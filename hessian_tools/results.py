@@ -129,7 +129,8 @@ class Density:
 @dataclass(frozen=True)
 class Spectrum:
     """One operator's spectrum. scale_free_lambda_max: largest eigenvalue of D A D, D the norm of the filter (row of
-    weights) that each weight belongs to, so that rescaling filters before a BatchNorm does not change it.
+    weights) that each weight belongs to, so that rescaling filters before a BatchNorm does not change it. scale_free:
+    the largest of these, descending, where more than one was asked for; those that did not converge are left out.
 
     gradient_share: share of the gradient's squared norm in the span of the converged largest eigenvectors.
     effective_dimension: sum l / (l + z); log_determinant: log det(A + z I); both where A + z I is positive definite.
@@ -150,6 +151,7 @@ class Spectrum:
     effective_dimension: Functional | None = None
     log_determinant: Functional | None = None
     negative_share: Functional | None = None
+    scale_free: tuple[float, ...] = ()
     vectors: npt.NDArray[Any] | None = field(default=None, compare=False, repr=False)
 
 

@@ -21,7 +21,8 @@ STEPS, PROBES = 60, 4  # of the density, where neither they nor an accuracy are 
 class Settings:
     """What `spectrum` computes; every field is stored with the result.
 
-    magnitude: so many eigenvalues of largest size instead of the top and the smallest. accuracy: Wasserstein accuracy
+    magnitude: so many eigenvalues of largest size instead of the top and the smallest. scaled: so many of the largest
+    with weights in units of filter norm. accuracy: Wasserstein accuracy
     of the density, relative to the range; it chooses steps and probes that are not given (60 and 4 without it).
     damping: z of effective dimension and log determinant, 1% of lambda_max if None. vectors: keep the eigenvectors.
     noise: scale of the weight noise of operator `smoothed`, relative to each filter's root mean square.
@@ -33,6 +34,7 @@ class Settings:
     top: int = 10
     smallest: int = 5
     magnitude: int = 0
+    scaled: int = 1
     method: str = "lanczos"
     backend: str = "own"
     density: bool = True
@@ -63,7 +65,7 @@ class Settings:
             )
         if not self.operators:
             raise ValueError("no operator chosen")
-        least = {"top": 1, "smallest": 0, "magnitude": 0, "steps": 1, "probes": 1, "resamples": 1}
+        least = {"top": 1, "smallest": 0, "magnitude": 0, "scaled": 1, "steps": 1, "probes": 1, "resamples": 1}
         for name, bound in {**least, "trace_probes": LEAST_PROBES, "max_products": 1}.items():
             value = getattr(self, name)
             if value is not None and value < bound:

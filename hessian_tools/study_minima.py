@@ -92,12 +92,18 @@ def ranks_chart(runs: Sequence[Run], by: str) -> Chart:
             marks = rank_marks(spectra, by)
             y = Axis(f"{label} eigenvalue λ", "signed")
             panels["rank"].append(Panel(y.label, column, rank_axis(marks), y, marks, members, foot, samples=samples))
-            if scaled := strip([(run, s.scale_free_lambda_max) for run, s in spectra], by, names):
+            if any(s.scale_free for _, s in spectra):
+                y = Axis(f"{label} λ, norm-scaled", "signed")
+                scaled = rank_marks([(run, _scaled(s)) for run, s in spectra], by)
+                panels["scaled"].append(Panel(y.label, column, TOPS, y, scaled, members))
+            elif scaled := strip([(run, s.scale_free_lambda_max) for run, s in spectra], by, names):
                 x, y = Axis("", "names", tuple(names)), Axis(f"{label} λ₁, norm-scaled", "log")
                 panels["scaled"].append(Panel(y.label, column, x, y, scaled, members))
     panels["density"] = [panel for operator in operators for panel in _densities(found, columns, operator, by)]
-    caption = f"Eigenvalues by rank: {_dots(panels['rank'])}.{shared} Norm-scaled: λ₁ with weights in units of each "
-    caption += "filter’s norm; bars: medians."
+    caption = (
+        f"Eigenvalues by rank: {_dots(panels['rank'])}.{shared} Norm-scaled: with weights in units of each filter’s "
+    )
+    caption += "norm; bars: medians." if any(panel.x.kind == "names" for panel in panels["scaled"]) else "norm."
     if panels["density"]:
         bounds = dict.fromkeys(f"±{panel.x.linthresh:.2g}" for panel in panels["density"])
         caption += " Density of the bulk: mean over runs, where at least one eigenvalue; its eigenvalues linear within "
@@ -126,6 +132,12 @@ def rank_marks(spectra: Sequence[tuple[Run, Spectrum]], by: str) -> tuple[Mark, 
             if not run.diverged:
                 points.setdefault(level(run, by), []).append((rank, e.value))
     return (*marks, *(mark for name, found in points.items() for mark in medians(name, found)))
+
+
+def _scaled(spectrum: Spectrum) -> Spectrum:
+    """With the eigenvalues in units of filter norm in place of its own."""
+    found = (Eigenvalue(value, math.nan, math.nan, True, {}) for value in spectrum.scale_free)
+    return replace(spectrum, eigenvalues=tuple(found), smallest_eigenvalues=())
 
 
 def rank_axis(marks: Iterable[Mark]) -> Axis:

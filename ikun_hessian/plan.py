@@ -217,7 +217,7 @@ def _possible(source: str, name: str, network: Spec, steps: Sequence[runner.Step
             if step.opening["surrogate"]:
                 Surrogate.parse(step.opening["surrogate"])
             if step.command == "spectrum":
-                pairs = step.settings.magnitude or step.settings.top
+                pairs = max(step.settings.magnitude or step.settings.top, step.settings.scaled)
                 if pairs > size:
                     raise ValueError(f"{pairs} eigenvalues of {size} parameters: ask for fewer")
                 budget(step.settings.memory * 2**30, size, pairs)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 @click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--top", default=10, show_default=True, help="Largest eigenvalues.")
 @click.option("--smallest", default=5, show_default=True, help="Smallest (most negative) eigenvalues.")
+@click.option("--scaled", default=1, show_default=True, help="Largest eigenvalues in units of filter norm.")
 @click.option(
     "--magnitude", default=0, show_default=True, help="So many of largest size instead of --top and --smallest."
 )

@@ -11,6 +11,7 @@ from torch import nn
 from hessian_tools.eigenvectors import filter_norms, layer_shares
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators import dense, ggn, hessian
+from hessian_tools.report import spectrum_lines
 from hessian_tools.results import Spectrum, SpectrumResult
 from hessian_tools.spectrum import AnalysisError, Settings, spectrum
 from ikun.networks import LOSSES, Network, Spec
@@ -115,6 +116,18 @@ def test_relaxed_operator_needs_its_objective() -> None:
     assert found.eigenvalues[0].value == pytest.approx(
         float(torch.linalg.eigvalsh(dense(hessian(relaxed)))[-1]), rel=1e-6
     )
+
+
+def test_scaled_eigenvalues_are_those_of_the_dense_matrix() -> None:
+    target = objective()
+    d = filter_norms(target)
+    result = spectrum(target, dataclasses.replace(SMALL, scaled=6, tol=1e-6))
+    for name, factory in (("hessian", hessian), ("ggn", ggn)):
+        exact = torch.linalg.eigvalsh(d[:, None] * dense(factory(target)) * d).flip(0)[:6]
+        torch.testing.assert_close(torch.tensor(result.spectra[name].scale_free), exact.float(), rtol=1e-5, atol=1e-9)
+    told = "\n".join(spectrum_lines(result))
+    assert f"largest 6: {result.spectra['hessian'].scale_free[0]:.4g}" in told
+    assert spectrum(target, SMALL).spectra["hessian"].scale_free == ()
 
 
 def test_scale_free_lambda_max_ignores_the_scale_before_a_batchnorm() -> None:

@@ -92,6 +92,19 @@ def test_norm_scaled_values_stand_over_their_levels(runs: list[Run]) -> None:
     assert sorted(m.value for m in marks(shown, "run")) == sorted(values)
 
 
+def test_scaled_eigenvalues_by_rank_where_they_were_measured(runs: list[Run]) -> None:
+    def ranked(result: SpectrumResult) -> SpectrumResult:
+        values = (3.0, 2.0, float(result.checkpoint["sha256"] != ""))
+        spectra = {name: dataclasses.replace(s, scale_free=values) for name, s in result.spectra.items()}
+        return dataclasses.replace(result, spectra=spectra)
+
+    chart = ranks_chart([changed(r, ranked) for r in runs], "init")
+    shown = panel(chart.panels, "GGN λ, norm-scaled", "at the end")
+    assert [(m.x, m.value, m.n) for m in marks(shown, "median")] == [(1, 3.0, 6), (2, 2.0, 6), (3, 1.0, 6)]
+    assert "λ₁, norm-scaled" not in {p.row.partition(" ")[2] for p in chart.panels}
+    assert "units of each filter’s norm." in chart.caption
+
+
 def test_densities_are_means_over_runs_that_integrate_to_the_bulk(runs: list[Run]) -> None:
     chart = ranks_chart(runs, "init")
     found = [p for p in chart.panels if p.row.endswith("per unit λ")]
