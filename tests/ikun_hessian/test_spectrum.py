@@ -187,6 +187,7 @@ def test_more_samples_on_the_curve_than_there_are(analysed: Path, tmp_path: Path
         (["--params", "conv9*"], "no parameter matches 'conv9*'"),
         (["--surrogate", "nothing"], "unknown surrogate"),
         (["--top", "0"], "at least 1"),
+        (["--scaled", "0"], "scaled must be at least 1"),
         (["--batch-size", "0"], "must be positive"),
         (["--memory", "0"], "must be positive"),
         (["--backend", "pyhessian"], "backend pyhessian"),
