@@ -19,11 +19,12 @@ from hessian_tools.calibration_study import study_figure, surrogate_of
 from hessian_tools.figures import save_figure
 from hessian_tools.results import write_table
 from hessian_tools.runs import Run
+from hessian_tools.study_axes import Range, fitted, floors, y_range
 from hessian_tools.study_chart import Axis, Chart, NotEnoughError, Panel, provenance, table
 from hessian_tools.study_gap import gap_chart, robustness_chart
 from hessian_tools.study_groups import levels, named
 from hessian_tools.study_minima import layers_chart, one_image_chart, ranks_chart, samples_chart
-from hessian_tools.study_panels import LevelLook, Range, draw_panel, fitted, floors, legend, level_looks, y_range
+from hessian_tools.study_panels import LevelLook, draw_panel, legend, level_looks
 from hessian_tools.study_training import epochs_chart, gain_chart, start_chart, training_chart
 from hessian_tools.typesetting import (
     SMALL,

@@ -27,6 +27,7 @@ from hessian_tools.study_groups import (
     settings,
     survival,
 )
+from hessian_tools.trajectory import trace_error
 from hessian_tools.typesetting import operator_name
 
 EPOCH = Axis("epoch", "epoch")
@@ -246,11 +247,7 @@ def _snapshots(run: Run) -> dict[tuple[str, int], tuple[float, float]]:
             for top in spectrum.eigenvalues[:1]:
                 found[f"{operator_name(operator)} λ₁", epoch] = top.value, top.data_stderr
             if (trace := spectrum.trace) is not None:
-                known = [e for e in (trace.stderr, trace.data_stderr) if math.isfinite(e)]
-                found[f"{operator_name(operator)} trace", epoch] = (
-                    trace.estimate,
-                    math.hypot(*known) if known else math.nan,
-                )
+                found[f"{operator_name(operator)} trace", epoch] = trace.estimate, trace_error(trace)
     return found
 
 

@@ -1,5 +1,5 @@
-"""Tests of hessian_tools.study_figures, study_panels and study_chart: what is drawn is what the table holds, and every
-figure can be read."""
+"""Tests of hessian_tools.study_figures, study_panels, study_axes and study_chart: what is drawn is what the table holds,
+and every figure can be read."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from scipy import stats
 from study_tools import TEN, full_run, full_study, gain_study
 
 from hessian_tools import (
+    study_axes,
     study_chart,
     study_figures,
     study_gap,
@@ -33,9 +34,10 @@ from hessian_tools import (
     study_training,
 )
 from hessian_tools.runs import Run
+from hessian_tools.study_axes import Range, floors, y_range
 from hessian_tools.study_chart import Axis, Chart, Mark, Panel, provenance, table
 from hessian_tools.study_figures import NAMES, WIDTHS, chart_figures, charts, draw_all
-from hessian_tools.study_panels import KNOWN, MARKERS, Range, floors, level_looks, y_range
+from hessian_tools.study_panels import KNOWN, MARKERS, level_looks
 from ikun import initializers
 
 DRAWN = NAMES[:-1]
@@ -313,7 +315,17 @@ def test_all_runs_that_never_get_there_still_have_an_axis() -> None:
 
 
 def test_figures_need_no_model_and_no_global_state(three: list[Run]) -> None:
-    for module in (study_chart, study_figures, study_gap, study_groups, study_minima, study_panels, study_training):
+    modules = (
+        study_axes,
+        study_chart,
+        study_figures,
+        study_gap,
+        study_groups,
+        study_minima,
+        study_panels,
+        study_training,
+    )
+    for module in modules:
         tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
         names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

@@ -1,4 +1,4 @@
-"""Tests of hessian_tools.study_panels: axes and labels as they are drawn."""
+"""Tests of hessian_tools.study_panels and study_axes: axes and labels as they are drawn."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from run_tools import make_run
 from study_tools import gain_study
 
+from hessian_tools.study_axes import y_range
 from hessian_tools.study_chart import Axis, Mark, Panel
 from hessian_tools.study_figures import chart_figures, charts
 from hessian_tools.study_groups import gain_name, settings
-from hessian_tools.study_panels import draw_panel, level_looks, y_range
+from hessian_tools.study_panels import draw_panel, level_looks
 
 
 def traces(values: Sequence[float]) -> list[Mark]:
