@@ -1,5 +1,5 @@
-"""Tests of hessian_tools.study_figures, study_panels, study_axes and study_chart: what is drawn is what the table holds,
-and every figure can be read."""
+"""Tests of hessian_tools.study_figures, study_panels, study_axes and study_chart: what is drawn is what the table
+holds, and every figure can be read."""
 
 from __future__ import annotations
 

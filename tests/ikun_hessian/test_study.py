@@ -419,6 +419,7 @@ def test_data_that_cannot_be_had_are_left_out_and_named(preset: Path, tmp_path: 
         (["TINY", "--set", "save-at-loss=[]"], "[spectrum] at: no run has a save-at-loss: give [train] save-at-loss"),
         (["TINY", "--set", "epochs=0"], "run kaiming-s0: epochs must be at least 1 in a study, not 0"),
         (["TINY", "--set", "spectrum.top=593"], "run kaiming-s0: [spectrum] 593 eigenvalues of 592 parameters"),
+        (["TINY", "--set", "spectrum.scaled=593"], "run kaiming-s0: [spectrum] 593 eigenvalues of 592 parameters"),
         (["TINY", "--set", "spectrum.params=fc3*"], "[spectrum] params: none matches 'fc3*': choose of fc1.weight, "),
         (["TINY", "--set", "spectrum.surrogate=atn:2"], "run kaiming-s0: [spectrum] unknown surrogate 'atn'"),
         (["TINY", "--set", "spectrum.samples-curve=1,33"], "[spectrum] samples-curve goes to 33, samples to 32"),

@@ -33,6 +33,7 @@ def test_a_start_beyond_the_surrogates_reach_is_said_by_train_and_info(tmp_path:
     lines = capsys.readouterr().out.splitlines()
     assert "ikun initializer (alpha 1, gain 300), " in lines[3]
     assert any(line.startswith(said) for line in lines)
+    assert lines[-1] == "f'(x) = (a/2) / (1 + (pi a x / 2)^2) at x = h - threshold, a = 2."
     assert cli.run(["spectrum", path, "--top", "1", "--no-density"]) == 0
     assert "ikun initializer (alpha 1, gain 300)," in capsys.readouterr().out
     assert cli.run(["train", *short, "--init", "kaiming", "--force"]) == 0
