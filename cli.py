@@ -1,6 +1,6 @@
 """The command line from the working tree: `python cli.py` is `ikun-hessian`, all of it in the package ikun_hessian."""
 
-from ikun_hessian.main import cli, main, run
+from ikun_hessian.cli.main import cli, main, run
 
 __all__ = ["cli", "main", "run"]
 

@@ -15,9 +15,9 @@ import torch
 from rounds import Candidates, images, measure, reference_job, relative_error, report
 from torch import Tensor
 
-from hessian_tools import second_order
+from hessian_tools.chain import second_order
 from hessian_tools.objective import Objective
-from hessian_tools.operators import hessian
+from hessian_tools.operators.curvature import hessian
 
 SIZES = (2, 4, 8)
 

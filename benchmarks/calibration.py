@@ -17,14 +17,15 @@ import gzip
 import json
 from pathlib import Path
 
-from hessian_tools.calibration import SCHEMA, CalibrationResult, CalibrationSettings
-from hessian_tools.calibration_study import study_figure, study_tables
-from hessian_tools.figures import save_figure
-from hessian_tools.phases import Phases
-from hessian_tools.results import clean, from_plain, load, save
-from ikun_hessian.calibrate import calibration_of
-from ikun_hessian.main import run
-from ikun_hessian.opening import open_job
+from hessian_tools.analysis.calibration import CalibrationSettings
+from hessian_tools.io.json import clean, from_plain, load_result, save_result
+from hessian_tools.plots.style import save_figure
+from hessian_tools.results.calibration import CALIBRATION_SCHEMA, CalibrationResult
+from hessian_tools.resume import Phases
+from ikun_hessian.cli.main import run
+from ikun_hessian.experiments.figures.calibration import study_figure, study_tables
+from ikun_hessian.jobs.calibration import calibration_of
+from ikun_hessian.jobs.open import open_job
 
 SURROGATES = ("atan:2", "atan:5", "sigmoid:4", "sigmoid:10", "triangle:1", "triangle:0.4")
 INITIALIZERS = ("ikun", "kaiming", "xavier", "lecun", "orthogonal")
@@ -83,7 +84,7 @@ def calibrated(name: str, options: str, folder: Path, fashion: Path | None) -> N
         device="cpu",
     )
     state = folder / f"{name}.resume"
-    save(calibration_of(job, settings, Phases(state, {"settings": clean(vars(settings))})), out)
+    save_result(calibration_of(job, settings, Phases(state, {"settings": clean(vars(settings))})), out)
     Phases.remove(state)
     print(name, "done", flush=True)
 
@@ -91,7 +92,7 @@ def calibrated(name: str, options: str, folder: Path, fashion: Path | None) -> N
 def collected(file: Path) -> dict[str, CalibrationResult]:
     """What --collect wrote."""
     found = json.loads(gzip.decompress(file.read_bytes()))
-    return {name: from_plain(values, CalibrationResult, SCHEMA) for name, values in found.items()}
+    return {name: from_plain(values, CalibrationResult, CALIBRATION_SCHEMA) for name, values in found.items()}
 
 
 def main() -> None:
@@ -115,7 +116,7 @@ def main() -> None:
     if arguments.collect:
         files = sorted(arguments.folder.glob("*.calibration.json"))
         for file in files:
-            load(file, CalibrationResult, SCHEMA)
+            load_result(file, CalibrationResult, CALIBRATION_SCHEMA)
         text = json.dumps({f.name.split(".calibration")[0]: json.loads(f.read_text()) for f in files})
         arguments.collect.write_bytes(gzip.compress(text.encode(), mtime=0))
         return

@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import kendalltau, spearmanr
 
-from hessian_tools.comparison import compare_runs
-from hessian_tools.inference import LEAST, Interval, kendall, paired_shift
-from hessian_tools.runs import gather
-from ikun.training import overdriven
+from ikun.training.health import overdriven
+from ikun_hessian.experiments.comparison import compare_runs
+from ikun_hessian.experiments.runs import gather
+from ikun_hessian.experiments.statistics import LEAST, Interval, kendall, paired_shift
 
 T = TypeVar("T")
 Json = dict[str, Any]

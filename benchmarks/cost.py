@@ -20,9 +20,9 @@ import torch
 from rounds import ROOT, Candidates, Conventional, eager_gradient, images, measure, ratios, reference_job, report
 from torch import Tensor
 
+from hessian_tools.io.files import write_table
 from hessian_tools.objective import Objective
-from hessian_tools.operators import CurvatureOperator, ggn, hessian
-from hessian_tools.results import write_table
+from hessian_tools.operators.curvature import CurvatureOperator, ggn, hessian
 
 UNIT = "eager gradient"
 SWEEPS: dict[str, tuple[int, ...]] = {
@@ -108,8 +108,17 @@ def draw(table: Path, out: Path) -> list[Path]:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-    from hessian_tools.figures import save_figure
-    from hessian_tools.typesetting import WIDTH, add_caption, add_legend, layout, looks, set_title, settled, styled
+    from hessian_tools.plots.style import (
+        WIDTH,
+        add_caption,
+        add_legend,
+        layout,
+        looks,
+        save_figure,
+        set_title,
+        settled,
+        styled,
+    )
 
     with table.open(newline="") as file:
         found = list(csv.DictReader(file))

@@ -24,13 +24,16 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from scipy.sparse.linalg import eigsh  # noqa: E402
 
-from hessian_tools.lanczos import Eigenpairs, certified, eigenpairs  # noqa: E402
+from hessian_tools.analysis.pyhessian import _Live  # noqa: E402
+from hessian_tools.linalg.lanczos import Eigenpairs, certified, eigenpairs  # noqa: E402
 from hessian_tools.objective import Objective, make_objective  # noqa: E402
-from hessian_tools.operators import hessian, to_scipy  # noqa: E402
-from hessian_tools.reference import _Live  # noqa: E402
-from ikun.checkpoint import DataSpec  # noqa: E402
-from ikun.networks import LOSSES, Spec  # noqa: E402
-from ikun.training import TrainingSpec, train  # noqa: E402
+from hessian_tools.operators.base import to_scipy  # noqa: E402
+from hessian_tools.operators.curvature import hessian  # noqa: E402
+from ikun.data.spec import DataSpec  # noqa: E402
+from ikun.losses import LOSSES  # noqa: E402
+from ikun.networks import Spec  # noqa: E402
+from ikun.training.loop import train  # noqa: E402
+from ikun.training.spec import TrainingSpec  # noqa: E402
 
 TOP, TOLERANCE = 50, 1e-3
 

@@ -26,11 +26,12 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from hessian_tools import second_order  # noqa: E402
-from hessian_tools.cuda import Captured, full_precision, side_stream  # noqa: E402
+from hessian_tools.analysis.pyhessian import _Live  # noqa: E402
+from hessian_tools.chain import second_order  # noqa: E402
 from hessian_tools.objective import Objective, make_objective  # noqa: E402
-from hessian_tools.reference import _Live  # noqa: E402
-from ikun.networks import LOSSES, Network, Spec  # noqa: E402
+from hessian_tools.runtime.cuda import Captured, full_precision, side_stream  # noqa: E402
+from ikun.losses import LOSSES  # noqa: E402
+from ikun.networks import Network, Spec  # noqa: E402
 
 SIDE, CLASSES, WORD = 28, 10, 4  # pixels, classes, bytes of a float32 or an index
 

@@ -22,11 +22,15 @@ import torch.nn.functional as F  # noqa: E402
 from memory import growth  # noqa: E402
 from rounds import measure, report  # noqa: E402
 
-from hessian_tools import second_order, segments  # noqa: E402
+from hessian_tools.chain import (  # noqa: E402
+    second_order,
+    segments,
+)
 from hessian_tools.objective import Objective, make_objective  # noqa: E402
-from hessian_tools.operators import hessian  # noqa: E402
-from ikun import data  # noqa: E402
-from ikun.networks import LOSSES, Network, Spec  # noqa: E402
+from hessian_tools.operators.curvature import hessian  # noqa: E402
+from ikun.data import datasets as data  # noqa: E402
+from ikun.losses import LOSSES  # noqa: E402
+from ikun.networks import Network, Spec  # noqa: E402
 
 STEPS = (16, 64, 256)
 
@@ -34,21 +38,21 @@ STEPS = (16, 64, 256)
 def job(steps: int, samples: int) -> Objective:
     torch.manual_seed(0)
     net = Network(Spec(input_shape=(1, 28, 28), channels=16, timesteps=steps))
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     images = F.pad(digits.images[:samples], (10, 10, 10, 10))
     return make_objective(net, LOSSES["mse"], (images, digits.labels[:samples]))
 
 
 def peaks(steps: int, samples: int) -> None:
     """Print what one product takes, beyond what the process had before it, in each of two ways."""
-    small = replace(job(2, 1), segmented=True)
+    small = replace(job(2, 1), segmentation=segments)
     hessian(small) @ torch.ones(small.size)  # numba's kernels are compiled or read
     objective = job(steps, samples)
     v, each = torch.ones(objective.size), segments.bytes_per_sample(objective)
     assert each is not None
     cut, whole = (
         growth(lambda o=o: hessian(o) @ v)  # type: ignore[misc]
-        for o in (replace(objective, segmented=True), objective)
+        for o in (replace(objective, segmentation=segments), objective)
     )
     print(
         f"T = {steps:3d}: peak of a product {whole / 2**20:7.0f} MiB whole (its primal {samples * each / 2**20:5.0f}), "
@@ -69,7 +73,7 @@ def times(steps: int, samples: int, rounds: int) -> None:
         return found
 
     def cut(kind: str) -> second_order.Linearized:
-        found = segments.linearize(objective, batch, kind)
+        found = segments.linearize_in_segments(objective, batch, kind)
         assert found is not None
         return found
 

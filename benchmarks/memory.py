@@ -37,9 +37,9 @@ def growth(run: Callable[[], object]) -> int:
 def eigenpairs(size: int, memory: float) -> None:
     import torch
 
-    from hessian_tools.lanczos import eigenpairs
-    from hessian_tools.measure import budget
-    from hessian_tools.operators import Composed
+    from hessian_tools.analysis.context import budget
+    from hessian_tools.linalg.lanczos import eigenpairs
+    from hessian_tools.operators.base import Composed
 
     room, kept = budget(memory * 2**30, size, TOP)
     diagonal = torch.linspace(-1, 1, size)
@@ -59,8 +59,9 @@ def product(images: int, batch_size: int) -> None:
     import torch
 
     from hessian_tools.objective import Objective, make_objective
-    from hessian_tools.operators import hessian
-    from ikun.networks import LOSSES, Network, Spec
+    from hessian_tools.operators.curvature import hessian
+    from ikun.losses import LOSSES
+    from ikun.networks import Network, Spec
 
     torch.set_num_threads(2)
 

@@ -20,7 +20,7 @@ from rounds import Candidates, Conventional, eager_gradient, images, measure, re
 from torch import Tensor, nn
 
 from hessian_tools.objective import Objective
-from hessian_tools.operators import hessian
+from hessian_tools.operators.curvature import hessian
 
 BLOCK = 4
 Product = Callable[[Tensor], Tensor]  # [P] or [P, k] -> the same

@@ -22,9 +22,10 @@ from rounds import (
     report,
 )
 
-from hessian_tools import operators, second_order
+from hessian_tools.chain import second_order
 from hessian_tools.objective import Objective
-from ikun import data
+from hessian_tools.operators import curvature as operators
+from ikun.data import datasets as data
 
 
 def candidates_for(objective: Objective) -> Candidates:
@@ -64,7 +65,7 @@ def main() -> None:
     for norm in ("none", "bn"):
         print(f"CSNN, width 16, 28 x 28, 64 images, norm {norm}")
         report(measure(candidates_for(reference_job(batch, norm=norm)), options.rounds), "eager gradient")
-    digits = data.load("digits")
+    digits = data.load_dataset("digits")
     print(f"CSNN, width 8, 8 x 8, {len(digits.labels)} digits, norm bn")
     job = reference_job((digits.images[:], digits.labels), input_shape=(1, 8, 8), channels=8)
     report(measure(candidates_for(job), options.rounds), "cached double backward")

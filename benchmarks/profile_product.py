@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from hessian_tools import second_order
+from hessian_tools.chain import second_order
 from hessian_tools.objective import Objective
-from ikun import fused
+from ikun.kernels import dispatch as fused
 
 KINDS = {
     "convolutions": ("conv", "mkldnn"),

@@ -25,9 +25,10 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from hessian_tools.objective import Objective, make_objective  # noqa: E402
-from ikun import data  # noqa: E402
+from ikun.data import datasets as data  # noqa: E402
 from ikun.layers import MaxPool  # noqa: E402
-from ikun.networks import LOSSES, Network, Spec  # noqa: E402
+from ikun.losses import LOSSES  # noqa: E402
+from ikun.networks import Network, Spec  # noqa: E402
 from ikun.neurons import Neuron  # noqa: E402
 
 Candidates = dict[str, Callable[[], object]]
@@ -105,7 +106,7 @@ def report(times: Times, unit: str, per: dict[str, float] | None = None) -> None
 
 def images(folder: str | None, count: int) -> tuple[Tensor, Tensor]:
     """Fashion-MNIST images [count, 1, 28, 28] from the IDX files in `folder`, padded digits without one; labels."""
-    found = data.load("digits") if folder is None else data.load("fashion-mnist", data_dir=folder)
+    found = data.load_dataset("digits") if folder is None else data.load_dataset("fashion-mnist", data_dir=folder)
     name = "digits padded to 28 x 28 (no Fashion-MNIST folder given)" if folder is None else "Fashion-MNIST"
     print(f"images: {name}")
     x = found.images[:count]

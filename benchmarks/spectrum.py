@@ -20,8 +20,9 @@ from pathlib import Path
 from rounds import ROOT
 
 START = (
-    "import torch, hessian_tools.figures, hessian_tools.report, hessian_tools.spectrum, ikun_hessian.spectrum, sys;"
-    "from pathlib import Path; from ikun_hessian.opening import open_job;"
+    "import torch, hessian_tools.plots.spectrum, ikun_hessian.reports.spectrum, sys;"
+    "import hessian_tools.analysis.spectrum, ikun_hessian.cli.spectrum;"
+    "from pathlib import Path; from ikun_hessian.jobs.open import open_job;"
     "open_job(Path(sys.argv[1]), samples='all', split='train', batch_size=None, params='*', surrogate=None,"
     " dtype='float32', memory=4.0, data_dir=None, device='cpu')"
 )

@@ -20,17 +20,18 @@ import torch
 from rounds import ROOT, Candidates, measure, relative_error, report
 from torch import Tensor
 
-from ikun import fused
-from ikun.fused import Scan
+from ikun.kernels import dispatch as fused
+from ikun.kernels.scan import Scan, torch_adjoint, torch_adjoint_tangent, torch_tangent
 
 STEPS, NEURONS = 4, 200_704  # 16 channels of 14 x 14, 64 images
 
 
 def first_product() -> None:
     """Prints the seconds."""
-    from hessian_tools import second_order
+    from hessian_tools.chain import second_order
     from hessian_tools.objective import make_objective
-    from ikun.networks import LOSSES, Network, Spec
+    from ikun.losses import LOSSES
+    from ikun.networks import Network, Spec
 
     batch = torch.rand(8, 1, 8, 8), torch.arange(8)
     objective = make_objective(Network(Spec()), LOSSES["mse"], batch)
@@ -54,9 +55,9 @@ def passes() -> dict[str, tuple[Candidates, Tensor]]:
     """Per way of running them: the three scans, and one result to compare."""
     scan, x = example()
     plain = {
-        "tangent": lambda scan, x: fused.torch_tangent(scan, x, 0.0),
-        "adjoint": lambda scan, x: fused.torch_adjoint(scan, x)[0],
-        "tangent of adjoint": lambda scan, x: fused.torch_adjoint_tangent(scan, x, x, 0.0)[0],
+        "tangent": lambda scan, x: torch_tangent(scan, x, 0.0),
+        "adjoint": lambda scan, x: torch_adjoint(scan, x)[0],
+        "tangent of adjoint": lambda scan, x: torch_adjoint_tangent(scan, x, x, 0.0)[0],
     }
     ours = {
         "tangent": fused.tangent,

@@ -19,10 +19,12 @@ import torch
 from rounds import Candidates, Conventional, images, measure, relative_error, report
 from torch import Tensor
 
-from ikun import fused
-from ikun.checkpoint import DataSpec
-from ikun.networks import LOSSES, Network, Spec
-from ikun.training import TrainingSpec, train
+from ikun.data.spec import DataSpec
+from ikun.kernels import dispatch as fused
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
+from ikun.training.loop import train
+from ikun.training.spec import TrainingSpec
 
 JOBS = {
     "CSNN, width 16, T = 4": Spec(input_shape=(1, 28, 28), timesteps=4),

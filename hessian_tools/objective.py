@@ -6,18 +6,78 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Protocol, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hessian_tools import segments
-from hessian_tools.cuda import full_precision
-from hessian_tools.distributed import Group
-from hessian_tools.streamed import Batch as Batch
-from hessian_tools.streamed import Inputs, Streamed, to
+from hessian_tools.runtime.cuda import full_precision
+from hessian_tools.runtime.distributed import Group
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Inputs(Protocol):
+    """Inputs of N samples that are read when asked for: inputs[index] for index [n] is a tensor [n, ...].
+
+    It must give the same for the same index, and may be asked by several threads at once.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed(Sequence[Batch]):
+    """Batches of the samples `parts` (indices, one tensor a batch); inputs are read anew every time.
+
+    targets [N, ...] are in memory, on the device of `like`; floating inputs come in its dtype.
+    """
+
+    inputs: Inputs
+    targets: Tensor
+    parts: tuple[Tensor, ...]
+    like: Tensor
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @overload
+    def __getitem__(self, i: int) -> Batch: ...
+    @overload
+    def __getitem__(self, i: slice) -> Streamed: ...
+    def __getitem__(self, i: int | slice) -> Batch | Streamed:
+        if isinstance(i, slice):
+            return replace(self, parts=self.parts[i])
+        return to(self.inputs[self.parts[i]], self.like), self.targets[self.parts[i]]
+
+    def regrouped(self, parts: Sequence[Tensor]) -> Streamed:
+        """The same samples, numbered from 0 in their order here, in other batches: one of each set of numbers [n]."""
+        samples = torch.cat(self.parts)
+        return replace(self, parts=tuple(samples[part.cpu()] for part in parts))
+
+
+def to(t: Tensor, like: Tensor) -> Tensor:
+    """t on the device of `like`, and in its dtype if it is floating."""
+    return t.to(device=like.device, dtype=like.dtype if t.is_floating_point() else t.dtype)
+
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> mean over the batch's samples
+
+
+class Segmentation(Protocol):
+    """Evaluates an objective in segments of time; implemented by the module hessian_tools.chain.segments."""
+
+    def possible(self, objective: Objective) -> bool:
+        """Whether the objective's model runs in segments."""
+
+    def outputs(self, objective: Objective, x: Tensor) -> Tensor:
+        """The outputs for inputs x, without derivatives."""
+
+    def value_and_gradient(self, objective: Objective, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss on one batch and its gradient [P]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +86,9 @@ class Objective:
 
     batches: tensors in memory, or Streamed, of which only those at work are in memory.
     parameters: name -> tensor, in the order of the flat vector [P]; all others are constants. group: processes that
-    share the batches; each holds all of them and computes its own, what is returned is of all. segmented: a network
-    over T steps of time runs in about sqrt(T) segments (segments.py), where that is possible: less memory, more time.
+    share the batches; each holds all of them and computes its own, what is returned is of all. segmentation: runs a
+    network over T steps of time in about sqrt(T) segments, where that is possible: less memory, more time
+    (hessian_tools.chain.segments).
     """
 
     model: nn.Module
@@ -36,7 +97,12 @@ class Objective:
     parameters: dict[str, Tensor]
     reset: Callable[[nn.Module], None] | None = None
     group: Group | None = None
-    segmented: bool = False
+    segmentation: Segmentation | None = None
+
+    @property
+    def segmented(self) -> bool:
+        """Whether the model is run in segments of time where that is possible."""
+        return self.segmentation is not None
 
     @property
     def samples(self) -> int:
@@ -77,7 +143,8 @@ class Objective:
     def outputs(self, x: Tensor) -> Tensor:
         """Forward pass from a reset state."""
         with full_precision(self.device):
-            if self.segmented and not torch.is_grad_enabled() and segments.possible(self):
+            segments = self.segmentation
+            if segments is not None and not torch.is_grad_enabled() and segments.possible(self):
                 return segments.outputs(self, x)
             if self.reset is not None:
                 self.reset(self.model)
@@ -111,10 +178,10 @@ class Objective:
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """L and its (surrogate) gradient [P]."""
         both = torch.zeros(self.size + 1, dtype=torch.float64, device=self.device)
-        in_segments = self.segmented and segments.possible(self)
+        segments = self.segmentation if self.segmentation is not None and self.segmentation.possible(self) else None
         with full_precision(self.device):
             for (x, y), weight in self.weighted_batches():
-                if in_segments:
+                if segments is not None:
                     loss, gradient = segments.value_and_gradient(self, (x, y))
                     both[:-1] += weight * gradient
                 elif (loss := self.loss(self.outputs(x), y)).requires_grad:

@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
-import os
-import platform
-import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from ikun.archive import ArchiveError, read_archive
-from ikun.data import NAMES, DataError, Dataset, encoded, load
-from ikun.files import naming
-from ikun.images import Images, taken
-from ikun.networks import LOSSES, Network, Spec
+from hessian_tools.io.files import write_atomically
+from hessian_tools.io.torch_archive import ArchiveError, read_archive
+from hessian_tools.io.versions import versions
+from ikun.data.datasets import DATASETS, Dataset
+from ikun.data.encoding import encoded
+from ikun.data.lazy import Images
+from ikun.data.spec import DataSpec
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 
-SCHEMA = "ikun-hessian/checkpoint/1"
+CHECKPOINT_SCHEMA = "ikun-hessian/checkpoint/1"
 LONGEST = 1000  # characters of an error line
 # What a checkpoint says of its training: all of this or nothing
 _TRAINED: dict[str, tuple[type, ...]] = {
@@ -53,50 +51,6 @@ class CheckpointError(ValueError):
         """Values quoted from a foreign file may hold line breaks, a terminal's commands, or a megabyte."""
         line = "".join(c if c.isprintable() else " " for c in message)
         super().__init__(line if len(line) <= LONGEST else f"{line[:LONGEST]} ...")
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """The samples: `subset` of data set `name` drawn with `seed`, of which the last `held_out` were not trained on.
-
-    image_size: pixels a side of an image folder's images; None for data sets of one size.
-    """
-
-    name: str = "digits"
-    subset: int | None = None
-    seed: int = 0
-    held_out: int = 0
-    image_size: int | None = None
-
-    def load(self, split: str = "train", data_dir: str | Path | None = None) -> Dataset:
-        """The training samples, or the data set's whole test split. Raises DataError."""
-        if split != "train":
-            return load(self.name, split, data_dir=data_dir, image_size=self.image_size)
-        return self.parts(data_dir)[0]
-
-    def parts(self, data_dir: str | Path | None = None) -> tuple[Dataset, Dataset | None]:
-        """(training samples, held-out samples or None). Raises DataError."""
-        read = partial(load, self.name, data_dir=data_dir, image_size=self.image_size)
-        count = self.subset
-        if count is None and self.held_out:
-            count = len(read())  # a full permutation: what is held out is random
-        whole = read(subset=count, seed=self.seed)
-        if not self.held_out:
-            return whole, None
-        if self.held_out < 0:
-            raise DataError(f"{self.held_out} held-out samples: give 0 or more")
-        cut = len(whole) - self.held_out
-        if cut < 1:
-            raise DataError(f"{self.held_out} held-out samples of {len(whole)} leave none to train on: hold out fewer")
-        return tuple(  # type: ignore[return-value]
-            dataclasses.replace(
-                whole,
-                images=taken(whole.images, part),
-                labels=whole.labels[part],
-                sha256=hashlib.sha256(f"{whole.sha256} {part.start} {part.stop}".encode()).hexdigest(),
-            )
-            for part in (slice(0, cut), slice(cut, len(whole)))
-        )
 
 
 @dataclass(frozen=True)
@@ -151,14 +105,14 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
     """Write the whole file or nothing."""
     save_atomically(
         {
-            "schema": SCHEMA,
+            "schema": CHECKPOINT_SCHEMA,
             "network": {**dataclasses.asdict(checkpoint.network)},
             "data": dataclasses.asdict(checkpoint.data),
             "loss": checkpoint.loss,
             "state": {k: v.detach().cpu().clone() for k, v in checkpoint.state.items()},
             "training": checkpoint.training,
             "history": checkpoint.history,
-            "versions": versions(),
+            "versions": versions(("torch",)),
         },
         Path(path),
     )
@@ -174,26 +128,6 @@ def save_atomically(values: dict[str, Any], path: Path) -> None:
             raise (error.__context__ or error) from None
 
     write_atomically(path, write)
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write to a temporary name in the same folder, then rename. An OSError names `path`."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
-    return {"python": platform.python_version(), "torch": importlib.metadata.version("torch")}
 
 
 def sha256(path: str | Path) -> str:
@@ -222,12 +156,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read and check a checkpoint. Raises CheckpointError with one line for any file that is not one."""
     values = read_plain(path)
     schema = values.get("schema")
-    if schema != SCHEMA:
+    if schema != CHECKPOINT_SCHEMA:
         if isinstance(schema, str) and schema.startswith("ikun-hessian/checkpoint/"):
             raise CheckpointError(
-                f"{path}: written by another version ({schema}, expected {SCHEMA}): upgrade ikun-hessian"
+                f"{path}: written by another version ({schema}, expected {CHECKPOINT_SCHEMA}): upgrade ikun-hessian"
             )
-        raise CheckpointError(f"{path}: not a checkpoint of ikun-hessian (no schema {SCHEMA} in it)")
+        raise CheckpointError(f"{path}: not a checkpoint of ikun-hessian (no schema {CHECKPOINT_SCHEMA} in it)")
     try:
         network, data, loss, state, training, history = _fields(values)
     except (ValueError, TypeError) as error:
@@ -244,7 +178,7 @@ def _fields(values: dict[str, Any]) -> tuple[Spec, DataSpec, str, dict[str, Tens
     network = Spec.from_dict(values["network"])
     raw = values["data"]
     fields = {"name", "subset", "seed", "held_out"}  # image_size is younger
-    if set(raw) - {"image_size"} != fields or raw["name"] not in NAMES:
+    if set(raw) - {"image_size"} != fields or raw["name"] not in DATASETS:
         raise ValueError("field 'data' does not name a known data set")
     if any(not _whole(raw[k]) for k in ("seed", "held_out")):
         raise ValueError("field 'data': seed and held_out must be whole numbers")

@@ -17,38 +17,25 @@ it. Layers are named conv1, norm1, spike1, pool1, ..., fc1, rec1, so that parame
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ikun import spikes
-from ikun.data import CODINGS
+from hessian_tools.chain.layers import Segment
+from ikun import spiking_layers as spikes
+from ikun.data.encoding import CODINGS
 from ikun.layers import Add, Branch, Dropout, MaxPool, Recurrent
-from ikun.neurons import KINDS, RESETS, Dynamics, Neuron
+from ikun.neurons import NEURONS, RESETS, Dynamics, Neuron
 from ikun.surrogates import Surrogate
 
 MODELS = ("csnn", "mlp", "resnet", "rsnn")
 NORMS = ("none", "bn", "tdbn")
 TIES = ("first", "last")
 ADDED = ("depth", "dropout")  # fields of a Spec that older descriptions lack; they mean the default
-
-
-class Segment(Protocol):
-    """The steps first, ..., last - 1 of time, and what every module with a state carries into them."""
-
-    @property
-    def first(self) -> int: ...
-
-    @property
-    def last(self) -> int: ...
-
-    @property
-    def carries(self) -> defaultdict[nn.Module, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -86,7 +73,7 @@ class Spec:
         for name, choices in (
             ("model", MODELS),
             ("norm", NORMS),
-            ("neuron", KINDS),
+            ("neuron", NEURONS),
             ("reset", RESETS),
             ("coding", CODINGS),
             ("ties", TIES),
@@ -209,7 +196,7 @@ def _neuron(spec: Spec) -> Neuron:
     return Neuron(spec.neuron, dynamics, spec.tau)
 
 
-KNOWN = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.Flatten, Neuron, MaxPool, Dropout, Branch, Add)
+CHAIN_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.Flatten, Neuron, MaxPool, Dropout, Branch, Add)
 
 
 class Network(nn.Module):
@@ -270,7 +257,7 @@ class Network(nn.Module):
         return self.spec.timesteps
 
     def second_order_chain(self, x: Tensor, segment: Segment | None = None) -> tuple[Tensor, list[Any]] | None:
-        """The layers of forward(x), as hessian_tools.second_order wants them, on [N, ...] or time first, [T N, ...];
+        """The layers of forward(x), as the module second_order wants them, on [N, ...] or time first, [T N, ...];
         with a segment, for its steps alone.
 
         None for a recurrent network, and for one that has been changed since it was built.
@@ -278,14 +265,14 @@ class Network(nn.Module):
         total, static = self.spec.timesteps, x.dim() == 4
         first, last = (0, total) if segment is None else (segment.first, segment.last)
         steps = last - first
-        if type(self) is not Network or any(type(m) not in KNOWN for m in self.children()):
+        if type(self) is not Network or any(type(m) not in CHAIN_LAYERS for m in self.children()):
             return None
         items: list[Any] = []
         before: list[Any] = []
         for layer, pool in self._units():
             if isinstance(layer, Neuron):
                 carry = None if segment is None else segment.carries[layer]
-                items.append(partial(spikes.linearize, layer, steps, static, pool, carry=carry))
+                items.append(partial(spikes.linearize_neurons, layer, steps, static, pool, carry=carry))
                 static = False
             elif isinstance(layer, MaxPool):
                 items.append(partial(spikes.select, layer))
@@ -312,17 +299,3 @@ class Network(nn.Module):
             elif isinstance(layer, Neuron):
                 yield from ((*weights, name, layer) for weights in waiting)
                 waiting = []
-
-
-def mean_square(rates: Tensor, labels: Tensor) -> Tensor:
-    """Mean over samples and classes of (rate - one-hot)^2; rates [N, K], labels [N]."""
-    # not F.mse_loss: forward-over-reverse through it fails in PyTorch 2.13
-    return (rates - F.one_hot(labels, rates.shape[1]).to(rates.dtype)).square().mean()
-
-
-def cross_entropy(rates: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy with the rates [N, K] taken as logits, mean over samples (SpikingJelly's convention)."""
-    return F.cross_entropy(rates, labels)
-
-
-LOSSES = {"mse": mean_square, "ce": cross_entropy}

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from ikun.surrogates import Surrogate, spike
 
-KINDS = ("if", "lif", "plif")
+NEURONS = ("if", "lif", "plif")
 RESETS = ("hard", "soft")
-
 Feedback = Callable[[Tensor], Tensor]  # s[t-1] -> V s[t-1]
 
 

@@ -1,5 +1,5 @@
 """`python -m ikun_hessian`, also under torchrun -m."""
 
-from ikun_hessian.main import main
+from ikun_hessian.cli.main import main
 
 main()

@@ -16,7 +16,7 @@ FAST = ["--top", "3", "--smallest", "2", "--steps", "8", "--probes", "2", "--sam
 KILL = """
 import os, signal, sys
 import cli
-from ikun_hessian.screen import Bar
+from ikun_hessian.jobs.progress_bar import Bar
 calls = 0
 def update(self, name, done, total, worst):
     global calls

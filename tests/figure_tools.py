@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from hessian_tools.results import SCHEMA, Density, Eigenvalue, Spectrum, SpectrumResult, Trace
+from hessian_tools.results.spectrum import SPECTRUM_SCHEMA, Density, Eigenvalue, Spectrum, SpectrumResult, Trace
 
 LAYERS = ("layers.conv1.weight", "layers.conv2.weight", "layers.fc.weight")
 TOPS, SMALLS = (8.0, 4.0, 3.0), (-2.0, -1.0)  # as saved: the most negative first
@@ -41,7 +41,7 @@ def spectrum(scale: float = 1.0, *, probes: int = 3, steps: int = 30, size: int 
 
 def result(spectra: dict[str, Spectrum] | None = None, **changes: Any) -> SpectrumResult:
     made = SpectrumResult(
-        schema=SCHEMA,
+        schema=SPECTRUM_SCHEMA,
         checkpoint={"path": "/somewhere/ckpt.pt", "sha256": "0123456789abcdef"},
         data={"name": "digits", "split": "train", "samples": 1437},
         network={"model": "csnn", "surrogate": "atan:2", "reset": "hard"},

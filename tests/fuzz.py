@@ -40,15 +40,19 @@ import click
 import run_tools
 import torch
 
-from hessian_tools import calibration, flatness, landscape, results, robustness, runs
-from hessian_tools.adapters import read_weights
-from hessian_tools.adapters.nir import read_nir
-from hessian_tools.compare import comparable, labelled
-from hessian_tools.report import compare_lines
-from ikun import training
-from ikun.checkpoint import DataSpec, load_checkpoint
+from hessian_tools.io import json as results
+from hessian_tools.results import calibration, flatness, landscape, robustness
+from hessian_tools.results.comparability import comparable, labelled
+from hessian_tools.results.spectrum import load_spectrum, to_json
+from ikun.adapters import read_weights
+from ikun.adapters.nir import read_nir
+from ikun.checkpoint import load_checkpoint
+from ikun.data.spec import DataSpec
 from ikun.networks import Network, Spec
-from ikun_hessian import plan, preset
+from ikun.training import loop as training
+from ikun.training.spec import TrainingSpec
+from ikun_hessian.experiments import plan, preset, runs
+from ikun_hessian.reports.spectrum import compare_lines
 
 ROOT = Path(__file__).parents[1]
 LONGEST_LINE = 1500
@@ -71,7 +75,7 @@ def trained() -> dict[str, bytes]:
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "a.pt"
-        spec = training.TrainingSpec(epochs=4, batch_size=32, snapshots=4)
+        spec = TrainingSpec(epochs=4, batch_size=32, snapshots=4)
         with suppress(KeyboardInterrupt):
             training.train(SPEC, DataSpec("digits", 64), spec, out, progress=stop)
         files = {
@@ -99,9 +103,9 @@ def made_results() -> dict[str, bytes]:
     found: dict[str, Any] = {
         "spectrum": run.spectra[""],
         "flatness": run.flatness[""],
-        "robustness": {**filled(robustness.RobustnessResult), "schema": robustness.SCHEMA},
-        "landscape": {**filled(landscape.LandscapeResult), "schema": landscape.SCHEMA},
-        "calibration": {**filled(calibration.CalibrationResult), "schema": calibration.SCHEMA},
+        "robustness": {**filled(robustness.RobustnessResult), "schema": robustness.ROBUSTNESS_SCHEMA},
+        "landscape": {**filled(landscape.LandscapeResult), "schema": landscape.LANDSCAPE_SCHEMA},
+        "calibration": {**filled(calibration.CalibrationResult), "schema": calibration.CALIBRATION_SCHEMA},
     }
     plain = {kind: r if isinstance(r, dict) else dataclasses.asdict(r) for kind, r in found.items()}
     return {kind: json.dumps(results.clean(values)).encode() for kind, values in plain.items()}
@@ -518,8 +522,8 @@ def check_weights(path: Path) -> None:
 
 
 def check_spectrum(path: Path) -> None:
-    result = results.load_spectrum(path)
-    plain(results.to_json(result))
+    result = load_spectrum(path)
+    plain(to_json(result))
     try:  # what is found out later names no file
         pairs = labelled([result, run_tools.make_run().spectra[""]])
         comparable(pairs)
@@ -536,12 +540,14 @@ def gathered(path: Path) -> None:
 
 
 def check_flatness(path: Path) -> None:
-    plain(results.clean(dataclasses.asdict(results.load(path, flatness.FlatnessResult, flatness.SCHEMA))))
+    plain(
+        results.clean(dataclasses.asdict(results.load_result(path, flatness.FlatnessResult, flatness.FLATNESS_SCHEMA)))
+    )
     gathered(path)
 
 
 def check_result(kind: type, schema: str, path: Path) -> None:
-    plain(results.clean(dataclasses.asdict(results.load(path, kind, schema))))
+    plain(results.clean(dataclasses.asdict(results.load_result(path, kind, schema))))
 
 
 def check_log(path: Path) -> None:
@@ -550,8 +556,8 @@ def check_log(path: Path) -> None:
 
 
 def check_preset(path: Path) -> None:
-    preset.runs(preset.read(path, quick=True))
-    found = preset.read(path)
+    preset.run_grid(preset.read_preset(path, quick=True))
+    found = preset.read_preset(path)
     plan.make(found, path.parent / "out", data_dir=None, device="cpu", memory=1.0, leader=1)
 
 
@@ -582,9 +588,9 @@ KINDS: dict[str, Kind] = {
     "weights": Kind("a.pth", weights, archive_changed, check_weights),
     "spectrum": Kind("a.spectrum.json", lambda: made_results()["spectrum"], json_changed, check_spectrum),
     "flatness": Kind("a.flatness.json", lambda: made_results()["flatness"], json_changed, check_flatness),
-    "robustness": _result("robustness", robustness.RobustnessResult, robustness.SCHEMA),
-    "landscape": _result("landscape", landscape.LandscapeResult, landscape.SCHEMA),
-    "calibration": _result("calibration", calibration.CalibrationResult, calibration.SCHEMA),
+    "robustness": _result("robustness", robustness.RobustnessResult, robustness.ROBUSTNESS_SCHEMA),
+    "landscape": _result("landscape", landscape.LandscapeResult, landscape.LANDSCAPE_SCHEMA),
+    "calibration": _result("calibration", calibration.CalibrationResult, calibration.CALIBRATION_SCHEMA),
     "record": Kind("a.train.json", lambda: trained()["record"], json_changed, gathered),
     "log": Kind("a.train.jsonl", lambda: trained()["log"], log_changed, check_log),
     "preset": Kind("a.toml", lambda: PRESET, toml_changed, check_preset),

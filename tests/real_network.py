@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from hessian_tools.objective import make_objective
-from hessian_tools.operators import OPERATORS, dense
+from hessian_tools.operators.base import dense
+from hessian_tools.operators.curvature import OPERATORS
 from ikun.checkpoint import load_checkpoint
-from ikun.networks import LOSSES
+from ikun.losses import LOSSES
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "digits-csnn-ikun.pt"
 

@@ -12,12 +12,14 @@ from typing import Any
 import figure_tools
 import numpy as np
 
-from hessian_tools import flatness, results, robustness
-from hessian_tools.flatness import FlatnessResult
-from hessian_tools.flatness_metric import SURROGATE, TRUE, FlatnessSettings, Metric
-from hessian_tools.results import Spectrum, SpectrumResult, clean
-from hessian_tools.robustness import Accuracy, RobustnessResult
-from hessian_tools.runs import SCHEMA, Run
+from hessian_tools.analysis.flatness.settings import FlatnessSettings
+from hessian_tools.io import json as results
+from hessian_tools.io.json import clean
+from hessian_tools.results import flatness, robustness
+from hessian_tools.results.flatness import SURROGATE, TRUE, FlatnessResult, Metric
+from hessian_tools.results.robustness import Accuracy, RobustnessResult
+from hessian_tools.results.spectrum import Spectrum, SpectrumResult
+from ikun_hessian.experiments.runs import TRAINING_SCHEMA, TrainingRun
 
 EPOCHS = 12
 # initializer -> (epochs that the loss takes to fall to 1/e, curvature over kaiming's)
@@ -50,7 +52,7 @@ def make_run(
     training: Mapping[str, Any] | None = None,
     network: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
-) -> Run:
+) -> TrainingRun:
     """One run; seeds move every initializer alike, and each a little on its own. moments: keys of spectra and flatness.
 
     tags: keys of spectra of one sample, for instance "one-image". diverged: NaN in epoch 5, nothing measured.
@@ -78,7 +80,7 @@ def make_run(
         spectra[key] = figure_tools.result(_spectra(size, own), seed=0, **part)
         if key in moments:
             sharpness[key] = _flatness(size, own, part)
-    return Run(
+    return TrainingRun(
         _name(trained), trained, net, samples, _start(own), log, spectra, sharpness,
         _robustness(curvature, own) if "" in sharpness else None, failures, True, log[-1]["epoch"],
     )  # fmt: skip
@@ -165,7 +167,11 @@ def _flatness(size: float, rng: np.random.Generator, part: Mapping[str, Any]) ->
     base = figure_tools.result({}, **part)
     both = {f.name for f in dataclasses.fields(FlatnessResult)} & {f.name for f in dataclasses.fields(base)}
     fields = {name: getattr(base, name) for name in both}
-    fields |= {"schema": flatness.SCHEMA, "settings": clean(dataclasses.asdict(FlatnessSettings())), "main": main}
+    fields |= {
+        "schema": flatness.FLATNESS_SCHEMA,
+        "settings": clean(dataclasses.asdict(FlatnessSettings())),
+        "main": main,
+    }
     return FlatnessResult(**{**fields, "others": {"SAM sharpness": metric(0.01 * size, TRUE)}})
 
 
@@ -175,7 +181,7 @@ def _robustness(size: float, rng: np.random.Generator) -> RobustnessResult:
         "blur": {"1": Accuracy(0.9 - drop), "5": Accuracy(0.9 - 3 * drop)},
         "weight_noise": {"0.1": Accuracy(0.7 + drop, 0.01)},
     }
-    return RobustnessResult(robustness.SCHEMA, {}, {}, {}, {}, {}, 0.9, disturbed, 1.0, {})
+    return RobustnessResult(robustness.ROBUSTNESS_SCHEMA, {}, {}, {}, {}, {}, 0.9, disturbed, 1.0, {})
 
 
 def _start(rng: np.random.Generator) -> dict[str, Any]:
@@ -201,11 +207,11 @@ def _start(rng: np.random.Generator) -> dict[str, Any]:
     return {"seconds": 0.05, "forward_passes": 1, "layers": layers}
 
 
-def write_run(run: Run, folder: Path) -> None:
+def write_run(run: TrainingRun, folder: Path) -> None:
     """NAME.train.json, NAME.train.jsonl, NAME[.KEY].spectrum.json and .flatness.json, and an empty NAME.pt."""
     folder.mkdir(parents=True, exist_ok=True)
     described = {
-        "schema": SCHEMA, "network": run.network, "data": run.data, "training": run.training,
+        "schema": TRAINING_SCHEMA, "network": run.network, "data": run.data, "training": run.training,
         "finished": run.finished,
         "epochs_run": len(run.log) if run.epochs_run is None else run.epochs_run, "best_epoch": run.best_epoch,
         "failures": [f for f in run.failures if not f.startswith("failed: ")], "seconds": 1.0,
@@ -220,11 +226,11 @@ def write_run(run: Run, folder: Path) -> None:
             failed = {"schema": "ikun-hessian/failed/1", "step": step, "error": error}
             (folder / f"{run.name}.failed.json").write_text(json.dumps(failed))
     if run.robustness:
-        results.save(run.robustness, folder / f"{run.name}.robustness.json")
+        results.save_result(run.robustness, folder / f"{run.name}.robustness.json")
     for key, spectrum in run.spectra.items():
-        results.save(spectrum, folder / f"{run.name}{'.' * bool(key)}{key}.spectrum.json")
+        results.save_result(spectrum, folder / f"{run.name}{'.' * bool(key)}{key}.spectrum.json")
     for key, sharpness in run.flatness.items():
-        results.save(sharpness, folder / f"{run.name}{'.' * bool(key)}{key}.flatness.json")
+        results.save_result(sharpness, folder / f"{run.name}{'.' * bool(key)}{key}.flatness.json")
 
 
 def make_study(
@@ -232,12 +238,12 @@ def make_study(
     seeds: Sequence[int] = SEEDS,
     diverged: Sequence[tuple[str, int]] = (("xavier", 3),),
     **changes: Any,
-) -> list[Run]:
+) -> list[TrainingRun]:
     """A run for every initializer and seed. diverged: the (initializer, seed) that end in NaN."""
     return [make_run(init, seed, diverged=(init, seed) in diverged, **changes) for init in inits for seed in seeds]
 
 
-def write_study(folder: Path, runs: Sequence[Run] | None = None) -> list[Run]:
+def write_study(folder: Path, runs: Sequence[TrainingRun] | None = None) -> list[TrainingRun]:
     """`make_study()`, or these runs, as files in FOLDER/runs; returns the runs, sorted by name."""
     runs = make_study() if runs is None else runs
     for run in runs:

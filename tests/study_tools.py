@@ -11,14 +11,14 @@ import figure_tools
 import numpy as np
 import run_tools
 
-from hessian_tools.results import SamplePoint, Spectrum, SpectrumResult
-from hessian_tools.runs import Run
+from hessian_tools.results.spectrum import SamplePoint, Spectrum, SpectrumResult
+from ikun_hessian.experiments.runs import TrainingRun
 
 TEN = ("ikun", "ikun_v1", "ikun_v2", "xavier", "kaiming", "lecun", "normal", "orthogonal", "lsuv", "fluctuation")
 MOMENTS = ("", "loss0.02", "epoch0004", "epoch0008")
 
 
-def full_run(init: str, seed: int, place: int = 0, **changes: Any) -> Run:
+def full_run(init: str, seed: int, place: int = 0, **changes: Any) -> TrainingRun:
     """A run with 10 and 5 eigenvalues, and of the final weights blocks and a curve over samples besides."""
     rng = np.random.default_rng([seed, place])
     kinds = {"moments": MOMENTS, "tags": ("one-image",), "speed": 1.2 + 0.25 * place, **changes}
@@ -67,7 +67,9 @@ def _longer(result: SpectrumResult, final: bool, rng: np.random.Generator) -> Sp
     return dataclasses.replace(result, spectra=spectra, blocks=blocks, samples_curve=curve)
 
 
-def full_study(inits: Sequence[str] = ("ikun", "kaiming", "xavier"), seeds: int = 6, **changes: Any) -> list[Run]:
+def full_study(
+    inits: Sequence[str] = ("ikun", "kaiming", "xavier"), seeds: int = 6, **changes: Any
+) -> list[TrainingRun]:
     """A run for every initializer and seed; that of the last initializer with seed 3 diverges."""
     return [
         full_run(init, seed, place, diverged=(init, seed) == (inits[-1], 3), **changes)
@@ -76,7 +78,7 @@ def full_study(inits: Sequence[str] = ("ikun", "kaiming", "xavier"), seeds: int 
     ]
 
 
-def gain_study(seeds: int = 3) -> list[Run]:
+def gain_study(seeds: int = 3) -> list[TrainingRun]:
     """Two surrogates, gains from 1/16 to 16, slower the farther from 1 and never there at the ends; kaiming besides."""
     runs = []
     for surrogate in ("atan:2", "triangle:1"):

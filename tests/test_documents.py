@@ -110,7 +110,7 @@ def name_of(page: Path) -> str:
 
 @cache
 def options() -> dict[str, click.Command]:
-    from ikun_hessian.main import cli
+    from ikun_hessian.cli.main import cli
 
     return {"": cli, **cli.commands}
 
@@ -168,7 +168,7 @@ def test_every_block_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPa
 
 def run_line(words: list[str], where: str) -> None:
     """One command of ours, with * and > as a shell has them."""
-    from ikun_hessian.main import run
+    from ikun_hessian.cli.main import run
 
     with contextlib.ExitStack() as stack:
         if ">" in words:

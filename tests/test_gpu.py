@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 
 import cli
-from hessian_tools import cuda
-from hessian_tools.cuda import Captured
 from hessian_tools.objective import Objective, make_objective
-from hessian_tools.operators import OPERATORS, CurvatureOperator
-from ikun import fused, spikes
+from hessian_tools.operators.curvature import OPERATORS, CurvatureOperator
+from hessian_tools.runtime import cuda
+from hessian_tools.runtime.cuda import Captured
+from ikun import spiking_layers as spikes
 from ikun.checkpoint import load_checkpoint
-from ikun.networks import LOSSES, MaxPool, Network, Spec
-from ikun.neurons import KINDS, RESETS, Dynamics, Neuron
+from ikun.kernels import dispatch as fused
+from ikun.layers import MaxPool
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
+from ikun.neurons import NEURONS, RESETS, Dynamics, Neuron
 from ikun.surrogates import Surrogate
 
 pytestmark = [
@@ -84,7 +87,7 @@ def no_fallback(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("no_fallback")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("reset", RESETS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NEURONS)
 def test_spikes_are_those_of_plain_torch_to_the_bit(
     kind: str, reset: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,7 +109,7 @@ def test_spikes_are_those_of_plain_torch_to_the_bit(
 
 
 @pytest.mark.usefixtures("no_fallback")
-@pytest.mark.parametrize("neuron", KINDS)
+@pytest.mark.parametrize("neuron", NEURONS)
 def test_a_training_gradient_is_the_cpus(neuron: str) -> None:
     pytest.importorskip("triton")
     gradients = []

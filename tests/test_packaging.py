@@ -167,7 +167,7 @@ def test_help_of_every_command_imports_nothing_heavy(started: Run) -> None:
     heavy = {IMPORTED_AS.get(name, name) for name in _names(PROJECT["dependencies"])} - light
     code = f"""
 import sys
-from ikun_hessian.main import cli, run
+from ikun_hessian.cli.main import cli, run
 for command in ([], *([name] for name in cli.commands)):
     assert run([*command, "--help"]) == 0, command
     assert not {heavy!r} & sys.modules.keys(), (command, {heavy!r} & sys.modules.keys())
@@ -194,7 +194,7 @@ def test_files_of_like_names_where_it_is_started(started: Run, line: list[str]) 
 def test_the_presets_are_found_in_the_wheel(started: Run) -> None:
     done = started("ikun-hessian", "study", "--list")
     assert done.returncode == 0, done.stderr
-    for path in (ROOT / "ikun_hessian" / "presets").iterdir():
+    for path in (ROOT / "ikun_hessian" / "experiments" / "presets").iterdir():
         assert path.stem in done.stdout
 
 

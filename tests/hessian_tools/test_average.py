@@ -16,11 +16,11 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from hessian_tools import average, results
-from hessian_tools.average import (
-    KINDS,
+from hessian_tools.analysis.flatness import average_sharpness as average
+from hessian_tools.analysis.flatness.average_sharpness import (
+    NOISE_KINDS,
     CriticalSharpness,
-    Estimate,
+    NoiseEstimate,
     PacBayes,
     average_sharpness,
     critical_sharpness,
@@ -29,10 +29,12 @@ from hessian_tools.average import (
     pac_bayes_sigma,
     smoothed_loss,
 )
-from hessian_tools.forward import noise
+from hessian_tools.io import json as results
 from hessian_tools.objective import Objective, make_objective
-from ikun.data import load
-from ikun.networks import LOSSES, Network, Spec
+from hessian_tools.perturbation import noise
+from ikun.data.datasets import load_dataset
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 
 PLAIN = ("isotropic", "filter", "elementwise")
 
@@ -86,7 +88,7 @@ def scales_of(kind: str, w: Tensor) -> Tensor:
 # --- average sharpness and the smoothed loss
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NOISE_KINDS)
 def test_average_sharpness_and_smoothed_loss_of_a_quadratic(kind: str) -> None:
     a, flat = problem()
     w, radius = flat.reshape(4, 5), 0.3
@@ -105,7 +107,7 @@ def test_average_sharpness_and_smoothed_loss_of_a_quadratic(kind: str) -> None:
 
 def test_kinds_but_that_of_lpf_have_one_expected_norm() -> None:
     w = problem()[1].reshape(4, 5)
-    norms = [float(KINDS[kind](quadratic(torch.eye(20, dtype=torch.float64), w)).norm()) for kind in PLAIN]
+    norms = [float(NOISE_KINDS[kind](quadratic(torch.eye(20, dtype=torch.float64), w)).norm()) for kind in PLAIN]
     assert norms == pytest.approx([float(w.norm())] * 3)
 
 
@@ -210,9 +212,9 @@ def test_filter_noise_is_blind_to_the_scale_of_filters_before_a_norm() -> None:
     bn.running_mean.normal_()
     data = torch.randn(30, 1, 5, 5, dtype=torch.float64), torch.arange(30) % 3
 
-    def metrics() -> dict[str, Estimate]:
+    def metrics() -> dict[str, NoiseEstimate]:
         target = make_objective(net, nn.functional.cross_entropy, data)
-        found = {kind: average_sharpness(target, 0.5, kind=kind) for kind in KINDS}
+        found = {kind: average_sharpness(target, 0.5, kind=kind) for kind in NOISE_KINDS}
         return found | {"lpf": smoothed_loss(target), "sigma": pac_bayes_sigma(target, draws=8).sigma}
 
     before = metrics()
@@ -232,7 +234,7 @@ def test_filter_noise_is_blind_to_the_scale_of_filters_before_a_norm() -> None:
 def trained() -> Network:
     """An MLP trained a little on 60 digits."""
     torch.manual_seed(0)
-    data = load("digits", subset=60)
+    data = load_dataset("digits", subset=60)
     net = Network(Spec(model="mlp", hidden=(24, 16), norm="none", timesteps=3, surrogate="atan:2"))
     with torch.no_grad():
         for p in net.parameters():
@@ -247,7 +249,7 @@ def trained() -> Network:
 
 def spiking(surrogate: str) -> Objective:
     """The trained MLP, its spikes and weights the same whatever the surrogate."""
-    data = load("digits", subset=60)
+    data = load_dataset("digits", subset=60)
     net = Network(replace(trained().spec, surrogate=surrogate))
     net.load_state_dict(trained().state_dict())
     return make_objective(net, LOSSES["mse"], (data.images, data.labels))
@@ -255,7 +257,7 @@ def spiking(surrogate: str) -> Objective:
 
 def test_the_surrogate_changes_the_direction_of_critical_sharpness_alone() -> None:
     one, other = spiking("atan:2"), spiking("atan:5")
-    for kind in KINDS:
+    for kind in NOISE_KINDS:
         found = average_sharpness(one, kind=kind, draws=8)
         assert found == average_sharpness(other, kind=kind, draws=8)
         assert found.value > 0
@@ -371,7 +373,7 @@ def test_coverage_of_the_data_error_of_sigma() -> None:
     """Margins of 100 samples, all moved by one weight, against sigma on 20,000 of them under the same draws."""
     generator = torch.Generator().manual_seed(0)
 
-    def sigma(samples: int) -> Estimate:
+    def sigma(samples: int) -> NoiseEstimate:
         margins = 0.5 + 2.5 * torch.rand(samples, 1, dtype=torch.float64, generator=generator)
         data = margins, torch.ones(samples, dtype=torch.int64)
         return pac_bayes_sigma(make_objective(Shifted(), nn.functional.cross_entropy, data), draws=8).sigma
@@ -608,7 +610,7 @@ def test_progress() -> None:
 @dataclass(frozen=True)
 class Kept:
     schema: str
-    average: Estimate
+    average: NoiseEstimate
     pac_bayes: PacBayes
     critical: CriticalSharpness
 
@@ -621,5 +623,5 @@ def test_results_can_be_kept(tmp_path: Path) -> None:
         pac_bayes_sigma(target, draws=4),
         critical_sharpness(target, target.value_and_gradient()[1]),
     )
-    results.save(kept, tmp_path / "kept.json")
-    assert results.load(tmp_path / "kept.json", Kept, "ikun-hessian/kept/1") == kept
+    results.save_result(kept, tmp_path / "kept.json")
+    assert results.load_result(tmp_path / "kept.json", Kept, "ikun-hessian/kept/1") == kept

@@ -16,10 +16,9 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from hessian_tools import calibration as module
-from hessian_tools.calibration import (
+from hessian_tools.analysis import calibration as module
+from hessian_tools.analysis.calibration import (
     MAIN,
-    Calibration,
     CalibrationSettings,
     _absolute_forms,
     _steps,
@@ -28,11 +27,14 @@ from hessian_tools.calibration import (
     curvatures,
     directions,
 )
-from hessian_tools.forward import noise, noise_scales
 from hessian_tools.objective import Objective, make_objective
-from hessian_tools.operators import Dense, dense, ggn, hessian
-from hessian_tools.phases import Phases
-from ikun.networks import LOSSES, Network, Spec
+from hessian_tools.operators.base import Dense, dense
+from hessian_tools.operators.curvature import ggn, hessian
+from hessian_tools.perturbation import noise, noise_scales
+from hessian_tools.results.calibration import Calibration
+from hessian_tools.resume import Phases
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +171,7 @@ def test_fitted_is_the_width_whose_ratio_is_nearest_to_one() -> None:
 
 
 def found_directions(objective: Objective) -> tuple[Tensor, list[str]]:
-    from hessian_tools.smoothed import smoothed
+    from ikun.smoothed_operator import smoothed
 
     operators = {name: make(objective, 0) for name, make in MAIN.items()}
     matched = smoothed(objective, scale=sorted(SMALL.scales)[1], seed=SMALL.seed + 1)

@@ -17,12 +17,13 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from hessian_tools import calibration_figure as one
-from hessian_tools import calibration_study as study
-from hessian_tools.calibration import SCHEMA, Agreement, Calibration, CalibrationResult, Scale, agreement
-from hessian_tools.calibration_figure import calibration_figure
-from hessian_tools.calibration_study import families_of, study_figure, study_tables
-from hessian_tools.results import ResultError, clean, from_plain
+from hessian_tools.analysis.calibration import agreement
+from hessian_tools.io.json import ResultError, clean, from_plain
+from hessian_tools.plots import calibration as one
+from hessian_tools.plots.calibration import calibration_figure
+from hessian_tools.results.calibration import CALIBRATION_SCHEMA, Agreement, Calibration, CalibrationResult, Scale
+from ikun_hessian.experiments.figures import calibration as study
+from ikun_hessian.experiments.figures.calibration import families_of, study_figure, study_tables
 
 KINDS = (
     *["hessian, top"] * 4, *["hessian, most negative"] * 4, *["ggn, top"] * 4, *["smoothed, top"] * 4, "gradient",
@@ -81,7 +82,7 @@ def made(unit: float = 1.0, seed: int = 0, *, scales: Any = SCALES, variants: bo
         tuple(found),
     )
     result = CalibrationResult(
-        schema=SCHEMA,
+        schema=CALIBRATION_SCHEMA,
         checkpoint={"path": "/somewhere/ckpt.pt", "sha256": "0123456789abcdef"},
         data={"name": "digits", "split": "train", "samples": 1024, "loss": "mse"},
         network={"model": "mlp", "surrogate": "atan:2", "reset": "hard", "neuron": "if", "hidden": [8, 8]},
@@ -277,7 +278,7 @@ def test_neither_torch_nor_global_state() -> None:
         names = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
         names |= {str(node.module) for node in body if isinstance(node, ast.ImportFrom)}
         assert not {name for name in names if name.split(".")[0] in ("torch", "ikun") or "pyplot" in name}
-        assert "hessian_tools.calibration" not in names
+        assert "hessian_tools.analysis.calibration" not in names
 
 
 # the study
@@ -422,8 +423,8 @@ def test_tables() -> None:
 def test_results_come_back_from_plain_values() -> None:
     result = made()
     plain = clean(dataclasses.asdict(result))
-    assert from_plain(plain, CalibrationResult, SCHEMA) == result
+    assert from_plain(plain, CalibrationResult, CALIBRATION_SCHEMA) == result
     with pytest.raises(ResultError, match="not a calibration of this version"):
-        from_plain({**plain, "schema": "ikun-hessian/spectrum/1"}, CalibrationResult, SCHEMA)
+        from_plain({**plain, "schema": "ikun-hessian/spectrum/1"}, CalibrationResult, CALIBRATION_SCHEMA)
     with pytest.raises(ResultError, match="lacks loss: run `ikun-hessian calibration` again"):
-        from_plain({k: v for k, v in plain.items() if k != "loss"}, CalibrationResult, SCHEMA)
+        from_plain({k: v for k, v in plain.items() if k != "loss"}, CalibrationResult, CALIBRATION_SCHEMA)

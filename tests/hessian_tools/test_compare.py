@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from hessian_tools.compare import by_method, common_operators, comparable, labelled, method_of
-from hessian_tools.report import compare_lines
-from hessian_tools.results import SCHEMA, Eigenvalue, ResultError, Spectrum, SpectrumResult, Trace
+from hessian_tools.io.json import ResultError
+from hessian_tools.results.comparability import by_method, common_operators, comparable, labelled, method_of
+from hessian_tools.results.spectrum import SPECTRUM_SCHEMA, Eigenvalue, Spectrum, SpectrumResult, Trace
+from ikun_hessian.reports.spectrum import compare_lines
 
 NAN = math.nan
 
@@ -34,7 +35,7 @@ def spectrum(values: tuple[float, ...], low: tuple[float, ...] = (), **changes: 
 
 def result(init: str = "ikun", sha256: str = "ab", **changes: Any) -> SpectrumResult:
     made = SpectrumResult(
-        schema=SCHEMA,
+        schema=SPECTRUM_SCHEMA,
         checkpoint={"path": f"runs/{init}.pt", "sha256": sha256},
         data={"name": "digits", "samples": 100, "loss": "mse"},
         network={"surrogate": "atan:2"},

@@ -16,10 +16,14 @@ import pytest
 from run_tools import make_run, make_study
 from scipy import stats
 
-from hessian_tools.comparison import Comparison, Row, _differences, compare_runs, compare_settings
-from hessian_tools.comparison_measures import GAP
-from hessian_tools.comparison_pairs import chosen_runs, several_seeds
-from hessian_tools.comparison_report import (
+from hessian_tools.io.files import write_table
+from hessian_tools.io.json import ResultError
+from hessian_tools.results.spectrum import SpectrumResult
+from ikun_hessian.experiments.comparison import Comparison, Row, _differences, compare_runs, compare_settings
+from ikun_hessian.experiments.measures import GAP
+from ikun_hessian.experiments.pairing import chosen_runs, several_seeds
+from ikun_hessian.experiments.runs import TrainingRun
+from ikun_hessian.reports.comparison import (
     comparison_lines,
     comparison_rows,
     markdown_lines,
@@ -30,19 +34,17 @@ from hessian_tools.comparison_report import (
     settings_markdown,
     settings_rows,
 )
-from hessian_tools.results import ResultError, SpectrumResult, write_table
-from hessian_tools.runs import Run
 
 EPOCHS = "epochs to 90% test accuracy"
 
 
 @pytest.fixture(scope="module")
-def runs() -> list[Run]:
+def runs() -> list[TrainingRun]:
     return make_study()
 
 
 @pytest.fixture(scope="module")
-def found(runs: list[Run]) -> Comparison:
+def found(runs: list[TrainingRun]) -> Comparison:
     return compare_runs(runs)
 
 
@@ -51,7 +53,7 @@ def row(c: Comparison, measure: str, level: str, moment: str = "") -> Row:
     return one
 
 
-def tops(runs: list[Run], init: str, moment: str = "") -> dict[int, float]:
+def tops(runs: list[TrainingRun], init: str, moment: str = "") -> dict[int, float]:
     return {
         run.value("seed"): run.spectra[moment].spectra["ggn"].eigenvalues[0].value
         for run in runs
@@ -59,7 +61,7 @@ def tops(runs: list[Run], init: str, moment: str = "") -> dict[int, float]:
     }
 
 
-def changed(run: Run, **parts: dict[str, Any]) -> Run:
+def changed(run: TrainingRun, **parts: dict[str, Any]) -> TrainingRun:
     """The run with parts of all of its spectra changed."""
     spectra: dict[str, SpectrumResult] = {}
     for key, r in run.spectra.items():
@@ -75,7 +77,7 @@ def text(c: Comparison) -> str:
 
 
 @pytest.mark.parametrize("moment", ["", "loss0.02"])
-def test_a_ratio_by_hand(runs: list[Run], found: Comparison, moment: str) -> None:
+def test_a_ratio_by_hand(runs: list[TrainingRun], found: Comparison, moment: str) -> None:
     """Hodges and Lehmann's estimate and the exact test on logarithms of seed-by-seed ratios, by NumPy and SciPy."""
     one = row(found, "ggn lambda_max", "ikun", moment)
     own, base = tops(runs, "ikun", moment), tops(runs, "kaiming", moment)
@@ -97,7 +99,7 @@ def test_a_ratio_by_hand(runs: list[Run], found: Comparison, moment: str) -> Non
     assert (base_row.pairs, math.isnan(base_row.p), base_row.lost) == (0, True, 0)
 
 
-def test_a_difference_by_hand(runs: list[Run], found: Comparison) -> None:
+def test_a_difference_by_hand(runs: list[TrainingRun], found: Comparison) -> None:
     """lambda_min is negative: differences, without a margin. Accuracies are differences too."""
     one = row(found, "hessian lambda_min", "ikun")
     lows = {
@@ -137,7 +139,7 @@ def test_holm_over_the_family(found: Comparison) -> None:
     assert not [r for r in found.rows if r.moment and r.measure in ("train loss", EPOCHS)]
 
 
-def test_matched_loss_is_the_log_line_of_it(runs: list[Run], found: Comparison) -> None:
+def test_matched_loss_is_the_log_line_of_it(runs: list[TrainingRun], found: Comparison) -> None:
     at = row(found, "test accuracy", "ikun", "loss0.02")
     for run in runs[:6]:
         line = next(line for line in run.log if line["loss"] <= 0.02)
@@ -161,7 +163,7 @@ def test_alike_is_said_with_an_interval_never_as_no_difference() -> None:
     assert row(far, "adaptive average sharpness", "twin").equivalence > 0.05
 
 
-def test_correlation_with_the_gap_is_kendalls(runs: list[Run], found: Comparison) -> None:
+def test_correlation_with_the_gap_is_kendalls(runs: list[TrainingRun], found: Comparison) -> None:
     (one,) = [c for c in found.correlations if (c.measure, c.moment) == ("ggn lambda_max", "")]
     kept = [run for run in runs if not run.diverged]
     x = [run.spectra[""].spectra["ggn"].eigenvalues[0].value for run in kept]
@@ -196,7 +198,7 @@ def test_two_that_diverged_say_nothing_of_one_another() -> None:
         assert math.isfinite(one.shift.high)
 
 
-def test_epochs_are_survival_times(runs: list[Run], found: Comparison) -> None:
+def test_epochs_are_survival_times(runs: list[TrainingRun], found: Comparison) -> None:
     """p from who got there first in each pair; an unfinished run is censored where it stopped, not as never."""
     one = row(found, EPOCHS, "ikun")
     first = {run.name: next(x["epoch"] for x in run.log if x["test_accuracy"] >= 0.9) for run in runs[:12]}
@@ -219,13 +221,13 @@ def test_epochs_are_survival_times(runs: list[Run], found: Comparison) -> None:
     assert c.lost["ikun-adam-s0"] == "not finished"
 
 
-def test_weights_kept_by_early_stopping(runs: list[Run]) -> None:
+def test_weights_kept_by_early_stopping(runs: list[TrainingRun]) -> None:
     kept = [dataclasses.replace(run, best_epoch=7) if not run.diverged else run for run in runs]
     one = row(compare_runs(kept), "train loss", "ikun")
     assert one.values["ikun-adam-s0"] == runs[0].log[6]["loss"]
 
 
-def test_results_without_logs(runs: list[Run]) -> None:
+def test_results_without_logs(runs: list[TrainingRun]) -> None:
     bare = [dataclasses.replace(run, log=(), start=None) for run in runs if not run.diverged]
     c = compare_runs(bare)
     assert row(c, "train loss, the samples analysed", "ikun").values["ikun-adam-s0"] == runs[0].spectra[""].loss
@@ -238,7 +240,7 @@ def test_results_without_logs(runs: list[Run]) -> None:
 # --- pairs
 
 
-def crossed(seeds: range = range(6)) -> list[Run]:
+def crossed(seeds: range = range(6)) -> list[TrainingRun]:
     return [
         make_run(init, seed, training={"optimizer": optimizer, "lr": lr}, curvature=curvature)
         for optimizer, lr, curvature in (("adam", 0.01, None), ("sgd", 0.1, 1.0))
@@ -276,7 +278,7 @@ def test_settings_are_compared_apart() -> None:
     assert len(settings_rows(found)) == sum(len(c.rows) for c in found.values() if isinstance(c, Comparison))
 
 
-def test_one_setting_has_no_name(runs: list[Run], found: Comparison) -> None:
+def test_one_setting_has_no_name(runs: list[TrainingRun], found: Comparison) -> None:
     alone = compare_settings(runs)
     assert alone == {"": found}
     assert settings_lines(alone)[: len(comparison_lines(found))] == comparison_lines(found)
@@ -304,7 +306,7 @@ def test_a_run_without_a_partner() -> None:
         compare_runs([*made, made[0]])
 
 
-def test_a_condition_that_some_runs_do_not_have_hinders_no_pair(runs: list[Run], found: Comparison) -> None:
+def test_a_condition_that_some_runs_do_not_have_hinders_no_pair(runs: list[TrainingRun], found: Comparison) -> None:
     """NAME.train.json lost, and a study that was begun before there was an option."""
     lost = dataclasses.replace(runs[0], data={"name": "digits"})
     later = [dataclasses.replace(run, training={**run.training, "gain": 1.0}) for run in runs[1:]]
@@ -316,11 +318,11 @@ def test_a_condition_that_some_runs_do_not_have_hinders_no_pair(runs: list[Run],
     assert compare_settings([*runs, other]) == {"": why}
 
 
-def test_seeds_are_no_levels(runs: list[Run]) -> None:
+def test_seeds_are_no_levels(runs: list[TrainingRun]) -> None:
     assert compare_settings(runs, by="seed") == {"": "--by seed: runs pair by their seed: choose another condition"}
 
 
-def test_what_varies_is_named_where_the_levels_do_not(runs: list[Run]) -> None:
+def test_what_varies_is_named_where_the_levels_do_not(runs: list[TrainingRun]) -> None:
     made = [
         make_run("ikun", seed, training={"alpha": alpha}, network={"norm": norm})
         for seed in range(2)
@@ -344,12 +346,12 @@ def test_samples_that_go_with_the_level_are_left_out() -> None:
     assert "held_out goes with patience (0 0, 4 143)" in text(c)
 
 
-def on_other_data(run: Run, sha256: str | None, **data: object) -> Run:
+def on_other_data(run: TrainingRun, sha256: str | None, **data: object) -> TrainingRun:
     return dataclasses.replace(run, data={**run.data, "sha256": sha256, **data})
 
 
 @pytest.mark.parametrize("bare", [True, False], ids=["no spectra", "spectra alike"])
-def test_runs_trained_on_other_data_are_refused(runs: list[Run], bare: bool) -> None:
+def test_runs_trained_on_other_data_are_refused(runs: list[TrainingRun], bare: bool) -> None:
     """Folders of images under one name: only the hash of the training samples tells them apart."""
     made = [dataclasses.replace(run, spectra={}, flatness={}) if bare else run for run in runs]
     made[3] = on_other_data(made[3], "e" * 64)
@@ -363,7 +365,7 @@ def test_runs_trained_on_other_data_are_refused(runs: list[Run], bare: bool) -> 
     assert compare_settings(made) == {"": why}
 
 
-def test_data_may_differ_with_the_seed_or_where_not_known(runs: list[Run], found: Comparison) -> None:
+def test_data_may_differ_with_the_seed_or_where_not_known(runs: list[TrainingRun], found: Comparison) -> None:
     """Subsets are drawn by the seed; a result without its NAME.train.json may not know its training data."""
     drawn = [on_other_data(run, str(run.value("seed"))) for run in runs]
     assert compare_runs(drawn).rows == found.rows
@@ -390,7 +392,7 @@ def test_data_that_are_compared_may_differ(key: str) -> None:
         compare_runs(made, by="patience", reference="4")
 
 
-def test_a_log_that_was_cut_is_not_known_to_never(runs: list[Run], found: Comparison) -> None:
+def test_a_log_that_was_cut_is_not_known_to_never(runs: list[TrainingRun], found: Comparison) -> None:
     """Three lines of twelve: no epochs, no loss at the end; the survival median has it censored at the third."""
     short = dataclasses.replace(runs[0], log=runs[0].log[:3], epochs_run=12, best_epoch=None)
     c = compare_runs([short, *runs[1:]], accuracy=0.9)
@@ -436,12 +438,12 @@ def test_reference() -> None:
         ({"moments": ["loss0.5"]}, "--moment loss0.5: nothing was measured there: end, loss0.02"),
     ],
 )
-def test_mistakes(runs: list[Run], options: dict[str, Any], why: str) -> None:
+def test_mistakes(runs: list[TrainingRun], options: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=re.escape(why)):
         compare_runs(runs, **options)
 
 
-def test_chosen_runs(runs: list[Run]) -> None:
+def test_chosen_runs(runs: list[TrainingRun]) -> None:
     assert {run.value("init") for run in chosen_runs(runs, ["init=ikun", "optimizer=adam"])} == {"ikun"}
     assert chosen_runs(runs, []) == runs
     for condition, why in (
@@ -453,7 +455,7 @@ def test_chosen_runs(runs: list[Run]) -> None:
             chosen_runs(runs, [condition])
 
 
-def test_several_seeds(runs: list[Run]) -> None:
+def test_several_seeds(runs: list[TrainingRun]) -> None:
     assert several_seeds(runs, "init")
     assert not several_seeds(runs[:6], "init")
     assert not several_seeds([runs[0], runs[6], runs[12]], "init")
@@ -462,7 +464,7 @@ def test_several_seeds(runs: list[Run]) -> None:
 
 # --- what is not comparable
 
-Change = Callable[[Run], Run]
+Change = Callable[[TrainingRun], TrainingRun]
 UNLIKE: dict[str, tuple[Change, str]] = {
     "split": (lambda r: changed(r, data={"split": "test"}), "split differs"),
     "samples": (lambda r: changed(r, data={"samples": 5}), "number of samples differs, 1437 for"),
@@ -477,7 +479,7 @@ UNLIKE: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("name", UNLIKE)
-def test_what_was_not_measured_alike_is_refused(runs: list[Run], name: str) -> None:
+def test_what_was_not_measured_alike_is_refused(runs: list[TrainingRun], name: str) -> None:
     """One run of a level that differs: the condition is named with both runs."""
     change, why = UNLIKE[name]
     with pytest.raises(ResultError, match=f"^not comparable: .*{why}|{why}") as error:
@@ -485,7 +487,7 @@ def test_what_was_not_measured_alike_is_refused(runs: list[Run], name: str) -> N
     assert "ikun-adam-s3" in str(error.value)
 
 
-def test_other_flatness_settings_and_sizes_are_refused(runs: list[Run]) -> None:
+def test_other_flatness_settings_and_sizes_are_refused(runs: list[TrainingRun]) -> None:
     r = runs[3]
     flat = {k: dataclasses.replace(f, settings={**f.settings, "draws": 64}) for k, f in r.flatness.items()}
     with pytest.raises(ResultError, match="setting draws differs, 32 for kaiming-adam-s0 but 64 for ikun-adam-s3"):
@@ -585,7 +587,7 @@ def test_80_columns(inits: tuple[str, ...], seeds: int) -> None:
     assert any(line.startswith("  delta_ort") for line in lines) == ("delta_orthogonal" in inits)
 
 
-def test_what_an_initializer_costs_once(runs: list[Run]) -> None:
+def test_what_an_initializer_costs_once(runs: list[TrainingRun]) -> None:
     """Medians of the runs that know it, without tests; of initializers alone."""
     costs = {"ikun": [(0.3, 20), (0.1, 31), (0.2, 30)], "kaiming": [(1e-4, 0)] * 3, "xavier": [(2e-4, 1)] * 3}
     made = []
@@ -673,7 +675,7 @@ def test_rows_for_a_csv(found: Comparison, tmp_path: Path) -> None:
     assert reference["p"] == reference["against the reference"] == ""
 
 
-def test_markdown_tables_are_whole(found: Comparison, runs: list[Run]) -> None:
+def test_markdown_tables_are_whole(found: Comparison, runs: list[TrainingRun]) -> None:
     lines = markdown_lines(found)
     tables = [line for line in lines if line.startswith("|")]
     assert {line.count("|") for line in tables} == {16, 8}

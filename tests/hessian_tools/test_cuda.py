@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hessian_tools import cuda, operators
-from hessian_tools.cuda import Captured, full_precision
 from hessian_tools.objective import make_objective
-from ikun.networks import LOSSES, Network, Spec
+from hessian_tools.operators import curvature as operators
+from hessian_tools.runtime import cuda
+from hessian_tools.runtime.cuda import Captured, full_precision
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 
 NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 DEVICE = torch.device("cuda")

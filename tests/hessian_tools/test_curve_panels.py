@@ -18,10 +18,10 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from hessian_tools.curves import linear_axis, value_axis
-from hessian_tools.figures import samples_figure, trajectory_figure
-from hessian_tools.results import SamplePoint, SpectrumResult
-from hessian_tools.trajectory import trajectory_rows
+from hessian_tools.plots.curves import linear_axis, value_axis
+from hessian_tools.plots.spectrum import samples_figure, trajectory_figure
+from hessian_tools.results.spectrum import SamplePoint, SpectrumResult
+from hessian_tools.results.trajectory import trajectory_rows
 
 EPOCHS = (6, 12, 18, 24, 30, 36, 42, 48)
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from hessian_tools.data_error import GROUPS, data_errors, grouped, standard_error
-from hessian_tools.distributed import Group
-from hessian_tools.lanczos import Eigenpairs, certified
+from hessian_tools.analysis.sampling_error import GROUPS, data_errors, grouped, standard_error
+from hessian_tools.linalg.lanczos import Eigenpairs, certified
 from hessian_tools.objective import Batch, Objective, make_objective
-from hessian_tools.operators import CurvatureOperator, Dense, dense, hessian
-from ikun.data import load
+from hessian_tools.operators.base import Dense, dense
+from hessian_tools.operators.curvature import CurvatureOperator, hessian
+from hessian_tools.runtime.distributed import Group
+from ikun.data.datasets import load_dataset
 from ikun.networks import Network, Spec
 
 
@@ -46,7 +47,7 @@ class BruteForce:
 @pytest.fixture(scope="module")
 def brute() -> BruteForce:
     torch.manual_seed(0)
-    data = load("digits", subset=400)
+    data = load_dataset("digits", subset=400)
     x, y = avg_pool2d(data.images, 2), torch.eye(10)[data.labels]
     net = Network(Spec(model="mlp", input_shape=(1, 4, 4), hidden=(6,), norm="none", timesteps=3))
     with torch.no_grad():

@@ -15,10 +15,10 @@ from real_network import curvature
 from scipy import stats
 from torch import Tensor
 
-from hessian_tools.density import Density, density, rademacher, wasserstein
-from hessian_tools.lanczos import certified, eigenpairs, quadrature, tridiagonal, tridiagonals
-from hessian_tools.operators import Composed, Dense, Operator, projected, scaled
-from hessian_tools.trace import LEAST_PROBES, estimate, frobenius, probe_forms, trace
+from hessian_tools.linalg.lanczos import certified, eigenpairs, quadrature, tridiagonal, tridiagonals
+from hessian_tools.linalg.spectral_density import DensityEstimate, density, wasserstein
+from hessian_tools.linalg.trace import LEAST_PROBES, estimate, frobenius, probe_forms, rademacher, trace
+from hessian_tools.operators.base import Composed, Dense, Operator, projected, scaled
 
 COVERED = [("hessian", 1960, LEAST_PROBES), ("ggn", 1960, LEAST_PROBES), ("hessian", 320, 4), ("hessian", 320, 32)]
 
@@ -317,7 +317,7 @@ def test_a_density_survives_saving() -> None:
     file = io.BytesIO()
     torch.save(vars(found), file)
     file.seek(0)
-    loaded = Density(**torch.load(file, weights_only=True))
+    loaded = DensityEstimate(**torch.load(file, weights_only=True))
     assert loaded.accuracy == found.accuracy
     assert all(torch.equal(a, b) for a, b in zip(loaded.coarse_nodes, found.coarse_nodes, strict=True))
 

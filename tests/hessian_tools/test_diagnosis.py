@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from hessian_tools.diagnosis import first_not_finite
-from hessian_tools.measure import AnalysisError
+from hessian_tools.analysis.context import AnalysisError
+from hessian_tools.analysis.settings import SpectrumSettings
+from hessian_tools.analysis.spectrum import spectrum
+from hessian_tools.nonfinite import first_not_finite
 from hessian_tools.objective import make_objective
-from hessian_tools.settings import Settings
-from hessian_tools.spectrum import spectrum
 
 DATA = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(6, 2), torch.arange(6) % 3
 
@@ -53,9 +53,9 @@ def test_curvature_names_the_last_parameter_before_the_layer():
 
 def test_the_analysis_stops_with_the_name_of_the_layer():
     with pytest.raises(AnalysisError, match=r"second derivatives are not finite from '2.bias' backwards"):
-        spectrum(objective(Root(1.5)), Settings(top=2, smallest=1))
+        spectrum(objective(Root(1.5)), SpectrumSettings(top=2, smallest=1))
     with pytest.raises(AnalysisError, match=r"the output of layer '3' \(Overflow\) is not finite"):
-        spectrum(objective(Overflow()), Settings(top=2, smallest=1))
+        spectrum(objective(Overflow()), SpectrumSettings(top=2, smallest=1))
 
 
 def test_loss_alone():

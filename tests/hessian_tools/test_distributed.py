@@ -17,13 +17,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessian_tools.density import density
-from hessian_tools.distributed import Group, RankError, initialize
-from hessian_tools.lanczos import eigenpairs
+from hessian_tools.linalg.lanczos import eigenpairs
+from hessian_tools.linalg.spectral_density import density
+from hessian_tools.linalg.trace import probe_forms, trace
 from hessian_tools.objective import Objective, make_objective
-from hessian_tools.operators import OPERATORS, Composed, Operator, hessian
-from hessian_tools.phases import Phases, ResumeError
-from hessian_tools.trace import probe_forms, trace
+from hessian_tools.operators.base import Composed, Operator
+from hessian_tools.operators.curvature import OPERATORS, hessian
+from hessian_tools.resume import Phases, ResumeError
+from hessian_tools.runtime.distributed import Group, RankError, initialize_group
 
 RAGGED = (4, 3, 5, 1, 2)
 DIES_AT = 17  # products
@@ -100,7 +101,7 @@ def refused(path: Path, key: dict[str, Any], op: Operator, group: Group) -> str:
 
 def rank_of_a_run(folder: Path) -> None:
     """Leaves rank-R.pt. Files of rank 1 would lie in a folder of their own."""
-    group = initialize("cpu")
+    group = initialize_group("cpu")
     assert group is not None
     found: dict[str, Any] = {"group": group, "measured": measured(shared(group)), "file": group.broadcast(group.rank)}
     one_batch = dataclasses.replace(objective((9,)), group=group)
@@ -126,7 +127,7 @@ def rank_of_a_run(folder: Path) -> None:
 
 def rank_of_a_dying_run(folder: Path, dying: int) -> None:
     """Rank `dying` ends in the middle of a product; the other leaves its error."""
-    group = initialize("cpu")
+    group = initialize_group("cpu")
     assert group is not None
     began = time.monotonic()
     try:
@@ -248,10 +249,10 @@ def test_the_shares_add_up_to_the_whole(size: int) -> None:
 def test_a_single_process_has_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert initialize("cpu") is None
+    assert initialize_group("cpu") is None
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert initialize(torch.device("cpu")) is None
+    assert initialize_group(torch.device("cpu")) is None
 
 
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +260,7 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(RankError, match="rank 9 of 16: no GPU is left for it"):
-        initialize("cuda")
+        initialize_group("cuda")
 
 
 if __name__ == "__main__":

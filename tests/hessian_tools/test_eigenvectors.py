@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from hessian_tools.eigenvectors import filter_norms, gradient_shares, layer_shares, participation
+from hessian_tools.analysis.eigenvectors import gradient_shares, layer_shares, participation
 from hessian_tools.objective import Objective, make_objective
+from hessian_tools.perturbation import filter_norms
 
 
 def unit_columns(size: int, count: int, seed: int = 0) -> torch.Tensor:

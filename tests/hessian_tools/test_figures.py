@@ -1,4 +1,4 @@
-"""Tests of hessian_tools.figures: what is drawn, from which numbers, and that nothing a result may hold breaks it."""
+"""Tests of hessian_tools.plots.spectrum: what is drawn, from which numbers; no result breaks it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,17 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 
-from hessian_tools import captions, curve_panels, curves, figures, panels, results, trajectory, typesetting
-from hessian_tools.curves import cumulative, density_curves, one_eigenvalue, symlog_axis
-from hessian_tools.figures import rank_figure, save_figure, spectrum_figure
-from hessian_tools.results import Density, Eigenvalue, Spectrum, SpectrumResult
+from hessian_tools.plots import captions, curves
+from hessian_tools.plots import line_panels as curve_panels
+from hessian_tools.plots import spectrum as figures
+from hessian_tools.plots import spectrum_panels as panels
+from hessian_tools.plots import style as typesetting
+from hessian_tools.plots.curves import cumulative, density_curves, one_eigenvalue, symlog_axis
+from hessian_tools.plots.spectrum import rank_figure, spectrum_figure
+from hessian_tools.plots.style import save_figure
+from hessian_tools.results import spectrum as results
+from hessian_tools.results import trajectory
+from hessian_tools.results.spectrum import Density, Eigenvalue, Spectrum, SpectrumResult
 
 
 @pytest.fixture(autouse=True)
@@ -198,7 +205,7 @@ def test_layers_of_the_first_operator(drawn: Figure) -> None:
 
 def test_many_layers_add_up() -> None:
     shares = {f"layers.{i}.weight": s for i, s in enumerate(np.random.default_rng(0).dirichlet(np.ones(40)).tolist())}
-    names, table = panels.layer_shares([eigenvalue(1.0, layers=shares), eigenvalue(0.5, layers=shares)])
+    names, table = panels.share_table([eigenvalue(1.0, layers=shares), eigenvalue(0.5, layers=shares)])
     assert len(names) == panels.ROWS
     assert names[-1] == f"other ({40 - panels.ROWS + 1})"
     assert table.sum(0) == pytest.approx([1, 1])

@@ -19,24 +19,20 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from hessian_tools import results
-from hessian_tools.average import draw_losses, pac_bayes_sigma
-from hessian_tools.flatness import (
-    SCHEMA,
-    FlatnessResult,
-    FlatnessSettings,
-    Metric,
-    differences,
-    flatness,
-    incomparable,
-    unlike,
-)
-from hessian_tools.flatness_report import cautions, comparison_lines, flatness_lines, labels
-from hessian_tools.forward import noise
-from hessian_tools.measure import AnalysisError
+from hessian_tools.analysis.context import AnalysisError
+from hessian_tools.analysis.flatness.average_sharpness import draw_losses, pac_bayes_sigma
+from hessian_tools.analysis.flatness.flatness import flatness
+from hessian_tools.analysis.flatness.paired_differences import differences, incomparable, unlike
+from hessian_tools.analysis.flatness.settings import FlatnessSettings
+from hessian_tools.io import json as results
 from hessian_tools.objective import Objective, make_objective
-from hessian_tools.phases import Phases
-from ikun.networks import LOSSES, Network, Spec
+from hessian_tools.perturbation import noise
+from hessian_tools.results.flatness import FLATNESS_SCHEMA, FlatnessResult, Metric
+from hessian_tools.results.spectrum import load_spectrum
+from hessian_tools.resume import Phases
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
+from ikun_hessian.reports.flatness import flatness_cautions, flatness_comparison_lines, flatness_lines, labels
 
 Array = npt.NDArray[np.float64]
 
@@ -167,7 +163,7 @@ def test_both_tables_hold_these_metrics_in_this_order(measured: FlatnessResult) 
     found = {m.valid for m in measured.metrics.values()}
     assert found == {"surrogate", "spiking loss", "spiking loss, lower bound", "loss yes, direction surrogate"}
     assert all(m.products or m.gradients or m.forwards for m in measured.main.values())
-    assert measured.schema == SCHEMA
+    assert measured.schema == FLATNESS_SCHEMA
     assert measured.weight_norms == {"w": pytest.approx(float(problem()[1].norm()))}
 
 
@@ -402,9 +398,9 @@ def test_a_network_that_never_spikes() -> None:
         assert found.others[name].note == "the surrogate gradient is zero: there is no direction to step in"
     assert found.others["PAC-Bayes sigma"].note == "no noise up to 16 times u costs 10% accuracy"
     assert found.others["adaptive worst case"].value == 0
-    assert any("The noise changes no sample's loss" in text for text in cautions(found))
+    assert any("The noise changes no sample's loss" in text for text in flatness_cautions(found))
     silent = dataclasses.replace(found, activity={"spike1": {"firing_rate": 0.0, "dead": 1.0}})
-    assert any(text.startswith("The network never spikes") for text in cautions(silent))
+    assert any(text.startswith("The network never spikes") for text in flatness_cautions(silent))
     screen = flatness_lines(silent)
     assert max(map(len, screen)) <= 80
     assert "inf" not in "".join(screen)
@@ -492,14 +488,14 @@ def test_bad_settings(change: dict[str, Any], message: str) -> None:
 
 
 def test_a_saved_result_is_the_same_and_prints_the_same(seen: FlatnessResult, tmp_path: Path) -> None:
-    results.save(seen, tmp_path / "x.flatness.json")
-    loaded = results.load(tmp_path / "x.flatness.json", FlatnessResult, SCHEMA)
+    results.save_result(seen, tmp_path / "x.flatness.json")
+    loaded = results.load_result(tmp_path / "x.flatness.json", FlatnessResult, FLATNESS_SCHEMA)
     assert plain(loaded) == plain(seen)
     assert flatness_lines(loaded) == flatness_lines(seen)
     raw = json.loads((tmp_path / "x.flatness.json").read_text())
     assert raw["main"]["ggn lambda_max"]["value"] == seen.main["ggn lambda_max"].value
     with pytest.raises(results.ResultError, match="not a spectrum of this version"):
-        results.load_spectrum(tmp_path / "x.flatness.json")
+        load_spectrum(tmp_path / "x.flatness.json")
 
 
 def test_the_screen(seen: FlatnessResult) -> None:
@@ -531,7 +527,7 @@ def beside(seen: FlatnessResult) -> FlatnessResult:
 
 def test_several_side_by_side(seen: FlatnessResult, beside: FlatnessResult) -> None:
     found = [seen, beside]
-    screen = comparison_lines(found)
+    screen = flatness_comparison_lines(found)
     assert max(map(len, screen)) <= 80
     assert screen[1].split() == ["ikun", "kaiming"]
     for name in MAIN + OTHERS[:13]:
@@ -543,7 +539,7 @@ def test_several_side_by_side(seen: FlatnessResult, beside: FlatnessResult) -> N
     text = " ".join(screen)
     assert "The losses differ" in text
     assert "differ in norm" in text
-    five = comparison_lines([*found, *found, seen])
+    five = flatness_comparison_lines([*found, *found, seen])
     assert max(map(len, five)) <= 80
     assert sum(line.startswith("train loss") for line in five) == 2
 
@@ -557,11 +553,11 @@ def test_what_may_not_be_compared(seen: FlatnessResult, beside: FlatnessResult) 
     ):
         changed = dataclasses.replace(beside, **{part: {**getattr(beside, part), key: "x"}})
         assert incomparable([seen, changed]).startswith(f"the {meaning} differs: ")
-        assert " ".join(comparison_lines([seen, changed])).startswith(f"compared    no: the {meaning} differs")
+        assert " ".join(flatness_comparison_lines([seen, changed])).startswith(f"compared    no: the {meaning} differs")
     apart = dataclasses.replace(beside, network={**beside.network, "surrogate": "erf:2", "reset": "soft"})
     assert incomparable([seen, apart]) == ""
     assert unlike([seen, apart]) == ["reset", "surrogate of the analysis"]
-    screen = comparison_lines([seen, apart])
+    screen = flatness_comparison_lines([seen, apart])
     assert not any(line.startswith("ggn lambda_max") for line in screen)
     assert any(line.startswith("PAC-Bayes sigma") for line in screen)
     assert any("Different reset, surrogate of the analysis" in line for line in screen)

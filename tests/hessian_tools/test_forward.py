@@ -12,9 +12,10 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from hessian_tools.forward import accuracy, mean_loss, noise, noise_scales, outputs_at, sample_losses, targets
 from hessian_tools.objective import Objective, make_objective
-from ikun.networks import LOSSES, Network, Spec
+from hessian_tools.perturbation import accuracy, mean_loss, noise, noise_scales, outputs_at, sample_losses, targets
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 
 
 @pytest.fixture(autouse=True)

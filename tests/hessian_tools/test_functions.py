@@ -13,11 +13,12 @@ import torch
 from real_network import curvature
 from torch import Tensor
 
-from hessian_tools.density import Density, density, rademacher
-from hessian_tools.functions import effective_dimension, log_determinant, negative_share
-from hessian_tools.lanczos import Eigenpairs, certified
-from hessian_tools.operators import Dense, scaled
-from hessian_tools.results import Functional
+from hessian_tools.linalg.lanczos import Eigenpairs, certified
+from hessian_tools.linalg.spectral_density import DensityEstimate, density
+from hessian_tools.linalg.spectral_functions import effective_dimension, log_determinant, negative_share
+from hessian_tools.linalg.trace import rademacher
+from hessian_tools.operators.base import Dense, scaled
+from hessian_tools.results.spectrum import Functional
 
 DAMPED = {"effective dimension": effective_dimension, "log determinant": log_determinant}
 
@@ -173,7 +174,7 @@ def test_refusals(f: Callable[..., Functional]) -> None:
 
 
 @functools.cache
-def replicates(name: str, steps: int) -> tuple[Tensor, list[Density]]:
+def replicates(name: str, steps: int) -> tuple[Tensor, list[DensityEstimate]]:
     """The eigenvalues of the first 320 weights, and 500 densities of 4 probes, the top 10 and bottom 5 deflated."""
     op = Dense(curvature(name)[:320, :320])
     found = density(op, probes=2000, steps=steps, generator=seeded(7), deflate=ends(op, 10, 5))

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from hessian_tools import inference
-from hessian_tools.inference import (
+from ikun_hessian.experiments import statistics as inference
+from ikun_hessian.experiments.statistics import (
     Interval,
     effect_size,
     equivalence,

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hessian_tools.lanczos import (
+from hessian_tools.linalg.lanczos import (
     Eigenpairs,
     certified,
     eigenpairs,
@@ -28,9 +28,10 @@ from hessian_tools.lanczos import (
     temple_bounds,
     tridiagonal,
 )
+from hessian_tools.linalg.power_iteration import power_iteration
 from hessian_tools.objective import make_objective
-from hessian_tools.operators import Composed, Dense, Operator, hessian, scaled
-from hessian_tools.power import power_iteration
+from hessian_tools.operators.base import Composed, Dense, Operator, scaled
+from hessian_tools.operators.curvature import hessian
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -441,8 +442,8 @@ def test_vectors_do_not_keep_the_basis() -> None:
 
 PEAK = """
 import torch
-from hessian_tools.lanczos import eigenpairs
-from hessian_tools.operators import Composed
+from hessian_tools.linalg.lanczos import eigenpairs
+from hessian_tools.operators.curvature import Composed
 
 def peak():
     lines = open("/proc/self/status").read().splitlines()

@@ -18,24 +18,20 @@ from figure_tools import collisions, line, on_paper, said, words
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from hessian_tools import landscape_panels, results
-from hessian_tools.forward import accuracy, mean_loss, noise, outputs_at
-from hessian_tools.landscape import (
-    SCHEMA,
-    LandscapeResult,
-    LandscapeSettings,
-    Line,
-    Plane,
-    landscape,
-    random_direction,
-)
-from hessian_tools.landscape_panels import contour_levels, landscape_figure
-from hessian_tools.landscape_report import landscape_lines, rises
-from hessian_tools.measure import AnalysisError
+from hessian_tools.analysis.context import AnalysisError
+from hessian_tools.analysis.landscape import LandscapeSettings, landscape, random_direction
+from hessian_tools.io import json as results
 from hessian_tools.objective import Objective, make_objective
-from hessian_tools.operators import dense, ggn, hessian
-from hessian_tools.phases import Phases
-from ikun.networks import LOSSES, Network, Spec
+from hessian_tools.operators.base import dense
+from hessian_tools.operators.curvature import ggn, hessian
+from hessian_tools.perturbation import accuracy, mean_loss, noise, outputs_at
+from hessian_tools.plots import landscape as landscape_panels
+from hessian_tools.plots.landscape import contour_levels, landscape_figure
+from hessian_tools.results.landscape import LANDSCAPE_SCHEMA, LandscapeResult, Line, Plane
+from hessian_tools.resume import Phases
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
+from ikun_hessian.reports.landscape import landscape_lines, rises
 
 FEW = LandscapeSettings(points=9, plane_points=5, memory=0.1)
 PROVENANCE: dict[str, Any] = {
@@ -242,8 +238,8 @@ def test_accuracies_on_request(measured: LandscapeResult) -> None:
 
 
 def test_saved_and_loaded(measured: LandscapeResult, tmp_path: Path) -> None:
-    results.save(measured, tmp_path / "a.json")
-    loaded = results.load(tmp_path / "a.json", LandscapeResult, SCHEMA)
+    results.save_result(measured, tmp_path / "a.json")
+    loaded = results.load_result(tmp_path / "a.json", LandscapeResult, LANDSCAPE_SCHEMA)
     assert results.clean(dataclasses.asdict(loaded)) == results.clean(dataclasses.asdict(measured))
     assert loaded.planes == measured.planes
     raw = json.loads((tmp_path / "a.json").read_text())
@@ -365,8 +361,8 @@ def test_a_loss_that_is_not_finite_elsewhere(tmp_path: Path) -> None:
     result = landscape(objective, dataclasses.replace(FEW, range=3.0), provenance=PROVENANCE)
     assert any(math.isnan(y) for line in result.lines for y in line.loss)
     assert result.loss == pytest.approx(math.log(4))
-    results.save(result, tmp_path / "a.json")
-    loaded = results.load(tmp_path / "a.json", LandscapeResult, SCHEMA)
+    results.save_result(result, tmp_path / "a.json")
+    loaded = results.load_result(tmp_path / "a.json", LandscapeResult, LANDSCAPE_SCHEMA)
     assert collisions(landscape_figure(loaded)) == []
     assert landscape_lines(loaded)
 
@@ -408,7 +404,7 @@ def made(scale: float = 1.0, **changes: Any) -> LandscapeResult:
         return Plane((first, second), cosine, tuple((10 * reach * x).tolist()), rows, rows)
 
     base = LandscapeResult(
-        schema=SCHEMA,
+        schema=LANDSCAPE_SCHEMA,
         **PROVENANCE,
         training={},
         settings={"range": None},
@@ -567,7 +563,7 @@ def test_the_figure_needs_no_torch() -> None:
     names = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in body if isinstance(node, ast.ImportFrom)}
     assert not {name for name in names if name.split(".")[0] in ("torch", "ikun") or "pyplot" in name}
-    assert "hessian_tools.landscape" not in names
+    assert "hessian_tools.analysis.landscape" not in names
 
 
 # the screen

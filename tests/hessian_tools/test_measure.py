@@ -9,13 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hessian_tools.lanczos import least_basis
-from hessian_tools.measure import _two_ends, budget
+from hessian_tools.analysis.context import budget
+from hessian_tools.analysis.operator_spectrum import _two_ends
+from hessian_tools.analysis.settings import SpectrumSettings
+from hessian_tools.analysis.spectrum import spectrum
+from hessian_tools.linalg.lanczos import least_basis
 from hessian_tools.objective import make_objective
-from hessian_tools.operators import dense, ggn, hessian
-from hessian_tools.results import Eigenvalue
-from hessian_tools.settings import Settings
-from hessian_tools.spectrum import spectrum
+from hessian_tools.operators.base import dense
+from hessian_tools.operators.curvature import ggn, hessian
+from hessian_tools.results.spectrum import Eigenvalue
 
 
 @given(st.floats(1e4, 1e12), st.integers(1, 10**8), st.integers(1, 60), st.integers(0, 100))
@@ -52,7 +54,7 @@ def pair(value: float) -> Eigenvalue:
 )
 def test_two_ends(values: list[float], top: int, changes: dict[str, object], upper: list[float], lower: list[float]):
     found = [pair(v) for v in values]
-    settings = dataclasses.replace(Settings(), **changes)  # type: ignore[arg-type]
+    settings = dataclasses.replace(SpectrumSettings(), **changes)  # type: ignore[arg-type]
     high, low = _two_ends(found, top, settings)
     assert [found[i].value for i in high] == upper
     assert [found[i].value for i in low] == lower
@@ -64,7 +66,7 @@ def test_the_record_against_dense_matrices() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     data = torch.randn(40, 6, dtype=torch.float64), torch.randint(0, 3, (40,))
     objective = make_objective(model, nn.functional.cross_entropy, data)
-    settings = Settings(top=6, smallest=4, tol=1e-9, damping=0.05, probes=60, steps=60, vectors=True, seed=3)
+    settings = SpectrumSettings(top=6, smallest=4, tol=1e-9, damping=0.05, probes=60, steps=60, vectors=True, seed=3)
     result = spectrum(objective, settings)
     _, gradient = objective.value_and_gradient()
     for name, factory in (("hessian", hessian), ("ggn", ggn)):
@@ -115,4 +117,4 @@ def test_the_record_against_dense_matrices() -> None:
 )
 def test_settings_that_do_not_fit(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError):
-        Settings(**changes)  # type: ignore[arg-type]
+        SpectrumSettings(**changes)  # type: ignore[arg-type]

@@ -10,17 +10,15 @@ from hypothesis import strategies as st
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
+from hessian_tools.analysis.context import AnalysisError
+from hessian_tools.analysis.settings import SpectrumSettings
+from hessian_tools.analysis.spectrum import spectrum
 from hessian_tools.objective import Objective, make_objective
-from hessian_tools.operators import (
-    OPERATORS,
+from hessian_tools.operators.base import (
     Composed,
-    CurvatureOperator,
     Dense,
     dense,
-    fisher,
     from_scipy,
-    ggn,
-    hessian,
     projected,
     scaled,
     shifted,
@@ -28,8 +26,9 @@ from hessian_tools.operators import (
     symmetry_error,
     to_scipy,
 )
-from hessian_tools.spectrum import AnalysisError, Settings, spectrum
-from ikun.networks import LOSSES, Network, Spec
+from hessian_tools.operators.curvature import OPERATORS, CurvatureOperator, fisher, ggn, hessian
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 
 
 def smooth(samples: int = 9, loss: str = "mse") -> Objective:
@@ -194,13 +193,13 @@ def test_finite_differences_of_the_surrogate_gradient_are_refused() -> None:
     exact = dense(hessian(objective))
     assert (dense(op) - exact).norm() > 0.3 * exact.norm()
     with pytest.raises(ValueError, match="finite differences of the surrogate gradient are no Hessian"):
-        Settings(operators=("finite-differences",))
+        SpectrumSettings(operators=("finite-differences",))
     for name, factory in OPERATORS.items():
         asymmetric: dict[str, object] = {name: lambda o, m, f=factory: _skewed(o)}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("hessian_tools.spectrum.OPERATORS", {**OPERATORS, **asymmetric})
+            patch.setattr("hessian_tools.operators.curvature.OPERATORS", {**OPERATORS, **asymmetric})
             with pytest.raises(AnalysisError, match="not symmetric"):
-                spectrum(objective, Settings(operators=(name,)))
+                spectrum(objective, SpectrumSettings(operators=(name,)))
 
 
 def _skewed(objective: Objective) -> CurvatureOperator:

@@ -20,13 +20,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessian_tools import phases as module
-from hessian_tools.density import density
-from hessian_tools.lanczos import eigenpairs
+from hessian_tools import resume as module
+from hessian_tools.linalg.lanczos import eigenpairs
+from hessian_tools.linalg.spectral_density import density
+from hessian_tools.linalg.trace import probe_forms
 from hessian_tools.objective import make_objective
-from hessian_tools.operators import Composed, Dense, Operator, hessian, scaled, symmetry_error
-from hessian_tools.phases import Phases, ResumeError
-from hessian_tools.trace import probe_forms
+from hessian_tools.operators.base import Composed, Dense, Operator, scaled, symmetry_error
+from hessian_tools.operators.curvature import hessian
+from hessian_tools.resume import Phases, ResumeError
 
 SIZE = 24
 BLOCK = 3  # vectors of the largest block: an interruption may lose all of them but one, counted in vain

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessian_tools.lanczos import eigenpairs
+from hessian_tools.analysis.pyhessian import pyhessian_eigenpairs, pyhessian_trace
+from hessian_tools.linalg.lanczos import eigenpairs
+from hessian_tools.linalg.trace import estimate
 from hessian_tools.objective import Objective, make_objective
-from hessian_tools.operators import dense, hessian
-from hessian_tools.reference import pyhessian_eigenpairs, pyhessian_trace
-from hessian_tools.trace import estimate
-from ikun.networks import LOSSES, Network, Spec
+from hessian_tools.operators.base import dense
+from hessian_tools.operators.curvature import hessian
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 
 
 def spiking(dtype: torch.dtype = torch.float32, **changes: object) -> Objective:

@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hessian_tools.analysis.flatness.relative import fisher_rao, matrices, relative_flatness
+from hessian_tools.linalg.trace import TraceEstimate
 from hessian_tools.objective import Objective, make_objective
-from hessian_tools.operators import Dense, dense, fisher, ggn, hessian, scaled
-from hessian_tools.relative import fisher_rao, matrices, relative_flatness
-from hessian_tools.trace import Estimate
+from hessian_tools.operators.base import Dense, dense, scaled
+from hessian_tools.operators.curvature import fisher, ggn, hessian
 from ikun.checkpoint import load_checkpoint
-from ikun.networks import LOSSES, Network, Spec
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -212,7 +214,7 @@ def test_products_and_seeds() -> None:
     objective = convolutional()
     op = hessian(objective)
 
-    def found(**options: Any) -> Estimate:
+    def found(**options: Any) -> TraceEstimate:
         return relative_flatness(op, objective, "conv.weight", **options)
 
     assert found(probes=5, deflate=0).probes == op.products == 5

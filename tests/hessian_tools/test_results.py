@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hessian_tools.compare import comparable, labelled
-from hessian_tools.report import compare_lines, spectrum_lines, warnings_of
-from hessian_tools.results import (
-    SCHEMA,
+from hessian_tools.analysis.warnings import warnings_of
+from hessian_tools.io.files import write_atomically
+from hessian_tools.io.json import ResultError
+from hessian_tools.results.comparability import comparable, labelled
+from hessian_tools.results.spectrum import (
+    SPECTRUM_SCHEMA,
     Density,
     Eigenvalue,
     Functional,
-    ResultError,
     SamplePoint,
     Search,
     Spectrum,
@@ -25,8 +26,8 @@ from hessian_tools.results import (
     load_spectrum,
     save_spectrum,
     to_json,
-    write_atomically,
 )
+from ikun_hessian.reports.spectrum import compare_lines, spectrum_lines
 
 NAN = float("nan")
 
@@ -50,7 +51,7 @@ def sample(init: str = "ikun", scale: float = 1.0, **changes: object) -> Spectru
         )
 
     base = SpectrumResult(
-        SCHEMA,
+        SPECTRUM_SCHEMA,
         {"path": f"runs/{init}.pt", "sha256": "ab" * 32},
         {"name": "digits", "split": "train", "samples": 100, "sha256": "cd", "loss": "mse"},
         {

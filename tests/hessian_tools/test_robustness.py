@@ -10,9 +10,10 @@ import torch
 from run_tools import make_study
 from scipy import stats
 
+from hessian_tools.analysis.robustness import RobustnessSettings, noisy_accuracy
 from hessian_tools.objective import make_objective
-from hessian_tools.robustness import Accuracy, RobustnessSettings, lost, noisy_accuracy
-from hessian_tools.robustness_report import ranks, robustness_markdown, robustness_rows
+from hessian_tools.results.robustness import Accuracy, lost
+from ikun_hessian.reports.robustness import ranks, robustness_markdown, robustness_rows
 
 
 def test_accuracy_under_weight_noise_of_a_linear_classifier() -> None:

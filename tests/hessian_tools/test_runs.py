@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from run_tools import make_run, make_study, write_run, write_study
 
-from hessian_tools import results
-from hessian_tools.results import ResultError
-from hessian_tools.runs import Run, gather
+from hessian_tools.io import json as results
+from hessian_tools.io.json import ResultError
+from ikun_hessian.experiments.runs import TrainingRun, gather
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run]]:
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[TrainingRun]]:
     """Tests leave it as it is."""
     folder = tmp_path_factory.mktemp("study")
     return folder, write_study(folder)
@@ -25,8 +25,8 @@ def none(text: str) -> None:
     raise AssertionError(text)
 
 
-def same(found: Run, made: Run) -> None:
-    for field in dataclasses.fields(Run):
+def same(found: TrainingRun, made: TrainingRun) -> None:
+    for field in dataclasses.fields(TrainingRun):
         value, expected = getattr(found, field.name), getattr(made, field.name)
         if field.name in ("spectra", "flatness"):
             assert list(value) == sorted(expected)
@@ -38,7 +38,7 @@ def same(found: Run, made: Run) -> None:
             assert value == expected, field.name
 
 
-def test_a_study_comes_back_as_written(study: tuple[Path, list[Run]]) -> None:
+def test_a_study_comes_back_as_written(study: tuple[Path, list[TrainingRun]]) -> None:
     folder, made = study
     found = gather([folder], none)
     assert [run.name for run in found] == [run.name for run in made]
@@ -47,7 +47,7 @@ def test_a_study_comes_back_as_written(study: tuple[Path, list[Run]]) -> None:
     assert [run.name for run in found if run.diverged] == ["xavier-adam-s3"]
 
 
-def test_a_path_may_be_a_checkpoint_a_result_or_a_description(study: tuple[Path, list[Run]]) -> None:
+def test_a_path_may_be_a_checkpoint_a_result_or_a_description(study: tuple[Path, list[TrainingRun]]) -> None:
     folder, made = study
     runs = folder / "runs"
     (whole,) = gather([runs / "ikun-adam-s0.pt"], none)
@@ -83,7 +83,7 @@ def test_a_result_alone_says_what_was_trained(tmp_path: Path) -> None:
         network = {**made.network, "surrogate": "atan:2", "trained_surrogate": "atan:5"}
         changed = dataclasses.replace(made.spectra[key], training=trained, network=network)
         name = ".".join(part for part in (made.name, key, tag, "spectrum", "json") if part)
-        results.save(changed, tmp_path / name)
+        results.save_result(changed, tmp_path / name)
     (found,) = gather([tmp_path], none)
     assert found.name == made.name
     assert list(found.spectra) == ["", "loss0.02", "wide"]

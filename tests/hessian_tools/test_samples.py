@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hessian_tools.analysis.sample_curve import samples_curve, subsets
 from hessian_tools.objective import Objective, make_objective
-from hessian_tools.operators import Operator, hessian
-from hessian_tools.samples import samples_curve, subsets
+from hessian_tools.operators.base import Operator
+from hessian_tools.operators.curvature import hessian
 
 
 def half_square(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -13,10 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessian_tools import operators, second_order
+from hessian_tools.chain import second_order, segments
 from hessian_tools.objective import Objective, make_objective
-from ikun import fused, spikes
-from ikun.networks import LOSSES, Network, Spec
+from hessian_tools.operators import curvature as operators
+from hessian_tools.operators.base import dense
+from ikun import spiking_layers as spikes
+from ikun.kernels import dispatch as fused
+from ikun.kernels.scan import Scan, torch_adjoint, torch_adjoint_tangent, torch_tangent
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 from tests import jet_oracle
 
 AUTOGRAD = {kind: getattr(operators, f"_autograd_{kind}") for kind in ("hessian", "ggn", "fisher")}
@@ -192,7 +197,7 @@ def test_operators_use_it_over_ragged_batches_and_within_memory() -> None:
 
 @pytest.mark.parametrize("neuron", ["if", "plif"])
 def test_symmetric(neuron: str) -> None:
-    matrix = operators.dense(operators.hessian(objective_of(neuron=neuron)))
+    matrix = dense(operators.hessian(objective_of(neuron=neuron)))
     assert (matrix - matrix.T).abs().max() < 1e-14 * matrix.abs().max() + 1e-16
 
 
@@ -231,15 +236,15 @@ def test_kernels_over_several_blocks_and_threads(learned: bool, pooled: bool, st
     index = (
         spikes.selection(torch.randn(steps, 1, planes, height, width).sign(), "first").flatten(1) if pooled else None
     )
-    scan = fused.Scan(array(), array(), 0.4, 0.6, static, index, height * width if pooled else 1, array())
+    scan = Scan(array(), array(), 0.4, 0.6, static, index, height * width if pooled else 1, array())
     if learned:
         scan.u, scan.gh = array(), array()
     dx, g = array()[: 1 if static else steps], array()
     g = g if index is None else g[:, : index.shape[1]]
-    assert torch.allclose(fused.tangent(scan, dx, 0.3), fused.torch_tangent(scan, dx, 0.3), rtol=1e-12)
+    assert torch.allclose(fused.tangent(scan, dx, 0.3), torch_tangent(scan, dx, 0.3), rtol=1e-12)
     for fast, slow in (
-        (fused.adjoint(scan, g), fused.torch_adjoint(scan, g)),
-        (fused.adjoint_tangent(scan, g, dx, 0.3), fused.torch_adjoint_tangent(scan, g, dx, 0.3)),
+        (fused.adjoint(scan, g), torch_adjoint(scan, g)),
+        (fused.adjoint_tangent(scan, g, dx, 0.3), torch_adjoint_tangent(scan, g, dx, 0.3)),
     ):
         assert torch.allclose(fast[0], slow[0], rtol=1e-12)
         assert fast[1] == pytest.approx(slow[1], rel=1e-9)
@@ -285,8 +290,8 @@ ORACLE = [
 def test_dense_hessian_is_the_oracles(index: int, segmented: bool) -> None:
     fields, loss = ORACLE[index], ("mse", "ce")[index % 2]
     objective = objective_of(loss, **fields, input_shape=(1, 4, 4), channels=1, classes=2)
-    objective = replace(objective, segmented=segmented)  # two steps and one
-    fast = operators.dense(operators.hessian(objective)).numpy()
+    objective = replace(objective, segmentation=segments if segmented else None)  # two steps and one
+    fast = dense(operators.hessian(objective)).numpy()
     params = {name: p.detach().numpy() for name, p in objective.parameters.items()}
     layers: list[dict[str, Any]] = []
     net = objective.model

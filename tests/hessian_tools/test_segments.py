@@ -14,10 +14,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hessian_tools import operators, second_order, segments
+from hessian_tools.chain import second_order, segments
+from hessian_tools.chain.layers import Carry
 from hessian_tools.objective import Objective, make_objective
-from ikun import fused, spikes
-from ikun.networks import LOSSES, MaxPool
+from hessian_tools.operators import curvature as operators
+from hessian_tools.operators.base import symmetry_error
+from ikun import spiking_layers as spikes
+from ikun.kernels import dispatch as fused
+from ikun.layers import MaxPool
+from ikun.losses import LOSSES
 from ikun.neurons import Dynamics, Neuron
 from ikun.surrogates import Surrogate
 from tests.hessian_tools.test_second_order import objective_of
@@ -37,7 +42,7 @@ def error(kind: str, objective: Objective) -> float:
     """Relative error of the segmented product against the whole chain's."""
     v = torch.randn(objective.size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     whole = second_order.linearize(objective, objective.batches[0], kind)
-    parts = segments.linearize(objective, objective.batches[0], kind)
+    parts = segments.linearize_in_segments(objective, objective.batches[0], kind)
     assert whole is not None
     assert parts is not None
     assert parts.nbytes == 0
@@ -94,7 +99,7 @@ def test_plain_torch_and_relaxed(coding: str, monkeypatch: pytest.MonkeyPatch) -
     assert error("hessian", objective_of(relaxed=True, neuron="plif", timesteps=5, coding=coding)) < 1e-12
     compiled = objective_of(neuron="plif", timesteps=5, coding=coding)
     v = torch.randn(compiled.size, dtype=torch.float64)
-    product = segments.linearize(compiled, compiled.batches[0], "hessian")
+    product = segments.linearize_in_segments(compiled, compiled.batches[0], "hessian")
     assert product is not None
     expected = product(v)
     monkeypatch.setattr(fused, "kernels", lambda: None)
@@ -106,7 +111,7 @@ def test_outputs_loss_and_gradient(dtype: torch.dtype) -> None:
     """The spikes are the same ones: their counts are."""
     for fields in ({"neuron": "lif"}, {"neuron": "plif", "reset": "soft", "coding": "poisson", "model": "mlp"}):
         objective = objective_of(timesteps=23, dtype=dtype, **fields).rebatched(2)
-        cut = replace(objective, segmented=True)
+        cut = replace(objective, segmentation=segments)
         for x, _ in objective.batches:
             with torch.no_grad():
                 counts, expected = 23 * cut.outputs(x), 23 * objective.outputs(x)
@@ -121,12 +126,12 @@ def test_outputs_loss_and_gradient(dtype: torch.dtype) -> None:
 
 def test_operators_in_segments() -> None:
     objective = objective_of(timesteps=9, neuron="plif").rebatched(2)
-    cut, block = replace(objective, segmented=True), torch.randn(objective.size, 2, dtype=torch.float64)
+    cut, block = replace(objective, segmentation=segments), torch.randn(objective.size, 2, dtype=torch.float64)
     for factory in operators.OPERATORS.values():
         exact = factory(objective, 1e9) @ block
         for memory in (0.0, 1e9):
             assert (factory(cut, memory) @ block - exact).norm() < 1e-12 * exact.norm()
-    assert operators.symmetry_error(operators.hessian(cut), torch.Generator().manual_seed(0)) < 1e-13
+    assert symmetry_error(operators.hessian(cut), torch.Generator().manual_seed(0)) < 1e-13
 
 
 def test_what_cannot_be_cut_is_left_whole() -> None:
@@ -135,19 +140,19 @@ def test_what_cannot_be_cut_is_left_whole() -> None:
     changed = objective_of(timesteps=20)
     changed.model.add_module("extra", nn.LayerNorm(3, dtype=torch.float64))
     for objective in (make_objective(net.double(), LOSSES["ce"], data), objective_of(timesteps=1), changed):
-        cut, v = replace(objective, segmented=True), torch.randn(objective.size, dtype=torch.float64)
+        cut, v = replace(objective, segmentation=segments), torch.randn(objective.size, dtype=torch.float64)
         assert not segments.possible(cut)
         assert segments.bytes_per_sample(cut) is None
-        assert segments.linearize(cut, cut.batches[0], "hessian") is None
+        assert segments.linearize_in_segments(cut, cut.batches[0], "hessian") is None
         torch.testing.assert_close(operators.hessian(cut) @ v, operators.hessian(objective) @ v)
         torch.testing.assert_close(cut.value_and_gradient(), objective.value_and_gradient())
-    with_reset = replace(objective_of(timesteps=20), reset=lambda model: None, segmented=True)
+    with_reset = replace(objective_of(timesteps=20), reset=lambda model: None, segmentation=segments)
     assert not segments.possible(with_reset)
 
 
 def test_loss_without_a_gradient() -> None:
-    objective = replace(objective_of(timesteps=5), loss=lambda o, y: torch.zeros(()).double(), segmented=True)
-    product = segments.linearize(objective, objective.batches[0], "hessian")
+    objective = replace(objective_of(timesteps=5), loss=lambda o, y: torch.zeros(()).double(), segmentation=segments)
+    product = segments.linearize_in_segments(objective, objective.batches[0], "hessian")
     assert product is not None
     assert product(torch.ones(objective.size).double()).abs().max() == 0
     assert objective.value_and_gradient()[1].abs().max() == 0
@@ -178,10 +183,10 @@ def test_scans_go_on_where_they_stopped(
         return t[0] if static else t[span].flatten(0, 1)
 
     def layer(span: slice, carry: Any = None) -> tuple[Tensor, spikes.Spikes]:
-        return spikes.linearize(neuron, span.stop - span.start, static, pool, at(x, span), carry)
+        return spikes.linearize_neurons(neuron, span.stop - span.start, static, pool, at(x, span), carry)
 
     whole, halves = slice(0, 7), (slice(0, 3), slice(3, 7))
-    carry = segments.Carry()
+    carry = Carry()
     with torch.no_grad():
         y, full = layer(whole)
         g, dg = torch.randn_like(y), torch.randn_like(y)
@@ -242,7 +247,7 @@ def test_memory_grows_like_the_square_root_of_time(coding: str, monkeypatch: pyt
     found: dict[bool, list[float]] = {False: [], True: []}
     for steps in (16, 64, 256):
         whole = objective_of(timesteps=steps, coding=coding, channels=4, input_shape=(1, 8, 8), classes=2)
-        for objective in (whole, replace(whole, segmented=True)):
+        for objective in (whole, replace(whole, segmentation=segments)):
             with Peak() as peak:
                 operators._linearize_hessian(objective, objective.batches[0])(torch.ones(objective.size).double())
             found[objective.segmented].append(peak.bytes)

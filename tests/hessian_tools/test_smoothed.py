@@ -16,15 +16,17 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from hessian_tools import smoothed as module
-from hessian_tools.forward import noise, noise_scales
-from hessian_tools.layers import Affine, Product, Want
+from hessian_tools.chain.layers import Affine, Product, Want
 from hessian_tools.objective import Objective, make_objective
-from hessian_tools.operators import dense, scaled, symmetry_error
-from hessian_tools.smoothed import _Closing, _moments, _output_form, _responses, _shifts, smoothed, unsupported
-from ikun.networks import LOSSES, MaxPool, Network, Spec
+from hessian_tools.operators.base import dense, scaled, symmetry_error
+from hessian_tools.perturbation import noise, noise_scales
+from ikun import smoothed_operator as module
+from ikun.layers import MaxPool
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 from ikun.neurons import Dynamics, Neuron
-from ikun.spikes import linearize
+from ikun.smoothed_operator import _Closing, _moments, _output_form, _responses, _shifts, smoothed, unsupported
+from ikun.spiking_layers import linearize_neurons
 from ikun.surrogates import Surrogate
 
 Array = NDArray[np.float64]
@@ -118,7 +120,7 @@ def test_responses_of_spike_trains_to_a_constant_current(mean: float) -> None:
     """Each step's: an IF neuron with current c fires at the multiples of the least k with k c >= 1."""
     steps, sd = 4, 0.25
     neuron = Neuron("if", Dynamics(Surrogate.parse("atan:2")))
-    _, layer = linearize(neuron, steps, True, None, torch.zeros(1, 300).double())
+    _, layer = linearize_neurons(neuron, steps, True, None, torch.zeros(1, 300).double())
     first, second, _ = _responses(layer.fire, list(mean + sd * draw(64, 1, 300)))
     for t in range(1, steps + 1):
         fires = np.array([float(t % k == 0) for k in range(1, steps + 1)] + [0.0])
@@ -143,7 +145,7 @@ def test_responses_to_a_shift_of_currents_that_change_from_step_to_step() -> Non
     score = (c - mean) @ one
     exact = (rate * score).mean(), (rate * (score**2 - one.sum())).mean()
     neuron = Neuron("if", Dynamics(Surrogate.parse("atan:2")))
-    _, layer = linearize(neuron, steps, False, None, torch.zeros(steps, 400).double())
+    _, layer = linearize_neurons(neuron, steps, False, None, torch.zeros(steps, 400).double())
     z = torch.linalg.cholesky(torch.tensor(cov)) @ draw(64, steps, 400)
     first, second, _ = _responses(lambda x: layer.fire(x).mean(0, keepdim=True), list(torch.tensor(mean)[:, None] + z))
     near(first, exact[0], 0.05 * exact[0])
@@ -222,7 +224,7 @@ def test_output_form_of_cross_entropy() -> None:
 def test_moments_are_those_of_the_rate_and_its_square() -> None:
     steps, mean, sd, at = 3, 0.55, 0.25, 0.4
     neuron = Neuron("if", Dynamics(Surrogate.parse("atan:2")))
-    _, layer = linearize(neuron, steps, True, None, torch.zeros(1, 600).double())
+    _, layer = linearize_neurons(neuron, steps, True, None, torch.zeros(1, 600).double())
     currents = list(mean + sd * draw(64, 1, 600))
     first, second, square = _moments(lambda c: layer.fire(c).mean(0, True), currents, torch.full((1, 600), at).double())
     rate = counts(steps) / steps
@@ -514,7 +516,7 @@ def test_pooled_spikes_answer_to_an_entry_where_the_others_are_silent(steps: int
     """E max of independent spikes with probabilities p: its derivative by one is the product of the others' 1 - p."""
     shape, rng = (2, 2, 5, 4), np.random.default_rng(0)  # the last row is in no window
     neuron = Neuron("if", Dynamics(Surrogate.parse("atan:2")))
-    pooled, layer = linearize(neuron, steps, True, MaxPool("first"), torch.tensor(rng.random(shape)) * 2)
+    pooled, layer = linearize_neurons(neuron, steps, True, MaxPool("first"), torch.tensor(rng.random(shape)) * 2)
     p = rng.random((steps, *shape))
     alone = torch.zeros(steps, math.prod(shape)).double()
     for _ in range(3000):

@@ -8,13 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from hessian_tools.eigenvectors import filter_norms, layer_shares
+from hessian_tools.analysis.context import AnalysisError
+from hessian_tools.analysis.eigenvectors import layer_shares
+from hessian_tools.analysis.settings import SpectrumSettings
+from hessian_tools.analysis.spectrum import spectrum
 from hessian_tools.objective import Objective, make_objective
-from hessian_tools.operators import dense, ggn, hessian
-from hessian_tools.report import spectrum_lines
-from hessian_tools.results import Spectrum, SpectrumResult
-from hessian_tools.spectrum import AnalysisError, Settings, spectrum
-from ikun.networks import LOSSES, Network, Spec
+from hessian_tools.operators.base import dense
+from hessian_tools.operators.curvature import ggn, hessian
+from hessian_tools.perturbation import filter_norms
+from hessian_tools.results.spectrum import Spectrum, SpectrumResult
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
+from ikun_hessian.reports.spectrum import spectrum_lines
 
 
 def network(**changes: object) -> Network:
@@ -34,7 +39,7 @@ def objective(net: nn.Module | None = None, samples: int = 64, dtype: torch.dtyp
     return make_objective(net or network(), LOSSES["mse"], (x, y), batch_size=24, dtype=dtype)
 
 
-SMALL = Settings(top=4, smallest=3, steps=15, probes=2, trace_probes=8)
+SMALL = SpectrumSettings(top=4, smallest=3, steps=15, probes=2, trace_probes=8)
 
 
 def numbers(result: SpectrumResult) -> list[float]:
@@ -153,7 +158,7 @@ def test_data_error_against_the_spread_over_disjoint_samples() -> None:
     """The printed data stderr of lambda_max and the trace against their spread over 20 independent sets of samples."""
     net = network(norm="none")
     generator = torch.Generator().manual_seed(3)
-    settings = Settings(operators=("ggn",), top=2, smallest=0, density=False, trace_probes=8)
+    settings = SpectrumSettings(operators=("ggn",), top=2, smallest=0, density=False, trace_probes=8)
     tops, traces, top_errors, trace_errors = [], [], [], []
     for _ in range(20):
         x = torch.rand(96, 1, 4, 4, generator=generator)
@@ -213,7 +218,7 @@ def test_a_layer_at_a_time_and_fewer_parameters_than_asked_for() -> None:
     net = network()
     x, y = torch.rand(8, 1, 4, 4), torch.randint(0, 3, (8,))
     target = make_objective(net, LOSSES["mse"], (x, y), params="norm1.bias")
-    result = spectrum(target, Settings(steps=5))
+    result = spectrum(target, SpectrumSettings(steps=5))
     assert result.num_parameters == 2
     assert len(result.spectra["hessian"].eigenvalues) == 2
 
@@ -231,7 +236,7 @@ def test_a_layer_at_a_time_and_fewer_parameters_than_asked_for() -> None:
 )
 def test_bad_settings(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Settings(**changes)  # type: ignore[arg-type]
+        SpectrumSettings(**changes)  # type: ignore[arg-type]
 
 
 # --- PyHessian as the independent reference
@@ -251,7 +256,7 @@ def smooth() -> Objective:
 
 
 def test_pyhessian_backend_and_power_method_through_the_analysis() -> None:
-    base = Settings(operators=("hessian",), top=2, smallest=0, density=False)
+    base = SpectrumSettings(operators=("hessian",), top=2, smallest=0, density=False)
     ours = spectrum(smooth(), base).spectra["hessian"].eigenvalues[0]
     for changes in ({"method": "power"}, {"method": "power", "backend": "pyhessian"}):
         other = spectrum(smooth(), dataclasses.replace(base, **changes)).spectra["hessian"]

@@ -11,18 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessian_tools import operators
-from hessian_tools.data_error import grouped
-from hessian_tools.forward import accuracy, mean_loss, outputs_at
-from hessian_tools.objective import Objective, make_objective
-from hessian_tools.operators import _linearize_hessian, ggn, hessian
-from hessian_tools.reference import pyhessian_trace
-from hessian_tools.samples import samples_curve
-from hessian_tools.settings import Settings
-from hessian_tools.spectrum import spectrum
-from hessian_tools.streamed import Streamed
-from hessian_tools.worst_case import m_sharpness, sam_sharpness
-from ikun.networks import LOSSES, Network, Spec
+from hessian_tools.analysis.flatness.worst_case import m_sharpness, sam_sharpness
+from hessian_tools.analysis.pyhessian import pyhessian_trace
+from hessian_tools.analysis.sample_curve import samples_curve
+from hessian_tools.analysis.sampling_error import grouped
+from hessian_tools.analysis.settings import SpectrumSettings
+from hessian_tools.analysis.spectrum import spectrum
+from hessian_tools.chain import segments
+from hessian_tools.objective import Objective, Streamed, make_objective
+from hessian_tools.operators import curvature as operators
+from hessian_tools.operators.curvature import _linearize_hessian, ggn, hessian
+from hessian_tools.perturbation import accuracy, mean_loss, outputs_at
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 
 N = 24
 
@@ -139,14 +140,14 @@ def test_the_same_as_from_memory(name: str, model: Callable[[], nn.Module]) -> N
 
 
 def test_the_same_in_segments_of_time() -> None:
-    inside, streamed = (replace(o, segmented=True) for o in pair(spiking(20, True), 5, (20, 1, 4, 4))[:2])
+    inside, streamed = (replace(o, segmentation=segments) for o in pair(spiking(20, True), 5, (20, 1, 4, 4))[:2])
     for name in ("hessian", "ggn, kept", "value and gradient", "outputs"):
         assert same(MEASURES[name](inside), MEASURES[name](streamed))
 
 
 def test_a_whole_spectrum_is_the_same() -> None:
     inside, streamed, _ = pair(plain())
-    settings = Settings(top=2, smallest=1, steps=8, probes=2)
+    settings = SpectrumSettings(top=2, smallest=1, steps=8, probes=2)
     first, second = (replace(spectrum(o, settings), seconds=0.0) for o in (inside, streamed))
     assert repr(first) == repr(second)
 
@@ -169,7 +170,7 @@ def test_no_more_batches_alive_than_threads_and_one(model: Callable[[], nn.Modul
 def test_kept_batches_count_what_was_read_and_are_read_once(segmented: bool) -> None:
     """A segment's product keeps nothing but its inputs, that of a plain network its layers' inputs too."""
     _, o, inputs = pair(spiking(20, True), 2, (20, 1, 4, 4)) if segmented else pair(plain(), 2)
-    o = replace(o, segmented=segmented)
+    o = replace(o, segmentation=segments if segmented else None)
     size = o.batches[0][0].nbytes if segmented else operators._measured(o, o.batches[0], _linearize_hessian)[1]
     assert size >= 2 * 16 * 8
     op = hessian(o, memory=3.5 * size)

@@ -1,4 +1,4 @@
-"""Tests of hessian_tools.study_figures, study_panels, study_axes and study_chart: what is drawn is what the table
+"""Tests of the modules figures, panels, axes and chart of the experiments: what is drawn is what the table
 holds, and every figure can be read."""
 
 from __future__ import annotations
@@ -23,24 +23,22 @@ from run_tools import make_run, make_study
 from scipy import stats
 from study_tools import TEN, full_run, full_study, gain_study
 
-from hessian_tools import (
-    study_axes,
-    study_chart,
-    study_figures,
-    study_gap,
-    study_groups,
-    study_minima,
-    study_panels,
-    study_training,
-)
-from hessian_tools.runs import Run
-from hessian_tools.study_axes import Range, floors, y_range
-from hessian_tools.study_chart import Axis, Chart, Mark, Panel, provenance, table
-from hessian_tools.study_figures import NAMES, WIDTHS, chart_figures, charts, draw_all
-from hessian_tools.study_panels import KNOWN, MARKERS, level_looks
-from ikun import initializers
+from ikun.initializers import catalog as initializers
+from ikun_hessian.experiments import grouping as study_groups
+from ikun_hessian.experiments.figures import axes as study_axes
+from ikun_hessian.experiments.figures import chart as study_chart
+from ikun_hessian.experiments.figures import figures as study_figures
+from ikun_hessian.experiments.figures import gap as study_gap
+from ikun_hessian.experiments.figures import minima as study_minima
+from ikun_hessian.experiments.figures import panels as study_panels
+from ikun_hessian.experiments.figures import training as study_training
+from ikun_hessian.experiments.figures.axes import Range, floors, y_range
+from ikun_hessian.experiments.figures.chart import Axis, Chart, Mark, Panel, chart_provenance, table
+from ikun_hessian.experiments.figures.figures import COLUMN_WIDTHS, FIGURE_NAMES, chart_figures, charts, draw_all
+from ikun_hessian.experiments.figures.panels import KNOWN, MARKERS, level_looks
+from ikun_hessian.experiments.runs import TrainingRun
 
-DRAWN = NAMES[:-1]
+DRAWN = FIGURE_NAMES[:-1]
 
 
 @pytest.fixture(autouse=True)
@@ -51,12 +49,12 @@ def _no_warnings() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def three() -> list[Run]:
+def three() -> list[TrainingRun]:
     return full_study()
 
 
 @pytest.fixture(scope="module")
-def ten() -> list[Run]:
+def ten() -> list[TrainingRun]:
     return full_study(TEN, 4, moments=("", "loss0.02"))
 
 
@@ -75,12 +73,12 @@ def points(figure: Figure, label: str, panel: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("name", "width"), [*((name, 1) for name in DRAWN), ("start", 2), ("ranks", 2), ("gap", 2)])
-def test_every_text_can_be_read(three: list[Run], name: str, width: int) -> None:
+def test_every_text_can_be_read(three: list[TrainingRun], name: str, width: int) -> None:
     runs = gain_study() if name == "gain" else three
     figures = chart_figures(charts("init", 0.9)[name](runs), width)
     for figure in figures[:2]:
         assert collisions(figure) == []
-        assert figure.get_figwidth() == WIDTHS[width]
+        assert figure.get_figwidth() == COLUMN_WIDTHS[width]
         assert figure.get_figheight() < 10.5
         assert min(t.get_fontsize() for ax in figure.axes for t in ax.get_xticklabels()) >= 7
         count = "18 runs: 3 levels of init, 6 seeds; 1 diverged or failed (xavier-adam-s3)"
@@ -88,7 +86,7 @@ def test_every_text_can_be_read(three: list[Run], name: str, width: int) -> None
 
 
 @pytest.mark.parametrize(("name", "width"), [("epochs", 1), ("ranks", 2), ("one-image", 2)])
-def test_ten_levels_can_be_read_too(ten: list[Run], name: str, width: int) -> None:
+def test_ten_levels_can_be_read_too(ten: list[TrainingRun], name: str, width: int) -> None:
     for figure in chart_figures(charts("init", 0.9)[name](ten), width):
         assert collisions(figure) == []
         shown = [t.get_text() for t in figure.legends[0].get_texts()]
@@ -97,7 +95,7 @@ def test_ten_levels_can_be_read_too(ten: list[Run], name: str, width: int) -> No
         assert not any(ax.get_window_extent().overlaps(box) for ax in figure.axes)  # the legend covers no data
 
 
-def test_lines_bands_and_dots_are_those_of_the_table(three: list[Run]) -> None:
+def test_lines_bands_and_dots_are_those_of_the_table(three: list[TrainingRun]) -> None:
     made = charts("init", 0.9)["start"](three)
     (figure,) = chart_figures(made)
     rows = [r for r in table(made) if (r["panel"], r["init"]) == ("variance of the current", "kaiming")]
@@ -112,7 +110,7 @@ def test_lines_bands_and_dots_are_those_of_the_table(three: list[Run]) -> None:
     assert sorted(map(tuple, shown.tolist())) == sorted((r["x"], r["y"]) for r in rows)
 
 
-def test_robustness_shows_the_accuracy_lost_by_every_run(three: list[Run]) -> None:
+def test_robustness_shows_the_accuracy_lost_by_every_run(three: list[TrainingRun]) -> None:
     made = charts("init", 0.9)["robustness"](three)
     assert list(dict.fromkeys(p.row for p in made.panels)) == ["lost, blur", "lost, weight noise"]
     run = next(r for r in three if r.robustness)
@@ -133,7 +131,7 @@ def test_robustness_shows_the_accuracy_lost_by_every_run(three: list[Run]) -> No
         charts("init", 0.9)["robustness"]([dataclasses.replace(r, robustness=None) for r in three])
 
 
-def test_steps_rise_where_the_table_says(three: list[Run]) -> None:
+def test_steps_rise_where_the_table_says(three: list[TrainingRun]) -> None:
     made = charts("init", 0.9)["epochs"](three)
     (figure,) = chart_figures(made)
     (steps,) = [line for line in figure.axes[0].lines if line.get_label() == "xavier"]
@@ -186,7 +184,7 @@ def test_negative_values_of_a_signed_axis_stay_negative() -> None:
     assert "Axes linear within these bounds and logarithmic beyond: y ±0.005." in caption(figure)
 
 
-def test_ranks_from_the_small_end_stand_behind_the_others(three: list[Run]) -> None:
+def test_ranks_from_the_small_end_stand_behind_the_others(three: list[TrainingRun]) -> None:
     (figure,) = chart_figures(charts("init", 0.9)["ranks"](three))
     ax = figure.axes[0]
     lines = [np.asarray(line.get_xdata(), float) for line in ax.lines if line.get_label() == "kaiming"]
@@ -198,7 +196,7 @@ def test_ranks_from_the_small_end_stand_behind_the_others(three: list[Run]) -> N
     assert smallest == pytest.approx(expected)
 
 
-def test_panels_of_one_quantity_share_its_range(three: list[Run]) -> None:
+def test_panels_of_one_quantity_share_its_range(three: list[TrainingRun]) -> None:
     (figure,) = chart_figures(charts("init", 0.9)["ranks"](three))
     left, right = figure.axes[:2]
     assert left.get_ylim() == right.get_ylim()
@@ -220,7 +218,7 @@ def test_levels_are_told_apart_by_more_than_colour(count: int) -> None:
 
 
 def test_initializers_look_alike_in_all_figures() -> None:
-    assert set(KNOWN) == set(initializers.NAMES)
+    assert set(KNOWN) == set(initializers.INITIALIZERS)
     whole = level_looks(sorted(KNOWN), "init")
     mixed = level_looks([*sorted(KNOWN), "mine", "yours"], "init")
     for a, b in itertools.combinations(mixed.values(), 2):
@@ -293,7 +291,7 @@ def test_names_from_files_are_printed_as_they_stand() -> None:
     made = charts("init", 0.9)["ranks"]([lost, *runs[1:]])
     (figure,) = chart_figures(made)
     assert collisions(figure) == []
-    assert provenance([lost, *runs[1:]], "init").endswith(
+    assert chart_provenance([lost, *runs[1:]], "init").endswith(
         r"8 runs: 4 levels of init, 2 seeds; 1 diverged or failed (\$c^2\$)."
     )
 
@@ -314,7 +312,7 @@ def test_all_runs_that_never_get_there_still_have_an_axis() -> None:
     assert "never" in said(figure)
 
 
-def test_figures_need_no_model_and_no_global_state(three: list[Run]) -> None:
+def test_figures_need_no_model_and_no_global_state(three: list[TrainingRun]) -> None:
     modules = (
         study_axes,
         study_chart,
@@ -361,7 +359,7 @@ def test_the_ticks_of_gains_are_the_gains_all_written_alike(gains: list[float], 
 
 
 def test_the_caption_says_on_what_was_trained_and_on_what_the_curvature_was_measured() -> None:
-    def measured(run: Run, count: int) -> Run:
+    def measured(run: TrainingRun, count: int) -> TrainingRun:
         parts = {
             part: {k: dataclasses.replace(r, data={**r.data, "samples": count}) for k, r in getattr(run, part).items()}
             for part in ("spectra", "flatness")
@@ -393,13 +391,13 @@ def test_the_caption_says_on_what_was_trained_and_on_what_the_curvature_was_meas
 
 def test_provenance_of_spike_trains_of_parts_and_of_what_differs() -> None:
     spikes = [make_run(seed=s, network={"coding": "spikes"}, data={"samples": 1, "subset": 1}) for s in (0, 1)]
-    assert "digits, 1 training sample, mse;" in provenance(spikes, "init")
+    assert "digits, 1 training sample, mse;" in chart_provenance(spikes, "init")
     parts = [make_run(seed=s, data={"subset": 1437, "held_out": 143, "samples": 1294}) for s in (0, 1)]
-    assert "1294 training images" in provenance(parts, "init")
+    assert "1294 training images" in chart_provenance(parts, "init")
     old = [dataclasses.replace(run, data={"name": "digits", "subset": 500}, network={}) for run in parts]
-    assert "digits, 500 training samples, mse;" in provenance(old, "init")
-    assert "training" not in provenance([parts[0], old[0]], "init")
-    assert provenance(parts, "init", [256, 64, 256]).endswith(
+    assert "digits, 500 training samples, mse;" in chart_provenance(old, "init")
+    assert "training" not in chart_provenance([parts[0], old[0]], "init")
+    assert chart_provenance(parts, "init", [256, 64, 256]).endswith(
         "; curvature on 64 to 256 samples. 2 runs: 1 level of init, 2 seeds."
     )
 
@@ -435,7 +433,7 @@ def test_titles_above_four_columns_take_one_line() -> None:
     assert collisions(both) == []
 
 
-def test_bare_numbers_in_the_legend_have_a_title(three: list[Run]) -> None:
+def test_bare_numbers_in_the_legend_have_a_title(three: list[TrainingRun]) -> None:
     runs = [
         dataclasses.replace(make_run("ikun", s, training={"alpha": a, "batch_size": int(64 * a)}), name=f"r{a}-{s}")
         for a in (0.5, 1.0)

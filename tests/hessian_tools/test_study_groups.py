@@ -1,4 +1,4 @@
-"""Tests of hessian_tools.study_groups: levels, settings, moments, quartiles with infinite values, survival."""
+"""Tests of ikun_hessian.experiments.grouping: levels, settings, moments, quartiles with infinite values, survival."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_tools import make_run, make_study
 
-from hessian_tools.runs import Run
-from hessian_tools.study_groups import (
+from ikun_hessian.experiments.grouping import (
     at_moment,
     cut,
+    display_name,
     epoch_at,
     epochs_to,
     horizon,
     levels,
     moment_of,
     moments,
-    named,
     over,
     quartiles,
-    settings,
+    settings_groups,
     survival,
 )
+from ikun_hessian.experiments.runs import TrainingRun
 
 finite = st.floats(-1e6, 1e6)
 
@@ -47,24 +47,25 @@ def test_levels_are_numbers_by_size_or_names_by_alphabet() -> None:
 
 
 def test_settings_are_named_by_what_tells_them_apart() -> None:
-    def made(**training: Any) -> list[Run]:
+    def made(**training: Any) -> list[TrainingRun]:
         return [make_run(init, seed, training=training) for init in ("ikun", "kaiming") for seed in (0, 1)]
 
-    assert list(settings(made(), "init")) == [""]
-    found = settings([*made(optimizer="sgd", lr=0.1), *made(optimizer="adam", lr=0.001)], "init")
+    assert list(settings_groups(made(), "init")) == [""]
+    found = settings_groups([*made(optimizer="sgd", lr=0.1), *made(optimizer="adam", lr=0.001)], "init")
     assert {name: len(of) for name, of in found.items()} == {"sgd": 4, "adam": 4}
-    found = settings([*made(weight_decay=0.0), *made(weight_decay=0.5, schedule="none")], "init")
+    found = settings_groups([*made(weight_decay=0.0), *made(weight_decay=0.5, schedule="none")], "init")
     assert list(found) == ["cosine", "schedule none"]  # the decay follows from it
-    assert list(settings(made(alpha=0.5) + made(alpha=1.0), "init", ("alpha",))) == [""]
-    by_optimizer = settings([*made(optimizer="sgd", lr=0.1), *made(optimizer="adam", lr=0.001)], "optimizer")
+    assert list(settings_groups(made(alpha=0.5) + made(alpha=1.0), "init", ("alpha",))) == [""]
+    by_optimizer = settings_groups([*made(optimizer="sgd", lr=0.1), *made(optimizer="adam", lr=0.001)], "optimizer")
     assert list(by_optimizer) == ["ikun", "kaiming"]  # the rate follows from the level
 
 
 def test_a_setting_of_a_list_is_the_same_as_a_tuple() -> None:
     runs = [make_run(network={"hidden": hidden}) for hidden in ([8, 8], (8, 8))]
-    assert list(settings(runs, "init")) == [""]
-    assert named("hidden", (8, 4)) == "hidden 8-4"
-    assert [named("norm", "none"), named("norm", "bn"), named("lr", 1e-3), named("detach_reset", True)] == [
+    assert list(settings_groups(runs, "init")) == [""]
+    assert display_name("hidden", (8, 4)) == "hidden 8-4"
+    pairs = [("norm", "none"), ("norm", "bn"), ("lr", 1e-3), ("detach_reset", True)]
+    assert [display_name(*pair) for pair in pairs] == [
         "norm none", "bn", "lr 0.001", "detach reset true",
     ]  # fmt: skip
 

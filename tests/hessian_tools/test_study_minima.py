@@ -1,4 +1,4 @@
-"""Tests of hessian_tools.study_minima and study_gap: every mark from the results, tau by SciPy."""
+"""Tests of ikun_hessian.experiments.figures.minima and study_gap: every mark from the results, tau by SciPy."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from run_tools import INITS, make_run, make_study
 from scipy import stats
 from study_tools import full_study
 
-from hessian_tools.results import SpectrumResult
-from hessian_tools.runs import Run
-from hessian_tools.study_chart import Mark, NotEnoughError, Panel
-from hessian_tools.study_gap import gap_chart
-from hessian_tools.study_minima import layers_chart, one_image_chart, ranks_chart, samples_chart
+from hessian_tools.results.spectrum import SpectrumResult
+from ikun_hessian.experiments.figures.chart import Mark, NotEnoughError, Panel
+from ikun_hessian.experiments.figures.gap import gap_chart
+from ikun_hessian.experiments.figures.minima import layers_chart, one_image_chart, ranks_chart, samples_chart
+from ikun_hessian.experiments.runs import TrainingRun
 
 RANKS = ("Hessian eigenvalue λ", "GGN eigenvalue λ")
 
 
 @pytest.fixture(scope="module")
-def runs() -> list[Run]:
+def runs() -> list[TrainingRun]:
     return full_study()
 
 
@@ -36,11 +36,11 @@ def marks(found: Panel, kind: str, level: str = "kaiming") -> list[Mark]:
     return [m for m in found.marks if (m.kind, m.level) == (kind, level)]
 
 
-def changed(run: Run, change: Callable[[SpectrumResult], SpectrumResult]) -> Run:
+def changed(run: TrainingRun, change: Callable[[SpectrumResult], SpectrumResult]) -> TrainingRun:
     return dataclasses.replace(run, spectra={key: change(r) for key, r in run.spectra.items()})
 
 
-def test_ranks_are_dots_of_runs_and_medians(runs: list[Run]) -> None:
+def test_ranks_are_dots_of_runs_and_medians(runs: list[TrainingRun]) -> None:
     found = ranks_chart(runs, "init")
     assert list(dict.fromkeys(p.column for p in found.panels)) == ["loss ≤ 0.02", "at the end"]
     assert {p.foot for p in found.panels if "eigenvalue λ" in p.row} == {"17 of 18 runs"}  # one diverged and has none
@@ -82,7 +82,7 @@ def test_what_did_not_converge_or_diverged_is_hollow_and_the_diverged_in_no_medi
     assert bar.value == healthy.spectra[""].spectra["ggn"].scale_free_lambda_max
 
 
-def test_norm_scaled_values_stand_over_their_levels(runs: list[Run]) -> None:
+def test_norm_scaled_values_stand_over_their_levels(runs: list[TrainingRun]) -> None:
     shown = panel(ranks_chart(runs, "init").panels, "Hessian λ₁, norm-scaled", "at the end")
     assert shown.x.ticks == ("ikun", "kaiming", "xavier")
     assert {(m.level, m.x) for m in shown.marks} == {("ikun", 0), ("kaiming", 1), ("xavier", 2)}
@@ -92,7 +92,7 @@ def test_norm_scaled_values_stand_over_their_levels(runs: list[Run]) -> None:
     assert sorted(m.value for m in marks(shown, "run")) == sorted(values)
 
 
-def test_scaled_eigenvalues_by_rank_where_they_were_measured(runs: list[Run]) -> None:
+def test_scaled_eigenvalues_by_rank_where_they_were_measured(runs: list[TrainingRun]) -> None:
     def ranked(result: SpectrumResult) -> SpectrumResult:
         values = (3.0, 2.0, float(result.checkpoint["sha256"] != ""))
         spectra = {name: dataclasses.replace(s, scale_free=values) for name, s in result.spectra.items()}
@@ -105,7 +105,7 @@ def test_scaled_eigenvalues_by_rank_where_they_were_measured(runs: list[Run]) ->
     assert "units of each filter’s norm." in chart.caption
 
 
-def test_densities_are_means_over_runs_that_integrate_to_the_bulk(runs: list[Run]) -> None:
+def test_densities_are_means_over_runs_that_integrate_to_the_bulk(runs: list[TrainingRun]) -> None:
     chart = ranks_chart(runs, "init")
     found = [p for p in chart.panels if p.row.endswith("per unit λ")]
     assert [p.row.split()[0] for p in found] == ["Hessian", "Hessian", "GGN", "GGN"]
@@ -120,7 +120,7 @@ def test_densities_are_means_over_runs_that_integrate_to_the_bulk(runs: list[Run
     assert found[0].x == found[1].x != found[2].x
 
 
-def test_densities_are_left_out_where_there_are_none(runs: list[Run]) -> None:
+def test_densities_are_left_out_where_there_are_none(runs: list[TrainingRun]) -> None:
     def bare(result: SpectrumResult) -> SpectrumResult:
         spectra = {name: dataclasses.replace(s, density=None) for name, s in result.spectra.items()}
         return dataclasses.replace(result, spectra=spectra)
@@ -131,7 +131,7 @@ def test_densities_are_left_out_where_there_are_none(runs: list[Run]) -> None:
 
 
 @pytest.mark.parametrize("chart", [ranks_chart, one_image_chart, gap_chart])
-def test_what_was_not_measured_alike_is_refused(runs: list[Run], chart: Callable[..., Any]) -> None:
+def test_what_was_not_measured_alike_is_refused(runs: list[TrainingRun], chart: Callable[..., Any]) -> None:
     def fewer(result: SpectrumResult) -> SpectrumResult:
         return dataclasses.replace(result, data={**result.data, "samples": 50})
 
@@ -143,8 +143,8 @@ def test_what_was_not_measured_alike_is_refused(runs: list[Run], chart: Callable
         chart([dataclasses.replace(run, spectra={}, flatness={}) for run in runs], "init")
 
 
-def test_one_image_ranks_and_values(runs: list[Run]) -> None:
-    def sized(run: Run, whole: float, single: float) -> Run:
+def test_one_image_ranks_and_values(runs: list[TrainingRun]) -> None:
+    def sized(run: TrainingRun, whole: float, single: float) -> TrainingRun:
         def resized(result: SpectrumResult) -> SpectrumResult:
             value = single if result.data["samples"] == 1 else whole
             hessian = result.spectra["hessian"]
@@ -172,7 +172,7 @@ def test_one_image_ranks_and_values(runs: list[Run]) -> None:
     assert len(one_image_chart(runs, "init").panels) == 2  # the image was taken at the end alone
 
 
-def test_layers_and_samples(runs: list[Run]) -> None:
+def test_layers_and_samples(runs: list[TrainingRun]) -> None:
     found = layers_chart(runs, "init").panels
     assert [p.row for p in found] == ["conv1", "conv2", "fc1", "fc2"]
     values = [r.spectra[""].blocks["fc1"].eigenvalues[2].value for r in runs if r.value("init") == "kaiming"]
@@ -192,7 +192,7 @@ def test_layers_and_samples(runs: list[Run]) -> None:
             chart(make_study(), "init")
 
 
-def test_gap_has_every_run_and_kendalls_tau(runs: list[Run]) -> None:
+def test_gap_has_every_run_and_kendalls_tau(runs: list[TrainingRun]) -> None:
     found = gap_chart(runs, "init").panels
     assert list(dict.fromkeys(p.page for p in found)) == ["loss ≤ 0.02", "at the end"]
     assert len(found) == 16
@@ -219,8 +219,8 @@ def test_gap_has_every_run_and_kendalls_tau(runs: list[Run]) -> None:
         assert m.value == pytest.approx(at["accuracy"] - at["test_accuracy"])
 
 
-def test_gap_from_flatness_alone(runs: list[Run]) -> None:
-    def alone(run: Run) -> Run:
+def test_gap_from_flatness_alone(runs: list[TrainingRun]) -> None:
+    def alone(run: TrainingRun) -> TrainingRun:
         if "" not in run.flatness:  # diverged
             return dataclasses.replace(run, spectra={})
         found = run.flatness[""]
@@ -243,7 +243,7 @@ def test_gap_from_flatness_alone(runs: list[Run]) -> None:
         assert {m.run: m.x for m in panel.marks} == metrics
 
 
-def test_gap_needs_three_runs_with_a_log(runs: list[Run]) -> None:
+def test_gap_needs_three_runs_with_a_log(runs: list[TrainingRun]) -> None:
     with pytest.raises(NotEnoughError, match="no three runs"):
         gap_chart(runs[:2], "init")
     with pytest.raises(NotEnoughError, match="no three runs"):

@@ -1,4 +1,4 @@
-"""Tests of hessian_tools.study_panels and study_axes: axes and labels as they are drawn."""
+"""Tests of ikun_hessian.experiments.figures.panels and study_axes: axes and labels as they are drawn."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from run_tools import make_run
 from study_tools import gain_study
 
-from hessian_tools.study_axes import y_range
-from hessian_tools.study_chart import Axis, Mark, Panel
-from hessian_tools.study_figures import chart_figures, charts
-from hessian_tools.study_groups import gain_name, settings
-from hessian_tools.study_panels import draw_panel, level_looks
+from ikun_hessian.experiments.figures.axes import y_range
+from ikun_hessian.experiments.figures.chart import Axis, Mark, Panel
+from ikun_hessian.experiments.figures.figures import chart_figures, charts
+from ikun_hessian.experiments.figures.panels import draw_panel, level_looks
+from ikun_hessian.experiments.grouping import gain_name, settings_groups
 
 
 def traces(values: Sequence[float]) -> list[Mark]:
@@ -51,7 +51,7 @@ def test_a_symlog_axis_is_linear_at_least_as_far_as_asked() -> None:
 def test_a_gain_is_named_as_a_fraction_where_it_is_one(gain: float, name: str) -> None:
     assert gain_name(gain) == name
     runs = [make_run(training={"gain": gain}), make_run(training={"gain": 7.0})]
-    assert list(settings(runs, "init")) == [f"gain {name}", "gain 7"]
+    assert list(settings_groups(runs, "init")) == [f"gain {name}", "gain 7"]
 
 
 def test_gains_have_one_name_in_legend_and_axis() -> None:

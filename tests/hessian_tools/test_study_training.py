@@ -1,4 +1,4 @@
-"""Tests of hessian_tools.study_training: every mark from the logs by hand, by NumPy, and by ikun's own rule."""
+"""Tests of ikun_hessian.experiments.figures.training: every mark from the logs, by NumPy, and by ikun's rule."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 from run_tools import LAYERS, make_run, make_study
 from study_tools import full_study, gain_study
 
-from hessian_tools.comparison import compare_runs
-from hessian_tools.comparison_measures import SPEED
-from hessian_tools.results import SpectrumResult
-from hessian_tools.runs import Run
-from hessian_tools.study_chart import Mark, NotEnoughError, Panel
-from hessian_tools.study_training import epochs_chart, gain_chart, start_chart, training_chart
+from hessian_tools.results.spectrum import SpectrumResult
+from ikun_hessian.experiments.comparison import compare_runs
+from ikun_hessian.experiments.figures.chart import Mark, NotEnoughError, Panel
+from ikun_hessian.experiments.figures.training import epochs_chart, gain_chart, start_chart, training_chart
+from ikun_hessian.experiments.measures import SPEED
+from ikun_hessian.experiments.runs import TrainingRun
 
 
 def panel(panels: Sequence[Panel], row: str, column: str = "") -> Panel:
@@ -30,7 +30,7 @@ def marks(found: Panel, kind: str, level: str) -> list[Mark]:
     return [m for m in found.marks if (m.kind, m.level) == (kind, level)]
 
 
-def logged(accuracies: Sequence[float], losses: Sequence[float | None], **changes: Any) -> Run:
+def logged(accuracies: Sequence[float], losses: Sequence[float | None], **changes: Any) -> TrainingRun:
     log = [
         {"epoch": i, "test_accuracy": a, "loss": loss, "layers": {}}
         for i, (a, loss) in enumerate(zip(accuracies, losses, strict=True), 1)
@@ -213,7 +213,7 @@ def test_training_has_snapshots_and_every_layers_derivative() -> None:
     assert {m.value for m in panel(found, rows[1], "fc1").marks} == {0.2 / 0.14}
 
 
-def with_layers(runs: Sequence[Run], layers: Any) -> list[Run]:
+def with_layers(runs: Sequence[TrainingRun], layers: Any) -> list[TrainingRun]:
     return [dataclasses.replace(run, log=tuple({**line, "layers": layers} for line in run.log)) for run in runs]
 
 

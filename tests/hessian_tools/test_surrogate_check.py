@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hessian_tools.surrogate_check import check_neuron, check_surrogate, is_step
+from ikun.surrogate_check import check_neuron, check_surrogate, is_step
 from ikun.surrogates import FAMILIES, Surrogate, spike
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from hessian_tools.chain.second_order import Linearized
 from hessian_tools.objective import make_objective
-from hessian_tools.operators import CurvatureOperator, ggn, hessian
-from hessian_tools.second_order import Linearized
-from hessian_tools.threads import in_threads
-from ikun.networks import LOSSES, Network, Spec
+from hessian_tools.operators.curvature import CurvatureOperator, ggn, hessian
+from hessian_tools.runtime.threads import in_threads
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 
 
 @pytest.fixture

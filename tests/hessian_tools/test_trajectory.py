@@ -1,4 +1,4 @@
-"""Tests of hessian_tools.trajectory: what counts as one run, the table, and the stability limit."""
+"""Tests of hessian_tools.results.trajectory: what counts as one run, the table, and the stability limit."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from figure_tools import run, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hessian_tools.results import SpectrumResult, Trace
-from hessian_tools.trajectory import RANKS, epoch, snapshots, stability_limit, trace_error, trajectory_rows
+from hessian_tools.results.spectrum import SpectrumResult, Trace
+from hessian_tools.results.trajectory import RANKS, epoch, snapshots, stability_limit, trace_error, trajectory_rows
 
 
 def test_snapshots_come_in_the_order_of_their_epochs() -> None:

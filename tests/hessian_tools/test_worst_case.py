@@ -13,12 +13,13 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
+from hessian_tools.analysis.flatness.worst_case import BALLS, at, m_sharpness, sam_sharpness, worst_case
 from hessian_tools.objective import Objective, make_objective
-from hessian_tools.settings import stream
-from hessian_tools.worst_case import KINDS, at, m_sharpness, sam_sharpness, worst_case
-from ikun.networks import LOSSES, Network, Spec
+from hessian_tools.seeding import stream
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 
-BALLS = ("l2", "adaptive", "filter")
+BALLS_IN_NORM = ("l2", "adaptive", "filter")
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -177,7 +178,7 @@ def relu_network(c: float) -> Objective:
     return make_objective(model, nn.functional.cross_entropy, (x, x[:, :3].argmax(1)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BALLS)
 def test_filters_before_a_batch_norm(kind: str) -> None:
     """Rescaled, they leave the function as it was: adaptive and filter balls do not notice, the others do."""
     one, other = (worst_case(relu_network(c), 0.05, kind=kind, steps=10, searches=30) for c in (1.0, 3.0))
@@ -186,7 +187,7 @@ def test_filters_before_a_batch_norm(kind: str) -> None:
     assert one.loss == pytest.approx(other.loss, rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BALLS)
 @pytest.mark.parametrize("steps", [1, 7])
 def test_every_point_lies_in_the_ball(kind: str, steps: int) -> None:
     w = draw(30, seed=20)
@@ -230,7 +231,7 @@ def test_the_search_is_better_than_its_directions() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
-@pytest.mark.parametrize("kind", BALLS)
+@pytest.mark.parametrize("kind", BALLS_IN_NORM)
 def test_scale_equivariance(kind: str, scale: float) -> None:
     a, g, w = matrix(torch.linspace(-1, 2, 10, dtype=torch.float64)), draw(10, seed=1), draw(10, seed=2)
     one, other = (worst_case(quadratic(a, g, w, c), 0.1, kind=kind, searches=30) for c in (1.0, scale))
@@ -306,7 +307,7 @@ def test_the_search_does_not_know_the_surrogate() -> None:
 def test_a_network_that_never_spikes() -> None:
     """No gradient and no change of the loss anywhere in the ball: 0, and it says that nothing was found."""
     dead = spiking("triangle:1", threshold=1e6)
-    for kind in KINDS:
+    for kind in BALLS:
         found = worst_case(dead, 0.05, kind=kind, steps=3, searches=10)
         assert (found.value, found.by, found.ascent, found.search) == (0, "neither", 0, 0)
     one = sam_sharpness(dead, 0.05)
@@ -400,7 +401,7 @@ def test_bad_input() -> None:
     for m in (0, 4):
         with pytest.raises(ValueError, match=f"m must lie between 1 and the 3 samples, not {m}"):
             m_sharpness(objective, 0.1, m)
-    for kind in BALLS:
+    for kind in BALLS_IN_NORM:
         with pytest.raises(ValueError, match=f"all weights are zero: the ball '{kind}'"):
             worst_case(distances(0 * w, draw(3, 4, seed=2)), 0.1, kind=kind)
     assert worst_case(distances(0 * w, draw(3, 4, seed=2)), 0.1, kind="keskar").value > 0

@@ -12,11 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessian_tools import operators, second_order, segments
+from hessian_tools.chain import second_order, segments
 from hessian_tools.objective import Objective, make_objective
+from hessian_tools.operators import curvature as operators
+from hessian_tools.operators.base import symmetry_error
+from ikun.layer_statistics import observe
 from ikun.layers import Dropout
-from ikun.networks import LOSSES, Network, Spec
-from ikun.statistics import observe
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 
 Array = npt.NDArray[np.float64]
 MODELS: dict[str, dict[str, Any]] = {
@@ -201,20 +204,20 @@ def test_a_resnet_in_segments_of_time(name: str, coded: bool, monkeypatch: pytes
         exact = getattr(operators, f"_autograd_{kind}")(objective, (x, y))(v)
         for length in (1, 2, 5):
             monkeypatch.setattr(segments, "length", lambda _, length=length: length)
-            product = segments.linearize(objective, (x, y), kind)
+            product = segments.linearize_in_segments(objective, (x, y), kind)
             assert product is not None
             assert (product(v) - exact).norm() < 1e-10 * exact.norm()
 
 
 def test_a_recurrent_network_is_left_whole_and_to_autograd() -> None:
-    objective = replace(job(network(**MODELS["rsnn"], timesteps=20)), segmented=True)
+    objective = replace(job(network(**MODELS["rsnn"], timesteps=20)), segmentation=segments)
     assert not segments.possible(objective)
     assert segments.bytes_per_sample(objective) is None
     assert second_order.linearize(objective, objective.batches[0], "hessian") is None
     v = torch.randn(objective.size, dtype=torch.float64)
     exact = operators._autograd_hessian(objective, objective.batches[0])(v)
     assert (operators.hessian(objective) @ v - exact).norm() < 1e-12 * exact.norm()
-    assert operators.symmetry_error(operators.hessian(objective), torch.Generator().manual_seed(0)) < 1e-12
+    assert symmetry_error(operators.hessian(objective), torch.Generator().manual_seed(0)) < 1e-12
 
 
 @pytest.mark.parametrize("threads", [1, 2])

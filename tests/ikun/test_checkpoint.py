@@ -20,16 +20,16 @@ import torch
 
 from ikun import checkpoint as module
 from ikun.checkpoint import (
-    SCHEMA,
+    CHECKPOINT_SCHEMA,
     Checkpoint,
     CheckpointError,
-    DataSpec,
     load_checkpoint,
     save_atomically,
     save_checkpoint,
     sha256,
 )
-from ikun.data import DataError
+from ikun.data.download import DataError
+from ikun.data.spec import DataSpec
 from ikun.networks import Network, Spec
 
 SPEC = Spec(channels=2, timesteps=2, classes=3, input_shape=(1, 4, 4), neuron="plif")
@@ -104,7 +104,7 @@ def test_round_trip_is_exact(good: Path) -> None:
     again = good.with_name("again.pt")
     save_checkpoint(found, again)
     assert all(torch.equal(v, found.state[k]) for k, v in load_checkpoint(again).state.items())
-    assert values_of(good)["schema"] == SCHEMA == "ikun-hessian/checkpoint/1"
+    assert values_of(good)["schema"] == CHECKPOINT_SCHEMA == "ikun-hessian/checkpoint/1"
     assert values_of(good)["versions"]["torch"] == torch.__version__.partition("+")[0] or "+" in torch.__version__
 
 
@@ -279,7 +279,7 @@ def test_other_zip_files(tmp_path: Path) -> None:
         ({"schema": 3}, "no schema"),
         ({"schema": "other"}, "no schema"),
         ({1: 2}, "no schema"),
-        ({"schema": SCHEMA}, "field 'network' is missing"),
+        ({"schema": CHECKPOINT_SCHEMA}, "field 'network' is missing"),
     ],
 )
 def test_foreign_pt_files(tmp_path: Path, values: Any, part: str) -> None:

@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from ikun import cifar10
-from ikun.data import DataError, Dataset, load
+from ikun.data import cifar10
+from ikun.data.datasets import Dataset, load_dataset
+from ikun.data.download import DataError
 
 UInt8Array = npt.NDArray[np.uint8]
 STEMS = (*cifar10.FILES["train"], "test_batch")
@@ -112,7 +113,7 @@ def pack(path: Path, contents: dict[str, bytes], extra: Callable[[tarfile.TarFil
 
 
 def local(folder: Path, split: str = "train") -> Dataset:
-    return load("cifar10", split, data_dir=folder, download=False)
+    return load_dataset("cifar10", split, data_dir=folder, download=False)
 
 
 def check(found: Dataset, split: str = "train") -> None:
@@ -155,12 +156,12 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = pack(tmp_path / "served" / cifar10.ARCHIVES[0], files())
     monkeypatch.setitem(cifar10.MD5, archive.name, hashlib.md5(archive.read_bytes()).hexdigest())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    check(load("cifar10", base_url=archive.parent.as_uri()))
+    check(load_dataset("cifar10", base_url=archive.parent.as_uri()))
     assert [path.name for path in (tmp_path / "cache/ikun-hessian/cifar10").iterdir()] == [archive.name]
-    check(load("cifar10", base_url="file:///nowhere"))  # from the folder
+    check(load_dataset("cifar10", base_url="file:///nowhere"))  # from the folder
     archive.write_bytes(archive.read_bytes() + b"\0")
     with pytest.raises(DataError, match="its MD5 is"):
-        load("cifar10", base_url=archive.parent.as_uri(), data_dir=tmp_path / "other")
+        load_dataset("cifar10", base_url=archive.parent.as_uri(), data_dir=tmp_path / "other")
 
 
 def test_published_sums_and_address() -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ikun.corruptions import KINDS, SEVERITIES, corrupted
-from ikun.data import DataError, load
+from ikun.data.corruptions import CORRUPTIONS, SEVERITIES, corrupted
+from ikun.data.datasets import load_dataset
+from ikun.data.download import DataError
 
 
 def draw(seed: int = 0) -> torch.Generator:
@@ -21,7 +22,7 @@ def images(count: int = 4, channels: int = 3, height: int = 16, width: int = 20)
     return torch.rand(count, channels, height, width, generator=draw(9))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CORRUPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pure_repeatable_and_worse_with_severity(kind: str, dtype: torch.dtype) -> None:
     x = images().to(dtype)
@@ -104,8 +105,8 @@ def test_occlusion_is_a_grey_rectangle_at_random(severity: int, side: tuple[int,
 
 def test_a_tiny_image_and_real_ones() -> None:
     assert bool((corrupted(torch.zeros(2, 1, 2, 2), "occlusion", 1, draw()) == 0.5).flatten(1).sum(1).eq(1).all())
-    x = load("digits", "test").images[:20]
-    for kind in KINDS:
+    x = load_dataset("digits", "test").images[:20]
+    for kind in CORRUPTIONS:
         assert not torch.equal(corrupted(x, kind, 1, draw()), x)
 
 

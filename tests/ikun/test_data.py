@@ -11,14 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ikun import data
-from ikun.data import DataError, encode, load
+from ikun.data import datasets as data
+from ikun.data.datasets import load_dataset
+from ikun.data.download import DataError
+from ikun.data.encoding import encode
 
 # --- digits, splits and subsets
 
 
 def test_digits() -> None:
-    train, test = load("digits"), load("digits", "test")
+    train, test = load_dataset("digits"), load_dataset("digits", "test")
     for dataset, count in ((train, 1437), (test, 360)):
         assert len(dataset) == count
         assert dataset.images.shape == (count, 1, 8, 8)
@@ -38,7 +40,7 @@ def test_digits_split_is_a_partition() -> None:
     from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
     everything = rows((load_digits().images / 16).astype(np.float32))
-    train, test = (rows(load("digits", split).images.numpy()) for split in data.SPLITS)
+    train, test = (rows(load_dataset("digits", split).images.numpy()) for split in data.SPLITS)
     assert len(set(everything)) == 1797  # so that images can stand for their indices
     assert not set(train) & set(test)
     assert sorted(train + test) == sorted(everything)
@@ -47,34 +49,34 @@ def test_digits_split_is_a_partition() -> None:
 @settings(max_examples=8)
 @given(sizes=st.tuples(st.integers(1, 360), st.integers(1, 360)), seed=st.integers(0, 2**64))
 def test_subsets_are_nested_and_repeatable(sizes: tuple[int, int], seed: int) -> None:
-    small, large = (load("digits", "test", subset=size, seed=seed) for size in sorted(sizes))
+    small, large = (load_dataset("digits", "test", subset=size, seed=seed) for size in sorted(sizes))
     assert len(small) == min(sizes)
     assert torch.equal(large.images[: len(small)], small.images)
     assert torch.equal(large.labels[: len(small)], small.labels)
-    assert load("digits", "test", subset=len(small), seed=seed) == small
+    assert load_dataset("digits", "test", subset=len(small), seed=seed) == small
     assert len({image.numpy().tobytes() for image in large.images}) == len(large)  # without replacement
 
 
 def test_subset_depends_on_the_seed_and_may_be_everything() -> None:
-    whole = load("digits", "test")
-    shuffled = load("digits", "test", subset=360, seed=1)
+    whole = load_dataset("digits", "test")
+    shuffled = load_dataset("digits", "test", subset=360, seed=1)
     assert shuffled.labels.bincount().tolist() == whole.labels.bincount().tolist()
-    assert len({whole.sha256, shuffled.sha256, load("digits", "test", subset=360, seed=2).sha256}) == 3
+    assert len({whole.sha256, shuffled.sha256, load_dataset("digits", "test", subset=360, seed=2).sha256}) == 3
 
 
 @pytest.mark.parametrize("subset", [-1, 0, 361])
 def test_impossible_subset(subset: int) -> None:
     with pytest.raises(DataError, match="from 1 to 360"):
-        load("digits", "test", subset=subset)
+        load_dataset("digits", "test", subset=subset)
 
 
 def test_unknown_words() -> None:
     with pytest.raises(DataError, match="unknown data set 'mnist': choose one of digits, fashion-mnist"):
-        load("mnist")
+        load_dataset("mnist")
     with pytest.raises(DataError, match="unknown split 'valid'"):
-        load("digits", "valid")
+        load_dataset("digits", "valid")
     with pytest.raises(DataError, match="seed"):
-        load("digits", seed=-1)
+        load_dataset("digits", seed=-1)
 
 
 def test_data_error_is_one_line() -> None:
@@ -111,7 +113,7 @@ def test_poisson_never_fires_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_poisson_is_repeatable_in_every_dtype() -> None:
-    images = load("digits", subset=5).images
+    images = load_dataset("digits", subset=5).images
     first, again, other, double = (
         encode(pixels, 6, "poisson", torch.Generator().manual_seed(seed))
         for pixels, seed in ((images, 3), (images, 3), (images, 4), (images.double(), 3))
@@ -129,7 +131,7 @@ def test_poisson_is_repeatable_in_every_dtype() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_poisson_is_the_same_on_a_cuda_device() -> None:
-    images = load("digits", subset=5).images
+    images = load_dataset("digits", subset=5).images
     here = encode(images, 6, "poisson", torch.Generator().manual_seed(3))
     there = encode(images.cuda(), 6, "poisson", torch.Generator().manual_seed(3))
     assert there.is_cuda

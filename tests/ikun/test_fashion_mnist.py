@@ -21,10 +21,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ikun import data, fashion_mnist, files
-from ikun.data import DataError, Dataset, load
-from ikun.fashion_mnist import read_idx
-from ikun.files import fetch
+from ikun.data import datasets as data
+from ikun.data import download as files
+from ikun.data import fashion_mnist
+from ikun.data.datasets import Dataset, load_dataset
+from ikun.data.download import DataError, fetch
+from ikun.data.fashion_mnist import read_idx
 
 UInt8Array = npt.NDArray[np.uint8]
 STEMS = fashion_mnist.FILES["train"]
@@ -67,7 +69,7 @@ def put(folder: Path, images: UInt8Array, labels: UInt8Array, split: str = "trai
 
 
 def local(folder: Path) -> Dataset:
-    return load("fashion-mnist", data_dir=folder, download=False)
+    return load_dataset("fashion-mnist", data_dir=folder, download=False)
 
 
 @pytest.fixture
@@ -263,13 +265,13 @@ def test_data_dir_that_is_a_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"")
     with pytest.raises(DataError, match="is not a folder"):
-        load("fashion-mnist", data_dir=path)
+        load_dataset("fashion-mnist", data_dir=path)
 
 
 def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     put(tmp_path / "cache" / "ikun-hessian" / "fashion-mnist", *samples(4))
-    assert len(load("fashion-mnist", download=False)) == 4
+    assert len(load_dataset("fashion-mnist", download=False)) == 4
     for ignored in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", ignored)
         monkeypatch.setenv("HOME", str(tmp_path))
@@ -281,7 +283,7 @@ def test_real_fashion_mnist() -> None:
     folder = Path(os.environ.get("IKUN_FASHION_MNIST") or beside)
     if not folder.is_dir():
         pytest.skip("no Fashion-MNIST files: name their folder in IKUN_FASHION_MNIST")
-    found = [load("fashion-mnist", split, data_dir=folder, download=False) for split in data.SPLITS]
+    found = [load_dataset("fashion-mnist", split, data_dir=folder, download=False) for split in data.SPLITS]
     for dataset in found:
         assert dataset.images.shape == (len(dataset), 1, 28, 28)
         assert (float(dataset.images.min()), float(dataset.images.max())) == (0.0, 1.0)
@@ -295,10 +297,10 @@ def test_real_fashion_mnist() -> None:
 
 def test_download_fills_the_folder_once(served: Path, tmp_path: Path) -> None:
     target = tmp_path / "new" / "folder"
-    first = load("fashion-mnist", data_dir=target, base_url=served.as_uri())
+    first = load_dataset("fashion-mnist", data_dir=target, base_url=served.as_uri())
     assert first == local(served)
     assert sorted(path.name for path in target.iterdir()) == sorted(f"{stem}.gz" for stem in STEMS)
-    assert load("fashion-mnist", data_dir=target, base_url="file:///nowhere") == first
+    assert load_dataset("fashion-mnist", data_dir=target, base_url="file:///nowhere") == first
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: content + b"\0"])
@@ -307,7 +309,7 @@ def test_download_of_a_wrong_sum_leaves_nothing(served: Path, tmp_path: Path, da
     bad.write_bytes(damage(bad.read_bytes()))
     target = tmp_path / "new"
     with pytest.raises(DataError, match="its MD5 is") as caught:
-        load("fashion-mnist", data_dir=target, base_url=served.as_uri())
+        load_dataset("fashion-mnist", data_dir=target, base_url=served.as_uri())
     for part in (served.as_uri(), bad.name, str(target), "--data-dir", "by hand"):
         assert part in str(caught.value)
     assert [path.name for path in target.iterdir()] == [f"{STEMS[0]}.gz"]  # the good one stays
@@ -325,7 +327,7 @@ def test_download_keeps_the_file_it_cannot_replace(served: Path, tmp_path: Path)
 def test_download_longer_than_the_limit(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_DOWNLOAD_BYTES", 10)
     with pytest.raises(DataError, match="longer than 10 bytes"):
-        load("fashion-mnist", data_dir=tmp_path / "new", base_url=served.as_uri())
+        load_dataset("fashion-mnist", data_dir=tmp_path / "new", base_url=served.as_uri())
     assert list((tmp_path / "new").iterdir()) == []
 
 
@@ -335,14 +337,14 @@ def test_interrupted_download_leaves_nothing(served: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        load("fashion-mnist", data_dir=tmp_path / "new", base_url=served.as_uri())
+        load_dataset("fashion-mnist", data_dir=tmp_path / "new", base_url=served.as_uri())
     assert list((tmp_path / "new").iterdir()) == []
 
 
 @pytest.mark.parametrize("url", ["file:///nowhere/at/all", "nonsense", "http://[broken", "http://white space/"])
 def test_unusable_address(tmp_path: Path, url: str) -> None:
     with pytest.raises(DataError, match="cannot download") as caught:
-        load("fashion-mnist", data_dir=tmp_path / "new", base_url=url)
+        load_dataset("fashion-mnist", data_dir=tmp_path / "new", base_url=url)
     assert url in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -353,7 +355,9 @@ def test_unreachable_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with socket.socket() as taken:  # bound but not listening: a connection is refused
         taken.bind(("127.0.0.1", 0))
         with pytest.raises(DataError, match=r"cannot download http://127\.0\.0\.1"):
-            load("fashion-mnist", data_dir=tmp_path / "new", base_url=f"http://127.0.0.1:{taken.getsockname()[1]}")
+            load_dataset(
+                "fashion-mnist", data_dir=tmp_path / "new", base_url=f"http://127.0.0.1:{taken.getsockname()[1]}"
+            )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -387,5 +391,5 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.mark.parametrize(("split", "reason"), [("train", "its MD5 is|IncompleteRead"), ("test", "404")])
 def test_failing_server(tmp_path: Path, server: str, split: str, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
-        load("fashion-mnist", split, data_dir=tmp_path, base_url=server)
+        load_dataset("fashion-mnist", split, data_dir=tmp_path, base_url=server)
     assert list(tmp_path.iterdir()) == []

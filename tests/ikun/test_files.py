@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from ikun.files import alone, locked
+from hessian_tools.io.files import alone, locked
 
 ROOT = Path(__file__).parents[2]
 HEX = "0123456789abcdef" * 2
 COUNTER = """
 import sys
 from pathlib import Path
-from ikun.files import locked
+from ikun.data.download import locked
 count = Path(sys.argv[1])
 for _ in range(60):
     with locked(count.with_name("lock"), wait=60):
@@ -93,7 +93,7 @@ def test_without_locks_everyone_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_half_written_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     """Those of its own outputs alone; and its lock holds nobody up."""
-    code = "import os, sys; from pathlib import Path; from ikun.files import alone\n"
+    code = "import os, sys; from pathlib import Path; from ikun.data.download import alone\n"
     code += "with alone(Path(sys.argv[1]), 'x'): os.kill(os.getpid(), 9)"
     command = [sys.executable, "-c", code, str(tmp_path / "new" / "a")]
     killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -15,11 +15,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ikun import image_folder
-from ikun.checkpoint import Checkpoint, CheckpointError, DataSpec, load_checkpoint, save_checkpoint
-from ikun.data import DataError, Dataset, encode, encoded, load
-from ikun.image_folder import FolderImages, decoded
-from ikun.images import taken
+from ikun.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from ikun.data import image_folder
+from ikun.data.datasets import Dataset, load_dataset
+from ikun.data.download import DataError
+from ikun.data.encoding import encode, encoded
+from ikun.data.image_folder import FolderImages, decoded
+from ikun.data.lazy import taken
+from ikun.data.spec import DataSpec
 from ikun.networks import Network, Spec
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -42,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def local(folder: Path, split: str = "train", size: int | None = 4, **options: int) -> Dataset:
-    return load("image-folder", split, data_dir=folder, image_size=size, **options)  # type: ignore[arg-type]
+    return load_dataset("image-folder", split, data_dir=folder, image_size=size, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -209,7 +212,7 @@ def test_other_files_are_passed_over(folder: Path) -> None:
 def test_folders_that_are_not_as_they_should_be(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     def refused(message: str, split: str = "train", where: Path | None = folder, size: int | None = 4) -> None:
         with pytest.raises(DataError, match=message) as caught:
-            load("image-folder", split, data_dir=where, image_size=size)
+            load_dataset("image-folder", split, data_dir=where, image_size=size)
         assert "\n" not in str(caught.value)
 
     refused("give it as --data-dir", where=None)
@@ -230,7 +233,7 @@ def test_folders_that_are_not_as_they_should_be(folder: Path, tmp_path_factory: 
     (folder / "test" / "ant" / "0.png").unlink()
     refused("no images .*ant", "test")
     with pytest.raises(DataError, match="--image-size 4: digits has a size of its own"):
-        load("digits", image_size=4)
+        load_dataset("digits", image_size=4)
 
 
 def test_a_corrupt_file_is_named_when_it_is_met(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""ikun.initializers: each rule against its formula, the fixed points against a measurement of their own."""
+"""ikun.initializers.catalog: each rule against its formula, the fixed points against a measurement of their own."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 from scipy import integrate, special
 from torch import Tensor
 
-from ikun.initializers import FILLS, NAMES, Initialized, initialize, released_beta
-from ikun.networks import LOSSES, Network, Spec
-from ikun.rules import potential_scale, require
-from ikun.statistics import batch_norm_by_batch, fans, observe
+from ikun.initializers.catalog import FILLS, INITIALIZERS, Initialized, initialize, released_beta
+from ikun.initializers.rules import potential_scale, require
+from ikun.layer_statistics import batch_norm_by_batch, fans, observe
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 from ikun.surrogates import Surrogate
 
 BETA = 1 / float(np.mean(1 / (1 + np.linspace(-1, 1, 1000) ** 2)))
@@ -78,7 +79,7 @@ def test_orthogonal_rows_or_columns(shape: tuple[int, ...]) -> None:
     np.testing.assert_allclose(small, np.eye(len(small)), atol=1e-12)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", INITIALIZERS)
 def test_a_seed_decides_every_weight(name: str) -> None:
     found = []
     for seed in (5, 5, 6):
@@ -107,7 +108,7 @@ def test_formulas_without_a_law_draw_every_layer_and_need_no_batch(name: str) ->
 
 
 @pytest.mark.parametrize("model", ["csnn", "resnet", "rsnn"])
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in (*FILLS, "tdbn")])
+@pytest.mark.parametrize("name", [n for n in INITIALIZERS if n not in (*FILLS, "tdbn")])
 def test_rules_that_measure_draw_every_layer_and_count_their_passes(name: str, model: str) -> None:
     if name == "gradient_stable" and model != "rsnn":
         pytest.skip("for recurrent layers alone")
@@ -270,7 +271,7 @@ def test_analytic_weights_are_the_closed_rule(norm: str) -> None:
         square = 0.5 * math.erfc(1 / (scale * math.sqrt(2)))  # P(h >= threshold)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", INITIALIZERS)
 def test_gain_multiplies_the_variance_of_every_weight_and_nothing_else(name: str) -> None:
     spec = Spec(model="rsnn", hidden=(20, 20), norm="bn", neuron="lif")
     plain, scaled = Network(spec), Network(spec)
@@ -307,7 +308,7 @@ def test_refusals_say_why(name: str, options: dict[str, Any], part: str) -> None
     assert "\n" not in str(caught.value)
 
 
-MEASURING = [(n, "empirical") for n in NAMES if n not in (*FILLS, "tdbn")] + [
+MEASURING = [(n, "empirical") for n in INITIALIZERS if n not in (*FILLS, "tdbn")] + [
     ("ikun", "analytic"),
     ("firing", "analytic"),
 ]

@@ -1,4 +1,4 @@
-"""ikun.membranes: other libraries' neurons against ikun's that stand for them, spike by spike."""
+"""ikun.initializers.foreign_neurons: other libraries' neurons against ikun's that stand for them, spike by spike."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ikun.membranes import SURROGATES, stand_in
+from ikun.initializers.foreign_neurons import SURROGATES, stand_in
 from ikun.neurons import Dynamics, Neuron
 from ikun.surrogates import Surrogate
 

@@ -1,4 +1,4 @@
-"""ikun.modules and initialize_module: other libraries' modules, by look-alikes of their classes and, where installed,
+"""module_graph and initialize_module: other libraries' modules, by look-alikes of their classes and, where installed,
 by the libraries themselves."""
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from ikun.initializers import NAMES, initialize, initialize_module
-from ikun.membranes import stand_in
-from ikun.modules import is_neuron, stages_of_module
+from ikun.initializers.catalog import INITIALIZERS, initialize, initialize_module
+from ikun.initializers.foreign_neurons import stand_in
+from ikun.initializers.module_graph import is_neuron, stages_of_module
+from ikun.initializers.probe import Probe, reset_states
+from ikun.layer_statistics import derivative_square
 from ikun.networks import Network, Spec
 from ikun.neurons import Dynamics, Neuron
-from ikun.stages import Probe, reset_states
-from ikun.statistics import derivative_square
 from ikun.surrogates import Surrogate
 
 STEPS = 4
@@ -162,7 +162,7 @@ def weights(module: nn.Module) -> list[Tensor]:
     return [m.weight.detach() for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "gradient_stable"])
+@pytest.mark.parametrize("name", [n for n in INITIALIZERS if n != "gradient_stable"])
 def test_a_look_alike_of_the_papers_network_gets_the_very_same_weights(name: str) -> None:
     ours, theirs = Network(Spec(channels=6, threshold=1.0)), MultiStep(6)
     found = initialize(ours, name, generator=generator(3), x=images(), alpha=0.5)
@@ -310,7 +310,7 @@ def test_the_state_a_module_comes_with_does_not_matter() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("gradient_stable", "tdbn")])
+@pytest.mark.parametrize("name", [n for n in INITIALIZERS if n not in ("gradient_stable", "tdbn")])
 def test_every_rule_serves_recurrence_and_a_readout(name: str) -> None:
     net, x = Recurrent(), torch.rand(200, 6, generator=generator())
     done = initialize_module(net, name, generator=generator(2), x=x)

@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ikun.networks import LOSSES, MaxPool, Network, Spec
+from ikun.layer_statistics import observe
+from ikun.layers import MaxPool
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 from ikun.neurons import Neuron
-from ikun.statistics import observe
 
 Array = npt.NDArray[np.float64]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ikun.neurons import KINDS, RESETS, Dynamics, Neuron, membrane, scan
+from ikun.neurons import NEURONS, RESETS, Dynamics, Neuron, membrane, scan
 from ikun.surrogates import Surrogate
 
 Array = npt.NDArray[np.float64]
@@ -49,7 +49,7 @@ def rates(kind: str, tau: float) -> tuple[float, float]:
 
 @pytest.mark.parametrize("v_reset", [0.0, -0.3, 0.2])
 @pytest.mark.parametrize("reset", RESETS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NEURONS)
 def test_neuron_is_the_loop(kind: str, reset: str, v_reset: float) -> None:
     d = replace(ATAN, reset=reset, v_reset=v_reset, threshold=0.7)
     neuron = Neuron(kind, d, tau=1.7).double()

@@ -1,4 +1,4 @@
-"""ikun.rules: each rule against its formula, and against a simulation that does not share its code."""
+"""ikun.initializers.rules: each rule against its formula, and against a simulation that does not share its code."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ikun.initializers import Initialized, initialize
-from ikun.networks import LOSSES, Network, Spec
-from ikun.rules import Solution, draw_delta_orthogonal, fluctuation_weights, kernel_moments
-from ikun.statistics import LayerStatistics, batch_norm_by_batch, observe
+from ikun.initializers.catalog import Initialized, initialize
+from ikun.initializers.rules import Solution, draw_delta_orthogonal, fluctuation_weights, kernel_moments
+from ikun.layer_statistics import LayerStatistics, batch_norm_by_batch, observe
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 
 Array = npt.NDArray[np.float64]
 

@@ -7,14 +7,16 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from ikun import spike_times
-from ikun.data import DataError, Dataset, encode, load
-from ikun.spike_times import CLASSES, NEURONS, STEPS
+from ikun.data import randman as spike_times
+from ikun.data.datasets import Dataset, load_dataset
+from ikun.data.download import DataError
+from ikun.data.encoding import encode
+from ikun.data.randman import CLASSES, NEURONS, STEPS
 
 
 @pytest.fixture(scope="module")
 def splits() -> tuple[Dataset, Dataset]:
-    return load("spike-times"), load("spike-times", "test")
+    return load_dataset("spike-times"), load_dataset("spike-times", "test")
 
 
 def test_shapes_and_hashes(splits: tuple[Dataset, Dataset]) -> None:
@@ -26,8 +28,8 @@ def test_shapes_and_hashes(splits: tuple[Dataset, Dataset]) -> None:
         assert found.labels[:50].bincount().tolist() == [5] * CLASSES  # any first part is mixed
     # Part of every published number: these must never change.
     assert [found.sha256[:16] for found in splits] == ["513cf1dd9168db67", "6469781fc5fc2775"]
-    small = load("spike-times", subset=7, seed=3)
-    assert torch.equal(small.images[:], load("spike-times", subset=9, seed=3).images[:7])
+    small = load_dataset("spike-times", subset=7, seed=3)
+    assert torch.equal(small.images[:], load_dataset("spike-times", subset=9, seed=3).images[:7])
 
 
 def test_every_neuron_fires_once_at_its_time(splits: tuple[Dataset, Dataset]) -> None:

@@ -1,4 +1,4 @@
-"""The fast scans of ikun.spikes and ikun.fused against the plain network: spikes to the bit, gradients, refusals."""
+"""The fast scans of spiking_layers and kernels.dispatch against the plain network: spikes to the bit, gradients."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ikun import fused, spikes
-from ikun.networks import LOSSES, MaxPool, Network, Spec
-from ikun.neurons import KINDS, RESETS, Dynamics, Neuron
+from ikun import spiking_layers as spikes
+from ikun.kernels import dispatch as fused
+from ikun.kernels.scan import Scan, scatter, torch_slopes
+from ikun.layers import MaxPool
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
+from ikun.neurons import NEURONS, RESETS, Dynamics, Neuron
 from ikun.surrogates import FAMILIES, Surrogate
 
 compiled = pytest.mark.skipif(fused.kernels() is None, reason="numba is missing")
@@ -49,7 +53,7 @@ def drives(neuron: Neuron, shape: tuple[int, ...], dtype: torch.dtype) -> Iterat
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("reset", RESETS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NEURONS)
 def test_spikes_are_the_plain_ones_to_the_bit(
     kind: str, reset: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,12 +128,12 @@ def test_kept_coefficients_are_the_tables(
     neuron = neuron_of("plif", reset, torch.float64, detach_reset=detach_reset)
     x = torch.randn(STEPS * 2, 3, 4, 5, dtype=torch.float64)
     with torch.no_grad():
-        y, layer = spikes.linearize(neuron, STEPS, False, MaxPool() if pooled else None, x)
+        y, layer = spikes.linearize_neurons(neuron, STEPS, False, MaxPool() if pooled else None, x)
         z, scan = layer.z, layer.scan
         assert z is not None
         g = torch.randn_like(y)
         gx, _ = layer.adjoint(g, None, True)
-    gs = fused.scatter(g.reshape(STEPS, -1), scan)
+    gs = scatter(g.reshape(STEPS, -1), scan)
     surrogate = neuron.dynamics.surrogate
     c, e, gh = by_hand(neuron, z, surrogate.first(z), surrogate.second(z), gs)
     assert layer.z is None
@@ -153,7 +157,7 @@ def trained(dtype: torch.dtype, **fields: object) -> tuple[Network, Tensor, Tens
     return net.to(dtype), x.to(dtype), torch.arange(8) % 4
 
 
-CONFIGURATIONS = list(itertools.product(KINDS, RESETS, (False, True), ("csnn", "mlp")))
+CONFIGURATIONS = list(itertools.product(NEURONS, RESETS, (False, True), ("csnn", "mlp")))
 
 
 @compiled
@@ -254,7 +258,7 @@ def test_slopes_and_their_derivatives_are_the_formulas(
         found = fused.slopes(d, z)
         torch.testing.assert_close(found[0].double(), first, **near)
         torch.testing.assert_close(found[1].double(), c, rtol=near["rtol"], atol=5 * near["rtol"])
-        scan = fused.Scan(*found, 0.0, 1.0, False, None, 1, e=torch.empty_like(z), surrogate=surrogate)
+        scan = Scan(*found, 0.0, 1.0, False, None, 1, e=torch.empty_like(z), surrogate=surrogate)
         fused.adjoint(scan, g, z)  # without memory: e = f'' gs
         assert scan.e is not None
         expected = surrogate.second(exact) * g
@@ -270,7 +274,7 @@ def test_every_surrogate_in_pieces_is_the_whole(family: str, monkeypatch: pytest
     for piece in (64, 10**6):
         monkeypatch.setattr(fused, "PIECE", piece)
         f1, c = torch.empty_like(z), torch.empty_like(z)
-        fused.torch_slopes(d, z, f1, c)
+        torch_slopes(d, z, f1, c)
         results.append((f1, c))
     torch.testing.assert_close(results[0], results[1], rtol=1e-14, atol=1e-16)
     torch.testing.assert_close(results[0][0], d.surrogate.first(z), rtol=1e-14, atol=1e-16)

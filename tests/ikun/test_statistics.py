@@ -1,4 +1,4 @@
-"""ikun.statistics against a forward and a backward pass written out in NumPy."""
+"""ikun.layer_statistics against a forward and a backward pass written out in NumPy."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ikun.networks import LOSSES, Network, Spec
-from ikun.statistics import LayerStatistics, batch_norm_by_batch, derivative_square, fans, observe
+from ikun.layer_statistics import LayerStatistics, batch_norm_by_batch, derivative_square, fans, observe
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 
 Array = npt.NDArray[np.float64]
 STEPS, TAU, THETA, RESET = 3, 1.6, 0.7, -0.1

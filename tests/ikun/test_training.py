@@ -1,4 +1,4 @@
-"""ikun.training: learning, determinism, kill and resume, schedules, optimizers, early stopping, failures, the log."""
+"""ikun.training.loop: learning, determinism, resume, schedules, optimizers, early stopping, failures, the log."""
 
 from __future__ import annotations
 
@@ -19,23 +19,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from ikun import training
-from ikun.checkpoint import Checkpoint, CheckpointError, DataSpec, load_checkpoint, read_plain
-from ikun.initializers import initialize
+from ikun.checkpoint import Checkpoint, CheckpointError, load_checkpoint, read_plain
+from ikun.data.encoding import encode
+from ikun.data.spec import DataSpec
+from ikun.initializers.catalog import initialize
+from ikun.layer_statistics import LayerStatistics
 from ikun.networks import Network, Spec
-from ikun.record import loss_path
-from ikun.statistics import LayerStatistics
-from ikun.training import (
-    Start,
-    TrainingSpec,
-    evaluate,
-    failures,
-    learning_rate,
-    run_paths,
-    snapshot_path,
-    start,
-    train,
-)
+from ikun.training import loop as training
+from ikun.training.health import failures
+from ikun.training.log import loss_path, run_paths, snapshot_path
+from ikun.training.loop import Initialization, evaluate, learning_rate, start, train
+from ikun.training.spec import TrainingSpec
 
 ROOT = Path(__file__).parents[2]
 NET = Spec(channels=3, timesteps=2)
@@ -204,7 +198,7 @@ from pathlib import Path
 import torch
 from ikun.checkpoint import DataSpec
 from ikun.networks import Spec
-from ikun.training import TrainingSpec, train
+from ikun.training.loop import TrainingSpec, train
 
 torch.set_num_threads(1)
 wait = lambda done, total, note: time.sleep(300 if done == 7 else 0)
@@ -429,7 +423,7 @@ def test_every_sample_once_an_epoch_in_a_new_order(monkeypatch: pytest.MonkeyPat
     data, spec = DATA.load(), dataclasses.replace(RUN, batch_size=20)
     net = start(MLP, data, spec)
     seen: list[Tensor] = []
-    original = training.encode
+    original = encode
 
     def watch(images: Tensor, *rest: Any) -> Tensor:
         seen.append(images)
@@ -517,7 +511,7 @@ def scaled(monkeypatch: pytest.MonkeyPatch, change: Callable[[Network], object])
     """Let training start from a network that `change` has spoilt."""
     original = training.initialized
 
-    def spoilt(*arguments: Any) -> Start:
+    def spoilt(*arguments: Any) -> Initialization:
         begun = original(*arguments)
         with torch.no_grad():
             change(begun.network)

@@ -20,16 +20,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessian_tools import second_order
+from hessian_tools.chain import second_order
 from hessian_tools.objective import make_objective
-from ikun import fused, spikes
-from ikun.fused import Scan
-from ikun.networks import LOSSES, MaxPool, Network, Spec
-from ikun.neurons import KINDS, RESETS, Dynamics, Neuron
+from ikun import spiking_layers as spikes
+from ikun.kernels import dispatch as fused
+from ikun.kernels.scan import Number, Scan, torch_adjoint, torch_adjoint_tangent, torch_tangent
+from ikun.layers import MaxPool
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
+from ikun.neurons import NEURONS, RESETS, Dynamics, Neuron
 from ikun.surrogates import Surrogate
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from ikun import triton_scans
+from ikun.kernels import triton_kernels as triton_scans
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TIGHT = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-12, "atol": 1e-12}}
@@ -40,7 +43,7 @@ def neuron_of(kind: str, reset: str, dtype: torch.dtype = torch.float64, v_reset
     return Neuron(kind, dynamics, tau=1.7).to(DEVICE, dtype)
 
 
-def rates_of(neuron: Neuron) -> tuple[fused.Number, ...]:
+def rates_of(neuron: Neuron) -> tuple[Number, ...]:
     """As on a device: a learned decay stays a tensor."""
     decay, gain = (r.detach() if isinstance(r, Tensor) else r for r in neuron.rates())
     d = neuron.dynamics
@@ -67,7 +70,7 @@ def several_blocks(patch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------- value
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("reset", RESETS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NEURONS)
 def test_spikes_are_the_plain_ones_to_the_bit(
     kind: str, reset: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,20 +162,18 @@ def test_linear_scans_are_the_plain_ones(
     scan.c *= 0.5  # over 30 steps nothing overflows
     g, dx = torch.randn_like(scan.f1), torch.randn_like(scan.f1)[: 1 if static else len(scan.f1)]
     g = g if scan.index is None else g[:, : scan.index.shape[1]]  # not contiguous
-    dgain: fused.Number = torch.tensor(0.3, dtype=dtype, device=DEVICE) if learned else 0.3
+    dgain: Number = torch.tensor(0.3, dtype=dtype, device=DEVICE) if learned else 0.3
     twin = copy.deepcopy(scan)
     z = torch.randn_like(scan.f1)
     for keep in (None, z):
-        (gx, total), (expected, sum_) = triton_scans.adjoint(scan, g, keep), fused.torch_adjoint(twin, g, keep)
+        (gx, total), (expected, sum_) = triton_scans.adjoint(scan, g, keep), torch_adjoint(twin, g, keep)
         torch.testing.assert_close(gx, expected, **TIGHT[dtype])
         assert float(total) == pytest.approx(float(sum_), rel=TIGHT[dtype]["rtol"], abs=1e-3 * (dtype is torch.float32))
     for a, b in ((scan.e, twin.e), (scan.gh, twin.gh)):
         assert a is None or torch.testing.assert_close(a, b, **TIGHT[dtype]) is None
-    torch.testing.assert_close(
-        triton_scans.tangent(scan, dx, dgain), fused.torch_tangent(scan, dx, dgain), **TIGHT[dtype]
-    )
+    torch.testing.assert_close(triton_scans.tangent(scan, dx, dgain), torch_tangent(scan, dx, dgain), **TIGHT[dtype])
     (gx, total), (expected, sum_) = (
-        function(scan, g, dx, dgain) for function in (triton_scans.adjoint_tangent, fused.torch_adjoint_tangent)
+        function(scan, g, dx, dgain) for function in (triton_scans.adjoint_tangent, torch_adjoint_tangent)
     )
     torch.testing.assert_close(gx, expected, **TIGHT[dtype])
     assert float(total) == pytest.approx(float(sum_), rel=TIGHT[dtype]["rtol"], abs=1e-3 * (dtype is torch.float32))
@@ -231,7 +232,7 @@ def on_the_way(patch: pytest.MonkeyPatch) -> set[str]:
         used.add(name)
         return getattr(triton_scans, name)(*arguments)
 
-    def number(t: Tensor | float) -> fused.Number:
+    def number(t: Tensor | float) -> Number:
         return t.detach() if isinstance(t, Tensor) else float(t)
 
     scans = {name: partial(noted, name) for name in ("value", "tangent", "adjoint", "adjoint_tangent")}
@@ -293,7 +294,7 @@ def test_failing_triton_warns_once_and_falls_back(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(triton_scans, "tangent", fail)
     with pytest.warns(UserWarning, match=r"Triton failed \(no C compiler\): spikes run in plain torch on CUDA, slower"):
         found = fused.tangent(scan, scan.f1)
-    assert torch.equal(found, fused.torch_tangent(scan, scan.f1, 0.0))
+    assert torch.equal(found, torch_tangent(scan, scan.f1, 0.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fused.tangent(scan, scan.f1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ikun_hessian.conditions import condition, conditions, study_defaults
+from ikun_hessian.experiments.selection import parse_condition, parse_conditions, study_defaults
 
 
 def write(folder: Path, **changes: object) -> Path:
@@ -18,10 +18,10 @@ def write(folder: Path, **changes: object) -> Path:
 
 
 def test_words_of_train() -> None:
-    assert [condition(word) for word in ("data", "batch-size", "init", "weight_decay")] == [
+    assert [parse_condition(word) for word in ("data", "batch-size", "init", "weight_decay")] == [
         "name", "batch_size", "init", "weight_decay",
     ]  # fmt: skip
-    assert conditions(["data=digits", "batch-size=64", "name=a-b", "coding"]) == [
+    assert parse_conditions(["data=digits", "batch-size=64", "name=a-b", "coding"]) == [
         "name=digits", "batch_size=64", "name=a-b", "coding",
     ]  # fmt: skip
 

@@ -13,14 +13,15 @@ import torch
 from command_tools import Capture, fails
 
 import cli
-from hessian_tools.calibration import SCHEMA as CALIBRATION
-from hessian_tools.calibration import Calibration, CalibrationResult, CalibrationSettings
-from hessian_tools.flatness import SCHEMA, FlatnessResult
-from hessian_tools.results import load, save
-from ikun_hessian.calibrate import calibration_of
-from ikun_hessian.flatness import own_calibration
-from ikun_hessian.opening import Job, open_job
-from ikun_hessian.screen import Bar
+from hessian_tools.analysis.calibration import CalibrationSettings
+from hessian_tools.io.json import load_result, save_result
+from hessian_tools.results.calibration import CALIBRATION_SCHEMA as CALIBRATION
+from hessian_tools.results.calibration import Calibration, CalibrationResult
+from hessian_tools.results.flatness import FLATNESS_SCHEMA, FlatnessResult
+from ikun_hessian.jobs.calibration import calibration_of, own_calibration
+from ikun_hessian.jobs.job import Job
+from ikun_hessian.jobs.open import open_job
+from ikun_hessian.jobs.progress_bar import Bar
 
 QUICK = ["--samples", "6", "--draws", "4", "--batch-size", "6"]
 
@@ -56,7 +57,7 @@ def measured(both: tuple[Path, list[str]]) -> Path:
 
 def test_flatness_leaves_its_result(measured: Path) -> None:
     assert sorted(path.name for path in measured.iterdir()) == ["a.flatness.json", "b.flatness.json"]
-    result = load(measured / "a.flatness.json", FlatnessResult, SCHEMA)
+    result = load_result(measured / "a.flatness.json", FlatnessResult, FLATNESS_SCHEMA)
     assert list(result.main)[:4] == ["ggn lambda_max", "ggn trace", "hessian lambda_max", "hessian trace"]
     assert result.data["samples"] == 6
     assert result.settings["draws"] == 4
@@ -133,9 +134,9 @@ def test_calibrate_and_the_verdict(trained: Path, tmp_path: Path, capsys: Captur
     ends = ["calibration.json", "calibration.pdf", "calibration.png", "flatness.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"a.{end}" for end in ends]
     assert not [line for line in screen if len(line) > 80 and not line.startswith(("files", "checkpoint"))]
-    result = load(tmp_path / "a.flatness.json", FlatnessResult, SCHEMA)
+    result = load_result(tmp_path / "a.flatness.json", FlatnessResult, FLATNESS_SCHEMA)
     assert list(result.main)[:2] == ["smoothed 0.2 lambda_max", "smoothed 0.2 trace"]
-    found = load(tmp_path / "a.calibration.json", CalibrationResult, CALIBRATION)
+    found = load_result(tmp_path / "a.calibration.json", CalibrationResult, CALIBRATION)
     (scale,) = found.calibration.scales
     assert scale.scale == 0.2
     for name, a in scale.agreement.items():
@@ -166,8 +167,8 @@ def test_only_its_own_calibration_judges_a_checkpoint(
         )  # fmt: skip
 
     here = job("a.pt")
-    monkeypatch.setattr("hessian_tools.calibration.calibrate", lambda *_, **__: Calibration((), {}, {}, ()))
-    save(calibration_of(here, CalibrationSettings()), tmp_path / "a.calibration.json")
+    monkeypatch.setattr("hessian_tools.analysis.calibration.calibrate", lambda *_, **__: Calibration((), {}, {}, ()))
+    save_result(calibration_of(here, CalibrationSettings()), tmp_path / "a.calibration.json")
     stem = tmp_path / "a.calibration"
     assert own_calibration(stem, here) is not None
     assert own_calibration(stem, job("b.pt")) is None
@@ -184,7 +185,7 @@ def test_a_network_that_never_spikes(
     def refuse(*_: Any, **__: Any) -> None:
         raise ValueError("noise of scale 0.1 does not move the outputs")
 
-    monkeypatch.setattr("hessian_tools.calibration.calibrate", refuse)  # as it does, after a while
+    monkeypatch.setattr("hessian_tools.analysis.calibration.calibrate", refuse)  # as it does, after a while
     dead = changed(trained / "a.pt", tmp_path / "dead.pt", "norm2.bias", -1e3)
     part = ["flatness", str(dead), *QUICK, "--surrogate", "triangle:1"]
     assert cli.run([*part, "--operator", "smoothed", "--calibrate", "--noise", "0.1"]) == 0

@@ -9,7 +9,8 @@ import pytest
 from command_tools import Capture
 
 import cli
-from ikun.checkpoint import Checkpoint, DataSpec, save_checkpoint
+from ikun.checkpoint import Checkpoint, save_checkpoint
+from ikun.data.spec import DataSpec
 from ikun.networks import Network, Spec
 
 NETWORKS = {
@@ -50,7 +51,7 @@ def test_every_layer_of_every_network_is_told(model: str, tmp_path: Path, capsys
 def test_sequences_too_long_for_the_memory(
     coding: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ikun_hessian.options.half_of_the_memory", lambda device: 1.0)
+    monkeypatch.setattr("ikun_hessian.jobs.device.half_of_the_memory", lambda device: 1.0)
     for steps, fits in ((20, True), (10_000, False)):
         spec = Spec(channels=2, timesteps=steps, coding=coding, norm="none")
         path = tmp_path / f"{steps}.pt"

@@ -27,11 +27,13 @@ import pytest
 import torch
 
 import cli
-from hessian_tools import phases
-from ikun import files
+from hessian_tools import resume as phases
+from hessian_tools.io.files import alone, locked
 from ikun.checkpoint import load_checkpoint, read_plain, save_checkpoint
-from ikun_hessian import earlier, runner
-from ikun_hessian.interruption import end_by_signals
+from ikun.data import download as files
+from ikun_hessian.cli.signals import end_by_signals
+from ikun_hessian.experiments import runner
+from ikun_hessian.jobs import existing_results as earlier
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--model", "mlp", "--hidden", "6", "--norm", "none", "--subset", "40", "--batch-size", "20", "--lr", "0.02"]
@@ -67,7 +69,7 @@ COMMANDS = {
 }
 MOST = 5  # writes of the longest attempt that is killed: more than a last one does
 # Imported once for all attempts
-HEAVY = ["fontTools.ttLib", "numba", "sklearn.datasets", "torch._dynamo", "ikun.training"]
+HEAVY = ["fontTools.ttLib", "numba", "sklearn.datasets", "torch._dynamo", "ikun.training.loop"]
 HEAVY += [f"hessian_tools.{name}" for name in ("figures", "flatness", "landscape", "spectrum", "study_figures")]
 # What each attempt ends by and at which of its writes; the last one goes through
 SIGNALS = [("SIGTERM", 2), ("SIGHUP", 3), ("SIGINT", 2), ("full", 1), ("full", 3), ("", 0)]
@@ -160,15 +162,15 @@ def test_ended_by_signals_and_resumed(ended: tuple[str, Path]) -> None:
 def busy(name: str, folder: Path) -> Iterator[None]:
     """What the command writes is being written by another process; a lock of this one does as well."""
     if name == "train":
-        from ikun.training import at_work
+        from ikun.training.loop import training_lock
 
-        with at_work(folder / "x.pt"):
+        with training_lock(folder / "x.pt"):
             yield
     elif name == "study":
-        with files.alone(folder / "s/study", "x"):
+        with alone(folder / "s/study", "x"):
             yield
     else:
-        with earlier.at_work(folder / f"a.{name}"):
+        with earlier.analysis_lock(folder / f"a.{name}"):
             yield
 
 
@@ -213,7 +215,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("begun")
 
-    for work in ("ikun.training.train", "ikun_hessian.runner.run"):
+    for work in ("ikun.training.loop.train", "ikun_hessian.experiments.runner.run_unit"):
         monkeypatch.setattr(work, never)
     for kind in ("spectrum", "flatness", "landscape"):
         monkeypatch.setattr(f"hessian_tools.{kind}.{kind}", never)
@@ -261,7 +263,7 @@ def test_a_study_that_is_terminated_ends_its_workers(data: Path, tmp_path: Path)
         _, said = one.communicate(timeout=60)
     assert one.returncode == 143, said
     assert said.decode().splitlines()[-1] == "interrupted: the same command goes on"
-    with files.locked(tmp_path / "s" / runner.WORKING, wait=10):
+    with locked(tmp_path / "s" / runner.WORKING, wait=10):
         content(tmp_path)
 
 

@@ -11,9 +11,9 @@ import torch
 from command_tools import Capture, fails
 
 import cli
-from hessian_tools.landscape import SCHEMA, LandscapeResult
-from hessian_tools.results import load
-from ikun_hessian.screen import Bar
+from hessian_tools.io.json import load_result
+from hessian_tools.results.landscape import LANDSCAPE_SCHEMA, LandscapeResult
+from ikun_hessian.jobs.progress_bar import Bar
 
 QUICK = ["--samples", "40", "--points", "5", "--plane-points", "3"]
 
@@ -34,7 +34,7 @@ def drawn(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_landscape_leaves_its_result_and_figure(drawn: Path) -> None:
     assert sorted(path.name for path in drawn.iterdir()) == [f"a.landscape.{end}" for end in ("json", "pdf", "png")]
     assert (drawn / "a.landscape.png").read_bytes()[:4] == b"\x89PNG"
-    result = load(drawn / "a.landscape.json", LandscapeResult, SCHEMA)
+    result = load_result(drawn / "a.landscape.json", LandscapeResult, LANDSCAPE_SCHEMA)
     assert [line.name for line in result.lines] == ["top1", "top2", "negative", "gradient", "random1", "random2"]
     assert [plane.directions for plane in result.planes] == [("random1", "random2"), ("top1", "negative")]
     assert result.data["samples"] == 40
@@ -65,11 +65,11 @@ def test_screen_and_json(trained: Path, tmp_path: Path, capsys: Capture) -> None
 def test_planes_asked_for(trained: Path, tmp_path: Path) -> None:
     part = ["landscape", str(trained / "a.pt"), *QUICK, "--out", str(tmp_path), "--directions", "gradient"]
     assert cli.run([*part, "--plane", "top1, gradient", "--plane", "random3,top2"]) == 0
-    result = load(tmp_path / "a.landscape.json", LandscapeResult, SCHEMA)
+    result = load_result(tmp_path / "a.landscape.json", LandscapeResult, LANDSCAPE_SCHEMA)
     assert [plane.directions for plane in result.planes] == [("top1", "gradient"), ("random3", "top2")]
     assert [line.name for line in result.lines] == ["gradient", "top1", "random3", "top2"]
     assert cli.run([*part, "--no-planes", "--force"]) == 0
-    assert load(tmp_path / "a.landscape.json", LandscapeResult, SCHEMA).planes == ()
+    assert load_result(tmp_path / "a.landscape.json", LandscapeResult, LANDSCAPE_SCHEMA).planes == ()
 
 
 def test_other_settings_do_not_overwrite(trained: Path, drawn: Path, capsys: Capture) -> None:
@@ -127,7 +127,7 @@ def test_a_surrogate_without_a_relaxed_network(trained: Path, tmp_path: Path, ca
     assert cli.run([*part, "--directions", "random1,gradient"]) == 0
     screen = " ".join(capsys.readouterr().out.split())
     assert "! No relaxed network: surrogate fast_sigmoid:25 has area 0.08, not 1" in screen
-    result = load(tmp_path / "a.landscape.json", LandscapeResult, SCHEMA)
+    result = load_result(tmp_path / "a.landscape.json", LandscapeResult, LANDSCAPE_SCHEMA)
     assert {line.relaxed_loss for line in result.lines} == {()}
 
 

@@ -30,19 +30,19 @@ def test_help_is_light_and_interruption_is_130(monkeypatch: pytest.MonkeyPatch, 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hessian_tools.spectrum.spectrum", interrupted)
+    monkeypatch.setattr("hessian_tools.analysis.spectrum.spectrum", interrupted)
     assert cli.run(["spectrum", str(trained / "a.pt"), "--tag", "x"]) == 130
 
 
 def test_computation_failures_are_exit_code_1(monkeypatch: pytest.MonkeyPatch, trained: Path, capsys: Capture) -> None:
-    from hessian_tools.spectrum import AnalysisError
+    from hessian_tools.analysis.context import AnalysisError
 
     for error, message in ((AnalysisError("not symmetric"), "not symmetric"), (MemoryError(), "lower --batch-size")):
 
         def fail(*_: object, error: BaseException = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr("hessian_tools.spectrum.spectrum", fail)
+        monkeypatch.setattr("hessian_tools.analysis.spectrum.spectrum", fail)
         fails(capsys, 1, message, "spectrum", str(trained / "a.pt"), "--tag", "x")
 
 

@@ -12,15 +12,17 @@ from command_tools import FAST, SHIPPED, Capture, fails
 from PIL import Image
 
 import cli
-from hessian_tools.objective import Objective, make_objective
-from hessian_tools.operators import hessian
-from hessian_tools.segments import bytes_per_sample
-from hessian_tools.streamed import Streamed
-from ikun import image_folder
-from ikun.checkpoint import DataSpec
-from ikun.networks import LOSSES, Network, Spec
-from ikun.training import TrainingSpec, train
-from ikun_hessian.opening import _cut, measured_on, open_job
+from hessian_tools.chain.segments import bytes_per_sample
+from hessian_tools.objective import Objective, Streamed, make_objective
+from hessian_tools.operators.curvature import hessian
+from ikun.data import image_folder
+from ikun.data.spec import DataSpec
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
+from ikun.training.loop import train
+from ikun.training.spec import TrainingSpec
+from ikun_hessian.jobs.job import measured_on
+from ikun_hessian.jobs.open import _cut, open_job
 
 
 def damaged(folder: Path) -> dict[str, Path]:
@@ -67,7 +69,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, capsys: Capture, monkey
 @pytest.mark.parametrize("init", ["ikun", "kaiming", "xavier"])
 def test_shipped_checkpoints_are_what_their_readme_says(init: str) -> None:
     from ikun.checkpoint import load_checkpoint
-    from ikun.training import evaluate
+    from ikun.training.loop import evaluate
 
     path = SHIPPED / f"digits-csnn-{init}.pt"
     assert path.stat().st_size < 1_000_000

@@ -18,17 +18,19 @@ from command_tools import SHIPPED, Capture, fails
 from torch import Tensor, nn
 
 import cli
-from hessian_tools.adapters import adapt
-from hessian_tools.adapters.adapting import LIBRARIES
-from hessian_tools.adapters.in_time import OUTPUTS, READOUTS
+from hessian_tools.analysis.settings import SpectrumSettings
+from hessian_tools.analysis.spectrum import spectrum
 from hessian_tools.objective import make_objective
-from hessian_tools.operators import dense, hessian
-from hessian_tools.results import SpectrumResult, load_spectrum
-from hessian_tools.settings import Settings
-from hessian_tools.spectrum import spectrum
-from ikun.networks import LOSSES, Network, Spec
-from ikun_hessian import options
-from ikun_hessian.opening import open_job
+from hessian_tools.operators.base import dense
+from hessian_tools.operators.curvature import hessian
+from hessian_tools.results.spectrum import SpectrumResult, load_spectrum
+from ikun.adapters import adapt
+from ikun.adapters.adapt_network import LIBRARIES
+from ikun.adapters.time_loop import OUTPUTS, READOUTS
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
+from ikun_hessian.cli import options
+from ikun_hessian.jobs.open import open_job
 
 QUICK = ["--top", "2", "--smallest", "1", "--no-density", "--dtype", "float64", "--tol", "1e-7", "--batch-size", "16"]
 IMAGES = """
@@ -180,7 +182,7 @@ def test_the_papers_network_has_the_spectrum_of_ours(capsys: Capture) -> None:
 
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in result.settings.items()}
     steeper = {"slope x 1/2": objective("atan:1"), "slope x 2": objective("atan:4")}
-    expected = spectrum(objective("atan:2"), Settings(**settings), variants=steeper)
+    expected = spectrum(objective("atan:2"), SpectrumSettings(**settings), variants=steeper)
     assert result.loss == pytest.approx(expected.loss, rel=1e-12)
     assert result.accuracy == expected.accuracy
     for kind in ("hessian", "ggn"):

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from ikun.initializers import NAMES
-from ikun_hessian import plan, preset
-from ikun_hessian.preset import PresetError
+from ikun.initializers.catalog import INITIALIZERS
+from ikun_hessian.experiments import plan, preset
+from ikun_hessian.experiments.preset import PresetError
 
 TINY = """
 title = "T"
@@ -48,7 +48,7 @@ def written(folder: Path, text: str = TINY) -> Path:
 
 
 def test_the_grid_its_names_and_what_holds_when(tmp_path: Path) -> None:
-    found = preset.runs(preset.read(written(tmp_path)))
+    found = preset.run_grid(preset.read_preset(written(tmp_path)))
     assert list(found) == [
         f"{init}-{optimizer}-s{seed}"
         for seed in (0, 1)
@@ -60,7 +60,7 @@ def test_the_grid_its_names_and_what_holds_when(tmp_path: Path) -> None:
 
 
 def test_the_quick_form_is_merged_key_by_key(tmp_path: Path) -> None:
-    full, quick = (preset.read(written(tmp_path), quick=q) for q in (False, True))
+    full, quick = (preset.read_preset(written(tmp_path), quick=q) for q in (False, True))
     assert [str(a) for a in full.analyses] == [
         "spectrum final",
         "spectrum loss",
@@ -68,9 +68,9 @@ def test_the_quick_form_is_merged_key_by_key(tmp_path: Path) -> None:
         "flatness final",
     ]
     assert [str(a) for a in quick.analyses] == ["spectrum final", "spectrum loss", "spectrum final published"]
-    assert list(preset.runs(quick)) == ["ikun-adam-s0", "ikun-sgd-s0"]
-    assert preset.runs(quick)["ikun-sgd-s0"]["lr"] == 1.0
-    assert list(preset.runs(preset.read(written(tmp_path), quick=True, seeds=3)))[-1] == "ikun-sgd-s2"
+    assert list(preset.run_grid(quick)) == ["ikun-adam-s0", "ikun-sgd-s0"]
+    assert preset.run_grid(quick)["ikun-sgd-s0"]["lr"] == 1.0
+    assert list(preset.run_grid(preset.read_preset(written(tmp_path), quick=True, seeds=3)))[-1] == "ikun-sgd-s2"
 
 
 def test_several_grids_take_what_they_lack_from_train(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_several_grids_take_what_they_lack_from_train(tmp_path: Path) -> None:
         init = ["ikun"]
         weight-decay = [1e-4, 0.25]
         """
-    found = preset.runs(preset.read(written(tmp_path, text)))
+    found = preset.run_grid(preset.read_preset(written(tmp_path, text)))
     assert list(found) == [
         "ikun-s0",
         "ikun-schedulenone-s0",
@@ -101,7 +101,7 @@ def test_several_grids_take_what_they_lack_from_train(tmp_path: Path) -> None:
     assert found["ikun-weight-decay0p25-s0"]["schedule"] == "cosine"
     assert found["lecun-s0"]["weight-decay"] == 0.0
     with pytest.raises(PresetError, match=r"'weight-decay' is not in every \[\[vary\]\]"):
-        preset.read(written(tmp_path, text.replace("weight-decay = 0.0", "")))
+        preset.read_preset(written(tmp_path, text.replace("weight-decay = 0.0", "")))
 
 
 @pytest.mark.parametrize(
@@ -116,19 +116,19 @@ def test_several_grids_take_what_they_lack_from_train(tmp_path: Path) -> None:
 )
 def test_changes_from_the_command_line(tmp_path: Path, change: str, key: str, value: Any) -> None:
     """Of all runs, those of a [when] too."""
-    found = preset.runs(preset.read(written(tmp_path), changes=[change]))
+    found = preset.run_grid(preset.read_preset(written(tmp_path), changes=[change]))
     assert [options[key] for options in found.values()] == [value] * len(found)
 
 
 def test_an_analysis_is_left_out(tmp_path: Path) -> None:
     for name in ("spectrum", "flatness"):
-        found = preset.read(written(tmp_path), changes=[f"{name}=false"])
+        found = preset.read_preset(written(tmp_path), changes=[f"{name}=false"])
         assert {analysis.command for analysis in found.analyses} == {"spectrum", "flatness"} - {name}
 
 
 def test_changes_of_lists_and_of_analyses(tmp_path: Path) -> None:
     changes = ["init=lecun, ikun", "spectrum.top=7", "spectrum.published.samples=2", "spectrum.at=final", "seeds=3"]
-    found = preset.read(written(tmp_path), changes=[*changes, "accuracy=0.5"])
+    found = preset.read_preset(written(tmp_path), changes=[*changes, "accuracy=0.5"])
     assert (found.seeds, found.accuracy) == (3, 0.5)
     assert found.grids[0]["init"] == ["lecun", "ikun"]
     assert {str(a): a.options for a in found.analyses} == {
@@ -173,7 +173,7 @@ def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) ->
     assert old in TINY
     path = written(tmp_path, TINY.replace(old, new, 1))
     with pytest.raises(PresetError) as error:
-        preset.read(path, quick="quick.spectrum" in new)
+        preset.read_preset(path, quick="quick.spectrum" in new)
     assert message in str(error.value)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
@@ -193,7 +193,7 @@ def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) ->
 )
 def test_changes_that_cannot_be_made(tmp_path: Path, change: str, message: str) -> None:
     with pytest.raises(PresetError, match=message.replace("[", r"\[")):
-        preset.read(written(tmp_path), changes=[change])
+        preset.read_preset(written(tmp_path), changes=[change])
 
 
 @pytest.mark.parametrize(
@@ -215,30 +215,30 @@ def test_changes_that_cannot_be_made(tmp_path: Path, change: str, message: str) 
 )
 def test_options_that_the_commands_do_not_have(table: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(PresetError) as error:
-        plan.parsed("my.toml", table, options)
+        plan.parse_options("my.toml", table, options)
     assert str(error.value).startswith("my.toml: ")
     assert message in str(error.value)
 
 
 def test_options_are_those_of_the_command_line() -> None:
     given = {"save-at-loss": [0.1, 0.02], "hidden": [8, 4], "detach-reset": True, "lr": 1e-5}
-    found = plan.parsed("x", "train", given, seed=3)
+    found = plan.parse_options("x", "train", given, seed=3)
     assert (found["save_at_loss"], found["hidden"], found["detach_reset"]) == ((0.1, 0.02), "8,4", True)
     assert (found["lr"], found["seed"], found["epochs"]) == (1e-5, 3, 20)
-    assert plan.parsed("x", "spectrum", {"density": False})["density"] is False
+    assert plan.parse_options("x", "spectrum", {"density": False})["density"] is False
 
 
 def test_a_grid_too_large_is_refused_with_its_size(tmp_path: Path) -> None:
-    found = preset.read(written(tmp_path), seeds=251)
+    found = preset.read_preset(written(tmp_path), seeds=251)
     with pytest.raises(PresetError, match="1004 runs"):
-        preset.runs(found)
-    assert len(preset.runs(found, force=True)) == 1004
+        preset.run_grid(found)
+    assert len(preset.run_grid(found, force=True)) == 1004
 
 
 def test_two_runs_of_one_name_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path, TINY.replace('["adam", "sgd"]', '["adam", "sgd"]\nsurrogate = ["atan:2", "atan2"]'))
     with pytest.raises(PresetError, match="two runs would be called kaiming-adam-atan2-s0"):
-        preset.runs(preset.read(path))
+        preset.run_grid(preset.read_preset(path))
 
 
 def test_unknown_presets() -> None:
@@ -247,17 +247,17 @@ def test_unknown_presets() -> None:
     with pytest.raises(PresetError, match="no preset 'papr': did you mean 'paper'"):
         preset.find("papr")
     with pytest.raises(PresetError, match="cannot be read"):
-        preset.read(preset.find("nowhere.toml"))
+        preset.read_preset(preset.find("nowhere.toml"))
 
 
 @pytest.mark.parametrize("name", preset.names())
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_presets_that_come_with_it(name: str, quick: bool) -> None:
     """Every option is one of the commands', and a quick form is small and has seeds enough."""
-    found = preset.read(preset.find(name), quick=quick)
-    options = preset.runs(found)
+    found = preset.read_preset(preset.find(name), quick=quick)
+    options = preset.run_grid(found)
     for run in {str({k: v for k, v in o.items() if k != "seed"}): o for o in options.values()}.values():
-        plan.parsed(name, "train", {k: v for k, v in run.items() if k != "seed"})
+        plan.parse_options(name, "train", {k: v for k, v in run.items() if k != "seed"})
     for analysis in found.analyses:
         plan._step(name, analysis, 1.0)
     assert found.seeds >= 5
@@ -267,6 +267,9 @@ def test_the_presets_that_come_with_it(name: str, quick: bool) -> None:
 
 
 def test_no_initializer_is_forgotten() -> None:
-    grids = preset.read(preset.find("initializers")).grids
-    assert set(grids[0]["init"]) == set(NAMES) - {"gradient_stable", "tdbn"}  # tdbn: kaiming where the threshold is 1
-    assert any("gradient_stable" in grid["init"] for grid in preset.read(preset.find("depth")).grids)
+    grids = preset.read_preset(preset.find("initializers")).grids
+    assert set(grids[0]["init"]) == set(INITIALIZERS) - {
+        "gradient_stable",
+        "tdbn",
+    }  # tdbn: kaiming where the threshold is 1
+    assert any("gradient_stable" in grid["init"] for grid in preset.read_preset(preset.find("depth")).grids)

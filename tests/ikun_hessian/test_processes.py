@@ -12,7 +12,7 @@ import pytest
 from command_tools import KILL, ROOT
 
 import cli
-from hessian_tools.results import load_spectrum
+from hessian_tools.results.spectrum import load_spectrum
 
 
 def test_a_process_that_is_killed_ends_the_other_with_a_line(trained: Path, tmp_path: Path) -> None:

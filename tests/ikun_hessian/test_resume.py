@@ -13,7 +13,7 @@ import pytest
 from command_tools import FAST, KILL, ROOT, Capture, equal, fails
 
 import cli
-from ikun_hessian.screen import Bar
+from ikun_hessian.jobs.progress_bar import Bar
 
 PHASES = ["symmetry", "eigenvalues", "density", "trace", "error from the data", "scale-free"]
 

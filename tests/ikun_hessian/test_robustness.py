@@ -7,18 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from hessian_tools.settings import stream
+from hessian_tools.seeding import stream
 from ikun.checkpoint import load_checkpoint
-from ikun.corruptions import corrupted
-from ikun.training import evaluate
-from ikun_hessian.robustness import analyse, settings_of
+from ikun.data.corruptions import corrupted
+from ikun.training.loop import evaluate
+from ikun_hessian.jobs.open import open_job
+from ikun_hessian.jobs.robustness import analyse_robustness, robustness_settings
+
+WHERE = {"memory": 1.0, "data_dir": None, "device": "cpu"}
 
 
 def test_accuracies_are_those_of_the_network(trained: Path) -> None:
     path = trained / "a.pt"
     options = {"corruptions": ["gaussian_noise", "occlusion"], "severities": [1, 5], "noise": [0.5, 5.0], "draws": 8}
-    settings, opening = settings_of(options)
-    found = analyse(path, settings, opening, memory=1.0, data_dir=None, device="cpu")
+    settings, opening = robustness_settings(options)
+    found = analyse_robustness(open_job(path, **opening, **WHERE), settings, None)
     checkpoint = load_checkpoint(path)
     network, data = checkpoint.build(), checkpoint.data.load("test")
     assert found.accuracy == checkpoint.history[-1]["test_accuracy"]
@@ -29,16 +32,16 @@ def test_accuracies_are_those_of_the_network(trained: Path) -> None:
             _, accuracy = evaluate(network, dataclasses.replace(data, images=images), checkpoint.loss)
             assert found.disturbed[kind][str(severity)].value == accuracy
     assert set(found.disturbed["weight_noise"]) == {"0.5", "5"}
-    few, opening = settings_of({**options, "samples": 50})
-    assert analyse(path, few, opening, memory=1.0, data_dir=None, device="cpu").data["samples"] == 50
+    few, opening = robustness_settings({**options, "samples": 50})
+    assert analyse_robustness(open_job(path, **opening, **WHERE), few, None).data["samples"] == 50
 
 
 def test_nothing_but_weight_noise_can_be_asked_for(trained: Path) -> None:
-    settings, opening = settings_of({"corruptions": [], "noise": [0.2], "draws": 4})
-    found = analyse(trained / "a.pt", settings, opening, memory=1.0, data_dir=None, device="cpu")
+    settings, opening = robustness_settings({"corruptions": [], "noise": [0.2], "draws": 4})
+    found = analyse_robustness(open_job(trained / "a.pt", **opening, **WHERE), settings, None)
     assert set(found.disturbed) == {"weight_noise"}
 
 
 def test_severities_that_there_are_not() -> None:
     with pytest.raises(ValueError, match="severities must be whole numbers from 1 to 5"):
-        settings_of({"severities": [0]})
+        robustness_settings({"severities": [0]})

@@ -11,7 +11,7 @@ import pytest
 from command_tools import FAST, Capture, fails
 
 import cli
-from hessian_tools.results import load_spectrum
+from hessian_tools.results.spectrum import load_spectrum
 
 
 def test_spectrum_leaves_results_and_figures(analysed: Path, capsys: Capture) -> None:

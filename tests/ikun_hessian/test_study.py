@@ -19,13 +19,15 @@ from command_tools import ROOT, Capture, fails
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 import cli
-from hessian_tools.runs import gather
-from ikun import training
-from ikun.files import locked
-from ikun_hessian import plan, runner
-from ikun_hessian.plan import changed
-from ikun_hessian.preset import read
-from ikun_hessian.study import _gathered
+from hessian_tools.io.files import locked
+from ikun.checkpoint import save_checkpoint
+from ikun.training import loop as training
+from ikun_hessian.cli.study import _gathered
+from ikun_hessian.experiments import plan, runner
+from ikun_hessian.experiments import unit as unit_files
+from ikun_hessian.experiments.preset import read_preset
+from ikun_hessian.experiments.runs import gather
+from ikun_hessian.experiments.study_record import changed
 
 TINY = """
 title = "Tiny"
@@ -144,7 +146,7 @@ def test_interrupted_after_a_run_and_gone_on_with(
     study = ["study", str(preset), "--out", str(tmp_path / "s"), "--jobs", "1"]
     analyse, calls = runner._analyse, 0
 
-    save = training.save_checkpoint
+    save = save_checkpoint
 
     def cut(checkpoint: Any, path: Path) -> None:
         if path.name == "kaiming-s0.pt":
@@ -240,7 +242,7 @@ def test_other_settings_are_refused_in_a_folder_that_has_some(studied: Path, pre
 
 
 def test_force_does_again_what_is_another(preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ikun_hessian.study._finish", lambda *_: [])
+    monkeypatch.setattr("ikun_hessian.cli.study._finish", lambda *_: [])
     runs = tmp_path / "s" / "runs"
     study = ["study", str(preset), "--out", str(tmp_path / "s"), "--jobs", "1", "--seeds", "1", "--set", "init=kaiming"]
     assert cli.run(study) == 0
@@ -285,11 +287,11 @@ def test_a_run_that_fails_does_not_stop_the_others(preset: Path, tmp_path: Path,
 def test_a_failure_that_passes_is_forgotten(
     preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr("ikun_hessian.study._finish", lambda *_: [])
+    monkeypatch.setattr("ikun_hessian.cli.study._finish", lambda *_: [])
     study = ["study", str(preset), "--out", str(tmp_path / "s"), "--jobs", "1", "--seeds", "1"]
     analyse = runner._analyse
 
-    def broken(unit: runner.Unit, step: runner.Step, *others: Path) -> None:
+    def broken(unit: unit_files.Unit, step: unit_files.Step, *others: Path) -> None:
         if step.command == "robustness":
             raise RuntimeError("out of\nmemory")
         analyse(unit, step, *others)
@@ -310,7 +312,7 @@ def test_files_that_cannot_be_used_do_not_stop_the_tables(studied: Path, preset:
     """A half-written result, a description of another version, a run of which only its failure is there."""
     folder = tmp_path / "s"
     shutil.copytree(studied, folder)
-    units = plan.make(read(preset), folder, data_dir=None, device="cpu", memory=1.0, leader=0).units
+    units = plan.make(read_preset(preset), folder, data_dir=None, device="cpu", memory=1.0, leader=0).units
     half, other, failed, whole = (unit.name for unit in units)
     (folder / f"runs/{half}.spectrum.json").write_text('{"schema": "ikun-hes')
     (folder / f"runs/{other}.train.json").write_text('{"schema": "ikun-hessian/train/9"}')
@@ -333,7 +335,7 @@ def test_a_worker_that_is_killed_is_said(
     def broken(*_: object) -> None:
         raise TerminatedWorkerError("A worker process managed by\nthe executor was unexpectedly terminated.")
 
-    monkeypatch.setattr("ikun_hessian.study._work", broken)
+    monkeypatch.setattr("ikun_hessian.cli.study._work", broken)
     fails(
         capsys,
         1,
@@ -348,12 +350,12 @@ def test_a_worker_that_is_killed_is_said(
 def test_progress_is_what_the_files_say(studied: Path, preset: Path, tmp_path: Path) -> None:
     folder = tmp_path / "s"
     shutil.copytree(studied, folder)
-    found = plan.make(read(preset), folder, data_dir=None, device="cpu", memory=1.0, leader=0)
+    found = plan.make(read_preset(preset), folder, data_dir=None, device="cpu", memory=1.0, leader=0)
     unit, other = found.units[:2]
     assert (unit.name, unit.progress(), unit.done()) == ("kaiming-s0", 1.0, True)
     step, path, stem = next(iter(unit.stems()))
-    assert runner._measured(step, path, stem)
-    assert not runner._measured(step, other.checkpoint, stem)  # of other weights
+    assert unit_files.is_measured(step, path, stem)
+    assert not unit_files.is_measured(step, other.checkpoint, stem)  # of other weights
     Path(f"{stem}.json").unlink()
     assert (unit.progress(), unit.done()) == (0.5 + 0.5 * 2 / 3, False)
     (folder / "runs" / "kaiming-s0.pt").unlink()
@@ -368,7 +370,8 @@ def test_progress_is_what_the_files_say(studied: Path, preset: Path, tmp_path: P
 def test_a_worker_dies_with_its_study(tmp_path: Path) -> None:
     """Whose lock it holds: the next study waits for it."""
     (tmp_path / "runs").mkdir()
-    worker = "import sys, time; from ikun_hessian.runner import _working; from types import SimpleNamespace as N\n"
+    worker = "import sys, time; from types import SimpleNamespace as N\n"
+    worker += "from ikun_hessian.experiments.runner import _working\n"
     worker += "from pathlib import Path\n"
     worker += (
         "with _working(N(runs=Path(sys.argv[1]), study=int(sys.argv[2]))): print('up', flush=True); time.sleep(60)"

@@ -10,7 +10,7 @@ import pytest
 from command_tools import Capture, fails
 
 import cli
-from ikun_hessian.train import Listed, train
+from ikun_hessian.cli.train import Listed, train_command
 
 
 def test_train_leaves_a_checkpoint_its_log_and_snapshots(trained: Path) -> None:
@@ -90,7 +90,7 @@ def test_bad_training_options(tmp_path: Path, capsys: Capture, options: list[str
 
 
 def test_help_lists_the_choices_that_there_are() -> None:
-    listed = [option for option in train.params if isinstance(option, Listed)]
+    listed = [option for option in train_command.params if isinstance(option, Listed)]
     assert len(listed) == 12
     for option in listed:
         module, name = option.choices.split(":")

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessian_tools.adapters import AdapterError, adapt
-from hessian_tools.adapters.described import described, firing
-from hessian_tools.adapters.in_time import InTime, Plan
-from hessian_tools.adapters.library import nothing
 from hessian_tools.objective import make_objective
-from hessian_tools.operators import hessian
-from ikun.networks import LOSSES
+from hessian_tools.operators.curvature import hessian
+from ikun.adapters import AdapterError, adapt
+from ikun.adapters.base import nothing
+from ikun.adapters.summary import described, firing_rates
+from ikun.adapters.time_loop import InTime, TimePlan
+from ikun.losses import LOSSES
 from ikun.surrogates import Surrogate, spike
 
 X = torch.rand(6, 5, generator=torch.Generator().manual_seed(0))
@@ -115,13 +115,13 @@ def test_firing_is_counted_by_hand() -> None:
     with torch.no_grad():
         first = (net[1](net[0](X)) >= 0.5).double()
         second = (net[3](first.float()) >= 0.5).double()
-    found = firing(adapted, X)
+    found = firing_rates(adapted, X)
     assert list(found) == ["2", "4"]
     for name, spikes in (("2", first), ("4", second)):
         assert found[name]["firing_rate"] == pytest.approx(float(spikes.mean()), rel=1e-12)
         assert found[name]["dead"] == float((spikes.sum(0) == 0).double().mean())
     assert 0 < found["2"]["dead"] < 1
-    silent = firing(adapt(network(ours("atan:2"), ours("atan:2"), 9.0), X), X)
+    silent = firing_rates(adapt(network(ours("atan:2"), ours("atan:2"), 9.0), X), X)
     assert silent["2"] == {"firing_rate": 1.0, "dead": 0.0}
 
 
@@ -140,7 +140,7 @@ def test_the_default_dtype_is_put_back_when_the_last_thread_is_out() -> None:
             seen.append(torch.zeros(1).dtype)
             return x
 
-    wrapped = InTime(Waits(), Plan(), nothing, None)
+    wrapped = InTime(Waits(), TimePlan(), nothing, None)
     thread = threading.Thread(target=wrapped, args=(X.double(),))
     thread.start()
     inside.wait(10)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessian_tools.adapters.jet import Jet
+from ikun.adapters.two_jet import Jet
 from ikun.surrogates import Surrogate, spike
 
 

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hessian_tools.adapters import AdapterError, adapt
-from hessian_tools.adapters import nir as nir_files
-from hessian_tools.adapters.nir import from_nir, read_nir
 from hessian_tools.objective import Objective, make_objective
-from hessian_tools.operators import hessian
-from ikun.networks import LOSSES, Network, Spec
+from hessian_tools.operators.curvature import hessian
+from ikun.adapters import AdapterError, adapt
+from ikun.adapters import nir as nir_files
+from ikun.adapters.nir import from_nir, read_nir
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 from ikun.surrogates import Surrogate, spike
 
 nir = pytest.importorskip("nir")

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessian_tools.adapters import AdapterError, adapt
-from hessian_tools.adapters.trial import found_functions
 from hessian_tools.objective import Objective, make_objective
-from hessian_tools.operators import hessian, symmetry_error
-from ikun.networks import LOSSES, Network, Spec
+from hessian_tools.operators.base import symmetry_error
+from hessian_tools.operators.curvature import hessian
+from ikun.adapters import AdapterError, adapt
+from ikun.adapters.validation import found_functions
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 from ikun.surrogates import Surrogate, spike
 
 norse = pytest.importorskip("norse.torch")

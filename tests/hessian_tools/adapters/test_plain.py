@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
-from hessian_tools import second_order
-from hessian_tools.adapters import AdapterError, adapt
-from hessian_tools.lanczos import eigenpairs
+from hessian_tools.chain import second_order
+from hessian_tools.linalg.lanczos import eigenpairs
 from hessian_tools.objective import make_objective
-from hessian_tools.operators import dense, hessian
+from hessian_tools.operators.base import dense
+from hessian_tools.operators.curvature import hessian
+from ikun.adapters import AdapterError, adapt
 from ikun.networks import Network, Spec
 from ikun.surrogates import Surrogate, spike
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessian_tools.adapters import AdapterError, adapt
 from hessian_tools.objective import Objective, make_objective
-from hessian_tools.operators import dense, ggn, hessian, symmetry_error
-from ikun.networks import LOSSES, Network, Spec
+from hessian_tools.operators.base import dense, symmetry_error
+from hessian_tools.operators.curvature import ggn, hessian
+from ikun.adapters import AdapterError, adapt
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 from ikun.surrogates import Surrogate, spike
 
 snn = pytest.importorskip("snntorch")

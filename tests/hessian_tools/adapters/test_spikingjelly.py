@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessian_tools.adapters import AdapterError, adapt
-from hessian_tools.lanczos import eigenpairs
+from hessian_tools.linalg.lanczos import eigenpairs
+from hessian_tools.linalg.trace import trace
 from hessian_tools.objective import Objective, make_objective
-from hessian_tools.operators import ggn, hessian, symmetry_error
-from hessian_tools.trace import trace
-from ikun.networks import LOSSES, Network, Spec
+from hessian_tools.operators.base import symmetry_error
+from hessian_tools.operators.curvature import ggn, hessian
+from ikun.adapters import AdapterError, adapt
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
 from ikun.surrogates import Surrogate, spike
 
 functional, layer, neuron, surrogate, encoding, base = (

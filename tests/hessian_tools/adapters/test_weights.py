@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessian_tools.adapters import AdapterError, load_weights, read_weights, state_dict_of
+from ikun.adapters import AdapterError, load_weights, read_weights, state_dict_of
 
 
 def model(seed: int = 0) -> nn.Sequential:

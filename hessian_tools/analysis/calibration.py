@@ -1,0 +1,381 @@
+"""Does an operator's curvature predict that of the true spiking loss? Measured direction by direction.
+
+The truth: second differences of the smoothed true loss L_s(w) = E L(w + s D z) (forward.py) over a step e along a unit
+direction v,
+
+    c = (L_s(w + e v) + L_s(w - e v) - 2 L_s(w)) / e^2,
+
+with the same noise z at the three points. e is chosen for every direction such that the step moves the outputs as far
+as the noise does (root mean square): a shorter one drowns in the jumps of the loss, a longer one leaves the region that
+the noise explores. So c is the curvature over a region of the noise's own size. No surrogate and no gradient occurs.
+
+The prediction: v'Av for every operator A. Reported: the rank correlation over the directions, and the ratio c / v'Av.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from hessian_tools.analysis.context import SmoothedFactory
+from hessian_tools.linalg.lanczos import eigenpairs, quadrature, tridiagonal
+from hessian_tools.linalg.trace import estimate, probe_forms
+from hessian_tools.objective import Objective
+from hessian_tools.operators.base import Operator, scaled
+from hessian_tools.operators.curvature import fisher, ggn, hessian
+from hessian_tools.perturbation import mean_loss, noise, noise_scales, outputs_at
+from hessian_tools.results.calibration import Agreement, Calibration, Scale
+from hessian_tools.resume import Phases
+from hessian_tools.seeding import stream
+
+ABSOLUTE_STEPS = 12  # Lanczos steps of v'|H|v
+RESAMPLES = 1000  # of the directions, for the intervals of a correlation
+TRACE_STEP = 0.25  # relative change of s^2 in the smoothed loss's trace
+CalibrationProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """scales: of the noise, relative to each filter's root mean square. draws: of the noise. seed: of all randomness.
+
+    step: output movement of a step over that of the noise. eigenvectors: of each end of each operator's spectrum.
+    random: directions of each random kind. Directions are 6 eigenvectors' worth (both ends of the Hessian, top of GGN,
+    Fisher and of the smoothed operator), the gradient, and the random kinds (isotropic, filter-normalized, mixtures,
+    single layers).
+    """
+
+    scales: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
+    draws: int = 32
+    step: float = 1.0
+    eigenvectors: int = 8
+    random: int = 8
+    seed: int = 0
+    memory: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not self.scales or not all(0 < s < math.inf for s in self.scales):
+            raise ValueError(f"noise scales must be positive numbers, not {list(self.scales)}")
+        if self.draws < 4 or self.draws % 2:
+            raise ValueError(f"draws come in antithetic pairs, at least two: 4, 6, ..., not {self.draws}")
+        for name in ("eigenvectors", "random"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 < self.step < math.inf:
+            raise ValueError(f"step must be a positive number, not {self.step}")
+
+
+def calibrate(
+    objective: Objective,
+    settings: CalibrationSettings,
+    *,
+    variants: Mapping[str, Objective] | None = None,
+    family: Mapping[str, Objective] | None = None,
+    smoothed: SmoothedFactory | None = None,
+    phases: Phases | None = None,
+    progress: CalibrationProgress | None = None,
+) -> Calibration:
+    """Measure how well every operator predicts the curvature of the true smoothed loss.
+
+    variants: objectives of the same weights under another convention (tie rule, surrogate); Hessian and GGN of each
+    take part. family: the same with one common analysis surrogate of several widths; at each scale the GGN of the width
+    whose median ratio is nearest to 1 takes part as "ggn, fitted" (Scale.fitted names it). smoothed: makes operator
+    `smoothed` (ikun.smoothed); a network without it goes without it. Raises ValueError for a loss that is not finite or
+    a network that never spikes.
+    """
+    phases, tell = phases or Phases(), progress or (lambda name, done, total: None)
+    loss, gradient = objective.value_and_gradient()
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss} at these weights: there is nothing to calibrate")
+    memory = settings.memory * 2**30 / (len(MAIN) + len(settings.scales))
+    operators: dict[str, Operator] = {op: make(objective, memory) for op, make in MAIN.items()}
+    matched: dict[float, Operator] = {}
+    if smoothed is not None:
+        with contextlib.suppress(ValueError):  # a network without such an operator
+            matched = {s: smoothed(objective, memory, scale=s, seed=settings.seed + 1) for s in settings.scales}
+    middle = matched.get(sorted(settings.scales)[len(settings.scales) // 2])
+
+    def find() -> dict[str, Any]:
+        vectors, kinds = directions(objective, operators, middle, gradient, settings, tell)
+        return {"vectors": vectors, "kinds": kinds}
+
+    found = phases.keep("directions", find)
+    v: Tensor = found["vectors"]
+    kinds: list[str] = found["kinds"]
+
+    def predict() -> dict[str, Any]:
+        forms: dict[str, list[float]] = {}
+        others = {f"{op}, {label}": make(o, 0) for label, o in (variants or {}).items() for op, make in MAIN.items()}
+        others |= {f"ggn, {label}": ggn(o, 0) for label, o in (family or {}).items()}
+        everything = {**operators, **{op: a for op, a in others.items() if not op.startswith("fisher, ")}}
+        for i, (name, op) in enumerate(everything.items()):
+            tell("predictions", i, len(everything))
+            forms[name] = _forms(op, v)
+        forms["|hessian|"] = _absolute_forms(operators["hessian"], v, lambda i: tell("|hessian|", i, v.shape[1]))
+        unit = noise_scales(objective)
+        traces = {name: _trace(scaled(op, unit), settings.seed) for name, op in operators.items()}
+        return {"forms": forms, "traces": traces}
+
+    predicted = phases.keep("predictions", predict)
+    forms: dict[str, list[float]] = predicted["forms"]
+    scales = []
+    for s in settings.scales:
+        own: dict[str, Any] = {}
+        if s in matched:
+            own = phases.keep(
+                f"smoothed {s}",
+                lambda s=s: {  # type: ignore[misc]
+                    "forms": {"smoothed": _forms(matched[s], v)},
+                    "traces": {"smoothed": _trace(scaled(matched[s], noise_scales(objective)), settings.seed)},
+                },
+            )
+        truth = phases.keep(f"truth {s}", lambda s=s: curvatures(objective, v, s, settings, tell))  # type: ignore[misc]
+        scales.append(_scale(s, truth, forms, own, list(family or {}), settings.seed))
+    return Calibration(
+        tuple(kinds), {name: tuple(values) for name, values in forms.items()}, predicted["traces"], tuple(scales)
+    )
+
+
+MAIN: dict[str, Callable[[Objective, float], Operator]] = {"hessian": hessian, "ggn": ggn, "fisher": fisher}
+
+
+def directions(
+    objective: Objective,
+    operators: Mapping[str, Operator],
+    matched: Operator | None,
+    gradient: Tensor,
+    settings: CalibrationSettings,
+    tell: CalibrationProgress,
+) -> tuple[Tensor, list[str]]:
+    """Unit vectors [P, K] and the kind of each: eigenvectors of every operator, gradient, random ones."""
+    count, size = min(settings.eigenvectors, objective.size // 2), objective.size
+    columns: list[Tensor] = []
+    kinds: list[str] = []
+
+    def add(kind: str, block: Tensor) -> None:
+        norms = block.norm(dim=0)
+        if (norms > 0).all():
+            columns.append((block / norms).to(objective.dtype))
+            kinds.extend([kind] * block.shape[1])
+
+    everything = {**operators, "smoothed": matched} if matched is not None else operators
+    for i, (name, op) in enumerate(everything.items()):
+        tell("directions", i, len(everything))
+        pairs = eigenpairs(
+            op,
+            count if name != "fisher" else (count + 1) // 2,
+            count if name == "hessian" else 0,
+            generator=stream(settings.seed, i),
+            tol=1e-3,
+            max_products=200,
+        )
+        order = pairs.values.argsort(descending=True)
+        block = pairs.vectors[:, order].to(objective.device)
+        top = block.shape[1] - (count if name == "hessian" else 0)
+        add(f"{name}, top", block[:, :top])
+        if name == "hessian":
+            add("hessian, most negative", block[:, top:])
+    eigenvectors = torch.cat(columns, 1).double()
+    add("gradient", gradient[:, None])
+    draw = stream(settings.seed, 99)
+
+    def normal(rows: int, k: int) -> Tensor:
+        return torch.randn(rows, k, generator=draw, dtype=torch.float64).to(objective.device)
+
+    add("random", normal(size, settings.random))
+    add("random, filter-normalized", normal(size, settings.random) * noise_scales(objective)[:, None])
+    inside = eigenvectors @ normal(eigenvectors.shape[1], settings.random)
+    outside = normal(size, settings.random)
+    share = torch.rand(settings.random, generator=draw, dtype=torch.float64).to(objective.device)
+    add("mixture", share * inside / inside.norm(dim=0) + (1 - share.square()).sqrt() * outside / outside.norm(dim=0))
+    sizes = [p.numel() for p in objective.parameters.values()]
+    layers = [name for name, p in objective.parameters.items() if p.dim() > 1]
+    for name in layers:
+        block = normal(size, max(1, settings.random // len(layers)))
+        for part, parameter in zip(block.split(sizes), objective.parameters, strict=True):
+            part *= parameter == name
+        add("random, one layer", block)
+    return torch.cat(columns, 1), kinds
+
+
+def _forms(op: Operator, v: Tensor) -> list[float]:
+    """v'Av of every column."""
+    forms: list[float] = ((op @ v).double() * v.double()).sum(0).tolist()
+    return forms
+
+
+def _absolute_forms(op: Operator, v: Tensor, tell: Callable[[int], None]) -> list[float]:
+    """v'|A|v of every column, by the quadrature of a Lanczos process started there."""
+    found = []
+    for i, column in enumerate(v.unbind(1)):
+        tell(i)
+        nodes, weights = quadrature(*tridiagonal(op, column.double(), min(ABSOLUTE_STEPS, op.shape[0])))
+        found.append(float((weights * nodes.abs()).sum()))
+    return found
+
+
+def _trace(op: Operator, seed: int) -> float:
+    forms, _ = probe_forms(op, 16, stream(seed, 7))
+    return estimate(forms, 0.0).estimate
+
+
+def curvatures(
+    objective: Objective, v: Tensor, scale: float, settings: CalibrationSettings, tell: CalibrationProgress
+) -> dict[str, Any]:
+    """The truth at one scale: second differences of the smoothed loss along the columns of v [P, K], and its trace."""
+    weights, unit = objective.weights(), noise_scales(objective)
+    draws, count = settings.draws, v.shape[1]
+    name = f"noise {scale:g}"
+
+    def point(item: tuple[int, int, float]) -> Tensor:
+        draw, k, e = item
+        base = weights + scale * unit * noise(objective, settings.seed, draw)
+        return base if e == 0 else base + e * v[:, k]
+
+    (start,) = outputs_at(objective, lambda _: weights, [0])
+    base = torch.empty(draws, dtype=torch.float64)
+    movement, moved = 0.0, []
+    for j, out in enumerate(outputs_at(objective, point, [(j, 0, 0.0) for j in range(draws)])):
+        base[j] = mean_loss(objective, out)
+        movement += float((out - start).double().square().mean()) / draws
+        if j < 2:
+            moved.append(out)
+    movement = math.sqrt(movement)
+    if movement == 0:
+        raise ValueError(f"noise of scale {scale:g} does not move the outputs: the network never spikes, or always")
+    steps = _steps(objective, v, point, moved, settings.step * movement, scale * float(weights.norm()))
+    items = [(j, k, sign * steps[k]) for k in range(count) for sign in (1, -1) for j in range(draws)]
+    losses = torch.empty(count, 2, draws, dtype=torch.float64)
+    for i, out in enumerate(outputs_at(objective, point, items)):
+        losses[i // (2 * draws), i // draws % 2, i % draws] = mean_loss(objective, out)
+        if i % draws == 0:
+            tell(name, i, len(items))
+    second = (losses.sum(1) - 2 * base) / torch.tensor(steps, dtype=torch.float64)[:, None].square()
+    pairs = second.reshape(count, -1, 2).mean(2)  # antithetic noise: one observation
+    # trace: with the noise's own numbers at s^2 (1 +- TRACE_STEP)
+    wide, narrow = (scale * math.sqrt(1 + sign * TRACE_STEP) for sign in (1, -1))
+
+    def farther(item: tuple[int, float]) -> Tensor:
+        return weights + item[1] * unit * noise(objective, settings.seed, item[0])
+
+    outs = outputs_at(objective, farther, [(j, s) for j in range(draws) for s in (wide, narrow)])
+    change = torch.tensor([mean_loss(objective, out) for out in outs], dtype=torch.float64).reshape(draws, 2)
+    slopes = (2 * (change[:, 0] - change[:, 1]) / (2 * TRACE_STEP * scale**2)).reshape(-1, 2).mean(1)
+    return {
+        "loss": float(base.mean()),
+        "movement": movement,
+        "curvature": second.mean(1).tolist(),
+        "stderr": (pairs.std(1) / math.sqrt(pairs.shape[1])).tolist(),
+        "step": steps,
+        "trace": float(slopes.mean()),
+        "trace_stderr": float(slopes.std() / math.sqrt(len(slopes))),
+    }
+
+
+def _steps(
+    objective: Objective,
+    v: Tensor,
+    point: Callable[[tuple[int, int, float]], Tensor],
+    moved: Sequence[Tensor],
+    wanted: float,
+    longest: float,
+) -> list[float]:
+    """Steps along the columns of v that move the outputs by `wanted` (root mean square), to 10%."""
+    steps = [longest / 8] * v.shape[1]
+    short, long = [0.0] * len(steps), [math.inf] * len(steps)  # known to be too
+    open_ = list(range(v.shape[1]))
+    for _ in range(8):
+        items = [(j, k, steps[k]) for k in open_ for j in range(len(moved))]
+        squares = dict.fromkeys(open_, 0.0)
+        for (j, k, _), out in zip(items, outputs_at(objective, point, items), strict=True):
+            squares[k] += float((out - moved[j]).double().square().mean()) / len(moved)
+        still = []
+        for k in open_:
+            factor = wanted / math.sqrt(squares[k]) if squares[k] > 0 else 4.0
+            if abs(math.log(factor)) > 0.1:
+                (short if factor > 1 else long)[k] = steps[k]
+                steps[k] *= min(4.0, max(0.25, factor**1.2))
+                if not short[k] < steps[k] < long[k]:  # movement by a higher power of the step
+                    steps[k] = math.sqrt(short[k] * long[k])
+                still.append(k)
+        open_ = still
+        if not open_:
+            break
+    return steps
+
+
+def _scale(
+    s: float,
+    truth: Mapping[str, Any],
+    forms: Mapping[str, Sequence[float]],
+    own: Mapping[str, Any],
+    family: Sequence[str],
+    seed: int,
+) -> Scale:
+    """The truth at one scale with every operator's agreement."""
+    c = np.array(truth["curvature"])
+    named = {f"ggn, {label}": label for label in family}
+    compared = {name: values for name, values in forms.items() if name not in named} | own.get("forms", {})
+    fitted = ""
+    if named:
+        ratios = {name: agreement(np.array(forms[name]), c, seed, resamples=0).ratio for name in named}
+        best = min(ratios, key=lambda name: abs(math.log(ratios[name])) if ratios[name] > 0 else math.inf)
+        fitted = named[best]
+        compared["ggn, fitted"] = forms[best]
+    return Scale(
+        scale=s,
+        loss=truth["loss"],
+        movement=truth["movement"],
+        curvature=tuple(truth["curvature"]),
+        stderr=tuple(truth["stderr"]),
+        step=tuple(truth["step"]),
+        trace=truth["trace"],
+        trace_stderr=truth["trace_stderr"],
+        predictions={name: tuple(values) for name, values in own.get("forms", {}).items()},
+        traces=own.get("traces", {}),
+        agreement={name: agreement(np.array(values), c, seed) for name, values in compared.items()},
+        fitted=fitted,
+    )
+
+
+def agreement(predicted: Any, truth: Any, seed: int = 0, resamples: int = RESAMPLES) -> Agreement:
+    """How curvatures `predicted` [K] agree with the true ones [K]; see Agreement."""
+    both = (predicted > 0) & (truth > 0)
+    nan = float("nan")
+    ratios = np.log(truth[both] / predicted[both]) if both.any() else np.array([nan])
+    low, middle, high = np.exp(np.percentile(ratios, [25, 50, 75]))
+    within = float(((ratios > math.log(0.7)) & (ratios < math.log(1.4))).sum() / len(truth))
+    slope = nan
+    if both.sum() > 2:
+        slope = float(stats.theilslopes(np.log(truth[both]), np.log(predicted[both]))[0])
+    correlation, low_end, high_end = float(_spearman(predicted, truth)), nan, nan
+    if resamples and not math.isnan(correlation):
+        chosen = np.random.default_rng(seed).integers(0, len(truth), (resamples, len(truth)))
+        half = 1.96 * np.nanstd(_fisher(_spearman(predicted[chosen], truth[chosen])))
+        low_end, high_end = (float(np.tanh(_fisher(correlation) + side * half)) for side in (-1, 1))
+    return Agreement(
+        correlation,
+        (low_end, high_end),
+        float(middle),
+        (float(low), float(high)),
+        within,
+        slope,
+    )
+
+
+def _spearman(a: Any, b: Any) -> Any:
+    """Over the last axis; NaN where one of the two is constant."""
+    a, b = (ranks - ranks.mean(-1, keepdims=True) for ranks in (stats.rankdata(x, axis=-1) for x in (a, b)))
+    with np.errstate(invalid="ignore"):
+        return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+
+
+def _fisher(correlation: Any) -> Any:
+    return np.arctanh(np.clip(correlation, -1 + 1e-6, 1 - 1e-6))

@@ -1,0 +1,78 @@
+"""Differences in flatness between checkpoints that met the same noise and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hessian_tools.analysis.sampling_error import GROUPS, standard_error
+from hessian_tools.linalg.trace import estimate
+from hessian_tools.results.comparability import CONDITIONS
+from hessian_tools.results.flatness import FlatnessResult
+from hessian_tools.results.flatness import Metric as Metric
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One checkpoint's metric less another's: ci95 over common draws, data_stderr over common samples."""
+
+    value: float
+    ci95: tuple[float, float]
+    data_stderr: float
+
+
+# --- several checkpoints
+ALWAYS = ("timesteps", "coding", "output", "readout")  # what every metric depends on, with all of the data
+
+
+def incomparable(found: Sequence[FlatnessResult]) -> str:
+    """Why these results may not stand side by side at all: other data, loss, T or settings; "" where they may."""
+    for part, key, meaning in CONDITIONS:
+        if part == "data" or key in ALWAYS:
+            values = dict.fromkeys(str(getattr(r, part).get(key)) for r in found)
+            if len(values) > 1:
+                return f"the {meaning} differs: {', '.join(v if len(v) <= 40 else v[:12] + '…' for v in values)}"
+    for name in found[0].settings:
+        if name != "memory" and any(r.settings.get(name) != found[0].settings[name] for r in found):
+            return f"the setting {name} differs"
+    return ""
+
+
+def unlike(found: Sequence[FlatnessResult]) -> list[str]:
+    """What differs in the networks such that curvatures of the surrogate are not comparable."""
+    return [
+        meaning
+        for part, key, meaning in CONDITIONS
+        if part == "network" and key not in ALWAYS and len({str(r.network.get(key)) for r in found}) > 1
+    ]
+
+
+def differences(first: FlatnessResult, other: FlatnessResult) -> dict[str, Difference]:
+    """other - first, of every metric that is a mean over draws: the same draws and samples in both.
+
+    Empty for networks of different sizes, which meet different noise. Raises ValueError for incomparable results.
+    """
+    if why := incomparable((first, other)):
+        raise ValueError(f"no differences: {why}")
+    found: dict[str, Difference] = {}
+    if first.parameters != other.parameters:
+        return found
+    samples = first.data["samples"]
+    parts = torch.arange(samples).tensor_split(min(GROUPS, samples))  # as in Metric.groups
+    counts = torch.tensor([len(part) for part in parts], dtype=torch.float64)
+    for name, metric in first.metrics.items():
+        beside = other.metrics.get(name)
+        if beside is None or not (metric.pairs and beside.pairs):
+            continue
+        pairs = estimate(_array(beside.pairs) - _array(metric.pairs))
+        groups = _array(beside.groups) - _array(metric.groups)
+        data = float(standard_error(groups[:, None], counts))
+        found[name] = Difference(pairs.estimate, pairs.ci95, data)
+    return found
+
+
+def _array(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)

@@ -1,0 +1,330 @@
+"""The loss along lines and planes in weight space, beside what the curvature operators say about it.
+
+Two losses, never mixed: the true one, of the network as it computes (with spikes it is piecewise constant), and that of
+the relaxed network, whose spikes are the surrogate's primitive: a smooth function, of another network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from hessian_tools.analysis.context import SYMMETRY_LIMIT, AnalysisError, budget
+from hessian_tools.io import json as results
+from hessian_tools.io.versions import versions
+from hessian_tools.linalg.lanczos import Eigenpairs, eigenpairs
+from hessian_tools.nonfinite import first_not_finite
+from hessian_tools.objective import Objective
+from hessian_tools.operators.base import Operator, symmetry_error
+from hessian_tools.operators.curvature import ggn, hessian
+from hessian_tools.perturbation import accuracy, filter_norms, mean_loss, noise, outputs_at
+from hessian_tools.progress import Meter, Show
+from hessian_tools.results.landscape import (
+    LANDSCAPE_SCHEMA,
+    NAN,
+    RANDOM_RANGE,
+    SHARP_RANGE,
+    LandscapeResult,
+    Line,
+    Plane,
+)
+from hessian_tools.resume import Phases
+from hessian_tools.seeding import stream
+
+TOL = 1e-4  # of the eigenvectors, residual over norm
+S = TypeVar("S")
+Op = TypeVar("Op", bound=Operator)
+
+
+@dataclass(frozen=True)
+class LandscapeSettings:
+    """What `landscape` computes; every field is stored with the result.
+
+    directions: top1, top2, ... (eigenvectors of the surrogate Hessian, largest eigenvalue first), negative (that of the
+    most negative one), gradient, random1, random2, ... planes: pairs of such names, whose lines are drawn too. points,
+    plane_points: on each axis, odd, so that 0 is one of them. range: farthest distance in units of ||w||; None:
+    RANDOM_RANGE for random directions, SHARP_RANGE for the others. accuracy: on the lines too. memory: GiB.
+    """
+
+    directions: tuple[str, ...] = ("top1", "top2", "negative", "gradient", "random1", "random2")
+    planes: tuple[tuple[str, str], ...] = (("random1", "random2"), ("top1", "negative"))
+    points: int = 41
+    plane_points: int = 21
+    range: float | None = None
+    accuracy: bool = False
+    seed: int = 0
+    memory: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            if not re.fullmatch(r"(top|random)[1-9][0-9]{0,3}|negative|gradient", name):
+                known = "top1, top2, ..., negative, gradient, random1, random2, ..."
+                raise ValueError(f"unknown direction '{name}': choose from {known}")
+        if not self.names:
+            raise ValueError("no direction chosen")
+        for first, second in self.planes:
+            if first == second:
+                raise ValueError(f"plane {first},{second}: two different directions span a plane")
+        for name in ("points", "plane_points"):
+            count = getattr(self, name)
+            if count < 3 or count % 2 == 0:
+                raise ValueError(f"{name.replace('_', ' ')} must be odd and at least 3, so that 0 is one, not {count}")
+        if self.range is not None and not 0 < self.range < math.inf:
+            raise ValueError(f"range must be a positive number, in units of the weights' norm, not {self.range}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The directions, those of the planes among them, each once."""
+        return tuple(dict.fromkeys((*self.directions, *(name for plane in self.planes for name in plane))))
+
+
+def random_direction(objective: Objective, seed: int, number: int) -> Tensor:
+    """Unit [P], float64: Gaussian, every filter scaled to the norm of the weights' filter (Li et al. 2018, section 4;
+    in vectors such as biases every entry is one), so the direction had the norm ||w|| before it was made a unit one.
+
+    number: from 1. Objectives of one size get the same Gaussian numbers.
+    """
+    z = noise(objective, seed, 2 * number - 2)
+    drawn = dict(zip(objective.parameters, objective.split(z), strict=True))
+    d: Tensor = z.double() * filter_norms(objective) / filter_norms(dataclasses.replace(objective, parameters=drawn))
+    d /= d.norm()
+    return d
+
+
+def landscape(
+    objective: Objective,
+    settings: LandscapeSettings | None = None,
+    *,
+    relaxed: Objective | None = None,
+    refused: Mapping[str, str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Show | None = None,
+    phases: Phases | None = None,
+) -> LandscapeResult:
+    """The loss along lines and planes through the weights, with the second derivatives of the operators there.
+
+    relaxed: the same weights in the relaxed network; refused: where there is none, why not, for the result. provenance:
+    the dicts checkpoint, data, network, training of the result. phases: where finished lines and planes are kept.
+    Raises ValueError for weights that are all 0 and where no direction is left, AnalysisError for a Hessian that is not
+    symmetric and numbers that are not finite at the weights themselves (away from them they are NaN in the result).
+    """
+    settings = settings or LandscapeSettings()
+    began = time.perf_counter()
+    meter = Meter(_expected(settings, relaxed is not None), progress)
+    objectives = [objective] if relaxed is None else [objective, relaxed]
+    work = _Work(settings, objectives, phases or Phases(), meter)
+    w = objective.weights().double()
+    norm = float(w.norm())
+    if norm == 0:
+        raise ValueError("all weights are 0: distances are in units of their norm")
+    why = dict(refused or {})
+    try:
+        _, gradient = objective.value_and_gradient()
+        if not torch.isfinite(gradient).all():
+            raise FloatingPointError("the gradient is not finite")
+        at_w = [next(iter(outputs_at(each, lambda _: w, [0]))) for each in objectives]
+        losses = [mean_loss(each, outputs) for each, outputs in zip(objectives, at_w, strict=True)]
+        if not all(map(math.isfinite, losses)):
+            raise FloatingPointError(f"the loss ({', '.join(map(str, losses))}) is not finite")
+        directions, asymmetry = _directions(work, gradient, why)
+        if not directions:
+            raise ValueError("nothing to draw: " + "; ".join(f"{name}: {reason}" for name, reason in why.items()))
+        lines = tuple(_lines(work, w, directions, gradient))
+    except FloatingPointError as error:
+        where = first_not_finite(objective) or str(error)
+        raise AnalysisError(f"{where} at these weights: the analysis stops") from None
+    planes = tuple(_planes(work, w, directions, why))
+    known = {"checkpoint": {}, "data": {}, "network": {}, "training": {}, **(provenance or {})}
+    known["data"] = {**known["data"], "samples": objective.samples}
+    return LandscapeResult(
+        schema=LANDSCAPE_SCHEMA,
+        **known,
+        settings=results.clean(dataclasses.asdict(settings)),
+        num_parameters=objective.size,
+        parameters={name: p.numel() for name, p in objective.parameters.items()},
+        weight_norm=norm,
+        loss=losses[0],
+        relaxed_loss=losses[1] if relaxed is not None else NAN,
+        accuracy=accuracy(objective, at_w[0]),
+        gradient_norm=float(gradient.norm()),
+        dtype=str(objective.dtype).removeprefix("torch."),
+        device=str(objective.device),
+        seed=settings.seed,
+        symmetry_error=asymmetry,
+        lines=lines,
+        planes=planes,
+        refused=why,
+        products=work.phases.products,
+        evaluations=work.evaluations,
+        seconds=time.perf_counter() - began + work.phases.seconds,
+        versions=versions(),
+    )
+
+
+@dataclass(frozen=True)
+class _Direction:
+    """A unit vector [P], float64; residual and converged as in Line."""
+
+    vector: Tensor
+    residual: float = NAN
+    converged: bool = True
+
+
+@dataclass
+class _Work:
+    """What every part of one analysis needs, and the evaluations done. objectives: the true one, the relaxed one."""
+
+    settings: LandscapeSettings
+    objectives: Sequence[Objective]
+    phases: Phases
+    meter: Meter
+    evaluations: int = 0
+
+    def products(self, name: str, op: Op, compute: Callable[[Op], dict[str, Any]]) -> dict[str, Any]:
+        before = self.phases.products
+        self.meter.phase(name)(0, 1, NAN)
+        found = self.phases.run(name, op, compute)
+        self.meter.finish(name, self.phases.products - before)
+        return found
+
+    def evaluate(self, name: str, point: Callable[[S], Tensor], items: Sequence[S]) -> tuple[Tensor, Tensor]:
+        """Losses and accuracies [objectives, items] at the weights point(item)."""
+        total = len(self.objectives) * len(items)
+        report = self.meter.phase(name)
+        report(0, total, NAN)
+
+        def compute() -> dict[str, Any]:
+            losses, shares = torch.empty(2, len(self.objectives), len(items), dtype=torch.float64)
+            for i, objective in enumerate(self.objectives):
+                for j, outputs in enumerate(outputs_at(objective, point, items)):
+                    losses[i, j], shares[i, j] = mean_loss(objective, outputs), accuracy(objective, outputs)
+                    report(i * len(items) + j + 1, total, NAN)
+            return {"losses": losses, "accuracies": shares}
+
+        found = self.phases.keep(name, compute)
+        self.meter.finish(name, total)
+        self.evaluations += total
+        return found["losses"], found["accuracies"]
+
+
+def _lines(work: _Work, w: Tensor, directions: Mapping[str, _Direction], gradient: Tensor) -> Iterator[Line]:
+    settings = work.settings
+    vectors = torch.stack([d.vector for d in directions.values()], 1)
+    memory = settings.memory * 2**30 / 2
+    curved = _forms(work, "v'Hv", hessian(work.objectives[0], memory), vectors)
+    linear = _forms(work, "v'Gv", ggn(work.objectives[0], memory), vectors)
+    for (name, direction), h, g in zip(directions.items(), curved, linear, strict=True):
+        v, distances = direction.vector, _distances(_range(settings, name) * float(w.norm()), settings.points)
+        losses, shares = work.evaluate(f"line {name}", lambda t, v=v: w + t * v, distances)  # type: ignore[misc]
+        both = (*_two(losses), *(_two(shares) if settings.accuracy else ((), ())))
+        yield Line(name, h, g, float(gradient @ v), direction.residual, direction.converged, distances, *both)
+
+
+def _planes(work: _Work, w: Tensor, directions: Mapping[str, _Direction], refused: dict[str, str]) -> Iterator[Plane]:
+    """The planes whose directions are there; the others are added to `refused`."""
+    settings = work.settings
+    for pair in settings.planes:
+        name = f"plane {','.join(pair)}"
+        if missing := [each for each in pair if each not in directions]:
+            refused[name] = f"there is no direction {missing[0]}"
+            continue
+        u, v = (directions[each].vector for each in pair)
+        reach = min(_range(settings, each) for each in pair)
+        distances = _distances(reach * float(w.norm()), settings.plane_points)
+        grid = [(s, t) for t in distances for s in distances]
+        losses, _ = work.evaluate(name, lambda at, u=u, v=v: w + at[0] * u + at[1] * v, grid)  # type: ignore[misc]
+        true, relaxed = _two(losses.unflatten(1, (len(distances), len(distances))))
+        yield Plane(pair, float(u @ v), distances, tuple(map(tuple, true)), tuple(map(tuple, relaxed)))
+
+
+def _two(values: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Of the true network, of the relaxed one: () where there is none."""
+    true, *rest = values.tolist()
+    return tuple(true), tuple(rest[0]) if rest else ()
+
+
+def _directions(work: _Work, gradient: Tensor, refused: dict[str, str]) -> tuple[dict[str, _Direction], float]:
+    """The directions by name, the Hessian's symmetry error (NaN if it was not needed); what cannot be had goes to
+    `refused`."""
+    names, size = work.settings.names, work.objectives[0].size
+    ranks = {name: int(name.removeprefix("top")) for name in names if name.startswith("top")}
+    found: dict[str, _Direction] = {}
+    asymmetry = NAN
+    if ranks or "negative" in names:
+        largest = min(max(ranks.values(), default=0), size)
+        pairs, asymmetry = _eigenpairs(work, largest, min("negative" in names, size - largest))
+        ranks["negative"] = int(pairs.values.argmin()) + 1
+    for name in names:
+        if name.startswith("random"):
+            number = int(name.removeprefix("random"))
+            found[name] = _Direction(random_direction(work.objectives[0], work.settings.seed, number))
+        elif name == "gradient" and not gradient.any():
+            refused[name] = "the surrogate gradient is 0 at these weights: no neuron comes near firing"
+        elif name == "gradient":
+            found[name] = _Direction(gradient / gradient.norm())
+        elif pairs.norm == 0:
+            refused[name] = "the surrogate Hessian is 0 at these weights: every direction is an eigenvector"
+        elif ranks[name] > size:
+            refused[name] = f"there are only {size} eigenvalues"
+        else:
+            i = ranks[name] - 1
+            if name == "negative" and not pairs.values[i] < -TOL * pairs.norm:
+                refused[name] = f"the smallest eigenvalue, {float(pairs.values[i]):.2g}, is not negative"
+                continue
+            v = pairs.vectors[:, i]
+            uphill = -v if gradient @ v < 0 else v
+            found[name] = _Direction(uphill, float(pairs.residuals[i]), bool(pairs.converged[i]))
+    return found, asymmetry
+
+
+def _eigenpairs(work: _Work, largest: int, smallest: int) -> tuple[Eigenpairs, float]:
+    """Outermost eigenpairs of the surrogate Hessian, and its symmetry error."""
+    room, kept = budget(work.settings.memory * 2**30, work.objectives[0].size, largest + smallest)
+    op = hessian(work.objectives[0], kept)
+    random, start = (stream(work.settings.seed, 0, *name) for name in (b"symmetry", b"eigenvalues"))
+    error: float = work.products("symmetry", op, lambda op: {"error": symmetry_error(op, random)})["error"]
+    if not error <= SYMMETRY_LIMIT.get(op.dtype, 1e-4):
+        raise AnalysisError(
+            f"the hessian operator is not symmetric (|u'Hv - v'Hu| / ||Hu|| = {error:.1e}), so it is the Hessian of "
+            "nothing: look for state that survives a forward, random layers, or a surrogate without f''"
+        )
+    step = work.meter.phase("eigenvalues")
+
+    def compute(op: Operator) -> dict[str, Any]:
+        return vars(eigenpairs(op, largest, smallest, generator=start, tol=TOL, max_basis=room, progress=step))
+
+    return Eigenpairs(**work.products("eigenvalues", op, compute)), error
+
+
+def _forms(work: _Work, name: str, op: Operator, vectors: Tensor) -> list[float]:
+    """v'Av of every column of [P, k]."""
+    found: Tensor = work.products(name, op, lambda op: {"forms": (vectors * (op @ vectors)).sum(0)})["forms"]
+    return [float(form) for form in found]
+
+
+def _range(settings: LandscapeSettings, name: str) -> float:
+    return settings.range or (RANDOM_RANGE if name.startswith("random") else SHARP_RANGE)
+
+
+def _distances(reach: float, points: int) -> tuple[float, ...]:
+    """Symmetric about an exact 0, the ends at +-reach."""
+    half = points // 2
+    return tuple(reach * (i / half) for i in range(-half, half + 1))
+
+
+def _expected(settings: LandscapeSettings, relaxed: bool) -> dict[str, int]:
+    """Products and evaluations of every phase, for the progress bar."""
+    networks = 1 + relaxed
+    return {
+        "eigenvalues": 40,
+        **{f"line {name}": networks * settings.points for name in settings.names},
+        **{f"plane {','.join(pair)}": networks * settings.plane_points**2 for pair in settings.planes},
+    }

@@ -1,0 +1,323 @@
+"""One operator in, one Spectrum out: symmetry, eigenpairs, density, trace, functionals, errors from the data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessian_tools.analysis.context import SYMMETRY_LIMIT, AnalysisContext, AnalysisError, Factory, budget
+from hessian_tools.analysis.eigenvectors import gradient_shares, layer_shares, participation
+from hessian_tools.analysis.pyhessian import pyhessian_eigenpairs, pyhessian_trace
+from hessian_tools.analysis.sampling_error import data_errors, grouped
+from hessian_tools.analysis.settings import PROBES, STEPS, SpectrumSettings
+from hessian_tools.linalg import spectral_functions as functions
+from hessian_tools.linalg.lanczos import (
+    Eigenpairs,
+    eigenpairs,
+    excess,
+    quadrature,
+    random_vector,
+    tridiagonal,
+)
+from hessian_tools.linalg.power_iteration import power_iteration
+from hessian_tools.linalg.spectral_density import DensityEstimate, density
+from hessian_tools.linalg.trace import LEAST_PROBES, estimate, frobenius, probe_forms
+from hessian_tools.objective import Objective
+from hessian_tools.operators.base import Operator, scaled, symmetry_error
+from hessian_tools.operators.curvature import OPERATORS
+from hessian_tools.perturbation import filter_norms
+from hessian_tools.results import spectrum as results
+
+
+def measure(
+    run: AnalysisContext, name: str, objective: Objective, factory: Factory, gradient: Tensor, index: int
+) -> tuple[results.Spectrum, Eigenpairs]:
+    """One operator: symmetry, eigenpairs, density, trace, errors from the data, scale-free lambda_max.
+
+    index: its place among the operators; every place has random streams of its own.
+    """
+    settings, before, size = run.settings, run.phases.products, objective.size
+    # ggn and fisher have a large null space: their smallest eigenvalues are 0, sought only where they come first
+    null = index > 0 and factory is not OPERATORS["hessian"]
+    top = min(settings.magnitude or settings.top, size)
+    one_end = settings.method == "power" or settings.magnitude or null
+    smallest = 0 if one_end else min(settings.smallest, size - top)
+    steps = settings.steps or (0 if settings.accuracy else STEPS)
+    steps = min(steps, size) if settings.density and settings.backend == "own" else 0
+    room, kept = budget(settings.memory * 2**30, size, top + smallest, steps)
+    op = factory(objective, kept)
+
+    def phase(part: str, compute: Callable[[Operator, torch.Generator], dict[str, Any]]) -> dict[str, Any]:
+        return run.phase(f"{name}: {part}", op, lambda op: compute(op, run.generator(part, index)))
+
+    asymmetry: float = phase("symmetry", lambda op, random: {"error": symmetry_error(op, random)})["error"]
+    if not asymmetry <= SYMMETRY_LIMIT.get(op.dtype, 1e-4):
+        raise AnalysisError(
+            f"the {name} operator is not symmetric (|u'Hv - v'Hu| / ||Hu|| = {asymmetry:.1e}), so it is the Hessian "
+            "of nothing: look for state that survives a forward, random layers, or a surrogate without f''"
+        )
+    step = run.meter.phase(f"{name}: eigenvalues")
+    pairs = Eigenpairs(
+        **phase(
+            "eigenvalues",
+            lambda op, random: vars(_pairs(objective, op, top, smallest, settings, random, room, step)),
+        )
+    )
+    exact = pairs if bool(pairs.converged.all()) else pairs.take(pairs.converged)
+    spare = room - (0 if exact is pairs else len(exact.values))  # vectors that a density may take
+    spectral: DensityEstimate | None = None
+    if settings.density and settings.backend == "own":
+        step_density = run.meter.phase(f"{name}: density")
+        counts = {"probes": settings.probes, "steps": settings.steps}
+        if settings.accuracy is None:
+            counts = {"probes": settings.probes or PROBES, "steps": min(settings.steps or STEPS, spare)}
+        spectral = DensityEstimate(
+            **phase(
+                "density",
+                lambda op, random: vars(
+                    density(
+                        op,
+                        **counts,
+                        accuracy=settings.accuracy,
+                        generator=random,
+                        deflate=exact,
+                        max_vectors=spare,
+                        progress=step_density,
+                    )
+                ),
+            )
+        )
+    ends = {"nodes": torch.cat([n[spectral.atoms :] for n in spectral.nodes])} if spectral else None
+    ends = ends or phase("second start", lambda op, random: {"nodes": _second_start(op, exact, random, spare)})
+    step_trace = run.meter.phase(f"{name}: trace")
+    probed = phase(
+        "trace", lambda op, random: _trace_forms(objective, op, exact, spectral, settings, random, step_trace)
+    )
+    probe_trace = estimate(probed["forms"], float(exact.values.sum()) if settings.backend == "own" else 0.0)
+    groups = factory(grouped(objective, run.generator("groups", index)), 0)
+    spread = run.phase(
+        f"{name}: error from the data",
+        groups,
+        lambda groups: data_errors(groups, pairs, exact, run.generator("data", index)),
+    )
+    free = lambda_max(
+        run,
+        f"{name}: scale-free",
+        scaled(op, filter_norms(objective)),
+        random_vector(op, run.generator("scale", index)),
+    )
+    scales = min(settings.scaled, size)
+    ranks: list[float] = []
+    if scales > 1:
+        step_ranks = run.meter.phase(f"{name}: scale-free ranks")
+        ranks = run.phase(
+            f"{name}: scale-free ranks",
+            scaled(op, filter_norms(objective)),
+            lambda op: {"values": _largest(op, scales, settings, run.generator("scale", index), step_ranks)},
+        )["values"]
+    columns = zip(
+        pairs.values.tolist(),
+        pairs.residuals.tolist(),
+        spread["pairs"].tolist(),
+        pairs.converged.tolist(),
+        layer_shares(objective, pairs.vectors),
+        pairs.bounds.tolist(),
+        gradient_shares(gradient, pairs.vectors).tolist(),
+        participation(pairs.vectors).tolist(),
+        strict=True,
+    )
+    found = [results.Eigenvalue(*column) for column in columns]
+    upper, lower = _two_ends(found, top, settings)
+    lowest = min((e for e in found), key=lambda e: e.value)
+    record = results.Spectrum(
+        symmetry_error=asymmetry,
+        hessian_vector_products=run.phases.products - before,
+        eigenvalues=tuple(found[i] for i in upper),
+        smallest_eigenvalues=tuple(found[i] for i in lower),
+        trace=results.Trace(
+            probe_trace.estimate, probe_trace.stderr, probe_trace.ci95, probe_trace.probes, spread["trace"]
+        ),
+        frobenius_norm=frobenius(probed["squared"], exact),
+        scale_free_lambda_max=free,
+        scale_free=tuple(ranks),
+        density=_density(spectral),
+        search=_search(pairs, size, ends["nodes"], spectral),
+        gradient_share=sum(found[i].gradient for i in upper if found[i].converged),
+        vectors=_vectors(pairs, [*upper, *lower], op) if settings.vectors else None,
+        **_functions(name, spectral, size, found[upper[0]], lowest, settings),
+    )
+    return record, pairs
+
+
+def _pairs(
+    objective: Objective,
+    op: Operator,
+    top: int,
+    smallest: int,
+    settings: SpectrumSettings,
+    generator: torch.Generator,
+    room: int,
+    progress: Callable[[int, int, float], None],
+) -> Eigenpairs:
+    if settings.backend == "pyhessian":
+        return pyhessian_eigenpairs(objective, op, top, tol=settings.tol, seed=settings.seed)
+    if settings.method == "power":
+        return power_iteration(op, top, generator=generator, tol=settings.tol, progress=progress)
+    return eigenpairs(
+        op,
+        0 if settings.magnitude else top,
+        smallest,
+        magnitude=top if settings.magnitude else 0,
+        generator=generator,
+        tol=settings.tol,
+        max_products=settings.max_products,
+        max_basis=room,
+        progress=progress,
+    )
+
+
+def _two_ends(found: Sequence[results.Eigenvalue], top: int, settings: SpectrumSettings) -> tuple[list[int], list[int]]:
+    """Indices of the largest eigenvalues, descending, and of the smallest, ascending.
+
+    Pairs found by magnitude are split by sign, unless all are negative.
+    """
+    order = sorted(range(len(found)), key=lambda i: -found[i].value)
+    upper = [i for i in order if i < top]
+    lower = [i for i in reversed(order) if i >= top]
+    if (settings.magnitude or settings.method == "power") and found[upper[0]].value >= 0:
+        lower = [i for i in reversed(upper) if found[i].value < 0]
+        upper = [i for i in upper if found[i].value >= 0]
+    return upper, lower
+
+
+def _second_start(op: Operator, exact: Eigenpairs, generator: torch.Generator, room: int) -> Tensor:
+    """Ritz values [m] of the operator on the complement of the converged pairs, from another random start."""
+    if exact.values.numel() == op.shape[0]:
+        return torch.empty(0, dtype=torch.float64)
+    alpha, beta = tridiagonal(op, random_vector(op, generator), min(STEPS, room), exact.vectors)
+    nodes, _ = quadrature(alpha, beta)
+    return nodes
+
+
+def _search(pairs: Eigenpairs, size: int, nodes: Tensor, spectral: DensityEstimate | None) -> results.Search:
+    nan = float("nan")
+    return results.Search(
+        steps=pairs.steps,
+        excess=excess(pairs, size),
+        starts=spectral.probes if spectral else 1,
+        start_steps=spectral.steps if spectral else len(nodes),
+        largest=float(nodes.max()) if len(nodes) else nan,
+        smallest=float(nodes.min()) if len(nodes) else nan,
+    )
+
+
+def _functions(
+    name: str,
+    spectral: DensityEstimate | None,
+    size: int,
+    highest: results.Eigenvalue,
+    lowest: results.Eigenvalue,
+    settings: SpectrumSettings,
+) -> dict[str, results.Functional | None]:
+    """Effective dimension and log determinant where they are defined, and the share of the negative eigenvalues."""
+    if spectral is None or spectral.probes < LEAST_PROBES:
+        return {}
+    found: dict[str, results.Functional | None] = {}
+    definite = name in ("ggn", "fisher")
+    if not definite:
+        found["negative_share"] = functions.negative_share(spectral, size)
+    damping = settings.damping or (0.01 * highest.value if definite else 0.0)
+    slack = 0.0 if definite else lowest.residual
+    if damping > 0:
+        with contextlib.suppress(ValueError):  # not positive definite: left out, and the report says why
+            found["effective_dimension"] = functions.effective_dimension(spectral, size, damping, slack)
+            found["log_determinant"] = functions.log_determinant(spectral, size, damping, slack)
+    return found
+
+
+def _trace_forms(
+    objective: Objective,
+    op: Operator,
+    exact: Eigenpairs,
+    spectral: DensityEstimate | None,
+    settings: SpectrumSettings,
+    generator: torch.Generator,
+    progress: Callable[[int, int, float], None],
+) -> dict[str, Any]:
+    """forms z'Az and squared ||Az||^2 over trace_probes probes; the density's probes count among them."""
+    if settings.backend == "pyhessian":  # its own estimator, not deflated
+        forms = pyhessian_trace(objective, seed=settings.seed)
+        op.products += len(forms)
+        return {"forms": forms, "squared": torch.full((1,), torch.nan)}
+    quadratic, squared = [], []
+    if spectral is not None:
+        quadratic.append(spectral.quadratic)
+        squared.append(spectral.squared)
+    missing = first = max(0, settings.trace_probes - sum(len(q) for q in quadratic))
+    while missing > 0:
+        count = min(missing, 4)
+        q, s = probe_forms(op, count, generator, exact)
+        quadratic.append(q)
+        squared.append(s)
+        missing -= count
+        progress(first - missing, first, float("nan"))
+    return {"forms": torch.cat(quadratic), "squared": torch.cat(squared)}
+
+
+def lambda_max(run: AnalysisContext, name: str, op: Operator, start: Tensor) -> float:
+    """lambda_max to 1e-3 of the norm; NaN where 100 products do not suffice."""
+    room, _ = budget(run.settings.memory * 2**30, op.shape[0], 1)
+    step = run.meter.phase(name)
+
+    def compute(op: Operator) -> dict[str, Any]:
+        pairs = eigenpairs(
+            op,
+            1,
+            generator=torch.Generator(),
+            tol=1e-3,
+            max_products=100,
+            max_basis=min(100, room),
+            start=start,
+            progress=step,
+        )
+        return {"value": float(pairs.values[0]) if bool(pairs.converged[0]) else float("nan")}
+
+    value: float = run.phase(name, op, compute)["value"]
+    return value
+
+
+def _largest(
+    op: Operator,
+    count: int,
+    settings: SpectrumSettings,
+    generator: torch.Generator,
+    progress: Callable[[int, int, float], None],
+) -> list[float]:
+    """The largest eigenvalues that converged, descending."""
+    room, _ = budget(settings.memory * 2**30, op.shape[0], count)
+    found = eigenpairs(
+        op,
+        count,
+        generator=generator,
+        tol=settings.tol,
+        max_products=settings.max_products,
+        max_basis=room,
+        progress=progress,
+    )
+    return sorted(found.values[found.converged].tolist(), reverse=True)
+
+
+def _vectors(pairs: Eigenpairs, order: Sequence[int], op: Operator) -> Any:
+    """[P, k] in the dtype of the products."""
+    return torch.stack([pairs.vectors[:, i].to(op.dtype) for i in order], 1).cpu().numpy()
+
+
+def _density(spectral: DensityEstimate | None) -> results.Density | None:
+    if spectral is None:
+        return None
+    nodes, weights = (tuple(tuple(t.tolist()) for t in part) for part in (spectral.nodes, spectral.weights))
+    return results.Density(nodes, weights, spectral.probes, spectral.steps, spectral.atoms, spectral.accuracy)

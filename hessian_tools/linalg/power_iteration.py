@@ -1,0 +1,56 @@
+"""Power iteration with deflation: the field's older method, kept for comparison; Lanczos is better in every respect.
+
+It converges to the eigenvalue of largest magnitude, whatever its sign, slowly where neighbours are close in magnitude
+and never for a pair +a, -a; so signs, explicit residuals and an honest flag come with every value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from hessian_tools.linalg.lanczos import Eigenpairs, ProductProgress, certified, orthogonalize, random_vector
+from hessian_tools.operators.base import Operator
+
+
+def power_iteration(
+    op: Operator,
+    count: int = 10,
+    *,
+    generator: torch.Generator,
+    tol: float = 1e-4,
+    max_iterations: int = 100,
+    progress: ProductProgress | None = None,
+) -> Eigenpairs:
+    """`count` eigenpairs by decreasing magnitude, each after at most max_iterations products.
+
+    A pair stops at residual <= tol * ||A||, ||A|| estimated by the largest |value| so far, and counts as converged
+    only then. Raises ValueError for a count that does not fit, FloatingPointError if a product is not finite.
+    """
+    if not 1 <= count <= op.shape[0] or max_iterations < 1:
+        raise ValueError(f"cannot find {count} of {op.shape[0]} eigenvalues in {max_iterations} iterations each")
+    before, norm, finished = op.products, 0.0, 0.0
+    basis = torch.empty(op.shape[0], count, dtype=torch.float64, device=op.device)
+    for i in range(count):
+        v, _ = orthogonalize(random_vector(op, generator), basis[:, :i])
+        v = v / v.norm()
+        for _ in range(max_iterations):
+            w = (op @ v).double()
+            if not torch.isfinite(w).all():
+                raise FloatingPointError("a product with the operator is not finite")
+            value = float(v @ w)
+            residual = float((w - value * v).norm())
+            norm = max(norm, abs(value))
+            if progress is not None:
+                worst = max(finished, residual) / norm if norm else 0.0
+                progress(op.products - before, count * (max_iterations + 1), worst)
+            w, _ = orthogonalize(w, basis[:, :i])
+            length = float(w.norm())
+            if residual <= tol * norm or length == 0:
+                break
+            v = w / length
+        basis[:, i] = v
+        finished = max(finished, residual)
+    pairs = dataclasses.replace(certified(op, basis, tol, norm), products=op.products - before)
+    return pairs.take(torch.argsort(pairs.values.abs(), descending=True))

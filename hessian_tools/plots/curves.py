@@ -1,0 +1,193 @@
+"""The curves of a spectrum figure as plain arrays: the symlog axis, the broadened density, the cumulative function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hessian_tools.results.spectrum import Density, SpectrumResult
+
+Array = npt.NDArray[np.float64]
+BROADENING = 1.0  # the constant c in sigma = c * (range of the nodes) / steps
+LOG_DECADES = 6  # of positive values on a logarithmic axis
+SYMLOG_DECADES = 3  # below the largest size, where the linear part of a symlog axis begins at the latest
+
+
+@dataclass(frozen=True)
+class SymlogAxis:
+    """Linear within +-linthresh, logarithmic outside; low and high: limits, with 0 between them. sigma: broadening in
+    u."""
+
+    linthresh: float
+    low: float
+    high: float
+    sigma: float
+
+    def forward(self, x: Array) -> Array:
+        return np.arcsinh(x / self.linthresh)
+
+    def inverse(self, u: Array) -> Array:
+        x: Array = self.linthresh * np.sinh(u)
+        return x
+
+    def slope(self, x: Array) -> Array:
+        """du / dx."""
+        slope: Array = 1 / np.hypot(x, self.linthresh)
+        return slope
+
+
+@dataclass(frozen=True)
+class ValueAxis:
+    """The axis of a curve: kind is log, symlog (linear within +-linthresh, NaN for the others) or linear; low and high:
+    limits."""
+
+    kind: str
+    low: float
+    high: float
+    linthresh: float = math.nan
+
+
+def value_axis(values: Array, errors: Array) -> ValueAxis:
+    """An axis that shows all values [n] with their errors [n]; what is not finite has no say.
+
+    Logarithmic for positive values within LOG_DECADES whose errors are less than 90% of them; otherwise symlog, or
+    linear if the smallest size is more than a tenth of the largest. Raises ValueError without a finite value.
+    """
+    y, e = _known(values, errors)
+    sizes = np.abs(y[y != 0])
+    largest, smallest = float(sizes.max(initial=0.0)), float(sizes.min(initial=math.inf))
+    low, high = float((y - e).min()), float((y + e).max())
+    if (e < 0.9 * y).all() and smallest >= largest * 10.0**-LOG_DECADES:
+        room = max(1.2, (high / low) ** 0.05, math.sqrt(3 * low / high))
+        return ValueAxis("log", low / room, high * room)
+    linthresh = max(smallest, largest * 10.0 ** -(LOG_DECADES if y.min() > 0 else SYMLOG_DECADES))
+    if linthresh > largest / 10:
+        return linear_axis(values, errors)
+    ends = np.arcsinh(np.array([low, high]) / linthresh)
+    ends += 0.05 * (ends[1] - ends[0]) * np.array([-1, 1])
+    low, high = (float(x) for x in linthresh * np.sinh(ends))
+    return ValueAxis("symlog", low, high, linthresh)
+
+
+def linear_axis(values: Array, errors: Array) -> ValueAxis:
+    """A linear axis that shows all values [n] with their errors [n]. Raises ValueError without a finite value."""
+    y, e = _known(values, errors)
+    low, high = float((y - e).min()), float((y + e).max())
+    size = max(-low, high)
+    room = 0.06 * (high - low) if high - low > 1e-6 * size else 0.5 * size or 1.0
+    return ValueAxis("linear", low - room, high + room)
+
+
+def _known(values: Array, errors: Array) -> tuple[Array, Array]:
+    known = np.isfinite(values)
+    if not known.any():
+        raise ValueError("no value to draw")
+    return values[known], np.nan_to_num(errors, nan=0.0, posinf=0.0)[known]
+
+
+def symlog_axis(result: SpectrumResult) -> SymlogAxis:
+    """An axis for every operator of a result: linear over the innermost tenth of the bulk's nodes."""
+    densities = list(densities_of(result).values())
+    atoms = [finite(nodes[: d.atoms]) for d in densities for nodes in d.nodes]
+    bulk = [x for d in densities for x, _ in _bulk(d)]
+    reach = [x + side * 3 * _spacing(x) for x in bulk for side in (-1, 1)]
+    drawn = np.concatenate([np.zeros(1), *atoms, *bulk, *reach])
+    sizes = np.abs(np.concatenate([np.zeros(1), *bulk]))
+    largest = max((float(np.abs(x).max(initial=0.0)) for x in (*atoms, *bulk)), default=0.0) or 1.0
+    inner = float(np.quantile(sizes[sizes > 0], 0.1)) if sizes.any() else largest
+    linthresh = float(np.clip(inner, 1e-8 * largest, 0.1 * largest))
+    ranges = [
+        float(np.ptp(np.arcsinh(x / linthresh))) / max(d.steps, 1) for d in densities for x, _ in _bulk(d) if len(x)
+    ]
+    sigma = float(np.clip(BROADENING * max(ranges, default=0.0), 0.05, 0.5))
+    low, high = np.arcsinh(np.array([drawn.min(), drawn.max()]) / linthresh)
+    margin = max(0.03 * (high - low), 3 * sigma)
+    ends = linthresh * np.sinh(np.array([low - margin, high + margin]))
+    return SymlogAxis(linthresh, float(ends[0]), float(ends[1]), sigma)
+
+
+def density_curves(density: Density, axis: SymlogAxis) -> tuple[Array, Array]:
+    """The broadened bulk of every probe: a grid [n] of lambda and densities [probes, n] per unit of lambda."""
+    bulk = _bulk(density)
+    u = np.concatenate([axis.forward(x) for x, _ in bulk])
+    if not len(u):
+        return np.empty(0), np.empty((len(bulk), 0))
+    reach = max((float(_spacing(x).max(initial=0.0)) for x, _ in bulk), default=0.0)
+    ends = np.array([axis.inverse(u.min()) - 6 * reach, axis.inverse(u.max()) + 6 * reach])
+    low, high = axis.forward(ends)
+    count = math.ceil((high - low + 12 * axis.sigma) / axis.sigma * 4) + 1
+    grid = axis.inverse(np.linspace(low - 6 * axis.sigma, high + 6 * axis.sigma, count))
+    return grid, np.stack([_broadened(x, w, grid, axis) for x, w in bulk])
+
+
+def _broadened(nodes: Array, weights: Array, grid: Array, axis: SymlogAxis) -> Array:
+    """One probe's density: each node a Gaussian in u, or in lambda where the node spacing is wider than that."""
+    spacing = _spacing(nodes)
+    coarse = spacing > axis.sigma / axis.slope(nodes)
+    in_u = weights[~coarse] @ _gaussian(axis.forward(grid), axis.forward(nodes[~coarse]), axis.sigma)
+    in_lambda = weights[coarse] @ _gaussian(grid, nodes[coarse], spacing[coarse])
+    total: Array = in_u * axis.slope(grid) + in_lambda
+    return total
+
+
+def one_eigenvalue(densities: Sequence[Density], grid: Array, axis: SymlogAxis) -> Array:
+    """P times the density of a single eigenvalue where it lies, broadened as widely as any node at that place."""
+    widest = axis.sigma / axis.slope(grid)
+    for nodes, _ in (pair for d in densities for pair in _bulk(d)):
+        spacing = _spacing(nodes)
+        coarse = spacing > axis.sigma / axis.slope(nodes)
+        widest = np.maximum(widest, spacing[coarse].max(initial=0.0))
+    density: Array = 1 / (widest * math.sqrt(2 * math.pi))
+    return density
+
+
+def _gaussian(x: Array, centres: Array, sigma: Array | float) -> Array:
+    """[centres, x]: normal densities."""
+    s = np.broadcast_to(sigma, centres.shape)[:, None]
+    values: Array = np.exp(-0.5 * ((x - centres[:, None]) / s) ** 2) / (s * math.sqrt(2 * math.pi))
+    return values
+
+
+def _spacing(nodes: Array) -> Array:
+    """What each node of a quadrature resolves: the wider gap to its neighbours, at most the median gap."""
+    if len(nodes) < 2:
+        return np.zeros(len(nodes))
+    gaps = np.diff(nodes)
+    wider = np.maximum(np.append(gaps[:1], gaps), np.append(gaps, gaps[-1:]))
+    return np.minimum(wider, np.median(gaps))
+
+
+def cumulative(density: Density) -> tuple[Array, Array]:
+    """Fraction of eigenvalues <= x: all nodes x [n] sorted, and the step functions [probes, n], constant after x."""
+    x = np.unique(np.concatenate([finite(n) for n in density.nodes]))
+    steps = []
+    for nodes, weights in _quadratures(density):
+        total = np.append(0.0, np.cumsum(weights))
+        steps.append(total[np.searchsorted(nodes, x, side="right")])
+    return x, np.stack(steps)
+
+
+def densities_of(result: SpectrumResult) -> dict[str, Density]:
+    return {name: s.density for name, s in result.spectra.items() if s.density is not None and s.density.nodes}
+
+
+def _quadratures(density: Density, skip: int = 0) -> list[tuple[Array, Array]]:
+    """Nodes, ascending, and weights of every probe, without its first `skip` nodes."""
+    pairs = []
+    for nodes, weights in zip(density.nodes, density.weights, strict=True):
+        x, w = np.array(nodes[skip:], dtype=float), np.array(weights[skip:], dtype=float)
+        x, w = x[np.isfinite(x)], w[np.isfinite(x)]
+        pairs.append((x[np.argsort(x)], w[np.argsort(x)]))
+    return pairs
+
+
+def _bulk(density: Density) -> list[tuple[Array, Array]]:
+    return _quadratures(density, density.atoms)
+
+
+def finite(values: Iterable[float]) -> Array:
+    return np.array([x for x in values if math.isfinite(x)], dtype=float)

@@ -1,0 +1,298 @@
+"""The figure of a landscape: the loss along lines, with the operators' quadratics, and over planes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from hessian_tools.plots.captions import caption
+from hessian_tools.plots.curves import ValueAxis, linear_axis, value_axis
+from hessian_tools.plots.style import (
+    SMALL,
+    WIDTH,
+    Look,
+    add_caption,
+    add_legend,
+    layout,
+    log_ticks,
+    looks,
+    say,
+    set_title,
+    settled,
+    styled,
+    value_scale,
+)
+
+if TYPE_CHECKING:  # a figure is drawn from a result alone: nothing that computes one is imported
+    from hessian_tools.results.landscape import LandscapeResult, Line, Plane
+
+
+Array = npt.NDArray[np.float64]
+LEVELS = 13  # of the contours
+OBLIQUE = 0.05  # cosine between a plane's directions from which on the caption says it
+LEAST = "#ff9e1b"
+RING: dict[str, Any] = {
+    "marker": "o",
+    "markersize": 6.5,
+    "markerfacecolor": "none",
+    "markeredgewidth": 1.1,
+    "linestyle": "none",
+}
+ACCURACY = (0, (3, 1.5))
+TRUE: Look = ((0.1, 0.1, 0.1), "-")
+
+
+def landscape_figure(result: LandscapeResult) -> Figure:
+    """One panel a line, all on one loss axis, then two a plane: the true loss and that of the relaxed network.
+
+    Distances are in units of the weights' norm. The quadratics L(0) + t g'v + t^2/2 v'Av of the surrogate's Hessian and
+    GGN are drawn where they fit the axis of the losses. All planes have the same contours, logarithmic where the losses
+    are positive and within six decades; a ring marks the least loss on the grid, + the weights.
+    """
+    relaxed = any(line.relaxed_loss for line in result.lines)
+    lines, planes = result.lines, result.planes
+    columns = 2 if len(lines) in (2, 4) else min(3, len(lines))
+    rows = -(-len(lines) // columns)
+    across = min(len(planes), 2 if relaxed else 4)  # planes in a row
+    deep = -(-len(planes) // across) if planes else 0
+    panels = across * (1 + relaxed)
+    tall = {1: 2.5, 2: 2.5}.get(panels, 1.85)
+    heights = [1.5 * rows, tall * deep] if planes else [1.9 * rows]
+    letters = (chr(ord("a") + i) if i < 26 else f"{i + 1}" for i in range(10**6))
+    with styled():
+        figure = Figure(figsize=(WIDTH, sum(heights) + 1.15), layout=layout())
+        grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+        styles = dict(zip(("hessian", "ggn", "relaxed"), looks(3), strict=True))
+        axis = _loss_axis(result)
+        cells = _cells(grid[0], rows, columns)
+        for i, (line, cell) in enumerate(zip(lines, cells, strict=False)):
+            ax = figure.add_subplot(cell)
+            set_title(ax, next(letters), title(line.name))
+            draw_line(ax, line, result, styles, axis)
+            if i % columns:
+                ax.tick_params(labelleft=False)
+                ax.set_ylabel("")
+            if line.accuracy:
+                _draw_accuracy(ax, line, result.weight_norm, labelled=(i + 1) % columns == 0 or i + 1 == len(lines))
+            if i + columns >= len(lines):
+                ax.set_xlabel("distance t / ‖w‖")
+        if planes:
+            surfaces = [surface for p in planes for surface in (p.loss, p.relaxed_loss) if surface]
+            levels, norm = contour_levels(surfaces)
+            axes = []
+            cells = _cells(grid[1], deep, panels)
+            for plane in planes:
+                for name, surface in (("true loss", plane.loss), ("relaxed", plane.relaxed_loss)):
+                    if surface:
+                        ax = figure.add_subplot(next(cells))
+                        set_title(ax, next(letters), name)
+                        draw_plane(ax, plane, surface, result.weight_norm, levels, norm)
+                        if name == "relaxed":
+                            ax.tick_params(labelleft=False)
+                            ax.set_ylabel("")
+                        axes.append(ax)
+            if len(levels):
+                _bar(figure, axes, levels, norm)
+        add_legend(figure, _legend(result, styles, relaxed))
+        add_caption(figure, landscape_caption(result))
+        return settled(figure)
+
+
+def title(name: str) -> str:
+    if name == "negative":
+        return "most negative eigenvector"
+    kind, number = name.rstrip("0123456789"), name.lstrip("abcdefghijklmnopqrstuvwxyz")
+    return {"top": f"eigenvector {number}", "random": f"random {number}"}.get(kind, name)
+
+
+def draw_line(ax: Axes, line: Line, result: LandscapeResult, styles: dict[str, Look], axis: ValueAxis) -> None:
+    """The losses against the distance in units of ||w||, the quadratics, and the numbers of this direction."""
+    t = np.array(line.distances)
+    x = t / result.weight_norm
+    fine = np.linspace(t[0], t[-1], 401)
+    e, below, _, above = line.around(line.loss)
+    at = [-e / result.weight_norm, e / result.weight_norm]
+    value_scale(ax, axis, "loss")
+    for name, curvature in (("hessian", line.hessian), ("ggn", line.ggn)):
+        colour, dashes = styles[name]
+        y = quadratic(fine, result.loss, line.slope, curvature)
+        ax.plot(fine / result.weight_norm, y, color=colour, linestyle=dashes, label=name)
+    if line.relaxed_loss:
+        colour, dashes = styles["relaxed"]
+        ax.plot(x, line.relaxed_loss, color=colour, linestyle=dashes, linewidth=1.4, label="relaxed")
+    ax.plot(x, line.loss, color=TRUE[0], marker=".", markersize=2.5, linewidth=0.8, label="true")
+    ax.plot(
+        at,
+        [below, above],
+        color=TRUE[0],
+        marker="o",
+        markersize=4.5,
+        markerfacecolor="none",
+        markeredgewidth=0.8,
+        linestyle="none",
+        label="step",
+    )
+    numbers = ("v′Hv", line.hessian), ("v′Gv", line.ggn), ("L″", line.second_difference(line.loss))
+    text = "\n".join(f"{name} = {value:.2g}".replace("-", "−") for name, value in numbers)
+    ax.text(
+        0.5, 0.97, text, transform=ax.transAxes, ha="center", va="top", fontsize=SMALL, color="0.2",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
+    )  # fmt: skip
+    _ends(ax, x)
+    sns.despine(ax=ax)
+
+
+def _draw_accuracy(ax: Axes, line: Line, unit: float, labelled: bool) -> None:
+    """On an axis of its own, from 0 to 1, behind everything else."""
+    twin = ax.twinx()
+    twin.plot(
+        np.array(line.distances) / unit, line.accuracy, color="0.6", linestyle=ACCURACY, linewidth=0.9, label="accuracy"
+    )
+    twin.set_ylim(0, 1.7)  # the numbers stand above
+    twin.set_yticks([0, 0.5, 1])
+    sns.despine(ax=twin, right=False, left=True)
+    twin.tick_params(color="0.6", labelcolor="0.4", labelright=labelled, labelbottom=False)
+    twin.spines["right"].set_color("0.6")
+    twin.set_zorder(ax.get_zorder() - 1)
+    ax.patch.set_visible(False)
+
+
+def _ends(ax: Axes, x: Array) -> None:
+    """Labels at 0 and at both ends, inside of them."""
+    ax.set_xlim(x[0], x[-1])
+    ax.set_xticks([x[0], 0, x[-1]], _labels(x))
+    ax.set_xticks([x[0] / 2, x[-1] / 2], minor=True)
+    left, _, right = ax.get_xticklabels()
+    left.set_horizontalalignment("left")
+    right.set_horizontalalignment("right")
+
+
+def _labels(x: Array) -> list[str]:
+    return [f"{v:.3g}".replace("-", "−") for v in (x[0], 0, x[-1])]
+
+
+def quadratic(t: Array, loss: float, slope: float, curvature: float) -> Array:
+    """L(0) + t g'v + t^2/2 v'Av."""
+    return loss + slope * t + curvature * t**2 / 2
+
+
+def _loss_axis(result: LandscapeResult) -> ValueAxis:
+    """Of all lines: the losses, and of the quadratics below them a third as much again at most."""
+    losses = np.array([result.loss, *(y for line in result.lines for y in (*line.loss, *line.relaxed_loss))])
+    low, high = float(np.nanmin(losses)), float(np.nanmax(losses))
+    ends = [
+        quadratic(np.array([line.distances[0], line.distances[-1]]), result.loss, line.slope, curvature).min()
+        for line in result.lines
+        for curvature in (line.hessian, line.ggn)
+    ]
+    below = max(np.nanmin(ends), low - (high - low) / 3)
+    return linear_axis(np.array([min(low, below), high]), np.zeros(2))
+
+
+def contour_levels(surfaces: Sequence[Sequence[Sequence[float]]]) -> tuple[Array, Normalize]:
+    """Ascending contour levels through all these losses, none where there is nothing to contour, and their colours."""
+    values = np.concatenate([np.asarray(s, dtype=float).ravel() for s in surfaces])
+    values = values[np.isfinite(values)]
+    if not len(values) or np.ptp(values) <= 1e-12 * np.abs(values).max():
+        return np.empty(0), Normalize()
+    low, high = float(values.min()), float(values.max())
+    if value_axis(values, np.zeros(len(values))).kind == "log":
+        return np.geomspace(low, high, LEVELS), LogNorm(low, high)
+    return np.linspace(low, high, LEVELS), Normalize(low, high)
+
+
+def draw_plane(
+    ax: Axes, plane: Plane, surface: Sequence[Sequence[float]], unit: float, levels: Array, norm: Normalize
+) -> None:
+    """Contours of the losses [along the second direction, along the first] over distances in units of ||w||."""
+    z = np.ma.masked_invalid(np.asarray(surface, dtype=float))
+    x = np.array(plane.distances) / unit
+    first, second = (title(name).replace("most negative eigenvector", "most negative") for name in plane.directions)
+    if not len(levels) or z.mask.all():
+        return say(ax, "no finite loss" if not z.count() else f"the loss is {z.max():.3g}\neverywhere")
+    ax.contourf(x, x, z, levels=levels, norm=norm, cmap="viridis")
+    ax.contour(x, x, z, levels=levels, colors="white", linewidths=0.3, alpha=0.6)
+    row, column = np.unravel_index(int(z.argmin()), z.shape)
+    ax.plot(0, 0, marker="+", color="white", markersize=5, markeredgewidth=0.9, label="weights")
+    ax.plot(x[column], x[row], color=LEAST, label="least", **RING)
+    ax.set_aspect("equal")
+    _ends(ax, x)
+    ax.set_yticks([x[0], 0, x[-1]], _labels(x))
+    ax.set_xlabel(first)
+    ax.set_ylabel(second)
+
+
+def _cells(cell: SubplotSpec, rows: int, columns: int) -> Iterator[SubplotSpec]:
+    grid = cell.subgridspec(rows, columns)
+    return (grid[i, j] for i in range(rows) for j in range(columns))
+
+
+def _bar(figure: Figure, axes: Sequence[Axes], levels: Array, norm: Normalize) -> None:
+    bar = figure.colorbar(
+        ScalarMappable(norm, "viridis"), ax=list(axes), fraction=0.03, pad=0.015, aspect=14, shrink=0.8
+    )
+    bar.outline.set_visible(False)
+    bar.set_label("loss")
+    if isinstance(norm, LogNorm):
+        log_ticks(bar.ax, float(levels[0]), float(levels[-1]))
+
+
+def _legend(result: LandscapeResult, styles: dict[str, Look], relaxed: bool) -> list[Line2D | Patch]:
+    named = {"hessian": "Hessian's quadratic", "ggn": "GGN's quadratic"}
+    handles: list[Line2D | Patch] = [
+        Line2D([], [], color=TRUE[0], marker=".", markersize=3, linewidth=0.8, label="true loss")
+    ]
+    if relaxed:
+        handles.append(
+            Line2D(
+                [],
+                [],
+                color=styles["relaxed"][0],
+                linestyle=styles["relaxed"][1],
+                linewidth=1.4,
+                label="loss of the relaxed network",
+            )
+        )
+    handles += [
+        Line2D([], [], color=styles[name][0], linestyle=styles[name][1], label=text) for name, text in named.items()
+    ]
+    if any(line.accuracy for line in result.lines):
+        handles.append(Line2D([], [], color="0.6", linestyle=ACCURACY, linewidth=0.9, label="accuracy (right axis)"))
+    if result.planes:
+        mark = partial(Line2D, [], [], linestyle="none")
+        handles.append(mark(marker="+", color="0.2", markersize=5, markeredgewidth=0.9, label="the weights"))
+        handles.append(Line2D([], [], color=LEAST, label="least on the grid", **RING))
+    return handles
+
+
+def landscape_caption(result: LandscapeResult) -> str:
+    """What the axes are, what the numbers in the panels are, and the provenance."""
+    text = f"Losses at w + t v, ‖v‖\u00a0=\u00a01, distances in units of ‖w‖\u00a0=\u00a0{result.weight_norm:.3g}"
+    text += "; the true loss is piecewise constant" if result.network.get("surrogate") else ""
+    text += ". Quadratics: L(0) + t\u00a0g′v + t²/2\u00a0v′Av, A the surrogate's Hessian H or GGN G; L″: second "
+    text += "difference of the true loss at the circles."
+    if any(math.isfinite(line.residual) or line.name == "gradient" for line in result.lines):
+        text += " Eigenvectors (of H) and gradient point uphill (g′v\u00a0≥\u00a00)."
+    if any(line.name.startswith("random") for line in result.lines):
+        text += " Random directions are filter-normalized."
+    oblique = [p for p in result.planes if abs(p.cosine) >= OBLIQUE]
+    if oblique:
+        pairs = ", ".join(f"{title(p.directions[0])} and {title(p.directions[1])} {p.cosine:.2g}" for p in oblique)
+        text += f" Not at right angles, cosine of {pairs}."
+    if math.isfinite(result.relaxed_loss):
+        text += " The relaxed network, with the surrogate's primitive for a spike, is another one: its loss at w is "
+        text += f"{result.relaxed_loss:.3g}."
+    return f"{text} {caption(result)}"

@@ -1,0 +1,216 @@
+"""Publication figures, drawn from saved results alone: two columns wide, text of 7 pt or more.
+
+Nothing here touches a model or pyplot's global state, and the user's matplotlibrc has no say: the same result gives
+the same figure, and the same bytes. Every limit, threshold and floor is relative to the data, so that eigenvalues times
+a constant give the same picture with other tick labels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from hessian_tools.plots.captions import (
+    caption,
+    samples_caption,
+    samples_legend,
+    spectrum_caption,
+    spectrum_legend,
+    trajectory_caption,
+    trajectory_legend,
+)
+from hessian_tools.plots.curves import finite, symlog_axis
+from hessian_tools.plots.line_panels import column, draw_eigenvalue_paths, draw_paths, draw_resamples, name_ends
+from hessian_tools.plots.spectrum_panels import draw_cdf, draw_density, draw_layers, draw_ranks, has_data_error, marks
+from hessian_tools.plots.style import (
+    WIDTH,
+    Look,
+    add_caption,
+    add_legend,
+    layout,
+    looks,
+    operator_name,
+    printable,
+    set_title,
+    settled,
+    shades,
+    styled,
+)
+from hessian_tools.results.comparability import common_operators
+from hessian_tools.results.spectrum import SpectrumResult
+from hessian_tools.results.trajectory import RANKS, epoch, snapshots, stability_limit, trace_error, trajectory_rows
+
+
+def spectrum_figure(result: SpectrumResult) -> Figure:
+    """(a) density, (b) CDF, (c) |eigenvalue| against rank, (d) layers of the eigenvectors, and the provenance.
+
+    The density is that of the bulk, per unit of lambda, and integrates to its weight: every quadrature node becomes a
+    Gaussian in u = asinh(lambda / linthresh), the smooth form of the symlog axis, of sigma = (range of the nodes in u)
+    / steps, times du/dlambda; where the nodes are too far apart for that, a Gaussian in lambda of their spacing.
+    Deflated eigenvalues are no part of it but ticks in the strip above. Grey: less than one eigenvalue.
+    """
+    with styled():
+        figure = Figure(figsize=(WIDTH, 5.2), layout=layout())
+        styles = dict(zip(result.spectra, looks(len(result.spectra)), strict=True))
+        (a, b), (c, d) = figure.subplots(2, 2)
+        axis = symlog_axis(result)
+        layers = f"layers of the {operator_name(result.main[0])} eigenvectors"
+        titles = ("bulk spectral density", "cumulative distribution", "ends of the spectrum", layers)
+        for ax, letter, title in zip((a, b, c, d), "abcd", titles, strict=True):
+            set_title(ax, letter, title)
+        draw_density(a, result, styles, axis)
+        draw_cdf(b, result, styles, axis)
+        draw_ranks(c, [(s, styles[name]) for name, s in result.spectra.items()])
+        draw_layers(d, result.main[1])
+        add_legend(figure, spectrum_legend(result, styles))
+        add_caption(figure, spectrum_caption(result, axis))
+        return settled(figure)
+
+
+def layers_figure(result: SpectrumResult) -> Figure:
+    """The bulk density of every layer's diagonal block, small multiples on one axis of eigenvalues.
+
+    Raises ValueError for a result without blocks.
+    """
+    if not result.blocks:
+        raise ValueError("no diagonal blocks to draw")
+    columns = min(3, len(result.blocks))
+    rows = -(-len(result.blocks) // columns)
+    with styled():
+        figure = Figure(figsize=(WIDTH, 1.1 + 1.7 * rows), layout=layout())
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+        axis = symlog_axis(replace(result, spectra=result.blocks))
+        (style, *_) = looks(1)
+        for (name, block), ax in zip(result.blocks.items(), panels, strict=False):  # this order loses no panel
+            ax.set_title(printable(name, 24))
+            size = sum(n for parameter, n in result.parameters.items() if parameter.rpartition(".")[0] in (name, ""))
+            draw_density(ax, replace(result, spectra={name: block}, num_parameters=size), {name: style}, axis)
+            if not ax.get_subplotspec().is_first_col():
+                ax.set_ylabel("")
+        for ax in list(panels):
+            ax.axis("off")
+        text = f"{operator_name(result.main[0])}, diagonal block of each layer; ticks: deflated eigenvalues; "
+        text += f"grey: less than one eigenvalue. {caption(result)}"
+        add_caption(figure, text)
+        return settled(figure)
+
+
+def rank_figure(results: list[tuple[str, SpectrumResult]]) -> Figure:
+    """|eigenvalue| against rank, one line a labelled result, one panel an operator that every result has.
+
+    Raises ValueError for an empty list, or results without a common operator.
+    """
+    if not results:
+        raise ValueError("no result to draw")
+    common = common_operators(results)
+    if not common:
+        raise ValueError("the results have no operator in common: run spectrum on all with the same --operator")
+    rows = -(-len(common) // 2)
+    with styled():
+        figure = Figure(figsize=(WIDTH, 0.5 + 2.4 * rows), layout=layout())
+        styles = looks(len(results))
+        axes = list(figure.subplots(rows, min(2, len(common)), squeeze=False).flat)
+        for ax, letter, name in zip(axes, "abcdefgh", common, strict=False):
+            set_title(ax, letter, operator_name(name))
+            draw_ranks(ax, [(r.spectra[name], look) for (_, r), look in zip(results, styles, strict=True)])
+        for ax in axes[len(common) :]:
+            ax.remove()
+        lines: list[Line2D | Patch] = [
+            Line2D([], [], color=colour, linestyle=dashes, label=printable(label, 26))
+            for (label, _), (colour, dashes) in zip(results, styles, strict=True)
+        ]
+        everything = [r.spectra[name] for name in common for _, r in results]
+        bar = Line2D([], [], color="0.2", marker="|", markersize=6, linestyle="none", label="standard error (data)")
+        known = any(has_data_error(e) for s in everything for e in (*s.eigenvalues, *s.smallest_eigenvalues))
+        add_legend(figure, [*lines, *marks(everything), *([bar] if known else [])])
+        return settled(figure)
+
+
+def trajectory_figure(results: list[SpectrumResult]) -> Figure:
+    """Snapshots of one training run, in any order, against the epoch; the table behind it is `trajectory_rows`.
+
+    (a) the largest eigenvalues and the smallest of the first operator and the GGN, with the stability limit of SGD, (b)
+    the traces, then E[f'^2] of every layer where it is known, the loss, and the accuracy where there is one. Raises
+    ValueError, saying what differs, unless the results are two or more snapshots of one run at different epochs.
+    """
+    rows, ordered = trajectory_rows(results), snapshots(results)
+    operators = common_operators([(f"{epoch(r)}", r) for r in ordered])
+    layers = [key for key in rows[0] if key.endswith(".derivative_square")]
+    accurate = bool(np.isfinite(column(rows, "accuracy")).any())
+    limit = stability_limit(ordered[0].training)
+    dark: Look = ((0.2, 0.2, 0.2), "-")
+    with styled():
+        figure = Figure(figsize=(WIDTH, 5.2), layout=layout())
+        styles = dict(zip(operators, looks(len(operators)), strict=True))
+        traces = {f"{name}.trace": look for name, look in styles.items()}
+        ends = {name: look for name, look in styles.items() if name in (operators[0], "ggn")}
+        grid = figure.add_gridspec(2, 2)
+        lower = [grid[1, 0], grid[1, 1]] if layers or accurate else [grid[1, :]]
+        if layers and accurate:
+            stacked = lower.pop().subgridspec(2, 1)
+            lower += [stacked[0, 0], stacked[1, 0]]
+        cells = iter([grid[0, 0], grid[0, 1], *lower])
+        letters = iter("abcde")
+
+        def panel(title: str) -> Axes:
+            ax = figure.add_subplot(next(cells))
+            set_title(ax, next(letters), title)
+            return ax
+
+        first, limited = draw_eigenvalue_paths(panel("ends of the spectrum"), rows, ends, limit)
+        axes = [first, draw_paths(panel("trace"), rows, traces, "trace", errors=".stderr")]
+        if layers:
+            ax = panel("surrogate derivative")
+            draw_paths(ax, rows, dict(zip(layers, shades(len(layers)), strict=True)), "E[f′(h)²]")
+            name_ends(ax, {key: printable(key.removesuffix(".derivative_square"), 14) for key in layers}, 1.6 * 72)
+        height = (0.7 if layers and accurate else 1.6) * 72
+        draw_paths(panel("loss"), rows, {"loss": dark}, "loss", height=height)
+        if accurate:
+            draw_paths(panel("accuracy"), rows, {"accuracy": dark}, "accuracy", linear=True, height=height)
+        if layers and accurate:
+            *_, above, below = figure.axes
+            above.set_xlabel("")
+            above.tick_params(labelbottom=False)
+            for ax in (above, below):
+                ax.set_ylabel("")
+        add_legend(figure, trajectory_legend(ordered, ends, styles, limited))
+        add_caption(figure, trajectory_caption(ordered, axes, limit, limited))
+        return settled(figure)
+
+
+def samples_figure(result: SpectrumResult) -> Figure:
+    """What a Hessian of few samples is worth: (a) the largest eigenvalues and (b) the trace of the first operator
+    against the number of samples, every resample a dot, and the value on all samples with its standard error.
+
+    Raises ValueError for a result without such a curve.
+    """
+    curve = sorted(result.samples_curve, key=lambda point: point.samples)
+    if not curve:
+        raise ValueError("no curve over the number of samples: run spectrum with --samples-curve")
+    name, spectrum = result.main
+    count = max((len(values) for point in curve for values in point.eigenvalues), default=0)
+    ranks = [
+        [finite(values[rank] for values in point.eigenvalues if len(values) > rank) for point in curve]
+        for rank in range(min(RANKS, count))
+    ]
+    samples = int(result.data.get("samples") or 0)
+    top = spectrum.eigenvalues[0] if spectrum.eigenvalues else None
+    largest = (top.value, top.data_stderr) if top else (math.nan, math.nan)
+    trace = (spectrum.trace.estimate, trace_error(spectrum.trace)) if spectrum.trace else (math.nan, math.nan)
+    colours = (looks(10)[0][0], looks(10)[9][0])  # blue and sky blue
+    with styled():
+        figure = Figure(figsize=(WIDTH, 3.1), layout=layout())
+        a, b = figure.subplots(1, 2)
+        set_title(a, "a", f"largest eigenvalues of the {operator_name(name)}")
+        set_title(b, "b", f"trace of the {operator_name(name)}")
+        axes = [draw_resamples(a, curve, ranks, (*largest, samples), colours, "eigenvalue λ")]
+        axes += [draw_resamples(b, curve, [[finite(p.traces) for p in curve]], (*trace, samples), colours, "trace")]
+        add_legend(figure, samples_legend(curve, len(ranks), samples, colours))
+        add_caption(figure, samples_caption(result, curve, ranks, largest[0], axes))
+        return settled(figure)

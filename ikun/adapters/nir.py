@@ -1,0 +1,259 @@
+"""Networks in the Neuromorphic Intermediate Representation (Pedersen et al. 2024): graphs of neurons, without a clock.
+
+A NIR file holds differential equations. What a Hessian needs beyond them is asked for: the step of time dt (forward
+Euler), the spike with its two derivatives, and how a spike resets. Feed-forward graphs alone: no recurrence, no delays.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ikun.adapters.base import AdapterError
+from ikun.adapters.two_jet import Jet
+from ikun.surrogate_check import Spike, first_line
+
+RESETS = ("hard", "soft")
+MOST_BYTES = 2**26  # of a file's arrays, and a hundred times its own size
+State = tuple[Tensor, ...]
+
+
+def read_nir(
+    path: str | Path, *, dt: float | None = None, spike: Spike | None = None, reset: str | None = None
+) -> NirNetwork:
+    """The network in a .nir file, see `from_nir`. Raises AdapterError for a file that is none."""
+    import nir
+
+    if not Path(path).is_file():
+        raise AdapterError(f"{path}: no such file" if not Path(path).exists() else f"{path}: a folder or device")
+    try:
+        try_reading(path)
+        graph = nir.read(path)
+    except Exception as error:  # h5py and nir raise many kinds on damaged files
+        raise AdapterError(f"{path}: not a NIR file, or a broken one ({first_line(error)})") from error
+    try:
+        network = from_nir(graph, dt=dt, spike=spike, reset=reset)
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from None
+    except Exception as error:  # sizes that do not fit, edges between nodes that are not there
+        raise AdapterError(f"{path}: a graph that cannot be built ({first_line(error)})") from error
+    if broken := [name for name, t in network.state_dict().items() if not bool(torch.isfinite(t).all())]:
+        raise AdapterError(f"{path}: NaN or infinite values in {broken[0]}")
+    return network
+
+
+# HDF5 can claim any size in a few bytes: what is not written reads as zeros, and zeros compress well.
+_READING = """
+import sys, h5py, nir
+path, most = sys.argv[1], int(sys.argv[2])
+sizes = []
+with h5py.File(path) as file:
+    file.visititems(lambda _, item: sizes.append(item.nbytes) if isinstance(item, h5py.Dataset) else None)
+if sum(sizes) > most:
+    sys.exit(f"it claims {sum(sizes):,} bytes")
+nir.read(path)
+"""
+
+
+def try_reading(path: str | Path, seconds: float = 60.0) -> None:
+    """Read a .nir file in a process of its own: libhdf5 may loop for ever on a damaged one. Raises ValueError."""
+    most = MOST_BYTES + 100 * Path(path).stat().st_size
+    command = [sys.executable, "-P", "-c", _READING, str(path), str(most)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"reading it takes more than {seconds:g} s") from None
+    if done.returncode:
+        raise ValueError((done.stderr.strip().splitlines() or ["the process that read it ended"])[-1])
+
+
+def from_nir(
+    graph: Any, *, dt: float | None = None, spike: Spike | None = None, reset: str | None = None
+) -> NirNetwork:
+    """The network of a nir.NIRGraph.
+
+    dt: seconds, or the unit of the graph's time constants. spike: x = v - threshold -> 0 or 1, differentiable twice;
+    its derivatives are used, the spikes are those of NIR (v > threshold). reset: hard (to v_reset) or soft (v less the
+    threshold); its derivative is that of the spike, not detached. Raises AdapterError for what is not said or cannot
+    be built.
+    """
+    spikes = any(kind_of(node) in ("IF", "LIF", "CubaLIF") for node in graph.nodes.values())
+    missing = [
+        name
+        for name, value in (("dt", dt), ("spike", spike), ("reset", reset))
+        if value is None and (spikes or name == "dt")
+    ]
+    if missing:
+        raise AdapterError(f"a NIR graph does not say {', '.join(missing)}: give {', '.join(f'{m}=' for m in missing)}")
+    if not dt or dt <= 0:
+        raise AdapterError(f"dt must be positive, not {dt}")
+    if spikes and reset not in RESETS:
+        raise AdapterError(f"reset must be one of {', '.join(RESETS)}, not '{reset}'")
+    return NirNetwork(graph, dt, None if spike is None else Jet(_above, spike), reset == "soft")
+
+
+def _above(x: Tensor) -> Tensor:
+    return (x > 0).to(x.dtype)
+
+
+def kind_of(node: Any) -> str:
+    return type(node).__name__
+
+
+class NirNetwork(nn.Module):
+    """Currents [T, N, ...] -> outputs [T, N, K]; keeps no state. Layers have the names of the graph's nodes."""
+
+    def __init__(self, graph: Any, dt: float, spike: Jet | None, soft: bool) -> None:
+        super().__init__()
+        names = {name: self._free(name) for name in graph.nodes}
+        before: dict[str, list[str]] = {name: [] for name in graph.nodes}
+        for source, target in graph.edges:
+            before[target].append(source)
+        try:
+            order = list(TopologicalSorter(before).static_order())
+        except CycleError as error:
+            raise AdapterError(f"recurrent connections are not supported: {' -> '.join(error.args[1])}") from None
+        ends = {kind: [name for name in order if kind_of(graph.nodes[name]) == kind] for kind in ("Input", "Output")}
+        for kind, found in ends.items():
+            if len(found) != 1:
+                raise AdapterError(f"the graph has {len(found)} {kind} nodes, and one is needed")
+        self._input, self._output = names[ends["Input"][0]], names[ends["Output"][0]]
+        self._order = [names[name] for name in order]
+        self._before = {names[name]: [names[source] for source in sources] for name, sources in before.items()}
+        for name, node in graph.nodes.items():
+            if kind_of(node) not in ends:
+                self.add_module(names[name], _module(name, node, dt, spike, soft))
+
+    def _free(self, name: str) -> str:
+        """A node's name as an attribute: without dots, and none that a module has."""
+        name = name.replace(".", "_")
+        return name + "_" if hasattr(self, name) else name
+
+    def forward(self, x: Tensor) -> Tensor:
+        states: dict[str, State | None] = dict.fromkeys(self._order)
+        outputs = []
+        for current in x:
+            values = {self._input: current}
+            for name in self._order:
+                sources = [values[source] for source in self._before[name] if source in values]
+                if not sources:
+                    continue  # the input itself, or a node that nothing reaches
+                value = torch.stack(sources).sum(0)
+                layer = self._modules.get(name)
+                if isinstance(layer, NirNeuron):
+                    value, states[name] = layer(value, states[name])
+                elif layer is not None:
+                    value = layer(value)
+                values[name] = value
+            outputs.append(values[self._output])
+        return torch.stack(outputs)
+
+
+class NirNeuron(nn.Module):
+    """IF, LIF, CubaLIF or LI, one step of forward Euler at a time.
+
+    i += (dt / tau_syn) (w_in x - i), R i the current (R x without synapses); v += (dt / tau) (v_leak - v + current),
+    or dt times the current for IF; spikes where v > threshold. LI has none: its output is v.
+    """
+
+    def __init__(self, node: Any, dt: float, spike: Jet | None, soft: bool) -> None:
+        super().__init__()
+        self.kind, self.spike, self.soft = kind_of(node), spike, soft
+        tau = getattr(node, "tau_mem", getattr(node, "tau", None))
+        constants = {
+            "r": node.r,
+            "gain": dt if tau is None else dt / tau,
+            "leak": 0.0 if tau is None else 1.0,
+            "v_leak": getattr(node, "v_leak", 0.0),
+            "threshold": getattr(node, "v_threshold", 0.0),
+            "v_reset": getattr(node, "v_reset", 0.0),
+            "synapse": dt / node.tau_syn if self.kind == "CubaLIF" else 1.0,
+            "w_in": getattr(node, "w_in", 1.0),
+        }
+        for name, value in constants.items():
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64).clone())  # as exact as the file
+
+    def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+        def c(name: str) -> Tensor:
+            return self.get_buffer(name).to(x)
+
+        v, i = (torch.zeros_like(x) + c("v_leak"), torch.zeros_like(x)) if state is None else state
+        i = i + c("synapse") * (c("w_in") * x - i) if self.kind == "CubaLIF" else x
+        v = v + c("gain") * (c("leak") * (c("v_leak") - v) + c("r") * i)
+        if self.spike is None or self.kind == "LI":
+            return v, (v, i)
+        s: Tensor = self.spike(v - c("threshold"))
+        v = v - s * c("threshold") if self.soft else v * (1 - s) + c("v_reset") * s
+        return s, (v, i)
+
+
+class SumPool(nn.Module):
+    """The sum over windows."""
+
+    def __init__(self, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> None:
+        super().__init__()
+        self.windows = kernel, stride, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, *self.windows, divisor_override=1)
+
+
+def _module(name: str, node: Any, dt: float, spike: Jet | None, soft: bool) -> nn.Module:
+    """The layer of a node."""
+    match kind_of(node):
+        case "Affine" | "Linear":
+            weight = torch.as_tensor(node.weight)
+            if weight.dim() != 2:
+                raise AdapterError(f"node '{name}': a weight of shape {list(weight.shape)} is not supported")
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=kind_of(node) == "Affine")
+            return _filled(linear, node)
+        case "Conv2d":
+            weight = torch.as_tensor(node.weight)
+            channels = weight.shape[1] * int(node.groups), weight.shape[0]
+            kernel = (int(weight.shape[2]), int(weight.shape[3]))
+            padding = _text(node.padding)
+            conv = nn.Conv2d(
+                *channels,
+                kernel,
+                stride=_pair(node.stride),
+                padding=padding if isinstance(padding, str) else _pair(padding),
+                dilation=_pair(node.dilation),
+                groups=int(node.groups),
+                bias=node.bias is not None,
+            )
+            return _filled(conv, node)
+        case "Flatten":
+            start, end = int(node.start_dim), int(node.end_dim)  # NIR does not count the samples
+            return nn.Flatten(start + 1 if start >= 0 else start, end + 1 if end >= 0 else end)
+        case "AvgPool2d":
+            return nn.AvgPool2d(_pair(node.kernel_size), _pair(node.stride), _pair(node.padding))
+        case "SumPool2d":
+            return SumPool(_pair(node.kernel_size), _pair(node.stride), _pair(node.padding))
+        case "IF" | "LIF" | "CubaLIF" | "LI":
+            return NirNeuron(node, dt, spike, soft)
+        case other:
+            raise AdapterError(f"node '{name}': {other} is not supported")
+
+
+def _filled(layer: nn.Linear | nn.Conv2d, node: Any) -> nn.Module:
+    with torch.no_grad():
+        layer.weight.copy_(torch.as_tensor(node.weight))
+        if layer.bias is not None:
+            layer.bias.copy_(torch.as_tensor(node.bias))
+    return layer
+
+
+def _text(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = torch.as_tensor(value).flatten().tolist()
+    return int(values[0]), int(values[-1])

@@ -1,0 +1,87 @@
+"""Norse (Pehle & Pedersen 2021): state handed from step to step, surrogates chosen by a name in the parameters `p`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+from ikun.adapters.base import Library, Slot, bases, nothing
+from ikun.surrogate_check import Spike
+
+WITH_TIME = {"SNN", "SNNRecurrent", "Lift"}  # their input is [T, N, ...]; the cells' is [N, ...]
+
+
+def _neurons(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(getattr(m, "activation", None), FunctionType) and hasattr(m, "p")]
+
+
+def _slots(model: nn.Module) -> Iterator[Slot]:
+    """Of every neuron whose step calls `threshold(x, method, alpha)`."""
+    for path, module in model.named_modules():
+        if module not in _neurons(model) or (threshold := _found(module.activation)) is None:
+            continue
+        p = _with_method(module.p)
+        if p is None:
+            continue
+
+        def function(x: Any, threshold: Any = threshold, p: Any = p) -> Any:
+            return threshold(x, p.method, p.alpha)
+
+        def put(spike: Spike, module: nn.Module = module) -> None:
+            vars(module)["activation"] = _rebound(vars(module)["activation"], spike)
+
+        yield Slot(f"{path}.activation".strip("."), module, function, put, f"{p.method}, alpha {float(p.alpha):g}")
+
+
+def _called(step: FunctionType) -> dict[str, FunctionType]:
+    """Norse's own functions that the step calls by name."""
+    named = {name: step.__globals__.get(name) for name in step.__code__.co_names}
+    return {name: f for name, f in named.items() if isinstance(f, FunctionType) and f.__module__.startswith("norse.")}
+
+
+def _found(step: FunctionType) -> FunctionType | None:
+    for name, function in _called(step).items():
+        if name == "threshold":
+            return function
+        if inner := _found(function):
+            return inner
+    return None
+
+
+def _rebound(step: FunctionType, spike: Spike) -> FunctionType:
+    """The same step with another `threshold`, in itself and in the functions that it calls."""
+    others: dict[str, Any] = {
+        name: (lambda x, method, alpha: spike(x)) if name == "threshold" else _rebound(function, spike)
+        for name, function in _called(step).items()
+    }
+    scope = {**step.__globals__, **others}
+    again = FunctionType(step.__code__, scope, step.__name__, step.__defaults__, step.__closure__)
+    again.__kwdefaults__ = step.__kwdefaults__
+    again.__module__ = step.__module__
+    return again
+
+
+def _with_method(p: Any) -> Any:
+    """The parameters that name the surrogate; some neurons keep them one level deeper."""
+    if hasattr(p, "method"):
+        return p
+    inner = [_with_method(value) for value in p] if isinstance(p, tuple) else []
+    return next((value for value in inner if value is not None), None)
+
+
+def _takes_time(module: nn.Module) -> bool:
+    return bool(WITH_TIME & bases(module))
+
+
+NORSE = Library(
+    package="norse",
+    clear=nothing,
+    prepare=nothing,
+    slots=_slots,
+    neurons=_neurons,
+    by_step=lambda model: not any(_takes_time(m) for m in model.modules()),
+    takes_time=_takes_time,
+)

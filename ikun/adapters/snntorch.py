@@ -1,0 +1,31 @@
+"""snnTorch (Eshraghian et al. 2023): state in buffers that `reset_mem` clears, surrogates in `spike_grad`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ikun.adapters.base import Library, attribute_slots, bases, nothing
+
+WITH_TIME = {"StateLeaky", "LeakyParallel"}  # their input is [T, N, C]
+
+
+def _clear(model: nn.Module) -> None:
+    """Every neuron, however deep: snntorch.utils.reset sees the direct children alone."""
+    for module in model.modules():
+        if callable(reset := getattr(module, "reset_mem", None)):
+            reset()
+
+
+def _takes_time(module: nn.Module) -> bool:
+    return bool(WITH_TIME & bases(module))
+
+
+SNNTORCH = Library(
+    package="snntorch",
+    clear=_clear,
+    prepare=nothing,
+    slots=attribute_slots,
+    neurons=lambda model: [m for m in model.modules() if callable(getattr(m, "spike_grad", None))],
+    by_step=lambda model: not any(_takes_time(m) for m in model.modules()),
+    takes_time=_takes_time,
+)

@@ -1,0 +1,144 @@
+"""What an adapted network is, in words and numbers that tell two of them apart, and how much its neurons fire."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ikun.adapters.adapt_network import LIBRARIES, Adapted
+from ikun.adapters.nir import NirNeuron
+from ikun.adapters.two_jet import Jet
+
+RESETS = {"subtract": "soft", "zero": "hard"}  # snnTorch's words for ours
+
+
+def described(adapted: Adapted, x: Tensor) -> dict[str, Any]:
+    """Plain values: library, neuron, reset, surrogates and the like; None for what a library does not say.
+
+    x [N, ...]: a few inputs. threshold: None also where neurons differ. timesteps: None without time, readout: None
+    without time in the outputs. trained_surrogate: the network's own ones.
+    """
+    plan, neurons = adapted.plan, neurons_of(adapted)
+    normalized = any(isinstance(m, _BatchNorm) for m in adapted.model.modules())
+    return {
+        "library": adapted.library,
+        "neuron": _one([_class(m) for m in neurons]),
+        "reset": _one([_reset(m) for m in neurons]),
+        "detach_reset": _one([_detached(m) for m in neurons]),
+        "threshold": _one([_threshold(m) for m in neurons]),
+        "norm": "bn" if normalized else "none",
+        "coding": "sequences" if plan.sequences else "direct",
+        "ties": "first",  # of the largest entries of a window: what torch's max-pooling selects
+        "timesteps": plan.steps or _steps(adapted, x),
+        "one call": None if plan.steps is None else "one step" if plan.by_step else "all steps",
+        "output": plan.output,
+        "readout": None if plan.time_axis is None else plan.readout,
+        "trained_surrogate": ", ".join(dict.fromkeys(f.label for f in adapted.surrogates)) or None,
+        "surrogates": [
+            {
+                "name": f.name,
+                "label": f.label,
+                "kind": f.verdict.kind,
+                "reason": f.verdict.reason,
+                "replaced": f.replaced,
+            }
+            for f in adapted.surrogates
+        ],
+        "warnings": list(adapted.warnings),
+    }
+
+
+def neurons_of(adapted: Adapted) -> list[nn.Module]:
+    """The modules that spike."""
+    known = [m for m in LIBRARIES[adapted.library].neurons(adapted.model) if not isinstance(m, Jet)]
+    return known or [m for m in adapted.model.modules() if isinstance(m, NirNeuron) and m.kind != "LI"]
+
+
+def inputs_of(adapted: Adapted, x: Tensor) -> Tensor:
+    """x in the dtype of the network's weights, if it is floating, and on their device."""
+    like = next((p for p in adapted.model.parameters() if p.is_floating_point()), x)
+    return x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
+
+
+def firing_rates(adapted: Adapted, x: Tensor) -> dict[str, dict[str, float]]:
+    """Of every layer of neurons whose outputs are 0 and 1, on inputs x [N, ...]: firing_rate, the mean over neurons,
+    samples and time, and dead, the share of neurons that never fire."""
+    library, neurons = LIBRARIES[adapted.library], {id(m) for m in neurons_of(adapted)}
+    sums: dict[str, list[Tensor]] = {}
+    graded: set[str] = set()
+
+    def hook(name: str, timed: bool) -> Any:
+        def note(module: nn.Module, args: Any, out: Any) -> None:
+            out = out[0] if isinstance(out, tuple) and out else out
+            if not isinstance(out, Tensor) or bool(((out != 0) & (out != 1)).any()):
+                graded.add(name)
+            else:
+                sums.setdefault(name, []).append(out.double().flatten(0, 1).mean(0) if timed else out.double().mean(0))
+
+        return note
+
+    named = [(name, m) for name, m in adapted.model.named_modules() if id(m) in neurons]
+    handles = [m.register_forward_hook(hook(name, library.takes_time(m))) for name, m in named]
+    try:
+        with torch.no_grad():
+            adapted.model(inputs_of(adapted, x))
+    finally:
+        for handle in handles:
+            handle.remove()
+    rates = {name: torch.stack(parts).mean(0) for name, parts in sums.items() if name not in graded}
+    return {n: {"firing_rate": float(r.mean()), "dead": float((r == 0).double().mean())} for n, r in rates.items()}
+
+
+def _one(values: list[Any]) -> Any:
+    """The value that all share; text is joined, where they differ."""
+    found = list(dict.fromkeys(values))
+    if len(found) > 1 and all(isinstance(value, str) for value in found):
+        return ", ".join(found)
+    return found[0] if len(found) == 1 else None
+
+
+def _class(module: nn.Module) -> str:
+    return module.kind if isinstance(module, NirNeuron) else type(module).__name__
+
+
+def _reset(module: nn.Module) -> str | None:
+    if isinstance(module, NirNeuron):
+        return "soft" if module.soft else "hard"
+    if isinstance(mechanism := getattr(module, "reset_mechanism", None), str):
+        return RESETS.get(mechanism, mechanism)
+    if hasattr(module, "v_threshold"):
+        return "soft" if getattr(module, "v_reset", None) is None else "hard"
+    return None
+
+
+def _detached(module: nn.Module) -> bool | None:
+    found = getattr(module, "detach_reset", getattr(module, "reset_delay", None))
+    return found if isinstance(found, bool) else None
+
+
+def _threshold(module: nn.Module) -> float | None:
+    found = getattr(
+        module, "v_threshold", getattr(module, "threshold", getattr(getattr(module, "p", None), "v_th", None))
+    )
+    try:
+        values = torch.as_tensor(found, dtype=torch.float64).flatten().unique().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return values[0] if len(values) == 1 else None
+
+
+@torch.no_grad()
+def _steps(adapted: Adapted, x: Tensor) -> int | None:
+    """T, as the outputs show it, of a network that runs through time by itself."""
+    axis, over_time = adapted.plan.time_axis, getattr(adapted.model, "over_time", None)
+    if axis is None or over_time is None:
+        return None
+    if adapted.reset is not None:
+        adapted.reset(adapted.model)
+    steps = int(over_time(inputs_of(adapted, x)).shape[axis])
+    if adapted.reset is not None:
+        adapted.reset(adapted.model)
+    return steps

@@ -1,0 +1,217 @@
+"""Trying a network before its Hessian is computed: does it repeat itself, and is its second derivative one?"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+
+from ikun.adapters.base import AdapterError, Library
+from ikun.surrogate_check import Verdict, check_neuron, first_line
+
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+LEAK = "the network keeps state between calls (give reset=, a function of the model that clears it)"
+MOST_FEATURES = 4096  # of a neuron layer that is tried whole; larger ones are tried one entry a channel
+
+
+def run_forward(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """call(x); what goes wrong in somebody else's forward becomes one line."""
+    try:
+        return call(x)
+    except AdapterError:
+        raise
+    except FAILURES as error:
+        raise AdapterError(f"the network fails on inputs of shape {list(x.shape)}: {first_line(error)}") from error
+
+
+def try_network(model: nn.Module, x: Tensor) -> Tensor:
+    """The outputs [N, ...] at x, if outputs, gradients and second derivatives are the same twice, and finite."""
+    y, again = run_forward(model, x), run_forward(model, x)
+    if not torch.isfinite(y).all():
+        raise AdapterError("the network's outputs are not finite")
+    if _differ(y, again):
+        raise AdapterError(
+            f"two forwards of the same inputs differ: {LEAK} or draws random numbers (encode the data beforehand)"
+        )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise AdapterError("the network has no parameter that requires a gradient")
+    if not y.requires_grad:
+        raise AdapterError("the outputs depend on no parameter: is a surrogate switched off, or a tensor detached?")
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(y.shape, generator=generator).to(y)
+    directions = [torch.randn(p.shape, generator=generator).to(p) for p in parameters]
+    first, repeated = (_derivatives((o * weights).sum(), parameters, "first") for o in (y, again))
+    if any(_differ(a, b) for a, b in zip(first, repeated, strict=True) if a is not None and b is not None):
+        raise AdapterError("two gradients at the same inputs differ: a backward pass draws random numbers")
+    along = [(g * v).sum() for g, v in zip(first, directions, strict=True) if g is not None and g.requires_grad]
+    if along:
+        _derivatives(torch.stack(along).sum(), parameters, "second")
+    return y
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    """Beyond what sums in another order, on a GPU, can do."""
+    return bool((a - b).abs().max() > 1e-5 * a.abs().max())
+
+
+def _derivatives(value: Tensor, parameters: list[nn.Parameter], order: str) -> tuple[Tensor | None, ...]:
+    try:
+        found = torch.autograd.grad(value, parameters, create_graph=order == "first", allow_unused=True)
+    except RuntimeError as error:
+        hint = " (state must not be written in place)" if "inplace" in str(error) else ""
+        raise AdapterError(f"the network's {order} derivative fails: {first_line(error)}{hint}") from error
+    if any(g is not None and not torch.isfinite(g).all() for g in found):
+        raise AdapterError(f"the network's {order} derivative is not finite")
+    return found
+
+
+# ---------------------------------------------------------------- neurons, one at a time
+@dataclass(frozen=True)
+class Call:
+    """A module's first input and output in a forward pass."""
+
+    name: str
+    module: nn.Module
+    inputs: Tensor
+    outputs: Tensor
+
+
+def calls(network: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> list[Call]:
+    """The first call of every module of the network, the network itself included, in order of their ends."""
+    found: dict[int, Call] = {}
+
+    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            out = out[0] if isinstance(out, tuple) and out else out
+            if args and isinstance(args[0], Tensor) and isinstance(out, Tensor):
+                found.setdefault(id(module), Call(name, module, args[0].detach(), out.detach()))
+
+        return hook
+
+    handles = [m.register_forward_hook(note(name)) for name, m in network.named_modules()]
+    try:
+        with torch.no_grad():
+            forward(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(found.values())
+
+
+def spiking(made: list[Call]) -> list[Call]:
+    """The innermost modules, not torch's own, that turn other numbers into zeros and ones."""
+
+    def binary(t: Tensor) -> bool:
+        return bool(((t == 0) | (t == 1)).all())
+
+    chosen = [
+        call
+        for call in made
+        if not type(call.module).__module__.startswith("torch.") and binary(call.outputs) and not binary(call.inputs)
+    ]
+    inner = [{id(m) for m in call.module.modules()} - {id(call.module)} for call in chosen]
+    return [c for c, below in zip(chosen, inner, strict=True) if not any(id(o.module) in below for o in chosen)]
+
+
+def try_neurons(
+    library: Library, network: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor
+) -> Iterator[tuple[Call, Verdict, set[type]]]:
+    """Every neuron of the network by itself: (its call, the verdict, the autograd functions it goes through).
+
+    Those of one class, settings and input shape are tried once.
+    """
+    made = calls(network, forward, x)
+    known = {id(m) for m in library.neurons(network)}
+    parts = {id(part) for call in made if id(call.module) in known for part in call.module.modules()}
+    chosen = [call for call in made if id(call.module) in known]
+    chosen += [call for call in spiking(made) if id(call.module) not in parts]
+    seen = set()
+    for call in chosen:
+        key = (type(call.module), repr(call.module), call.inputs.shape)
+        if key not in seen:
+            seen.add(key)
+            yield call, *_try_neuron(library, call)
+
+
+def _try_neuron(library: Library, call: Call) -> tuple[Verdict, set[type]]:
+    timed = library.takes_time(call.module)
+    shape = call.inputs.shape[1 + timed :]
+    if shape.numel() > MOST_FEATURES:
+        shape = torch.Size([shape[0], *(1 for _ in shape[1:])])
+    functions: set[type] = set()
+
+    def alone(currents: Tensor) -> Tensor:
+        inputs = currents.view(-1, *(1 for _ in shape)).expand(-1, *shape)
+        library.clear(call.module)
+        out: Any = call.module(inputs[None] if timed else inputs)
+        out = out[0] if isinstance(out, tuple) else out
+        functions.update(found_functions(out))
+        found: Tensor = out[0] if timed else out
+        return found
+
+    try:
+        return check_neuron(alone, call.inputs.dtype, call.inputs.device), functions
+    except FAILURES as error:
+        return Verdict("unknown", first_line(error)), functions
+    finally:
+        library.clear(call.module)
+
+
+# ---------------------------------------------------------------- autograd functions, wherever they are called
+def found_functions(y: Tensor) -> set[type]:
+    """The classes of the nodes in y's graph whose backward pass is not torch's own."""
+    seen, todo, found = set(), [y.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, BackwardCFunction) or "CppNode" in node.name():
+            found.add(type(node))
+        todo += [following for following, _ in node.next_functions]
+    return found
+
+
+def try_function(node: type, forward: Callable[[Tensor], Tensor], x: Tensor) -> tuple[str, Verdict]:
+    """(name, verdict) of an autograd function with the constants that the network calls it with."""
+    function: Any = getattr(node, "_forward_cls", None)
+    if function is None:
+        return node.__name__, Verdict("unknown", "it is not written in Python")
+    tails = _constants(function, forward, x)
+    if tails is None:
+        return function.__name__, Verdict("unknown", "it takes more than one argument")
+
+    def applied(currents: Tensor) -> Tensor:
+        out: Tensor = function.apply(currents, *tails)
+        return out[:, None]
+
+    return function.__name__, check_neuron(applied, x.dtype, x.device)
+
+
+def _constants(function: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Any, ...] | None:
+    """What it is called with after its first argument; None if that cannot be seen."""
+    own_context = function.setup_context is torch.autograd.Function.setup_context
+    if len(inspect.signature(function.forward).parameters) == 1 + own_context:
+        return ()
+    tails: list[tuple[Any, ...]] = []
+    apply, defined = function.apply, "apply" in vars(function)
+
+    def noted(*args: Any) -> Any:
+        tails.append(args[1:])
+        return apply(*args)
+
+    function.apply = staticmethod(noted)
+    try:
+        forward(x)
+    finally:
+        if defined:
+            function.apply = apply
+        else:
+            del function.apply
+    return tails[0] if tails else None

@@ -1,0 +1,169 @@
+"""Data sets by name, and the coding of their samples into what a spiking network takes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ikun.data import cifar10, fashion_mnist, image_folder
+from ikun.data import randman as spike_times
+from ikun.data.download import DataError as DataError
+from ikun.data.download import reason
+from ikun.data.lazy import Images
+
+DATASETS = ("digits", "fashion-mnist", "cifar10", "image-folder", "spike-times")
+SPLITS = ("train", "test")
+_DIGITS_SEED = 20240229
+_DIGITS_TRAIN = 1437
+UInt8Array = npt.NDArray[np.uint8]
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled samples: `images` [N,C,H,W] float32 in [0,1], or spike trains [N,T,C,H,W]; `labels` [N] int64 in
+    0..classes-1.
+
+    `sha256` identifies the very samples in their order, so two sets compare equal by it and not by their tensors.
+    """
+
+    name: str
+    split: str
+    images: Images = field(repr=False, compare=False)
+    labels: Tensor = field(repr=False, compare=False)
+    classes: int
+    sha256: str
+
+    def __len__(self) -> int:
+        return int(self.labels.shape[0])
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of a sample, of one step of time if it has several."""
+        channels, height, width = self.images.shape[-3:]
+        return channels, height, width
+
+    @property
+    def timesteps(self) -> int | None:
+        """T of spike trains; None for images, which run for as many steps as the network wants."""
+        return self.images.shape[1] if len(self.images.shape) == 5 else None
+
+
+def load_dataset(
+    name: str,
+    split: str = "train",
+    *,
+    subset: int | None = None,
+    seed: int = 0,
+    data_dir: str | Path | None = None,
+    image_size: int | None = None,
+    download: bool = True,
+    base_url: str | None = None,
+) -> Dataset:
+    """Load one split of a data set, all of it in its own order or a seeded random subset.
+
+    digits: scikit-learn's copy of the UCI digits, [1797,1,8,8], split 1437/360 once and for all. fashion-mnist: see
+    fashion_mnist.read. cifar10: see cifar10.read. image-folder: a folder of `data_dir` a class, RGB images of
+    `image_size` pixels a side, decoded when they are used (image_folder.py), always in the random order of `seed`, for
+    files come sorted by class. spike-times: spike trains (spike_times.py).
+    digits and spike-times come without files; what fashion-mnist and cifar10 do not find in `data_dir` is downloaded
+    into it from `base_url` (default: the official one) if `download`.
+    The first k samples of a subset are the subset of size k with the same seed. sha256 is of the samples' shape, pixels
+    and labels; for an image folder see image_folder.Listing.digest.
+    Raises DataError for an unknown name or split, a bad subset, seed or image size, and missing, unreachable or
+    malformed files.
+    """
+    if name not in DATASETS:
+        raise DataError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
+    if split not in SPLITS:
+        raise DataError(f"unknown split {split!r} of {name}: choose one of {', '.join(SPLITS)}")
+    if seed < 0:
+        raise DataError(f"the seed of a subset is {seed}: give a whole number >= 0")
+    if name == "image-folder":
+        return _image_folder(split, subset, seed, data_dir, image_size)
+    if image_size is not None:
+        raise DataError(f"--image-size {image_size}: {name} has a size of its own; it is for image-folder alone")
+    classes, top = 10, 255
+    if name == "digits":
+        (pixels, labels), top = _digits(split), 16
+    elif name == "fashion-mnist":
+        pixels, labels = fashion_mnist.read_fashion_mnist(split, data_dir, download, base_url)
+    elif name == "cifar10":
+        pixels, labels = cifar10.read_cifar10(split, data_dir, download, base_url)
+    else:
+        (pixels, labels), top = spike_times.generate(split), 1
+    if subset is not None:
+        chosen = _chosen(name, split, len(labels), subset, seed)
+        pixels, labels = pixels[chosen], labels[chosen]
+    images = pixels.astype(np.float32)
+    images /= np.float32(top)
+    return Dataset(
+        name=name,
+        split=split,
+        images=torch.from_numpy(images),
+        labels=torch.from_numpy(labels),
+        classes=classes,
+        sha256=_digest(images, labels),
+    )
+
+
+def _digits(split: str) -> tuple[UInt8Array, Int64Array]:
+    """Pixels [N,1,8,8] in 0..16 and labels [N]."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError(f"digits needs scikit-learn ({reason(error)}): install scikit-learn") from error
+    bunch = load_digits()
+    order = _permutation(len(bunch.target), _DIGITS_SEED)
+    chosen = order[:_DIGITS_TRAIN] if split == "train" else order[_DIGITS_TRAIN:]
+    return bunch.images[chosen, None].astype(np.uint8), bunch.target[chosen].astype(np.int64)
+
+
+def _image_folder(
+    split: str, subset: int | None, seed: int, data_dir: str | Path | None, image_size: int | None
+) -> Dataset:
+    if image_size is None or not 1 <= image_size <= image_folder.MAX_IMAGE_SIZE:
+        raise DataError(
+            f"image-folder with images of size {image_size}: give a number of pixels from 1 to "
+            f"{image_folder.MAX_IMAGE_SIZE} as --image-size"
+        )
+    files = image_folder.listing(split, data_dir)
+    count = len(files.names)
+    files = files.chosen(_chosen("image-folder", split, count, count if subset is None else subset, seed))
+    return Dataset(
+        name="image-folder",
+        split=split,
+        images=image_folder.FolderImages(files.root, files.names, image_size),
+        labels=torch.from_numpy(files.labels),
+        classes=files.classes,
+        sha256=files.digest(image_size),
+    )
+
+
+def _chosen(name: str, split: str, count: int, subset: int, seed: int) -> npt.NDArray[np.intp]:
+    """The positions of a random subset [subset] of `count` samples."""
+    if not 1 <= subset <= count:
+        raise DataError(f"a subset of {subset} of {name} {split} ({count} images): choose a size from 1 to {count}")
+    return _permutation(count, seed)[:subset]
+
+
+def _permutation(count: int, seed: int) -> npt.NDArray[np.intp]:
+    """A permutation [count] of 0..count-1.
+
+    By sorting raw draws: numpy keeps PCG64's raw stream the same for ever, but not Generator.permutation (NEP 19).
+    """
+    return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
+
+
+def _digest(images: npt.NDArray[np.float32], labels: Int64Array) -> str:
+    """SHA-256 of the shape, the float32 image bytes and the int64 label bytes, all little-endian in C order."""
+    digest = hashlib.sha256(repr(tuple(int(size) for size in images.shape)).encode())
+    digest.update(np.ascontiguousarray(images, dtype="<f4").data)
+    digest.update(np.ascontiguousarray(labels, dtype="<i8").data)
+    return digest.hexdigest()

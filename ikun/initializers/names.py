@@ -1,0 +1,19 @@
+"""Names of the initializers and of the laws of h, without the code behind them."""
+
+INITIALIZERS = (
+    "ikun",
+    "ikun_v1",
+    "ikun_v2",
+    "xavier",
+    "kaiming",
+    "lecun",
+    "normal",
+    "orthogonal",
+    "delta_orthogonal",
+    "lsuv",
+    "fluctuation",
+    "firing",
+    "gradient_stable",
+    "tdbn",
+)
+LAWS = ("empirical", "analytic")

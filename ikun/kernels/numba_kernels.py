@@ -1,0 +1,258 @@
+"""The scans of fused.py as numba kernels on the CPU, and the slopes that they run on; plain functions until compiled.
+
+A scan's kernel does the blocks first..last of `block` neurons, whose state stays in the cache over all steps; an array
+of no length stands for one that is not there. The other kernels do the entries first..last of flat arrays.
+"""
+
+# mypy: allow-untyped-defs
+from __future__ import annotations
+
+import numpy as np
+
+# families of f' that take no transcendental function; f'' follows from z and f'
+CACHED = 4096  # entries of an element-wise pass at a time
+LORENTZ, BUMP, TRIANGLE, RECT = range(4)  # p / (1 + q z^2), p / (1 + q |z|)^2, (p - q |z|)+, p where |z| < q
+
+
+def value(
+    x, z, u, state, decay, gain, offset, threshold, v_reset, hard, after,
+    height, width, ties, index, block, first, last, out,
+):  # fmt: skip
+    # neurons.step, operation by operation: the spikes are the same to the bit; y - y is NaN where y is not finite
+    steps, size = z.shape
+    pooled, learned, static = index.shape[0] > 0, u.shape[0] > 0, x.shape[0] == 1
+    carried = state.shape[0] > 0
+    one, zero = z.dtype.type(1), z.dtype.type(0)
+    v, s = np.empty(block, z.dtype), np.empty(block, z.dtype)
+    across = width // 2
+    for b in range(first, last):
+        lo = b * block
+        n = min(block, size - lo)
+        if carried:
+            v[:n] = state[0, lo : lo + n]
+        else:
+            v[:] = v_reset
+        for t in range(steps):
+            xt, zt = x[0 if static else t, lo : lo + n], z[t, lo : lo + n]
+            target = s[:n] if pooled else out[t, lo : lo + n]
+            if learned:
+                ut = u[t, lo : lo + n]
+                for i in range(n):
+                    ut[i] = xt[i] - v[i] + v_reset
+            for i in range(n):
+                h = decay * v[i] + gain * xt[i] + offset
+                y = h - threshold
+                f = (one if y >= zero else zero) + (y - y)
+                v[i] = h * (one - hard * f) + after * f
+                zt[i] = y
+                target[i] = f
+            if pooled:
+                j = lo // (height * width) * (height // 2) * across
+                for plane in range(0, n, height * width):
+                    for row in range(height // 2):
+                        corner = plane + 2 * row * width
+                        upper, lower = s[corner : corner + width], s[corner + width : corner + 2 * width]
+                        ot, it = out[t, j : j + across], index[t, j : j + across]
+                        for i in range(across):
+                            q = 2 * i
+                            best, k = upper[q], 0
+                            for w, place in ((upper[q + 1], 1), (lower[q], width), (lower[q + 1], width + 1)):
+                                better = w >= best if ties else w > best
+                                best, k = (w, place) if better else (best, k)
+                            ot[i] = best
+                            it[i] = lo + corner + q + k
+                        j += across
+        if carried:
+            state[0, lo : lo + n] = v[:n]
+
+
+def tangent(x, f1, c, u, state, decay, gain, dgain, index, block, first, last, out):
+    steps, size = f1.shape
+    pooled, learned, static = index.shape[0] > 0, u.shape[0] > 0, x.shape[0] == 1
+    carried = state.shape[0] > 0
+    v, s = np.empty(block, f1.dtype), np.empty(block, f1.dtype)
+    per = index.shape[1] * block // size if pooled else 0
+    for b in range(first, last):
+        lo = b * block
+        n = min(block, size - lo)
+        v[:] = 0
+        if carried:
+            v[:n] = state[0, lo : lo + n]
+        for t in range(steps):
+            xt, ft, ct = x[0 if static else t, lo : lo + n], f1[t, lo : lo + n], c[t, lo : lo + n]
+            target = s[:n] if pooled else out[t, lo : lo + n]
+            if learned:
+                ut = u[t, lo : lo + n]
+                for i in range(n):
+                    h = decay * v[i] + gain * xt[i] + dgain * ut[i]
+                    v[i] = ct[i] * h
+                    target[i] = ft[i] * h
+            else:
+                for i in range(n):
+                    h = decay * v[i] + gain * xt[i]
+                    v[i] = ct[i] * h
+                    target[i] = ft[i] * h
+            if pooled:
+                start = b * per
+                for j in range(start, min(start + per, index.shape[1])):
+                    out[t, j] = s[index[t, j] - lo]
+        if carried:
+            state[0, lo : lo + n] = v[:n]
+
+
+def adjoint(g, f1, c, u, z, e, gh, state, decay, gain, ra, rb, k, family, index, block, first, last, out):
+    steps, size = f1.shape
+    pooled, learned, static = index.shape[0] > 0, u.shape[0] > 0, out.shape[0] == 1
+    keep, carried = z.shape[0] > 0, state.shape[0] > 0
+    one, zero = f1.dtype.type(1), f1.dtype.type(0)
+    v, s = np.empty(block, f1.dtype), np.empty(block, f1.dtype)
+    per = index.shape[1] * block // size if pooled else 0
+    total = 0.0
+    for b in range(first, last):
+        lo = b * block
+        n = min(block, size - lo)
+        v[:] = 0
+        if carried:
+            v[:n] = state[0, lo : lo + n]
+        if static:
+            out[0, lo : lo + n] = 0
+        for t in range(steps - 1, -1, -1):
+            ft, ct, ot = f1[t, lo : lo + n], c[t, lo : lo + n], out[0 if static else t, lo : lo + n]
+            gt = s[:n] if pooled else g[t, lo : lo + n]
+            if pooled:
+                s[:] = 0
+                start = b * per
+                for j in range(start, min(start + per, index.shape[1])):
+                    s[index[t, j] - lo] = g[t, j]
+            if learned:
+                ut = u[t, lo : lo + n]
+                for i in range(n):
+                    total += (ft[i] * gt[i] + ct[i] * v[i]) * ut[i]
+            if keep:
+                zt, et = z[t, lo : lo + n], e[t, lo : lo + n]
+                if family == LORENTZ:
+                    for i in range(n):
+                        et[i] = k * zt[i] * (ft[i] * ft[i])
+                elif family == BUMP:
+                    for i in range(n):
+                        et[i] = k * ft[i] * np.sqrt(ft[i]) * (one if zt[i] > zero else (-one if zt[i] < zero else zero))
+                elif family == TRIANGLE:
+                    for i in range(n):
+                        et[i] = k * (
+                            (one if zt[i] > zero else (-one if zt[i] < zero else zero)) if ft[i] > zero else zero
+                        )
+                elif family == RECT:
+                    et[:] = 0
+                for i in range(n):
+                    et[i] = et[i] * (gt[i] + v[i] * (ra + rb * zt[i])) + (rb + rb) * v[i] * ft[i]
+                if learned:
+                    at = gh[t, lo : lo + n]
+                    for i in range(n):
+                        at[i] = ft[i] * gt[i] + ct[i] * v[i]
+            if static:
+                for i in range(n):
+                    h = ft[i] * gt[i] + ct[i] * v[i]
+                    v[i] = decay * h
+                    ot[i] += gain * h
+            else:
+                for i in range(n):
+                    h = ft[i] * gt[i] + ct[i] * v[i]
+                    v[i] = decay * h
+                    ot[i] = gain * h
+        if carried:
+            state[0, lo : lo + n] = v[:n]
+    return total
+
+
+def adjoint_tangent(g, x, f1, c, e, u, gh, begin, state, decay, gain, dgain, index, block, first, last, out):
+    steps, size = f1.shape
+    pooled, learned = index.shape[0] > 0, u.shape[0] > 0
+    static_in, static = x.shape[0] == 1, out.shape[0] == 1
+    begun, carried = begin.shape[0] > 0, state.shape[0] > 0
+    v, s, hs = np.empty(block, f1.dtype), np.empty(block, f1.dtype), np.empty((steps, block), f1.dtype)
+    per = index.shape[1] * block // size if pooled else 0
+    total = 0.0
+    for b in range(first, last):
+        lo = b * block
+        n = min(block, size - lo)
+        v[:] = 0
+        if begun:
+            v[:n] = begin[0, lo : lo + n]
+        for t in range(steps):
+            xt, ct, ht = x[0 if static_in else t, lo : lo + n], c[t, lo : lo + n], hs[t, :n]
+            if learned:
+                ut, gt = u[t, lo : lo + n], gh[t, lo : lo + n]
+                for i in range(n):
+                    total += gt[i] * (xt[i] - v[i])
+                    h = decay * v[i] + gain * xt[i] + dgain * ut[i]
+                    ht[i] = h
+                    v[i] = ct[i] * h
+            else:
+                for i in range(n):
+                    h = decay * v[i] + gain * xt[i]
+                    ht[i] = h
+                    v[i] = ct[i] * h
+        v[:] = 0
+        if carried:
+            v[:n] = state[0, lo : lo + n]
+        if static:
+            out[0, lo : lo + n] = 0
+        for t in range(steps - 1, -1, -1):
+            ft, ct, et, ht = f1[t, lo : lo + n], c[t, lo : lo + n], e[t, lo : lo + n], hs[t, :n]
+            ot = out[0 if static else t, lo : lo + n]
+            gt = s[:n] if pooled else g[t, lo : lo + n]
+            if pooled:
+                s[:] = 0
+                start = b * per
+                for j in range(start, min(start + per, index.shape[1])):
+                    s[index[t, j] - lo] = g[t, j]
+            if learned:
+                ut, at = u[t, lo : lo + n], gh[t, lo : lo + n]
+                for i in range(n):
+                    h = ft[i] * gt[i] + ct[i] * v[i] + et[i] * ht[i]
+                    total += h * ut[i]
+                    v[i] = decay * h - dgain * at[i]
+                    if static:
+                        ot[i] += gain * h + dgain * at[i]
+                    else:
+                        ot[i] = gain * h + dgain * at[i]
+            elif static:
+                for i in range(n):
+                    h = ft[i] * gt[i] + ct[i] * v[i] + et[i] * ht[i]
+                    v[i] = decay * h
+                    ot[i] += gain * h
+            else:
+                for i in range(n):
+                    h = ft[i] * gt[i] + ct[i] * v[i] + et[i] * ht[i]
+                    v[i] = decay * h
+                    ot[i] = gain * h
+        if carried:
+            state[0, lo : lo + n] = v[:n]
+    return total
+
+
+def slopes(z, family, p, q, a, b, soft, first, last, f1, c):
+    one, zero = z.dtype.type(1), z.dtype.type(0)
+    for lo in range(first, last, CACHED):
+        n = min(CACHED, last - lo)
+        zt, ft, ct = z[lo : lo + n], f1[lo : lo + n], c[lo : lo + n]
+        if family == LORENTZ:
+            for i in range(n):
+                ft[i] = p / (one + q * zt[i] * zt[i])
+        elif family == BUMP:
+            for i in range(n):
+                u = one / (one + q * abs(zt[i]))
+                ft[i] = p * u * u
+        elif family == TRIANGLE:
+            for i in range(n):
+                y = p - q * abs(zt[i])
+                ft[i] = zero if y < zero else y
+        elif family == RECT:
+            for i in range(n):
+                ft[i] = (p if abs(zt[i]) < q else zero) + (zt[i] - zt[i])
+        if soft:
+            for i in range(n):
+                ct[i] = one + (a + b * zt[i]) * ft[i]
+        else:
+            for i in range(n):
+                ct[i] = (one if zt[i] < zero else zero) + (a + b * zt[i]) * ft[i]

@@ -1,0 +1,149 @@
+"""What every layer of a network does on a batch: firing, E[f'^2], variances forward and backward, and their gains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import nan
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ikun.layers import Recurrent
+from ikun.neurons import Neuron
+
+if TYPE_CHECKING:
+    from ikun.networks import Network
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One weight layer and its neurons, pooled over time steps, samples and units.
+
+    input_square: E[x^2] of the layer's input. derivative_square: E[f'(h - threshold)^2], and its mean at every time
+    step. dead, saturated: share of the neurons that never fire, or fire at every step of every sample.
+    current_variance: variance of what enters the neurons (after the norm; with the recurrent current).
+    gradient_square: mean square of the loss gradient there. forward_gain: current_variance over that of the neurons
+    before; backward_gain: gradient_square of the neurons before over these ones' (NaN for the first neurons). A
+    recurrent layer shares all but name, fans, weight_variance and input_square with its input's layer.
+    """
+
+    name: str
+    neuron: str
+    fan_in: int
+    fan_out: int
+    weight_variance: float
+    input_square: float
+    derivative_square: float
+    firing_rate: float
+    dead: float
+    saturated: float
+    current_variance: float
+    gradient_square: float
+    forward_gain: float = nan
+    backward_gain: float = nan
+    derivative_square_by_step: tuple[float, ...] = ()
+
+    def rule_variance(self, alpha: float = 1.0) -> float:
+        """Theorem 1 of arXiv 2411.18250: alpha / (fan_in E[x^2] E[f'^2])."""
+        denominator = self.fan_in * self.input_square * self.derivative_square
+        return alpha / denominator if denominator > 0 else float("inf")
+
+
+def fans(weight: Tensor) -> tuple[int, int]:
+    """(fan in, fan out) of a weight [out, in, ...], the kernel area included."""
+    area = weight[0, 0].numel()
+    return weight.shape[1] * area, weight.shape[0] * area
+
+
+def observe(
+    network: Network, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[LayerStatistics, ...]:
+    """Statistics of every weight layer from one forward and one backward pass, in the network's present mode."""
+    inputs: dict[nn.Module, list[Tensor]] = {}
+    feedback: dict[nn.Module, list[Tensor]] = {}
+    currents: dict[nn.Module, Tensor] = {}
+    spikes: dict[nn.Module, Tensor] = {}
+
+    def through(m: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        inputs.setdefault(m, []).append(arguments[0].detach())
+        if isinstance(m, Recurrent):
+            feedback.setdefault(m, []).append(output.detach())
+
+    def fire(m: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        arguments[0].retain_grad()
+        currents[m], spikes[m] = arguments[0], output.detach()
+
+    stages = list(network.stages())
+    neurons = list(dict.fromkeys(neuron for *_, neuron in stages))
+    handles = [weights.register_forward_hook(through) for _, weights, *_ in stages]
+    handles += [neuron.register_forward_hook(fire) for neuron in neurons]
+    try:
+        with torch.enable_grad():
+            value = loss(network(x), y)
+            torch.autograd.backward(value, inputs=list(currents.values()))
+    finally:
+        for handle in handles:
+            handle.remove()
+    totals = {neuron: current.detach() for neuron, current in currents.items()}
+    for _, weights, *_, neuron in stages:
+        if weights in feedback:
+            totals[neuron] = totals[neuron] + torch.stack(feedback[weights])
+    variances = [float(totals[n].double().var()) for n in neurons]
+    gradients = [_mean_square(g) if (g := currents[n].grad) is not None else 0.0 for n in neurons]
+    found: list[LayerStatistics] = []
+    for name, weights, _, neuron_name, neuron in stages:
+        i, rate = neurons.index(neuron), spikes[neuron].mean((0, 1))
+        derivative = _derivative(neuron, totals[neuron])
+        fan_in, fan_out = fans(weights.weight)
+        here = LayerStatistics(
+            name,
+            neuron_name,
+            fan_in,
+            fan_out,
+            float(weights.weight.detach().double().var()),
+            _mean_square(torch.cat(inputs[weights])),
+            _mean_square(derivative),
+            float(rate.mean()),
+            float((rate == 0).double().mean()),
+            float((rate == 1).double().mean()),
+            variances[i],
+            gradients[i],
+            variances[i] / variances[i - 1] if i and variances[i - 1] else nan,
+            gradients[i - 1] / gradients[i] if i and gradients[i] else nan,
+            tuple(derivative.double().square().flatten(1).mean(1).tolist()),
+        )
+        found.append(here)
+    return tuple(found)
+
+
+def derivative_square(neuron: Neuron, current: Tensor) -> float:
+    """E[f'(h - threshold)^2] of a layer fed with current [T, N, ...], the recurrent one included."""
+    return _mean_square(_derivative(neuron, current))
+
+
+def _derivative(neuron: Neuron, current: Tensor) -> Tensor:
+    return neuron.dynamics.surrogate.first(neuron.membrane(current) - neuron.dynamics.threshold)
+
+
+def _mean_square(x: Tensor) -> float:
+    return float(x.detach().double().square().mean())
+
+
+@contextmanager
+def batch_norm_by_batch(net: nn.Module) -> Iterator[None]:
+    """Normalize by the batch for a while, the running statistics untouched: what a fresh network does in training."""
+    norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
+    before = [(m.training, m.track_running_stats) for m in norms]
+    for m in norms:
+        m.train()
+        m.track_running_stats = False  # while False, not even num_batches_tracked moves
+    try:
+        yield
+    finally:
+        for m, (training, tracked) in zip(norms, before, strict=True):
+            m.train(training)
+            m.track_running_stats = tracked

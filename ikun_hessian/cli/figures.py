@@ -1,0 +1,102 @@
+"""The command `figures`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ikun_hessian.experiments.selection import parse_condition, parse_conditions, study_defaults
+
+if TYPE_CHECKING:
+    from hessian_tools.results.calibration import CalibrationResult
+
+
+CALIBRATION = ".calibration.json"
+
+
+@click.command("figures")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--only", multiple=True, metavar="NAME", help="Only this figure; repeatable [default: all].")
+@click.option(
+    "--by", help="Condition compared, of training, network or data [default: that of the study in PATH, else init]."
+)
+@click.option("--where", multiple=True, metavar="KEY=VALUE", help="Only runs of this condition; repeatable.")
+@click.option(
+    "--accuracy",
+    type=float,
+    help="Test accuracy for the epochs to get there [default: that of the study in PATH, else 0.9].",
+)
+@click.option(
+    "--width",
+    type=click.Choice(["1", "2"]),
+    default="2",
+    show_default=True,
+    help="Of the figures, in columns; calibration takes two.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("figures"),
+    show_default=True,
+    help="Folder for the figures.",
+)
+def figures_command(
+    paths: tuple[Path, ...],
+    only: tuple[str, ...],
+    by: str | None,
+    where: tuple[str, ...],
+    accuracy: float | None,
+    width: str,
+    out: Path,
+) -> None:
+    """Publication figures of training runs, each as PNG, PDF, and a CSV of what it shows.
+
+    PATH is a folder of runs (a study), a checkpoint, or a result beside one. Names: start (variances and firing at
+    initialization), gain (epochs to an accuracy against the variance of the weights over the initializer's own),
+    epochs, ranks (eigenvalues), one-image (against many samples), gap (test less training, against sharpness),
+    robustness (accuracy lost, against sharpness), training (curvature along it), layers, samples, calibration. One that
+    the runs cannot fill is left out, and said why; asked for by --only, it is an error.
+    """
+    from ikun_hessian.experiments.comparison import ACCURACY
+    from ikun_hessian.experiments.figures.figures import draw_all
+    from ikun_hessian.experiments.pairing import chosen_runs
+    from ikun_hessian.experiments.runs import gather
+
+    def report(text: str) -> None:
+        click.echo(f"! {text}", err=True)
+
+    results = [path for path in paths if not path.name.endswith(CALIBRATION)]
+    runs = chosen_runs(gather(results, report=report), parse_conditions(where)) if results else []
+    usual = study_defaults(paths)
+    by = parse_condition(by) if by is not None else usual[0] or "init"
+    accuracy = accuracy if accuracy is not None else usual[1] or ACCURACY
+    calibrations = _calibrations(paths) if "calibration" in (only or ("calibration",)) else {}
+    drawn = draw_all(runs, out, only, by=by, accuracy=accuracy, width=int(width), calibrations=calibrations)
+    for path in drawn.written:
+        click.echo(path)
+    if only and drawn.skipped:
+        raise click.UsageError("; ".join(f"--only {name}: {why}" for name, why in drawn.skipped.items()))
+    for name, why in drawn.skipped.items():
+        click.echo(f"! no figure {name}: {why}", err=True)
+
+
+def _calibrations(paths: Sequence[Path]) -> dict[str, CalibrationResult]:
+    """Every calibration in the folders, beside the checkpoints, or named itself, by its name."""
+    from hessian_tools.io.json import load_result
+    from hessian_tools.results.calibration import CALIBRATION_SCHEMA, CalibrationResult
+
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(path.rglob(f"*{CALIBRATION}"))
+        elif path.name.endswith(CALIBRATION):
+            found.append(path)
+        elif path.suffix == ".pt" and path.with_suffix(CALIBRATION).is_file():
+            found.append(path.with_suffix(CALIBRATION))
+    return {
+        str(file).removesuffix(CALIBRATION): load_result(file, CalibrationResult, CALIBRATION_SCHEMA)
+        for file in dict.fromkeys(found)
+    }

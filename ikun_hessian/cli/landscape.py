@@ -1,0 +1,140 @@
+"""The command `landscape`."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ikun_hessian.cli.options import json_option, opening_options, out_option, own_options, tag_option
+from ikun_hessian.cli.screen import dumps
+from ikun_hessian.jobs.device import half_of_the_memory, pick
+from ikun_hessian.jobs.existing_results import existing_result
+from ikun_hessian.jobs.landscape import analyse_landscape, write_landscape
+from ikun_hessian.jobs.open import open_job
+from ikun_hessian.jobs.results import result_stem
+
+if TYPE_CHECKING:
+    from hessian_tools.results.landscape import LandscapeResult
+
+
+DIRECTIONS = "top1,top2,negative,gradient,random1,random2"
+PLANES = ("random1,random2", "top1,negative")
+
+
+@click.command("landscape")
+@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--directions",
+    default=DIRECTIONS,
+    show_default=True,
+    metavar="NAME,NAME,...",
+    help="topN: eigenvectors of the surrogate Hessian, negative: the most negative one; gradient; randomN: "
+    "filter-normalized.",
+)
+@click.option("--points", default=41, show_default=True, help="On a line; odd, so that 0 is one.")
+@click.option(
+    "--range",
+    "reach",
+    type=float,
+    help="Farthest distance, in units of the weights' norm [default: 0.5 in random directions, 0.05 in the others, "
+    "which are some ten times as steep].",
+)
+@click.option(
+    "--plane",
+    "planes",
+    multiple=True,
+    metavar="NAME,NAME",
+    help=f"Two directions; may be given several times [default: {' and '.join(PLANES)}, those that --directions has].",
+)
+@click.option("--plane-points", default=21, show_default=True, help="On each axis of a plane; odd.")
+@click.option("--no-planes", is_flag=True, help="Lines alone.")
+@click.option("--accuracy", is_flag=True, help="Along the lines too.")
+@opening_options
+@own_options
+@click.option("--seed", default=0, show_default=True)
+@out_option
+@tag_option
+@click.option("--force", is_flag=True, help="Overwrite a result of other settings, or an interrupted analysis.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted analysis; finished checkpoints are kept.")
+@json_option
+def landscape_command(
+    checkpoints: tuple[Path, ...],
+    directions: str,
+    points: int,
+    reach: float | None,
+    planes: tuple[str, ...],
+    plane_points: int,
+    no_planes: bool,
+    accuracy: bool,
+    device: str,
+    memory: float | None,
+    seed: int,
+    out: Path | None,
+    tag: str | None,
+    force: bool,
+    resume: bool,
+    as_json: bool,
+    **opening: Any,
+) -> None:
+    """The loss along lines and planes through the weights of each checkpoint.
+
+    Of the true (spiking) network and of the relaxed one, with the quadratics of Hessian and GGN. Leaves
+    NAME.landscape.json, .png and .pdf beside the checkpoint.
+    """
+    from hessian_tools.analysis.landscape import LandscapeSettings
+    from hessian_tools.io.json import clean, load_result
+    from hessian_tools.results.landscape import LANDSCAPE_SCHEMA, LandscapeResult
+    from ikun_hessian.reports.landscape import landscape_lines
+
+    where = pick(device)
+    names = tuple(dict.fromkeys(name.strip() for name in directions.split(",") if name.strip()))
+    if no_planes and planes:
+        raise click.UsageError("--plane and --no-planes exclude each other")
+    if planes or no_planes:
+        pairs = tuple(map(_pair, planes))
+    else:
+        pairs = tuple(pair for pair in map(_pair, PLANES) if set(pair) <= set(names))
+    settings = LandscapeSettings(
+        directions=names,
+        planes=tuple(dict.fromkeys(pairs)),
+        points=points,
+        plane_points=plane_points,
+        range=reach,
+        accuracy=accuracy,
+        seed=seed,
+        memory=memory or half_of_the_memory(where),
+    )
+    stems = [result_stem(path, out, tag, "landscape") for path in checkpoints]
+    if len(set(stems)) < len(stems):
+        raise click.UsageError("two checkpoints would write the same result: give them other names, or one --out each")
+    found: list[LandscapeResult] = []
+    locks = click.get_current_context().with_resource(ExitStack())
+    for path, stem in zip(checkpoints, stems, strict=True):
+        click.echo(f"opening {path}", err=True)
+        job = open_job(path, memory=settings.memory, device=where, **opening)
+        old = existing_result(
+            stem, lambda path: load_result(path, LandscapeResult, LANDSCAPE_SCHEMA), settings, job, force, resume, locks
+        )
+        result = old or analyse_landscape(job, settings, stem)
+        found.append(result)
+        if old is None:
+            write_landscape(result, stem)
+        if not as_json:
+            if len(found) > 1:
+                click.echo("-" * 80)
+            click.echo("\n".join(landscape_lines(result)))
+            click.echo(f"files       {stem}.{{json,png,pdf}}{' (as they were)' if old else ''}")
+    if as_json:
+        printed = [clean(dataclasses.asdict(result)) for result in found]
+        click.echo(dumps(printed[0] if len(printed) == 1 else printed))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    names = [name.strip() for name in text.split(",")]
+    if len(names) != 2:
+        raise click.UsageError(f"--plane '{text}' is no pair of directions like random1,random2")
+    return names[0], names[1]

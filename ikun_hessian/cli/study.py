@@ -1,0 +1,308 @@
+"""The command `study`: from nothing to tables and figures."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ikun_hessian.cli.options import data_dir_option, device_option, shared
+from ikun_hessian.cli.screen import FailedError
+from ikun_hessian.cli.signals import interrupted_by
+from ikun_hessian.experiments import preset
+from ikun_hessian.experiments.preset import Analysis, Preset, PresetError
+from ikun_hessian.experiments.selection import parse_condition
+from ikun_hessian.jobs.device import half_of_the_memory, pick
+
+if TYPE_CHECKING:
+    from ikun_hessian.experiments.plan import StudyPlan
+    from ikun_hessian.experiments.runs import TrainingRun
+    from ikun_hessian.experiments.unit import Unit
+
+
+PUBLISHED = Analysis(
+    "spectrum", "final", "published", {"samples": 1, "split": "test", "density": False, "magnitude": 50}
+)
+TEMPORARIES = r"study\.json|tables\.md|(compare|robustness)\.csv"
+DRAWN = r".+\.(png|pdf|csv)"  # temporaries of figures
+
+
+@click.command("study")
+@click.argument("name", required=False)
+@click.option("--list", "listed", is_flag=True, help="The presets that come with the package, and where they lie.")
+@click.option("--quick", is_flag=True, help="The preset's smaller form: minutes on two cores.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the study [default: study-NAME here]."
+)
+@click.option("--jobs", type=click.IntRange(1), help="Runs side by side [default: all cores; 1 on CUDA].")
+@click.option("--seeds", type=click.IntRange(1), help="Runs of every combination, instead of the preset's number.")
+@click.option(
+    "--as-published/--no-as-published",
+    default=None,
+    help="The spectrum on one test image too, as the paper's code has it [default: what the preset says].",
+)
+@click.option("--memory", type=click.FloatRange(0, min_open=True), help="GiB a run [default: half of all over --jobs].")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change the preset; may be repeated.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and what is done already.")
+@click.option("--force", is_flag=True, help="Do again what was made with other settings; more than 1000 runs.")
+@shared(data_dir_option, device_option)
+def study_command(
+    name: str | None,
+    listed: bool,
+    quick: bool,
+    out: Path | None,
+    jobs: int | None,
+    seeds: int | None,
+    as_published: bool | None,
+    memory: float | None,
+    changes: tuple[str, ...],
+    dry_run: bool,
+    force: bool,
+    data_dir: Path | None,
+    device: str,
+) -> None:
+    """Train and analyse all runs of a study, then write its tables and figures.
+
+    NAME is a preset (--list) or a TOML file of your own. A study that was stopped, in whatever way, goes on with the
+    same command: what is complete is kept. Leaves OUT/runs, OUT/tables.md, OUT/compare.csv and OUT/figures. Keys of
+    --set: an option of `train`, spectrum.KEY, flatness.KEY, or what stands at the preset's top.
+    """
+    if listed:
+        click.echo("\n".join(_list()))
+        return
+    if name is None:
+        raise click.UsageError("give the NAME of a preset (--list shows them) or a .toml file of your own")
+    path = preset.find(name)
+    found = _published(preset.read_preset(path, quick=quick, changes=changes, seeds=seeds), as_published)
+    folder = out or Path("-".join(["study", path.stem, *(["quick"] if quick else [])]))
+    where = pick(device)
+    jobs = jobs or _jobs(where)
+    memory = memory or round(half_of_the_memory(where) / jobs, 2)
+    plan = _plan(found, folder, data_dir, where, memory, force)
+    click.echo("\n".join(_opening_lines(found, plan, folder, jobs)))
+    if dry_run:
+        click.echo("\n".join(_states(plan, force)))
+        if plan.refusal and not force:
+            raise PresetError(plan.refusal)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _alone(folder):
+            from ikun_hessian.experiments.study_record import settle
+
+            settle(plan.record, folder, force)
+            failures = _work(plan.units, jobs)
+            for run_unit, why in failures.items():
+                click.echo(f"! {run_unit} failed: {why}")
+            written = _finish(found, plan, folder)
+    except BrokenExecutor:
+        why = "a process at work was killed, by the system if memory ran out"
+        raise FailedError(f"{why}: the same command goes on, with fewer --jobs if need be") from None
+    except KeyboardInterrupt as error:
+        click.echo("interrupted: the same command goes on", err=True)
+        raise click.exceptions.Exit(interrupted_by(error)) from None
+    click.echo("\n".join(written))
+    if len(failures) == len(plan.units):
+        raise FailedError(f"all {len(failures)} runs failed: the same command tries them again")
+
+
+def _list() -> list[str]:
+    lines = []
+    for name in preset.names():
+        full, quick = (preset.read_preset(preset.find(name), quick=q) for q in (False, True))
+        lines.append(
+            f"{name:<16}{full.title} ({len(preset.run_grid(full))} runs, --quick {len(preset.run_grid(quick))})"
+        )
+    return [*lines, f"files: {preset.FOLDER}/NAME.toml: copy one, edit it, and give its path"]
+
+
+def _published(found: Preset, wanted: bool | None) -> Preset:
+    there = [a for a in found.analyses if a.tag == PUBLISHED.tag]
+    if wanted is None or wanted == bool(there):
+        return found
+    analyses = tuple(a for a in found.analyses if a not in there)
+    return dataclasses.replace(found, analyses=(*analyses, PUBLISHED) if wanted else analyses)
+
+
+def _plan(found: Preset, folder: Path, data_dir: Path | None, device: str, memory: float, force: bool) -> StudyPlan:
+    from ikun_hessian.experiments import plan
+
+    return plan.make(found, folder, data_dir=data_dir, device=device, memory=memory, leader=os.getpid(), force=force)
+
+
+def _jobs(device: str) -> int:
+    """As many as the caller's joblib.parallel_config says; without one all cores, or one for a GPU."""
+    import joblib
+    from joblib.parallel import get_active_backend
+
+    _, asked = get_active_backend()
+    return int(joblib.effective_n_jobs(asked or (-1 if device == "cpu" else 1)))
+
+
+def _opening_lines(found: Preset, plan: StudyPlan, folder: Path, jobs: int) -> list[str]:
+    done = sum(unit.done() for unit in plan.units if unit.name not in plan.others)
+    levels = plan.levels(found.by)
+    return [
+        f"study       {found.title} ({found.source})",
+        *([f"asks        {found.question}"] if found.question else []),
+        f"runs        {len(plan.units)}, {done} done; {jobs} side by side; in {folder}/runs",
+        f"of each     {', '.join(['training', *map(str, found.analyses)])}",
+        *(f"! {name} is left out: {why}" for name, why in plan.skipped.items()),
+        *([f"! all runs have {found.by} {levels.pop()}: nothing will be compared"] if len(levels) == 1 else []),
+    ]
+
+
+def _states(plan: StudyPlan, force: bool) -> list[str]:
+    """What --dry-run says of every run."""
+    other = "again" if force else "other settings: --force"
+    states = [other if unit.name in plan.others else _state(unit) for unit in plan.units]
+    width = max(12, *(len(state) + 2 for state in states))
+    return [f"{state:<{width}}{unit.name}" for state, unit in zip(states, plan.units, strict=True)]
+
+
+def _state(unit: Unit) -> str:
+    if unit.failure.exists():
+        return "failed"
+    return "done" if unit.done() else f"{unit.progress():.0%}"
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """The only study in this folder, and none of the processes of one that was killed is still at work there."""
+    from hessian_tools.io.files import alone, locked
+    from ikun_hessian.experiments.runner import WORKING
+
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(alone(folder / "study", TEMPORARIES))
+            with locked(folder / WORKING, wait=30):
+                pass
+        except BlockingIOError:
+            raise click.UsageError(
+                f"{folder}: another study is at work here: wait for it, or choose another --out"
+            ) from None
+        yield
+
+
+def _work(units: Sequence[Unit], jobs: int) -> dict[str, str]:
+    """Do what is left of all units; why some failed, by their names."""
+    from joblib import Parallel, delayed
+
+    left = [unit for unit in units if not unit.done()]
+    failures: dict[str, str] = {}
+    if not left:
+        return failures
+    with _bar(units, left) as say:
+        pool = Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch="all")
+        for name, why in pool(delayed(_named)(unit) for unit in left):
+            if why:
+                failures[name] = why
+                say(f"{name} failed: {why}")
+    return failures
+
+
+def _named(unit: Unit) -> tuple[str, str]:
+    from ikun_hessian.experiments.runner import run_unit
+
+    return unit.name, run_unit(unit)
+
+
+@contextlib.contextmanager
+def _bar(units: Sequence[Unit], left: Sequence[Unit]) -> Iterator[Callable[[str], None]]:
+    """A bar over all runs that moves by what their files say, wherever they are worked at; yields what prints a line
+    above it."""
+    from tqdm import tqdm
+
+    done = len(units) - len(left)
+    form = "{desc}{percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+    start = done + sum(unit.progress() for unit in left)
+    with tqdm(total=len(units), initial=start, disable=None, smoothing=0, dynamic_ncols=True, bar_format=form) as bar:
+        over = threading.Event()
+
+        def follow() -> None:
+            while not over.wait(1.0):
+                shares = [unit.progress() for unit in left]
+                bar.set_description_str(f"{done + sum(s == 1 for s in shares)} of {len(units)} runs ", refresh=False)
+                bar.update(done + sum(shares) - bar.n)
+
+        thread = threading.Thread(target=follow, daemon=True)
+        if not bar.disable:
+            thread.start()
+        try:
+            yield lambda line: tqdm.write(line, file=sys.stderr)
+        finally:
+            over.set()
+            if thread.is_alive():
+                thread.join()
+
+
+def _tables(runs: Sequence[TrainingRun], by: str, found: Preset, folder: Path) -> list[str]:
+    """Write tables.md and compare.csv, and robustness.csv where that was measured; the lines that say where."""
+    from hessian_tools.io.files import write_atomically, write_table
+    from ikun_hessian.experiments.comparison import compare_settings
+    from ikun_hessian.reports.comparison import settings_markdown, settings_rows
+    from ikun_hessian.reports.robustness import robustness_markdown, robustness_rows
+
+    failed = [
+        f"- {run_unit.name}: {why}"
+        for run_unit in runs
+        for why in run_unit.failures
+        if why.startswith(("NaN", "failed"))
+    ]
+    text = [f"# {found.title}", "", *([found.question, ""] if found.question else [])]
+    text += ["Diverged or failed:", "", *failed, ""] if failed else []
+    compared = compare_settings(runs, by, accuracy=found.accuracy)
+    text.append(settings_markdown(compared))
+    write_table(settings_rows(compared), folder / "compare.csv")
+    lines = [f"tables      {folder}/tables.md, compare.csv"]
+    if table := robustness_rows(runs, by):
+        write_table(table, folder / "robustness.csv")
+        text += ["", "## Robustness", "", robustness_markdown(runs, by)]
+        lines[0] += ", robustness.csv"
+    whole = "\n".join(text).rstrip() + "\n"
+    write_atomically(folder / "tables.md", lambda file: file.write(whole.encode()))
+    return lines
+
+
+def _finish(found: Preset, plan: StudyPlan, folder: Path) -> list[str]:
+    """Tables and figures of what is there; the lines that say where."""
+    from hessian_tools.io.files import alone
+    from ikun_hessian.experiments.figures.figures import draw_all
+
+    runs = _gathered(plan.units, partial(click.echo, err=True))
+    if not runs:
+        return ["! no tables and figures: no run left a file that can be used"]
+    by = parse_condition(found.by)
+    lines = _tables(runs, by, found, folder)
+    with alone(folder / "figures" / "figures", DRAWN):
+        drawn = draw_all(runs, folder / "figures", found.figures, by=by, accuracy=found.accuracy)
+    names = dict.fromkeys(path.stem for path in drawn.written)
+    lines.append(f"figures     {folder}/figures/{{{','.join(names)}}}.{{png,pdf,csv}}")
+    return [*lines, *(f"! no figure {name}: {why}" for name, why in drawn.skipped.items())]
+
+
+def _gathered(units: Sequence[Unit], warn: Callable[[str], None]) -> list[TrainingRun]:
+    """What the files of these units hold; those that cannot be used are named and left out."""
+    from hessian_tools.io.json import ResultError
+    from ikun_hessian.experiments.runs import TRAIN, gather
+
+    whole = []
+    for unit in units:
+        for path in sorted(unit.files(), key=lambda path: (not path.name.endswith(TRAIN), path.name)):
+            try:
+                gather([path], lambda _: None)
+                whole.append(path)
+            except ResultError as error:
+                warn(f"! {error} (left out)")
+                if path.name.endswith(TRAIN):
+                    break  # nothing is known of the run
+    return gather(whole, warn) if whole else []

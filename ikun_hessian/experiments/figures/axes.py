@@ -1,0 +1,219 @@
+"""The axes of a study's figures: their ranges over all panels that share one, and their ticks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, NullFormatter
+
+from hessian_tools.plots.curves import SymlogAxis, ValueAxis, linear_axis, value_axis
+from hessian_tools.plots.spectrum_panels import rank_ticks
+from hessian_tools.plots.style import (
+    MEDIUM,
+    NORMAL,
+    SMALL,
+    apart,
+    count_axis,
+    log_places,
+    numbers,
+    printable,
+    symlog_ticks,
+    text_width,
+    value_scale,
+    wrapped,
+)
+from ikun_hessian.experiments.figures.chart import Axis, Mark
+from ikun_hessian.experiments.grouping import gain_name
+
+Array = npt.NDArray[np.float64]
+DECADES = 12  # of a logarithmic axis below its largest value; what is smaller lies on the floor
+BEYOND = 0.12  # of a panel's height, the strip of what is never
+
+
+@dataclass(frozen=True)
+class Range:
+    """What an axis shows. floor: where values too small for it lie, NaN where there are none. beyond: some are
+    infinite."""
+
+    axis: ValueAxis
+    floor: float = math.nan
+    beyond: bool = False
+
+
+def y_range(kind: str, marks: Sequence[Mark], least: float = math.nan) -> Range | None:
+    """Of all the marks that share an axis; None without a finite value. least: how far a symlog axis is linear at
+    least."""
+    values = np.array([v for m in marks for v in (m.value, m.low, m.high)], dtype=float)
+    beyond = bool(np.isposinf([m.value for m in marks]).any())
+    y = values[np.isfinite(values)]
+    if kind == "share":
+        return Range(ValueAxis("linear", -0.04, 1.04))
+    if not len(y):
+        return Range(ValueAxis("linear", 0.0, 1.0), beyond=True) if beyond and kind == "epochs" else None
+    if kind == "log":
+        positive = y[y > 0]
+        if len(positive):
+            least = max(float(positive.min()), float(positive.max()) * 10.0**-DECADES)
+            cut = bool((y < least).any())
+            known = np.append(positive[positive >= least], [least / 10] if cut else [])
+            room = max(1.2, (known.max() / known.min()) ** 0.05, math.sqrt(3 * known.min() / known.max()))
+            floor = least / 10 if cut else math.nan
+            return Range(ValueAxis("log", float(known.min() / room), float(known.max() * room)), floor)
+    if kind == "place":
+        return Range(ValueAxis("linear", float(y.max()) + 0.5, 0.5))
+    if kind == "signed":
+        return Range(_linear_to(least, value_axis(y, np.zeros(len(y))), y))
+    if kind == "epochs":
+        top = float(y.max())
+        return Range(ValueAxis("linear", 0.0, top * (1.06 + 1.6 * BEYOND * beyond)), beyond=beyond)
+    return Range(linear_axis(y, np.zeros(len(y))))
+
+
+def _linear_to(least: float, found: ValueAxis, y: Array) -> ValueAxis:
+    """A symlog axis that is linear within +-least, linear throughout where that is most of it."""
+    if found.kind != "symlog" or not least > found.linthresh:
+        return found
+    if least > np.abs(y).max() / 10:
+        return linear_axis(y, np.zeros(len(y)))
+    scale = SymlogAxis(least, found.low, found.high, 0.0)
+    low, high = scale.forward(np.array([y.min(), y.max()]))
+    room = 0.05 * (high - low)
+    ends = scale.inverse(np.array([low - room, high + room]))
+    return ValueAxis("symlog", float(ends[0]), float(ends[1]), least)
+
+
+def set_y(ax: Axes, found: Range, label: str, kind: str, height: float) -> None:
+    """The y axis; height: of the panel, in points."""
+    low, high = found.axis.low, found.axis.high
+    if kind == "place":
+        ax.set_ylim(low, high)
+        ax.set_yticks(range(1, int(low) + 1), [f"{i}" for i in range(1, int(low) + 1)])
+        ax.set_ylabel(fitted(label, height))
+        return
+    value_scale(ax, found.axis, fitted(label, height), height)
+    if kind == "share":
+        ax.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
+    if kind == "epochs":
+        ax.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
+        ax.yaxis.set_major_formatter("{x:g}")
+    if found.beyond:
+        edge = high * (1 - BEYOND)
+        ticks = [t for t in ax.get_yticks() if t < edge]
+        ax.set_yticks([*ticks, high * (1 - BEYOND / 2)], [*numbers(ticks), "never"])
+        ax.axhspan(edge, high, color="0.95", linewidth=0, zorder=0)
+    if not math.isnan(found.floor):
+        ax.axhline(found.floor, color="0.45", linestyle=":", linewidth=0.8, zorder=0, label="floor")
+    if found.axis.kind == "symlog" or (kind == "signed" and low < 0 < high):
+        ax.axhline(0, color="0.75", linewidth=0.6, zorder=0)
+
+
+def fitted(text: str, length: float) -> str:
+    """In lines of at most so many points, of text as large as that of axes and titles."""
+    return wrapped(text, length * SMALL / NORMAL)
+
+
+def set_x(ax: Axes, axis: Axis, marks: Sequence[Mark], width: float) -> None:
+    """The x axis for all marks that share it; width: of the panel, in points."""
+    x = np.array([m.x for m in marks if math.isfinite(m.x)], dtype=float)
+    low, high = (float(x.min()), float(x.max())) if len(x) else (0.0, 1.0)
+    label = fitted(axis.label, width)
+    ax.set_xlabel(label)
+    if axis.kind == "rank":
+        tops, smalls = int(max(high, 0)), int(max(-low, 0))
+        ax.set_xlim(0.3, tops + (smalls + 1 if smalls else 0) + 0.7)
+        ax.set_xticks(*rank_ticks(tops, smalls, 1, width))
+        if smalls:
+            ax.axvline(tops + 1, color="0.75", linewidth=0.6, zorder=0)
+    elif axis.kind == "names":
+        ax.set_xlim(-0.5, len(axis.ticks) - 0.5)
+        labels = [printable(name, 18) for name in axis.ticks]
+        if any(m.kind == "slope" for m in marks):
+            ax.set_xlim(-0.12, 1.12)
+        turned = len(labels) * (max(text_width(name, SMALL) for name in labels) + 4) > width
+        ax.set_xticks(range(len(labels)), labels, fontsize=SMALL, rotation=90 if turned else 0)
+        ax.tick_params(axis="x", length=0 if turned else 2)
+    elif axis.kind == "count":
+        count_axis(ax, [int(n) for n in x], width)
+    elif axis.kind == "gain":
+        low, high = min(low, 1.0), max(high, 1.0)
+        _gain_x(ax, low / 1.5, high * 1.5, sorted(set(x.tolist())), width)
+        ax.axvline(1, color="0.45", linestyle="--", linewidth=0.8, zorder=0, label="own")
+    elif axis.kind == "signed":
+        _signed_x(ax, replace(axis, label=label), x, width)
+    else:
+        room = 0.04 * (high - low) or 0.5
+        ax.set_xlim(low - room, high + room)
+        found = MaxNLocator(max(2, int(width / 28)), integer=True, steps=[1, 2, 5, 10]).tick_values(low, high)
+        ax.set_xticks([t for t in found if low <= t <= high])
+
+
+def _signed_x(ax: Axes, axis: Axis, x: Array, width: float) -> None:
+    if not math.isnan(axis.linthresh):
+        return symlog_ticks(ax, SymlogAxis(axis.linthresh, float(x.min()), float(x.max()), 0.0), axis.label, width)
+    found = value_axis(x, np.zeros(len(x)))
+    if found.kind == "symlog":
+        return symlog_ticks(ax, SymlogAxis(found.linthresh, found.low, found.high, 0.0), axis.label, width)
+    if found.kind == "log":
+        return _log_x(ax, found.low, found.high, width)
+    ax.set_xlim(found.low, found.high)
+    ax.xaxis.set_major_locator(MaxNLocator(max(2, int(width / 36)), steps=[1, 2, 5, 10]))
+
+
+def _log_x(ax: Axes, low: float, high: float, width: float) -> None:
+    """A logarithmic x axis with labels under as many of its ticks as fit."""
+    ticks, decades = log_places(low, high)
+    _log_ticks(ax, low, high, ticks, numbers(ticks), width)
+    ax.set_xticks(decades, minor=True)
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _gain_x(ax: Axes, low: float, high: float, gains: Sequence[float], width: float) -> None:
+    """A logarithmic x axis with labels under as many of these gains as fit, first come those next to 1."""
+    order = sorted(gains, key=lambda t: (abs(math.log(t)), t))
+    labels = gain_labels(order)
+    _log_ticks(ax, low, high, order, labels, width)
+    if len(ax.get_xticks()) < len(order):  # turned, more fit
+        _log_ticks(ax, low, high, order, labels, width, turned=True)
+    ax.set_xticks(order, minor=True)
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _log_ticks(
+    ax: Axes,
+    low: float,
+    high: float,
+    ticks: Sequence[float],
+    labels: Sequence[str],
+    width: float,
+    *,
+    turned: bool = False,
+) -> None:
+    """As many of the ticks as fit, first come, first served. turned: labels upright."""
+    places = [math.log(t / low) / math.log(high / low) for t in ticks]
+    widths = [1.2 * SMALL if turned else text_width(label, MEDIUM) + 4 for label in labels]
+    shown = apart(list(range(len(ticks))), places, [w / width for w in widths])
+    ax.set_xscale("log")
+    ax.set_xlim(low, high)
+    how: dict[str, Any] = {"rotation": 90, "fontsize": SMALL} if turned else {}
+    ax.set_xticks([ticks[i] for i in shown], [labels[i] for i in shown], **how)
+
+
+def gain_labels(gains: Sequence[float]) -> list[str]:
+    """All written alike: as n and 1/n where all are, and these short, otherwise as numbers."""
+    names = [gain_name(t) for t in gains]
+    return numbers(gains) if any("." in name or "e" in name for name in names) else names
+
+
+def floors(ranges: Mapping[Axis, Range | None]) -> str:
+    """For the caption: where axes turn linear and where their floors lie."""
+    known = [(axis.label, r) for axis, r in ranges.items() if r is not None]
+    linear = [f"{label} ±{r.axis.linthresh:.2g}" for label, r in known if r.axis.kind == "symlog"]
+    cut = [f"{label} {r.floor:.1g}" for label, r in known if not math.isnan(r.floor)]
+    text = f" Axes linear within these bounds and logarithmic beyond: {', '.join(linear)}." if linear else ""
+    return text + (f" On the floor (dotted) what is smaller still: {', '.join(cut)}." if cut else "")

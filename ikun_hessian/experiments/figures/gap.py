@@ -1,0 +1,163 @@
+"""The charts of sharpness against what it is said to predict: the gap between test and training, and robustness."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from hessian_tools.plots.style import operator_name
+from hessian_tools.results.robustness import lost
+from hessian_tools.results.spectrum import Spectrum
+from ikun_hessian.experiments.figures.chart import Axis, Chart, Mark, NotEnoughError, Panel, samples_of
+from ikun_hessian.experiments.figures.minima import alike
+from ikun_hessian.experiments.grouping import (
+    at_moment,
+    epoch_at,
+    level,
+    moments,
+    number_or_nan,
+    settings_groups,
+    titled,
+)
+from ikun_hessian.experiments.measures import accuracy_gap
+from ikun_hessian.experiments.runs import TrainingRun
+from ikun_hessian.experiments.statistics import Interval, kendall
+
+Sharpness = Callable[[TrainingRun], float]
+MOST = 4  # measures of sharpness side by side
+LEAST = 3  # runs in a panel
+
+
+def gap_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
+    """Sharpness against the gap in loss (test less training) and in accuracy (training less test) at every moment, with
+    Kendall's tau over all runs and over the pairs of runs of one level.
+
+    Raises NotEnoughError without three runs that have both, or where a panel's were not measured alike.
+    """
+    panels = []
+    for name, members in settings_groups(runs, by).items():
+        for moment in moments(members):
+            alike([result for run in members if (result := at_moment(run, moment))], titled(name, moment))
+            samples = _samples(members, moment)
+            for column, sharpness in list(sharpness_at(members, moment).items())[:MOST]:
+                for y, gap in _GAPS.items():
+                    found = [(run, sharpness(run), gap(run, moment)) for run in members]
+                    panels += _panel(found, by, column, y, titled(name, moment), samples)
+    if not panels:
+        raise NotEnoughError("no three runs have both a sharpness and a test loss in their log")
+    caption = f"{_caption(by)} Loss gap: test less training, accuracy gap: training less test, both from the log; runs "
+    return Chart(tuple(panels), by, f"{caption}that diverged have none.", tuple(runs))
+
+
+def robustness_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
+    """Sharpness at the end of training against the accuracy lost by every disturbance, with Kendall's tau over all runs
+    and over the pairs of runs of one level.
+
+    Raises NotEnoughError without three runs that have both, or where a panel's were not measured alike.
+    """
+    panels = []
+    for name, members in settings_groups([run for run in runs if run.robustness or run.diverged], by).items():
+        alike([result for run in members if (result := at_moment(run, ""))], name)
+        drops, samples = (
+            [(run, lost(run.robustness) if run.robustness else {}) for run in members],
+            _samples(members, ""),
+        )
+        for kind in dict.fromkeys(kind for _, of in drops for kind in of):
+            y = Axis(f"lost, {kind.replace('_', ' ')}", "linear")
+            for column, sharpness in list(sharpness_at(members, "").items())[:MOST]:
+                found = [(run, sharpness(run), of.get(kind, math.nan)) for run, of in drops]
+                panels += _panel(found, by, column, y, name, samples)
+    if not panels:
+        raise NotEnoughError("no three runs have both a sharpness and a robustness: a study measures both")
+    caption = (
+        f"{_caption(by)} Lost: accuracy on undisturbed test images less that under the disturbance, mean over its "
+    )
+    return Chart(tuple(panels), by, f"{caption}severities; runs that diverged have none.", tuple(runs))
+
+
+def _samples(runs: Sequence[TrainingRun], moment: str) -> tuple[int, ...]:
+    """On how many the sharpness of these runs was measured."""
+    found = [result for run in runs for result in (at_moment(run, moment), run.flatness.get(moment))]
+    return samples_of([result for result in found if result is not None])
+
+
+def _panel(
+    found: Sequence[tuple[TrainingRun, float, float]], by: str, x: str, y: Axis, page: str, samples: tuple[int, ...]
+) -> list[Panel]:
+    """(run, sharpness, value) as a panel; none where too few are known."""
+    known = [(r, u, v) for r, u, v in found if math.isfinite(u) and math.isfinite(v) and not r.diverged]
+    if len(known) < LEAST:
+        return []
+    marks = tuple(Mark(level(r, by), "run", u, v, run=r.name) for r, u, v in known)
+    foot = _taus([u for _, u, _ in known], [v for _, _, v in known], [level(r, by) for r, _, _ in known])
+    return [Panel(y.label, x, Axis(x, "signed"), y, marks, tuple(run for run, *_ in found), foot, page, samples)]
+
+
+def _caption(by: str) -> str:
+    return (
+        "A point a run. τ: Kendall’s rank correlation of the two over all runs, and within: over the pairs of runs "
+        f"of one {by.replace('_', ' ')}; in brackets 95% intervals (jackknife over runs)."
+    )
+
+
+def sharpness_at(runs: Sequence[TrainingRun], moment: str) -> dict[str, Sharpness]:
+    """What any of the runs has at a moment: lambda_max of each operator, norm-scaled that of the last, the adaptive
+    average sharpness of the spiking loss, the trace of the last operator; from flatness where there are no spectra."""
+    found = [result for run in runs if (result := at_moment(run, moment))]
+    operators = list(dict.fromkeys(name for result in found for name in result.spectra))
+
+    def of(operator: str, value: Callable[[Spectrum], float]) -> Sharpness:
+        def at(run: TrainingRun) -> float:
+            result = at_moment(run, moment)
+            return value(result.spectra[operator]) if result and operator in result.spectra else math.nan
+
+        return at
+
+    def metric(name: str) -> Sharpness:
+        def at(run: TrainingRun) -> float:
+            result = run.flatness.get(moment)
+            found = result.metrics.get(name) if result else None
+            return found.value if found else math.nan
+
+        return at
+
+    measures = {f"{operator_name(o)} λ₁": of(o, largest_of) for o in operators[:2]}
+    for last in operators[-1:]:
+        measures[f"{operator_name(last)} λ₁, norm-scaled"] = of(last, lambda s: s.scale_free_lambda_max)
+    if not operators:
+        measures = {f"{operator_name(o)} λ₁": metric(f"{o} lambda_max") for o in ("hessian", "ggn")}
+        measures["GGN λ₁, norm-scaled"] = metric("ggn lambda_max scaled")
+    measures["adaptive average sharpness"] = metric("adaptive average sharpness")
+    for last in operators[-1:]:
+        measures[f"{operator_name(last)} trace"] = of(last, lambda s: s.trace.estimate if s.trace else math.nan)
+    return {name: value for name, value in measures.items() if any(math.isfinite(value(run)) for run in runs)}
+
+
+def largest_of(spectrum: Spectrum) -> float:
+    return spectrum.eigenvalues[0].value if spectrum.eigenvalues else math.nan
+
+
+def loss_gap(run: TrainingRun, moment: str) -> float:
+    """Test less training loss in the log of a moment's epoch, NaN where there is none."""
+    epoch = epoch_at(run, moment)
+    line = next((line for line in run.log if line["epoch"] == epoch), {})
+    return number_or_nan(line.get("test_loss")) - number_or_nan(line.get("loss"))
+
+
+_GAPS: dict[Axis, Callable[[TrainingRun, str], float]] = {
+    Axis("loss gap", "linear"): loss_gap,
+    Axis("accuracy gap", "linear"): accuracy_gap,
+}
+
+
+def _taus(x: Sequence[float], y: Sequence[float], names: Sequence[str]) -> str:
+    lines = [f"τ {_interval(kendall(x, y))}"]
+    within = kendall(x, y, names)
+    if within.n and len(set(names)) > 1:
+        lines.append(f"within {_interval(within)}")
+    return "\n".join(lines)
+
+
+def _interval(found: Interval) -> str:
+    ends = "" if math.isnan(found.low) else f" [{found.low:z.2f}, {found.high:z.2f}]"
+    return f"{found.value:z.2f}{ends}".replace("-", "−")

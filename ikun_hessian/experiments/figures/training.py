@@ -1,0 +1,299 @@
+"""The charts of how runs began and trained: start, gain, epochs and training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hessian_tools.plots.style import operator_name
+from hessian_tools.results.spectrum import SpectrumResult
+from hessian_tools.results.trajectory import trace_error
+from ikun_hessian.experiments.figures.chart import (
+    Axis,
+    Chart,
+    Mark,
+    NotEnoughError,
+    Panel,
+    medians,
+    reading,
+    samples_of,
+)
+from ikun_hessian.experiments.grouping import (
+    AFTER_START,
+    at_moment,
+    ended_in_nan,
+    epoch_at,
+    epochs_to,
+    horizon,
+    level,
+    moment_of,
+    number_or_nan,
+    over,
+    quartiles,
+    settings_groups,
+    survival,
+)
+from ikun_hessian.experiments.runs import TrainingRun
+from ikun_hessian.experiments.statistics import survival_median
+
+EPOCH = Axis("epoch", "epoch")
+SQUARE = Axis("E[f′(h)²]", "log")
+STEPS = Axis("E[f′(h)²], max/min over t", "log")
+VARIANCE = Axis("variance of the current", "log")
+LOGGED = {  # of a layer by epoch, as the caption has it
+    SQUARE: "E[f′(h)²]",
+    STEPS: "its largest over its smallest value over the time steps t",
+    VARIANCE: "variance of the current",
+}
+AT_START = {  # of a layer at initialization
+    "current_variance": VARIANCE,
+    "gradient_square": Axis("mean square gradient", "log"),
+    "firing_rate": Axis("firing rate", "linear"),
+}
+
+
+def start_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
+    """Forward and backward variance and the firing rate of every layer at initialization, against depth.
+
+    What only moves training is no condition here: runs of one seed that began alike count once.
+    Raises NotEnoughError without statistics of the start.
+    """
+    known = [run for run in runs if layers_of(run)]
+    if not known:
+        raise NotEnoughError("no run has statistics of its start (NAME.train.json): train again with this version")
+    panels = []
+    for column, members in settings_groups(known, by, AFTER_START).items():
+        alike = {(level(run, by), run.value("seed")): run for run in reversed(members)}.values()
+        for key, y in AT_START.items():
+            points: dict[str, list[tuple[float, float]]] = {}
+            for run in reversed(list(alike)):
+                for depth, layer in enumerate(layers_of(run), 1):
+                    points.setdefault(level(run, by), []).append((depth, number_or_nan(layer.get(key))))
+            marks = [mark for name, found in points.items() for mark in medians(name, found)]
+            panels.append(Panel(y.label, column, Axis("layer, by depth", "layer"), y, tuple(marks), tuple(members)))
+    caption = "At initialization, BatchNorm by the batch, on the first 256 training samples. Forward: variance of the "
+    caption += (
+        "current into the neurons; backward: mean square of the loss’s gradient there; share of steps with a spike."
+    )
+    return Chart(tuple(panels), by, caption, tuple(known))
+
+
+def layers_of(run: TrainingRun) -> list[Mapping[str, Any]]:
+    found = (run.start or {}).get("layers")
+    return [layer for layer in found if isinstance(layer, dict)] if isinstance(found, list) else []
+
+
+def gain_chart(runs: Sequence[TrainingRun], by: str, accuracy: float) -> Chart:
+    """Epochs to an accuracy against the gain: the initial weights' variance over the initializer's own.
+
+    Runs that never get there are drawn above all others. Medians are Kaplan and Meier's, as in a comparison, and know
+    those under way too. Raises NotEnoughError without two gains on one panel.
+    """
+    by = "init" if by == "gain" else by
+    known = [run for run in runs if run.log or ended_in_nan(run)]
+    waiting = {run.name for run in known if not over(run) and not epochs_to(run, accuracy)[1]}
+    panels = []
+    for column, members in settings_groups(known, by, ("gain", "init")).items():
+        arrivals: dict[tuple[str, float], list[tuple[int, bool]]] = {}
+        marks = []
+        for run in members:
+            gain, (epoch, reached) = float(run.training.get("gain", 1.0)), epochs_to(run, accuracy)
+            value = float(epoch) if reached else math.inf
+            arrivals.setdefault((level(run, by), gain), []).append((epoch, reached))
+            if run.name not in waiting:
+                marks.append(Mark(level(run, by), "run", gain, value, run=run.name, note="" if reached else "never"))
+        if len({mark.x for mark in marks}) > 1:
+            for (name, gain), found in sorted(arrivals.items()):
+                middle = survival_median(*zip(*found, strict=True)).value
+                marks += [Mark(name, "median", gain, middle, n=len(found))] if math.isfinite(middle) else []
+            y = Axis(f"epochs to {accuracy:.0%}", "epochs")
+            x = Axis("weight variance over the initializer’s", "gain")
+            panels.append(Panel(y.label, column, x, y, tuple(marks), tuple(members)))
+    if not panels:
+        varied = len({run.value("alpha") for run in runs}) > len({run.value("init") for run in runs})
+        hint = " (alpha is varied here: --only epochs --by alpha)" if varied else ""
+        raise NotEnoughError(f"the weights' variance over the initializer's takes one value: vary gain{hint}")
+    caption = f"Epochs to {accuracy:.0%} test accuracy against the variance of the initial weights over that which the "
+    caption += f"initializer gives them (1: its own); {reading(panels)} (Kaplan–Meier) over seeds; never: not within "
+    caption += "the epochs asked for."
+    caption += f" Not drawn: {len(waiting)} with a log that ends before the training." if waiting else ""
+    return Chart(tuple(panels), by, caption, tuple(known))
+
+
+def epochs_chart(runs: Sequence[TrainingRun], by: str, accuracy: float) -> Chart:
+    """The share of runs that have reached an accuracy (Kaplan-Meier), test accuracy and training loss by epoch.
+
+    Raises NotEnoughError without a log.
+    """
+    known = [run for run in runs if run.log or ended_in_nan(run)]
+    if not any(run.log for run in known):
+        raise NotEnoughError("no run has a log (NAME.train.jsonl)")
+    panels = []
+    for column, members in settings_groups(known, by).items():
+        groups: dict[str, list[TrainingRun]] = {}
+        for run in members:
+            groups.setdefault(level(run, by), []).append(run)
+        share = [mark for name, found in groups.items() for mark in _arrivals(name, found, accuracy)]
+        arrived = Axis(f"share at {accuracy:.0%}", "share")
+        panels.append(Panel(arrived.label, column, EPOCH, arrived, tuple(share), tuple(members)))
+        for key, worst, y in (
+            ("test_accuracy", -math.inf, Axis("test accuracy", "linear")),
+            ("loss", math.inf, Axis("training loss", "log")),
+        ):
+            marks = [mark for name, found in groups.items() for mark in _curves(name, found, key, worst)]
+            panels.append(Panel(y.label, column, EPOCH, y, tuple(marks), tuple(members)))
+    caption = (
+        f"Share of runs that have had {accuracy:.0%} test accuracy (Kaplan–Meier; ticks: runs that ended, or were "
+    )
+    caption += (
+        f"stopped, without). {reading(panels).capitalize()} over seeds; a run counts with its last value after early "
+    )
+    caption += "stopping, and as worse than all others after divergence"
+    unseen = any(mark.kind == "diverged" and math.isinf(mark.value) for panel in panels for mark in panel.marks)
+    caption += "; × on the edge: diverged before any measurement." if unseen else "."
+    return Chart(tuple(panels), by, caption, tuple(known))
+
+
+def _arrivals(name: str, runs: Sequence[TrainingRun], accuracy: float) -> list[Mark]:
+    """1 - the Kaplan-Meier curve, up to the last epoch of these runs, with a tick at every censored run."""
+    found = [epochs_to(run, accuracy) for run in runs]
+    times, share = survival([t for t, _ in found], [reached for _, reached in found])
+    marks = [Mark(name, "steps", t, 1 - s, n=len(runs)) for t, s in zip(times, share, strict=True)]
+    last = max(map(horizon, runs))
+    marks += [Mark(name, "steps", last, 1 - share[-1], n=len(runs))] if last > times[-1] else []
+    for run, (t, reached) in zip(runs, found, strict=True):
+        if not reached:
+            height = 1 - share[int(np.searchsorted(times, t, side="right")) - 1]
+            marks.append(Mark(name, "censored", t, height, run=run.name, note="censored"))
+    return marks
+
+
+def _curves(name: str, runs: Sequence[TrainingRun], key: str, worst: float) -> list[Mark]:
+    """Median and quartiles by epoch; a run that diverged counts as the worst from there on, one stopped early with its
+    last value; one that is under way only as far as it is."""
+    last, points, marks = max(map(horizon, runs)), [], []
+    for run in runs:
+        values = {int(line["epoch"]): number_or_nan(line.get(key)) for line in run.log}
+        values = {epoch: v for epoch, v in values.items() if math.isfinite(v)}
+        ended = max(values, default=0)
+        final = worst if ended_in_nan(run) else values.get(ended, math.nan)
+        after = range(ended + 1, (last if over(run) else ended) + 1)
+        points += [(float(e), v) for e, v in (*values.items(), *((e, final) for e in after))]
+        if ended_in_nan(run) and last:
+            value = values.get(ended, worst)  # infinite without any: on the edge
+            marks.append(Mark(name, "diverged", max(ended, 1), value, run=run.name, note="diverged"))
+    return [*medians(name, points), *marks]
+
+
+def training_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
+    """Largest eigenvalue and trace of the snapshots, and E[f'^2], its ratio over the time steps and the current's
+    variance in every layer, against the epoch.
+
+    Raises NotEnoughError where neither snapshots nor logs have them.
+    """
+    panels: list[Panel] = []
+    errors = _errors(runs)
+    for page, members in settings_groups(runs, by).items():
+        panels += _snapshot_panels(page, members, by, errors)
+        panels += _layer_panels(page, members, by)
+    if not panels:
+        raise NotEnoughError("no run has spectra of two snapshots (train --snapshots), or E[f'^2] in its log")
+    logged = [label for y, label in LOGGED.items() if any(panel.y == y for panel in panels)]
+    parts = ["largest eigenvalue and trace of the snapshots"] if any(p.y not in LOGGED for p in panels) else []
+    parts += [f"{', '.join(logged)} (of layers, on the first 256 training samples)"] if logged else []
+    caption = f"By epoch: {'; '.join(parts)}; {reading(panels)} over the seeds still training."
+    return Chart(tuple(panels), by, caption, tuple(runs))
+
+
+def logged_layers(line: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What a line of a log has of every layer."""
+    found = line.get("layers")
+    return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
+
+
+def _layer_panels(page: str, runs: Sequence[TrainingRun], by: str) -> list[Panel]:
+    """A row for every quantity that the logs have, a column for every layer, or some of them, as their page says."""
+    names = list(dict.fromkeys(name for run in runs for line in run.log for name in logged_layers(line)))
+    shown = _spread(names, 6)
+    few = f"{len(shown)} of {len(names)} layers" if len(shown) < len(names) else "layers"
+    panels = []
+    for y in LOGGED:
+        row = []
+        for layer in shown:
+            points: dict[str, list[tuple[float, float]]] = {}
+            for run in runs:
+                found = [(float(line["epoch"]), _logged(logged_layers(line).get(layer, {}), y)) for line in run.log]
+                points.setdefault(level(run, by), []).extend(found)
+            marks = tuple(mark for name, of in points.items() for mark in medians(name, of))
+            marks = marks if any(math.isfinite(mark.value) for mark in marks) else ()
+            titled = f"{page}, {few}" if page else few
+            row.append(Panel(y.label, layer, EPOCH, y, marks, tuple(runs), page=titled))
+        panels += row if any(panel.marks for panel in row) else []
+    return panels
+
+
+def _logged(layer: Mapping[str, Any], y: Axis) -> float:
+    """NaN for what the log does not have; the ratio is infinite where some steps alone have a derivative."""
+    if y == VARIANCE:
+        return number_or_nan(layer.get("current_variance"))
+    if y == SQUARE:
+        return number_or_nan(layer.get("derivative_square"))
+    steps = layer.get("derivative_square_by_step")
+    values = [number_or_nan(step) for step in steps] if isinstance(steps, list) else []
+    if len(values) < 2 or not max(values) > 0 or any(math.isnan(v) for v in values):
+        return math.nan
+    return max(values) / min(values) if min(values) > 0 else math.inf
+
+
+def _snapshots(run: TrainingRun) -> dict[tuple[str, int], tuple[float, float]]:
+    """By panel and epoch a value and its standard error, from the probes and from the data as far as they are known."""
+    found: dict[tuple[str, int], tuple[float, float]] = {}
+    for epoch, result in _results(run):
+        for operator, spectrum in result.spectra.items():
+            for top in spectrum.eigenvalues[:1]:
+                found[f"{operator_name(operator)} λ₁", epoch] = top.value, top.data_stderr
+            if (trace := spectrum.trace) is not None:
+                found[f"{operator_name(operator)} trace", epoch] = trace.estimate, trace_error(trace)
+    return found
+
+
+def _results(run: TrainingRun) -> list[tuple[int, SpectrumResult]]:
+    """Epochs and spectra of the snapshots and of the weights kept."""
+    found = [(moment, at_moment(run, moment)) for moment in dict.fromkeys(moment_of(key)[0] for key in run.spectra)]
+    epochs = [(epoch_at(run, moment), result) for moment, result in found if not moment.startswith("loss")]
+    return [(epoch, result) for epoch, result in epochs if epoch is not None and result is not None]
+
+
+def _errors(runs: Sequence[TrainingRun]) -> dict[str, float]:
+    """By panel the median of the standard errors that are known: what is smaller is no sign."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for (label, _), (_, error) in _snapshots(run).items():
+            found.setdefault(label, []).append(error)
+    return {label: quartiles(errors)[1] for label, errors in found.items()}
+
+
+def _snapshot_panels(page: str, runs: Sequence[TrainingRun], by: str, errors: Mapping[str, float]) -> list[Panel]:
+    """Of every operator lambda_max and the trace; none without two epochs."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for run in runs:
+        for (label, epoch), (value, _) in _snapshots(run).items():
+            found.setdefault(label, {}).setdefault(level(run, by), []).append((float(epoch), value))
+    samples = samples_of(result for run in runs for _, result in _results(run))
+    panels = []
+    for label, groups in found.items():
+        marks = tuple(mark for name, of in groups.items() for mark in medians(name, of))
+        if len({mark.x for mark in marks}) > 1 and any(math.isfinite(mark.value) for mark in marks):
+            y = Axis(label, "signed", linthresh=errors[label])
+            panels.append(Panel(label, "", EPOCH, y, marks, tuple(runs), page=page, samples=samples))
+    return panels
+
+
+def _spread(names: Sequence[str], count: int) -> list[str]:
+    """At most `count` of the names, at equal distances, first and last among them."""
+    if len(names) <= count:
+        return list(names)
+    return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]

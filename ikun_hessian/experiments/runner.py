@@ -1,0 +1,175 @@
+"""One unit of a study's work: a run is trained, then analysed, and what is done already is left as it is.
+
+Everything lies in files that are complete or not there, so that a unit may be killed anywhere and run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ikun_hessian.experiments.unit import Step, Unit, is_measured
+
+if TYPE_CHECKING:
+    pass
+
+
+FAILED = "ikun-hessian/failed/1"
+
+
+def run_unit(unit: Unit) -> str:
+    """Do what is left of a unit; returns why it failed, in one line, or "".
+
+    A failure is kept as NAME.failed.json and tried again next time. What is no fault of the run ends the study: OSError
+    and KeyboardInterrupt. Another process that writes the same is an OSError too.
+    """
+    import torch
+
+    from ikun_hessian.jobs.device import pick
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # units run side by side; and the same numbers for any number of them
+    failure = ""
+    try:
+        with _working(unit):
+            pick(unit.device)
+            if failure := _tried("train", lambda: _train(unit)):
+                _describe(unit)
+            else:
+                left = [work for work in unit.stems() if not is_measured(*work)]
+                failures = [
+                    _tried(f"{work[0].command} {work[1].stem}", partial(_analyse, unit, *work)) for work in left
+                ]
+                failure = next(filter(None, failures), "")
+            if failure:
+                step, _, error = failure.partition(": ")
+                _write(unit.failure, {"schema": FAILED, "step": step, "error": error})
+            else:
+                unit.failure.unlink(missing_ok=True)
+    finally:
+        torch.set_num_threads(threads)
+    return failure
+
+
+def _tried(step: str, work: Callable[[], None]) -> str:
+    try:
+        work()
+    except OSError:
+        raise
+    except Exception as error:  # the others go on, whatever it was
+        message = " ".join(str(error).split()) or type(error).__name__
+        known = isinstance(error, ValueError | RuntimeError | MemoryError | click.ClickException)
+        return f"{step}: {message if known else f'{type(error).__name__}: {message}'}"
+    return ""
+
+
+def _train(unit: Unit) -> None:
+    from ikun.checkpoint import CheckpointError
+    from ikun.training.log import run_paths
+    from ikun.training.loop import train, training_lock
+
+    state = run_paths(unit.checkpoint)["resume"]
+    with training_lock(unit.checkpoint):
+        if not unit.trained():
+            work: dict[str, Any] = {"data_dir": unit.data_dir, "device": unit.device}
+            try:
+                train(unit.network, unit.data, unit.training, unit.checkpoint, resume=state.exists(), **work)
+            except CheckpointError:
+                if not state.exists():
+                    raise
+                state.unlink()  # damaged, or of other settings: from the start
+                train(unit.network, unit.data, unit.training, unit.checkpoint, **work)
+        state.unlink(missing_ok=True)
+
+
+def _analyse(unit: Unit, step: Step, path: Path, stem: Path) -> None:
+    from ikun_hessian.jobs.existing_results import analysis_lock
+
+    with analysis_lock(stem):
+        _written(unit, step, path, stem)
+
+
+def _written(unit: Unit, step: Step, path: Path, stem: Path) -> None:
+    from hessian_tools.io.json import save_result
+    from hessian_tools.resume import Phases, ResumeError
+    from ikun_hessian.jobs import flatness, robustness, spectrum
+    from ikun_hessian.jobs.open import open_job
+
+    where: dict[str, Any] = {"memory": unit.memory, "data_dir": unit.data_dir, "device": unit.device}
+    job = open_job(path, **step.opening, **where)
+    if step.command == "robustness":
+        save_result(robustness.analyse_robustness(job, step.settings, unit.data_dir), Path(f"{stem}.json"))
+        return
+    for last in (False, True):
+        try:
+            if step.command == "spectrum":
+                spectrum.write_spectrum(
+                    spectrum.analyse_spectrum(job, step.settings, stem, shown=False), stem, figures=False
+                )
+            else:
+                flatness.analyse_flatness(job, step.settings, stem, shown=False)
+            return
+        except ResumeError:
+            if last:
+                raise
+            Phases.remove(Path(f"{stem}.resume"))  # damaged, or of another number of jobs: from the start
+
+
+def _describe(unit: Unit) -> None:
+    """A NAME.train.json for a run that never came to write its own, so that it is counted."""
+    if not unit.description():
+        _write(
+            unit.checkpoint.with_suffix(".train.json"),
+            {
+                "schema": "ikun-hessian/train/1",
+                "network": dataclasses.asdict(unit.network),
+                "data": dataclasses.asdict(unit.data),
+                "training": dataclasses.asdict(unit.training),
+                "finished": False,
+                "epochs_run": 0,
+                "best_epoch": 0,
+                "failures": [],
+                "seconds": 0.0,
+                "start": None,
+            },
+        )
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    from hessian_tools.io.files import write_atomically
+    from hessian_tools.io.json import clean
+
+    text = json.dumps(clean(value), indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+# --- one study at a time in a folder
+WORKING = ".working.lock"  # shared by those at work on a run
+
+
+@contextlib.contextmanager
+def _working(unit: Unit) -> Iterator[None]:
+    """Dies with the study that started this process, and until then says that it is at work in the folder: two must
+    not work on one run."""
+    from hessian_tools.io.files import locked
+
+    with locked(unit.runs.parent / WORKING, shared=True):
+        if os.getppid() == unit.study:
+            threading.Thread(target=_watch, args=(unit.study,), daemon=True).start()
+        yield
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)

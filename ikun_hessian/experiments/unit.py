@@ -1,0 +1,128 @@
+"""One unit of a study: a run, the analyses asked of it, and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ikun.data.spec import DataSpec
+    from ikun.networks import Spec
+    from ikun.training.spec import TrainingSpec
+
+
+@dataclass(frozen=True)
+class Step:
+    """An analysis of one run. moment: of preset.MOMENTS; settings, opening: as the command's settings_of has them."""
+
+    command: str
+    moment: str
+    tag: str
+    settings: Any
+    opening: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A run and its analyses. runs: the folder of its files."""
+
+    name: str
+    runs: Path
+    network: Spec
+    data: DataSpec
+    training: TrainingSpec
+    steps: tuple[Step, ...]
+    data_dir: Path | None
+    device: str
+    memory: float  # GiB
+    study: int  # the process that leads the study
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.runs / f"{self.name}.pt"
+
+    def checkpoints(self, moment: str) -> list[Path]:
+        """Those of a moment that a finished training may have left: the losses that it reached, all its snapshots."""
+        if moment == "final":
+            return [self.checkpoint]
+        from ikun.training.log import loss_path
+
+        if moment == "loss":
+            return [p for p in (loss_path(self.checkpoint, x) for x in self.training.save_at_loss) if p.exists()]
+        return sorted(self.runs.glob(f"{self.name}.epoch[0-9][0-9][0-9][0-9].pt"))
+
+    def stems(self) -> Iterator[tuple[Step, Path, Path]]:
+        """Every analysis to be done, the checkpoint of each, and where its result goes, less the ending."""
+        from ikun_hessian.jobs.results import result_stem
+
+        for step in self.steps:
+            for path in [] if step.moment == "final" and self.diverged() else self.checkpoints(step.moment):
+                yield step, path, result_stem(path, None, step.tag or None, step.command)
+
+    def description(self) -> dict[str, Any]:
+        """NAME.train.json; {} while there is none."""
+        from hessian_tools.io.json import ResultError, parse_json, read_text
+
+        try:
+            found = parse_json(read_text(self.checkpoint.with_suffix(".train.json")))
+        except ResultError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def trained(self) -> bool:
+        return self.checkpoint.exists() and self.description().get("finished") is True
+
+    def diverged(self) -> bool:
+        """The training ended in NaN: the last finite weights are no minimum to be measured."""
+        return any(str(f).startswith("NaN") for f in self.description().get("failures", []))
+
+    def done(self) -> bool:
+        """Nothing is left to do, or to be tried again."""
+        if self.failure.exists() or not self.trained():
+            return False
+        return all(is_measured(step, path, stem) for step, path, stem in self.stems())
+
+    def files(self) -> list[Path]:
+        """The description and the results that a comparison is made of, as far as they are there."""
+        from ikun_hessian.experiments.runs import FLATNESS, SPECTRUM, TRAIN
+
+        beside = self.runs.glob("*.json") if self.runs.is_dir() else []
+        return [
+            p for p in beside if p.name.startswith(f"{self.name}.") and p.name.endswith((TRAIN, SPECTRUM, FLATNESS))
+        ]
+
+    @property
+    def failure(self) -> Path:
+        return self.runs / f"{self.name}.failed.json"
+
+    def progress(self) -> float:
+        """The share of the work that is done, as far as its files tell: half of it training, half analyses."""
+        if not self.trained():
+            try:
+                epochs = self.checkpoint.with_suffix(".train.jsonl").read_bytes().count(b"\n")
+            except OSError:
+                return 0.0
+            return 0.5 * min(1.0, epochs / max(1, self.training.epochs))
+        results = [Path(f"{stem}.json").exists() for _, _, stem in self.stems()]
+        return 0.5 + 0.5 * (sum(results) / len(results) if results else 1.0)
+
+
+def is_measured(step: Step, path: Path, stem: Path) -> bool:
+    """There is a whole result, of this very checkpoint."""
+    from hessian_tools.io.json import ResultError, load_result
+    from hessian_tools.results import flatness, robustness
+    from hessian_tools.results import spectrum as results
+    from ikun.checkpoint import sha256
+
+    kinds: dict[str, tuple[type[Any], str]] = {
+        "spectrum": (results.SpectrumResult, results.SPECTRUM_SCHEMA),
+        "flatness": (flatness.FlatnessResult, flatness.FLATNESS_SCHEMA),
+        "robustness": (robustness.RobustnessResult, robustness.ROBUSTNESS_SCHEMA),
+    }
+    try:
+        found = load_result(f"{stem}.json", *kinds[step.command])
+    except ResultError:
+        return False
+    return bool(found.checkpoint.get("sha256") == sha256(path))

@@ -1,0 +1,33 @@
+"""The device and the memory of a command."""
+
+from __future__ import annotations
+
+import os
+
+from ikun_hessian.jobs.errors import UsageError
+
+
+def pick(device: str) -> str:
+    """The device asked for; on CUDA, full precision and deterministic algorithms."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this PyTorch finds no CUDA device: use --device cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    return device
+
+
+def half_of_the_memory(device: str) -> float:
+    """GiB: half of the device's memory (the machine's, on the CPU), shared among this machine's processes."""
+    import torch
+
+    if device == "cuda":
+        total = torch.cuda.mem_get_info()[1]
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return round(total / 2**31 / int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)

@@ -1,0 +1,68 @@
+"""One landscape analysis: computation and files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ikun_hessian.jobs.job import Job, measured_on
+from ikun_hessian.jobs.progress_bar import Bar
+
+if TYPE_CHECKING:
+    from hessian_tools.analysis.landscape import LandscapeSettings
+    from hessian_tools.objective import Objective
+    from hessian_tools.results.landscape import LandscapeResult
+
+
+def _relaxed(job: Job) -> tuple[Objective | None, dict[str, str]]:
+    """The relaxed network's objective, or none and why."""
+    import torch
+
+    try:
+        objective = job.another(relaxed=True)
+        with torch.no_grad():
+            objective.outputs(objective.first_inputs(1))
+    except ValueError as error:  # the surrogate has no primitive, or the network is not this package's
+        return None, {"relaxed network": str(error)}
+    return objective, {}
+
+
+def analyse_landscape(job: Job, settings: LandscapeSettings, stem: Path) -> LandscapeResult:
+    """The result of one checkpoint, computed from the start or from where an interrupted run stopped."""
+    from hessian_tools.analysis.landscape import landscape as analyse
+    from hessian_tools.io.json import clean
+    from hessian_tools.io.versions import versions
+    from hessian_tools.resume import Phases
+
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    provenance = {name: job.provenance[name] for name in ("checkpoint", "data", "network", "training")}
+    key = {
+        "settings": dataclasses.asdict(settings),
+        **provenance,
+        **measured_on(job.objective),
+        "versions": versions(),
+    }
+    relaxed, refused = _relaxed(job)
+    with Bar() as bar:
+        return analyse(
+            job.objective,
+            settings,
+            relaxed=relaxed,
+            refused=refused,
+            provenance=provenance,
+            progress=bar.update,
+            phases=Phases(Path(f"{stem}.resume"), clean(key)),
+        )
+
+
+def write_landscape(result: LandscapeResult, stem: Path) -> None:
+    """The figure and the numbers, and away with the interrupted state."""
+    from hessian_tools.io.json import save_result
+    from hessian_tools.plots.landscape import landscape_figure
+    from hessian_tools.plots.style import save_figure
+    from hessian_tools.resume import Phases
+
+    save_figure(landscape_figure(result), stem)
+    save_result(result, Path(f"{stem}.json"))
+    Phases.remove(Path(f"{stem}.resume"))

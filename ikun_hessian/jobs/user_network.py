@@ -1,0 +1,349 @@
+"""Networks of the user's own, made ready for analysis: weights, samples, loss and surrogates as the options say."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ikun_hessian.jobs.errors import UsageError
+from ikun_hessian.jobs.job import Own
+from ikun_hessian.jobs.user_code import called, load_function, readable, sources, where
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hessian_tools.objective import Loss
+    from ikun.adapters import Adapted
+    from ikun.surrogate_check import Spike
+
+
+WHAT = "(inputs, targets), a data set of such samples, or batches of them"
+GIVE_DATA = f"--data module:function is needed: a function that returns {WHAT}"
+CURE = "give --replace-surrogate NAME:P, for instance atan:2 (--surrogate replaces all of them)"
+OPTIONS = {  # what the adapters call it: what it is called here
+    "time_first=False": "--batch-first",
+    "reset=": "--reset",
+    "replacement=": "--replace-surrogate",
+    "surrogate=": "--surrogate",
+    "library=": "--library",
+    "steps=": "--timesteps",
+    "sequences=True": "--sequences",
+    "spike=": "--surrogate NAME:P",
+    "dt=": "--dt",
+    "output=": "--output ",
+    "readout=": "--readout ",
+}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A network with its samples x [N, ...], y [N, ...].
+
+    adapted(steeper=1.0, surrogate=None): the network, its surrogates so many times steeper or another one in their
+    place; one and the same for the defaults. network, data: their descriptions, as plain values. spiking: whether there
+    are surrogates to change; threshold: of its neurons, where they share one.
+    """
+
+    adapted: Callable[..., Adapted]
+    loss: Loss
+    x: Tensor
+    y: Tensor
+    network: dict[str, Any]
+    data: dict[str, Any]
+    spiking: bool
+    threshold: float | None
+
+
+def open_own(path: Path, own: Own, *, samples: str, surrogate: str | None, memory: float) -> Opened:
+    """The network that `own` describes with the weights in `path`, or the whole of it in a .nir file.
+
+    memory: GiB; samples may take a quarter. Raises AdapterError and UsageError with one line for whatever is
+    wrong with the file, the options or the user's functions.
+    """
+    import torch
+
+    from ikun.adapters.summary import described
+    from ikun.surrogates import Surrogate
+
+    if own.data is None:
+        raise UsageError(GIVE_DATA)
+    if path.suffix == ".nir" and own.model is not None:
+        raise UsageError(f"{path} holds a whole network: leave out --model")
+    reset = load_function("--reset", own.reset) if own.model is not None and own.reset is not None else None
+    analysed = Surrogate.parse(surrogate) if surrogate else None
+    instead = Surrogate.parse(own.replace_surrogate) if own.replace_surrogate else None
+    if analysed and instead:
+        raise UsageError("--surrogate replaces every surrogate: leave out --replace-surrogate")
+    build = _nir(path, own) if own.model is None else _built(path, own, own.model)
+    x, y = read_samples(own.data, samples, memory / 4)
+
+    def adapted(steeper: float = 1.0, surrogate: str | None = None) -> Adapted:
+        if steeper == 1 and surrogate is None:
+            return first
+        every = Surrogate.parse(surrogate) if surrogate else analysed
+        return build(x, *(None if s is None else s.steeper(steeper) for s in (every, instead)), steeper, reset)
+
+    with in_options():
+        first = build(x, analysed, instead, 1.0, reset)
+        network = described(first, x[:3])
+    y = _targets(own.loss or "mse", y, first, x)
+    loss, functions = _loss(own.loss or "mse", first, x, y)
+    trained = network.pop("trained_surrogate") or (str(analysed) if own.model is None and network["neuron"] else None)
+    stay = dict.fromkeys(str(instead) if f.replaced else f.label for f in first.surrogates)
+    functions += [load_function("--model", own.model)] if own.model is not None else []
+    threshold = network.pop("threshold")
+    network = {
+        "model": own.model or path.name,
+        "code": _digest([file.read_bytes() for file in sources([*functions, *([reset] if reset else [])])]),
+        **network,
+        "surrogate": (str(analysed) if analysed and trained else ", ".join(stay)) or None,
+        "replacement": str(analysed or instead or "") or None,
+        "trained_surrogate": trained,
+        "dt": own.dt,
+    }
+    parts = [t.contiguous().flatten().view(torch.uint8).numpy() for t in (x, y)]
+    shapes = f"{x.dtype} {list(x.shape)} {y.dtype} {list(y.shape)}".encode()
+    data = {"name": own.data, "split": "", "sha256": _digest([shapes, *parts]), "loss": own.loss or "mse"}
+    spiking = trained is not None
+    return Opened(adapted, loss, x, y, network, data, spiking, threshold if spiking else None)
+
+
+def _digest(parts: list[Any]) -> str:
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(hashlib.sha256(part).digest())
+    return whole.hexdigest()
+
+
+@contextmanager
+def in_options() -> Iterator[None]:
+    """Messages of the adapters, which speak of Python, in terms of the command line."""
+    from ikun.adapters import AdapterError, adapt_network
+
+    try:
+        yield
+    except AdapterError as error:
+        text = str(error).replace(adapt_network.CURE, CURE)
+        for python, option in OPTIONS.items():
+            text = re.sub(rf"\b{python}", option, text)
+        raise AdapterError(f"{text}{where(error.__cause__) if error.__cause__ else ''}") from error
+
+
+# ---------------------------------------------------------------- the network
+Build = Callable[..., "Adapted"]  # (x, surrogate, replacement, steeper, reset)
+
+
+def _spike(surrogate: Any) -> Spike | None:
+    from ikun.surrogates import spike
+
+    return None if surrogate is None else lambda h: spike(h, surrogate)
+
+
+def _built(path: Path, own: Own, model: str) -> Build:
+    from torch import nn
+
+    from ikun.adapters import AdapterError, adapt, load_weights, read_weights
+    from ikun.adapters.adapt_network import bare
+
+    if own.dt is not None:
+        raise UsageError("--dt is for .nir files: your own network has its own")
+    network = called("--model", model, load_function("--model", model))
+    if not isinstance(network, nn.Module):
+        raise UsageError(f"--model {model}: returned a {type(network).__name__}, and a torch.nn.Module is needed")
+    weights = read_weights(path)
+    try:
+        load_weights(bare(network), weights)
+    except AdapterError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+    def build(x: Tensor, surrogate: Any, replacement: Any, steeper: float, reset: Any) -> Adapted:
+        with readable(f"--model {model}", AdapterError):
+            return adapt(
+                network,
+                x,
+                library=own.library,
+                steps=own.timesteps,
+                sequences=own.sequences,
+                time_first=own.time_first,
+                output=own.output or "spikes",
+                readout=own.readout or "mean",
+                surrogate=_spike(surrogate),
+                replacement=_spike(replacement),
+                steeper=steeper,
+                reset=reset,
+            )
+
+    return build
+
+
+def _nir(path: Path, own: Own) -> Build:
+    from ikun.adapters import adapt
+    from ikun.adapters.nir import read_nir
+
+    try:
+        import nir  # noqa: F401 - asked for before anything is read
+    except ImportError:
+        raise UsageError(f"{path}: reading it needs the package nir: pip install nir") from None
+    if own.timesteps is None:
+        raise UsageError(f"{path} has no clock: give --timesteps, --dt, --surrogate and --reset")
+    for name, value in (("replace-surrogate", own.replace_surrogate), ("output", own.output), ("library", own.library)):
+        if value is not None:
+            raise UsageError(f"--{name} is not for .nir files: leave it out")
+
+    def build(x: Tensor, surrogate: Any, replacement: Any, steeper: float, reset: Any) -> Adapted:
+        network = read_nir(path, dt=own.dt, spike=_spike(surrogate), reset=own.reset)
+        options: dict[str, Any] = {"steps": own.timesteps, "sequences": own.sequences, "time_first": True}
+        return adapt(network, x, **options, readout=own.readout or "mean")
+
+    return build
+
+
+# ---------------------------------------------------------------- the loss
+def _targets(loss: str, y: Tensor, adapted: Adapted, x: Tensor) -> Tensor:
+    """Labels [N] (long) that the network has outputs for; anything for a loss of the user's own."""
+    if loss not in ("mse", "ce"):
+        return y
+    if y.dim() != 1 or y.is_floating_point() or y.is_complex() or str(y.dtype) == "torch.bool":
+        raise UsageError(
+            f"--loss {loss} needs labels [N], whole numbers, not {_kind(y)}: give those, or --loss module:function"
+        )
+    classes = _outputs(adapted, x[:3]).shape
+    if len(classes) != 2:
+        raise UsageError(f"--loss {loss} needs outputs [N, K]: the network's are {list(classes)}")
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= classes[1]:
+        raise UsageError(
+            f"labels must lie from 0 to {classes[1] - 1}, for {classes[1]} outputs: some are {low if low < 0 else high}"
+        )
+    return y.long()
+
+
+def _outputs(adapted: Adapted, x: Tensor) -> Tensor:
+    """The outputs [n, ...] for a few samples."""
+    import torch
+
+    from ikun.adapters.summary import inputs_of
+
+    with torch.no_grad():
+        out: Tensor = adapted.model(inputs_of(adapted, x))
+    return out
+
+
+def _loss(loss: str, adapted: Adapted, x: Tensor, y: Tensor) -> tuple[Loss, list[Callable[..., Any]]]:
+    """(the loss, the user's functions in it), tried on a few samples: one finite number, a mean over samples."""
+    import torch
+
+    from ikun.losses import LOSSES
+
+    if loss in LOSSES:
+        return LOSSES[loss], []
+    if ":" not in loss:
+        raise UsageError(f"--loss {loss}: give mse, ce, or module:function")
+    function, what = load_function("--loss", loss), f"--loss {loss} in double precision"
+    few = len(x[:8]) // 2 * 2 or 1
+    outputs = _outputs(adapted, x[:few]).double().requires_grad_()
+    targets = y[:few].to(outputs.device, torch.float64 if y.is_floating_point() else y.dtype)
+
+    def value(part: slice) -> Tensor:
+        with readable(what):
+            found = function(outputs[part], targets[part])
+        if not isinstance(found, torch.Tensor) or found.dim():
+            raise UsageError(f"{what}: returned {_kind(found)}, and one number is needed, a tensor of no axes")
+        if not found.requires_grad:
+            raise UsageError(f"{what}: its value does not depend on the outputs, as far as torch can see")
+        if not torch.isfinite(found):
+            raise UsageError(f"{what}: returned {float(found)}")
+        return found
+
+    whole = value(slice(None))
+    if few > 1:
+        halves = (value(slice(few // 2)) + value(slice(few // 2, None))) / 2
+        if not torch.isclose(whole, halves, rtol=1e-4, atol=1e-10):
+            raise UsageError(
+                f"{what}: no mean over samples: {float(whole):.5g} of {few}, {float(halves):.5g} by halves"
+            )
+    return function, [function]
+
+
+# ---------------------------------------------------------------- the samples
+def read_samples(text: str, samples: str, limit: float) -> tuple[Tensor, Tensor]:
+    """(x [N, ...], y [N, ...]) from the function `text` names, as many as asked for, of at most `limit` GiB."""
+    import torch
+
+    what = f"--data {text}"
+    if samples != "all" and not (samples.isdecimal() and int(samples) >= 1):
+        raise UsageError(f"--samples {samples}: give a number, or all")
+    wanted = None if samples == "all" else int(samples)
+    found = called("--data", text, load_function("--data", text))
+    xs, ys, count, size = [], [], 0, 0
+    with readable(what):
+        for number, batch in enumerate(_batches(found, what), 1):
+            x, y = _pair(batch, f"{what}: batch {number}")
+            xs.append(x)
+            ys.append(y)
+            count, size = count + len(x), size + x.nbytes + y.nbytes
+            if wanted is not None and count >= wanted:
+                break
+            if size > limit * 2**30:
+                raise UsageError(f"{what}: more than {limit:.2g} GiB of samples: give --samples N, or more --memory")
+        if not count:
+            raise UsageError(f"{what}: returned no samples")
+        if wanted is not None and count < wanted:
+            raise UsageError(f"--samples {samples}: give a number from 1 to {count}, or all")
+        for name, parts in (("inputs", xs), ("targets", ys)):
+            shapes = list(dict.fromkeys((tuple(t.shape[1:]), t.dtype) for t in parts))
+            if len(shapes) > 1:
+                raise UsageError(
+                    f"{what}: {name} of shapes {_sample(shapes[0])} and {_sample(shapes[1])}: one is needed"
+                )
+        x, y = torch.cat(xs)[:wanted], torch.cat(ys)[:wanted]
+    if not torch.isfinite(x).all() or not torch.isfinite(y).all():
+        raise UsageError(f"{what}: NaN or infinite entries")
+    return x, y
+
+
+def _sample(kind: tuple[tuple[int, ...], Any]) -> str:
+    return f"{list(kind[0])} {str(kind[1]).removeprefix('torch.')}"
+
+
+def _batches(found: Any, what: str) -> Iterator[Any]:
+    """Batches from whatever the user's function returned."""
+    from torch.utils.data import DataLoader, Dataset
+
+    if isinstance(found, tuple | list) and len(found) == 2 and all(_is_array(part) for part in found):
+        yield found
+    elif isinstance(found, Dataset):
+        yield from DataLoader(found, batch_size=256)
+    elif isinstance(found, dict | str | bytes) or _is_array(found) or not hasattr(found, "__iter__"):
+        raise UsageError(f"{what}: returned {_kind(found)}: {WHAT} are needed")
+    else:
+        yield from found
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _pair(batch: Any, what: str) -> tuple[Tensor, Tensor]:
+    import torch
+
+    if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(_is_array(part) for part in batch)):
+        raise UsageError(f"{what} is {_kind(batch)}: (inputs [N, ...], targets [N, ...]) are needed")
+    x, y = (torch.as_tensor(part).detach().cpu() for part in batch)
+    if x.dim() < 2 or y.dim() < 1 or len(x) != len(y):
+        raise UsageError(
+            f"{what} has inputs {list(x.shape)} and targets {list(y.shape)}: [N, ...] and [N, ...] are needed"
+        )
+    return x, y
+
+
+def _kind(value: Any) -> str:
+    if _is_array(value):
+        return f"{type(value).__name__} {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    inner = f" of {len(value)}" if isinstance(value, tuple | list) else ""
+    return f"a {type(value).__name__}{inner}"

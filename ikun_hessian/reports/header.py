@@ -1,0 +1,97 @@
+"""What the screen of every command says first: the checkpoint, the network, the data."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from hessian_tools.io.json import ResultError
+from hessian_tools.results.provenance import AnalysedParts
+
+SCREEN_WIDTH = 80
+
+
+def field(name: str, text: str) -> list[str]:
+    """One entry, its name on the left."""
+    return textwrap.wrap(text, SCREEN_WIDTH, initial_indent=f"{name:<12}", subsequent_indent=" " * 12)
+
+
+def opened(r: AnalysedParts) -> list[str]:
+    """What was opened and how it was trained. Raises ResultError for a result that lacks some of it."""
+    try:
+        return _opened(r)
+    except (KeyError, TypeError, AttributeError) as error:
+        path = r.checkpoint.get("path", "-")
+        raise ResultError(
+            f"the result of {path} does not say all that it should ({error}): --force, to redo it"
+        ) from None
+
+
+def _opened(r: AnalysedParts) -> list[str]:
+    n, t = r.network, r.training
+    lines = field("checkpoint", f"{r.checkpoint.get('path', '-')}  sha256 {str(r.checkpoint.get('sha256', '-'))[:12]}")
+    if "library" in n:
+        lines += [line for name, text in _own(n) for line in field(name, text)]
+    elif n:
+        analysed = (
+            f", analysed with {n['surrogate']}" if n.get("trained_surrogate", n["surrogate"]) != n["surrogate"] else ""
+        )
+        norm = "BatchNorm in evaluation mode" if n["norm"] == "bn" else "no BatchNorm"
+        once = " drawn once" if n["coding"] == "poisson" else ""
+        reset = f"{n['reset']} reset{', detached' if n['detach_reset'] else ''}"
+        lines += field(
+            "network",
+            f"{n['model']}, {n['neuron']} neurons, {reset}, surrogate {n.get('trained_surrogate', n['surrogate'])}"
+            f"{analysed}, T = {n['timesteps']}, {n['coding']} coding{once}, {norm}, pooling ties: {n['ties']}",
+        )
+    where = r.device.replace("cpu", "CPU")
+    lines += field(
+        "parameters", f"{r.num_parameters:,} in {len(r.parameters)} tensors; {r.dtype} on {where}, seed {r.seed}"
+    )
+    d = r.data
+    name = " ".join(part for part in (d.get("name", "-"), d.get("split")) if part)
+    lines += field("data", f"{name}, {d['samples']:,} samples, loss {d.get('loss', '-')}")
+    if t:
+        lines += field(
+            "trained",
+            f"{t['init']} initializer{_alpha(t)}, {t['optimizer']} lr {t['lr']:g}, {t['schedule']} schedule, "
+            f"weight decay {t['weight_decay']:g} (not in the Hessian), batch {t['batch_size']}, "
+            f"{t['epochs_run']} epochs{_kept(t)}, seed {t['seed']}",
+        )
+    return lines
+
+
+def _kept(training: dict[str, Any]) -> str:
+    best = training.get("best_epoch", training["epochs_run"])
+    return "" if best == training["epochs_run"] else f", weights of epoch {best}"
+
+
+def _alpha(training: dict[str, Any]) -> str:
+    known = {"alpha": training["alpha"]} if training["init"] == "ikun" else {}
+    known |= {"gain": training["gain"]} if training.get("gain", 1) != 1 else {}
+    return f" ({', '.join(f'{key} {value:g}' for key, value in known.items())})" if known else ""
+
+
+def _own(n: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Entries on a network that is not this package's: what it is, its surrogates, how time is run, and warnings."""
+    library = "plain torch" if n["library"] == "none" else n["library"]
+    reset = f", {n['reset']} reset{', detached' if n['detach_reset'] else ''}" if n["reset"] else ""
+    neurons = f", {n['neuron']} neurons{reset}" if n["neuron"] else ""
+    norm = "BatchNorm in evaluation mode" if n["norm"] == "bn" else "no BatchNorm"
+    yield "network", f"{n['model']}, {library}{neurons}, {norm}"
+    calls = f"one call for {n['one call']}" if n["one call"] else "run by the network itself"
+    if n["timesteps"] is not None:
+        read = f", {n['output']} read out by their {n['readout']}" if n["readout"] else ""
+        yield "time", f"T = {n['timesteps']}, {calls}{read}"
+    places: dict[str, list[str]] = {}
+    for s in n["surrogates"]:
+        verdict = f"{s['kind']}{f' ({reason})' if (reason := s['reason']) else ''}"
+        used = f", replaced by {n['replacement']}" if s["replaced"] else ""
+        places.setdefault(f"{s['label']}: {verdict}{used}", []).append(s["name"])
+    for text, names in places.items():
+        yield "surrogate", f"{text} ({', '.join(names)})"
+    if not places and n["surrogate"]:
+        yield "surrogate", n["surrogate"]
+    for text in n["warnings"]:
+        yield "!", text
