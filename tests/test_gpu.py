@@ -83,7 +83,7 @@ def no_fallback(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-# ---------------------------------------------------------------- kernels (tests/ikun/test_triton_scans.py has more)
+# ---------------------------------------------------------------- kernels (ikun/kernels/test_triton_kernels.py has more)
 @pytest.mark.usefixtures("no_fallback")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("reset", RESETS)

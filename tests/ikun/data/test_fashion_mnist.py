@@ -279,7 +279,7 @@ def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_real_fashion_mnist() -> None:
-    beside = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "fashion-mnist-subset"
+    beside = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "fashion-mnist-subset"
     folder = Path(os.environ.get("IKUN_FASHION_MNIST") or beside)
     if not folder.is_dir():
         pytest.skip("no Fashion-MNIST files: name their folder in IKUN_FASHION_MNIST")

@@ -31,7 +31,7 @@ from ikun.training.log import loss_path, run_paths, snapshot_path
 from ikun.training.loop import Initialization, evaluate, learning_rate, start, train
 from ikun.training.spec import TrainingSpec
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NET = Spec(channels=3, timesteps=2)
 MLP = Spec(model="mlp", hidden=(24,), timesteps=2)
 DATA = DataSpec("digits", 96, 5)

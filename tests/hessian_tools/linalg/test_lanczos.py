@@ -470,7 +470,7 @@ def test_peak_memory() -> None:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
     run = subprocess.run(
         [sys.executable, "-c", PEAK],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         env=environment,
         capture_output=True,
         text=True,

@@ -327,7 +327,7 @@ print("compiled")
 def test_kernels_compile_for_a_hopper_and_the_one_of_the_spikes_has_no_fused_multiply_add(tmp_path: Path) -> None:
     if importlib.util.find_spec("triton.backends.nvidia") is None:
         pytest.skip("this Triton has no compiler for CUDA")
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)

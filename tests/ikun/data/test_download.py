@@ -15,7 +15,7 @@ import pytest
 
 from hessian_tools.io.files import alone, locked
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HEX = "0123456789abcdef" * 2
 COUNTER = """
 import sys

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.hessian_tools.chain.test_second_order import objective_of
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +26,6 @@ from ikun.layers import MaxPool
 from ikun.losses import LOSSES
 from ikun.neurons import Dynamics, Neuron
 from ikun.surrogates import Surrogate
-from tests.hessian_tools.test_second_order import objective_of
 
 KINDS = ("hessian", "ggn", "fisher")
 

@@ -264,7 +264,7 @@ def test_bad_input() -> None:
 @pytest.mark.parametrize("operator", [hessian, ggn])
 def test_coverage_on_a_real_network(operator: Callable[[Objective], Any]) -> None:
     """Default probes and deflation: in 92 to 98% of 500 replicates the interval holds the definition's value."""
-    checkpoint = load_checkpoint(Path(__file__).parents[2] / "checkpoints" / "digits-csnn-ikun.pt")
+    checkpoint = load_checkpoint(Path(__file__).parents[4] / "checkpoints" / "digits-csnn-ikun.pt")
     data = checkpoint.data.load()
     objective = make_objective(
         checkpoint.build(),
