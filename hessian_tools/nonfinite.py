@@ -1,4 +1,4 @@
-"""Where numbers stop being finite: the first layer whose output, gradient or curvature is NaN or infinite."""
+"""Find the first layer whose output, gradient or curvature is NaN or infinite."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from hessian_tools.objective import Objective
 
 
 def first_not_finite(objective: Objective) -> str | None:
-    """One phrase that names the layer, or None where outputs, gradient and one product are finite."""
-    objective = replace(objective, group=None)  # every process for itself: the others may be elsewhere
+    """Describe where values stop being finite.
+
+    Returns:
+        A phrase that names the layer or parameter, or None if the outputs, the gradient and one Hessian-vector product
+        are finite.
+    """
+    objective = replace(objective, group=None)  # no collective calls: the other processes may not reach this point
     return _output(objective) or _gradient(objective) or _curvature(objective)
 
 
 def _output(objective: Objective) -> str | None:
-    """The first module, in the order of the forward pass, with an output that is not finite."""
+    """Check the module outputs in the order of the forward pass, then the loss."""
     found: list[str] = []
 
     def note(name: str) -> Any:
@@ -45,12 +50,14 @@ def _output(objective: Objective) -> str | None:
 
 
 def _gradient(objective: Objective) -> str | None:
+    """Check the gradient of the loss."""
     _, gradient = objective.value_and_gradient()
     name = _last_of(objective, gradient)
     return None if name is None else f"the gradient is not finite from '{name}' backwards"
 
 
 def _curvature(objective: Objective) -> str | None:
+    """Check a Hessian-vector product on each batch."""
     parameters = list(objective.parameters.values())
     for (x, y), _ in objective.weighted_batches():
         loss = objective.loss(objective.outputs(x), y)
@@ -66,7 +73,10 @@ def _curvature(objective: Objective) -> str | None:
 
 
 def _last_of(objective: Objective, v: Tensor) -> str | None:
-    """The last parameter whose part of [P] is not finite: back-propagation carries a NaN to all before it."""
+    """Return the name of the last parameter whose part of v [P] is not finite, or None.
+
+    Backpropagation carries a NaN to all earlier parameters, so the last one is where it began.
+    """
     parts = zip(objective.parameters, objective.split(v), strict=True)
     broken = [name for name, part in parts if not torch.isfinite(part).all()]
     return broken[-1] if broken else None

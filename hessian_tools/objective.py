@@ -1,4 +1,7 @@
-"""The objective: a mean loss over named parameters and a fixed set of samples. Everything curved is curved on it."""
+"""The objective: a mean loss over fixed samples as a function of a model's named parameters.
+
+Every operator of this package measures the curvature of an `Objective`.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Inputs(Protocol):
-    """Inputs of N samples that are read when asked for: inputs[index] for index [n] is a tensor [n, ...].
+    """Inputs of N samples that are read on demand: inputs[index] for an index tensor [n] is a tensor [n, ...].
 
-    It must give the same for the same index, and may be asked by several threads at once.
+    Implementations must return the same values for the same index and must be safe to call from several threads.
     """
 
     def __len__(self) -> int: ...
@@ -31,9 +34,13 @@ class Inputs(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Streamed(Sequence[Batch]):
-    """Batches of the samples `parts` (indices, one tensor a batch); inputs are read anew every time.
+    """Batches whose inputs are read from storage every time they are used.
 
-    targets [N, ...] are in memory, on the device of `like`; floating inputs come in its dtype.
+    Attributes:
+        inputs: The inputs of all samples, read on demand.
+        targets: Targets [N, ...] of all samples, held in memory on the device of `like`.
+        parts: Sample indices of each batch, one index tensor [n] per batch.
+        like: A tensor whose device, and dtype for floating-point inputs, the inputs are converted to.
     """
 
     inputs: Inputs
@@ -54,13 +61,17 @@ class Streamed(Sequence[Batch]):
         return to(self.inputs[self.parts[i]], self.like), self.targets[self.parts[i]]
 
     def regrouped(self, parts: Sequence[Tensor]) -> Streamed:
-        """The same samples, numbered from 0 in their order here, in other batches: one of each set of numbers [n]."""
+        """Return the same samples in other batches.
+
+        Args:
+            parts: One index tensor [n] per new batch. Samples are numbered from 0 in their current order.
+        """
         samples = torch.cat(self.parts)
         return replace(self, parts=tuple(samples[part.cpu()] for part in parts))
 
 
 def to(t: Tensor, like: Tensor) -> Tensor:
-    """t on the device of `like`, and in its dtype if it is floating."""
+    """Move `t` to the device of `like`, and to its dtype if `t` is floating-point."""
     return t.to(device=like.device, dtype=like.dtype if t.is_floating_point() else t.dtype)
 
 
@@ -68,27 +79,33 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> mean over the
 
 
 class Segmentation(Protocol):
-    """Evaluates an objective in segments of time; implemented by the module hessian_tools.chain.segments."""
+    """Evaluates an objective in segments of time. The module `hessian_tools.chain.segments` implements it."""
 
     def possible(self, objective: Objective) -> bool:
-        """Whether the objective's model runs in segments."""
+        """Return whether the objective's model can run in segments."""
 
     def outputs(self, objective: Objective, x: Tensor) -> Tensor:
-        """The outputs for inputs x, without derivatives."""
+        """Return the outputs for inputs x, without derivatives."""
 
     def value_and_gradient(self, objective: Objective, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss on one batch and its gradient [P]."""
+        """Return the loss on one batch and its gradient [P]."""
 
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """L(w) = mean over samples of loss(model(x), y); `model` is a private copy in evaluation mode.
+    """The function L(w) = mean over samples of loss(model(x), y) of the selected parameters w [P].
 
-    batches: tensors in memory, or Streamed, of which only those at work are in memory.
-    parameters: name -> tensor, in the order of the flat vector [P]; all others are constants. group: processes that
-    share the batches; each holds all of them and computes its own, what is returned is of all. segmentation: runs a
-    network over T steps of time in about sqrt(T) segments, where that is possible: less memory, more time
-    (hessian_tools.chain.segments).
+    Attributes:
+        model: A private copy of the model in evaluation mode (see `evaluation_mode`).
+        loss: The function loss(outputs, targets), a mean over the samples of a batch.
+        batches: Tensors held in memory, or a `Streamed` object that reads each batch when it is used.
+        parameters: Tensor of each selected parameter by name, in the order of the flat vector [P]. All other parameters
+            are constants.
+        reset: Called with the model before every forward pass, for models that keep a state. None if not needed.
+        group: Processes that share the batches. Each process holds all batches and computes its own share; results are
+            summed over the processes.
+        segmentation: Runs a network of T time steps in about sqrt(T) segments where the model allows it. This takes
+            less memory and more time (`hessian_tools.chain.segments`).
     """
 
     model: nn.Module
@@ -101,16 +118,17 @@ class Objective:
 
     @property
     def segmented(self) -> bool:
-        """Whether the model is run in segments of time where that is possible."""
+        """Whether the model runs in segments of time where it can."""
         return self.segmentation is not None
 
     @property
     def samples(self) -> int:
+        """N, the number of samples."""
         return sum(self.sizes)
 
     @property
     def targets(self) -> list[Tensor]:
-        """Of every batch; no inputs are read for them."""
+        """Targets of every batch. No inputs are read."""
         streamed = self.batches
         if isinstance(streamed, Streamed):
             return [streamed.targets[part] for part in streamed.parts]
@@ -118,11 +136,11 @@ class Objective:
 
     @property
     def sizes(self) -> list[int]:
-        """Samples of every batch."""
+        """Number of samples in every batch."""
         return [len(y) for y in self.targets]
 
     def first_inputs(self, count: int) -> Tensor:
-        """Of the first batch's first samples; no others are read."""
+        """Return the inputs of the first `count` samples of the first batch. No other samples are read."""
         if isinstance(self.batches, Streamed):
             return replace(self.batches, parts=(self.batches.parts[0][:count],))[0][0]
         return self.batches[0][0][:count]
@@ -134,14 +152,16 @@ class Objective:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
         return next(iter(self.parameters.values())).dtype
 
     @property
     def device(self) -> torch.device:
+        """The device of the parameters."""
         return next(iter(self.parameters.values())).device
 
     def outputs(self, x: Tensor) -> Tensor:
-        """Forward pass from a reset state."""
+        """Run a forward pass on inputs x from a reset state."""
         with full_precision(self.device):
             segments = self.segmentation
             if segments is not None and not torch.is_grad_enabled() and segments.possible(self):
@@ -152,31 +172,31 @@ class Objective:
         return out
 
     def split(self, v: Tensor) -> list[Tensor]:
-        """Flat [P] (or [k, P]) -> one tensor per parameter, shaped like it (with the leading k)."""
+        """Split a flat vector [P] or [k, P] into one tensor per parameter, of its shape (after the leading k)."""
         tensors = v.split([p.numel() for p in self.parameters.values()], -1)
         return [t.reshape((*v.shape[:-1], *p.shape)) for t, p in zip(tensors, self.parameters.values(), strict=True)]
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """The inverse of split for [P]; None (no dependence) counts as zeros."""
+        """Concatenate one tensor per parameter into [P], the inverse of `split`. None counts as zeros."""
         pairs = zip(tensors, self.parameters.values(), strict=True)
         return torch.cat([(torch.zeros_like(p) if t is None else t).reshape(-1) for t, p in pairs])
 
     def weights(self) -> Tensor:
-        """The parameters as a flat vector [P]."""
+        """Return the parameters as a flat vector [P]."""
         return self.flatten([p.detach() for p in self.parameters.values()])
 
     @property
     def share(self) -> range:
-        """Indices of the batches that this process computes: all, or every size-th under a group."""
+        """Indices of the batches that this process computes: all, or every size-th one in a group."""
         rank, size = (0, 1) if self.group is None else (self.group.rank, self.group.size)
         return range(rank, len(self.batches), size)
 
     def summed(self, t: Tensor) -> Tensor:
-        """The sum over the processes that share the batches; t itself in a single one."""
+        """Return the sum of `t` over the processes that share the batches; `t` itself without a group."""
         return t if self.group is None else self.group.sum(t)
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
-        """L and its (surrogate) gradient [P]."""
+        """Return L and its gradient [P] (the surrogate gradient, for a spiking network)."""
         both = torch.zeros(self.size + 1, dtype=torch.float64, device=self.device)
         segments = self.segmentation if self.segmentation is not None and self.segmentation.possible(self) else None
         with full_precision(self.device):
@@ -192,26 +212,29 @@ class Objective:
         return float(both[-1]), both[:-1]
 
     def weighted_batches(self) -> Iterator[tuple[Batch, float]]:
-        """This process's batches (see share), each with its part of all samples: a ragged last one counts for what
-        it holds."""
+        """Yield each batch of this process with its weight, its share of all samples (see `share`)."""
         for i, weight in self.batch_weights().items():
             yield self.batches[i], weight
 
     def batch_weights(self) -> dict[int, float]:
-        """Index -> weight of weighted_batches."""
+        """Return the weight of each batch of this process by the index of the batch."""
         sizes = self.sizes
         total = sum(sizes)
         return {i: sizes[i] / total for i in self.share}
 
     def rebatched(self, size: int) -> Objective:
-        """The same samples in other batches."""
+        """Return the same objective with its samples in batches of `size`. The last batch may be smaller."""
         if isinstance(self.batches, Streamed):
             return self.regrouped(torch.arange(self.samples).split(size))
         x, y = self._together()
         return replace(self, batches=tuple(zip(x.split(size), y.split(size), strict=True)))
 
     def regrouped(self, parts: Sequence[Tensor]) -> Objective:
-        """The samples, numbered from 0 in the order of the batches, in others: one of each set of numbers [n]."""
+        """Return the objective on other batches of its samples.
+
+        Args:
+            parts: One index tensor [n] per new batch. Samples are numbered from 0 in the order of the current batches.
+        """
         if isinstance(self.batches, Streamed):
             return replace(self, batches=self.batches.regrouped(parts))
         x, y = self._together()
@@ -225,17 +248,18 @@ class Objective:
 
 
 def evaluation_mode(model: nn.Module) -> None:
-    """BatchNorm and Dropout evaluate; every other module stays as in training.
+    """Put BatchNorm, InstanceNorm and Dropout modules in evaluation mode and all other modules in training mode.
 
-    Not model.eval(): some spiking libraries swap the surrogate out there, and no gradient is left. Dropout is whatever
-    has "Drop" in the name of its class or of one of that class's bases: spiking libraries have their own.
+    `model.eval()` is not used, because some spiking libraries replace the surrogate gradient in evaluation mode, so
+    that no gradient is left. A module counts as Dropout if the name of its class, or of one of its base classes,
+    contains "Drop": spiking libraries define their own.
     """
     model.train()
     for module in model.modules():
         if isinstance(module, _BatchNorm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d):
             module.eval()
         elif any("Drop" in c.__name__ for c in type(module).__mro__):
-            module.training = False  # of it alone: what it may hold could be neurons
+            module.training = False  # not eval(), which would also change neurons inside the module
 
 
 def make_objective(
@@ -249,13 +273,25 @@ def make_objective(
     device: torch.device | str | None = None,
     reset: Callable[[nn.Module], None] | None = None,
 ) -> Objective:
-    """An objective on a private copy of `model`.
+    """Build an objective on a private copy of `model`.
 
-    loss(outputs, targets) must be a mean over the batch. data is (inputs [N, ...], targets [N, ...]) or a sequence
-    of such batches. Inputs that are no tensor (see streamed.Inputs) stay where they are: a batch is read when it is
-    used, and batch_size says how much that is. params is a pattern of parameter names (`fc*`, or several with commas).
-    reset(model), if given, runs before every forward. Raises ValueError for no data, no matching parameter, or weights
-    that are not finite.
+    Args:
+        model: Any model with named parameters.
+        loss: The function loss(outputs, targets). It must be a mean over the samples of a batch.
+        data: A pair (inputs [N, ...], targets [N, ...]) or a sequence of such batches. Inputs that are not a tensor
+            (see `Inputs`) stay where they are, and each batch is read when it is used.
+        batch_size: Number of samples in a batch. None keeps the given batches.
+        params: Pattern of the parameter names to select, such as `fc*`; several patterns are separated by commas.
+        dtype: Converts the parameters and floating-point data. None keeps the model's dtype.
+        device: Moves the model and the data. None keeps the model's device.
+        reset: Called with the model before every forward pass.
+
+    Returns:
+        The objective.
+
+    Raises:
+        ValueError: If there are no samples, if no parameter matches `params`, if a selected weight is NaN or infinite,
+            or if the number of inputs differs from the number of targets.
     """
     model = copy.deepcopy(model)
     if dtype is not None or device is not None:
@@ -270,19 +306,19 @@ def make_objective(
             chosen[name] = p
     if not chosen:
         known = ", ".join(name for name, _ in model.named_parameters())
-        raise ValueError(f"no parameter matches '{params}': the model has {known or 'none'}")
+        raise ValueError(f"no parameter matches '{params}': the model has {known or 'no parameters'}")
     for name, tensor in chosen.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"parameter '{name}' has NaN or infinite entries")
     first = next(iter(chosen.values()))
     objective = Objective(model, loss, _batches(data, first), chosen, reset)
     if not objective.samples:
-        raise ValueError("no samples: the Hessian of an empty mean is undefined")
+        raise ValueError("no samples: the objective needs at least one batch with samples")
     return objective if batch_size is None else objective.rebatched(batch_size)
 
 
 def _batches(data: Batch | tuple[Inputs, Tensor] | Sequence[Batch], like: Tensor) -> Sequence[Batch]:
-    """Those that hold samples, on the device and in the dtype of `like`."""
+    """Return the batches that contain samples, on the device and in the dtype of `like`."""
     if not isinstance(data, tuple):
         return tuple((to(x, like), to(y, like)) for x, y in data if len(y))
     inputs, targets = data

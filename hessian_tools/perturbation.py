@@ -1,7 +1,8 @@
-"""The true loss at other weights: forward passes alone, no derivative and no surrogate.
+"""The loss at perturbed weights, by forward passes only: no derivatives and no surrogate gradients.
 
-Noise is relative: a weight's unit of noise is the root mean square of its filter, so that a filter rescaled before a
-BatchNorm, which leaves the function as it was, is disturbed in the same way (Li et al. 2018, section 4).
+Noise is relative to the weights. The unit of noise of a weight is the root mean square of its filter. A filter that is
+rescaled before a BatchNorm leaves the function unchanged, and it is perturbed in the same way (Li et al. 2018, section
+4).
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from hessian_tools.seeding import stream
 
 
 def filter_norms(objective: Objective) -> Tensor:
-    """[P]: for every weight, the norm of its filter (all weights into one unit); for vectors and scalars, |entry|."""
+    """Return the norm of the filter of every weight [P].
+
+    A filter is the set of all weights into one unit. For vectors and scalars it is |entry|.
+    """
     norms = []
     for p in objective.parameters.values():
         p = p.detach()
@@ -34,26 +38,42 @@ S = TypeVar("S")
 
 
 def noise_scales(objective: Objective) -> Tensor:
-    """[P]: for every weight, the root mean square of its filter (all weights into one unit); |entry| for vectors."""
+    """Return the root mean square of the filter of every weight [P] (see `filter_norms`)."""
     sizes = [p.new_full(p.shape, p[0].numel() if p.dim() > 1 else 1) for p in objective.parameters.values()]
     return filter_norms(objective) / objective.flatten(sizes).sqrt()
 
 
 def noise(objective: Objective, seed: int, index: int) -> Tensor:
-    """Standard normal [P], number `index` of a stream that depends on nothing but the seed and P: checkpoints of one
-    network get the same numbers. An odd one is the negative of the one before (antithetic pairs)."""
+    """Draw a standard normal vector [P].
+
+    The stream depends only on the seed and P, so that all checkpoints of one network get the same numbers.
+
+    Args:
+        objective: The objective, for P, device and dtype.
+        seed: Random seed.
+        index: Number of the vector in the stream. A vector with an odd index is the negative of the one before it
+            (antithetic pairs).
+    """
     z = torch.randn(objective.size, generator=stream(seed, index // 2), dtype=torch.float64)
     return (-z if index % 2 else z).to(objective.device, objective.dtype)
 
 
 def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequence[S]) -> Iterator[Tensor]:
-    """The network's outputs [N, ...] for all samples at the weights point(item) [P], for every item in order.
+    """Compute the network's outputs [N, ...] on all samples at several points in weight space.
 
-    On the CPU the points are computed side by side, one thread each. The objective's own model is not touched.
+    On the CPU the points run in parallel, one thread each. The objective's own model is not changed.
+
+    Args:
+        objective: The objective.
+        point: Maps an item to weights [P].
+        items: The items, one per point.
+
+    Returns:
+        An iterator over the outputs, in the order of `items`.
     """
     own = local()
     if objective.reset is not None:
-        objective.reset(objective.model)  # a state with a graph cannot be copied
+        objective.reset(objective.model)  # deepcopy fails on a state that has an autograd graph
 
     @torch.no_grad()
     def run(item: S) -> Tensor:
@@ -61,7 +81,7 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
             own.model = copy.deepcopy(objective.model)
             named = dict(own.model.named_parameters())
             own.parameters = [named[name] for name in objective.parameters]
-            ours = hasattr(own.model, "second_order_chain")  # another model may call anything `value`
+            ours = hasattr(own.model, "second_order_chain")  # in any other model, `value` may mean something else
             own.forward = getattr(own.model, "value", own.model) if ours else own.model
         for p, value in zip(own.parameters, objective.split(point(item)), strict=True):
             p.copy_(value)
@@ -70,36 +90,37 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
             if objective.reset is not None:
                 objective.reset(own.model)
             with full_precision(objective.device):
-                parts.append(own.forward(objective.batches[i][0]))  # not bound to a name: gone before the next is read
+                # the inputs are not bound to a name, so they are freed before the next batch is read
+                parts.append(own.forward(objective.batches[i][0]))
         return torch.cat(parts)
 
     return in_threads(run, items) if objective.device.type == "cpu" else map(run, items)
 
 
 def targets(objective: Objective) -> Tensor:
-    """Targets [N, ...] of all samples, in the order of outputs_at."""
+    """Return the targets [N, ...] of all samples, in the order of `outputs_at`."""
     return torch.cat(objective.targets)
 
 
 @torch.no_grad()
 def mean_loss(objective: Objective, outputs: Tensor) -> float:
-    """The loss of outputs [N, ...], in float64."""
+    """Return the mean loss of outputs [N, ...], in float64."""
     return float(objective.loss(outputs.double(), _wide(targets(objective))))
 
 
 @torch.no_grad()
 def sample_losses(objective: Objective, outputs: Tensor) -> Tensor:
-    """Every sample's loss [N], in float64."""
+    """Return the loss [N] of every sample, in float64."""
     found, wanted = outputs.double(), _wide(targets(objective))
     try:
         losses: Tensor = torch.func.vmap(lambda o, y: objective.loss(o[None], y[None]))(found, wanted)
-    except RuntimeError:  # a loss that asks for values: one sample after the other
+    except RuntimeError:  # the loss reads values, which vmap does not allow: one sample at a time
         losses = torch.stack([objective.loss(o[None], y[None]) for o, y in zip(found, wanted, strict=True)])
     return losses
 
 
 def accuracy(objective: Objective, outputs: Tensor) -> float:
-    """Share of samples whose largest output is the target class; NaN where targets are no classes."""
+    """Return the fraction of samples whose largest output is the target class. NaN if targets are not classes."""
     y = targets(objective)
     if y.is_floating_point() or y.dim() != 1 or outputs.dim() != 2:
         return float("nan")
@@ -107,4 +128,5 @@ def accuracy(objective: Objective, outputs: Tensor) -> float:
 
 
 def _wide(y: Tensor) -> Tensor:
+    """Convert floating-point targets to float64."""
     return y.double() if y.is_floating_point() else y

@@ -1,4 +1,4 @@
-"""How far an analysis is: products done, products expected, and the worst residual."""
+"""Progress of an analysis: products done, products expected, and the worst residual."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ Show = Callable[[str, int, int, float], None]  # (phase, products done, products
 
 
 class Meter:
-    """Adds up the products of all phases. The number expected of a phase is first a guess, then what it reports."""
+    """Sum the operator products over all phases of an analysis and report the totals.
+
+    Args:
+        expected: First guess of the number of products of each phase. A phase replaces the guess when it reports its
+            own.
+        show: Called after every change with (phase, products done, products expected, worst relative residual).
+    """
 
     def __init__(self, expected: Mapping[str, int], show: Show | None = None) -> None:
         self._guess = dict(expected)
@@ -17,7 +23,11 @@ class Meter:
         self._show = show
 
     def phase(self, name: str) -> Callable[[int, int, float], None]:
-        """A progress function (done, most, worst residual) for one phase; most is only a bound without a residual."""
+        """Return the progress function of one phase.
+
+        It takes (products done, most products, worst relative residual). While the residual is NaN, the number of most
+        products is only an upper bound, and the guess is used where there is one.
+        """
 
         def report(done: int, most: int, worst: float) -> None:
             known = worst == worst or name not in self._guess
@@ -26,10 +36,11 @@ class Meter:
         return report
 
     def finish(self, name: str, products: int) -> None:
-        """The phase is over, computed now or taken from an earlier run, with so many products."""
+        """Report that a phase is finished, computed now or taken from an earlier run, with `products` products."""
         self._update(name, products, products, float("nan"))
 
     def _update(self, name: str, done: int, expected: int, worst: float) -> None:
+        """Store the counts of a phase and show the totals."""
         self._done[name], self._expected[name] = done, expected
         if self._show is not None:
             self._show(name, sum(self._done.values()), sum(self._expected.values()), worst)

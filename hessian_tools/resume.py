@@ -1,10 +1,14 @@
-"""The phases of an analysis, kept on disk, so that an interrupted one goes on behind its last product.
+"""Checkpoint an analysis to disk so that an interrupted run resumes after its last operator product.
 
-PATH says what the results depend on; PATH.1, PATH.2, ... hold those of the finished phases in their order, each written
-once and read only when its phase comes up again; PATH.journal holds the products of the phase under way. Without PATH
-the others mean nothing. A phase that was interrupted is simply run again: it is deterministic (every phase draws from a
-generator of its own), so it asks for the same products, takes those that the journal has, and ends with the same
-arrays, bit for bit.
+An analysis with the state path PATH uses these files:
+
+- PATH records the settings that the results depend on. Without it the other files are ignored.
+- PATH.1, PATH.2, ... hold the results of the finished phases in order. Each file is written once.
+- PATH.journal holds the products of the current phase.
+
+An interrupted phase is run again from its beginning. Every phase is deterministic, as it draws from its own random
+generator, so it asks for the same products. Those in the journal are read instead of computed, and the result is
+bit-identical to that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -29,29 +33,38 @@ from hessian_tools.operators.base import Composed, Operator
 from hessian_tools.runtime.distributed import Group
 
 Op = TypeVar("Op", bound=Operator)
-_State = tuple[str, int, float, dict[str, Any]]  # of a phase: name, products, seconds, value
-# A record of the journal: head (format; CRC-32 of the phase's name, of the block's dtype and shape, of the block;
-# seconds since the phase began), CRC-32 of head and product, product row by row.
+_State = tuple[str, int, float, dict[str, Any]]  # name of the phase, products, seconds, value
+# A journal record is a head, the CRC-32 of head and product, and the product in row-major order. The head holds the
+# format, three CRC-32 values (phase name, dtype and shape of the block, block), and the seconds since the phase began.
 _HEAD = struct.Struct("<4s3Id")
 _CHECK = struct.Struct("<I")
 _FORMAT = b"hvp2"
-_WHOLE = 0x2144DF1C  # the CRC-32 of anything with its CRC-32 behind
-_SYNC = 5.0  # seconds between two fsyncs: a kill loses nothing that was flushed, a power cut at most so much
+_WHOLE = 0x2144DF1C  # the CRC-32 of any data followed by its own CRC-32
+_SYNC = 5.0  # seconds between two fsyncs, the most that a power cut loses; a killed process loses nothing
 
 
 class ResumeError(ValueError):
-    """A state that cannot be resumed: one line that names the file and says why."""
+    """A saved state cannot be resumed. The message is one line that names the file and the reason."""
 
 
 class Phases:
-    """Runs phases one behind another, or takes their results from `path`; None keeps nothing.
+    """Run the phases of an analysis in sequence, or read their results from disk.
 
-    key: what the results depend on, as named plain values; a state with another key is refused (ResumeError, naming
-    what differs), and so is a damaged one. group: processes that run the phases together; only rank 0 reads and writes.
-    The phases of an analysis come in the same order every time, each analysis takes Phases of its own.
-    A file that cannot be read or written raises OSError with its name, and the state stays as it was.
-    products: with the operators, in all phases so far. seconds: that interrupted processes took for what was read from
-    the disk, up to their last product.
+    An analysis must run the same phases in the same order every time, and needs its own `Phases` object.
+
+    Args:
+        path: The state path. None saves nothing.
+        key: The settings that the results depend on, as plain values by name.
+        group: Processes that run the phases together. Only rank 0 reads and writes files.
+
+    Attributes:
+        path: The state path, or None.
+        products: Number of operator products in all phases so far, including those read from disk.
+        seconds: Time that interrupted processes spent on what was read from disk, up to their last product.
+
+    Raises:
+        ResumeError: If the saved state is damaged or belongs to other settings. The message names the settings.
+        OSError: If a file cannot be read or written. Its `filename` is that file, and the saved state is unchanged.
     """
 
     def __init__(
@@ -63,20 +76,32 @@ class Phases:
         self._key = {name: json.dumps(value, sort_keys=True) for name, value in (key or {}).items()}
         self._group = group
         self._first = group is None or group.rank == 0
-        self._number = 0  # of the phase in the order of the analysis
+        self._number = 0  # number of the current phase
         if path is not None and (state := self._load(path)):
             known = state[-1]
             if changed := [name for name in {**self._key, **known} if self._key.get(name) != known.get(name)]:
                 raise ResumeError(
-                    f"{path}: the {' and the '.join(changed)} changed since the analysis was interrupted: put that "
-                    "back as it was, or start anew with --force"
+                    f"{path}: the {' and the '.join(changed)} changed since the interrupted run. Restore the old "
+                    f"values to resume, or discard the state {path} and start again."
                 )
 
     def run(self, name: str, op: Op, compute: Callable[[Op], dict[str, Any]]) -> dict[str, Any]:
-        """compute(op), a dict of tensors and plain values, or what it returned before the interruption.
+        """Return compute(op), or the value it returned before an interruption.
 
-        compute is handed an operator that acts as `op` and remembers its products on disk; it must be deterministic.
-        The products of the phase are added to `products`, those taken from the disk too (as they are to op's own).
+        Args:
+            name: Name of the phase.
+            op: The operator.
+            compute: A deterministic function that returns a dict of tensors and plain values. It is called with an
+                operator that acts as `op` and saves its products to disk.
+
+        Returns:
+            The value of `compute`. The products of the phase are added to `products`, and also to `op.products` where
+            they are read from the journal.
+
+        Raises:
+            ResumeError: If the saved state is damaged or belongs to another phase, or if this machine does not
+                reproduce the vectors of the interrupted run bit for bit.
+            OSError: If a file cannot be read or written.
         """
         before, path = op.products, self.path
         if path is None:
@@ -86,19 +111,21 @@ class Phases:
         self._number += 1
         file = _beside(path, self._number)
         if self._first and not path.exists():
-            _discard(path)  # what is left of an analysis that was given up
+            _discard(path)  # files of an abandoned analysis
             _save(path, "", 0, 0.0, self._key)
         if done := self._load(file):
             found, products, seconds, value = done
             if found != name:
-                raise ResumeError(f"{file}: holds the phase '{found}', not '{name}': start anew with --force")
+                raise ResumeError(
+                    f"{file}: holds the phase '{found}', not '{name}'. Discard the state {path} and start again."
+                )
         else:
             with _opened(_beside(path, "journal")) if self._first else contextlib.nullcontext() as journal:
                 journaled = _Journaled(op, name, journal, self._group)
                 value = compute(cast(Op, journaled))
             products, seconds = op.products - before, journaled.earlier
             if self._first:
-                # in this order: what a kill between the two leaves in the journal carries a finished phase's name
+                # In this order: if the process is killed in between, the journal names a phase that is finished.
                 _save(file, name, products, journaled.seconds(), value)
                 _beside(path, "journal").unlink(missing_ok=True)
         self.products += products
@@ -106,12 +133,12 @@ class Phases:
         return value
 
     def keep(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A phase that needs no operator: compute(), or what it returned before the interruption."""
+        """Run a phase that needs no operator: return compute(), or its value before an interruption."""
         idle = Composed(1, torch.float64, torch.device("cpu"), lambda v: v)
         return self.run(name, idle, lambda _: compute())
 
     def _load(self, path: Path) -> _State | None:
-        """What _save wrote, on every rank; None if there is no such file."""
+        """Return on every rank what _save wrote to `path`, or None if the file does not exist."""
         there = self._first and path.exists()
         if self._group is None:
             return _read(path, path.open("rb")) if there else None
@@ -120,17 +147,18 @@ class Phases:
 
     @staticmethod
     def remove(path: Path) -> None:
-        """Forget the analysis kept at `path`, if any."""
+        """Delete the saved state of the analysis at `path`, if there is one."""
         path.unlink(missing_ok=True)
         _discard(path)
 
 
 def _beside(path: Path, ending: object) -> Path:
+    """Return PATH.ENDING."""
     return path.with_name(f"{path.name}.{ending}")
 
 
 def _discard(path: Path) -> None:
-    """Remove all files of an analysis but PATH, those of writes that were killed too."""
+    """Delete all files of an analysis except PATH, and the temporary files of killed writes."""
     name = re.escape(path.name)
     form = re.compile(rf"{name}\.([1-9][0-9]*|journal)|\.{name}(\.[1-9][0-9]*)?\.[0-9a-f]{{32}}\.part")
     for file in filter(form.fullmatch, os.listdir(path.parent) if path.parent.is_dir() else []):
@@ -138,7 +166,7 @@ def _discard(path: Path) -> None:
 
 
 class _Summed:
-    """A file, written only, and the CRC-32 of what was."""
+    """A write-only file that accumulates the CRC-32 of its contents."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._write, self.flush, self.sum = file.write, file.flush, 0
@@ -149,12 +177,14 @@ class _Summed:
 
 
 def _save(path: Path, name: str, products: int, seconds: float, value: dict[str, Any]) -> None:
+    """Write the state of a phase atomically, followed by its CRC-32."""
+
     def write(file: IO[bytes]) -> None:
         summed = _Summed(file)
         try:
             state = {"name": name, "products": products, "seconds": seconds, "value": value}
             torch.save(state, cast(IO[bytes], summed))
-        except RuntimeError as error:  # torch's own hides what stopped a write: a full disk, Ctrl-C
+        except RuntimeError as error:  # it hides the cause of a failed write, such as a full disk or Ctrl-C
             raise (error.__context__ or error) from None
         file.write(_CHECK.pack(summed.sum))
 
@@ -162,40 +192,40 @@ def _save(path: Path, name: str, products: int, seconds: float, value: dict[str,
 
 
 def _read(path: Path, file: IO[bytes]) -> _State:
-    """What _save wrote."""
+    """Read what _save wrote. Raises ResumeError if the file is damaged."""
 
-    def here(storage: Any, location: str) -> Any:  # a rank's tensors on its own GPU
+    def here(storage: Any, location: str) -> Any:  # put the tensors on the GPU of this rank
         return storage.cuda() if location != "cpu" and torch.cuda.is_available() else storage
 
     with file, naming(path):
         check = 0
         while chunk := file.read(2**20):
             check = crc32(chunk, check)
-        if check != _WHOLE:  # torch.load alone would take most damaged files
-            raise ResumeError(f"{path}: not the state of an interrupted analysis: start anew with --force")
+        if check != _WHOLE:  # torch.load accepts most damaged files
+            raise ResumeError(f"{path}: damaged, or not the state of an analysis. Discard the state and start again.")
         file.seek(0)
         state = torch.load(file, map_location=here, weights_only=True)
         return state["name"], state["products"], state.get("seconds", 0.0), state["value"]
 
 
 class _Journaled(Operator):
-    """`op`, its products appended to a journal; as long as the journal has them already, they are taken from it.
+    """Acts as `op`, and appends its products to a journal. Products that the journal contains already are read from it.
 
-    Everything else is op's own, the count of products and batch_forms among it: one call of that is a phase, of which
-    nothing can be kept.
+    Other attributes are those of `op`, including `products` and `batch_forms`. A call of `batch_forms` is not
+    journaled, so it must be a phase of its own.
     """
 
     def __init__(self, op: Operator, name: str, file: io.BufferedRandom | None, group: Group | None) -> None:
         self._op = op
         self._phase = crc32(name.encode())
-        self._file = file  # None on all ranks but the first
+        self._file = file  # None on every rank but rank 0
         self._group = group
         self._replaying = True
-        self.earlier = 0.0  # seconds that interrupted processes took for what the journal has
+        self.earlier = 0.0  # seconds that interrupted processes spent on the products read from the journal
         self._began = self._synced = time.monotonic()
 
     def seconds(self) -> float:
-        """Since the phase began, those of interrupted processes among them."""
+        """Return the seconds since the phase began, including those of interrupted processes."""
         return self.earlier + time.monotonic() - self._began
 
     def __getattr__(self, name: str) -> Any:
@@ -218,17 +248,18 @@ class _Journaled(Operator):
             if found is not None:
                 return found.to(self.device)
             self._replaying = False
-        # row by row in memory of torch's own, as it will be read: layout and alignment may change the last bit of a sum
+        # Row-major in new memory, as when it is read: layout and alignment can change the last bit of a sum.
         image = self._op._apply(block).clone(memory_format=torch.contiguous_format)
         if self._file is not None:
             self._append(block, image, self._file)
         return image
 
     def _head(self, block: Tensor) -> tuple[bytes, int, int, int]:
+        """Return the record head of a block, without the time."""
         return _FORMAT, self._phase, crc32(f"{block.dtype} {list(block.shape)}".encode()), crc32(_bytes(block))
 
     def _next(self, block: Tensor, file: io.BufferedRandom) -> Tensor | ResumeError | None:
-        """The next product of the journal; None at its end, where what is no whole record is cut off."""
+        """Return the next product of the journal. At its end return None, after an incomplete record is cut off."""
         expected, start = self._head(block), file.tell()
         product = torch.empty(block.shape, dtype=block.dtype)
         data = _bytes(product)
@@ -241,13 +272,14 @@ class _Journaled(Operator):
                 return None
         if found[:4] != expected:
             return ResumeError(
-                f"{file.name}: this machine does not repeat the interrupted analysis bit for bit (another processor, "
-                "device or number of threads): resume where it began, or start anew with --force"
+                f"{file.name}: this machine does not reproduce the interrupted run bit for bit (another processor, "
+                "device or number of threads). Resume on the original machine, or discard the state and start again."
             )
         self.earlier = found[4]
         return product
 
     def _append(self, block: Tensor, image: Tensor, file: io.BufferedRandom) -> None:
+        """Append a product to the journal."""
         head, product = _HEAD.pack(*self._head(block), self.seconds()), _bytes(image)
         with naming(file.name):
             file.write(head + _CHECK.pack(crc32(product, crc32(head))))
@@ -260,16 +292,16 @@ class _Journaled(Operator):
 
 @contextlib.contextmanager
 def _opened(journal: Path) -> Iterator[io.BufferedRandom]:
-    """The journal from its beginning; written at its end."""
+    """Open the journal for reading from its beginning and appending at its end."""
     file = journal.open("a+b")
     file.seek(0)
     try:
         yield file
     finally:
-        with contextlib.suppress(OSError):  # every record was flushed: what is left is a part of one
+        with contextlib.suppress(OSError):  # all complete records are flushed already
             file.close()
 
 
 def _bytes(block: Tensor) -> memoryview:
-    """Row by row; those of the tensor itself where it lies so on the CPU."""
+    """Return the bytes of a tensor in row-major order, without a copy if it is contiguous on the CPU."""
     return block.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

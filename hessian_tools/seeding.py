@@ -1,4 +1,4 @@
-"""Independent streams of random numbers, one per key."""
+"""Independent random generators, one per key."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import torch
 
 
 def stream(*key: int) -> torch.Generator:
-    """An independent stream of random numbers for every key."""
+    """Return a CPU generator seeded by the integers of `key`. Different keys give independent streams."""
     words = np.random.SeedSequence(key).generate_state(2)
     return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))

@@ -1,4 +1,4 @@
-"""What every layer of a network does on a batch: firing, E[f'^2], variances forward and backward, and their gains."""
+"""Layer statistics of a network on a batch: firing rates, E[f'^2], forward and backward variances, and gains."""
 
 from __future__ import annotations
 
@@ -21,14 +21,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One weight layer and its neurons, pooled over time steps, samples and units.
+    """Statistics of one weight layer and of its neurons, pooled over time steps, samples and units.
 
-    input_square: E[x^2] of the layer's input. derivative_square: E[f'(h - threshold)^2], and its mean at every time
-    step. dead, saturated: share of the neurons that never fire, or fire at every step of every sample.
-    current_variance: variance of what enters the neurons (after the norm; with the recurrent current).
-    gradient_square: mean square of the loss gradient there. forward_gain: current_variance over that of the neurons
-    before; backward_gain: gradient_square of the neurons before over these ones' (NaN for the first neurons). A
-    recurrent layer shares all but name, fans, weight_variance and input_square with its input's layer.
+    The recurrent weights of a layer share all values with its input weights, except name, fan_in, fan_out,
+    weight_variance and input_square.
+
+    Attributes:
+        name: Name of the weight layer.
+        neuron: Name of the neurons.
+        fan_in: Number of inputs per unit, including the kernel area.
+        fan_out: Number of outputs per input, including the kernel area.
+        weight_variance: Variance of the weights.
+        input_square: E[x^2] of the layer's input.
+        derivative_square: E[f'(h - threshold)^2].
+        firing_rate: Mean number of spikes per neuron and time step.
+        dead: Fraction of neurons that never fire.
+        saturated: Fraction of neurons that fire at every time step of every sample.
+        current_variance: Variance of the input current of the neurons, after the norm and including recurrent currents.
+        gradient_square: Mean square of the loss gradient with respect to this current.
+        forward_gain: current_variance divided by that of the preceding neurons. NaN for the first neurons.
+        backward_gain: gradient_square of the preceding neurons divided by that of these. NaN for the first neurons.
+        derivative_square_by_step: E[f'(h - threshold)^2] at every time step.
     """
 
     name: str
@@ -48,13 +61,16 @@ class LayerStatistics:
     derivative_square_by_step: tuple[float, ...] = ()
 
     def rule_variance(self, alpha: float = 1.0) -> float:
-        """Theorem 1 of arXiv 2411.18250: alpha / (fan_in E[x^2] E[f'^2])."""
+        """Return the weight variance of Theorem 1 of arXiv 2411.18250, alpha / (fan_in E[x^2] E[f'^2]).
+
+        It is infinite if the denominator is 0.
+        """
         denominator = self.fan_in * self.input_square * self.derivative_square
         return alpha / denominator if denominator > 0 else float("inf")
 
 
 def fans(weight: Tensor) -> tuple[int, int]:
-    """(fan in, fan out) of a weight [out, in, ...], the kernel area included."""
+    """Return fan in and fan out of a weight [out, in, ...], both including the kernel area."""
     area = weight[0, 0].numel()
     return weight.shape[1] * area, weight.shape[0] * area
 
@@ -62,7 +78,19 @@ def fans(weight: Tensor) -> tuple[int, int]:
 def observe(
     network: Network, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[LayerStatistics, ...]:
-    """Statistics of every weight layer from one forward and one backward pass, in the network's present mode."""
+    """Compute the statistics of every weight layer with one forward and one backward pass.
+
+    The network stays in its current mode (training or evaluation).
+
+    Args:
+        network: The network.
+        x: Network inputs.
+        y: Labels [N].
+        loss: Maps outputs and labels to the loss.
+
+    Returns:
+        The statistics of the weight layers in order.
+    """
     inputs: dict[nn.Module, list[Tensor]] = {}
     feedback: dict[nn.Module, list[Tensor]] = {}
     currents: dict[nn.Module, Tensor] = {}
@@ -121,11 +149,12 @@ def observe(
 
 
 def derivative_square(neuron: Neuron, current: Tensor) -> float:
-    """E[f'(h - threshold)^2] of a layer fed with current [T, N, ...], the recurrent one included."""
+    """Return E[f'(h - threshold)^2] for the input current [T, N, ...], including recurrent currents."""
     return _mean_square(_derivative(neuron, current))
 
 
 def _derivative(neuron: Neuron, current: Tensor) -> Tensor:
+    """Return f'(h - threshold) [T, N, ...]."""
     return neuron.dynamics.surrogate.first(neuron.membrane(current) - neuron.dynamics.threshold)
 
 
@@ -135,12 +164,15 @@ def _mean_square(x: Tensor) -> float:
 
 @contextmanager
 def batch_norm_by_batch(net: nn.Module) -> Iterator[None]:
-    """Normalize by the batch for a while, the running statistics untouched: what a fresh network does in training."""
+    """Make BatchNorm layers normalize by the batch within this context, without updating the running statistics.
+
+    A network that is not yet trained behaves like this in training mode.
+    """
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
     before = [(m.training, m.track_running_stats) for m in norms]
     for m in norms:
         m.train()
-        m.track_running_stats = False  # while False, not even num_batches_tracked moves
+        m.track_running_stats = False  # also keeps num_batches_tracked unchanged
     try:
         yield
     finally:

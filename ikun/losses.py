@@ -1,4 +1,4 @@
-"""Losses: means over samples of the network's outputs and the labels."""
+"""Loss functions of the firing rates and the labels, averaged over samples."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from torch import Tensor
 
 
 def mean_square(rates: Tensor, labels: Tensor) -> Tensor:
-    """Mean over samples and classes of (rate - one-hot)^2; rates [N, K], labels [N]."""
-    # not F.mse_loss: forward-over-reverse through it fails in PyTorch 2.13
+    """Return the mean over samples and classes of (rate - one-hot)^2, for rates [N, K] and labels [N]."""
+    # F.mse_loss is not used because forward-over-reverse differentiation of it fails in PyTorch 2.13
     return (rates - F.one_hot(labels, rates.shape[1]).to(rates.dtype)).square().mean()
 
 
 def cross_entropy(rates: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy with the rates [N, K] taken as logits, mean over samples (SpikingJelly's convention)."""
+    """Return the mean cross-entropy over samples, for rates [N, K] and labels [N].
+
+    The rates are used as logits, as in SpikingJelly's examples.
+    """
     return F.cross_entropy(rates, labels)
 
 

@@ -1,17 +1,18 @@
-"""Spiking networks by name.
+"""Spiking network architectures.
 
-csnn    `depth` convolutions, 2 x 2 pooling behind the first two, a hidden linear layer, the readout; that of arXiv
-        2411.18250 has depth 2
-mlp     linear layers of the sizes `hidden`, the readout
-resnet  SEW ResNet with ADD (Fang et al. 2021, arXiv 2102.04159): a convolution; `depth` blocks, each two convolutions
-        whose output spikes are added to the block's input; the readout; pooling behind the first convolution and after
-        half of the blocks, where 4 x 4 or (there) 8 x 8 is left
-rsnn    recurrent layers of the sizes `hidden`, with the current W x[t] + V s[t-1]; the readout
+- csnn: `depth` convolutions with 2 x 2 pooling after the first two, a hidden linear layer, and a readout. The network
+  of arXiv 2411.18250 has depth 2.
+- mlp: linear layers with the sizes in `hidden`, and a readout.
+- resnet: SEW ResNet with ADD (Fang et al. 2021, arXiv 2102.04159). It has a convolution, `depth` residual blocks and a
+  readout. A block has two convolutions, and their output spikes are added to the input of the block. Pooling follows
+  the first convolution if the images are at least 4 x 4, and follows the middle block if at least 8 x 8 pixels are
+  left.
+- rsnn: recurrent layers with the sizes in `hidden`, whose input current is W x[t] + V s[t-1], and a readout.
 
-Neurons follow every convolution and every linear layer, the readout too; a norm stands before those of all layers but
-the csnn's linear ones and the readout. A `Spec` says everything that is needed to build a network; checkpoints store
-it. Layers are named conv1, norm1, spike1, pool1, ..., fc1, rec1, so that parameters can be chosen by pattern ('conv*',
-'fc1.weight').
+Spiking neurons follow every convolution and every linear layer, including the readout. A normalization layer precedes
+the neurons of all layers except the linear layers of the csnn and all readouts. A `Spec` contains everything that is
+needed to build a network, and checkpoints store it. Layers are named conv1, norm1, spike1, pool1, ..., fc1, rec1, so
+that parameters can be selected by a pattern such as 'conv*' or 'fc1.weight'.
 """
 
 from __future__ import annotations
@@ -30,23 +31,45 @@ from ikun import spiking_layers as spikes
 from ikun.data.encoding import CODINGS
 from ikun.layers import Add, Branch, Dropout, MaxPool, Recurrent
 from ikun.neurons import NEURONS, RESETS, Dynamics, Neuron
+from ikun.pooling import select, time_mean
 from ikun.surrogates import Surrogate
 
 MODELS = ("csnn", "mlp", "resnet", "rsnn")
 NORMS = ("none", "bn", "tdbn")
 TIES = ("first", "last")
-ADDED = ("depth", "dropout")  # fields of a Spec that older descriptions lack; they mean the default
+# Fields that were added to Spec later. Older descriptions do not contain them and get the default.
+ADDED = ("depth", "dropout")
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A network: its architecture, its neurons and its input coding.
+    """The description of a network: its architecture, its neurons and its input coding.
 
-    input_shape is (channels, height, width). `channels` and `depth`: of csnn and resnet, `hidden`: of mlp and rsnn.
-    norm: bn, or tdbn, a BatchNorm whose weight starts at the threshold (Zheng et al. 2021), by sqrt(2) less at the end
-    of a residual branch; both over time, samples and space. dropout: the probability behind hidden neurons, one mask
-    for all steps. `ties` says which of several equal entries a max-pooling window selects, in row-major order.
-    Raises ValueError, naming the field, for anything that cannot be built.
+    Attributes:
+        model: Architecture, one of `MODELS`.
+        input_shape: Shape of an image, (channels, height, width).
+        classes: Number of outputs.
+        channels: Number of channels of every convolution. Only for csnn and resnet.
+        hidden: Sizes of the hidden layers. Only for mlp and rsnn.
+        norm: "none", "bn" (BatchNorm) or "tdbn". tdbn is a BatchNorm whose weight is initialized to the threshold, and
+            to threshold / sqrt(2) at the end of a residual branch (Zheng et al. 2021). Both normalize over time,
+            samples and space.
+        neuron: Neuron model, one of `ikun.neurons.NEURONS`.
+        tau: Time constant in steps, for lif and plif.
+        threshold: Firing threshold.
+        v_reset: Potential at rest and after a hard reset.
+        reset: "hard" or "soft".
+        detach_reset: Whether derivatives ignore the spike in the reset.
+        surrogate: Surrogate derivative, as parsed by `ikun.surrogates.Surrogate.parse`.
+        timesteps: Number of time steps T.
+        coding: Input coding, one of `ikun.data.encoding.CODINGS`.
+        ties: Which of several equal entries a max-pooling window selects in row-major order, "first" or "last".
+        relaxed: Whether spikes are replaced by F(h - threshold) in the forward pass.
+        depth: Number of convolutions (csnn) or residual blocks (resnet).
+        dropout: Probability of dropping the output of a hidden neuron. The mask is the same at all time steps.
+
+    Raises:
+        ValueError: If a network with these values cannot be built. The message names the field.
     """
 
     model: str = "csnn"
@@ -85,15 +108,17 @@ class Spec:
             if not 1 <= getattr(self, name) <= top:
                 raise ValueError(f"{name} must lie between 1 and {top}, not {getattr(self, name)}")
         if len(self.input_shape) != 3 or not all(1 <= n <= 4096 for n in self.input_shape):
-            raise ValueError(f"input_shape must be (channels, height, width), not {self.input_shape}")
+            raise ValueError(
+                f"input_shape must be (channels, height, width), each from 1 to 4096, not {self.input_shape}"
+            )
         if self.model == "csnn" and min(self.input_shape[1:]) < (least := 2 ** min(self.depth, 2)):
             raise ValueError(
-                f"the csnn pools: images of {self.input_shape[1:]} are too small, {least} x {least} is the least"
+                f"images of {self.input_shape[1:]} are too small: this csnn needs at least {least} x {least} pixels"
             )
         if len(self.hidden) > 1000 or not all(1 <= n <= 1_000_000 for n in self.hidden):
             raise ValueError(f"hidden sizes must lie between 1 and 1,000,000, not {self.hidden}")
         if self.model == "rsnn" and not self.hidden:
-            raise ValueError("the rsnn needs a hidden layer: give its size")
+            raise ValueError("the rsnn needs at least one hidden layer: set `hidden`")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if not self.tau > 1:
@@ -105,11 +130,21 @@ class Spec:
 
     @staticmethod
     def from_dict(values: dict[str, object]) -> Spec:
-        """From a checkpoint's plain dict. Raises ValueError for missing, unknown or mistyped fields."""
+        """Build a Spec from a plain dict, as stored in a checkpoint.
+
+        Args:
+            values: The fields of the Spec. Fields in `ADDED` may be missing.
+
+        Returns:
+            The description.
+
+        Raises:
+            ValueError: If a field is missing, unknown, of the wrong type, or has a value that cannot be built.
+        """
         kinds = {"str": str, "int": int, "float": (int, float), "bool": bool}
         expected = {f.name: str(f.type) for f in fields(Spec)}
         if set(expected) - set(ADDED) - set(values) or set(values) - set(expected):
-            raise ValueError(f"network description has wrong fields: {sorted(set(values) ^ set(expected))}")
+            raise ValueError(f"network description: missing or unknown fields: {sorted(set(values) ^ set(expected))}")
         clean: dict[str, object] = {}
         for name, value in values.items():
             if expected[name].startswith("tuple"):
@@ -129,7 +164,7 @@ Named = tuple[str, nn.Module]
 
 
 def _layers(spec: Spec) -> Iterator[Named]:
-    """(kind, layer) of a network, in order."""
+    """Yield the kind and the module of every layer in order."""
     channels, height, width = spec.input_shape
     inputs = channels * height * width
     if spec.model == "csnn":
@@ -169,12 +204,14 @@ def _layers(spec: Spec) -> Iterator[Named]:
 
 
 def _conv(spec: Spec, inputs: int, *, pool: bool = False, alpha: float = 1.0) -> Iterator[Named]:
+    """Yield a 3 x 3 convolution with its norm, neurons and optional pooling. alpha: see `_norm`."""
     yield "conv", nn.Conv2d(inputs, spec.channels, 3, padding=1, bias=False)
     yield from _norm(spec, nn.BatchNorm2d(spec.channels), alpha)
     yield from _fire(spec, pool)
 
 
 def _norm(spec: Spec, norm: nn.BatchNorm1d | nn.BatchNorm2d, alpha: float = 1.0) -> Iterator[Named]:
+    """Yield the norm unless there is none. alpha: initial tdbn weight, relative to the threshold."""
     if spec.norm == "tdbn":
         nn.init.constant_(norm.weight, alpha * spec.threshold)
     if spec.norm != "none":
@@ -182,6 +219,7 @@ def _norm(spec: Spec, norm: nn.BatchNorm1d | nn.BatchNorm2d, alpha: float = 1.0)
 
 
 def _fire(spec: Spec, pool: bool = False) -> Iterator[Named]:
+    """Yield neurons, followed by pooling and dropout where the network has them."""
     yield "spike", _neuron(spec)
     if pool:
         yield "pool", MaxPool(spec.ties)
@@ -196,11 +234,18 @@ def _neuron(spec: Spec) -> Neuron:
     return Neuron(spec.neuron, dynamics, spec.tau)
 
 
+# Layer types that `Network.second_order_chain` supports
 CHAIN_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.Flatten, Neuron, MaxPool, Dropout, Branch, Add)
 
 
 class Network(nn.Module):
-    """Images [N, C, H, W] (repeated for T steps) or coded input [N, T, C, H, W] -> mean firing rates [N, classes]."""
+    """A spiking network that maps images or coded inputs to mean firing rates.
+
+    Images [N, C, H, W] are repeated at all T time steps. Coded inputs are [N, T, C, H, W]. The output is [N, classes].
+
+    Args:
+        spec: Description of the network.
+    """
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
@@ -211,7 +256,7 @@ class Network(nn.Module):
             self.add_module(kind if kind == "flatten" else f"{kind}{counts[kind]}", layer)
 
     def _units(self) -> Iterator[tuple[nn.Module, MaxPool | None]]:
-        """The layers in order, neurons with the pooling right behind them."""
+        """Yield the layers in order. Neurons come together with the pooling that directly follows them."""
         layers = [*self.children(), None]
         for before, layer, following in zip([None, *layers], layers, layers[1:], strict=False):
             if isinstance(layer, Neuron):
@@ -220,9 +265,21 @@ class Network(nn.Module):
                 yield layer, None
 
     def forward(self, x: Tensor, once: bool = False) -> Tensor:
-        """once: the result is to be differentiated once at most, so that the fast scans of fused.py can be used."""
+        """Return the mean firing rates [N, classes].
+
+        Args:
+            x: Images [N, C, H, W], or coded inputs [N, T, C, H, W].
+            once: Set to True if the result is differentiated at most once. The faster kernels of `ikun.kernels` are
+                then used.
+
+        Returns:
+            The firing rates.
+
+        Raises:
+            ValueError: If x has another shape.
+        """
         steps = self.spec.timesteps
-        static = x.dim() == 4  # a repeated image: everything before the first neuron is computed once, not T times
+        static = x.dim() == 4  # a repeated image: the layers before the first neuron run once, not T times
         if not static:
             if x.dim() != 5 or x.shape[1] != steps:
                 raise ValueError(f"input must be [N, C, H, W] or [N, {steps}, C, H, W], not {list(x.shape)}")
@@ -249,18 +306,24 @@ class Network(nn.Module):
         return x.mean(0)
 
     def value(self, x: Tensor) -> Tensor:
-        """forward(x) where no derivative is wanted, as fast as it goes."""
+        """Return forward(x) as fast as possible, for use where no derivative is needed."""
         return self.forward(x, once=True)
 
     @property
     def second_order_steps(self) -> int:
+        """The number of time steps, which `hessian_tools.chain` may split into segments."""
         return self.spec.timesteps
 
     def second_order_chain(self, x: Tensor, segment: Segment | None = None) -> tuple[Tensor, list[Any]] | None:
-        """The layers of forward(x), as the module second_order wants them, on [N, ...] or time first, [T N, ...];
-        with a segment, for its steps alone.
+        """Return the layers of forward(x) in the form that `hessian_tools.chain.second_order` expects.
 
-        None for a recurrent network, and for one that has been changed since it was built.
+        Args:
+            x: Images [N, C, H, W], or coded inputs [N, T, C, H, W].
+            segment: If given, the layers cover only the time steps of this segment.
+
+        Returns:
+            The input of the first layer and the list of layers. The input is [N, C, H, W] or, with the time axis first,
+            [T N, C, H, W]. None for a recurrent network and for a network that has been modified since it was built.
         """
         total, static = self.spec.timesteps, x.dim() == 4
         first, last = (0, total) if segment is None else (segment.first, segment.last)
@@ -275,20 +338,23 @@ class Network(nn.Module):
                 items.append(partial(spikes.linearize_neurons, layer, steps, static, pool, carry=carry))
                 static = False
             elif isinstance(layer, MaxPool):
-                items.append(partial(spikes.select, layer))
+                items.append(partial(select, layer))
             elif isinstance(layer, Branch):
                 before, items = items, []
             elif isinstance(layer, Add):
                 items = [*before, items]
             else:
                 items.append(layer)
-        items.append(partial(spikes.time_mean, steps, total))
+        items.append(partial(time_mean, steps, total))
         return x if x.dim() == 4 else x[:, first:last].transpose(0, 1).flatten(0, 1), items
 
     def stages(self) -> Iterator[tuple[str, nn.Conv2d | nn.Linear, nn.Module | None, str, Neuron]]:
-        """(layer name, weights, norm or None, neuron name, neuron) of every weight layer, in order.
+        """Iterate over the weight layers in order.
 
-        Recurrent weights ('rec1') come behind those of their layer's input ('fc1') and have the same neurons.
+        The recurrent weights of a layer ('rec1') follow its input weights ('fc1') and have the same neurons.
+
+        Yields:
+            Layer name, weight layer, norm or None, neuron name, and neurons.
         """
         waiting: list[tuple[str, nn.Conv2d | nn.Linear, nn.Module | None]] = []
         for name, layer in self.named_children():

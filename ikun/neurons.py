@@ -1,12 +1,14 @@
-"""Integrate-and-fire neurons as one scan over time.
+"""Integrate-and-fire neurons, computed as one scan over time.
 
-    h[t] = decay v[t-1] + gain x[t] + (1 - decay) v_reset        membrane before the reset
-    s[t] = step(h[t] - threshold)                                spike, derivatives from the surrogate
+    h[t] = decay v[t-1] + gain x[t] + (1 - decay) v_reset        membrane potential before the reset
+    s[t] = step(h[t] - threshold)                                spike, with surrogate derivatives
     v[t] = h (1 - s) + v_reset s   (hard)    h - threshold s   (soft)
 
-With a detached reset the s of the last line carries no derivative. IF: decay = gain = 1. LIF: decay = 1 - 1/tau,
-gain = 1/tau (the input is divided by tau, as SpikingJelly's decay_input does). PLIF: 1/tau = sigmoid(w), w learned
-(Fang et al. 2021). In a recurrent layer the current is x[t] + V s[t-1], with s[-1] = 0.
+If the reset is detached, the s in the last line has no derivative.
+
+The neuron models differ in decay and gain. IF: decay = gain = 1. LIF: decay = 1 - 1/tau and gain = 1/tau, so the input
+is divided by tau, as with decay_input in SpikingJelly. PLIF: 1/tau = sigmoid(w) with a learned w (Fang et al. 2021). In
+a recurrent layer the input current is x[t] + V s[t-1], with s[-1] = 0.
 """
 
 from __future__ import annotations
@@ -27,7 +29,16 @@ Feedback = Callable[[Tensor], Tensor]  # s[t-1] -> V s[t-1]
 
 @dataclass(frozen=True)
 class Dynamics:
-    """What a scan does at every step, apart from decay and gain."""
+    """The parameters of a time step other than decay and gain.
+
+    Attributes:
+        surrogate: Surrogate derivative of the spike.
+        threshold: The neuron fires where h >= threshold.
+        v_reset: Potential at rest and after a hard reset.
+        reset: "hard" or "soft", one of `RESETS`.
+        detach_reset: Whether derivatives ignore the spike in the reset.
+        relaxed: Whether spikes are F(h - threshold) instead of 0 or 1. See `ikun.surrogates.spike`.
+    """
 
     surrogate: Surrogate
     threshold: float = 1.0
@@ -38,7 +49,18 @@ class Dynamics:
 
 
 def step(x: Tensor, v: Tensor, decay: Tensor | float, gain: Tensor | float, dynamics: Dynamics) -> tuple[Tensor, ...]:
-    """One time step: current x and potential v [...] -> (h before the reset, spikes, potential after it)."""
+    """Compute one time step.
+
+    Args:
+        x: Input current [...].
+        v: Membrane potential after the previous step [...].
+        decay: Factor of the previous potential.
+        gain: Factor of the input current.
+        dynamics: The other parameters of the neurons.
+
+    Returns:
+        The membrane potential before the reset, the spikes, and the potential after the reset, each [...].
+    """
     h = decay * v + gain * x
     if dynamics.v_reset:
         h = h + (1 - decay) * dynamics.v_reset
@@ -56,9 +78,20 @@ def scan(
     dynamics: Dynamics,
     feedback: Feedback | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run neurons over currents x [T, ...] from the potentials v0 [...]; returns spikes [T, ...] and v[T] [...].
+    """Run neurons over a sequence of input currents.
 
-    Differentiable twice in x, v0, decay and gain. x may have stride 0 over T (a repeated image).
+    The result is twice differentiable in x, v0, decay and gain.
+
+    Args:
+        x: Input currents [T, ...]. The stride over T may be 0, for an image that is repeated at every step.
+        v0: Initial membrane potentials [...].
+        decay: Factor of the previous potential.
+        gain: Factor of the input current.
+        dynamics: The other parameters of the neurons.
+        feedback: In a recurrent layer, the map from s[t-1] to V s[t-1].
+
+    Returns:
+        The spikes [T, ...] and the final membrane potentials v[T] [...].
     """
     v, s, spikes = v0, torch.zeros_like(v0), []
     for current in x.unbind(0):
@@ -76,7 +109,10 @@ def membrane(
     dynamics: Dynamics,
     feedback: Feedback | None = None,
 ) -> Tensor:
-    """h[t] [T, ...] of the same scan, without derivatives: what E[f'(h - threshold)^2] is taken over."""
+    """Return the membrane potentials before the reset, h[t] [T, ...], without derivatives.
+
+    The arguments are those of `scan`. E[f'(h - threshold)^2] is the average over these potentials.
+    """
     v, s, potentials = v0, torch.zeros_like(v0), []
     for current in x.unbind(0):
         h, s, v = step(current if feedback is None else current + feedback(s), v, decay, gain, dynamics)
@@ -85,7 +121,15 @@ def membrane(
 
 
 class Neuron(nn.Module):
-    """A layer of IF, LIF or PLIF neurons; starts every forward from v_reset, so no state leaks between batches."""
+    """A layer of IF, LIF or PLIF neurons.
+
+    Every forward pass starts from v_reset, so no state is carried from one batch to the next.
+
+    Args:
+        kind: Neuron model, one of `NEURONS`.
+        dynamics: Threshold, reset and surrogate of the neurons.
+        tau: Time constant in steps. It is ignored for IF neurons and is the initial value for PLIF neurons.
+    """
 
     def __init__(self, kind: str, dynamics: Dynamics, tau: float = 2.0) -> None:
         super().__init__()
@@ -94,20 +138,30 @@ class Neuron(nn.Module):
             self.logit = nn.Parameter(torch.tensor(-math.log(tau - 1)))  # sigmoid(logit) = 1 / tau
 
     def rates(self) -> tuple[Tensor | float, Tensor | float]:
-        """(decay, gain)."""
+        """Return decay and gain. They are tensors that depend on the learned parameter for PLIF neurons."""
         if self.kind == "if":
             return 1.0, 1.0
         inverse = torch.sigmoid(self.logit) if self.kind == "plif" else 1 / self.tau
         return 1 - inverse, inverse
 
     def start(self, x: Tensor) -> Tensor:
+        """Return the initial membrane potentials [N, ...] for currents x [T, N, ...]."""
         return torch.full_like(x[0], self.dynamics.v_reset)
 
     def forward(self, x: Tensor, feedback: Feedback | None = None) -> Tensor:
-        """Spikes [T, N, ...] for currents x [T, N, ...]; feedback: of a recurrent layer."""
+        """Return the spikes [T, N, ...] for input currents x [T, N, ...].
+
+        Args:
+            x: Input currents [T, N, ...].
+            feedback: In a recurrent layer, the map from s[t-1] to V s[t-1].
+
+        Returns:
+            The spikes.
+        """
         return scan(x, self.start(x), *self.rates(), self.dynamics, feedback)[0]
 
     def membrane(self, x: Tensor, feedback: Feedback | None = None) -> Tensor:
+        """Return h[t] [T, N, ...], the potentials before the reset, for currents x. See `forward`."""
         return membrane(x, self.start(x), *self.rates(), self.dynamics, feedback)
 
     def extra_repr(self) -> str:

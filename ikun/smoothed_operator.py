@@ -1,30 +1,40 @@
-"""The noise-matched Gauss-Newton operator: curvature of the true spiking loss under noise in the weights.
+"""The noise-matched Gauss-Newton operator: curvature of the spiking loss under noise in the weights.
 
-The spiking loss is piecewise constant; its mean under noise has a curvature, L_s(w) = E L(w + s D z), z standard
-normal, D the root mean square of each weight's filter (forward.noise_scales). This operator is a Gauss-Newton
-approximation of that Hessian in which no training surrogate occurs. docs/calibration.md has the derivation. In short,
-with currents, potentials and spikes of `draws` perturbed networks:
+The loss of a spiking network is piecewise constant in the weights w, but its mean under noise has a curvature:
 
-- a neuron's mean spike answers to its potential by the density of h at the threshold, N(threshold; mean h, var h),
-  mean and variance over the draws, per sample, neuron and step: a Gaussian surrogate of that very width;
-- where a layer's input is the same at all steps, its whole spike train answers to a constant shift of the current. That
-  response is computed outright, by shifting the currents of the draws (spike trains then differ by more than a Gaussian
-  in h knows: a spike moved by one step);
-- a max-pooled spike is there if any of its entries fires, so its mean answers to one entry where the others are silent:
-  the share of the draws in which they are (no tie rule occurs);
-- the outputs are counts of a few spikes, and the mean loss of a count is not the loss of the mean count. So the product
-  is split before the output neurons: their currents' tangent, averaged over time, meets the second derivative of the
-  mean loss E l(rate(current + noise)) by that current. With rates r, r' and r'' derivatives of E r, m'' that of
-  E (r - mean r)^2, and the loss l expanded to second order about the mean rates,
-      M = diag(l_k r_k'' + l_kk m_k'' / 2) + (l_kj r_k' r_j')_(k != j),
-  exact for a quadratic loss and independent output neurons;
-- the same is true of a hidden neuron: with a spike of its own the loss changes by a step, and its mean is linear in the
-  neuron's probability, so that the square of that probability's change does not occur. What occurs instead, for neurons
-  near their threshold at weights where the loss is stationary, is sqrt(2) times that square on average over neurons. It
-  is corrected for the last hidden layer, where it is largest.
+    L_s(w) = E L(w + s D z)
 
-Means over shifts are those of the draws' own distribution, widened by a Gaussian of half its standard deviation and
-shrunk to keep its variance (smoothed bootstrap); derivatives fall on that Gaussian.
+Here z is standard normal and D is the root mean square of each weight's filter
+(`hessian_tools.perturbation.noise_scales`). The operator is a Gauss-Newton approximation of the Hessian of L_s. It does
+not use the training surrogate. The derivation is in docs/calibration.md. In short, the operator is computed from the
+currents, potentials and spikes of `draws` perturbed networks:
+
+- Hidden neurons: the derivative of a neuron's mean spike with respect to its potential is the density of h at the
+  threshold, N(threshold; mean h, var h). Mean and variance are taken over the draws, per sample, neuron and time step.
+  The result is a Gaussian surrogate whose width matches the noise.
+- Layers whose input is the same at all steps: the whole spike train responds to a constant shift of the current. This
+  response is computed directly, by shifting the currents of the draws. It includes changes that a Gaussian in h does
+  not describe, such as a spike that moves by one step.
+- Max-pooling: a pooled spike is present if any entry of its window fires. Its mean therefore responds to an entry only
+  where all other entries are silent. The derivative is the fraction of draws in which they are, and no tie rule is
+  needed.
+- Outputs: they are counts of a few spikes, and the mean loss of a count differs from the loss of the mean count. The
+  product is therefore split before the output neurons. The tangent of their currents, averaged over time, is multiplied
+  by the second derivative M of the mean loss E l(rate(current + noise)) with respect to that current. With r' and r''
+  the derivatives of the mean rates E r, m'' the second derivative of E (r - mean r)^2, and the loss l expanded to
+  second order about the mean rates,
+
+      M = diag(l_k r_k'' + l_kk m_k'' / 2) + (l_kj r_k' r_j')_(k != j)
+
+  This is exact for a quadratic loss and independent output neurons.
+- Last hidden layer: a single spike of a hidden neuron also changes the loss by a step. The mean loss is linear in the
+  neuron's firing probability, so the true curvature does not contain the square of the change of this probability,
+  which a Gauss-Newton product contains. For neurons near their threshold, at weights where the loss is stationary, the
+  true term is on average sqrt(2) times this square. The correction is applied to the last hidden layer, where it is
+  largest.
+
+Means over shifted currents use the distribution of the draws, convolved with a Gaussian of half its standard deviation
+and shrunk to keep the variance (smoothed bootstrap). Derivatives act on this Gaussian.
 """
 
 from __future__ import annotations
@@ -39,21 +49,25 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from hessian_tools.chain.layers import Affine, Layer, Tangents, Want
+from hessian_tools.chain.affine import Affine
+from hessian_tools.chain.layers import Layer, Tangents, Want
 from hessian_tools.chain.second_order import Linearized, chain_of, curved, layers_at
 from hessian_tools.objective import Batch, Objective
 from hessian_tools.operators.curvature import CurvatureOperator
 from hessian_tools.perturbation import noise, noise_scales
 
-SMOOTHED_DRAWS = 16
-SHARE = 0.5  # of the noise's standard deviation that is Gaussian
-CELLS = 8  # of the shift, per draw; the cells of the draws are staggered
-REACH = 3.5  # of the shift, in standard deviations of that Gaussian
-FLOOR = 1e-3  # least standard deviation, in thresholds: nothing passes through a neuron without noise
+SMOOTHED_DRAWS = 16  # default number of perturbed networks
+SHARE = 0.5  # width of the smoothing Gaussian, relative to the standard deviation of the current
+CELLS = 8  # cells of the quadrature over the shift, per draw; the cells of different draws are staggered
+REACH = 3.5  # largest shift, in standard deviations of the smoothing Gaussian
+FLOOR = 1e-3  # smallest standard deviation, in thresholds; without noise a neuron would have no derivative
 
 
 class SpikingLayer(Layer, Protocol):
-    """Neurons over T steps and M samples x neurons, with the pooling behind them; see ikun.spiking_layers.Spikes."""
+    """Neurons over T steps and M samples x neurons, with the pooling that follows them.
+
+    `ikun.spiking_layers.Spikes` implements this protocol and documents its methods.
+    """
 
     z: Tensor | None  # h - threshold [T, M]
     static: bool
@@ -71,14 +85,27 @@ class SpikingLayer(Layer, Protocol):
 def smoothed(
     objective: Objective, memory: float = 4 * 2**30, *, scale: float = 0.1, draws: int = SMOOTHED_DRAWS, seed: int = 0
 ) -> CurvatureOperator:
-    """The noise-matched Gauss-Newton operator of an objective whose network ends in mean rates of spiking neurons.
+    """Build the noise-matched Gauss-Newton operator of an objective.
 
-    scale: s, relative to the root mean square of each filter. Symmetric, not always positive semidefinite: a discrete
-    output has mean losses that curve down. A learned decay of the output neurons is held fixed. Raises ValueError for
-    what `unsupported` names, for s <= 0 and draws < 2.
+    The operator is symmetric but not always positive semidefinite, because the mean loss of a discrete output can have
+    negative curvature. A learned decay of the output neurons is held fixed.
+
+    Args:
+        objective: The objective. Its network must end in the mean rates of spiking neurons.
+        memory: Memory in bytes for linearized batches, as in `CurvatureOperator`.
+        scale: Noise scale s, relative to the root mean square of each filter.
+        draws: Number of perturbed networks.
+        seed: Random seed of the noise.
+
+    Returns:
+        The operator.
+
+    Raises:
+        ValueError: If scale is not positive, draws is less than 2, or the operator does not support the objective (see
+            `unsupported`).
     """
     if not 0 < scale < math.inf:
-        raise ValueError(f"noise must be a positive number (of each filter's root mean square), not {scale}")
+        raise ValueError(f"noise must be a positive number (relative to each filter's rms), not {scale}")
     if draws < 2:
         raise ValueError(f"at least 2 draws of noise are needed, not {draws}")
     if reason := unsupported(objective):
@@ -87,28 +114,30 @@ def smoothed(
 
 
 def unsupported(objective: Objective) -> str:
-    """Why an objective has no such operator; empty if it has one."""
+    """Explain why an objective has no noise-matched operator. The text is empty if it has one."""
     found = None if objective.reset is not None else layers_at(objective.model, objective.first_inputs(1))
     neurons = [] if found is None else _spiking(found[1])
     if found is None or not neurons or neurons[-1][0] != len(found[1]) - 2:
-        return "operator smoothed needs a network of this package that ends in the mean rates of spiking neurons"
+        return "operator smoothed needs an ikun network that ends in the mean rates of spiking neurons"
     if any(((y := found[1][i + 1][0]) * (1 - y)).any() for i, _, _ in neurons):
-        return "operator smoothed is about spikes: a relaxed network has none"
+        return "operator smoothed needs spikes, and a relaxed network has none"
     before = [layer for _, layer in found[1][: neurons[-1][0]]]
     if chain_of(objective, before, neurons[-1][2].parameters) is None:
-        return "operator smoothed finds no layer of this network that has the chosen parameters: choose others"
+        return "operator smoothed needs parameters of layers before the output neurons: choose other parameters"
     return ""
 
 
 def _spiking(layers: list[tuple[Tensor, Layer]]) -> list[tuple[int, Tensor, SpikingLayer]]:
+    """Return the index, the input and the layer of every layer of spiking neurons."""
     return [(i, x, cast(SpikingLayer, layer)) for i, (x, layer) in enumerate(layers) if hasattr(layer, "responding")]
 
 
 @torch.no_grad()
 def _linearize(objective: Objective, batch: Batch, *, scale: float, draws: int, seed: int) -> Linearized:
+    """Compute the operator's product on one batch from `draws` perturbed networks."""
     x, y = batch
     found = layers_at(objective.model, x)
-    assert found is not None  # see unsupported()
+    assert found is not None  # checked by unsupported()
     neurons = _spiking(found[1])
     layers = [layer for _, layer in found[1]]
     means = {i: torch.zeros_like(cast(Tensor, layer.z)) for i, _, layer in neurons}
@@ -121,7 +150,7 @@ def _linearize(objective: Objective, batch: Batch, *, scale: float, draws: int, 
         outputs += out / draws
         for i, _, layer in _spiking(perturbed):
             z = cast(Tensor, layer.z)
-            step = z - means[i]  # Welford's
+            step = z - means[i]  # Welford's algorithm
             means[i] += step / (len(currents[last]) + 1)
             squares[i] += step * (z - means[i])
             if (share := layer.alone((z >= 0).to(z))) is not None:
@@ -151,7 +180,7 @@ def _linearize(objective: Objective, batch: Batch, *, scale: float, draws: int, 
     else:
         closing, own = [readout] if counting.static else [readout, layers[-1]], diagonal[:, :0]
     chain = chain_of(objective, [*layers[: last - 1], *closing], counting.parameters)
-    assert chain is not None  # see unsupported()
+    assert chain is not None  # checked by unsupported()
     classes = shape[1]
 
     def product(v: Tensor) -> Tensor:
@@ -163,7 +192,11 @@ def _linearize(objective: Objective, batch: Batch, *, scale: float, draws: int, 
 
 @dataclass(frozen=True)
 class _Closing:
-    """A readout [T N, F] -> [N, K + F]: the mean over time of its outputs, then the sum over time of its inputs."""
+    """The readout as the last layer of the chain, [T N, F] -> [N, K + F].
+
+    The first K outputs are the mean over time of the readout's outputs. The other F are the sum over time of its
+    inputs.
+    """
 
     readout: Affine
     steps: int
@@ -193,7 +226,7 @@ class _Closing:
 def _perturbed(
     objective: Objective, x: Tensor, scale: float, draws: int, seed: int
 ) -> Iterator[tuple[Tensor, list[tuple[Tensor, Layer]]]]:
-    """(outputs, layers) of the network with noise in its weights, for every draw."""
+    """Yield the outputs and the layers of the network with perturbed weights, once per draw."""
     model = copy.deepcopy(objective.model)
     named = dict(model.named_parameters())
     weights, unit = objective.weights(), scale * noise_scales(objective)
@@ -202,18 +235,20 @@ def _perturbed(
         for name, value in zip(objective.parameters, parts, strict=True):
             named[name].copy_(value)
         found = layers_at(model, x)
-        assert found is not None  # as at the weights themselves
+        assert found is not None  # the unperturbed network has the same layers
         yield found
 
 
 def _shifts(draws: int, index: int) -> Iterator[tuple[float, float, float]]:
-    """(u, weights of the first and second derivative at 0 of a standard normal mean) for the cells of one draw.
+    """Yield (u, w1, w2) for the cells of one draw.
 
-    Integrals of -phi' and phi'' over the cell, so that functions constant in each cell come out exactly.
+    u is a shift in standard deviations. w1 and w2 are its weights in the first and second derivative, at 0, of the mean
+    over a standard normal shift. They are the integrals of -phi' and phi'' over the cell, so a function that is
+    constant in each cell is integrated exactly.
     """
     width = 2 * REACH / CELLS
     first = width * ((index + 0.5) / draws - 0.5) - REACH
-    edges = [first + width * (k + 0.5) for k in range(CELLS)]  # the outer cells are infinite: a constant has slope 0
+    edges = [first + width * (k + 0.5) for k in range(CELLS)]  # outer cells are infinite: a constant gives 0
     ones = [0.0, *(_normal(u) for u in edges), 0.0]
     twos = [0.0, *(u * _normal(u) for u in edges), 0.0]
     for k in range(CELLS + 1):
@@ -221,15 +256,22 @@ def _shifts(draws: int, index: int) -> Iterator[tuple[float, float, float]]:
 
 
 def _normal(u: float) -> float:
+    """Return the standard normal density at u."""
     return math.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
 
 
 def _responses(
     fire: Callable[[Tensor], Tensor], currents: list[Tensor], floor: float = FLOOR
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """First and second derivatives of E fire(current + a) by the constant a, and the Gaussian's width [1, M].
+    """Differentiate E fire(current + a) with respect to the constant a.
 
-    currents: one [T, M] or [1, M] a draw. floor: least standard deviation.
+    Args:
+        fire: Maps currents to spikes or to functions of spikes.
+        currents: The currents of the draws, [T, M] or [1, M] each.
+        floor: Smallest standard deviation of a current.
+
+    Returns:
+        The first derivative, the second derivative, and the width of the smoothing Gaussian [1, M].
     """
     mean = torch.stack(currents).mean(0)
     variance = sum((c - mean).square() for c in currents) / (len(currents) - 1)
@@ -246,7 +288,7 @@ def _responses(
 def _moments(
     rates: Callable[[Tensor], Tensor], currents: list[Tensor], mean: Tensor, floor: float = FLOOR
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Derivatives by a constant current, all [N, K]: E r', E r'', and the second of E (r - mean)^2."""
+    """Return E r', E r'' and the second derivative of E (r - mean)^2 by a constant current, each [N, K]."""
     both, curved_rates, _ = _responses(
         lambda current: torch.stack([(r := rates(current)).flatten(), (r - mean).square().flatten()]), currents, floor
     )
@@ -256,7 +298,19 @@ def _moments(
 def _output_form(
     objective: Objective, outputs: Tensor, y: Tensor, first: Tensor, second: Tensor, square: Tensor
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """a' -> M a' for the outputs' mean currents [N, K], and M's diagonal [N, K]."""
+    """Build the second derivative M of the mean loss with respect to the outputs' mean currents.
+
+    Args:
+        objective: The objective, for its loss.
+        outputs: Mean outputs over the draws [N, K].
+        y: Labels of the batch.
+        first: E r' [N, K].
+        second: E r'' [N, K].
+        square: Second derivative of E (r - mean r)^2 [N, K].
+
+    Returns:
+        The map from a tangent a' [N, K] to M a', and the diagonal of M [N, K].
+    """
     with torch.enable_grad():
         at = outputs.detach().requires_grad_()
         loss = objective.loss(at, y)
@@ -271,5 +325,5 @@ def _output_form(
         unit[:, k] = 1
         own[:, k] = hessian(unit)[:, k]
     diagonal = slope.detach() * second + 0.5 * own * square
-    rest = diagonal - own * first.square()  # without what hessian() adds on the diagonal
+    rest = diagonal - own * first.square()  # minus the diagonal part that hessian() adds
     return (lambda a: rest * a + first * hessian(first * a)), diagonal

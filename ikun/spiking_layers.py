@@ -1,5 +1,8 @@
-"""Neurons, with the max-pooling behind them, on the scans of fused.py: as a layer of a curvature product (value,
-adjoint, tangent, tangent of the adjoint), and as a function that can be differentiated once, for training."""
+"""Spiking neurons, with an optional max-pooling after them, computed with the scans of `ikun.kernels`.
+
+`Spikes` is a layer of a curvature product, with value, adjoint, tangent and tangent of the adjoint. `fire` is a
+function that can be differentiated once, for training.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,18 @@ from ikun.kernels import dispatch as fused
 from ikun.kernels.dispatch import adjoint, adjoint_tangent, slopes, tangent
 from ikun.kernels.scan import Number, Scan, reset_slope, scalar
 from ikun.neurons import Neuron, step
+from ikun.pooling import selection
 
 if TYPE_CHECKING:
     from ikun.layers import MaxPool
 
 
 class Spikes:
-    """Neurons, with the max-pooling behind them if there is one, as a layer with second-order passes.
+    """A layer of neurons, with an optional max-pooling after them, with the passes that a curvature product needs.
 
-    Implements the protocol of a chain's layer: parameters, adjoint, tangent, adjoint_tangent. Inputs are [T N, ...], or
-    [N, ...] for an input that repeats; outputs are [T N, ...], time first. With a carry these T steps are a segment of
-    time, and the states of its scans come from there.
+    The class implements `hessian_tools.chain.layers.Layer`. Inputs are [T N, ...] with the time axis first, or [N, ...]
+    for an input that is the same at all steps. Outputs are [T N, ...]. With a carry, the T steps are a segment of a
+    longer sequence, and the states of the scans are read from the carry and written to it.
     """
 
     def __init__(
@@ -39,37 +43,51 @@ class Spikes:
         scan: Scan,
         carry: Carry | None = None,
     ) -> None:
-        """shapes: of the layer's input and output; z = h - threshold [T, M]."""
+        """Create the layer at a fixed input.
+
+        Args:
+            neuron: The neurons.
+            shapes: Shapes of the layer's input and output.
+            z: h - threshold [T, M], with M the number of neurons of all samples.
+            scan: Derivatives of the scan.
+            carry: States at the boundaries of a time segment.
+        """
         self.neuron, self.shapes, self.scan, self.carry = neuron, shapes, scan, carry
-        self.z: Tensor | None = z  # until the adjoint is kept
-        self.start: Tensor | None = None  # v' before the first step
-        self.repeats = False  # one input for all steps, of other segments too
+        self.z: Tensor | None = z  # None after the adjoint has been kept
+        self.start: Tensor | None = None  # v' before the first step, in a segment
+        self.repeats = False  # whether the input is the same at all steps of all segments
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
+        """The learned decay of PLIF neurons; empty for other neurons."""
         return (self.neuron.logit,) if self.neuron.kind == "plif" else ()
 
     def _inputs(self, dx: Tensor | None) -> Tensor:
+        """Reshape an input tangent to [T or 1, M]."""
         if dx is None:
             return torch.zeros_like(self.scan.f1[:1])
         return dx.reshape(1 if self.scan.static else len(self.scan.f1), -1)
 
     def _outputs(self, g: Tensor) -> Tensor:
+        """Reshape an output to [T, M or Q]."""
         return g.reshape(len(self.scan.f1), -1)
 
     def _gain(self, dp: Sequence[Tensor | None]) -> Number:
-        """gain' = gain (1 - gain) w'."""
+        """Return gain' = gain (1 - gain) w' for a learned decay, else 0."""
         return self.scan.gain * self.scan.decay * scalar(dp[0]) if dp and dp[0] is not None else 0.0
 
     def _state(self, kind: str) -> Tensor | None:
+        """Return the state of a scan from the carry, or None without a carry."""
         return None if self.carry is None else carried(self.carry, kind, torch.zeros_like(self.scan.f1[:1]))
 
     def tangent(self, dx: Tensor | None, dp: Sequence[Tensor | None]) -> Tensor:
+        """Return y' for input tangent x' and parameter tangents p'."""
         self.start = None if self.carry is None else self.carry.tangent
         state = self._state("tangent")
         return tangent(self.scan, self._inputs(dx), self._gain(dp), state).reshape(self.shapes[1])
 
     def adjoint(self, g: Tensor, want: Any, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return gx and gp for gy. keep: also keep what `adjoint_tangent` needs."""
         z = None
         if keep:
             assert self.z is not None
@@ -85,30 +103,39 @@ class Spikes:
     def adjoint_tangent(
         self, dg: Tensor, dx: Tensor | None, dp: Sequence[Tensor | None], want: Any
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return gx' and gp' for gy', x' and p'."""
         dgain, state = self._gain(dp), self._state("adjoint_tangent")
         gx, total = adjoint_tangent(self.scan, self._outputs(dg), self._inputs(dx), dgain, self.start, state)
         if not self.parameters:
             return gx.reshape(self.shapes[0]), ()
-        # (gain (1 - gain) G)' with gain' = gain (1 - gain) w'
+        # the derivative of gain (1 - gain) dL/dgain, with gain' = gain (1 - gain) w'
         grad = self.scan.gain * self.scan.decay * total + (self.scan.decay - self.scan.gain) * dgain * self.total
         return gx.reshape(self.shapes[0]), (_like(dg, grad),)
 
-    # ---- averages over noise in the weights (hessian_tools/smoothed.py)
+    # ---- averages over noise in the weights, for ikun.smoothed_operator
     @property
     def static(self) -> bool:
-        """One input for all steps."""
+        """Whether the input is the same at all steps."""
         return self.scan.static
 
     @property
     def threshold(self) -> float:
+        """The firing threshold."""
         return self.neuron.dynamics.threshold
 
     def fire(self, x: Tensor) -> Tensor:
-        """Spikes [T, M], before the pooling, for other inputs x [T, M] or [1, M]."""
+        """Return the spikes before pooling [T, M] for other inputs x [T, M] or [1, M]."""
         return _value(self.neuron, len(self.scan.f1), None, x)[0]
 
     def alone(self, fired: Tensor) -> Tensor | None:
-        """Where no other entry of the pooling window fires [T, M], for spikes [T, M]; None without pooling."""
+        """Return where no other entry of the pooling window fires.
+
+        Args:
+            fired: Spikes before pooling [T, M].
+
+        Returns:
+            A mask of 0 and 1 [T, M], or None without pooling.
+        """
         if self.scan.index is None:
             return None
         plane = self._planes(fired)
@@ -116,11 +143,24 @@ class Spikes:
         return (others == 0).to(fired).view_as(fired)
 
     def averaged(self, mean: Tensor, spread: Tensor, alone: Tensor | None) -> Spikes | Pooled:
-        """The layer of mean spikes where h - threshold [T, M] is normal with this mean and standard deviation.
+        """Return the layer of mean spikes for a normally distributed h - threshold.
 
-        E s' = N(0; mean, spread^2) h', and E v' = (P(silent) - (threshold - v_reset) N) h' as h = threshold where a
-        spike comes or goes. P(silent) is taken at the layer's own inputs. The reset is felt even if it is detached.
-        alone [T, M]: the mean of `alone`, the derivative of the pooled spike by each of its entries.
+        The derivatives of the mean spike and of the mean potential are
+
+            E s' = N(0; mean, spread^2) h'
+            E v' = (P(silent) - (threshold - v_reset) N(0; mean, spread^2)) h'
+
+        because h = threshold where a spike appears or disappears. P(silent) is evaluated at the layer's own inputs. A
+        detached reset is treated like one that is not detached.
+
+        Args:
+            mean: Mean of h - threshold [T, M].
+            spread: Standard deviation of h - threshold [T, M].
+            alone: Mean of `alone` over the draws [T, M], which is the derivative of a pooled spike with respect to each
+                entry of its window. None without pooling.
+
+        Returns:
+            The layer.
         """
         assert self.z is not None
         d = self.neuron.dynamics
@@ -129,11 +169,20 @@ class Spikes:
         return self._with(f1, c, alone)
 
     def responding(self, response: Tensor, alone: Tensor | None) -> Spikes | Pooled:
-        """The layer whose spikes change by response [T, M] per unit of a constant current."""
+        """Return the layer whose spikes change by a given response to a constant current.
+
+        Args:
+            response: Change of the spikes per unit of the current [T, M].
+            alone: As in `averaged`.
+
+        Returns:
+            The layer.
+        """
         f1 = response / self.scan.gain
         return self._with(f1, torch.zeros_like(f1), alone)
 
     def _with(self, f1: Tensor, c: Tensor, alone: Tensor | None) -> Spikes | Pooled:
+        """Return a copy of the layer with other derivatives f1 and c, and averaged pooling if alone is given."""
         assert self.z is not None
         scan = replace(self.scan, f1=f1, c=c, index=None, unit=1)
         if alone is None:
@@ -142,19 +191,24 @@ class Spikes:
         return Pooled(Spikes(self.neuron, (self.shapes[0], shape), self.z, scan), alone.view(shape))
 
     def _planes(self, t: Tensor) -> Tensor:
-        """[T, M] -> [T N, C, H, W]."""
+        """Reshape [T, M] to [T N, C, H, W]."""
         return t.reshape(-1, *self.shapes[0][1:])
 
 
 def _widen(pooled: Tensor, shape: torch.Size) -> Tensor:
-    """Every entry of [N, C, H / 2, W / 2] four times in [N, C, H, W]; 0 in a row or column left over."""
+    """Copy every entry of [N, C, H / 2, W / 2] to its window in [N, C, H, W]. An odd last row or column is 0."""
     wide = pooled.repeat_interleave(2, -1).repeat_interleave(2, -2)
     return F.pad(wide, (0, shape[-1] - wide.shape[-1], 0, shape[-2] - wide.shape[-2]))
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """Neurons and a pooling that passes a share [T N, C, H, W] of every entry's derivative; no second-order pass."""
+    """Neurons with a pooling that passes a given share of every entry's derivative. It has no second-order pass.
+
+    Attributes:
+        neurons: The neurons.
+        share: Derivative of the pooled spike with respect to each entry [T N, C, H, W].
+    """
 
     neurons: Spikes
     share: Tensor
@@ -174,13 +228,15 @@ class Pooled:
 
 
 def _like(t: Tensor, value: Number) -> Tensor:
-    """[], with t's type and place."""
+    """Return a scalar tensor with the dtype and device of t."""
     return torch.as_tensor(value, dtype=t.dtype, device=t.device)
 
 
 def carried(carry: Carry, kind: str, rest: Tensor) -> Tensor:
-    """The state [1, M] for a scan to run on: a copy of what the segment before handed on, or rest. It is what is handed
-    on from here."""
+    """Return a state [1, M] for a scan to update in place, and store it in the carry as the state of the next segment.
+
+    The state is a copy of that of the preceding segment, or `rest` for the first segment.
+    """
     before = getattr(carry, kind)
     state = rest if before is None else before.clone()
     setattr(carry, kind, state)
@@ -190,7 +246,19 @@ def carried(carry: Carry, kind: str, rest: Tensor) -> Tensor:
 def _value(
     neuron: Neuron, steps: int, pool: MaxPool | None, x: Tensor, carry: Carry | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """x [T or 1, N, ...] -> (spikes, pooled if there is a pool [T, ...], z [T, M], index [T, Q], u [T, M])."""
+    """Compute the forward pass of neurons and pooling.
+
+    Args:
+        neuron: The neurons.
+        steps: Number of time steps T.
+        pool: The pooling, or None.
+        x: Input currents [T or 1, N, ...].
+        carry: States at the boundaries of a time segment.
+
+    Returns:
+        The spikes after pooling [T, ...], z = h - threshold [T, M], the positions of the pooled entries [T, Q] (None
+        without pooling), and u [T, M] (None without a learned decay).
+    """
     d, learned = neuron.dynamics, neuron.kind == "plif"
     decay, gain = neuron.rates()
     state = None if carry is None else carried(carry, "value", neuron.start(x).reshape(1, -1))
@@ -219,7 +287,7 @@ def _value(
 def _scan(
     neuron: Neuron, pool: MaxPool | None, shape: torch.Size, z: Tensor, index: Tensor | None, u: Tensor | None
 ) -> Scan:
-    """The scan's derivatives at z, for inputs of shape [T or 1, N, ...]."""
+    """Return the derivatives of the scan at z, for inputs of the given shape [T or 1, N, ...]."""
     (f1, c), (decay, gain) = slopes(neuron.dynamics, z), neuron.rates()
     width, height = (1, 1) if pool is None else (shape[-1], shape[-2])
     rates, reset = (scalar(decay), scalar(gain)), reset_slope(neuron.dynamics)
@@ -230,7 +298,19 @@ def _scan(
 def linearize_neurons(
     neuron: Neuron, steps: int, static: bool, pool: MaxPool | None, x: Tensor, carry: Carry | None = None
 ) -> tuple[Tensor, Spikes]:
-    """The layer at inputs x [N, ...] (static: repeated `steps` times) or [steps N, ...], and its outputs."""
+    """Run neurons and pooling at the inputs x, and return the outputs with the layer for curvature products.
+
+    Args:
+        neuron: The neurons.
+        steps: Number of time steps T.
+        static: Whether the input is the same at all steps.
+        pool: The pooling, or None.
+        x: Inputs [N, ...] if static, else [steps N, ...].
+        carry: States at the boundaries of a time segment.
+
+    Returns:
+        The outputs [steps N, ...] and the layer.
+    """
     timed = x[None] if static else x.unflatten(0, (steps, -1))
     y, z, index, u = _value(neuron, steps, pool, timed, carry)
     y = y.flatten(0, 1)
@@ -240,7 +320,7 @@ def linearize_neurons(
 
 
 class _Fire(torch.autograd.Function):
-    """The layer's outputs [T, ...] at x [T or 1, N, ...], with the adjoint as its derivative."""
+    """Neurons and pooling as an autograd function. Its backward pass is the adjoint scan."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, logit: Tensor | None, neuron: Neuron, steps: int, pool: MaxPool | None) -> Tensor:
@@ -260,76 +340,22 @@ class _Fire(torch.autograd.Function):
 
 
 def fire(neuron: Neuron, steps: int, pool: MaxPool | None, x: Tensor) -> Tensor:
-    """pool(neuron(x)) for x [T, N, ...], or [1, N, ...] for an input that repeats: the same spikes in less time.
+    """Return pool(neuron(x)) with the fast scans where they are available.
 
-    Where the kernels run, the result can be differentiated once, in reverse mode; torch raises RuntimeError beyond it.
+    The spikes are identical to those of the plain modules. With the fast scans, the result can be differentiated once
+    in reverse mode, and torch raises RuntimeError for further derivatives.
+
+    Args:
+        neuron: The neurons.
+        steps: Number of time steps T.
+        pool: The pooling, or None.
+        x: Input currents [T, N, ...], or [1, N, ...] for an input that is the same at all steps.
+
+    Returns:
+        The spikes after pooling [T, ...].
     """
     if not neuron.dynamics.relaxed and fused.usable(x):
         y: Tensor = _Fire.apply(x, getattr(neuron, "logit", None), neuron, steps, pool)
         return y
     s: Tensor = neuron(x.expand(steps, *x.shape[1:]))
     return s if pool is None else pool.forward(s)
-
-
-def selection(s: Tensor, ties: str) -> Tensor:
-    """Positions, within one step's [N C H W], of the entries that MaxPool selects from s [T, N, C, H, W]."""
-    height, width = s.shape[-2] // 2, s.shape[-1] // 2
-    cut = s[..., : 2 * height, : 2 * width]
-    windows = torch.stack([cut[..., i::2, j::2] for i in (0, 1) for j in (0, 1)])
-    best, chosen = windows[0], torch.zeros_like(windows[0], dtype=torch.int32)
-    for k in range(1, 4):
-        better = windows[k] > best if ties == "first" else windows[k] >= best
-        best = torch.where(better, windows[k], best)
-        chosen.masked_fill_(better, k)
-    kind = torch.int32 if s[0].numel() < 2**31 else torch.int64
-    places = torch.arange(s[0].numel(), device=s.device, dtype=kind).view(s.shape[1:])
-    corners = places[..., : 2 * height : 2, : 2 * width : 2]
-    return corners + (chosen // 2) * s.shape[-1] + chosen % 2
-
-
-@dataclass(frozen=True)
-class Selection:
-    """A pooling of its own as a layer: the entries at places [Q] of x [T N, C, H, W], flat."""
-
-    places: Tensor
-    shapes: tuple[torch.Size, torch.Size]
-    parameters: tuple[Tensor, ...] = ()
-
-    def tangent(self, dx: Tensor, dp: object) -> Tensor:
-        return dx.flatten()[self.places].view(self.shapes[1])
-
-    def adjoint(self, g: Tensor, want: object, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return g.new_zeros(self.shapes[0].numel()).scatter_(0, self.places, g.flatten()).view(self.shapes[0]), ()
-
-    def adjoint_tangent(self, dg: Tensor, dx: object, dp: object, want: object) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self.adjoint(dg, want, False)
-
-
-def select(pool: MaxPool, x: Tensor) -> tuple[Tensor, Selection]:
-    """pool(x) for x [T N, C, H, W] that is not spikes alone, and the layer there."""
-    y = pool(x)
-    return y, Selection(selection(x[None], pool.ties).flatten().long(), (x.shape, y.shape))
-
-
-def time_mean(steps: int, total: int, s: Tensor) -> tuple[Tensor, TimeMean]:
-    """[steps N, K] -> [N, K]: what these steps add to the mean over `total` steps."""
-    mean = TimeMean(steps, total)
-    return mean.tangent(s, ()), mean
-
-
-@dataclass(frozen=True)
-class TimeMean:
-    """The mean over time as a layer; of a segment, its part of it."""
-
-    steps: int
-    total: int
-    parameters: tuple[Tensor, ...] = ()
-
-    def tangent(self, dx: Tensor, dp: object) -> Tensor:
-        return dx.reshape(self.steps, -1, *dx.shape[1:]).sum(0) / self.total
-
-    def adjoint(self, g: Tensor, want: object, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return (g / self.total).repeat(self.steps, *(1,) * (g.dim() - 1)), ()
-
-    def adjoint_tangent(self, dg: Tensor, dx: object, dp: object, want: object) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self.adjoint(dg, want, False)

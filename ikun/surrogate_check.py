@@ -1,8 +1,9 @@
-"""Is the derivative of a spike right to the second order? Found out by trying, for functions and neurons of any make.
+"""Test whether the derivative of a spike function is correct to second order.
 
-Surrogates are autograd functions whose backward pass was written by hand. A network trains with it; a Hessian
-differentiates it once more, and there it may raise, give zeros, or give NaN, mostly without a word. The test compares
-f'' as double backward gives it with the numerical derivative of f', on points away from 0, where surrogates have kinks.
+Surrogates are autograd functions with a hand-written backward pass. Training uses the first derivative only. A Hessian
+differentiates the backward pass once more, and this may raise an error or, often silently, give zeros or NaN. The test
+compares f'' from double backward with the numerical derivative of f'. It uses points away from 0, where surrogates have
+kinks. It works with functions and neurons of any library.
 """
 
 from __future__ import annotations
@@ -14,20 +15,23 @@ import torch
 from torch import Tensor
 
 VERDICTS = ("exact", "zero", "opaque", "nan", "wrong", "unknown")
-Spike = Callable[[Tensor], Tensor]  # element by element: x = h - threshold [...] -> spikes [...]
+Spike = Callable[[Tensor], Tensor]  # element-wise: x = h - threshold [...] -> spikes [...]
 DISTANCES = torch.tensor([0.0371, 0.0917, 0.213, 0.437, 0.871, 1.37, 2.71], dtype=torch.float64)
-STEP = 1e-2  # of the numerical derivative, as a share of the distance from 0
+STEP = 1e-2  # step of the numerical derivative, relative to the distance from 0
 STENCIL = ((-2, 1 / 12), (-1, -8 / 12), (1, 8 / 12), (2, -1 / 12))  # weights of f'(x + k step) / step
-TOLERANCE = 1e-2  # of f'' against its numerical value: what single precision allows
+TOLERANCE = 1e-2  # relative error of f'' that single precision allows
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What double backward makes of f''.
+    """The result of a test of f''.
 
-    kind: exact; zero (it comes out 0 although f' varies); opaque (it raises, or is cut off from the graph); nan (f' or
-    f'' is not finite somewhere); wrong (it is something else, or changes from call to call); unknown (could not be
-    tried). reason: a phrase, empty if exact. error: the largest |f'' - numerical| / (|numerical| + f' / distance).
+    Attributes:
+        kind: One of `VERDICTS`. exact: f'' is correct. zero: f'' is 0 although f' varies. opaque: double backward
+            raises an error, or f' is cut off from the autograd graph. nan: f' or f'' is not finite somewhere. wrong:
+            f'' has another value, or changes from call to call. unknown: the test was not possible.
+        reason: Explanation as a phrase. It is empty if kind is exact.
+        error: The largest value of |f'' - numerical| / (|numerical| + f' / distance from 0).
     """
 
     kind: str
@@ -36,11 +40,15 @@ class Verdict:
 
     @property
     def exact(self) -> bool:
+        """Whether kind is "exact"."""
         return self.kind == "exact"
 
 
 def is_step(spike: Spike) -> bool:
-    """Whether the values are 0 below 0 and 1 above: not so for a surrogate in its smooth mode or with graded spikes."""
+    """Return whether the values of a function are 0 below 0 and 1 above 0.
+
+    This is not the case for a surrogate in its smooth mode or for graded spikes.
+    """
     try:
         with torch.no_grad():
             below, above = spike(-DISTANCES.float()), spike(DISTANCES.float())
@@ -50,10 +58,16 @@ def is_step(spike: Spike) -> bool:
 
 
 def check_surrogate(spike: Spike) -> Verdict:
-    """The verdict on a function of x = h - threshold.
+    """Test a spike function of x = h - threshold.
 
-    Narrow ones (a width below 1e-4) are not seen. NaN is looked for in single precision as well, and at x = 0, -1, 1,
-    where a neuron without input is.
+    Surrogates with a width below 1e-4 are too narrow for this test. NaN is also looked for in single precision, and at
+    x = 0, -1 and 1, which are common values for a neuron without input.
+
+    Args:
+        spike: Maps x [...] to spikes [...], element by element.
+
+    Returns:
+        The verdict.
     """
     near = torch.cat([DISTANCES, DISTANCES / 100])
     for dtype in (torch.float32, torch.float64):
@@ -64,10 +78,19 @@ def check_surrogate(spike: Spike) -> Verdict:
 
 
 def check_neuron(neuron: Spike, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Verdict:
-    """The verdict on a neuron: currents [B] -> spikes [B, ...] of the first step from rest, each from its own current.
+    """Test the spikes of a neuron in its first time step from rest.
 
-    Its threshold, in units of the current, is looked for between -1000 and 1000. The derivative is by the current: in
-    the first step from rest there is no reset whose spike a numerical derivative would take for constant.
+    The threshold, in units of the current, is searched between -1000 and 1000. The derivative is taken with respect to
+    the current. The first step has no preceding reset, so a numerical derivative does not miss the derivative of the
+    reset.
+
+    Args:
+        neuron: Maps currents [B] to spikes [B, ...]. Every output must depend only on its own current.
+        dtype: Data type of the currents.
+        device: Device of the currents.
+
+    Returns:
+        The verdict.
     """
 
     def spikes(c: Tensor) -> Tensor:
@@ -78,22 +101,22 @@ def check_neuron(neuron: Spike, dtype: torch.dtype = torch.float32, device: torc
             threshold = _threshold(spikes, dtype, device)
             if threshold is None:
                 return Verdict("unknown", "no constant current from -1000 to 1000 makes it fire")
-            scale = threshold.abs() if threshold.abs() > 1e-5 else torch.ones_like(threshold)  # it was 0
+            scale = threshold.abs() if threshold.abs() > 1e-5 else torch.ones_like(threshold)  # the threshold is 0
             offsets = torch.cat([DISTANCES, -DISTANCES]).to(threshold) * scale
             if not torch.equal(spikes(threshold + offsets.flip(0)), spikes(threshold + offsets).flip(0)):
                 return Verdict("unknown", "its outputs depend on the order of its inputs")
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        return Verdict("unknown", f"it could not be run alone ({first_line(error)})")
+        return Verdict("unknown", f"it could not be run on its own ({first_line(error)})")
     at_rest = torch.stack([torch.zeros_like(threshold), threshold, 2 * threshold])
     return _not_finite(spikes, torch.cat([at_rest, threshold + offsets])) or _compared(spikes, threshold, offsets)
 
 
 def _threshold(spikes: Spike, dtype: torch.dtype, device: torch.device | None) -> Tensor | None:
-    """The current nearest to 0 behind which there are more spikes, or fewer; None if there is none."""
+    """Return the current closest to 0 at which the number of spikes changes; None if there is none."""
     size = torch.cat([torch.zeros(1), torch.logspace(-3, 3, 121)]).to(device, dtype)
     for currents in (size, -size):
         found = None
-        for _ in range(6):  # each narrows the bracket to a hundredth
+        for _ in range(6):  # every iteration reduces the bracket by a factor of 100
             counts = spikes(currents)
             changed = (counts[1:] != counts[:-1]).nonzero()
             if not len(changed):
@@ -106,7 +129,7 @@ def _threshold(spikes: Spike, dtype: torch.dtype, device: torch.device | None) -
 
 
 def _derivatives(function: Spike, x: Tensor) -> tuple[Tensor, Tensor | None] | Verdict:
-    """(f', f'') at x [B], f'' None where it is cut off from the graph; a Verdict if one of them raises."""
+    """Return f' and f'' at x [B], or a Verdict if one raises. f'' is None where it is not in the graph."""
     x = x.detach().requires_grad_()
     try:
         with torch.enable_grad():
@@ -128,6 +151,7 @@ def _derivatives(function: Spike, x: Tensor) -> tuple[Tensor, Tensor | None] | V
 
 
 def _not_finite(function: Spike, x: Tensor) -> Verdict | None:
+    """Return a verdict if f' or f'' is not finite at some x [B]."""
     found = _derivatives(function, x)
     if isinstance(found, Verdict):
         return found
@@ -140,7 +164,10 @@ def _not_finite(function: Spike, x: Tensor) -> Verdict | None:
 
 
 def _compared(function: Spike, origin: Tensor, offsets: Tensor) -> Verdict:
-    """f'' at origin + offsets [B] against the numerical derivative of f', where f' is not negligible or has a jump."""
+    """Compare f'' at origin + offsets [B] with the numerical derivative of f'.
+
+    Points where f' is negligible or has a jump are skipped.
+    """
     x = origin + offsets
     found, again = _derivatives(function, x), _derivatives(function, x)
     if isinstance(found, Verdict) or isinstance(again, Verdict):
@@ -148,7 +175,7 @@ def _compared(function: Spike, origin: Tensor, offsets: Tensor) -> Verdict:
     first, second = found
     if not torch.equal(first, again[0]):
         return Verdict("wrong", "its derivative is random")
-    # with the steps as they are after rounding, which matters for a threshold far from 0 in single precision
+    # use the steps after rounding: this matters in single precision for a threshold far from 0
     step = (x + STEP * offsets) - x
     slopes = {k: _derivatives(function, x + k * step) for k in (-4, -2, -1, 1, 2, 4)}
     values = {k: v[0] for k, v in slopes.items() if not isinstance(v, Verdict)}
@@ -157,22 +184,22 @@ def _compared(function: Spike, origin: Tensor, offsets: Tensor) -> Verdict:
     scale = numerical.abs() + first.abs() / offsets.abs()
     used = (first.abs() > 1e-4 * first.abs().max()) & ((numerical - wide).abs() < 10 * TOLERANCE * scale)
     if not used.any():
-        return Verdict("unknown", "its derivative is 0, or has jumps, wherever it was tried")
+        return Verdict("unknown", "its derivative is 0 or has jumps at all tested points")
     numerical, scale = numerical[used], scale[used]
     varies = bool((numerical.abs() > TOLERANCE * scale).any())
     if second is None:
-        reason = "its derivative is cut off from the graph: f'' would count as 0, though f' varies"
+        reason = "its derivative is cut off from the graph: f'' would be taken as 0 although f' varies"
         return Verdict("opaque", reason, 1.0) if varies else Verdict("exact")
     second = second[used]
     error = float(((second - numerical).abs() / scale).max())
     if error <= TOLERANCE:
         return Verdict("exact", error=error)
     if not second.any():
-        return Verdict("zero", "f'' comes out as 0, though f' varies", error)
+        return Verdict("zero", "f'' is 0 although f' varies", error)
     return Verdict("wrong", f"f'' differs from the derivative of f' by {100 * error:.0f}%", error)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, in at most 160 characters."""
+    """Return the first line of an error message, cut to 160 characters."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return text if len(text) <= 160 else text[:157] + "..."

@@ -1,11 +1,13 @@
-"""Surrogate derivatives of the spike: F, f' = F', f'' of every family in one place.
+"""Surrogate derivatives of the spike function.
 
-A neuron fires where x = h - theta >= 0. Training replaces the derivative of that step by f'(x); the second
-derivative of a network's loss then needs f''(x) as well (the local 2-jet of the spike). `spike` is the step with
-these two derivatives attached, in reverse mode, forward mode and vmap.
+A neuron fires where x = h - theta >= 0, with h the membrane potential and theta the threshold. Training replaces the
+derivative of this step function by a surrogate derivative f'(x). The second derivative of a network's loss also needs
+f''(x): together, f' and f'' are the local 2-jet of the spike. This module defines F, f' = F' and f'' of every family.
+`spike` is the step function with these two derivatives attached. It supports reverse mode, forward mode and vmap.
 
-Sources: atan, sigmoid, softsign, piecewise_exp, erf, rect: SpikingJelly (Fang et al. 2023); fast_sigmoid: snnTorch
-(Eshraghian et al. 2023); superspike: Zenke & Ganguli 2018, slope as in Norse; triangle: Bellec et al. 2018.
+Sources: atan, sigmoid, softsign, piecewise_exp, erf and rect are those of SpikingJelly (Fang et al. 2023). fast_sigmoid
+is that of snnTorch (Eshraghian et al. 2023). superspike is from Zenke & Ganguli 2018, with the default slope of Norse.
+triangle is from Bellec et al. 2018.
 """
 
 from __future__ import annotations
@@ -22,10 +24,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table: functions of (x, p), p the family's one parameter.
+    """A surrogate family: functions of x and of the family's single parameter p.
 
-    slope: +1 if the derivative steepens as p grows, -1 if p is a width. length(p): the scale of x on which f' varies.
-    formula: f'(x) for people to read, the parameter as a.
+    Attributes:
+        default: Value of p that is used if none is given.
+        slope: +1 if f' becomes steeper as p grows, -1 if p is a width.
+        primitive: F(x, p), which rises from 0 to `area(p)`.
+        first: f'(x, p).
+        second: f''(x, p). It is 0 at the kinks of f'.
+        peak: f'(0) as a function of p.
+        area: The integral of f' as a function of p.
+        length: The scale of x on which f' varies, as a function of p.
+        formula: f'(x) as readable text, in which the parameter is called a.
     """
 
     default: float
@@ -40,7 +50,7 @@ class Family:
 
 
 def _bump(x: Tensor, k: float) -> Tensor:
-    """1 / (1 + k|x|): the building block of fast_sigmoid and softsign; underflows to 0, never to NaN."""
+    """Return 1 / (1 + k|x|), which underflows to 0 and never gives NaN. Used by fast_sigmoid and softsign."""
     return (1 + k * x.abs()).reciprocal()
 
 
@@ -191,14 +201,29 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A family with its parameter, written `name:parameter`, for instance `atan:2`."""
+    """A surrogate family with a value of its parameter. Its text form is `name:parameter`, for example `atan:2`.
+
+    Attributes:
+        name: Name of the family, a key of `FAMILIES`.
+        parameter: Value of the family's parameter.
+    """
 
     name: str
     parameter: float
 
     @staticmethod
     def parse(text: str) -> Surrogate:
-        """`atan` or `atan:2`. Raises ValueError, naming the choices, for anything else."""
+        """Parse `name` or `name:parameter`, for example `atan` or `atan:2`.
+
+        Args:
+            text: Name of the family, with an optional parameter. The default parameter is that of the family.
+
+        Returns:
+            The surrogate.
+
+        Raises:
+            ValueError: If the family is unknown, or the parameter is not a number between 0.001 and 1000.
+        """
         name, _, value = text.partition(":")
         if name not in FAMILIES:
             raise ValueError(f"unknown surrogate '{name}': choose one of {', '.join(FAMILIES)}")
@@ -212,32 +237,33 @@ class Surrogate:
 
     @property
     def family(self) -> Family:
+        """The family that defines the functions of this surrogate."""
         return FAMILIES[self.name]
 
     def steeper(self, factor: float) -> Surrogate:
-        """The same family with its slope multiplied by `factor`."""
+        """Return the same family with its slope multiplied by `factor`."""
         return Surrogate(self.name, self.parameter * factor**self.family.slope)
 
     def primitive(self, x: Tensor) -> Tensor:
-        """F(x), from 0 to `area`."""
+        """Return F(x), which rises from 0 to `area`."""
         return self.family.primitive(x, self.parameter)
 
     def first(self, x: Tensor) -> Tensor:
-        """f'(x)."""
+        """Return f'(x)."""
         return self.family.first(x, self.parameter)
 
     def second(self, x: Tensor) -> Tensor:
-        """f''(x); 0 at the kinks."""
+        """Return f''(x). It is 0 at the kinks of f'."""
         return self.family.second(x, self.parameter)
 
     @property
     def peak(self) -> float:
-        """f'(0)."""
+        """The value f'(0)."""
         return self.family.peak(self.parameter)
 
     @property
     def area(self) -> float:
-        """The integral of f'; 1 where F is a distribution function."""
+        """The integral of f'. It is 1 where F is a distribution function."""
         return self.family.area(self.parameter)
 
     def __str__(self) -> str:
@@ -245,15 +271,29 @@ class Surrogate:
 
 
 def spike(x: Tensor, surrogate: Surrogate, relaxed: bool = False) -> Tensor:
-    """The spike at x = h - theta (finite, any shape), values 0 or 1, with derivatives f'(x) and f''(x).
+    """Return the spikes at x = h - theta, with f'(x) and f''(x) as first and second derivative.
 
-    Written as the 2-jet that it is, step(c) + f'(c) (x - c) + f''(c) (x - c)^2 / 2 at the constant c = x, so that every
-    mode of differentiation gives both derivatives, in any nesting: a jvp of a jvp through an autograd.Function would
-    silently lose f''. relaxed=True gives F(x) in the forward pass too: the network is then an ordinary smooth
-    function. Raises ValueError where F is no distribution function (area other than 1).
+    The result is computed as a Taylor polynomial about the constant c = x:
+
+        step(c) + f'(c) (x - c) + f''(c) (x - c)^2 / 2
+
+    Every mode of differentiation therefore gives both derivatives, in any nesting. A custom autograd.Function would
+    silently lose f'' in a jvp of a jvp.
+
+    Args:
+        x: Membrane potential minus threshold, finite, of any shape.
+        surrogate: The surrogate derivative.
+        relaxed: If True, the values are F(x) instead of 0 or 1. The network is then an ordinary smooth function.
+
+    Returns:
+        The spikes, with the shape of x.
+
+    Raises:
+        ValueError: If `relaxed` is True and the area of the surrogate is not 1, so that F is not a distribution
+            function.
     """
     if relaxed and abs(surrogate.area - 1) > 1e-12:
-        raise ValueError(f"surrogate {surrogate} has area {surrogate.area:.3g}, not 1: it has no relaxed network")
+        raise ValueError(f"surrogate {surrogate} has area {surrogate.area:.3g}, not 1, so it has no relaxed network")
     c = x.detach()
     value = surrogate.primitive(c) if relaxed else (c >= 0).to(x.dtype)
     e = x - c
@@ -261,7 +301,10 @@ def spike(x: Tensor, surrogate: Surrogate, relaxed: bool = False) -> Tensor:
 
 
 def _half_exp(c: float, mu: float, s: float) -> float:
-    """E[exp(-c x); x > 0] of N(mu, s^2): erfcx overflows for a large mu / s, its logarithm cancels for a large c s."""
+    """Return E[exp(-c x); x > 0] for x ~ N(mu, s^2).
+
+    There are two equivalent forms: erfcx overflows for large mu / s, and its logarithm cancels for large c s.
+    """
     z = c * s - mu / s
     if z > 0:
         return math.exp(-((mu / s) ** 2) / 2) * float(special.erfcx(z / math.sqrt(2))) / 2
@@ -269,9 +312,10 @@ def _half_exp(c: float, mu: float, s: float) -> float:
 
 
 def _quadrature(surrogate: Surrogate, mu: float, s: float) -> float:
-    """Composite Gauss-Legendre, panels graded towards 0 (where f' varies) and over +-38 standard deviations.
+    """Return E[f'(x)^2] for x ~ N(mu, s^2) by composite Gauss-Legendre quadrature.
 
-    So wide because a steep f' can put nearly all of the integral far out in the tail that reaches 0.
+    The panels cover 38 standard deviations on both sides of mu and become finer towards 0, where f' varies. The range
+    is this wide because a steep f' can put nearly all of the integral into the far tail that reaches 0.
     """
     lo, hi = mu - 38 * s, mu + 38 * s
     graded = surrogate.family.length(surrogate.parameter) * 2.0 ** np.arange(-8, 40)
@@ -286,11 +330,21 @@ def _quadrature(surrogate: Surrogate, mu: float, s: float) -> float:
 
 
 def expected_square(surrogate: Surrogate, mu: float, s: float) -> float:
-    """E[f'(x)^2] for x ~ N(mu, s^2), the constant of IKUN's Theorem 1; mu is the mean of h minus the threshold.
+    """Return E[f'(x)^2] for x ~ N(mu, s^2), the constant in Theorem 1 of the IKUN paper (arXiv 2411.18250).
 
-    Closed form for erf, gaussian, rect, piecewise_exp, and atan at mu = 0; quadrature elsewhere, and where a closed
-    form cancels (triangle's truncated moments lose all digits for s >> w).
-    Raises ValueError unless s > 0.
+    erf, gaussian, rect, piecewise_exp, and atan at mu = 0 use a closed form. All other cases use quadrature, including
+    those where a closed form loses its digits to cancellation, such as the truncated moments of triangle for s >> w.
+
+    Args:
+        surrogate: The surrogate derivative f'.
+        mu: Mean of the membrane potential minus the threshold.
+        s: Standard deviation of the membrane potential.
+
+    Returns:
+        The expectation.
+
+    Raises:
+        ValueError: If s is not positive.
     """
     if not s > 0:
         raise ValueError(f"the standard deviation must be positive, not {s}")
@@ -302,7 +356,7 @@ def expected_square(surrogate: Surrogate, mu: float, s: float) -> float:
         case "gaussian":
             return math.exp(-mu * mu / (p * p + 2 * s * s)) / (2 * math.pi * p * math.sqrt(p * p + 2 * s * s))
         case "rect":
-            lower = (np.array([-p / 2, p / 2]) - abs(mu)) / s  # the lower tail, where ndtr keeps its digits
+            lower = (np.array([-p / 2, p / 2]) - abs(mu)) / s  # use the lower tail, where ndtr is accurate
             return float(np.diff(special.ndtr(lower))[0]) / p**2
         case "piecewise_exp":
             return p * p / 4 * (_half_exp(2 * p, mu, s) + _half_exp(2 * p, -mu, s))

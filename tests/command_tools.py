@@ -1,4 +1,4 @@
-"""What tests of the commands share: quick options, mistakes and their line, runs that kill themselves."""
+"""Helpers for tests of the commands: quick options, checks of error lines, and runs that kill themselves."""
 
 from __future__ import annotations
 

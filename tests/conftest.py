@@ -1,17 +1,36 @@
-"""Shared by all tests: the oracle can be imported by its name, and one thread keeps sums in one order."""
+"""Configuration and fixtures of all tests: one thread, repeatable examples, kernels that run without a GPU."""
 
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import settings
 
-# The same examples each time, none of them timed: a pull request fails for what it changed.
-# Other examples, and more: --hypothesis-profile=explore
+# Hypothesis draws the same examples every time and has no deadline, so that a failure is due to the change under test.
+# For other and more examples: --hypothesis-profile=explore
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile("steady")
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # keeps the order of sums
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels run in Python, on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is imported; runs its kernels in Python on the CPU
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread of torch, which is fastest for networks of a few units."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def warnings_are_errors() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield

@@ -1,4 +1,4 @@
-"""Made-up results for the tests of the figures, and what these look for in a drawn one."""
+"""Made-up results for tests of figures, and checks of a drawn figure."""
 
 from __future__ import annotations
 
@@ -78,6 +78,10 @@ def words(figure: Figure) -> list[Text]:
 
 def said(figure: Figure) -> str:
     return "\n".join(t.get_text() for t in words(figure)).replace("\u00a0", " ")
+
+
+def caption_of(figure: Figure) -> str:
+    return said(figure).replace("\n", " ")
 
 
 def collisions(figure: Figure) -> list[tuple[str, str]]:

@@ -1,9 +1,9 @@
-"""A fuzzer of every file that the commands read: damaged, hostile and foreign ones, made from valid ones by a seed.
+"""Fuzzer for every file that the commands read. It makes damaged, hostile and foreign files from valid ones.
 
     python tests/fuzz.py --count 20000 --seed 1 [--kind checkpoint]
 
-prints what was not handled: a traceback, a message that is not one line with the file's name in front, code that ran,
-memory beyond the limit, or a file that was taken for a good one and is none. `--seed 1 --only 1234` does one again.
+It prints every case that was not handled: a traceback, a message that is not one line starting with the file's name,
+executed code, memory beyond the limit, or an invalid file that was accepted. `--seed 1 --only 1234` repeats one case.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ from ikun.checkpoint import load_checkpoint
 from ikun.data.spec import DataSpec
 from ikun.networks import Network, Spec
 from ikun.training import loop as training
+from ikun.training.resume import read_resume
 from ikun.training.spec import TrainingSpec
-from ikun_hessian.experiments import plan, preset, runs
+from ikun_hessian.experiments import grid, plan, preset, runs
 from ikun_hessian.reports.spectrum import compare_lines
 
 ROOT = Path(__file__).parents[1]
@@ -512,7 +513,7 @@ def check_checkpoint(path: Path) -> None:
 
 def check_resume(path: Path) -> None:
     known = torch.load(io.BytesIO(trained()["resume"]), weights_only=True)["settings"]
-    training._read_resume(path, known)
+    read_resume(path, known)
 
 
 def check_weights(path: Path) -> None:
@@ -556,7 +557,7 @@ def check_log(path: Path) -> None:
 
 
 def check_preset(path: Path) -> None:
-    preset.run_grid(preset.read_preset(path, quick=True))
+    grid.run_grid(preset.read_preset(path, quick=True))
     found = preset.read_preset(path)
     plan.make(found, path.parent / "out", data_dir=None, device="cpu", memory=1.0, leader=1)
 

@@ -1,4 +1,4 @@
-"""Curvature matrices of a trained spiking network, for tests on real spectra."""
+"""Curvature matrices of a trained spiking network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Made-up training runs and what was measured of them, written as a study writes them."""
+"""Made-up training runs with their results, written in the files of a study."""
 
 from __future__ import annotations
 

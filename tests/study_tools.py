@@ -1,4 +1,4 @@
-"""Made-up studies with all that the figures can show: one image, snapshots, blocks, curves over samples."""
+"""Made-up studies with everything that figures can show, and access to the parts of figures and comparisons."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import numpy as np
 import run_tools
 
 from hessian_tools.results.spectrum import SamplePoint, Spectrum, SpectrumResult
+from ikun_hessian.experiments.comparison_result import Comparison, Row
+from ikun_hessian.experiments.figures.chart import Mark, Panel
 from ikun_hessian.experiments.runs import TrainingRun
+from ikun_hessian.reports.comparison import settings_lines
 
 TEN = ("ikun", "ikun_v1", "ikun_v2", "xavier", "kaiming", "lecun", "normal", "orthogonal", "lsuv", "fluctuation")
 MOMENTS = ("", "loss0.02", "epoch0004", "epoch0008")
 
 
 def full_run(init: str, seed: int, place: int = 0, **changes: Any) -> TrainingRun:
-    """A run with 10 and 5 eigenvalues, and of the final weights blocks and a curve over samples besides."""
+    """A run with 10 largest and 5 smallest eigenvalues; for the final weights also blocks and a curve over samples."""
     rng = np.random.default_rng([seed, place])
     kinds = {"moments": MOMENTS, "tags": ("one-image",), "speed": 1.2 + 0.25 * place, **changes}
     run = run_tools.make_run(init, seed, curvature=math.exp(0.4 * math.sin(3 * place)), **kinds)
@@ -79,7 +82,7 @@ def full_study(
 
 
 def gain_study(seeds: int = 3) -> list[TrainingRun]:
-    """Two surrogates, gains from 1/16 to 16, slower the farther from 1 and never there at the ends; kaiming besides."""
+    """Runs of two surrogates and gains from 1/16 to 16, slower the farther from 1, and of kaiming."""
     runs = []
     for surrogate in ("atan:2", "triangle:1"):
         part: dict[str, Any] = {"network": {"surrogate": surrogate}}
@@ -90,3 +93,30 @@ def gain_study(seeds: int = 3) -> list[TrainingRun]:
             ]
         runs += [run_tools.make_run("kaiming", s, **part) for s in range(seeds)]
     return [dataclasses.replace(run, name=f"{run.name}-{i}") for i, run in enumerate(runs)]
+
+
+def panel(panels: Sequence[Panel], row: str, column: str = "") -> Panel:
+    (found,) = [p for p in panels if (p.row, p.column) == (row, column)]
+    return found
+
+
+def marks(found: Panel, kind: str, level: str = "kaiming") -> list[Mark]:
+    return [m for m in found.marks if (m.kind, m.level) == (kind, level)]
+
+
+def row(c: Comparison, measure: str, level: str, moment: str = "") -> Row:
+    (one,) = [r for r in c.rows if (r.measure, r.level, r.moment) == (measure, level, moment)]
+    return one
+
+
+def text(c: Comparison) -> str:
+    """The screen of a comparison in one line."""
+    return " ".join(" ".join(settings_lines({"": c})).split())
+
+
+def changed(run: TrainingRun, **parts: dict[str, Any]) -> TrainingRun:
+    """The run with parts of all of its spectra changed."""
+    spectra: dict[str, SpectrumResult] = {}
+    for key, r in run.spectra.items():
+        spectra[key] = dataclasses.replace(r, **{name: {**getattr(r, name), **new} for name, new in parts.items()})
+    return dataclasses.replace(run, spectra=spectra)

@@ -1,4 +1,4 @@
-"""Tests of benchmarks.claims: numbers of made-up runs whose drift, spread and costs are set by hand."""
+"""Tests of benchmarks.claims on made-up runs whose drift, spread and costs are known."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import claims
 
-LAYERS = ("fc1", "fc2", "fc3")  # the last is no hidden one
+LAYERS = ("fc1", "fc2", "fc3")  # the last is the output layer
 
 
 def write(
@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_variances_over_time_layers_and_training(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_variances_over_time_layers_and_training_are_computed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     claims.stationary(folder)
     head = "claim 8: mlp, 5 runs that learn, median (10% to 90%): "
     assert [line.removeprefix(head) for line in capsys.readouterr().out.splitlines()] == [
@@ -65,7 +65,7 @@ def test_variances_over_time_layers_and_training(folder: Path, capsys: pytest.Ca
     ]
 
 
-def test_drift_against_accuracy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_drift_is_correlated_with_accuracy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     claims.drift(folder)
     said = capsys.readouterr().out
     assert "claim 8: mlp: E[f'^2] of 10 of 10 hidden layers falls since epoch 1\n" in said
@@ -77,7 +77,7 @@ def test_drift_against_accuracy(folder: Path, capsys: pytest.CaptureFixture[str]
     assert f"current variance, in between at the end, 2 runs: drift {drifts[0]:.3g} {drifts[1]:.3g}\n" in said
 
 
-def test_forward_passes_of_every_initializer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_forward_passes_of_every_initializer_are_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     claims.costs(folder)
     assert capsys.readouterr().out.splitlines() == [
         "claim 10: ikun takes at most 10 forward passes in any study",

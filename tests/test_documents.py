@@ -1,8 +1,9 @@
-"""The README and the pages of docs/: what they show to run runs, and what they name exists.
+"""Tests of the README and the pages of docs/: code blocks run, and the names in them exist.
 
-A page's blocks run in order, in one namespace and one folder that holds the shipped checkpoints: python blocks, and
-command lines of ikun-hessian (indented, or fenced as console). A block with a title is written to a file of that name.
-What cannot run here has <!-- not run: why --> above it and stands in NOT_RUN; its options are checked all the same.
+The blocks of a page run in order, in one namespace and one folder that holds the shipped checkpoints. They are python
+blocks and command lines of ikun-hessian (indented, or fenced as console). A block with a title is written to a file of
+that name. A block that cannot run here has the comment <!-- not run: why --> above it and is listed in NOT_RUN; its
+options are still checked.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ NOT_RUN = {
     "docs/calibration.md": ["minutes"],
     "docs/cluster.md": ["starts several processes", "a cluster"],
     "docs/findings.md": ["minutes", "hours", "minutes", "needs the repository's benchmarks"],
+    "docs/findings/README.md": ["minutes"],
     "docs/index.md": ["installs"],
     "docs/presets.md": ["needs the study above"],
     "docs/tutorial.md": ["minutes"],
@@ -128,10 +130,10 @@ def runnable(page: Path) -> list[Block]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working directory with the shipped checkpoints; modules that were imported from it are forgotten behind it."""
+    """A working directory with the shipped checkpoints; modules imported from it are unloaded afterwards."""
     from joblib.externals.loky import get_reusable_executor
 
-    # without the results that README's first command leaves beside them
+    # without results of the README's first command in the same folder
     results = shutil.ignore_patterns("*.spectrum.*", "*.landscape.*", "*.flatness.*", "*.calibration.*")
     shutil.copytree(ROOT / "checkpoints", tmp_path / "checkpoints", ignore=results)
     monkeypatch.chdir(tmp_path)
@@ -145,6 +147,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             del sys.modules[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if runnable(p)], ids=name_of)
 def test_every_block_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = "\n".join(block.text for block in runnable(page))
@@ -180,7 +183,7 @@ def run_line(words: list[str], where: str) -> None:
         assert run(arguments) == 0, f"{where}: {' '.join(words)}"
 
 
-# --- what they name is there
+# --- names exist
 
 
 def test_what_is_not_run_is_known() -> None:

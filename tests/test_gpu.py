@@ -1,4 +1,4 @@
-"""CUDA against the CPU. Run where a device is: pytest -m gpu."""
+"""Tests of CUDA against the CPU. Run with pytest -m gpu where there is a device."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_products_agree_with_the_cpu(name: str) -> None:
     torch.testing.assert_close((there @ v).cpu(), here @ v, rtol=1e-9, atol=1e-12)
 
 
-def test_spectrum_and_training_on_the_device(tmp_path: Path) -> None:
+def test_spectrum_and_training_run_on_the_device(tmp_path: Path) -> None:
     out = tmp_path / "x.pt"
     quick = ["--top", "3", "--smallest", "2", "--steps", "8", "--samples", "128"]
     assert cli.run(["train", "--epochs", "2", "--channels", "4", "--device", "cuda", "--out", str(out)]) == 0
@@ -83,7 +83,7 @@ def no_fallback(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-# ---------------------------------------------------------------- kernels (ikun/kernels/test_triton_kernels.py has more)
+# --- kernels (see also ikun/kernels/test_triton_kernels.py)
 @pytest.mark.usefixtures("no_fallback")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("reset", RESETS)

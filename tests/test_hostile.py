@@ -1,6 +1,7 @@
-"""Damaged, hostile and foreign files: one line that begins with the file's name, exit code 2, no code run, no memory.
+"""Tests that damaged, hostile and foreign files are refused.
 
-tests/fuzz.py is the same at length.
+The command prints one line that starts with the file's name and ends with exit code 2. It executes no code from the
+file and allocates little memory. tests/fuzz.py runs the same checks on many more files.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def fast() -> Iterator[Path]:
 def test_a_short_run_of_the_fuzzer(kind: str, fast: Path) -> None:
     assert fuzz.attempt(kind, fuzz.KINDS[kind].valid(), fast) == ""
     wrong, taken = [], 0
-    for number in range({"checkpoint": 1000, "nir": 20}.get(kind, 300)):  # nir: each is read by a process of its own
+    for number in range({"checkpoint": 1000, "nir": 20}.get(kind, 300)):  # every NIR file is read in a separate process
         try:
             taken += not fuzz.attempt(kind, fuzz.mutated(kind, 0, number), fast)
         except AssertionError as error:
@@ -79,7 +80,7 @@ def bomb_of_zeros() -> bytes:
 
 
 def claims(size: int) -> bytes:
-    """The first entry says that it has so many bytes."""
+    """Make the first entry claim this many bytes."""
     data = bytearray(fuzz.archived(fuzz.entries(fuzz.trained()["checkpoint"])))
     place = data.index(b"PK\1\2")
     data[place + 20 : place + 28] = struct.pack("<II", size, size)
@@ -106,13 +107,13 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "bytearray": (lambda: pickled(b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x02\x85R."), "need code"),
     "storage": (lambda: pickled(b"\x80\x02ctorch.storage\nUntypedStorage\n\x8a\x06\0\0\0\0\0\x02\x85R."), "need code"),
     "many lists": (lambda: pickled(b"\x80\x02" + b"]" * 10_000_001 + b"."), "more than"),
-    "a long pickle": (lambda: pickled(b"\x80\x02" + b"N" * (2**26 + 1)), "beside the weights"),
+    "a long pickle": (lambda: pickled(b"\x80\x02" + b"N" * (2**26 + 1)), "in addition to the weights"),
     "a long name": (lambda: pickled(b"\x80\x02c" + b"a" * 10**6 + b"\nb\n."), "damaged"),
     "lists of lists": (
         lambda: pickled(b"\x80\x02]" + b"".join(b"q\0](h\0h\0h\0h\0e" for _ in range(60)) + b"."),
         "many times",
     ),
-    "deep": (lambda: pickled(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."), "in one another"),
+    "deep": (lambda: pickled(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."), "levels deep"),
     "many entries": (
         lambda: fuzz.archived([("archive/data.pkl", b"\x80\x02}."), *((f"archive/{i}", b"") for i in range(60_000))]),
         "",
@@ -137,7 +138,7 @@ for path in sys.argv[1:]:
 """
 
 
-def test_bombs_take_no_memory(tmp_path: Path) -> None:
+def test_compressed_bombs_take_no_memory(tmp_path: Path) -> None:
     paths = []
     for name, (make, _) in BOMBS.items():
         paths.append(tmp_path / f"{name.replace(' ', '-')}.pt")
@@ -170,7 +171,7 @@ def test_weights_that_share_their_storage_cannot_ask_for_a_large_network(fast: P
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_strangers_weights_that_are_not_finite(bad: float, fast: Path) -> None:
+def test_weights_that_are_not_finite_are_refused(bad: float, fast: Path) -> None:
     net = torch.nn.Linear(2, 2)
     torch.save({"weight": torch.tensor([[1, bad], [0, 0]]), "bias": torch.zeros(2)}, fast / "a.pt")
     with pytest.raises(AdapterError, match="NaN or infinite weights: weight"):
@@ -209,7 +210,7 @@ def special(folder: Path, name: str, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "empty", "loop", "nowhere", "huge", "/dev/zero", "/dev/random"])
-def test_what_is_no_file(kind: str, fast: Path, capsys: Capture) -> None:
+def test_paths_that_are_not_files_are_refused(kind: str, fast: Path, capsys: Capture) -> None:
     checkpoint = special(fast, "a.pt", kind)
     for command in ("info", "spectrum", "flatness"):
         ends(capsys, checkpoint, command, str(checkpoint))
@@ -222,11 +223,11 @@ def test_what_is_no_file(kind: str, fast: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
-def test_a_log_that_is_no_file_is_left_out(kind: str, fast: Path, capsys: Capture) -> None:
+def test_a_log_that_is_not_a_file_is_skipped(kind: str, fast: Path, capsys: Capture) -> None:
     (fast / "a.train.json").write_bytes(fuzz.trained()["record"])
     special(fast, "a.train.jsonl", kind)
     assert run(["compare", str(fast)]) == 2
-    assert "a.train.jsonl: cannot be read" in capsys.readouterr().err
+    assert "a.train.jsonl: not a regular file" in capsys.readouterr().err
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -244,7 +245,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("command", ["info", "spectrum"])
-def test_what_a_checkpoint_says_of_itself(name: str, command: str, fast: Path, capsys: Capture) -> None:
+def test_hostile_fields_of_a_checkpoint_end_in_one_line(name: str, command: str, fast: Path, capsys: Capture) -> None:
     values = torch.load(io.BytesIO(fuzz.trained()["checkpoint"]), weights_only=True)
     for part, change in CHANGES[name].items():
         values[part] = change if isinstance(change, str) else {**values[part], **change}
@@ -256,7 +257,7 @@ def test_what_a_checkpoint_says_of_itself(name: str, command: str, fast: Path, c
 
 
 @pytest.mark.parametrize("raw", ["NaN", "1e999", "1" * 5000, "[" * 10**5, "1" * 400, '{"schema": 1}', '"\x00"'])
-def test_results_through_the_commands(raw: str, fast: Path, capsys: Capture) -> None:
+def test_damaged_results_end_in_one_line(raw: str, fast: Path, capsys: Capture) -> None:
     values = json.loads(fuzz.made_results()["spectrum"])
     path = fast / "a.spectrum.json"
     path.write_text(json.dumps({**values, "num_parameters": WRONG}).replace(f'"{WRONG}"', raw))

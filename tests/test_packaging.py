@@ -1,4 +1,4 @@
-"""What is installed: the wheel and the source archive, their metadata, and the command where it is started."""
+"""Tests of the installed package: wheel, source archive, metadata, and the working directory of the command."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = ("ikun", "hessian_tools", "ikun_hessian")
 OTHER = "9.8.7"  # the version that is built here: whoever says another one read it elsewhere
 BUILD = "import sys, setuptools.build_meta as b; out = sys.argv[1]; b.build_wheel(out); b.build_sdist(out)"
-IMPORTED_AS = {"pillow": "PIL", "scikit-learn": "sklearn"}
+IMPORTED_AS = {"lazy-loader": "lazy_loader", "pillow": "PIL", "scikit-learn": "sklearn"}
 OPTIONAL = {"spikingjelly", "snntorch", "norse", "nir", "triton"}
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -32,7 +32,9 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 def _sources() -> dict[str, bytes]:
     """The files to install by their names in the wheel."""
-    wanted = [path for top in PACKAGES for end in ("py", "toml", "typed") for path in (ROOT / top).rglob(f"*.{end}")]
+    wanted = [
+        path for top in PACKAGES for end in ("py", "pyi", "toml", "typed") for path in (ROOT / top).rglob(f"*.{end}")
+    ]
     return {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in wanted}
 
 
@@ -46,7 +48,7 @@ def _build(source: Path, out: Path) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(wheel, source archive) of this tree as version OTHER, with rubbish beside the packages."""
+    """(wheel, source archive) of this tree as version OTHER, with unrelated files next to the packages."""
     place = tmp_path_factory.mktemp("build")
     tree = place / "tree"
     ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "site")
@@ -132,7 +134,7 @@ def test_the_metadata_are_those_of_the_project(metadata: Message) -> None:
     classifiers = metadata.get_all("Classifier", [])
     assert "Programming Language :: Python :: 3.11" in classifiers
     assert "Programming Language :: Python :: 3.10" not in classifiers
-    assert not [line for line in classifiers if line.startswith("License ::")]  # beside an expression an index refuses
+    assert not [line for line in classifiers if line.startswith("License ::")]  # indexes refuse both
 
 
 def test_what_is_imported_is_required_and_the_reverse() -> None:
@@ -163,7 +165,7 @@ def test_the_version_has_one_source(started: Run) -> None:
 
 
 def test_help_of_every_command_imports_nothing_heavy(started: Run) -> None:
-    light = {"click"}
+    light = {"click", "lazy_loader"}
     heavy = {IMPORTED_AS.get(name, name) for name in _names(PROJECT["dependencies"])} - light
     code = f"""
 import sys
@@ -183,7 +185,7 @@ print(*cli.commands)
 
 
 @pytest.mark.parametrize("line", [["ikun-hessian"], ["python", "-m", "ikun_hessian"]])
-def test_files_of_like_names_where_it_is_started(started: Run, line: list[str]) -> None:
+def test_files_of_like_names_in_the_working_directory_are_not_imported(started: Run, line: list[str]) -> None:
     """A user's own modules, first on the path, shadow nothing of ours and are not run."""
     for arguments, expected in ((["--help"], "spectrum"), (["info", str(SHIPPED / "digits-csnn-ikun.pt")], "forward")):
         done = started(*line, *arguments)

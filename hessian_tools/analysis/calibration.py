@@ -1,15 +1,17 @@
-"""Does an operator's curvature predict that of the true spiking loss? Measured direction by direction.
+"""Measure how well each curvature operator predicts the curvature of the true spiking loss, direction by direction.
 
-The truth: second differences of the smoothed true loss L_s(w) = E L(w + s D z) (forward.py) over a step e along a unit
-direction v,
+The reference is a second difference of the smoothed true loss L_s(w) = E L(w + s D z) (see
+`hessian_tools.perturbation`), with a step e along a unit direction v:
 
-    c = (L_s(w + e v) + L_s(w - e v) - 2 L_s(w)) / e^2,
+    c = (L_s(w + e v) + L_s(w - e v) - 2 L_s(w)) / e^2
 
-with the same noise z at the three points. e is chosen for every direction such that the step moves the outputs as far
-as the noise does (root mean square): a shorter one drowns in the jumps of the loss, a longer one leaves the region that
-the noise explores. So c is the curvature over a region of the noise's own size. No surrogate and no gradient occurs.
+All three points use the same noise z. For each direction, e is chosen such that the step changes the outputs as much as
+the noise does (root mean square). A shorter step is dominated by the jumps of the loss, and a longer one leaves the
+region that the noise explores. So c is the curvature over a region of the size of the noise. No surrogate and no
+gradient is involved.
 
-The prediction: v'Av for every operator A. Reported: the rank correlation over the directions, and the ratio c / v'Av.
+The prediction of an operator A is v'Av. The result holds the rank correlation over the directions and the ratio c /
+v'Av.
 """
 
 from __future__ import annotations
@@ -22,34 +24,42 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
+from hessian_tools.analysis.agreement import agreement
 from hessian_tools.analysis.context import SmoothedFactory
-from hessian_tools.linalg.lanczos import eigenpairs, quadrature, tridiagonal
+from hessian_tools.linalg.lanczos import eigenpairs
+from hessian_tools.linalg.lanczos_quadrature import quadrature, tridiagonal
 from hessian_tools.linalg.trace import estimate, probe_forms
 from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator, scaled
 from hessian_tools.operators.curvature import fisher, ggn, hessian
 from hessian_tools.perturbation import mean_loss, noise, noise_scales, outputs_at
-from hessian_tools.results.calibration import Agreement, Calibration, Scale
+from hessian_tools.results.calibration import Calibration, Scale
 from hessian_tools.resume import Phases
 from hessian_tools.seeding import stream
 
-ABSOLUTE_STEPS = 12  # Lanczos steps of v'|H|v
-RESAMPLES = 1000  # of the directions, for the intervals of a correlation
-TRACE_STEP = 0.25  # relative change of s^2 in the smoothed loss's trace
-CalibrationProgress = Callable[[str, int, int], None]
+ABSOLUTE_STEPS = 12  # Lanczos steps for v'|H|v
+TRACE_STEP = 0.25  # relative change of s^2 in the difference quotient for the trace
+CalibrationProgress = Callable[[str, int, int], None]  # (phase, steps done, steps in total)
 
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """scales: of the noise, relative to each filter's root mean square. draws: of the noise. seed: of all randomness.
+    """Settings of `calibrate`.
 
-    step: output movement of a step over that of the noise. eigenvectors: of each end of each operator's spectrum.
-    random: directions of each random kind. Directions are 6 eigenvectors' worth (both ends of the Hessian, top of GGN,
-    Fisher and of the smoothed operator), the gradient, and the random kinds (isotropic, filter-normalized, mixtures,
-    single layers).
+    The directions are eigenvectors (both ends of the Hessian; the largest of GGN, Fisher and the smoothed operator),
+    the gradient, and random directions of several kinds (isotropic, filter-normalized, mixtures with eigenvectors, one
+    layer at a time).
+
+    Attributes:
+        scales: Noise standard deviations, relative to each filter's root mean square.
+        draws: Number of noise samples, in antithetic pairs: an even number, at least 4.
+        step: Change of the outputs by a step, relative to that by the noise.
+        eigenvectors: Number of eigenvectors from each end of a spectrum (half as many for Fisher).
+        random: Number of directions of each random kind.
+        seed: Random seed.
+        memory: Memory in GiB for the operators.
     """
 
     scales: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
@@ -64,7 +74,7 @@ class CalibrationSettings:
         if not self.scales or not all(0 < s < math.inf for s in self.scales):
             raise ValueError(f"noise scales must be positive numbers, not {list(self.scales)}")
         if self.draws < 4 or self.draws % 2:
-            raise ValueError(f"draws come in antithetic pairs, at least two: 4, 6, ..., not {self.draws}")
+            raise ValueError(f"draws must be even and at least 4 (they form antithetic pairs), not {self.draws}")
         for name in ("eigenvectors", "random"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -84,21 +94,34 @@ def calibrate(
 ) -> Calibration:
     """Measure how well every operator predicts the curvature of the true smoothed loss.
 
-    variants: objectives of the same weights under another convention (tie rule, surrogate); Hessian and GGN of each
-    take part. family: the same with one common analysis surrogate of several widths; at each scale the GGN of the width
-    whose median ratio is nearest to 1 takes part as "ggn, fitted" (Scale.fitted names it). smoothed: makes operator
-    `smoothed` (ikun.smoothed); a network without it goes without it. Raises ValueError for a loss that is not finite or
-    a network that never spikes.
+    Args:
+        objective: The loss, its data and its weights.
+        settings: Settings of the calibration.
+        variants: Objectives with the same weights under another convention (tie rule, surrogate), by label. The Hessian
+            and the GGN of each take part.
+        family: Objectives with the same weights and surrogates of several widths, by label. At each scale, the GGN of
+            the width whose median ratio is nearest to 1 takes part as "ggn, fitted" (see `Scale.fitted`).
+        smoothed: Function that makes the operator `smoothed` (`ikun.smoothed`). The operator is left out for networks
+            that do not have it.
+        phases: Storage of finished phases and products, to resume an interrupted run.
+        progress: Callback with the phase, the steps done and the steps in total.
+
+    Returns:
+        The measured curvatures and the predictions.
+
+    Raises:
+        ValueError: If the loss is not finite, or if the noise does not change the outputs (for example because no
+            neuron fires).
     """
     phases, tell = phases or Phases(), progress or (lambda name, done, total: None)
     loss, gradient = objective.value_and_gradient()
     if not math.isfinite(loss):
-        raise ValueError(f"the loss is {loss} at these weights: there is nothing to calibrate")
+        raise ValueError(f"the loss is {loss} at these weights; calibration needs a finite loss")
     memory = settings.memory * 2**30 / (len(MAIN) + len(settings.scales))
     operators: dict[str, Operator] = {op: make(objective, memory) for op, make in MAIN.items()}
     matched: dict[float, Operator] = {}
     if smoothed is not None:
-        with contextlib.suppress(ValueError):  # a network without such an operator
+        with contextlib.suppress(ValueError):  # some networks have no such operator
             matched = {s: smoothed(objective, memory, scale=s, seed=settings.seed + 1) for s in settings.scales}
     middle = matched.get(sorted(settings.scales)[len(settings.scales) // 2])
 
@@ -154,7 +177,19 @@ def directions(
     settings: CalibrationSettings,
     tell: CalibrationProgress,
 ) -> tuple[Tensor, list[str]]:
-    """Unit vectors [P, K] and the kind of each: eigenvectors of every operator, gradient, random ones."""
+    """Return the directions along which curvature is measured.
+
+    Args:
+        objective: The loss and its weights.
+        operators: Operators whose eigenvectors are used, by name.
+        matched: The operator `smoothed` whose eigenvectors are used too, if there is one.
+        gradient: Gradient [P].
+        settings: Number of directions and seed.
+        tell: Progress callback.
+
+    Returns:
+        Unit vectors [P, K] and the kind of each.
+    """
     count, size = min(settings.eigenvectors, objective.size // 2), objective.size
     columns: list[Tensor] = []
     kinds: list[str] = []
@@ -206,13 +241,13 @@ def directions(
 
 
 def _forms(op: Operator, v: Tensor) -> list[float]:
-    """v'Av of every column."""
+    """Return v'Av for every column of v [P, K]."""
     forms: list[float] = ((op @ v).double() * v.double()).sum(0).tolist()
     return forms
 
 
 def _absolute_forms(op: Operator, v: Tensor, tell: Callable[[int], None]) -> list[float]:
-    """v'|A|v of every column, by the quadrature of a Lanczos process started there."""
+    """Return v'|A|v for every column of v [P, K], by the quadrature of a Lanczos process started at the column."""
     found = []
     for i, column in enumerate(v.unbind(1)):
         tell(i)
@@ -222,6 +257,7 @@ def _absolute_forms(op: Operator, v: Tensor, tell: Callable[[int], None]) -> lis
 
 
 def _trace(op: Operator, seed: int) -> float:
+    """Estimate the trace with 16 probes."""
     forms, _ = probe_forms(op, 16, stream(seed, 7))
     return estimate(forms, 0.0).estimate
 
@@ -229,7 +265,21 @@ def _trace(op: Operator, seed: int) -> float:
 def curvatures(
     objective: Objective, v: Tensor, scale: float, settings: CalibrationSettings, tell: CalibrationProgress
 ) -> dict[str, Any]:
-    """The truth at one scale: second differences of the smoothed loss along the columns of v [P, K], and its trace."""
+    """Measure second differences of the smoothed loss along directions, and its trace, at one noise scale.
+
+    Args:
+        objective: The loss and its weights.
+        v: Unit directions [P, K].
+        scale: Noise scale, relative to each filter's root mean square.
+        settings: Number of draws, relative step and seed.
+        tell: Progress callback.
+
+    Returns:
+        The fields `loss`, `movement`, `curvature`, `stderr`, `step`, `trace` and `trace_stderr` of `Scale`.
+
+    Raises:
+        ValueError: If the noise does not change the outputs.
+    """
     weights, unit = objective.weights(), noise_scales(objective)
     draws, count = settings.draws, v.shape[1]
     name = f"noise {scale:g}"
@@ -249,7 +299,7 @@ def curvatures(
             moved.append(out)
     movement = math.sqrt(movement)
     if movement == 0:
-        raise ValueError(f"noise of scale {scale:g} does not move the outputs: the network never spikes, or always")
+        raise ValueError(f"noise of scale {scale:g} does not move the outputs: the neurons never fire, or always fire")
     steps = _steps(objective, v, point, moved, settings.step * movement, scale * float(weights.norm()))
     items = [(j, k, sign * steps[k]) for k in range(count) for sign in (1, -1) for j in range(draws)]
     losses = torch.empty(count, 2, draws, dtype=torch.float64)
@@ -258,8 +308,8 @@ def curvatures(
         if i % draws == 0:
             tell(name, i, len(items))
     second = (losses.sum(1) - 2 * base) / torch.tensor(steps, dtype=torch.float64)[:, None].square()
-    pairs = second.reshape(count, -1, 2).mean(2)  # antithetic noise: one observation
-    # trace: with the noise's own numbers at s^2 (1 +- TRACE_STEP)
+    pairs = second.reshape(count, -1, 2).mean(2)  # an antithetic pair is one observation
+    # The trace uses the same noise at s^2 (1 +- TRACE_STEP).
     wide, narrow = (scale * math.sqrt(1 + sign * TRACE_STEP) for sign in (1, -1))
 
     def farther(item: tuple[int, float]) -> Tensor:
@@ -287,9 +337,9 @@ def _steps(
     wanted: float,
     longest: float,
 ) -> list[float]:
-    """Steps along the columns of v that move the outputs by `wanted` (root mean square), to 10%."""
+    """Return steps along the columns of v that change the outputs by `wanted` (root mean square), to within 10%."""
     steps = [longest / 8] * v.shape[1]
-    short, long = [0.0] * len(steps), [math.inf] * len(steps)  # known to be too
+    short, long = [0.0] * len(steps), [math.inf] * len(steps)  # largest step known to be too short, smallest too long
     open_ = list(range(v.shape[1]))
     for _ in range(8):
         items = [(j, k, steps[k]) for k in open_ for j in range(len(moved))]
@@ -302,7 +352,7 @@ def _steps(
             if abs(math.log(factor)) > 0.1:
                 (short if factor > 1 else long)[k] = steps[k]
                 steps[k] *= min(4.0, max(0.25, factor**1.2))
-                if not short[k] < steps[k] < long[k]:  # movement by a higher power of the step
+                if not short[k] < steps[k] < long[k]:  # the movement grows faster than the step: bisect
                     steps[k] = math.sqrt(short[k] * long[k])
                 still.append(k)
         open_ = still
@@ -319,7 +369,7 @@ def _scale(
     family: Sequence[str],
     seed: int,
 ) -> Scale:
-    """The truth at one scale with every operator's agreement."""
+    """Combine the measurements at one scale with the agreement of every operator."""
     c = np.array(truth["curvature"])
     named = {f"ggn, {label}": label for label in family}
     compared = {name: values for name, values in forms.items() if name not in named} | own.get("forms", {})
@@ -343,39 +393,3 @@ def _scale(
         agreement={name: agreement(np.array(values), c, seed) for name, values in compared.items()},
         fitted=fitted,
     )
-
-
-def agreement(predicted: Any, truth: Any, seed: int = 0, resamples: int = RESAMPLES) -> Agreement:
-    """How curvatures `predicted` [K] agree with the true ones [K]; see Agreement."""
-    both = (predicted > 0) & (truth > 0)
-    nan = float("nan")
-    ratios = np.log(truth[both] / predicted[both]) if both.any() else np.array([nan])
-    low, middle, high = np.exp(np.percentile(ratios, [25, 50, 75]))
-    within = float(((ratios > math.log(0.7)) & (ratios < math.log(1.4))).sum() / len(truth))
-    slope = nan
-    if both.sum() > 2:
-        slope = float(stats.theilslopes(np.log(truth[both]), np.log(predicted[both]))[0])
-    correlation, low_end, high_end = float(_spearman(predicted, truth)), nan, nan
-    if resamples and not math.isnan(correlation):
-        chosen = np.random.default_rng(seed).integers(0, len(truth), (resamples, len(truth)))
-        half = 1.96 * np.nanstd(_fisher(_spearman(predicted[chosen], truth[chosen])))
-        low_end, high_end = (float(np.tanh(_fisher(correlation) + side * half)) for side in (-1, 1))
-    return Agreement(
-        correlation,
-        (low_end, high_end),
-        float(middle),
-        (float(low), float(high)),
-        within,
-        slope,
-    )
-
-
-def _spearman(a: Any, b: Any) -> Any:
-    """Over the last axis; NaN where one of the two is constant."""
-    a, b = (ranks - ranks.mean(-1, keepdims=True) for ranks in (stats.rankdata(x, axis=-1) for x in (a, b)))
-    with np.errstate(invalid="ignore"):
-        return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
-
-
-def _fisher(correlation: Any) -> Any:
-    return np.arctanh(np.clip(correlation, -1 + 1e-6, 1 - 1e-6))

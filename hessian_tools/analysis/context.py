@@ -1,4 +1,4 @@
-"""What every part of one spectrum analysis shares."""
+"""Settings, progress and stored phases that all parts of an analysis share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 
 from hessian_tools.analysis.settings import SpectrumSettings
-from hessian_tools.linalg.lanczos import (
-    least_basis,
-)
+from hessian_tools.linalg.lanczos import least_basis
 from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator
 from hessian_tools.progress import Meter
@@ -23,30 +21,54 @@ if TYPE_CHECKING:
 
 SYMMETRY_LIMIT = {torch.float32: 1e-4, torch.float64: 1e-10}
 Op = TypeVar("Op", bound=Operator)
-Factory = Callable[[Objective, float], "CurvatureOperator"]  # (objective, bytes for kept primals)
+Factory = Callable[[Objective, float], "CurvatureOperator"]  # (objective, bytes for stored primals)
 
 
 class SmoothedFactory(Protocol):
-    """Make the operator `smoothed` of an objective; scale: of the weight noise, relative to each filter's RMS."""
+    """Function that makes the operator `smoothed` of an objective."""
 
-    def __call__(self, objective: Objective, memory: float, *, scale: float, seed: int) -> CurvatureOperator: ...
+    def __call__(self, objective: Objective, memory: float, *, scale: float, seed: int) -> CurvatureOperator:
+        """Make the operator.
+
+        Args:
+            objective: The loss, its data and its weights.
+            memory: Bytes for stored primals.
+            scale: Scale of the weight noise, relative to each filter's root mean square.
+            seed: Seed of the noise.
+        """
 
 
 class AnalysisError(RuntimeError):
-    """The computation failed: an operator that is no Hessian, or numbers that are not finite."""
+    """The computation failed: an operator is not symmetric, or a number is not finite."""
 
 
 @dataclass(frozen=True)
 class AnalysisContext:
-    """What every part of one analysis needs."""
+    """State that all parts of one analysis share.
+
+    Attributes:
+        settings: Settings of the analysis.
+        phases: Storage of finished phases and products.
+        meter: Progress display.
+        smoothed: Function that makes the operator `smoothed`, if there is one.
+    """
 
     settings: SpectrumSettings
     phases: Phases
     meter: Meter
-    smoothed: SmoothedFactory | None = None  # makes operator `smoothed`
+    smoothed: SmoothedFactory | None = None
 
     def phase(self, name: str, op: Op, compute: Callable[[Op], dict[str, Any]]) -> dict[str, Any]:
-        """A phase of the analysis, computed or taken from an interrupted run; a dict of tensors and plain values."""
+        """Run one phase, or load its result from an interrupted run.
+
+        Args:
+            name: Name of the phase.
+            op: Operator that the phase uses.
+            compute: Function of the operator that returns a dict of tensors and plain values.
+
+        Returns:
+            The result of `compute`.
+        """
         before = self.phases.products
         self.meter.phase(name)(0, 1, float("nan"))
         result = self.phases.run(name, op, compute)
@@ -54,16 +76,27 @@ class AnalysisContext:
         return result
 
     def generator(self, phase: str, index: int) -> torch.Generator:
-        """An independent stream for every phase of every operator."""
+        """Return an independent random stream for each phase and each operator (by its index)."""
         return stream(self.settings.seed, index, *phase.encode())
 
 
 def budget(memory: float, size: int, wanted: int, steps: int = 0) -> tuple[int, float]:
-    """How `memory` bytes are shared: (vectors in the Lanczos basis, bytes for kept primals).
+    """Divide the available memory between the Lanczos basis and stored primals.
 
-    The basis takes what the pairs and a density of `steps` steps need, and up to half of the memory and 400 vectors.
-    With it at its peak are the pairs copied out of it and a few vectors of work, float64 all. Raises ValueError where
-    nine tenths of the memory do not suffice for the least basis.
+    The basis gets what the eigenpairs and a density with `steps` steps need, and beyond that up to half of the memory
+    and at most 400 vectors. Its peak includes the eigenpairs copied out of it and a few work vectors, all in float64.
+
+    Args:
+        memory: Memory in bytes.
+        size: Number P of parameters.
+        wanted: Number of eigenpairs.
+        steps: Lanczos steps of a density.
+
+    Returns:
+        The number of vectors in the Lanczos basis, and the bytes for stored primals.
+
+    Raises:
+        ValueError: If nine tenths of the memory do not suffice for the smallest possible basis.
     """
     vector, work = 8 * size, wanted + 4
     least = max(least_basis(wanted), steps)
@@ -72,8 +105,8 @@ def budget(memory: float, size: int, wanted: int, steps: int = 0) -> tuple[int, 
     if most < least:
         needed = vector * (least + work) / 0.9 / 2**30
         raise ValueError(
-            f"{wanted} eigenpairs and {steps} steps of density for {size:,} parameters need {needed:.1f} GiB of "
-            f"memory, {memory / 2**30:.1f} are allowed: ask for fewer, or allow more"
+            f"{wanted} eigenpairs and {steps} density steps for {size:,} parameters need {needed:.1f} GiB of memory, "
+            f"but memory is {memory / 2**30:.1f} GiB. Raise memory, or ask for fewer eigenpairs or steps."
         )
     room = min(max(400, comfortable), max(half, min(most, comfortable)))
     return room, memory - vector * (room + work)

@@ -1,7 +1,8 @@
-"""The loss along lines and planes in weight space, beside what the curvature operators say about it.
+"""The loss along lines and planes in weight space, with the curvature that the operators predict there.
 
-Two losses, never mixed: the true one, of the network as it computes (with spikes it is piecewise constant), and that of
-the relaxed network, whose spikes are the surrogate's primitive: a smooth function, of another network.
+There are two losses. The true loss is that of the network as it computes; with spikes it is piecewise constant. The
+relaxed loss is that of the relaxed network, in which every spike is replaced by the primitive of the surrogate. It is
+smooth, but it belongs to another network.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hessian_tools.analysis.context import SYMMETRY_LIMIT, AnalysisError, budget
-from hessian_tools.io import json as results
+from hessian_tools.io.json import clean
 from hessian_tools.io.versions import versions
 from hessian_tools.linalg.lanczos import Eigenpairs, eigenpairs
 from hessian_tools.nonfinite import first_not_finite
@@ -39,19 +40,27 @@ from hessian_tools.results.landscape import (
 from hessian_tools.resume import Phases
 from hessian_tools.seeding import stream
 
-TOL = 1e-4  # of the eigenvectors, residual over norm
+TOL = 1e-4  # tolerance of the eigenvectors: residual relative to the norm of the operator
 S = TypeVar("S")
 Op = TypeVar("Op", bound=Operator)
 
 
 @dataclass(frozen=True)
 class LandscapeSettings:
-    """What `landscape` computes; every field is stored with the result.
+    """Settings of `landscape`. Every field is stored with the result.
 
-    directions: top1, top2, ... (eigenvectors of the surrogate Hessian, largest eigenvalue first), negative (that of the
-    most negative one), gradient, random1, random2, ... planes: pairs of such names, whose lines are drawn too. points,
-    plane_points: on each axis, odd, so that 0 is one of them. range: farthest distance in units of ||w||; None:
-    RANDOM_RANGE for random directions, SHARP_RANGE for the others. accuracy: on the lines too. memory: GiB.
+    Attributes:
+        directions: Directions of the lines: "top1", "top2", ... (eigenvectors of the surrogate Hessian, the largest
+            eigenvalue first), "negative" (eigenvector of the most negative eigenvalue), "gradient", and "random1",
+            "random2", ... (random directions).
+        planes: Pairs of such directions. Their lines are computed too.
+        points: Number of grid points on a line. It is odd, so that 0 is one of them.
+        plane_points: Number of grid points along each axis of a plane. It is odd as well.
+        range: Largest distance, relative to ||w||. With None it is RANDOM_RANGE for random directions and SHARP_RANGE
+            for the others.
+        accuracy: Whether to compute accuracies along the lines too.
+        seed: Random seed.
+        memory: Memory in GiB.
     """
 
     directions: tuple[str, ...] = ("top1", "top2", "negative", "gradient", "random1", "random2")
@@ -72,25 +81,36 @@ class LandscapeSettings:
             raise ValueError("no direction chosen")
         for first, second in self.planes:
             if first == second:
-                raise ValueError(f"plane {first},{second}: two different directions span a plane")
+                raise ValueError(f"plane {first},{second}: a plane needs two different directions")
         for name in ("points", "plane_points"):
             count = getattr(self, name)
             if count < 3 or count % 2 == 0:
-                raise ValueError(f"{name.replace('_', ' ')} must be odd and at least 3, so that 0 is one, not {count}")
+                raise ValueError(
+                    f"{name.replace('_', ' ')} must be odd and at least 3 (0 is a grid point), not {count}"
+                )
         if self.range is not None and not 0 < self.range < math.inf:
-            raise ValueError(f"range must be a positive number, in units of the weights' norm, not {self.range}")
+            raise ValueError(f"range must be a positive number (relative to the norm of the weights), not {self.range}")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The directions, those of the planes among them, each once."""
+        """The directions of the lines and of the planes, without duplicates."""
         return tuple(dict.fromkeys((*self.directions, *(name for plane in self.planes for name in plane))))
 
 
 def random_direction(objective: Objective, seed: int, number: int) -> Tensor:
-    """Unit [P], float64: Gaussian, every filter scaled to the norm of the weights' filter (Li et al. 2018, section 4;
-    in vectors such as biases every entry is one), so the direction had the norm ||w|| before it was made a unit one.
+    """Return a random filter-normalized direction.
 
-    number: from 1. Objectives of one size get the same Gaussian numbers.
+    A Gaussian vector is scaled filter by filter to the norms of the filters of the weights (Li et al. 2018, section 4),
+    then normalized. In vectors such as biases, each entry is a filter.
+
+    Args:
+        objective: Objective with the weights.
+        seed: Random seed.
+        number: Number of the direction, from 1. Objectives with the same number of parameters get the same Gaussian
+            vector.
+
+    Returns:
+        Unit vector [P], float64.
     """
     z = noise(objective, seed, 2 * number - 2)
     drawn = dict(zip(objective.parameters, objective.split(z), strict=True))
@@ -109,12 +129,23 @@ def landscape(
     progress: Show | None = None,
     phases: Phases | None = None,
 ) -> LandscapeResult:
-    """The loss along lines and planes through the weights, with the second derivatives of the operators there.
+    """Compute the loss along lines and planes through the weights, with the second derivatives of the operators there.
 
-    relaxed: the same weights in the relaxed network; refused: where there is none, why not, for the result. provenance:
-    the dicts checkpoint, data, network, training of the result. phases: where finished lines and planes are kept.
-    Raises ValueError for weights that are all 0 and where no direction is left, AnalysisError for a Hessian that is not
-    symmetric and numbers that are not finite at the weights themselves (away from them they are NaN in the result).
+    Args:
+        objective: The true loss, its data and its weights.
+        settings: Settings of the analysis.
+        relaxed: Objective of the relaxed network with the same weights.
+        refused: Reason why there is no relaxed network, by name. It is stored in the result.
+        provenance: The dicts `checkpoint`, `data`, `network` and `training` of the result.
+        progress: Progress callback.
+        phases: Storage of finished lines and planes, to resume an interrupted run.
+
+    Returns:
+        The losses. A loss that is not finite away from the weights is NaN.
+
+    Raises:
+        ValueError: If all weights are 0, or if no direction is available.
+        AnalysisError: If the Hessian is not symmetric, or if a number at the weights themselves is not finite.
     """
     settings = settings or LandscapeSettings()
     began = time.perf_counter()
@@ -124,7 +155,7 @@ def landscape(
     w = objective.weights().double()
     norm = float(w.norm())
     if norm == 0:
-        raise ValueError("all weights are 0: distances are in units of their norm")
+        raise ValueError("all weights are 0, so distances relative to their norm are undefined")
     why = dict(refused or {})
     try:
         _, gradient = objective.value_and_gradient()
@@ -147,7 +178,7 @@ def landscape(
     return LandscapeResult(
         schema=LANDSCAPE_SCHEMA,
         **known,
-        settings=results.clean(dataclasses.asdict(settings)),
+        settings=clean(dataclasses.asdict(settings)),
         num_parameters=objective.size,
         parameters={name: p.numel() for name, p in objective.parameters.items()},
         weight_norm=norm,
@@ -171,7 +202,7 @@ def landscape(
 
 @dataclass(frozen=True)
 class _Direction:
-    """A unit vector [P], float64; residual and converged as in Line."""
+    """A unit vector [P] in float64. `residual` and `converged` are as in `Line`."""
 
     vector: Tensor
     residual: float = NAN
@@ -180,7 +211,9 @@ class _Direction:
 
 @dataclass
 class _Work:
-    """What every part of one analysis needs, and the evaluations done. objectives: the true one, the relaxed one."""
+    """State that all parts of one analysis share. `objectives` holds the true one and, if there is one, the relaxed
+    one.
+    """
 
     settings: LandscapeSettings
     objectives: Sequence[Objective]
@@ -189,6 +222,7 @@ class _Work:
     evaluations: int = 0
 
     def products(self, name: str, op: Op, compute: Callable[[Op], dict[str, Any]]) -> dict[str, Any]:
+        """Run a phase that computes products with an operator."""
         before = self.phases.products
         self.meter.phase(name)(0, 1, NAN)
         found = self.phases.run(name, op, compute)
@@ -196,7 +230,7 @@ class _Work:
         return found
 
     def evaluate(self, name: str, point: Callable[[S], Tensor], items: Sequence[S]) -> tuple[Tensor, Tensor]:
-        """Losses and accuracies [objectives, items] at the weights point(item)."""
+        """Return losses and accuracies [objectives, items] at the weights `point(item)`."""
         total = len(self.objectives) * len(items)
         report = self.meter.phase(name)
         report(0, total, NAN)
@@ -216,6 +250,7 @@ class _Work:
 
 
 def _lines(work: _Work, w: Tensor, directions: Mapping[str, _Direction], gradient: Tensor) -> Iterator[Line]:
+    """Compute the lines, one for each direction."""
     settings = work.settings
     vectors = torch.stack([d.vector for d in directions.values()], 1)
     memory = settings.memory * 2**30 / 2
@@ -229,12 +264,12 @@ def _lines(work: _Work, w: Tensor, directions: Mapping[str, _Direction], gradien
 
 
 def _planes(work: _Work, w: Tensor, directions: Mapping[str, _Direction], refused: dict[str, str]) -> Iterator[Plane]:
-    """The planes whose directions are there; the others are added to `refused`."""
+    """Compute the planes. A plane with a missing direction is added to `refused`."""
     settings = work.settings
     for pair in settings.planes:
         name = f"plane {','.join(pair)}"
         if missing := [each for each in pair if each not in directions]:
-            refused[name] = f"there is no direction {missing[0]}"
+            refused[name] = f"direction {missing[0]} is not available"
             continue
         u, v = (directions[each].vector for each in pair)
         reach = min(_range(settings, each) for each in pair)
@@ -246,14 +281,16 @@ def _planes(work: _Work, w: Tensor, directions: Mapping[str, _Direction], refuse
 
 
 def _two(values: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Of the true network, of the relaxed one: () where there is none."""
+    """Split values into those of the true and of the relaxed network; () if there is no relaxed network."""
     true, *rest = values.tolist()
     return tuple(true), tuple(rest[0]) if rest else ()
 
 
 def _directions(work: _Work, gradient: Tensor, refused: dict[str, str]) -> tuple[dict[str, _Direction], float]:
-    """The directions by name, the Hessian's symmetry error (NaN if it was not needed); what cannot be had goes to
-    `refused`."""
+    """Return the directions by name and the symmetry error of the Hessian (NaN if it was not needed).
+
+    A direction that is not available is added to `refused`.
+    """
     names, size = work.settings.names, work.objectives[0].size
     ranks = {name: int(name.removeprefix("top")) for name in names if name.startswith("top")}
     found: dict[str, _Direction] = {}
@@ -267,7 +304,7 @@ def _directions(work: _Work, gradient: Tensor, refused: dict[str, str]) -> tuple
             number = int(name.removeprefix("random"))
             found[name] = _Direction(random_direction(work.objectives[0], work.settings.seed, number))
         elif name == "gradient" and not gradient.any():
-            refused[name] = "the surrogate gradient is 0 at these weights: no neuron comes near firing"
+            refused[name] = "the surrogate gradient is 0 at these weights: no neuron is near its threshold"
         elif name == "gradient":
             found[name] = _Direction(gradient / gradient.norm())
         elif pairs.norm == 0:
@@ -286,15 +323,16 @@ def _directions(work: _Work, gradient: Tensor, refused: dict[str, str]) -> tuple
 
 
 def _eigenpairs(work: _Work, largest: int, smallest: int) -> tuple[Eigenpairs, float]:
-    """Outermost eigenpairs of the surrogate Hessian, and its symmetry error."""
+    """Return outermost eigenpairs of the surrogate Hessian, and its symmetry error."""
     room, kept = budget(work.settings.memory * 2**30, work.objectives[0].size, largest + smallest)
     op = hessian(work.objectives[0], kept)
     random, start = (stream(work.settings.seed, 0, *name) for name in (b"symmetry", b"eigenvalues"))
     error: float = work.products("symmetry", op, lambda op: {"error": symmetry_error(op, random)})["error"]
     if not error <= SYMMETRY_LIMIT.get(op.dtype, 1e-4):
         raise AnalysisError(
-            f"the hessian operator is not symmetric (|u'Hv - v'Hu| / ||Hu|| = {error:.1e}), so it is the Hessian of "
-            "nothing: look for state that survives a forward, random layers, or a surrogate without f''"
+            f"the hessian operator is not symmetric (|u'Hv - v'Hu| / ||Hu|| = {error:.1e}), so it cannot be a Hessian. "
+            "Likely causes: state carried over between forward passes, a random layer, or a surrogate without a "
+            "second derivative."
         )
     step = work.meter.phase("eigenvalues")
 
@@ -305,23 +343,24 @@ def _eigenpairs(work: _Work, largest: int, smallest: int) -> tuple[Eigenpairs, f
 
 
 def _forms(work: _Work, name: str, op: Operator, vectors: Tensor) -> list[float]:
-    """v'Av of every column of [P, k]."""
+    """Return v'Av for every column of [P, k]."""
     found: Tensor = work.products(name, op, lambda op: {"forms": (vectors * (op @ vectors)).sum(0)})["forms"]
     return [float(form) for form in found]
 
 
 def _range(settings: LandscapeSettings, name: str) -> float:
+    """Return the largest distance along a direction, relative to ||w||."""
     return settings.range or (RANDOM_RANGE if name.startswith("random") else SHARP_RANGE)
 
 
 def _distances(reach: float, points: int) -> tuple[float, ...]:
-    """Symmetric about an exact 0, the ends at +-reach."""
+    """Return a grid that is symmetric about an exact 0, from -reach to reach."""
     half = points // 2
     return tuple(reach * (i / half) for i in range(-half, half + 1))
 
 
 def _expected(settings: LandscapeSettings, relaxed: bool) -> dict[str, int]:
-    """Products and evaluations of every phase, for the progress bar."""
+    """Estimate the products and evaluations of every phase, for the progress bar."""
     networks = 1 + relaxed
     return {
         "eigenvalues": 40,

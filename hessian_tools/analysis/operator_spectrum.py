@@ -1,4 +1,4 @@
-"""One operator in, one Spectrum out: symmetry, eigenpairs, density, trace, functionals, errors from the data."""
+"""Compute the spectrum of one operator: symmetry, eigenpairs, density, trace and data errors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,8 @@ from hessian_tools.analysis.pyhessian import pyhessian_eigenpairs, pyhessian_tra
 from hessian_tools.analysis.sampling_error import data_errors, grouped
 from hessian_tools.analysis.settings import PROBES, STEPS, SpectrumSettings
 from hessian_tools.linalg import spectral_functions as functions
-from hessian_tools.linalg.lanczos import (
-    Eigenpairs,
-    eigenpairs,
-    excess,
-    quadrature,
-    random_vector,
-    tridiagonal,
-)
+from hessian_tools.linalg.lanczos import Eigenpairs, eigenpairs, excess, random_vector
+from hessian_tools.linalg.lanczos_quadrature import quadrature, tridiagonal
 from hessian_tools.linalg.power_iteration import power_iteration
 from hessian_tools.linalg.spectral_density import DensityEstimate, density
 from hessian_tools.linalg.trace import LEAST_PROBES, estimate, frobenius, probe_forms
@@ -30,18 +24,33 @@ from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator, scaled, symmetry_error
 from hessian_tools.operators.curvature import OPERATORS
 from hessian_tools.perturbation import filter_norms
-from hessian_tools.results import spectrum as results
+from hessian_tools.results.spectrum import Density, Eigenvalue, Functional, Search, Spectrum, Trace
 
 
 def measure(
     run: AnalysisContext, name: str, objective: Objective, factory: Factory, gradient: Tensor, index: int
-) -> tuple[results.Spectrum, Eigenpairs]:
-    """One operator: symmetry, eigenpairs, density, trace, errors from the data, scale-free lambda_max.
+) -> tuple[Spectrum, Eigenpairs]:
+    """Compute the spectrum of one operator.
 
-    index: its place among the operators; every place has random streams of its own.
+    Args:
+        run: Settings, progress and stored phases of the analysis.
+        name: Name of the operator.
+        objective: The loss, its data and its weights.
+        factory: Function that makes the operator from an objective and the bytes for stored primals.
+        gradient: Gradient of the objective [P].
+        index: Position of the operator in the analysis. Each position has its own random streams.
+
+    Returns:
+        The spectrum and the eigenpairs.
+
+    Raises:
+        AnalysisError: If the operator is not symmetric.
+        FloatingPointError: If a product is not finite.
+        ValueError: If the memory does not suffice.
     """
     settings, before, size = run.settings, run.phases.products, objective.size
-    # ggn and fisher have a large null space: their smallest eigenvalues are 0, sought only where they come first
+    # GGN and Fisher have a large null space, so their smallest eigenvalues are 0. They are computed only for the first
+    # operator.
     null = index > 0 and factory is not OPERATORS["hessian"]
     top = min(settings.magnitude or settings.top, size)
     one_end = settings.method == "power" or settings.magnitude or null
@@ -57,8 +66,9 @@ def measure(
     asymmetry: float = phase("symmetry", lambda op, random: {"error": symmetry_error(op, random)})["error"]
     if not asymmetry <= SYMMETRY_LIMIT.get(op.dtype, 1e-4):
         raise AnalysisError(
-            f"the {name} operator is not symmetric (|u'Hv - v'Hu| / ||Hu|| = {asymmetry:.1e}), so it is the Hessian "
-            "of nothing: look for state that survives a forward, random layers, or a surrogate without f''"
+            f"the {name} operator is not symmetric (|u'Hv - v'Hu| / ||Hu|| = {asymmetry:.1e}), so it cannot be a "
+            "Hessian. Likely causes: state carried over between forward passes, a random layer, or a surrogate without "
+            "a second derivative."
         )
     step = run.meter.phase(f"{name}: eigenvalues")
     pairs = Eigenpairs(
@@ -68,7 +78,7 @@ def measure(
         )
     )
     exact = pairs if bool(pairs.converged.all()) else pairs.take(pairs.converged)
-    spare = room - (0 if exact is pairs else len(exact.values))  # vectors that a density may take
+    spare = room - (0 if exact is pairs else len(exact.values))  # vectors available to a density
     spectral: DensityEstimate | None = None
     if settings.density and settings.backend == "own":
         step_density = run.meter.phase(f"{name}: density")
@@ -130,17 +140,15 @@ def measure(
         participation(pairs.vectors).tolist(),
         strict=True,
     )
-    found = [results.Eigenvalue(*column) for column in columns]
+    found = [Eigenvalue(*column) for column in columns]
     upper, lower = _two_ends(found, top, settings)
     lowest = min((e for e in found), key=lambda e: e.value)
-    record = results.Spectrum(
+    record = Spectrum(
         symmetry_error=asymmetry,
         hessian_vector_products=run.phases.products - before,
         eigenvalues=tuple(found[i] for i in upper),
         smallest_eigenvalues=tuple(found[i] for i in lower),
-        trace=results.Trace(
-            probe_trace.estimate, probe_trace.stderr, probe_trace.ci95, probe_trace.probes, spread["trace"]
-        ),
+        trace=Trace(probe_trace.estimate, probe_trace.stderr, probe_trace.ci95, probe_trace.probes, spread["trace"]),
         frobenius_norm=frobenius(probed["squared"], exact),
         scale_free_lambda_max=free,
         scale_free=tuple(ranks),
@@ -163,6 +171,7 @@ def _pairs(
     room: int,
     progress: Callable[[int, int, float], None],
 ) -> Eigenpairs:
+    """Compute the eigenpairs with the method and the backend of the settings."""
     if settings.backend == "pyhessian":
         return pyhessian_eigenpairs(objective, op, top, tol=settings.tol, seed=settings.seed)
     if settings.method == "power":
@@ -180,10 +189,10 @@ def _pairs(
     )
 
 
-def _two_ends(found: Sequence[results.Eigenvalue], top: int, settings: SpectrumSettings) -> tuple[list[int], list[int]]:
-    """Indices of the largest eigenvalues, descending, and of the smallest, ascending.
+def _two_ends(found: Sequence[Eigenvalue], top: int, settings: SpectrumSettings) -> tuple[list[int], list[int]]:
+    """Return the indices of the largest eigenvalues, descending, and of the smallest, ascending.
 
-    Pairs found by magnitude are split by sign, unless all are negative.
+    Eigenvalues that were found by magnitude are split by sign, unless all are negative.
     """
     order = sorted(range(len(found)), key=lambda i: -found[i].value)
     upper = [i for i in order if i < top]
@@ -195,7 +204,7 @@ def _two_ends(found: Sequence[results.Eigenvalue], top: int, settings: SpectrumS
 
 
 def _second_start(op: Operator, exact: Eigenpairs, generator: torch.Generator, room: int) -> Tensor:
-    """Ritz values [m] of the operator on the complement of the converged pairs, from another random start."""
+    """Ritz values [m] on the complement of the converged eigenvectors, from another random start vector."""
     if exact.values.numel() == op.shape[0]:
         return torch.empty(0, dtype=torch.float64)
     alpha, beta = tridiagonal(op, random_vector(op, generator), min(STEPS, room), exact.vectors)
@@ -203,9 +212,10 @@ def _second_start(op: Operator, exact: Eigenpairs, generator: torch.Generator, r
     return nodes
 
 
-def _search(pairs: Eigenpairs, size: int, nodes: Tensor, spectral: DensityEstimate | None) -> results.Search:
+def _search(pairs: Eigenpairs, size: int, nodes: Tensor, spectral: DensityEstimate | None) -> Search:
+    """Summarize the evidence that no eigenvalue was missed."""
     nan = float("nan")
-    return results.Search(
+    return Search(
         steps=pairs.steps,
         excess=excess(pairs, size),
         starts=spectral.probes if spectral else 1,
@@ -219,21 +229,21 @@ def _functions(
     name: str,
     spectral: DensityEstimate | None,
     size: int,
-    highest: results.Eigenvalue,
-    lowest: results.Eigenvalue,
+    highest: Eigenvalue,
+    lowest: Eigenvalue,
     settings: SpectrumSettings,
-) -> dict[str, results.Functional | None]:
-    """Effective dimension and log determinant where they are defined, and the share of the negative eigenvalues."""
+) -> dict[str, Functional | None]:
+    """Effective dimension and log determinant, if they are defined, and the share of the negative eigenvalues."""
     if spectral is None or spectral.probes < LEAST_PROBES:
         return {}
-    found: dict[str, results.Functional | None] = {}
+    found: dict[str, Functional | None] = {}
     definite = name in ("ggn", "fisher")
     if not definite:
         found["negative_share"] = functions.negative_share(spectral, size)
     damping = settings.damping or (0.01 * highest.value if definite else 0.0)
     slack = 0.0 if definite else lowest.residual
     if damping > 0:
-        with contextlib.suppress(ValueError):  # not positive definite: left out, and the report says why
+        with contextlib.suppress(ValueError):  # not positive definite: left out, with a warning
             found["effective_dimension"] = functions.effective_dimension(spectral, size, damping, slack)
             found["log_determinant"] = functions.log_determinant(spectral, size, damping, slack)
     return found
@@ -248,8 +258,8 @@ def _trace_forms(
     generator: torch.Generator,
     progress: Callable[[int, int, float], None],
 ) -> dict[str, Any]:
-    """forms z'Az and squared ||Az||^2 over trace_probes probes; the density's probes count among them."""
-    if settings.backend == "pyhessian":  # its own estimator, not deflated
+    """Return z'Az (forms) and ||Az||^2 (squared) of `trace_probes` probes, including those of the density."""
+    if settings.backend == "pyhessian":  # its own estimator, without deflation
         forms = pyhessian_trace(objective, seed=settings.seed)
         op.products += len(forms)
         return {"forms": forms, "squared": torch.full((1,), torch.nan)}
@@ -269,7 +279,17 @@ def _trace_forms(
 
 
 def lambda_max(run: AnalysisContext, name: str, op: Operator, start: Tensor) -> float:
-    """lambda_max to 1e-3 of the norm; NaN where 100 products do not suffice."""
+    """Compute the largest eigenvalue of an operator, with a tolerance of 1e-3 of its norm.
+
+    Args:
+        run: Settings, progress and stored phases of the analysis.
+        name: Name of the phase.
+        op: The operator.
+        start: Start vector [P].
+
+    Returns:
+        The eigenvalue; NaN if it did not converge in 100 products.
+    """
     room, _ = budget(run.settings.memory * 2**30, op.shape[0], 1)
     step = run.meter.phase(name)
 
@@ -297,7 +317,7 @@ def _largest(
     generator: torch.Generator,
     progress: Callable[[int, int, float], None],
 ) -> list[float]:
-    """The largest eigenvalues that converged, descending."""
+    """Return the largest eigenvalues that converged, in descending order."""
     room, _ = budget(settings.memory * 2**30, op.shape[0], count)
     found = eigenpairs(
         op,
@@ -312,12 +332,13 @@ def _largest(
 
 
 def _vectors(pairs: Eigenpairs, order: Sequence[int], op: Operator) -> Any:
-    """[P, k] in the dtype of the products."""
+    """Return the eigenvectors [P, k] in the given order and in the dtype of the operator."""
     return torch.stack([pairs.vectors[:, i].to(op.dtype) for i in order], 1).cpu().numpy()
 
 
-def _density(spectral: DensityEstimate | None) -> results.Density | None:
+def _density(spectral: DensityEstimate | None) -> Density | None:
+    """Convert a density estimate to plain numbers."""
     if spectral is None:
         return None
     nodes, weights = (tuple(tuple(t.tolist()) for t in part) for part in (spectral.nodes, spectral.weights))
-    return results.Density(nodes, weights, spectral.probes, spectral.steps, spectral.atoms, spectral.accuracy)
+    return Density(nodes, weights, spectral.probes, spectral.steps, spectral.atoms, spectral.accuracy)

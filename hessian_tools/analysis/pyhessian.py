@@ -1,7 +1,7 @@
-"""PyHessian (Yao et al. 2020) on the same objective: an independent reference, never on the main path.
+"""PyHessian (Yao et al. 2020) on the same objective, as an independent reference.
 
-What it computes is its own: stopping rules, tolerance, random numbers. Around it stands what its version 0.1 needs to
-run on any network at all, and the count of products, which it does not take itself.
+Stopping rules, tolerances and random numbers are PyHessian's own. This module adds what its version 0.1 needs to run on
+an arbitrary network, and counts the operator products, which PyHessian does not.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from hessian_tools.runtime.cuda import full_precision
 
 
 class _Live(nn.Module):
-    """PyHessian calls eval(), which in some spiking libraries removes the surrogate: the mode stays as it is here.
+    """Model that PyHessian sees.
 
-    It takes every parameter that requires a gradient: here those of the objective, a layer's for instance.
+    PyHessian calls `eval()`, which in some spiking libraries removes the surrogate, so `eval()` has no effect here.
+    PyHessian uses every parameter that requires a gradient, so `parameters()` returns only those of the objective.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -46,14 +47,17 @@ class _Live(nn.Module):
         return self.objective.outputs(x)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Plus 0 sum p^2: PyHessian 0.1 fails on a parameter that has no gradient, or one without a second."""
+        """Add 0 * sum p^2 to the loss.
+
+        PyHessian 0.1 fails on a parameter without a gradient or without a second derivative.
+        """
         unused = sum(p.square().sum() for p in self.objective.parameters.values())
         return self.objective.loss(outputs, targets) + 0 * unused
 
 
 def _run(objective: Objective, seed: int, method: Callable[[Any], Any]) -> tuple[Any, int]:
-    """(what `method` of PyHessian's class returns, products that it took)."""
-    from pyhessian import hessian  # an import of its own: it is slow, and only this function needs it
+    """Call `method` with PyHessian's class. Return its result and the number of operator products."""
+    from pyhessian import hessian  # slow to import, and only needed here
 
     live = _Live(objective)
     cuda = objective.device.type == "cuda"
@@ -61,7 +65,7 @@ def _run(objective: Objective, seed: int, method: Callable[[Any], Any]) -> tuple
     fork = torch.random.fork_rng([objective.device] if cuda else [])
     with fork, warnings.catch_warnings(), full_precision(objective.device):
         warnings.filterwarnings("ignore", "Using backward\\(\\) with create_graph=True")
-        torch.manual_seed(seed)  # PyHessian draws from the global generator, in the default dtype
+        torch.manual_seed(seed)  # PyHessian uses the global generator and the default dtype
         torch.set_default_dtype(objective.dtype)
         try:
             found = method(hessian(live, live.loss, dataloader=objective.batches, cuda=cuda))
@@ -74,11 +78,24 @@ def _run(objective: Objective, seed: int, method: Callable[[Any], Any]) -> tuple
 def pyhessian_eigenpairs(
     objective: Objective, op: Operator, count: int, *, tol: float, seed: int, max_iterations: int = 100
 ) -> Eigenpairs:
-    """PyHessian's own power iteration (its stopping rule, its tolerance 1e-3), with our residuals for its vectors.
+    """Compute eigenpairs with PyHessian's power iteration, and residuals of its vectors.
 
-    Its products are added to those of `op`, and to `products` of the pairs. It stops when two values in a row agree to
-    1e-3 (|value| + 1e-6), so early where eigenvalues are close, and at once where all are tiny.
-    Raises FloatingPointError if a product is not finite.
+    PyHessian stops when two successive values agree to 1e-3 (|value| + 1e-6). This is early if eigenvalues are close to
+    each other, and immediate if all are tiny.
+
+    Args:
+        objective: The loss, its data and its weights.
+        op: Hessian of the objective. It serves for the residuals.
+        count: Number of eigenpairs.
+        tol: Tolerance of `converged`: residual relative to the norm of the operator.
+        seed: Random seed.
+        max_iterations: Largest number of iterations for each eigenpair.
+
+    Returns:
+        The eigenpairs. Their `products` and those of `op` include the products of PyHessian.
+
+    Raises:
+        FloatingPointError: If a product is not finite.
     """
     (_, vectors), products = _run(objective, seed, lambda h: h.eigenvalues(max_iterations, tol=1e-3, top_n=count))
     op.products += products
@@ -86,16 +103,24 @@ def pyhessian_eigenpairs(
     if not torch.isfinite(columns).all():
         raise FloatingPointError("a product with the operator is not finite")
     norms = columns.norm(dim=0)
-    columns[0, norms == 0] = 1  # where the product vanishes it returns 0, and any vector will do
+    columns[0, norms == 0] = 1  # PyHessian returns 0 if the product is 0; any vector will do
     pairs = certified(op, columns / columns.norm(dim=0), tol)
     return replace(pairs, products=pairs.products + products)
 
 
 def pyhessian_trace(objective: Objective, *, seed: int, max_iterations: int = 100) -> Tensor:
-    """z'Hz [n] of PyHessian's own trace estimator, n <= max_iterations Rademacher probes: their mean is its trace.
+    """Estimate the trace with PyHessian.
 
-    It stops when two running means in a row agree to 1e-3, relative to their signed value: behind a negative one it
-    always stops, so that n is 2 for most Hessians of negative trace. One product a probe.
+    PyHessian stops when two successive running means agree to 1e-3 of their signed value. After a negative mean it
+    always stops, so n is 2 for most Hessians with a negative trace. Each probe takes one product.
+
+    Args:
+        objective: The loss, its data and its weights.
+        seed: Random seed.
+        max_iterations: Largest number of probes.
+
+    Returns:
+        z'Hz [n] of n <= max_iterations Rademacher probes. PyHessian's estimate is their mean.
     """
     values, _ = _run(objective, seed, lambda h: h.trace(max_iterations, tol=1e-3))
     return torch.tensor(values, dtype=torch.float64)

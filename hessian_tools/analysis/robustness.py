@@ -1,4 +1,4 @@
-"""Accuracy under disturbed inputs and disturbed weights, and how much of it is lost."""
+"""Accuracy under disturbed inputs and under disturbed weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,15 @@ from hessian_tools.results.robustness import Accuracy
 
 @dataclass(frozen=True)
 class RobustnessSettings:
-    """corruptions: kinds of disturbed inputs, each at all of severities. noise: scales of normal weight noise, over the
-    root mean square of the weight's filter. draws: of weight noise, in antithetic pairs."""
+    """Settings of a robustness analysis.
+
+    Attributes:
+        corruptions: Kinds of corrupted inputs. Each is measured at all severities.
+        severities: Severities of the corruptions, from 1 to 5.
+        noise: Standard deviations of the weight noise, relative to the root mean square of each filter.
+        draws: Number of noise samples, in antithetic pairs: an even number, at least 4.
+        seed: Random seed.
+    """
 
     corruptions: tuple[str, ...] = ("gaussian_noise", "blur", "contrast", "occlusion")
     severities: tuple[int, ...] = (1, 3, 5)
@@ -28,13 +35,22 @@ class RobustnessSettings:
         if not all(0 < scale < math.inf for scale in self.noise):
             raise ValueError(f"noise must be positive numbers, not {self.noise}")
         if self.draws < 4 or self.draws % 2:
-            raise ValueError(f"draws come in antithetic pairs, at least two: 4, 6, ..., not {self.draws}")
+            raise ValueError(f"draws must be even and at least 4 (they form antithetic pairs), not {self.draws}")
 
 
 def noisy_accuracy(objective: Objective, scale: float, draws: int, seed: int) -> Accuracy:
-    """Mean accuracy at weights + scale * (rms of the weight's filter) * normal noise, over `draws` antithetic draws.
+    """Compute the mean accuracy under Gaussian weight noise.
 
-    All checkpoints of one network meet the same noise.
+    Checkpoints with the same number of parameters get the same noise.
+
+    Args:
+        objective: The network, its data and its weights.
+        scale: Standard deviation of the noise, relative to the root mean square of each filter.
+        draws: Number of noise samples, in antithetic pairs: an even number, at least 4.
+        seed: Random seed.
+
+    Returns:
+        Mean accuracy, with its standard error over the pairs.
     """
     weights, sizes = objective.weights(), noise_scales(objective)
     points = outputs_at(objective, lambda i: weights + scale * sizes * noise(objective, seed, i), range(draws))

@@ -1,7 +1,7 @@
-"""The spectrum against the number of samples.
+"""The spectrum as a function of the number of samples.
 
-lambda_max of few samples is larger than that of many, on average (Jensen: it is convex in the matrix); the curve shows
-from how many samples on it has settled.
+On average, lambda_max is larger on few samples than on many, because it is a convex function of the matrix (Jensen's
+inequality). The curve shows how many samples it takes to converge.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from hessian_tools.results.spectrum import SamplePoint
 from hessian_tools.seeding import stream
 
 Compute = Callable[[Operator], dict[str, Any]]
-TOLERANCE, PRODUCTS = 1e-3, 100  # of the eigenpairs: the spread over the subsets is far larger
+TOLERANCE, PRODUCTS = 1e-3, 100  # of the eigenpairs; the spread over the subsets is far larger than this tolerance
 
 
 def _plainly(name: str, op: Operator, compute: Compute) -> dict[str, Any]:
+    """Run a computation without storing its result."""
     return compute(op)
 
 
@@ -40,12 +41,26 @@ def samples_curve(
     memory: float = 4 * 2**30,
     run: Callable[[str, Operator, Compute], dict[str, Any]] = _plainly,
 ) -> tuple[SamplePoint, ...]:
-    """The `top` largest eigenvalues (NaN for those not converged) and the trace on subsets of n samples, n in counts.
+    """Compute the largest eigenvalues and the trace on subsets of n samples, for several n.
 
-    See `subsets` for which. Traces: converged eigenpairs exactly, the rest by trace_probes probes.
-    operator(objective, bytes for kept primals) makes the operator, run(name, op, compute) computes on one subset.
-    memory: bytes for the Lanczos basis and the primals.
-    Raises ValueError for counts that do not increase from at least 1 to at most N, and for other numbers below 1.
+    The trace is the sum of the converged eigenvalues, plus a probe estimate for the rest.
+
+    Args:
+        objective: The loss, its data and its weights.
+        counts: Sizes n of the subsets, in increasing order.
+        resamples: Number of subsets of each size (see `subsets`).
+        operator: Function that makes the operator from an objective and the bytes for stored primals.
+        seed: Random seed.
+        top: Number of eigenvalues.
+        trace_probes: Number of probes for the trace.
+        memory: Bytes for the Lanczos basis and stored primals.
+        run: Function that runs one named computation on an operator, for example `AnalysisContext.phase`.
+
+    Returns:
+        One point for each n. Eigenvalues that did not converge are NaN.
+
+    Raises:
+        ValueError: If the counts do not increase from at least 1 to at most N, or if another number is below 1.
     """
     if min(resamples, top, trace_probes) < 1:
         raise ValueError(f"resamples, top and trace_probes must be at least 1, not {resamples}, {top}, {trace_probes}")
@@ -76,10 +91,20 @@ def samples_curve(
 
 
 def subsets(total: int, n: int, resamples: int, generator: torch.Generator) -> list[Tensor]:
-    """`resamples` sets of n of the indices 0..total - 1: disjoint blocks of one random permutation where they suffice,
-    else independent ones, drawn without replacement; a single one for n = total.
+    """Draw subsets of n of the indices 0, ..., total - 1.
 
-    The spread over overlapping sets is too small by a factor of about sqrt(1 - n / total).
+    The subsets are disjoint blocks of one random permutation if there are enough indices. Otherwise each is drawn
+    independently, without replacement. Over such overlapping subsets, the spread of an estimate is too small by a
+    factor of about sqrt(1 - n / total).
+
+    Args:
+        total: Number of indices.
+        n: Size of each subset.
+        resamples: Number of subsets. For n = total there is only one.
+        generator: Random stream.
+
+    Returns:
+        The subsets, each [n].
     """
     resamples = 1 if n == total else resamples
     if n * resamples <= total:
@@ -88,7 +113,7 @@ def subsets(total: int, n: int, resamples: int, generator: torch.Generator) -> l
 
 
 def _restricted(objective: Objective, parts: Sequence[Tensor]) -> Iterator[Objective]:
-    """The objective on each set of samples, in batches no larger than its largest."""
+    """Yield the objective on each set of samples, in batches no larger than its largest batch."""
     together = objective.rebatched(objective.samples)
     for part in parts:
         yield together.regrouped(part.split(max(objective.sizes)))
@@ -97,6 +122,7 @@ def _restricted(objective: Objective, parts: Sequence[Tensor]) -> Iterator[Objec
 def _measure(
     op: Operator, top: int, basis: int, start: torch.Generator, probes: int, draws: torch.Generator
 ) -> dict[str, Any]:
+    """Compute eigenvalues and trace on one subset."""
     pairs = eigenpairs(op, top, generator=start, tol=TOLERANCE, max_products=max(PRODUCTS, top), max_basis=basis)
     exact = pairs.take(pairs.converged)
     forms, _ = probe_forms(op, probes, draws, exact)

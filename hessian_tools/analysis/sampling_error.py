@@ -1,4 +1,6 @@
-"""Standard errors of eigenvalues and trace from the data: how far they would be on other samples of the same kind."""
+"""Standard errors over the data: how much eigenvalues and trace would differ on other samples from the same
+distribution.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,24 @@ from hessian_tools.objective import Objective
 if TYPE_CHECKING:
     from hessian_tools.operators.curvature import CurvatureOperator
 
-GROUPS = 32  # parts of the data whose spread is measured: 13% accuracy of a standard error
-PROBES = 4  # for the trace of the complement
-BOOTSTRAP_DRAWS = 400  # bootstrap resamples of the groups: 4% accuracy
+GROUPS = 32  # groups of samples; a standard error is then accurate to 13%
+PROBES = 4  # probes for the trace on the complement
+BOOTSTRAP_DRAWS = 400  # bootstrap samples of the groups; a standard error is then accurate to 4%
 
 
 def grouped(objective: Objective, generator: torch.Generator) -> Objective:
-    """The same samples, shuffled, in GROUPS batches whose sizes differ by one at most.
+    """Shuffle the samples and divide them into `GROUPS` batches whose sizes differ by at most one.
 
-    Shuffled, for batches of samples sorted by class would differ by more than chance. One batch a sample where there
-    are fewer than GROUPS; more batches where one would be larger than the objective's largest.
+    Shuffling is needed because batches of samples sorted by class would differ by more than chance. With fewer than
+    `GROUPS` samples, each sample is a batch. There are more batches if one of them would otherwise exceed the largest
+    batch of the objective.
+
+    Args:
+        objective: The loss and its data.
+        generator: Random stream of the permutation.
+
+    Returns:
+        The objective with the new batches.
     """
     n = objective.samples
     count = max(min(GROUPS, n), math.ceil(n / max(objective.sizes)))
@@ -34,18 +44,28 @@ def grouped(objective: Objective, generator: torch.Generator) -> Objective:
 def data_errors(
     groups: CurvatureOperator, pairs: Eigenpairs, exact: Eigenpairs, generator: torch.Generator
 ) -> dict[str, Any]:
-    """Standard errors of the eigenvalues (pairs [k]) and of the trace; NaN for a single group.
+    """Estimate standard errors of eigenvalues and trace over the data.
 
-    groups: the operator, with one batch a group (see `grouped`). exact: the converged ones of `pairs`. One product
-    with every group and vector.
+    It takes one product with every group and every vector.
 
-    Eigenvalues: the spread, over bootstrap resamples of the groups (Efron 1979), of the eigenvalues of V'A_b V, V the
-    converged eigenvectors. To first order an eigenvalue moves by v'dA v alone, but neighbours closer than their errors
-    mix, and that is off by up to a factor of two. First order serves unconverged pairs, and the last pair before the
-    rest of the spectrum, whose next neighbour is not in V.
-    Trace: the converged pairs' forms, plus probes on their complement. Its variance is the covariance, over the groups,
-    between two probes' forms: the variance of their mean holds the probes' own error besides. A quarter of that one is
-    the least that is believed.
+    Eigenvalues: the error is the standard deviation, over bootstrap samples b of the groups (Efron 1979), of the
+    eigenvalues of V'A_b V, where V holds the converged eigenvectors. To first order an eigenvalue changes by v'dA v.
+    But eigenvalues that are closer to each other than their errors mix, and then the first order is wrong by up to a
+    factor of two. First order is used for eigenpairs that did not converge, and next to the rest of the spectrum,
+    because the next eigenvector is then not in V.
+
+    Trace: the estimate is the sum of v'Av over the converged eigenvectors, plus a probe estimate on their complement.
+    Its variance is the covariance over the groups between the estimates of two different probes, because the variance
+    of their mean would include the error of the probes. A quarter of that variance is used as a lower limit.
+
+    Args:
+        groups: Operator with one batch per group (see `grouped`).
+        pairs: Eigenpairs, k of them.
+        exact: The converged ones among `pairs`.
+        generator: Random stream of the probes and the bootstrap.
+
+    Returns:
+        Standard errors: "pairs", a tensor [k], and "trace", a number. They are NaN for a single group.
     """
     probes, _ = orthogonalize(rademacher(groups, PROBES, generator), exact.vectors)
     (forms, probed), counts = groups.batch_forms(pairs.vectors, probes)
@@ -69,15 +89,20 @@ def data_errors(
 
 
 def standard_error(values: Tensor, counts: Tensor) -> Tensor:
-    """Standard error [k] of the sample mean of n independent samples, from batch means [B, k] of counts [B] samples.
+    """Return the standard error of the mean over n independent samples, from means over batches.
 
-    NaN for a single batch.
+    Args:
+        values: Batch means [B, k].
+        counts: Number of samples in each batch [B].
+
+    Returns:
+        Standard errors [k]; NaN for a single batch.
     """
     return _covariance(values, counts).diagonal().sqrt()
 
 
 def _covariance(values: Tensor, counts: Tensor) -> Tensor:
-    """Covariance [k, k] of the sample mean, arguments as in `standard_error`."""
+    """Covariance [k, k] of the sample mean. The arguments are those of `standard_error`."""
     total, batches = counts.sum(), len(counts)
     if batches < 2:
         return torch.full((values.shape[1], values.shape[1]), float("nan"), dtype=torch.float64)
@@ -86,7 +111,7 @@ def _covariance(values: Tensor, counts: Tensor) -> Tensor:
 
 
 def _bootstrap(matrices: Tensor, counts: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard errors [k] of the ascending eigenvalues of the mean of matrices [B, k, k] of counts [B] samples."""
+    """Standard errors [k] of the ascending eigenvalues of the mean of matrices [B, k, k] over counts [B] samples."""
     batches = len(counts)
     chosen = torch.randint(batches, (BOOTSTRAP_DRAWS, batches), generator=generator)
     weights = torch.zeros(BOOTSTRAP_DRAWS, batches, dtype=torch.float64).scatter_add_(1, chosen, counts[chosen])

@@ -1,4 +1,4 @@
-"""What an analysis computes, and with which versions."""
+"""Settings of a spectrum analysis."""
 
 from __future__ import annotations
 
@@ -7,21 +7,39 @@ from dataclasses import dataclass
 
 from hessian_tools.linalg.trace import LEAST_PROBES
 
-CURVATURES = ("hessian", "ggn", "fisher")  # the keys of operators.curvature.OPERATORS, which imports more
-STEPS, PROBES = 60, 4  # of the density, where neither they nor an accuracy are given
+CURVATURES = ("hessian", "ggn", "fisher")  # keys of operators.curvature.OPERATORS, without its imports
+STEPS, PROBES = 60, 4  # defaults of the density if no accuracy is given
 
 
 @dataclass(frozen=True)
 class SpectrumSettings:
-    """What `spectrum` computes; every field is stored with the result.
+    """Settings of `spectrum`. Every field is stored with the result.
 
-    magnitude: so many eigenvalues of largest size instead of the top and the smallest. scaled: so many of the largest
-    with weights in units of filter norm. accuracy: Wasserstein accuracy
-    of the density, relative to the range; it chooses steps and probes that are not given (60 and 4 without it).
-    damping: z of effective dimension and log determinant, 1% of lambda_max if None. vectors: keep the eigenvectors.
-    noise: scale of the weight noise of operator `smoothed`, relative to each filter's root mean square.
-    memory: GiB for kept primals, the Lanczos basis and eigenvectors. samples_curve: sample counts, each measured on
-    `resamples` subsets.
+    Attributes:
+        operators: Operators: "hessian", "ggn", "fisher", "relaxed" and "smoothed". The first is the main one.
+        top: Number of largest eigenvalues.
+        smallest: Number of smallest eigenvalues.
+        magnitude: Number of eigenvalues of largest magnitude. If it is not 0, it replaces `top` and `smallest`.
+        scaled: Number of largest eigenvalues with the weights in units of their filter norms.
+        method: "lanczos" or "power" (power iteration).
+        backend: "own" or "pyhessian".
+        density: Whether to compute the spectral density.
+        accuracy: Wasserstein accuracy of the density, relative to the range of the spectrum. It determines the steps
+            and the probes that are not given.
+        steps: Lanczos steps of the density; 60 if neither this nor an accuracy is given.
+        probes: Number of probes of the density; 4 if neither this nor an accuracy is given.
+        trace_probes: Number of probes of the trace.
+        damping: Damping z of effective dimension and log determinant. With None it is 1% of lambda_max, for GGN and
+            Fisher only.
+        noise: Scale of the weight noise of operator `smoothed`, relative to each filter's root mean square.
+        tol: Tolerance of the eigenpairs: residual relative to the norm of the operator.
+        seed: Random seed.
+        memory: Memory in GiB for stored primals, the Lanczos basis and eigenvectors.
+        max_products: Largest number of products for the eigenpairs of one operator.
+        per_layer: Whether to compute the spectrum of each layer's diagonal block too.
+        vectors: Whether to keep the eigenvectors.
+        samples_curve: Sample counts at which to measure the spectrum as a function of the number of samples.
+        resamples: Number of subsets for each of these counts.
     """
 
     operators: tuple[str, ...] = ("hessian", "ggn")
@@ -50,8 +68,8 @@ class SpectrumSettings:
     def __post_init__(self) -> None:
         if any(name.startswith(("fd", "finite")) for name in self.operators):
             raise ValueError(
-                "finite differences of the surrogate gradient are no Hessian: spikes stay frozen in them and the "
-                "matrix is not symmetric; use hessian (the surrogate's 2-jet) or relaxed"
+                "finite differences of the surrogate gradient are not a Hessian: they keep the spikes fixed, and the "
+                "matrix is not symmetric. Use hessian (the surrogate's 2-jet) or relaxed."
             )
         if unknown := set(self.operators) - {*CURVATURES, "relaxed", "smoothed"}:
             raise ValueError(
@@ -73,8 +91,8 @@ class SpectrumSettings:
         if self.damping is not None and not 0 < self.damping < math.inf:
             raise ValueError(f"damping must be a positive number, not {self.damping}")
         if self.magnitude and self.method == "power":
-            raise ValueError("power iteration goes by magnitude anyway: use top")
+            raise ValueError("method power already finds eigenvalues by magnitude: set top instead of magnitude")
         if self.method not in ("lanczos", "power") or self.backend not in ("own", "pyhessian"):
-            raise ValueError("method is lanczos or power, backend is own or pyhessian")
+            raise ValueError("method must be lanczos or power, and backend own or pyhessian")
         if self.backend == "pyhessian" and (self.method != "power" or self.operators != ("hessian",)):
-            raise ValueError("backend pyhessian is a reference for method power and operator hessian alone")
+            raise ValueError("backend pyhessian works only with method power and operator hessian")

@@ -1,4 +1,4 @@
-"""The main analysis: one objective in, one SpectrumResult out, every number with its error."""
+"""Analyse the curvature of an objective: eigenvalues, spectral density and trace, each with its error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator
 from hessian_tools.operators.curvature import OPERATORS
 from hessian_tools.progress import Meter, Show
-from hessian_tools.results import spectrum as results
+from hessian_tools.results.spectrum import SPECTRUM_SCHEMA, SamplePoint, Spectrum, SpectrumResult
 from hessian_tools.resume import Phases
 
 
@@ -39,20 +39,33 @@ def spectrum(
     provenance: Mapping[str, Any] | None = None,
     progress: Show | None = None,
     phases: Phases | None = None,
-) -> results.SpectrumResult:
-    """Eigenvalues, density and trace of an objective's curvature, with errors.
+) -> SpectrumResult:
+    """Compute eigenvalues, spectral density and trace of the curvature of an objective, with errors.
 
-    variants: objectives with the same parameters under another convention (surrogate slope, tie rule); lambda_max of
-    the first operator is measured on each. relaxed: the objective of the relaxed network, for operator `relaxed`.
-    smoothed: makes operator `smoothed` (ikun.smoothed).
-    provenance: the dicts checkpoint, data, network, training, activity of the result. phases: where finished phases
-    and products are kept. Raises AnalysisError if an operator is not symmetric (then it is the Hessian of nothing) or
-    a number is not finite, naming the layer, ValueError for settings that do not fit.
+    Args:
+        objective: The loss, its data and its weights.
+        settings: Settings of the analysis.
+        variants: Objectives with the same parameters under another convention (slope of the surrogate, tie rule), by
+            label. lambda_max of the first operator is computed for each.
+        relaxed: Objective of the relaxed network, for the operator `relaxed`.
+        smoothed: Function that makes the operator `smoothed` (`ikun.smoothed`).
+        provenance: The dicts `checkpoint`, `data`, `network`, `training` and `activity` of the result.
+        progress: Progress callback.
+        phases: Storage of finished phases and products, to resume an interrupted run.
+
+    Returns:
+        The spectra, with the conditions under which they were measured.
+
+    Raises:
+        AnalysisError: If an operator is not symmetric, or if a number is not finite. The message names the operator or
+            the layer.
+        ValueError: If the settings do not fit the objective, an argument that an operator needs is missing, or the
+            memory does not suffice.
     """
     settings = settings or SpectrumSettings()
     if settings.samples_curve and max(settings.samples_curve) > objective.samples:
         raise ValueError(
-            f"the samples curve goes to {max(settings.samples_curve)}: at most {objective.samples} are here"
+            f"samples_curve needs {max(settings.samples_curve)} samples, but the objective has {objective.samples}"
         )
     began = time.perf_counter()
     run = AnalysisContext(settings, phases or Phases(), Meter(_expected(settings, variants or {}), progress), smoothed)
@@ -60,9 +73,9 @@ def spectrum(
     for name in settings.operators:
         source = relaxed if name == "relaxed" else objective
         if source is None:
-            raise ValueError("operator relaxed needs the relaxed network's objective")
+            raise ValueError("operator relaxed needs the objective of the relaxed network: set relaxed")
         if name == "smoothed" and smoothed is None:
-            raise ValueError("operator smoothed needs the function that makes it: smoothed=ikun.smoothed")
+            raise ValueError("operator smoothed needs the function that makes it: set smoothed=ikun.smoothed")
         sources[name] = source
     try:
         loss, gradient = objective.value_and_gradient()
@@ -73,7 +86,7 @@ def spectrum(
         where = first_not_finite(objective) or str(error)
         raise AnalysisError(f"{where} at these weights: the analysis stops") from None
     spectra, blocks, sensitivity = found
-    curve: tuple[results.SamplePoint, ...] = ()
+    curve: tuple[SamplePoint, ...] = ()
     if settings.samples_curve:
         name, source = next(iter(sources.items()))
         curve = samples_curve(
@@ -87,8 +100,8 @@ def spectrum(
         )
     known = {"checkpoint": {}, "data": {}, "network": {}, "training": {}, "activity": {}, **(provenance or {})}
     known["data"] = {**known["data"], "samples": objective.samples}
-    result = results.SpectrumResult(
-        schema=results.SPECTRUM_SCHEMA,
+    result = SpectrumResult(
+        schema=SPECTRUM_SCHEMA,
         **known,
         settings=clean(dataclasses.asdict(settings)),
         num_parameters=objective.size,
@@ -113,17 +126,17 @@ def spectrum(
 
 def _spectra(
     run: AnalysisContext, sources: Mapping[str, Objective], gradient: Tensor, variants: Mapping[str, Objective]
-) -> tuple[dict[str, results.Spectrum], dict[str, results.Spectrum], dict[str, float]]:
-    """(spectrum of every operator, of every layer's block of the first, lambda_max of its variants)."""
-    spectra: dict[str, results.Spectrum] = {}
-    blocks: dict[str, results.Spectrum] = {}
+) -> tuple[dict[str, Spectrum], dict[str, Spectrum], dict[str, float]]:
+    """Return the spectrum of every operator, that of every layer block of the first, and lambda_max of its variants."""
+    spectra: dict[str, Spectrum] = {}
+    blocks: dict[str, Spectrum] = {}
     sensitivity: dict[str, float] = {}
     for index, (name, source) in enumerate(sources.items()):
         slope = source.value_and_gradient()[1] if name == "relaxed" else gradient
         spectra[name], pairs = measure(run, name, source, _factory(name, run), slope, index)
         if index == 0 and run.settings.per_layer:
             parts = dict(zip(source.parameters, source.split(slope), strict=True))
-            for i, (layer, part) in enumerate(layer_objectives(source).items(), 100):  # random streams of their own
+            for i, (layer, part) in enumerate(layer_objectives(source).items(), 100):  # own random streams
                 own = part.flatten([parts[name] for name in part.parameters])
                 blocks[layer], _ = measure(run, f"{name} of {layer}", part, _factory(name, run), own, i)
         if index == 0 and pairs.norm > 0:
@@ -135,21 +148,22 @@ def _spectra(
 
 
 def _factory(name: str, run: AnalysisContext) -> Factory:
+    """Return the function that makes an operator."""
     if name == "smoothed":
-        assert run.smoothed is not None  # see spectrum
+        assert run.smoothed is not None  # checked in `spectrum`
         return partial(run.smoothed, scale=run.settings.noise, seed=run.settings.seed)
     return OPERATORS["hessian" if name == "relaxed" else name]
 
 
 def _near(v: Tensor, op: Operator, generator: torch.Generator) -> Tensor:
-    """A start vector close to a known eigenvector, with something of every other direction in it."""
+    """Return a start vector close to a known eigenvector, with components in all other directions."""
     noise = random_vector(op, generator)
     start: Tensor = v + 0.3 * noise / noise.norm()
     return start
 
 
 def layer_objectives(objective: Objective) -> dict[str, Objective]:
-    """One objective a layer (weights, biases and the like of one module), all other parameters held constant."""
+    """Return one objective per layer (the parameters of one module), with all other parameters held constant."""
     names: dict[str, list[str]] = {}
     for name in objective.parameters:
         names.setdefault(name.rpartition(".")[0] or name, []).append(name)
@@ -160,7 +174,10 @@ def layer_objectives(objective: Objective) -> dict[str, Objective]:
 
 
 def _expected(settings: SpectrumSettings, variants: Mapping[str, Objective]) -> dict[str, int]:
-    """A first guess of the products of every phase, for the progress bar; each corrects its own as it runs."""
+    """Estimate the products of every phase, for the progress bar.
+
+    Each phase corrects its own estimate as it runs.
+    """
     expected: dict[str, int] = {}
     probes, steps = settings.probes or PROBES, settings.steps or STEPS
     for name in settings.operators:
@@ -175,7 +192,7 @@ def _expected(settings: SpectrumSettings, variants: Mapping[str, Objective]) -> 
 
 @torch.no_grad()
 def _accuracy(objective: Objective) -> float:
-    """Share of samples whose largest output is the target class; NaN where targets are no classes."""
+    """Fraction of samples whose largest output is the target class; NaN if the targets are not class labels."""
     y = objective.targets[0]
     if y.is_floating_point() or y.dim() != 1 or objective.outputs(objective.first_inputs(1)).dim() != 2:
         return float("nan")

@@ -1,8 +1,11 @@
-"""Layers with the four passes of a curvature product: value, adjoint, tangent, tangent of the adjoint.
+"""Layers with the four passes of a curvature product: value, adjoint, tangent, and tangent of the adjoint.
 
-The protocol, and torch's own layers under it: convolutions, linear maps, batch norms in evaluation mode (folded into
-the layer before them), element-wise activations, residual branches. making.py makes them of modules, second_order.py
-joins them to a network.
+This module defines the protocol of a layer, and the layers without parameters: element-wise activations, fixed linear
+maps, and residual branches. `affine` has the layers with weights. `modules` builds layers from torch modules, and
+`second_order` joins them to a network.
+
+Notation: x and y are the input and output of a layer, p its parameters, ga the derivative of the loss with respect to a
+(the adjoint of a), and a' the derivative of a along the vector of a product (the tangent of a).
 """
 
 from __future__ import annotations
@@ -11,39 +14,49 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-Tangents = Sequence[Tensor | None]  # one per parameter of a layer; None: no tangent, or no gradient wanted
+Tangents = Sequence[Tensor | None]  # one per parameter of a layer; None means no tangent, or no gradient wanted
 
 
 class Want(NamedTuple):
-    """Which gradients of a layer are used; it need not compute the others."""
+    """Says which gradients of a layer are used. A layer need not compute the others.
+
+    Attributes:
+        input: Whether the gradient with respect to the input is used.
+        parameters: Whether the gradient with respect to each parameter is used.
+    """
 
     input: bool
     parameters: tuple[bool, ...]
 
 
 class Layer(Protocol):
-    """One layer at fixed weights and a fixed input x. A missing (None) x' or p' is zero."""
+    """One layer at fixed weights and a fixed input x. A tangent x' or p' that is None is zero."""
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
-        """p, in the order of every sequence below."""
+        """Parameters p, in the order of every sequence of tangents and gradients."""
 
     def adjoint(self, g: Tensor, want: Want, keep: bool) -> tuple[Tensor | None, Tangents]:
-        """gy -> (gx, gp). keep: this is the adjoint that adjoint_tangent will differentiate; its gp is not used."""
+        """Map gy to (gx, gp).
+
+        Args:
+            g: gy, of the shape of y.
+            want: Which gradients are used.
+            keep: Whether `adjoint_tangent` will differentiate this adjoint. Its gp is then not used.
+        """
 
     def tangent(self, dx: Tensor | None, dp: Tangents) -> Tensor:
-        """(x', p') -> y'."""
+        """Map (x', p') to y'."""
 
     def adjoint_tangent(
         self, dg: Tensor, dx: Tensor | None, dp: Tangents, want: Want
     ) -> tuple[Tensor | None, Tangents]:
-        """(gy', x', p') -> (gx', gp')."""
+        """Map (gy', x', p') to (gx', gp')."""
 
 
 Make = Callable[[Tensor], tuple[Tensor, Layer]]  # x -> (y, the layer at x)
@@ -51,10 +64,15 @@ Make = Callable[[Tensor], tuple[Tensor, Layer]]  # x -> (y, the layer at x)
 
 @dataclass
 class Carry:
-    """What a layer with a state hands from one segment of time to the next, an array each; None: at rest.
+    """What a layer with a state passes from one segment of time to the next. None is the state at rest.
 
-    value and tangent go forward in time, adjoint and adjoint_tangent backward. A pass over a segment puts another array
-    in place of the one that it starts from, and does not write into that one.
+    A pass over a segment replaces the array that it starts from and never writes into it.
+
+    Attributes:
+        value: The state, passed forward in time.
+        tangent: Tangent of the state, passed forward in time.
+        adjoint: Adjoint of the state, passed backward in time.
+        adjoint_tangent: Tangent of the adjoint, passed backward in time.
     """
 
     value: Tensor | None = None
@@ -65,230 +83,30 @@ class Carry:
 
 @dataclass(frozen=True)
 class Segment:
-    """The steps first, ..., last - 1 of time; carries: of every module with a state."""
+    """A segment of time: steps first to last - 1.
+
+    Attributes:
+        first: The first step.
+        last: The step after the last one.
+        carries: The carry of every module with a state.
+    """
 
     first: int
     last: int
     carries: defaultdict[nn.Module, Carry]
 
 
-# ---------------------------------------------------------------- bilinear layers, batch norm folded in
-class Bilinear(Protocol):
-    """y = B(x, w) + bias, and its two transposes."""
-
-    def apply(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor: ...
-
-    def pull_input(self, g: Tensor, w: Tensor, like: Tensor) -> Tensor: ...
-
-    def pull_weight(self, g: Tensor, x: Tensor, like: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """Two-dimensional; x [N, C, H, W], w [O, C / groups, kh, kw]."""
-
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    groups: int
-
-    def apply(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, w, bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def _backward(self, g: Tensor, x: Tensor, w: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-            g, x, w, None, self.stride, self.padding, self.dilation, False, [0, 0], self.groups, mask
-        )
-        return result
-
-    def pull_input(self, g: Tensor, w: Tensor, like: Tensor) -> Tensor:
-        return self._backward(g, like, w, [True, False, False])[0]
-
-    def pull_weight(self, g: Tensor, x: Tensor, like: Tensor) -> Tensor:
-        return self._backward(g, x, like, [False, True, False])[1]
-
-
-@dataclass(frozen=True)
-class Product:
-    """x [..., in], w [out, in]."""
-
-    def apply(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, w, bias)
-
-    def pull_input(self, g: Tensor, w: Tensor, like: Tensor) -> Tensor:
-        return g @ w
-
-    def pull_weight(self, g: Tensor, x: Tensor, like: Tensor) -> Tensor:
-        return g.flatten(0, -2).T @ x.flatten(0, -2)
-
-
-@dataclass(frozen=True)
-class Channelwise:
-    """x [N, C, ...], w [C]: what is left of a batch norm that follows no linear map."""
-
-    def apply(self, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        y = x * _per_channel(w, x)
-        return y if bias is None else y + _per_channel(bias, x)
-
-    def pull_input(self, g: Tensor, w: Tensor, like: Tensor) -> Tensor:
-        return g * _per_channel(w, g)
-
-    def pull_weight(self, g: Tensor, x: Tensor, like: Tensor) -> Tensor:
-        return _channel_sum(g * x)
-
-
-def _per_channel(w: Tensor, x: Tensor) -> Tensor:
-    return w.reshape(-1, *(1,) * (x.dim() - 2))
-
-
-def _channel_sum(g: Tensor) -> Tensor:
-    """[N, C, ...] -> [C]."""
-    return g.flatten(2).sum((0, 2)) if g.dim() > 2 else g.sum(0)
-
-
-def _rows(w: Tensor, a: Tensor) -> Tensor:
-    """a [O] against w [O, ...]."""
-    return a.reshape(-1, *(1,) * (w.dim() - 1))
-
-
-class Affine:
-    """y = B(x, W) + b, followed by y -> (y - mean) gamma / std + beta if there is a batch norm.
-
-    Both are one bilinear map with weights and bias
-
-        A = a W,   c = a (b - mean) + beta,   a = gamma / std  [O]
-        A' = a W' + a' W,   c' = a b' + a' (b - mean) + beta'
-
-    so that the norm costs nothing per sample; its gradients follow from gA and gc = sum gy:
-
-        gW = a gA,   gb = a gc,   gbeta = gc,   std ggamma = <gA, W>_O + (b - mean) gc
-    """
-
-    def __init__(self, x: Tensor, op: Bilinear, weight: nn.Parameter | None, bias: Tensor | None, norm: Any) -> None:
-        self.op, self.x, self.norm = op, x, norm
-        self.channel = -1 if isinstance(op, Product) else 1
-        width = norm.num_features if weight is None else weight.shape[0]
-        self.w = x.new_ones(width) if weight is None else weight.detach()
-        self.b = None if bias is None else bias.detach()
-        slots = [weight, bias, getattr(norm, "weight", None), getattr(norm, "bias", None)]
-        self._slots = [i for i, p in enumerate(slots) if p is not None]
-        self._parameters = tuple(p for p in slots if p is not None)
-        if norm is None:
-            self.a, self.offset, self.inverse = None, None, None
-            self.folded = self.w
-        else:
-            self.inverse = (norm.running_var + norm.eps).rsqrt()
-            self.a = self.inverse if norm.weight is None else self.inverse * norm.weight.detach()
-            self.offset = -norm.running_mean if self.b is None else self.b - norm.running_mean
-            self.folded = self.w * _rows(self.w, self.a)
-        self.g: Tensor | None = None  # gy, gA and gc of the kept adjoint
-        self.g_folded: Tensor | None = None
-        self.g_bias: Tensor | None = None
-
-    @property
-    def parameters(self) -> tuple[Tensor, ...]:
-        return self._parameters
-
-    def _four(self, dp: Tangents) -> list[Tensor | None]:
-        """Tangents of weight, bias, gamma, beta."""
-        four: list[Tensor | None] = [None] * 4
-        for i, t in zip(self._slots, dp, strict=True):
-            four[i] = t
-        return four
-
-    def _fold(self, dp: Tangents) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(A', c', a')."""
-        dw, db, dgamma, dbeta = self._four(dp)
-        if self.a is None:
-            return dw, db, None
-        assert self.inverse is not None
-        assert self.offset is not None
-        da = None if dgamma is None else self.inverse * dgamma
-        folded = add(None if dw is None else dw * _rows(dw, self.a), None if da is None else self.w * _rows(self.w, da))
-        bias = add(dbeta, None if da is None else self.offset * da)
-        return folded, add(bias, None if db is None else self.a * db), da
-
-    def _sum(self, g: Tensor) -> Tensor:
-        return g.flatten(0, -2).sum(0) if self.channel == -1 else _channel_sum(g)
-
-    def _unfold(
-        self, gf: Tensor | None, gc: Tensor | None, want: Want, da: Tensor | None = None, dp: Tangents | None = None
-    ) -> Tangents:
-        """Gradients of the parameters from gA and gc; with dp, their tangents from gA' and gc'."""
-        tangent = dp is not None
-        dw, db, _, _ = self._four(dp) if dp is not None else (None,) * 4
-        wanted = [self._slots[i] for i, w in enumerate(want.parameters) if w]
-        grads: dict[int, Tensor | None] = {3: gc, 0: gf, 1: gc}
-        if self.a is not None:
-            assert self.inverse is not None
-            assert self.offset is not None
-            if 0 in wanted and gf is not None:
-                curved = None if da is None or self.g_folded is None else self.g_folded * _rows(gf, da)
-                grads[0] = add(gf * _rows(gf, self.a), curved)
-            if 1 in wanted and gc is not None:
-                grads[1] = add(self.a * gc, None if da is None or self.g_bias is None else da * self.g_bias)
-            if 2 in wanted and gf is not None and gc is not None:
-                slope = _row_dot(gf, self.w) + self.offset * gc
-                if tangent and dw is not None and self.g_folded is not None:
-                    slope = slope + _row_dot(self.g_folded, dw)
-                if tangent and db is not None and self.g_bias is not None:
-                    slope = slope + db * self.g_bias
-                grads[2] = self.inverse * slope
-        return [grads.get(i) if w else None for i, w in zip(self._slots, want.parameters, strict=True)]
-
-    def _needs(self, want: Want) -> tuple[bool, bool]:
-        """(gA, gc)."""
-        wanted = {self._slots[i] for i, w in enumerate(want.parameters) if w}
-        return bool(wanted & {0, 2}), bool(wanted & {1, 2, 3})
-
-    def adjoint(self, g: Tensor, want: Want, keep: bool) -> tuple[Tensor | None, Tangents]:
-        weight, bias = self._needs(want)
-        if keep and 2 not in self._slots:  # gA and gc are wanted for gamma' alone
-            weight = bias = False
-        gf = self.op.pull_weight(g, self.x, self.w) if weight else None
-        gc = self._sum(g) if bias else None
-        gx = self.op.pull_input(g, self.folded, self.x) if want.input else None
-        if keep:
-            self.g, self.g_folded, self.g_bias = g, gf, gc
-        return gx, self._unfold(gf, gc, want)
-
-    def tangent(self, dx: Tensor | None, dp: Tangents) -> Tensor:
-        folded, bias, _ = self._fold(dp)
-        if dx is None:
-            return self.op.apply(self.x, torch.zeros_like(self.w) if folded is None else folded, bias)
-        y = self.op.apply(dx, self.folded, bias)
-        return y if folded is None else y.add_(self.op.apply(self.x, folded, None))
-
-    def adjoint_tangent(
-        self, dg: Tensor, dx: Tensor | None, dp: Tangents, want: Want
-    ) -> tuple[Tensor | None, Tangents]:
-        assert self.g is not None
-        folded, _, da = self._fold(dp)
-        weight, bias = self._needs(want)
-        gx = gf = None
-        if want.input:
-            gx = self.op.pull_input(dg, self.folded, self.x)
-            if folded is not None:
-                gx += self.op.pull_input(self.g, folded, self.x)
-        if weight:
-            gf = self.op.pull_weight(dg, self.x, self.w)
-            if dx is not None:
-                gf += self.op.pull_weight(self.g, dx, self.w)
-        return gx, self._unfold(gf, self._sum(dg) if bias else None, want, da, dp)
-
-
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Return a + b, where None is zero."""
     return b if a is None else a if b is None else a + b
-
-
-def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """sum of a b over all axes but the first."""
-    return (a * b).flatten(1).sum(1) if a.dim() > 1 else a * b
 
 
 # ---------------------------------------------------------------- element-wise and shape layers
 class Elementwise:
-    """y = f(x): y' = f1 x', gx = f1 gy, gx' = f1 gy' + f2 gy x'."""
+    """An element-wise function y = f(x).
+
+    With f1 = f'(x) and f2 = f''(x): y' = f1 x', gx = f1 gy, gx' = f1 gy' + f2 gy x'.
+    """
 
     parameters: tuple[Tensor, ...] = ()
 
@@ -332,18 +150,22 @@ class Linear:
         return self.transpose(dg), ()
 
 
-# ---------------------------------------------------------------- residual branches: y = x + g(x)
+# ---------------------------------------------------------------- residual branches y = x + g(x)
 class Skip(threading.local):
-    """What Fork and Join, the ends of a branch, leave for each other in one pass: `ahead` of the input, on the way
-    forward, `back` of the output. Each thread has its own: the passes of several vectors run side by side. A chain that
-    begins inside the branch has no Fork, so that nothing lies ahead and what is left behind is not taken."""
+    """The skip connection of a residual branch, which adds the input of the branch to its output.
+
+    `Fork` and `Join`, at the two ends of the branch, exchange values through it during one pass: `ahead` carries the
+    input or its tangent forward, `back` carries the adjoint of the output backward. Every thread has its own values,
+    because passes for several vectors run in parallel. A chain that begins inside the branch has no Fork: then `ahead`
+    is None, and `back` is never read.
+    """
 
     ahead: Tensor | None = None
     back: Tensor | None = None
 
 
 class Fork:
-    """Where a branch begins."""
+    """The beginning of a residual branch."""
 
     parameters: tuple[Tensor, ...] = ()
 
@@ -367,7 +189,10 @@ class Fork:
 
 
 class Join:
-    """Where it ends. In a chain that begins inside the branch, nothing comes past it."""
+    """The end of a residual branch, y = x + g(x).
+
+    In a chain that begins inside the branch, the input x of the branch has no tangent.
+    """
 
     parameters: tuple[Tensor, ...] = ()
 

@@ -1,22 +1,25 @@
-"""Curvature products without a double-backward graph: hand-written forward tangents and tangents of the adjoint.
+"""Curvature products by hand-written forward tangents and tangents of the adjoint, without a double-backward graph.
 
-Writing a' for the tangent of a along v, a network o = f_n(... f_1(x)) and its loss need four passes:
+Let a' be the tangent of a along v. A network o = f_n(... f_1(x)) and its loss need four passes:
 
     value                  y = f(x, p)
-    adjoint                gx = (dy/dx)' gy,  gp = (dy/dp)' gy
+    adjoint                gx = (dy/dx)^T gy,  gp = (dy/dp)^T gy
     tangent                y' = (dy/dx) x' + (dy/dp) p'
     tangent of adjoint     gx', gp' = the derivative of the adjoint along x', p' and gy'
 
-The first two are done once per set of weights; a Hessian product is the last two, a Gauss-Newton or Fisher product
-tangent and adjoint. A layer brings all four (layers.py). A model that is no
-plain nn.Sequential offers its layers by a method
+The first two are computed once per set of weights. A Hessian product takes the last two; a Gauss-Newton or Fisher
+product takes a tangent and an adjoint. Each layer provides all four (`hessian_tools.chain.layers`).
 
-    second_order_chain(x) -> None | (x, [item, ...])       item: one of those modules, a function x -> (y, Layer), or a
-                                                           list of items: a branch whose output is added to its input
+A model that is not a plain nn.Sequential provides its layers by a method
 
-`linearize` returns None for everything else; the caller then goes through autograd. A model that has an attribute
-`second_order_steps`, T, takes a second argument: a Segment of its T steps (segments.py). The layers before the first
-one with an attribute `repeats` that is true are the same for all of them.
+    second_order_chain(x) -> None | (x, [item, ...])
+
+where an item is a supported module, a function x -> (y, Layer), or a list of items (a branch whose output is added to
+its input). For any other model `linearize` returns None, and the caller uses autograd.
+
+A model with an attribute `second_order_steps`, the number T of time steps, takes a second argument: a `Segment` of its
+steps (`hessian_tools.chain.segments`). The layers before the first one whose attribute `repeats` is true compute the
+same values at all steps.
 """
 
 from __future__ import annotations
@@ -36,12 +39,13 @@ if TYPE_CHECKING:
 
 
 def _plain(module: nn.Module) -> bool:
-    """True if calling the module is nothing but its class's forward."""
+    """Return whether calling the module runs only the forward method of its class."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return "forward" not in vars(module) and not any(getattr(module, name) for name in hooks)
 
 
 def _items(model: nn.Module, x: Tensor, *segment: Segment) -> tuple[Tensor, list[Any]] | None:
+    """Return the chain's input and its items, or None if the model does not provide them."""
     if not all(_plain(m) for m in model.modules()):
         return None
     if type(model) is nn.Sequential:
@@ -57,11 +61,11 @@ def _items(model: nn.Module, x: Tensor, *segment: Segment) -> tuple[Tensor, list
 
 
 # ---------------------------------------------------------------- the chain
-Swept = tuple[Tensor, list[Tensor | None], list[Tangents]]  # o', every layer's x', every layer's p'
+Swept = tuple[Tensor, list[Tensor | None], list[Tangents]]  # o', the x' of every layer, the p' of every layer
 
 
 class Chain:
-    """The layers of a network at fixed weights and inputs, from the first one with a parameter of the objective on."""
+    """The layers of a network at fixed weights and inputs, from the first one with a selected parameter."""
 
     def __init__(self, objective: Objective, layers: list[Layer]) -> None:
         self.objective = objective
@@ -72,6 +76,7 @@ class Chain:
         ]
 
     def _gather(self, v: Tensor) -> list[Tangents]:
+        """Split v [P] into the tangents of every layer's parameters."""
         parts = self.objective.split(v)
         return [
             [parts[self.index[id(p)]] if id(p) in self.index else None for p in layer.parameters]
@@ -79,6 +84,7 @@ class Chain:
         ]
 
     def _flat(self, grads: list[Tangents]) -> Tensor:
+        """Collect the gradients of every layer's parameters into [P]."""
         total: list[Tensor | None] = [None] * len(self.index)
         for layer, group in zip(self.layers, grads, strict=True):
             for p, g in zip(layer.parameters, group, strict=True):
@@ -87,7 +93,7 @@ class Chain:
         return self.objective.flatten(total)
 
     def tangent(self, v: Tensor) -> Swept:
-        """Along v [P]."""
+        """Return the tangents along v [P]: o', the x' of every layer, and the p' of every layer."""
         dps = self._gather(v)
         dx: Tensor | None = None
         inputs: list[Tensor | None] = []
@@ -98,7 +104,12 @@ class Chain:
         return dx, inputs, dps
 
     def adjoint(self, g: Tensor, keep: bool = False) -> Tensor:
-        """go -> the gradient [P]."""
+        """Map the gradient with respect to the outputs to the gradient [P].
+
+        Args:
+            g: go, of the shape of the outputs.
+            keep: Whether `adjoint_tangent` will differentiate this adjoint.
+        """
         grads: list[Tangents] = []
         for layer, want in zip(reversed(self.layers), reversed(self.wants), strict=True):
             gx, group = layer.adjoint(g, want, keep)
@@ -107,7 +118,13 @@ class Chain:
         return self._flat(grads[::-1])
 
     def adjoint_tangent(self, dg: Tensor, inputs: list[Tensor | None], dps: list[Tangents]) -> Tensor:
-        """go' with what `tangent` returned -> the tangent of the gradient, H v [P]."""
+        """Return the tangent of the gradient [P], which is H v for the Hessian H.
+
+        Args:
+            dg: go', of the shape of the outputs.
+            inputs: The x' of every layer, from `tangent`. The list is emptied.
+            dps: The p' of every layer, from `tangent`. The list is emptied.
+        """
         grads: list[Tangents] = []
         for layer, want in zip(reversed(self.layers), reversed(self.wants), strict=True):
             dgx, group = layer.adjoint_tangent(dg, inputs.pop(), dps.pop(), want)
@@ -117,11 +134,11 @@ class Chain:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, beyond the weights."""
+        """Bytes that the chain holds in addition to the weights."""
         own = {p.untyped_storage().data_ptr() for p in self.objective.model.parameters()}
         held: dict[int, int] = {}
         for layer in self.layers:
-            for t in _tensors(layer):  # of the data, which all batches share, its own part
+            for t in _tensors(layer):  # a batch is a view of the data: count only its part of the shared storage
                 storage = t.untyped_storage()
                 size = min(t.nbytes, storage.nbytes())
                 held[storage.data_ptr()] = max(size, held.get(storage.data_ptr(), 0))
@@ -129,7 +146,7 @@ class Chain:
 
 
 def _tensors(thing: object) -> Iterator[Tensor]:
-    """The tensors a layer holds, directly, in a dataclass or in a layer of its own."""
+    """Yield the tensors that a layer holds, including those in its dataclasses and inner layers."""
     for value in vars(thing).values():
         if isinstance(value, Tensor):
             yield value
@@ -139,7 +156,12 @@ def _tensors(thing: object) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class Linearized:
-    """One batch's product v [P] -> A v [P]; nbytes is the memory it holds."""
+    """The product v [P] -> A v [P] of one batch.
+
+    Attributes:
+        product: The product.
+        nbytes: Memory that it holds.
+    """
 
     product: Callable[[Tensor], Tensor]
     nbytes: int
@@ -152,9 +174,16 @@ class Linearized:
 def layers_at(
     model: nn.Module, x: Tensor, *segment: Segment, behind: tuple[int, Tensor] | None = None
 ) -> tuple[Tensor, list[tuple[Tensor, Layer]]] | None:
-    """(the model's outputs, its layers at inputs x, each with its own input); None if it has an unknown layer.
+    """Evaluate a model's layers at inputs x.
 
-    segment: for its steps of time alone. behind: (n, the output of layer n): only the layers behind the first n.
+    Args:
+        model: The model.
+        x: Inputs of one batch.
+        segment: The segment of time to evaluate. None given evaluates all steps.
+        behind: (n, the output of layer n) to evaluate only the layers after the first n.
+
+    Returns:
+        The model's outputs, and its layers, each with its input. None if a layer is not supported.
     """
     with torch.no_grad():
         offered = _items(model, x, *segment)
@@ -174,7 +203,13 @@ def layers_at(
 
 
 def linearize(objective: Objective, batch: Batch, kind: str) -> Linearized | None:
-    """The product of `kind` (hessian, ggn, fisher) on one batch, or None if the model has an unknown layer."""
+    """Return the curvature product of one batch, or None if a layer of the model is not supported.
+
+    Args:
+        objective: The objective.
+        batch: Inputs and targets.
+        kind: "hessian", "ggn" or "fisher".
+    """
     if objective.reset is not None:
         return None
     x, y = batch
@@ -198,9 +233,15 @@ def linearize(objective: Objective, batch: Batch, kind: str) -> Linearized | Non
 
 
 def chain_of(objective: Objective, layers: list[Layer], fixed: Sequence[Tensor] = ()) -> Chain | None:
-    """The chain from the first layer with a parameter of the objective on; None if a parameter belongs to no layer.
+    """Return the chain that begins at the first layer with a selected parameter.
 
-    fixed: parameters without a derivative here, which count as zeros. Empty chains are None as well.
+    Args:
+        objective: The objective, which selects the parameters.
+        layers: All layers of the model.
+        fixed: Parameters without a derivative here, which count as zeros.
+
+    Returns:
+        The chain, or None if it is empty or if a selected parameter belongs to no layer.
     """
     known = {id(p) for p in objective.parameters.values()} - {id(p) for p in fixed}
     owners = [i for i, layer in enumerate(layers) if any(id(p) in known for p in layer.parameters)]
@@ -210,9 +251,18 @@ def chain_of(objective: Objective, layers: list[Layer], fixed: Sequence[Tensor] 
 
 
 def output_form(kind: str, loss: Loss, outputs: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
-    """(the gradient of the loss by the outputs, o' -> go'); None for a loss that does not depend on them.
+    """Differentiate the loss of a batch with respect to the outputs.
 
-    go' is H_out o', and for the Fisher matrix (g_i . o'_i) g_i / n with g_i the gradient of sample i's loss.
+    Args:
+        kind: "hessian", "ggn" or "fisher".
+        loss: The loss.
+        outputs: Outputs of the batch.
+        y: Targets of the batch.
+
+    Returns:
+        The gradient go of the loss with respect to the outputs, and the map o' -> go'. The map is H_out o' for the
+        Hessian and the Gauss-Newton matrix. For the Fisher matrix it is (g_i . o'_i) g_i / n, where g_i is the gradient
+        of sample i's loss and n the number of samples. None if the loss does not depend on the outputs.
     """
     with torch.enable_grad():
         outputs = outputs.detach().requires_grad_()
@@ -235,7 +285,7 @@ def output_form(kind: str, loss: Loss, outputs: Tensor, y: Tensor) -> tuple[Tens
 
 
 def curved(slope: Tensor, outputs: Tensor, do: Tensor) -> Tensor:
-    """H_out o'; zeros for a loss that is linear in the outputs."""
+    """Return H_out o'. It is zero for a loss that is linear in the outputs."""
     if not slope.requires_grad:
         return torch.zeros_like(do)
     (image,) = torch.autograd.grad(slope, outputs, do, retain_graph=True, allow_unused=True)

@@ -1,15 +1,15 @@
-"""Curvature products of long sequences in memory that grows like sqrt(T): checkpoints over time.
+"""Curvature products of long sequences in O(sqrt(T)) memory, by checkpointing over time.
 
-A chain of second_order.py holds all T steps of every layer. Here T is cut into about sqrt(T) segments, and only one of
-them is held at a time. A product goes over them twice:
+A chain of `hessian_tools.chain.second_order` holds all T steps of every layer. Here T is divided into about sqrt(T)
+segments, and only one of them is held at a time. A product makes two sweeps over the segments:
 
-    forward   value and tangent; kept of them: the states of the neurons at the boundaries, v and v'
-    backward  (now that the outputs, means over time, and so go' are known) value and tangent once more, from the
-              boundary; adjoint and tangent of the adjoint, which hand gv and gv' on to the segment before
+- Forward: value and tangent. The neuron states v and v' at the segment boundaries are kept.
+- Backward, when the outputs (means over time) and with them go' are known: value and tangent again from the boundary,
+  then the adjoint and its tangent, which pass gv and gv' to the previous segment.
 
-That is one more value and one more tangent than in a product from scratch. The forward sweep finds the states that the
-backward sweep needs, so nothing is kept between products. Layers before the first neurons see no time if the input
-repeats: they are computed once.
+That is one more value and one more tangent than a product without kept primals. The forward sweep computes the states
+that the backward sweep needs, so nothing is kept between products. If the input repeats over time, the layers before
+the first neurons do not depend on time and are computed once.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ if TYPE_CHECKING:
     from hessian_tools.objective import Batch, Objective
 
 
-SHORTEST = 16  # steps in a sequence that is worth cutting
+SHORTEST = 16  # least number of steps for which segments pay off
 
 
 class Source:
-    """The layers before time begins, as a segment's chain meets them: their one tangent, the sum of the adjoints."""
+    """The time-independent layers, as the chain of a segment sees them.
+
+    It provides their tangent, and sums their adjoints over the segments.
+    """
 
     parameters: tuple[Tensor, ...] = ()
 
@@ -43,22 +46,29 @@ class Source:
         self.dg: Tensor | None = None
 
     def adjoint(self, g: Tensor, want: Want, keep: bool) -> tuple[None, Tangents]:
+        """Add gy to the sum of adjoints."""
         self.g = add(self.g, g)
         return None, ()
 
     def tangent(self, dx: Tensor | None, dp: Tangents) -> Tensor:
+        """Return the tangent of the time-independent layers."""
         assert self.dx is not None
         return self.dx
 
     def adjoint_tangent(self, dg: Tensor, dx: Tensor | None, dp: Tangents, want: Want) -> tuple[None, Tangents]:
+        """Add gy' to the sum of tangents of the adjoint."""
         self.dg = add(self.dg, dg)
         return None, ()
 
 
 class Sweeps:
-    """A forward and a backward sweep over the segments of one batch, each of `length` steps, the last of what is left.
+    """A forward and a backward sweep over the segments of one batch.
 
-    v [P]: with the tangents along it.
+    Args:
+        objective: The objective.
+        x: Inputs of the batch.
+        length: Number of steps in a segment. The last segment can be shorter.
+        v: The vector [P] for the tangents. None computes no tangents.
     """
 
     def __init__(self, objective: Objective, x: Tensor, length: int, v: Tensor | None = None) -> None:
@@ -66,15 +76,15 @@ class Sweeps:
         steps = _steps(objective)
         self.spans = list(pairwise([*range(0, steps, length), steps]))
         self.carries: defaultdict[nn.Module, Carry] = defaultdict(Carry)
-        self.starts: list[dict[nn.Module, Carry]] = []  # the states before every segment
-        self.live: tuple[Chain, Swept | None] | None = None  # the segment at hand
-        self.behind: tuple[int, Tensor] | None = None  # the number of layers before time begins, and their output
-        self.head: tuple[Chain, Swept | None] | None = None  # these layers, if one of them has a parameter
+        self.starts: list[dict[nn.Module, Carry]] = []  # the states at the beginning of every segment
+        self.live: tuple[Chain, Swept | None] | None = None  # the current segment
+        self.behind: tuple[int, Tensor] | None = None  # number of time-independent layers, and their output
+        self.head: tuple[Chain, Swept | None] | None = None  # the chain of these layers, if one of them has a parameter
         self.source = Source()
-        self.unused = 0  # layers behind them, before the first that has one
+        self.unused = 0  # number of layers after them, before the first one with a parameter
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
-        """(the outputs, o')."""
+        """Run the forward sweep and return the outputs and o' (None without a vector)."""
         outputs: Tensor | None = None
         do: Tensor | None = None
         for i in range(len(self.spans)):
@@ -86,7 +96,15 @@ class Sweeps:
         return outputs, do
 
     def backward(self, g: Tensor, dg: Tensor | None = None) -> Tensor:
-        """go -> the gradient [P]; (go, go') -> its tangent."""
+        """Run the backward sweep.
+
+        Args:
+            g: go, of the shape of the outputs.
+            dg: go', for a tangent.
+
+        Returns:
+            The gradient [P], or its tangent if `dg` is given.
+        """
         total = torch.zeros_like(self.objective.weights())
         while self.starts:
             i, start = len(self.starts) - 1, self.starts.pop()
@@ -103,8 +121,8 @@ class Sweeps:
         return total
 
     def _run(self, i: int, v: Tensor | None) -> Tensor:
-        """Segment i, from the states in the carries, becomes the one at hand; returns its share of the outputs."""
-        self.live = None  # before another is built
+        """Compute segment i from the states in the carries, keep it as `live`, and return its part of the outputs."""
+        self.live = None  # free its memory before the next is built
         found = layers_at(self.objective.model, self.x, Segment(*self.spans[i], self.carries), behind=self.behind)
         assert found is not None
         layers = [layer for _, layer in found[1]]
@@ -115,7 +133,7 @@ class Sweeps:
         return found[0]
 
     def _begin(self, found: list[tuple[Tensor, Layer]]) -> list[Layer]:
-        """Set what all segments share; returns the layers in time."""
+        """Set up what all segments share, and return the time-dependent layers."""
         layers = [layer for _, layer in found]
         used = chain_of(self.objective, layers)
         assert used is not None
@@ -130,6 +148,7 @@ class Sweeps:
 
 
 def _backward(live: tuple[Chain, Swept | None] | None, g: Tensor, dg: Tensor | None) -> Tensor:
+    """Run the adjoint of a chain, or the tangent of its adjoint if `dg` is given."""
     assert live is not None
     chain, swept = live
     if dg is None:
@@ -140,12 +159,12 @@ def _backward(live: tuple[Chain, Swept | None] | None, g: Tensor, dg: Tensor | N
 
 
 def _steps(objective: Objective) -> int:
-    """T; 0 for a model that does not run in segments."""
+    """Return T, or 0 for a model that cannot run in segments."""
     return getattr(objective.model, "second_order_steps", 0)
 
 
 def _trial(objective: Objective, samples: int, steps: int) -> tuple[Tensor, Chain] | None:
-    """(outputs, chain) of the first steps of some samples; None for a model that does not run in segments."""
+    """Return the outputs and the chain of the first steps on some samples, or None if segments are not possible."""
     if objective.reset is not None or _steps(objective) < 2:
         return None
     found = layers_at(objective.model, objective.first_inputs(samples), Segment(0, steps, defaultdict(Carry)))
@@ -154,17 +173,20 @@ def _trial(objective: Objective, samples: int, steps: int) -> tuple[Tensor, Chai
 
 
 def possible(objective: Objective) -> bool:
-    """Whether the model runs in segments of time."""
+    """Return whether the model can run in segments of time."""
     return _trial(objective, 1, 1) is not None
 
 
 @torch.no_grad()
 def bytes_per_sample(objective: Objective) -> float | None:
-    """What one sample takes of a batch, from a trial on 8 of them; None for fewer than SHORTEST steps, and for a model
-    that does not run in segments.
+    """Measure on 8 samples the memory that one sample of a batch takes.
 
-    Without segments: its primal. With them: its part in a product's peak. That is two states at every boundary, and a
-    segment with its tangents: about as much as the primal of two segments.
+    Without segments this is the primal of the sample. With segments it is the sample's part in the peak memory of a
+    product: two states at every boundary, and one segment with its tangents, about as much as the primal of two
+    segments.
+
+    Returns:
+        Bytes, or None if there are fewer than SHORTEST steps or the model cannot run in segments.
     """
     trials = [_trial(objective, 8, steps) for steps in (1, 2)] if _steps(objective) >= SHORTEST else [None]
     held = []
@@ -179,12 +201,18 @@ def bytes_per_sample(objective: Objective) -> float | None:
 
 
 def length(objective: Objective) -> int:
-    """Steps in a segment: the square root of T."""
+    """Return the number of steps in a segment, the square root of T rounded up."""
     return math.ceil(math.sqrt(_steps(objective)))
 
 
 def linearize_in_segments(objective: Objective, batch: Batch, kind: str) -> Linearized | None:
-    """The product of `kind` (hessian, ggn, fisher) on one batch; None for a model that does not run in segments."""
+    """Return the curvature product of one batch, or None if the model cannot run in segments.
+
+    Args:
+        objective: The objective.
+        batch: Inputs and targets.
+        kind: "hessian", "ggn" or "fisher".
+    """
     if not possible(objective):
         return None
     x, y = batch
@@ -203,7 +231,7 @@ def linearize_in_segments(objective: Objective, batch: Batch, kind: str) -> Line
 
 @torch.no_grad()
 def value_and_gradient(objective: Objective, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The loss on one batch and its gradient [P]; for a model that is `possible`."""
+    """Return the loss on one batch and its gradient [P]. The model must be able to run in segments."""
     x, y = batch
     sweeps = Sweeps(objective, x, length(objective))
     outputs, _ = sweeps.forward()
@@ -213,5 +241,5 @@ def value_and_gradient(objective: Objective, batch: Batch) -> tuple[Tensor, Tens
 
 
 def outputs(objective: Objective, x: Tensor) -> Tensor:
-    """The outputs without derivatives; for a model that is `possible`."""
+    """Return the outputs for inputs x without derivatives. The model must be able to run in segments."""
     return Sweeps(objective, x, length(objective)).forward()[0]

@@ -1,4 +1,4 @@
-"""Atomic writes, locks, and CSV tables."""
+"""Atomic writes, file locks, and CSV tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import IO, Any
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """CSV with one line a row; columns in the order in which they first appear."""
+    """Write a CSV file with one line per row. Columns appear in the order in which the rows first name them."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
@@ -26,8 +26,17 @@ def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write through a temporary file in the same folder, then rename: the file is whole or as it was. An OSError names
-    `path`."""
+    """Write a file atomically, through a temporary file in the same folder that is then renamed.
+
+    On failure the old file is unchanged and the temporary file is removed.
+
+    Args:
+        path: The file to write. Its folder is created if it is missing.
+        write: Called with the open binary file.
+
+    Raises:
+        OSError: If the file cannot be written. Its `filename` is `path`.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +52,10 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path | str) -> Iterator[None]:
-    """An OSError names this file, where that of a full disk names none and that of a folder a temporary one."""
+    """Set the `filename` of any OSError raised inside to `path`.
+
+    The operating system may report no name (a full disk) or the name of a temporary file.
+    """
     try:
         yield
     except OSError as error:
@@ -52,16 +64,28 @@ def naming(path: Path | str) -> Iterator[None]:
         raise
 
 
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of a file system that has none
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # raised by file systems without locks
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, shared: bool = False, wait: float = 0.0) -> Iterator[bool]:
-    """Hold the lock of this file, which need not exist and, unless shared, is removed at the end; its folder must.
+    """Hold an advisory lock on a file.
 
-    Yields whether it is held: some network file systems have no locks, and there everyone goes on without. A process
-    that ends in whatever way holds nothing any more. Raises BlockingIOError if another has it for `wait` seconds, and
-    OSError that names the folder where the file cannot be made.
+    The file is created if it is missing; its folder must exist. An exclusive lock deletes the file when it is released.
+    The lock of a process that ends for any reason is released.
+
+    Args:
+        path: The lock file.
+        shared: Acquire a shared lock instead of an exclusive one.
+        wait: How long to wait for another process, in seconds.
+
+    Yields:
+        True if the lock is held, False on a file system without locks (some network file systems), where nothing is
+        locked.
+
+    Raises:
+        BlockingIOError: If another process holds the lock for `wait` seconds.
+        OSError: If the file cannot be created. Its `filename` is the folder.
     """
     end = time.monotonic() + wait
     while True:
@@ -73,10 +97,10 @@ def locked(path: Path, *, shared: bool = False, wait: float = 0.0) -> Iterator[b
         with file:
             held = _lock(file, shared)
             if held is None and time.monotonic() >= end:
-                raise BlockingIOError(errno.EAGAIN, "another process is at work", str(path))
+                raise BlockingIOError(errno.EAGAIN, "another process holds the lock", str(path))
             if held is None:
                 time.sleep(0.1)
-            elif _is(file, path):  # else it was removed by the one who had it before: nobody's lock any more
+            elif _is(file, path):  # otherwise its previous holder has deleted it: open it again
                 try:
                     yield held
                 finally:
@@ -86,7 +110,7 @@ def locked(path: Path, *, shared: bool = False, wait: float = 0.0) -> Iterator[b
 
 
 def _lock(file: IO[bytes], shared: bool) -> bool | None:
-    """Whether its lock is ours now; None if another has it."""
+    """Try to lock the file: True if it is locked now, None if another process holds it, False without lock support."""
     import fcntl
 
     try:
@@ -101,6 +125,7 @@ def _lock(file: IO[bytes], shared: bool) -> bool | None:
 
 
 def _is(file: IO[bytes], path: Path) -> bool:
+    """Return whether `file` is still the file at `path`."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     return False
@@ -108,11 +133,18 @@ def _is(file: IO[bytes], path: Path) -> bool:
 
 @contextlib.contextmanager
 def alone(output: Path, temporaries: str) -> Iterator[None]:
-    """Be the only process that writes `output`, whose folder is made; .NAME.lock lies beside it meanwhile.
+    """Hold an exclusive lock for writing `output`.
 
-    temporaries: a regular expression of the names that are written along with it: what a killed process left of them
-    half-written is removed. Raises BlockingIOError if another process is at it, OSError that names the folder if
-    nothing can be written there.
+    The folder of `output` is created, and the lock file is `.NAME.lock` in it. Temporary files that a killed process
+    left behind are removed.
+
+    Args:
+        output: The file that only this process may write.
+        temporaries: Regular expression of the names of all files that are written atomically along with `output`.
+
+    Raises:
+        BlockingIOError: If another process holds the lock.
+        OSError: If the lock file cannot be created. Its `filename` is the folder.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     with locked(output.with_name(f".{output.name}.lock")) as held:
@@ -123,6 +155,7 @@ def alone(output: Path, temporaries: str) -> Iterator[None]:
 
 
 def _remove(path: Path) -> None:
-    # Where even this fails the file was never made, and the failure itself is already on its way.
+    # If deleting fails, the file was never created, and the original error is already being raised.
+    """Delete a file if it exists, and ignore errors."""
     with contextlib.suppress(OSError, ValueError):
         path.unlink(missing_ok=True)

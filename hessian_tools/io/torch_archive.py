@@ -1,9 +1,8 @@
-"""Reading .pt files of strangers: no code, and no more memory than a small multiple of the file.
+"""Read .pt files from untrusted sources without running code, in memory bounded by a small multiple of the file size.
 
-torch.load(weights_only=True) runs no code, but a file of a few bytes can still make it fill the memory: compressed or
-overlapping entries, calls like bytearray(10**11), a million containers in one another. So the zip archive and the
-pickle in it are looked at first, and refused unless torch.save writes the like. ikun and hessian_tools know nothing of
-each other: both have this file, and a test keeps the two alike.
+torch.load(weights_only=True) runs no code, but a file of a few bytes can still make it exhaust the memory: by
+compressed or overlapping entries, by calls such as bytearray(10**11), or by a million nested containers. The zip
+archive and its pickle are therefore checked first. A file is refused unless torch.save could have written it.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-MOST_PICKLE = 2**26  # bytes
-MOST_STEPS = 10_000_000  # of the pickle: 1,000 epochs of a log with 40 layers take 2 million
-MOST_DIRECTORY = 2**24  # bytes of the zip archive's table of contents
-DEEPEST = 50  # containers in one another
-# What a pickle may name. Everything else that weights_only lets through can be made to fill the memory, or to change
-# what a tensor's methods do.
+MOST_PICKLE = 2**26  # largest pickle in bytes
+MOST_STEPS = 10_000_000  # opcodes of the pickle; a log of 1,000 epochs with 40 layers takes 2 million
+MOST_DIRECTORY = 2**24  # largest table of contents of the zip archive, in bytes
+DEEPEST = 50  # largest nesting depth of containers
+# The names that a pickle may use. Others that weights_only allows can exhaust the memory or replace the methods of a
+# tensor.
 _PLAIN = re.compile(
     r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v2|parameter)|torch\.[A-Z][A-Za-z0-9]*Storage"
     r"|torch\.(Size|device|bool|u?int\d+|b?float\d+|complex\d+)"
 )
-# Bytes behind each opcode of protocol 2 that torch.save writes and weights_only reads; -1: a length of one byte before
-# them, -4: of four, -2: two lines
+# Number of argument bytes after each opcode of protocol 2 that torch.save writes and weights_only reads.
+# -1: preceded by a length of one byte; -4: preceded by a length of four bytes; -2: two lines of text.
 _BEHIND = {
     **dict.fromkeys(b"RbasueNt()]}.Q\x85\x86\x87\x88\x89", 0),
     **dict.fromkeys(b"Kqh", 1),
@@ -45,7 +44,7 @@ _BEHIND = {
     b"c"[0]: -2,
 }
 _STOP = b"."[0]
-_SIZES = {  # bytes of an entry
+_SIZES = {  # bytes per element
     f"{name}Storage": size
     for size, names in {
         1: ("Untyped", "Byte", "Char", "Bool"),
@@ -59,22 +58,31 @@ _SIZES = {  # bytes of an entry
 
 
 class ArchiveError(ValueError):
-    """Why a file cannot be read, in a few words without its name."""
+    """A file cannot be read. The message is a short reason without the name of the file."""
 
 
 class CodeError(ArchiveError):
-    """The file holds something that is neither a tensor nor a plain value."""
+    """The file contains an object that is neither a tensor nor a plain value."""
 
 
 def read_archive(path: str | Path) -> Any:
-    """What torch.save wrote, its dicts, lists and tuples as plain ones and its tensors on the CPU, without history.
+    """Read a file that torch.save wrote.
 
-    Raises ArchiveError for a damaged file and for one that would take too much memory, CodeError for one with objects
-    of other kinds; FileNotFoundError and PermissionError.
+    Args:
+        path: The file.
+
+    Returns:
+        Its contents. Dicts, lists and tuples are plain ones; tensors are on the CPU and detached.
+
+    Raises:
+        CodeError: If the file contains objects of other types.
+        ArchiveError: If the file is damaged or would take too much memory.
+        FileNotFoundError: If the file does not exist.
+        PermissionError: If the file may not be read.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise ArchiveError("a folder or device, and no file")
+        raise ArchiveError("not a regular file")
     with path.open("rb") as file:
         pickled, sizes = _pickle(file)
         steps = _check_pickle(pickled)
@@ -82,18 +90,23 @@ def read_archive(path: str | Path) -> Any:
         file.seek(0)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about what damage looks like
+                warnings.simplefilter("ignore")  # a damaged file can cause warnings
                 values = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises many kinds on damaged files
+        except Exception as error:  # torch.load raises many types on damaged files
             raise ArchiveError("damaged, or not a .pt file") from error
     return _plain(values, 0, iter(range(1000 + 10 * steps)))
 
 
 def _pickle(file: IO[bytes]) -> tuple[bytes, dict[str, int]]:
-    """(the pickle, bytes of every storage by its key) of an archive that holds what it says it does: every entry once,
-    uncompressed and in a place of its own. Torch's reader and Python's agree about such an archive."""
+    """Return the pickle of an archive, and the bytes of every storage by its key.
+
+    Every entry must occur once, be uncompressed and not overlap another, so that the zip readers of torch and Python
+    agree.
+    """
     if file.read(2) == b"\x80\x02":
-        raise ArchiveError("in the format of torch before 1.6: torch.load it with weights_only=True and torch.save it")
+        raise ArchiveError(
+            "in the format of torch before 1.6: load it with torch.load(weights_only=True) and save it with torch.save"
+        )
     size = file.seek(0, 2)
     try:
         _check_directory(file, size)
@@ -101,25 +114,25 @@ def _pickle(file: IO[bytes]) -> tuple[bytes, dict[str, int]]:
             entries = archive.infolist()
             names = [entry.orig_filename for entry in entries]
             if not names or len({name.lower() for name in names}) < len(names) or not all(map(str.isascii, names)):
-                raise ArchiveError("damaged: its entries have no names, or the same one")
+                raise ArchiveError("damaged: entries have no names or duplicate names")
             if any(e.compress_type != zipfile.ZIP_STORED or e.compress_size != e.file_size for e in entries):
-                raise ArchiveError("its entries are compressed, which torch.save never does")
+                raise ArchiveError("its entries are compressed, but torch.save never compresses")
             if sum(e.file_size for e in entries) > size:
-                raise ArchiveError("damaged: its entries claim more bytes than it has")
+                raise ArchiveError("damaged: its entries claim more bytes than the file has")
             top = names[0].partition("/")[0]
             sizes = {name.removeprefix(f"{top}/data/"): e.file_size for name, e in zip(names, entries, strict=True)}
             entry = archive.getinfo(f"{top}/data.pkl")
             if entry.file_size > MOST_PICKLE:
-                raise ArchiveError(f"more than {MOST_PICKLE:,} bytes beside the weights")
+                raise ArchiveError(f"more than {MOST_PICKLE:,} bytes in addition to the weights")
             return archive.read(entry), sizes
     except ArchiveError:
         raise
-    except Exception as error:  # zipfile raises many kinds too, NotImplementedError and struct.error among them
+    except Exception as error:  # zipfile raises many types too, such as NotImplementedError
         raise ArchiveError("truncated or not a .pt file") from error
 
 
 def _check_directory(file: IO[bytes], size: int) -> None:
-    """The table of contents lies right before the end records, so that no reader can find another one."""
+    """Require the table of contents right before the end records, so that all zip readers find the same one."""
     file.seek(max(0, size - 98))
     end = file.read(98).rjust(98, b"\0")
     if end[76:80] != b"PK\5\6" or end[96:] != b"\0\0":
@@ -130,13 +143,13 @@ def _check_directory(file: IO[bytes], size: int) -> None:
         first = size - 98
         length, offset = struct.unpack("<QQ", end[40:56])
         if end[:4] != b"PK\6\6" or struct.unpack("<Q", end[64:72]) != (first,):
-            raise ArchiveError("damaged: its end records do not agree")
+            raise ArchiveError("damaged: its end records are inconsistent")
     if offset + length != first or length > MOST_DIRECTORY:
-        raise ArchiveError("damaged: its table of contents is not where it says, or too long")
+        raise ArchiveError("damaged: its table of contents is misplaced or too long")
 
 
 def _check_pickle(data: bytes) -> int:
-    """The steps of a pickle; raises unless it has plain values and tensors alone, and not too many of them."""
+    """Count the steps of a pickle. Raises if it has too many values, or any but plain ones and tensors."""
     place, steps, size = 2, 0, len(data)
     if data[:2] != b"\x80\x02":
         raise ArchiveError("damaged, or not written by torch.save")
@@ -154,18 +167,18 @@ def _check_pickle(data: bytes) -> int:
             else:
                 module, name, place = _lines(data, place)
                 if not _PLAIN.fullmatch(f"{module}.{name}"):
-                    raise CodeError(f"it holds objects that need code to load ({module}.{name})")
+                    raise CodeError(f"it contains objects that need code to load ({module}.{name})")
             steps += 1
             if opcode == _STOP or place > size:
                 return steps
             if steps > MOST_STEPS:
-                raise ArchiveError(f"more than {MOST_STEPS:,} values beside the weights")
+                raise ArchiveError(f"more than {MOST_STEPS:,} values in addition to the weights")
     except (IndexError, KeyError):
         raise ArchiveError("damaged, or not written by torch.save") from None
 
 
 class _Inert:
-    """Stands for everything that a pickle names: made of anything, filled with anything, without effect."""
+    """Stands for every object that a pickle names. It accepts any arguments and does nothing."""
 
     def __init__(self, *arguments: object) -> None: ...
 
@@ -178,8 +191,10 @@ class _Inert:
 
 
 class _Storages(pickle.Unpickler):
-    """Goes through a pickle that _check_pickle has passed, for the sizes of its storages alone: older versions of torch
-    take them as they are said, and read beyond the end."""
+    """Checks the sizes of the storages in a pickle that _check_pickle has passed.
+
+    Older versions of torch trust the sizes in the pickle and would read beyond the end of a storage.
+    """
 
     def __init__(self, pickled: bytes, sizes: dict[str, int]) -> None:
         super().__init__(io.BytesIO(pickled))
@@ -196,16 +211,17 @@ class _Storages(pickle.Unpickler):
 
 
 def _check_storages(pickled: bytes, sizes: dict[str, int]) -> None:
+    """Raise if a tensor claims more bytes than the archive stores for it."""
     try:
         _Storages(pickled, sizes).load()
     except ArchiveError:
         raise
-    except Exception as error:  # pickle raises many kinds on damaged files
+    except Exception as error:  # pickle raises many types on damaged files
         raise ArchiveError("damaged, or not a .pt file") from error
 
 
 def _lines(data: bytes, place: int) -> tuple[str, str, int]:
-    """The two lines from `place`, and where they end."""
+    """Return the two lines that start at `place`, and the position after them."""
     words = []
     for _ in range(2):
         end = data.find(b"\n", place)
@@ -217,10 +233,12 @@ def _lines(data: bytes, place: int) -> tuple[str, str, int]:
 
 
 def _plain(value: Any, depth: int, left: Iterator[int]) -> Any:
-    """A copy in plain containers: an OrderedDict can bring methods of its own, a tensor hooks. Containers can hold one
-    another, and be held a thousand times each: every visit is one of those left."""
+    """Copy a value into plain containers: an OrderedDict can carry its own methods, and a tensor hooks.
+
+    Containers can contain each other and can be shared a thousand times. `left` bounds the number of visits.
+    """
     if depth > DEEPEST or next(left, None) is None:
-        raise ArchiveError(f"more than {DEEPEST} containers in one another, or one that is there many times")
+        raise ArchiveError(f"containers nested more than {DEEPEST} levels deep, or repeated too many times")
     kind = type(value)
     if kind is dict or kind is OrderedDict:
         return {key: _plain(item, depth + 1, left) for key, item in dict.items(value)}

@@ -1,7 +1,7 @@
-"""The Lanczos process: one kernel that feeds eigenpairs, quadrature and densities.
+"""Eigenpairs of a symmetric operator by thick-restart Lanczos.
 
-Products are taken in the operator's dtype; the recurrence, its dot products and the reorthogonalization (against the
-whole basis, twice) are float64, without which ghosts of converged eigenvalues appear.
+Products are computed in the operator's dtype. The recurrence, its dot products and the reorthogonalization (twice
+against the whole basis) are in float64. Without that, spurious copies of converged eigenvalues appear.
 """
 
 from __future__ import annotations
@@ -17,25 +17,36 @@ from torch import Tensor
 
 from hessian_tools.operators.base import Operator
 
-# (products done, products expected, worst residual of the wanted pairs relative to ||A||: NaN while unknown)
+# (products done, products expected, worst residual of the wanted pairs relative to ||A||, NaN while unknown)
 ProductProgress = Callable[[int, int, float], None]
-# A next vector shorter than this, relative to the operator, is round-off: the Krylov space is invariant.
-_BREAKDOWN = 1e-13
+# If the next vector is shorter than this, relative to the operator, it is round-off and the Krylov space is invariant.
+BREAKDOWN = 1e-13
 
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """Ritz pairs: values [k] in the order asked for, orthonormal vectors [P, k], residuals ||Av - value v|| [k].
+    """Ritz pairs of an operator A.
 
-    Every residual is explicit, from a product with the vector itself; an eigenvalue of A lies within it.
-    converged: residual <= tol * norm, with norm the largest |Ritz value|, an estimate of ||A||.
-    products: all that were taken, those for the residuals included.
-    bounds [k]: for converged pairs min(residual, residual^2 / gap + round-off of a product) (Kato 1949, Temple 1928),
-    for others the residual. The gap is to the nearest other Ritz value, less its residual: an eigenvalue lies within
-    the bound provided that the Ritz values stand for all eigenvalues nearby. Within the residual one lies in any case.
-    steps: dimension of the Krylov space built from the random start before the first restart, 0 if unknown; complete:
-    that space closed (or all of R^P was spanned), so with probability 1 no value of the spectrum was missed, though
-    copies of one may have been. low, high: the outermost Ritz values at the end.
+    Every residual is computed explicitly from a product with the vector, so an eigenvalue of A lies within the residual
+    of every value.
+
+    Attributes:
+        values: Ritz values [k], in the requested order.
+        vectors: Orthonormal vectors [P, k].
+        residuals: Norms ||A v - value v|| [k].
+        converged: Whether residual <= tol * norm [k].
+        norm: The largest |Ritz value|, an estimate of ||A||.
+        tol: Relative tolerance.
+        products: Number of operator products, including those for the residuals.
+        bounds: Error bounds [k]: min(residual, residual^2 / gap + round-off of a product) for converged pairs (Kato
+            1949, Temple 1928), and the residual for the others. The gap is the distance to the nearest other Ritz
+            value, less its residual. An eigenvalue lies within the bound if the Ritz values represent all eigenvalues
+            nearby.
+        steps: Dimension of the Krylov space built from the random start before the first restart. 0 if unknown.
+        complete: Whether that space became invariant or all of R^P was spanned. Then, with probability 1, no eigenvalue
+            was missed, although copies of a multiple eigenvalue can be missing.
+        low: The smallest Ritz value at the end.
+        high: The largest Ritz value at the end.
     """
 
     values: Tensor
@@ -52,6 +63,7 @@ class Eigenpairs:
     high: float = math.nan
 
     def take(self, index: Tensor | slice) -> Eigenpairs:
+        """Return the pairs selected by `index`, in its order."""
         return dataclasses.replace(
             self,
             values=self.values[index],
@@ -63,12 +75,20 @@ class Eigenpairs:
 
 
 def random_vector(op: Operator, generator: torch.Generator) -> Tensor:
-    """A standard normal vector [P], float64, drawn on the CPU so that a seed means the same on every device."""
+    """Draw a standard normal vector [P], float64. It is drawn on the CPU, so a seed gives the same on any device."""
     return torch.randn(op.shape[0], dtype=torch.float64, generator=generator).to(op.device)
 
 
 def orthogonalize(v: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """v minus its part in the span of orthonormal columns [P, j], twice; returns it and the coefficients [j]."""
+    """Orthogonalize a vector against a basis, twice.
+
+    Args:
+        v: Vector [P] or block [P, k].
+        basis: Orthonormal columns [P, j].
+
+    Returns:
+        v minus its part in the span of the basis, and the coefficients of that part [j] or [j, k].
+    """
     first = basis.T @ v
     v = (basis @ first).neg_().add_(v)
     second = basis.T @ v
@@ -83,11 +103,19 @@ def certified(
     others: tuple[Tensor, Tensor] | None = None,
     report: Callable[[], None] | None = None,
 ) -> Eigenpairs:
-    """Eigenpairs with explicit residuals from orthonormal vectors [P, k], float64; values are Rayleigh quotients.
+    """Compute Rayleigh quotients and explicit residuals of orthonormal vectors, one product per vector.
 
-    One product a vector, one after the other; `report` is called after each. others: the remaining Ritz values [m] of
-    the space the vectors come from and bounds on their residuals [m]; without them the gaps are unknown and the
-    residuals are the bounds.
+    Args:
+        op: The operator.
+        vectors: Orthonormal vectors [P, k], float64.
+        tol: Relative tolerance for `converged`.
+        norm: A lower bound on the estimate of ||A||, such as the largest |Ritz value| of the space.
+        others: The remaining Ritz values [m] of the space that contains the vectors, and bounds on their residuals [m].
+            Without them the gaps are unknown, and the error bounds are the residuals.
+        report: Called after every product.
+
+    Returns:
+        The pairs, in the order of the vectors.
     """
     before = op.products
     values, residuals = torch.empty(2, vectors.shape[1], dtype=torch.float64)
@@ -109,80 +137,23 @@ def certified(
 
 
 def temple_bounds(values: Tensor, residuals: Tensor, others: Tensor, radii: Tensor) -> Tensor:
-    """min(residual, residual^2 / gap) of every pair [k] (Kato 1949, Temple 1928).
+    """Compute the error bounds min(residual, residual^2 / gap) of eigenpairs (Kato 1949, Temple 1928).
 
-    gap: from the value to the nearest of the other pairs' values and of `others` [m], each brought nearer by its own
-    residual, `radii` [m]. Without a positive gap, or with no other value known, it is the residual.
+    The gap of a pair is the distance from its value to the nearest other value, less the residual of that value. If it
+    is not positive, or if no other value is known, the bound is the residual.
+
+    Args:
+        values: Values [k].
+        residuals: Their residuals [k].
+        others: Other Ritz values [m].
+        radii: Bounds on the residuals of `others` [m].
+
+    Returns:
+        The bounds [k].
     """
     gaps = (values[:, None] - torch.cat([values, others])).abs() - torch.cat([residuals, radii])
     gap = gaps.fill_diagonal_(math.inf).min(1).values
     return torch.where((gap > 0) & gap.isfinite(), residuals.minimum(residuals.square() / gap), residuals)
-
-
-def tridiagonal(op: Operator, start: Tensor, steps: int, deflate: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Lanczos coefficients (alpha [m], beta [m - 1]) of A from `start` [P]; see `tridiagonals`."""
-    alpha, beta = tridiagonals(op, [start], steps, deflate)[0]
-    return alpha, beta[:-1]
-
-
-def tridiagonals(
-    op: Operator,
-    starts: Sequence[Tensor],
-    steps: int,
-    deflate: Tensor | None = None,
-    stop: Callable[[list[float], list[float]], bool] | None = None,
-) -> list[tuple[Tensor, Tensor]]:
-    """Lanczos coefficients (alpha [m], beta [m]), m <= steps, of A from each start [P]; on the CPU, float64.
-
-    The last beta leads to the step not taken; it is 0 where the Krylov space is invariant, which may be at m < steps
-    (m = 0 for a start of zeros). With `deflate`, orthonormal columns Q [P, k], it is the process of
-    (I - QQ') A (I - QQ'). stop(alpha, beta) is asked after every step of every run, and ends that run. The runs are
-    independent, but take their products as one block a step: an operator that keeps no primal recomputes it only once.
-    Holds steps * len(starts) vectors of P float64. Raises FloatingPointError if a product is not finite.
-    """
-    size, device = op.shape[0], op.device
-    fixed = torch.empty(size, 0, dtype=torch.float64, device=device) if deflate is None else deflate
-    steps = min(steps, size - fixed.shape[1])
-    vectors = [orthogonalize(start.to(device, torch.float64), fixed)[0] for start in starts]
-    active = [i for i, v in enumerate(vectors) if v.norm() > 0]
-    vectors = [v / v.norm() for v in vectors]
-    bases = [torch.empty(steps, size, dtype=torch.float64, device=device) for _ in vectors]  # one vector a row
-    alphas: list[list[float]] = [[] for _ in vectors]
-    betas: list[list[float]] = [[] for _ in vectors]
-    for j in range(steps):
-        if not active:
-            break
-        images = (op @ torch.stack([vectors[i] for i in active]).T).T
-        going = []
-        for i, image in zip(active, images, strict=True):
-            bases[i][j] = vectors[i]
-            w, coefficients = orthogonalize(image.contiguous().double(), bases[i][: j + 1].T)
-            w, _ = orthogonalize(w, fixed)
-            b = float(w.norm())
-            if not math.isfinite(b):
-                raise FloatingPointError("a product with the operator is not finite")
-            alphas[i].append(float(coefficients[-1]))
-            betas[i].append(b if b > _BREAKDOWN * max(b, *map(abs, alphas[i]), *betas[i]) else 0.0)
-            stopped = stop is not None and stop(alphas[i], betas[i])
-            if betas[i][-1] and not stopped:
-                vectors[i] = w / b
-                going.append(i)
-        active = going
-    return [
-        (torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64))
-        for a, b in zip(alphas, betas, strict=True)
-    ]
-
-
-def quadrature(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """Gauss nodes and weights [m] of the spectral measure of the start vector (Golub & Welsch 1969).
-
-    From alpha [m] and the first m - 1 of beta. sum of weight * node^k equals v'A^k v for k <= 2m - 1, for the unit
-    start vector v.
-    """
-    side = beta[: len(alpha) - 1]
-    nodes, vectors = torch.linalg.eigh(torch.diag(alpha) + torch.diag(side, 1) + torch.diag(side, -1))
-    return nodes, vectors[0].square()
 
 
 def eigenpairs(
@@ -198,23 +169,44 @@ def eigenpairs(
     start: Tensor | None = None,
     progress: ProductProgress | None = None,
 ) -> Eigenpairs:
-    """The `largest` eigenvalues, descending, then the `smallest`, ascending, by thick-restart Lanczos.
+    """Compute extreme eigenpairs by thick-restart Lanczos (Wu & Simon 2000).
 
-    magnitude: instead of these, so many of largest |value|, by decreasing |value| (pass largest=0).
-    Stops when every wanted pair has residual <= tol * ||A||, or after max_products (then some pairs are reported as
-    not converged); the residuals take one more product a pair. A full basis restarts from the best Ritz vectors (Wu &
-    Simon 2000). It holds at most max_basis vectors (400 or 2 wanted unless given); the peak is max_basis + wanted + 6
-    vectors of P float64, besides what a product takes. start [P], if given, replaces the random start vector.
-    Copies of a multiple eigenvalue appear when the Krylov space that holds the first one closes, or by round-off: at a
-    loose tol some may be missing. A search of the complement from another start finds those.
-    Raises ValueError for counts that do not fit the operator and a max_basis too small for them, FloatingPointError if
-    a product is not finite.
+    The search stops when every wanted pair has a residual of at most tol * ||A||, or after `max_products` products,
+    when some pairs are reported as not converged. The explicit residuals take one more product per pair.
+
+    A full basis restarts from the best Ritz vectors. The peak memory is max_basis + wanted + 6 vectors of P float64,
+    plus the memory of a product.
+
+    Copies of a multiple eigenvalue are found only by round-off, or when the Krylov space that contains the first copy
+    becomes invariant. At a loose tolerance some can be missing; a search of the complement from another start finds
+    them.
+
+    Args:
+        op: The operator.
+        largest: Number of largest eigenvalues, returned first in descending order.
+        smallest: Number of smallest eigenvalues, returned next in ascending order.
+        magnitude: Number of eigenvalues largest in magnitude, returned by decreasing |value|. Requires largest=0 and
+            smallest=0.
+        generator: Random generator of the start vector and of restarts in the complement.
+        tol: Relative tolerance of the residuals.
+        max_products: Largest number of operator products before the residuals.
+        max_basis: Largest number of basis vectors. The default is 400, or twice the number of wanted pairs if that is
+            more.
+        start: Start vector [P] instead of a random one.
+        progress: Called after every product with (products done, products expected, worst relative residual).
+
+    Returns:
+        The eigenpairs.
+
+    Raises:
+        ValueError: If the counts do not fit the operator, or if `max_basis` is too small for them.
+        FloatingPointError: If a product is not finite.
     """
     size = op.shape[0]
     if magnitude and (largest or smallest):
         raise ValueError(
             f"eigenvalues by magnitude ({magnitude}) exclude the {largest} largest and {smallest} smallest: pass 0 "
-            "for either"
+            "for both"
         )
     wanted = largest + smallest + magnitude
     if min(largest, smallest, magnitude) < 0 or not 1 <= wanted <= size:
@@ -226,17 +218,18 @@ def eigenpairs(
         gib = 8 * size / 2**30
         raise ValueError(
             f"{wanted} eigenpairs need a basis of {least} vectors of {size} float64 ({least * gib:.3g} GiB), "
-            f"{room} ({room * gib:.3g} GiB) are allowed: ask for fewer pairs or allow more memory"
+            f"but only {room} ({room * gib:.3g} GiB) are allowed: ask for fewer pairs or allow more memory"
         )
     room = min(size, room)
-    basis = torch.empty(room, size, dtype=torch.float64, device=op.device)  # one vector a row
+    basis = torch.empty(room, size, dtype=torch.float64, device=op.device)  # one vector per row
     t = torch.zeros(room, room, dtype=torch.float64)
     v = random_vector(op, generator) if start is None else start.to(op.device, torch.float64)
     basis[0] = v / v.norm()
     del v
     before, scale, j, steps, complete = op.products, 0.0, 0, 0, False
     checks: list[tuple[int, float]] = []  # (products, worst relative residual)
-    closed, opened, deadline = torch.empty(0), 0, 0  # wanted values and products when the space was last invariant
+    # Wanted values and products when the space was last invariant, and the products up to which the search continues.
+    closed, opened, deadline = torch.empty(0), 0, 0
 
     def report() -> None:
         if progress is not None:
@@ -254,7 +247,7 @@ def eigenpairs(
         scale = max(scale, float(coefficients.abs().max()), beta)
         j += 1
         done = op.products - before
-        invariant = beta <= _BREAKDOWN * scale
+        invariant = beta <= BREAKDOWN * scale
         last = j == size or done >= max_products
         if not steps and (invariant or j == room):
             steps, complete = j, invariant and start is None
@@ -264,15 +257,15 @@ def eigenpairs(
             estimates = beta * y[-1].abs()
             index = _wanted(ritz, largest, smallest, magnitude)
             if invariant:
-                # it says nothing of copies of its eigenvalues outside it; these are sought from a random vector in the
-                # complement, and when its space closes without bettering the wanted values, there are no better ones
+                # Copies of eigenvalues can exist outside this space. Continue from a random vector in the complement.
+                # If that space becomes invariant without better wanted values, there are none.
                 found = ritz[index]
-                settled = found.shape == closed.shape and bool((found - closed).abs().max() <= 10 * _BREAKDOWN * scale)
-                # that space has no more distinct eigenvalues than the last, so it closes as soon, round-off permitting
+                settled = found.shape == closed.shape and bool((found - closed).abs().max() <= 10 * BREAKDOWN * scale)
+                # It has at most as many distinct eigenvalues, so apart from round-off it needs no more products.
                 closed, opened, deadline = found, done, 2 * done - opened
             else:
                 checks.append((done, float(estimates[index].max() / ritz.abs().max())))
-                # below tol: the explicit residual has round-off besides
+                # Stop below tol, because the explicit residual also contains round-off.
                 settled = done > deadline and checks[-1][1] <= 0.3 * tol
         report()
         if settled or (last and j >= wanted):
@@ -299,12 +292,12 @@ def eigenpairs(
 
 
 def least_basis(wanted: int) -> int:
-    """The least max_basis with which `eigenpairs` looks for so many pairs."""
+    """Return the smallest `max_basis` that `eigenpairs` accepts for `wanted` pairs."""
     return wanted + max(5, wanted // 5)
 
 
 def _wanted(ritz: Tensor, largest: int, smallest: int, magnitude: int) -> Tensor:
-    """Indices into ascending values, none twice: by magnitude, or the largest, descending, and the smallest."""
+    """Return indices into ascending values: those of largest magnitude, or the largest and then the smallest."""
     count, sizes = len(ritz), ritz.abs().tolist()
     if magnitude:
         return torch.tensor(sorted(range(count), key=sizes.__getitem__, reverse=True)[:magnitude])
@@ -314,7 +307,7 @@ def _wanted(ritz: Tensor, largest: int, smallest: int, magnitude: int) -> Tensor
 
 
 def _survivors(ritz: Tensor, largest: int, smallest: int, magnitude: int, room: int) -> Tensor:
-    """Indices of the Ritz vectors that a restart keeps: the wanted, some more of their kind, and one at either end."""
+    """Return the indices of the Ritz vectors kept at a restart: the wanted, some next to them, and both ends."""
     wanted = largest + smallest + magnitude
     keep = wanted + min(wanted, 10, (room - wanted - 2) // 2)
     top = round(keep * largest / wanted)
@@ -324,16 +317,26 @@ def _survivors(ritz: Tensor, largest: int, smallest: int, magnitude: int, room: 
 
 
 def _rotate(basis: Tensor, y: Tensor) -> None:
-    """The first k rows of basis [j, P] become y' basis, y [j, k], in place but for a buffer of about one row."""
+    """Replace the first k rows of basis [j, P] by y^T basis for y [j, k], with a buffer of about one row."""
     k = y.shape[1]
     for piece in basis.split(max(1024, basis.shape[1] // k), 1):
         piece[:k] = y.T @ piece
 
 
 def expected_products(checks: Sequence[tuple[int, float]], target: float, done: int, most: int) -> int:
-    """Products until the worst residual comes down to `target`, its logarithm linear over the last five of `checks`.
+    """Extrapolate the number of products until the worst residual reaches a target.
 
-    checks: (products, worst residual). `most` with fewer than three checks or without progress; never below done + 1.
+    The logarithm of the residual is fitted by a line through the last five checks.
+
+    Args:
+        checks: Pairs (products, worst residual).
+        target: The residual to reach.
+        done: Number of products so far.
+        most: Upper bound.
+
+    Returns:
+        The number of products, at least done + 1 and at most `most`. It is `most` for fewer than three checks and if
+        the residual does not decrease.
     """
     recent = checks[-5:]
     if len(recent) < 3:
@@ -347,17 +350,27 @@ def expected_products(checks: Sequence[tuple[int, float]], target: float, done: 
 
 
 def random_start_bound(steps: int, size: int, failure: float = 0.05) -> float:
-    """Relative error e of the largest Ritz value from a random start: with probability 1 - failure it lies no more than
-    e (lambda_max - lambda_min) below lambda_max, after `steps` Lanczos steps (products) on a matrix of that size.
+    """Bound the relative error of the largest Ritz value from a random start.
 
-    From failure = 1.648 sqrt(size) exp(-sqrt(e) (2 steps - 1)), Kuczynski & Wozniakowski 1992; at most 1, and 0 for
-    steps >= size. It holds for the lower end as well; for both at once the failures add up. Raises ValueError for a
-    failure outside (0, 1) and for counts that are none.
+    With probability 1 - failure, the largest Ritz value is at most e (lambda_max - lambda_min) below lambda_max after
+    `steps` Lanczos steps. The bound is failure = 1.648 sqrt(size) exp(-sqrt(e) (2 steps - 1)) (Kuczynski & Wozniakowski
+    1992). It also holds for the smallest Ritz value; for both at once, the failure probabilities add up.
+
+    Args:
+        steps: Number of Lanczos steps (products).
+        size: Size P of the matrix.
+        failure: Failure probability.
+
+    Returns:
+        e, at most 1, and 0 if steps >= size.
+
+    Raises:
+        ValueError: If `failure` is not in (0, 1), `size` is not positive, or `steps` is negative.
     """
     if not 0 < failure < 1 or size < 1 or steps < 0:
         raise ValueError(
-            f"the failure probability lies between 0 and 1, size is positive, steps not negative: not {failure}, "
-            f"{size} and {steps}"
+            f"the failure probability must lie between 0 and 1, size must be positive and steps not negative, but they "
+            f"are {failure}, {size} and {steps}"
         )
     if steps >= size:
         return 0.0
@@ -367,11 +380,20 @@ def random_start_bound(steps: int, size: int, failure: float = 0.05) -> float:
 
 
 def excess(pairs: Eigenpairs, size: int, failure: float = 0.05) -> float:
-    """With probability 1 - failure over the random start, no eigenvalue of the operator of that size lies farther than
-    this above pairs.high or below pairs.low: 0 for a complete search, infinite where the steps are too few to say.
+    """Bound how far an eigenvalue can lie outside the range of the Ritz values.
 
-    Each end fails with failure / 2; with e the relative error of either, the range of the spectrum is at most that of
-    the Ritz values over 1 - 2e. Restarts only widen the latter, as they keep both outermost Ritz vectors.
+    With probability 1 - failure over the random start, no eigenvalue is more than this above `pairs.high` or below
+    `pairs.low`. Each end fails with probability failure / 2. If e is the relative error of each end
+    (`random_start_bound`), the range of the spectrum is at most that of the Ritz values divided by 1 - 2e. Restarts
+    keep both outermost Ritz vectors, so they can only widen the range of the Ritz values.
+
+    Args:
+        pairs: Eigenpairs found by `eigenpairs`.
+        size: Size P of the operator.
+        failure: Failure probability.
+
+    Returns:
+        The bound. It is 0 for a complete search, and infinite if there were too few steps for a bound.
     """
     e = 0.0 if pairs.complete else random_start_bound(pairs.steps, size, failure / 2)
     return e / (1 - 2 * e) * (pairs.high - pairs.low) if e < 0.5 else math.inf

@@ -1,7 +1,7 @@
-"""Power iteration with deflation: the field's older method, kept for comparison; Lanczos is better in every respect.
+"""Power iteration with deflation, for comparison with earlier work. Lanczos is better in every respect.
 
-It converges to the eigenvalue of largest magnitude, whatever its sign, slowly where neighbours are close in magnitude
-and never for a pair +a, -a; so signs, explicit residuals and an honest flag come with every value.
+Power iteration converges to the eigenvalue of largest magnitude. It is slow if several magnitudes are close, and does
+not converge for a pair +a, -a. The results therefore include signs, explicit residuals, and convergence flags.
 """
 
 from __future__ import annotations
@@ -23,10 +23,23 @@ def power_iteration(
     max_iterations: int = 100,
     progress: ProductProgress | None = None,
 ) -> Eigenpairs:
-    """`count` eigenpairs by decreasing magnitude, each after at most max_iterations products.
+    """Compute the eigenpairs of largest magnitude by power iteration.
 
-    A pair stops at residual <= tol * ||A||, ||A|| estimated by the largest |value| so far, and counts as converged
-    only then. Raises ValueError for a count that does not fit, FloatingPointError if a product is not finite.
+    Args:
+        op: The operator.
+        count: Number of eigenpairs.
+        generator: Random generator of the start vectors.
+        tol: A pair has converged if its residual is at most tol * ||A||, where ||A|| is estimated by the largest
+            |value| so far.
+        max_iterations: Largest number of products per pair.
+        progress: Called after every product with (products done, most products, worst relative residual).
+
+    Returns:
+        The eigenpairs by decreasing magnitude.
+
+    Raises:
+        ValueError: If `count` does not fit the operator, or `max_iterations` is below 1.
+        FloatingPointError: If a product is not finite.
     """
     if not 1 <= count <= op.shape[0] or max_iterations < 1:
         raise ValueError(f"cannot find {count} of {op.shape[0]} eigenvalues in {max_iterations} iterations each")

@@ -1,8 +1,9 @@
-"""Spectral density by stochastic Lanczos quadrature, outliers deflated.
+"""Spectral density by stochastic Lanczos quadrature with deflation of outliers.
 
-phi(t) = (1/P) sum_i delta(t - lambda_i). Converged eigenpairs enter as atoms of weight 1/P; the rest is the average,
-over random probes, of the Gauss quadrature of the probe's spectral measure on their complement (Ubaru, Chen & Saad
-2017; Chen, Trogdon & Ubaru 2021). The first Lanczos step of a probe z also gives z'Az and ||Az||^2.
+The density is phi(t) = (1/P) sum_i delta(t - lambda_i). Converged eigenpairs enter as atoms of weight 1/P. The rest is
+estimated on their complement, as the average over random probes of the Gauss quadrature of each probe's spectral
+measure (Ubaru, Chen & Saad 2017; Chen, Trogdon & Ubaru 2021). The first Lanczos step of a probe z also gives z^T A z
+and ||A z||^2.
 """
 
 from __future__ import annotations
@@ -14,22 +15,29 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from hessian_tools.linalg.lanczos import Eigenpairs, ProductProgress, orthogonalize, quadrature, tridiagonals
+from hessian_tools.linalg.lanczos import Eigenpairs, ProductProgress, orthogonalize
+from hessian_tools.linalg.lanczos_quadrature import quadrature, tridiagonals
 from hessian_tools.linalg.trace import rademacher
 from hessian_tools.operators.base import Operator
 
-_MOST_PROBES = 64  # that an accuracy may choose
+_MOST_PROBES = 64  # largest number of probes chosen by an accuracy
 
 
 @dataclass(frozen=True)
 class DensityEstimate:
-    """One quadrature per probe: nodes and weights, each a list of arrays [m]; every probe's weights sum to 1.
+    """One quadrature per probe. The weights of every probe sum to 1.
 
-    The first `atoms` nodes of every probe are the deflated eigenvalues, weight 1/P each. steps: the most that a probe
-    took. `quadratic` [probes] holds z'Az and `squared` [probes] ||Az||^2 of each probe on the complement.
-    coarse_nodes, coarse_weights: the quadratures from the first half of each probe's steps. accuracy: Wasserstein-1
-    distance of either quadrature over the range of all nodes, the largest of the probes; NaN where a single step that
-    was not exact tells nothing.
+    Attributes:
+        nodes: Nodes [m] of each probe. The first `atoms` nodes are the deflated eigenvalues.
+        weights: Weights [m] of each probe. Those of the deflated eigenvalues are 1/P.
+        atoms: Number of deflated eigenvalues.
+        steps: Largest number of Lanczos steps of a probe.
+        quadratic: z^T A z [probes] of each probe z on the complement of the deflated vectors.
+        squared: ||A z||^2 [probes] of each probe z on the complement.
+        coarse_nodes: Nodes of the quadratures from the first half of each probe's steps.
+        coarse_weights: Weights of the quadratures from the first half of each probe's steps.
+        accuracy: Wasserstein-1 distance between the full and the coarse quadrature, relative to the range of all nodes;
+            the largest over the probes. NaN if a probe made only one step and that step was not exact.
     """
 
     nodes: tuple[Tensor, ...]
@@ -44,15 +52,23 @@ class DensityEstimate:
 
     @property
     def probes(self) -> int:
+        """Number of probes."""
         return len(self.nodes)
 
     def moment(self, power: int) -> Tensor:
-        """The estimates [probes] of tr(A^power) / P, one per probe."""
+        """Return the estimates [probes] of tr(A^power) / P, one per probe."""
         return torch.stack([(w * x**power).sum() for x, w in zip(self.nodes, self.weights, strict=True)])
 
 
 def wasserstein(nodes: Tensor, weights: Tensor, others: Tensor, other_weights: Tensor) -> float:
-    """Wasserstein-1 distance, the integral of |F - G|, of two sets of atoms [m], [n], the weights scaled to sum 1."""
+    """Return the Wasserstein-1 distance, the integral of |F - G|, between two discrete distributions.
+
+    Args:
+        nodes: Atoms [m] of the first distribution.
+        weights: Their weights [m], which are scaled to sum to 1.
+        others: Atoms [n] of the second distribution.
+        other_weights: Their weights [n], which are scaled to sum to 1.
+    """
     return float(stats.wasserstein_distance(nodes, others, weights, other_weights))
 
 
@@ -67,20 +83,33 @@ def density(
     max_vectors: int | None = None,
     progress: ProductProgress | None = None,
 ) -> DensityEstimate:
-    """The density of A from `probes` runs of `steps` Lanczos steps, 4 and 60 unless given.
+    """Estimate the spectral density of an operator.
 
-    accuracy: t, the wanted Wasserstein-1 distance to the true density over the spectrum's range. It chooses what is not
-    given: the probes by max(4, 4 ln(2P / .05) / ((P + 2) t^2)), at most 64; the steps as 8, 16, 32, ..., until a
-    doubling moves the probe's quadrature by t/2 or less, at most 12/t + 1/2 (both bounds: Chen, Trogdon & Ubaru 2021,
-    for probes uniform on the sphere, failing with probability 5%) and at most max_vectors. See the result's `accuracy`
-    for what was reached.
-    deflate: pairs to take out exactly (all converged). max_vectors: how many vectors of P float64 the Lanczos bases may
-    hold; probes whose bases fit together run together. progress: called after every step of every probe.
-    Raises ValueError for counts below 1, an accuracy not between 0 and 1 and steps that max_vectors cannot hold,
-    FloatingPointError if a product is not finite.
+    Args:
+        op: The operator A.
+        probes: Number of random probes. The default is 4, or chosen by `accuracy`.
+        steps: Number of Lanczos steps per probe. The default is 60, or chosen by `accuracy`.
+        accuracy: Wanted Wasserstein-1 distance t to the true density, relative to the range of the spectrum. It chooses
+            what is not given. The number of probes is max(4, 4 ln(2P / 0.05) / ((P + 2) t^2)), at most 64. The number
+            of steps is doubled (8, 16, 32, ...) until a doubling moves the quadrature of the probe by at most t/2; it
+            is at most 12/t + 1/2 and at most `max_vectors`. Both bounds are from Chen, Trogdon & Ubaru 2021, for probes
+            uniform on the sphere and a failure probability of 5%. The accuracy that was reached is in the result.
+        generator: Random generator of the probes.
+        deflate: Converged eigenpairs to take out exactly.
+        max_vectors: Largest number of vectors of P float64 in the Lanczos bases. Probes whose bases fit together run
+            together.
+        progress: Called after every step of every probe with (products done, products expected, NaN).
+
+    Returns:
+        The estimate.
+
+    Raises:
+        ValueError: If `probes` or `steps` is below 1, `accuracy` is not between 0 and 1, or `max_vectors` cannot hold
+            the steps.
+        FloatingPointError: If a product is not finite.
     """
     if accuracy is not None and not 0 < accuracy < 1:
-        raise ValueError(f"the accuracy of a density must lie between 0 and 1, not {accuracy}")
+        raise ValueError(f"the accuracy of a density must lie between 0 and 1, but it is {accuracy}")
     size = op.shape[0]
     atoms = torch.empty(0, dtype=torch.float64) if deflate is None else deflate.values
     basis = None if deflate is None else deflate.vectors
@@ -88,12 +117,12 @@ def density(
     count, most = _chosen(size, accuracy, max_vectors)
     count, most = count if probes is None else probes, most if steps is None else steps
     if count < 1 or most < 1:
-        raise ValueError(f"a density needs at least one probe and one step, not {count} and {most}")
+        raise ValueError(f"a density needs at least one probe and one step, but they are {count} and {most}")
     most = min(most, size - len(atoms))
     if max_vectors is not None and most > max_vectors:
         raise ValueError(
-            f"{most} steps need {most * size * 8 / 2**30:.3g} GiB for the Lanczos basis, {max_vectors} vectors "
-            f"({max_vectors * size * 8 / 2**30:.3g} GiB) are allowed: allow more memory or fewer steps"
+            f"{most} steps need {most * size * 8 / 2**30:.3g} GiB for the Lanczos basis, but only {max_vectors} "
+            f"vectors ({max_vectors * size * 8 / 2**30:.3g} GiB) are allowed: allow more memory or fewer steps"
         )
     done = 0
 
@@ -108,7 +137,7 @@ def density(
         if progress is not None:
             progress(done, count * most, math.nan)
         m = len(alpha)
-        if not threshold or m < 16 or m & (m - 1):  # 8 steps against 16, 16 against 32, ...
+        if not threshold or m < 16 or m & (m - 1):  # compare 8 steps with 16, 16 with 32, ...
             return False
         a, b = torch.tensor(alpha, dtype=torch.float64), torch.tensor(beta, dtype=torch.float64)
         fine = whole(a, b)
@@ -132,7 +161,7 @@ def density(
     every = torch.cat([x for x, _ in fine + coarse])
     span = float(every.max() - every.min())
     moved = max(wasserstein(*c, *f) for c, f in zip(coarse, fine, strict=True))
-    quadratic = [n * float(a[:1].sum()) for n, a, _ in runs]  # 0 where there is no step
+    quadratic = [n * float(a[:1].sum()) for n, a, _ in runs]  # 0 if no step was made
     squared = [n * float(a[:1].square().sum() + b[:1].square().sum()) for n, a, b in runs]
     return DensityEstimate(
         nodes=tuple(x for x, _ in fine),
@@ -148,7 +177,7 @@ def density(
 
 
 def _chosen(size: int, accuracy: float | None, max_vectors: int | None) -> tuple[int, int]:
-    """Probes, and steps at most, for a wanted accuracy."""
+    """Return the number of probes and the largest number of steps for a wanted accuracy."""
     if accuracy is None:
         return 4, 60
     probes = math.ceil(4 * math.log(2 * size / 0.05) / ((size + 2) * accuracy**2))

@@ -1,8 +1,8 @@
-"""Functionals of a spectrum from its density: effective dimension, log determinant, share of the negative part.
+"""Functionals of a spectrum from its density: effective dimension, log determinant, and share of the negative part.
 
-tr f(A) is the sum of f over the deflated eigenvalues plus P - k times a probe's quadrature of f on the complement of
-those k (Ubaru, Chen & Saad 2017). The intervals are over probes; what the number of Lanczos steps may still change is
-given apart: the change from half of them.
+tr f(A) is the sum of f over the k deflated eigenvalues plus P - k times the quadrature of f by a probe on the
+complement (Ubaru, Chen & Saad 2017). Confidence intervals are over the probes. They do not contain the error from the
+number of Lanczos steps, which is reported separately as the change from half of the steps.
 """
 
 from __future__ import annotations
@@ -20,29 +20,47 @@ from hessian_tools.results.spectrum import Functional
 
 
 def effective_dimension(density: DensityEstimate, size: int, z: float, slack: float = 0.0) -> Functional:
-    """sum of lambda / (lambda + z) over the `size` eigenvalues of A, for A + z I positive definite (MacKay 1992).
+    """Estimate the effective dimension, the sum of lambda / (lambda + z) over all eigenvalues (MacKay 1992).
 
-    The interval is clipped to what is possible: at most size, and at least 0 where no node is negative.
-    slack: how far an eigenvalue may lie below the lowest node, such as the residual of lambda_min. Raises ValueError if
-    A + z I is not sure to be positive definite, or for fewer probes than an interval takes.
+    A + z I must be positive definite. The confidence interval is clipped to the possible values: at most P, and at
+    least 0 if no node is negative.
+
+    Args:
+        density: The density of A.
+        size: P, the number of eigenvalues.
+        z: The damping.
+        slack: How far an eigenvalue can lie below the lowest node, such as the residual of lambda_min.
+
+    Raises:
+        ValueError: If A + z I may not be positive definite, or if there are too few probes for an interval.
     """
     found = _definite(lambda x: x / (x + z), density, size, z, slack)
     nodes = torch.cat(density.nodes)
-    least = 0.0 if nodes.min() >= -1e-6 * nodes.abs().max() else -math.inf  # but for round-off
+    least = 0.0 if nodes.min() >= -1e-6 * nodes.abs().max() else -math.inf  # up to round-off
     return replace(found, ci95=(max(found.ci95[0], least), min(found.ci95[1], float(size))))
 
 
 def log_determinant(density: DensityEstimate, size: int, z: float, slack: float = 0.0) -> Functional:
-    """log det(A + z I) for A + z I positive definite; slack and errors as of `effective_dimension`."""
+    """Estimate log det(A + z I) for positive definite A + z I.
+
+    The arguments and errors are those of `effective_dimension`.
+    """
     return _definite(lambda x: (x + z).log(), density, size, z, slack)
 
 
 def negative_share(density: DensityEstimate, size: int) -> Functional:
-    """sum |negative eigenvalues| / sum |all eigenvalues|; 0 for the zero operator.
+    """Estimate sum |negative eigenvalues| / sum |all eigenvalues|. It is 0 for the zero operator.
 
-    A ratio of two means over probes: standard error by the delta method, interval clipped to [0, 1]. |x| has a kink, so
-    the quadrature error falls slowly with the steps; no number of probes reduces it, and it is not in the interval.
-    Raises ValueError for fewer probes than an interval takes.
+    This is a ratio of two means over probes. The standard error is by the delta method, and the interval is clipped to
+    [0, 1]. Since |x| has a kink, the quadrature error decreases slowly with the number of steps. More probes do not
+    reduce it, and the interval does not contain it.
+
+    Args:
+        density: The density of A.
+        size: P, the number of eigenvalues.
+
+    Raises:
+        ValueError: If there are too few probes for an interval.
     """
 
     def share(nodes: Sequence[Tensor], weights: Sequence[Tensor]) -> TraceEstimate:
@@ -58,23 +76,24 @@ def negative_share(density: DensityEstimate, size: int) -> Functional:
 
 
 def _definite(f: Callable[[Tensor], Tensor], density: DensityEstimate, size: int, z: float, slack: float) -> Functional:
+    """Estimate tr f(A). Raises ValueError if A + z I may not be positive definite."""
     lowest = float(torch.cat(density.nodes + density.coarse_nodes).min())
     if not z > slack - lowest:
         raise ValueError(
-            f"A + zI is not sure to be positive definite: the lowest eigenvalue found is {lowest:.3g}, uncertain by "
-            f"{slack:.3g}, so the damping z must exceed {slack - lowest:.3g}, not {z:.3g}"
+            f"A + zI may not be positive definite: the lowest eigenvalue found is {lowest:.3g}, with an uncertainty of "
+            f"{slack:.3g}, so the damping z must exceed {slack - lowest:.3g}, but it is {z:.3g}"
         )
     fine, coarse = (estimate(_traces(f, *part, size)) for part in _quadratures(density))
     return _functional(density, fine, coarse, fine.ci95, z)
 
 
 def _quadratures(density: DensityEstimate) -> tuple[tuple[Sequence[Tensor], Sequence[Tensor]], ...]:
-    """(nodes, weights) of all steps, and of half of them."""
+    """Return (nodes, weights) from all steps and from half of them."""
     return (density.nodes, density.weights), (density.coarse_nodes, density.coarse_weights)
 
 
 def _traces(f: Callable[[Tensor], Tensor], nodes: Sequence[Tensor], weights: Sequence[Tensor], size: int) -> Tensor:
-    """The estimates [probes] of tr f(A)."""
+    """Return the estimates [probes] of tr f(A)."""
     return size * torch.stack([(w * f(x)).sum() for x, w in zip(nodes, weights, strict=True)])
 
 
@@ -85,5 +104,6 @@ def _functional(
     ci95: tuple[float, float],
     damping: float = math.nan,
 ) -> Functional:
+    """Build the result, with the change from half of the steps as the quadrature error."""
     error = math.nan if math.isnan(density.accuracy) else abs(fine.estimate - coarse.estimate)
     return Functional(fine.estimate, fine.stderr, ci95, fine.probes, error, damping)

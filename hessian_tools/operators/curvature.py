@@ -1,8 +1,8 @@
-"""Symmetric linear operators. An algorithm sees `.shape`, `.dtype`, `.device` and `op @ v`, v [P] or [P, k].
+"""Curvature operators of an objective: surrogate Hessian, generalized Gauss-Newton, and empirical Fisher.
 
-hessian, ggn and fisher are products through backpropagation in time over an objective's samples, by the passes of
-second_order.py where every layer of the model has them (segment by segment of time if the objective says so), by double
-backward elsewhere; dense, scaled, shifted, projected and summed ones are algebra on any operator.
+Products are computed by backpropagation through time over the objective's samples. Where every layer of the model
+provides the passes of `hessian_tools.chain.second_order`, those are used, in segments of time if the objective asks for
+it. Otherwise the products use double backward.
 """
 
 from __future__ import annotations
@@ -23,14 +23,24 @@ Map = Callable[[Tensor], Tensor]  # one batch's product: [P] -> [P]
 
 
 class CurvatureOperator(Operator):
-    """Mean over an objective's batches of one curvature matrix per batch; under a group, all ranks get the same.
+    """Mean over an objective's batches of one curvature matrix per batch. In a group, all ranks get the same products.
 
-    The part that depends on the weights alone (the primal) is kept for as many batches as fit into `memory` bytes of
-    saved tensors and recomputed for the rest. On the CPU the batches (the columns of a block, where there are fewer
-    batches than threads) run side by side, one thread each, unless they go through autograd, where a model of unknown
-    make may keep state. On CUDA products are in full precision, and those of
-    kept batches become CUDA graphs where their work fits as well (it takes no more than one batch's primal, once for
-    all). A product that is not finite raises FloatingPointError.
+    The part of a product that depends only on the weights (the primal) is kept for as many batches as fit in `memory`
+    bytes of saved tensors, and recomputed for the others.
+
+    On the CPU the batches run in parallel, one thread each. With fewer batches than threads, the columns of a block run
+    in parallel instead. Products by autograd run one after the other, because an unknown model may keep state.
+
+    On CUDA, products are in full precision. Products of kept batches become CUDA graphs if their working memory fits in
+    `memory` as well. All graphs share one working memory, no larger than the primal of one batch.
+
+    Args:
+        objective: The objective.
+        linearize: Maps (objective, batch) to the product v [P] -> A_b v [P] of that batch.
+        memory: Bytes for the kept primals.
+
+    Raises:
+        FloatingPointError: From a product with the operator, if it is not finite.
     """
 
     def __init__(
@@ -42,11 +52,12 @@ class CurvatureOperator(Operator):
         self._memory = memory
         self._kept: dict[int, Map] = {}
         self._used = 0.0
-        self._graphs = False  # whether the work of graphs is counted in `used`
-        self._lock = Lock()  # of the three above
+        self._graphs = False  # whether the working memory of graphs is counted in `_used`
+        self._lock = Lock()  # guards the three attributes above
         self._threads: bool | None = None
 
     def _map(self, index: int) -> Map:
+        """Return the product of a batch, kept if there is memory for it."""
         if index in self._kept:
             return self._kept[index]
         batches = self.objective.batches
@@ -54,18 +65,18 @@ class CurvatureOperator(Operator):
         if self._used >= self._memory:
             return self._linearize(self.objective, batch)
         product, size = _measured(self.objective, batch, self._linearize)
-        if isinstance(batches, Streamed):  # what is kept holds what was read, too
+        if isinstance(batches, Streamed):  # a kept product also holds the inputs that were read
             size = max(size, batch[0].nbytes)
         with self._lock:
             if self._used + size <= self._memory:
                 self._used += size
                 self._kept[index] = product = self._captured(product, size)
             else:
-                self._used = float(self._memory)  # full: the batches that follow are not smaller
+                self._used = float(self._memory)  # full: later batches are not smaller
         return product
 
     def _captured(self, product: Map, size: int) -> Map:
-        """On CUDA a graph of a kept product, if there is room for its work."""
+        """Return a CUDA graph of a kept product if the device is CUDA and there is memory for it."""
         if self.device.type != "cuda" or not isinstance(product, second_order.Linearized) or not product.nbytes:
             return product
         if not self._graphs and self._used + size <= self._memory:
@@ -74,7 +85,7 @@ class CurvatureOperator(Operator):
         return Captured(product, product.nbytes) if self._graphs else product
 
     def _over_batches(self, task: Callable[[Map, float], Tensor]) -> Iterator[Tensor]:
-        """task(product, weight) for every batch of this rank, in order."""
+        """Yield task(product, weight) for every batch of this rank, in order."""
 
         def run(item: tuple[int, float]) -> Tensor:
             i, weight = item
@@ -87,7 +98,7 @@ class CurvatureOperator(Operator):
         return in_threads(run, items) if self._threads else map(run, items)
 
     def _columns(self, product: Map, block: Tensor) -> list[Tensor]:
-        """product of every column; with fewer batches than threads, the columns run side by side."""
+        """Apply a product to every column. With fewer batches than threads, the columns run in parallel."""
         return list((in_threads if self._threads else map)(product, block.unbind(1)))
 
     def _apply(self, block: Tensor) -> Tensor:
@@ -101,9 +112,15 @@ class CurvatureOperator(Operator):
         return total
 
     def batch_forms(self, *blocks: Tensor) -> tuple[list[Tensor], Tensor]:
-        """V' A_b V of every batch b [B, k, k], for each block V [P, k]; and the samples of each batch [B].
+        """Compute the quadratic forms V^T A_b V of every batch b.
 
-        Float64, on the CPU; one product with every batch and column, as many columns at a time as take half a GiB.
+        Every batch multiplies each column once. Columns are processed in groups of at most half a GiB.
+
+        Args:
+            blocks: Blocks V [P, k].
+
+        Returns:
+            One tensor [B, k, k] per block, float64 on the CPU, and the number of samples [B] of each batch.
         """
         self.products += sum(v.shape[1] for v in blocks)
         columns = max(1, 2**29 // (8 * self.shape[0]))
@@ -127,7 +144,7 @@ class CurvatureOperator(Operator):
 
 
 def _measured(objective: Objective, batch: Batch, linearize: Callable[[Objective, Batch], Map]) -> tuple[Map, int]:
-    """A batch's product and the bytes that it keeps."""
+    """Return the product of a batch and the number of bytes that it holds."""
     saved: dict[int, int] = {}
 
     def note(t: Tensor) -> Tensor:
@@ -140,10 +157,18 @@ def _measured(objective: Objective, batch: Batch, linearize: Callable[[Objective
 
 
 def batch_size_within(objective: Objective, memory: float, most: int = 2048) -> int:
-    """How many samples one batch's primal may hold within `memory` bytes, from a trial on 8 of them; at least 1.
+    """Return how many samples the primal of one batch can hold within `memory` bytes, measured on 8 samples.
 
-    0 where one sample of a long sequence is too many (segments.py). Large batches are faster as long as they fit (the
-    overhead is per batch).
+    Larger batches are faster as long as they fit, because part of the cost is per batch.
+
+    Args:
+        objective: The objective.
+        memory: Bytes for the primal of one batch.
+        most: Upper bound.
+
+    Returns:
+        The batch size. It is at least 1, except that it is 0 if one sample of a long sequence does not fit
+        (`hessian_tools.chain.segments`).
     """
     if each := segments.bytes_per_sample(objective):
         return int(min(most, memory / each))
@@ -153,10 +178,12 @@ def batch_size_within(objective: Objective, memory: float, most: int = 2048) -> 
 
 
 def _zero(v: Tensor) -> Tensor:
+    """The product of a batch with zero curvature."""
     return torch.zeros_like(v)
 
 
 def _autograd_hessian(objective: Objective, batch: Batch) -> Map:
+    """Hessian-vector product of one batch by double backward."""
     parameters = list(objective.parameters.values())
     x, y = batch
     loss = objective.loss(objective.outputs(x), y)
@@ -178,7 +205,10 @@ def _autograd_hessian(objective: Objective, batch: Batch) -> Map:
 
 
 def _pushforward(objective: Objective, outputs: Tensor) -> tuple[Map, Map]:
-    """(v -> J v, u -> J' u) for the Jacobian of `outputs`; J v by the transpose of a transpose."""
+    """Return (v -> J v, u -> J^T u) for the Jacobian J of `outputs`.
+
+    J v is computed by double backward, as the transpose of the transpose.
+    """
     parameters = list(objective.parameters.values())
     dummy = torch.zeros_like(outputs, requires_grad=True)
     pulled = torch.autograd.grad(outputs, parameters, dummy, create_graph=True, allow_unused=True)
@@ -199,6 +229,7 @@ def _pushforward(objective: Objective, outputs: Tensor) -> tuple[Map, Map]:
 
 
 def _autograd_ggn(objective: Objective, batch: Batch) -> Map:
+    """Gauss-Newton product of one batch by autograd."""
     x, y = batch
     outputs = objective.outputs(x)
     if not outputs.requires_grad:
@@ -217,6 +248,7 @@ def _autograd_ggn(objective: Objective, batch: Batch) -> Map:
 
 
 def _autograd_fisher(objective: Objective, batch: Batch) -> Map:
+    """Empirical Fisher product of one batch by autograd."""
     x, y = batch
     outputs = objective.outputs(x)
     if not outputs.requires_grad:
@@ -227,6 +259,7 @@ def _autograd_fisher(objective: Objective, batch: Batch) -> Map:
 
 
 def _by_hand(objective: Objective, batch: Batch, kind: str) -> Map | None:
+    """Return the product from the layers' own passes, or None if the model does not provide them."""
     found = segments.linearize_in_segments(objective, batch, kind) if objective.segmented else None
     return found or second_order.linearize(objective, batch, kind)
 
@@ -244,17 +277,37 @@ def _linearize_fisher(objective: Objective, batch: Batch) -> Map:
 
 
 def hessian(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator:
-    """The surrogate Hessian: the exact Hessian of the network whose spikes are their local 2-jets. Indefinite."""
+    """Return the surrogate Hessian, which is indefinite in general.
+
+    It is the exact Hessian of the network in which every spike is replaced by its local second-order Taylor expansion
+    (2-jet), with the derivatives of the surrogate.
+
+    Args:
+        objective: The objective.
+        memory: Bytes for the kept primals (see `CurvatureOperator`).
+    """
     return CurvatureOperator(objective, _linearize_hessian, memory)
 
 
 def ggn(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator:
-    """Generalized Gauss-Newton J' H_out J with surrogate Jacobians; positive semidefinite for a convex loss."""
+    """Return the generalized Gauss-Newton matrix J^T H_out J with surrogate Jacobians J.
+
+    H_out is the Hessian of the loss with respect to the outputs. The matrix is positive semidefinite for a convex loss.
+
+    Args:
+        objective: The objective.
+        memory: Bytes for the kept primals (see `CurvatureOperator`).
+    """
     return CurvatureOperator(objective, _linearize_ggn, memory)
 
 
 def fisher(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator:
-    """Empirical Fisher: the mean over samples of g g', g a sample's surrogate gradient."""
+    """Return the empirical Fisher matrix: the mean over samples of g g^T, with g a sample's surrogate gradient.
+
+    Args:
+        objective: The objective.
+        memory: Bytes for the kept primals (see `CurvatureOperator`).
+    """
     return CurvatureOperator(objective, _linearize_fisher, memory)
 
 

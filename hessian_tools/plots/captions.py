@@ -1,4 +1,4 @@
-"""What stands above and below the panels of a figure: the legend, and the caption with the provenance."""
+"""Compose the legends and captions of the figures of spectra. A caption includes the provenance of the result."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from functools import partial
 from pathlib import PurePath
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from hessian_tools.plots.curves import SymlogAxis, ValueAxis, densities_of
+from hessian_tools.plots.curves import Array, SymlogAxis, ValueAxis, densities_of
 from hessian_tools.plots.line_panels import LIMIT_DASHES
 from hessian_tools.plots.spectrum_panels import has_data_error, marks
 from hessian_tools.plots.style import Colour, Look, operator_name, printable
@@ -19,11 +18,9 @@ from hessian_tools.results.provenance import Analysed
 from hessian_tools.results.spectrum import SamplePoint, Spectrum, SpectrumResult
 from hessian_tools.results.trajectory import RANKS, epoch
 
-Array = npt.NDArray[np.float64]
-
 
 def provenance(result: Analysed) -> str:
-    """Network, data, precision and size, for a caption."""
+    """Describe the network, the data, the precision, the seed and the number of parameters P of a result."""
     data, network = result.data, result.network
     model = [printable(network[key], 30) for key in ("model", "name", "architecture") if network.get(key)][:1]
     model += [f"surrogate {printable(network['surrogate'], 30)}"] if network.get("surrogate") else []
@@ -36,31 +33,51 @@ def provenance(result: Analysed) -> str:
 
 
 def caption(result: Analysed) -> str:
-    """What was analysed, as one sentence."""
+    """Describe in one sentence what was analysed: checkpoint, provenance and loss."""
     named = f"Checkpoint {_checkpoint(result)}; " if result.checkpoint.get("path") else ""
     loss = f"; loss\u00a0{result.loss:.4g}" if math.isfinite(result.loss) else ""
     return f"{named}{provenance(result)}{loss}."
 
 
 def _checkpoint(result: Analysed) -> str:
+    """Return the file name of the checkpoint and the start of its hash."""
     digest = result.checkpoint.get("sha256")
     name = printable(PurePath(str(result.checkpoint["path"])).name, 60)
     return f"{name} (sha256\u00a0{str(digest)[:8]})" if digest else name
 
 
 def spectrum_caption(result: SpectrumResult, axis: SymlogAxis) -> str:
-    """What the figure was computed from and how to read it."""
+    """Compose the caption of the figure of a spectrum.
+
+    Args:
+        result: The result drawn.
+        axis: The eigenvalue axis of the density.
+
+    Returns:
+        The provenance of the result and how to read the panels.
+    """
     text = caption(result)
     if densities_of(result):
         sigma, unit = f"{axis.sigma:.2g}", f"{axis.linthresh:.2g}"
-        text += f" (a): nodes broadened by σ\u00a0=\u00a0{sigma} in asinh(λ\u00a0/\u00a0{unit}), or by their spacing "
-        text += "where that is wider; (a, b): mean and range over probes."
+        text += f" (a) Nodes are broadened by σ\u00a0=\u00a0{sigma} in asinh(λ\u00a0/\u00a0{unit}), or by their "
+        text += "spacing if that is wider. (a, b) Lines and bands: mean and range over probes."
     if any(has_data_error(e) for s in result.spectra.values() for e in (*s.eigenvalues, *s.smallest_eigenvalues)):
-        text += " (c): bars, where longer than the marker: standard error over the data."
+        text += " (c) Bars (if longer than the marker): standard error over the data."
     return text
 
 
 def trajectory_caption(ordered: list[SpectrumResult], axes: list[ValueAxis | None], limit: float, limited: bool) -> str:
+    """Compose the caption of the figure of a training run.
+
+    Args:
+        ordered: Results of the snapshots in the order of their epochs.
+        axes: Value axes of panels (a) and (b), None for an empty panel.
+        limit: Stability limit of SGD, NaN if it is unknown.
+        limited: Whether the limit is drawn.
+
+    Returns:
+        The provenance of the run and how to read the panels.
+    """
     training = ordered[0].training
     trained = [printable(training[key], 20) for key in ("init", "optimizer") if training.get(key)]
     trained += [f"lr\u00a0{training['lr']:g}"] if isinstance(training.get("lr"), int | float) else []
@@ -74,16 +91,16 @@ def trajectory_caption(ordered: list[SpectrumResult], axes: list[ValueAxis | Non
     text = f"{len(ordered)} snapshots of one run"
     text += f" ({', '.join(trained)})" if trained else ""
     text += f", epochs {epoch(ordered[0])} to {epoch(ordered[-1])}"
-    text += f", the last one {_checkpoint(ordered[-1])}; " if ordered[-1].checkpoint.get("path") else "; "
+    text += f", last checkpoint {_checkpoint(ordered[-1])}; " if ordered[-1].checkpoint.get("path") else "; "
     text += f"{provenance(ordered[0])}.{_errors('Bars', [s for r in ordered for s in r.spectra.values()])}"
     text += _linear_parts(axes)
     if math.isfinite(limit):
         initial = f" (initial, {schedule} schedule)" if schedule != "none" else ""
         rate = f"2(1\u00a0+\u00a0β)/η\u00a0=\u00a0{limit:.4g} for momentum β\u00a0=\u00a0"
         rate += f"{training.get('momentum', 0.9):g}, learning rate η\u00a0=\u00a0{training['lr']:g}{initial}"
-        line = "Dashed line" if limited else "Not drawn, too far away"
-        text += f" {line}: {rate}; SGD is unstable where the curvature of its training-mode mini-batch loss exceeds "
-        text += "it. What is shown is the curvature in evaluation mode, on all samples."
+        line = "Dashed line" if limited else "Not drawn because it is too far away"
+        text += f" {line}: {rate}. SGD is unstable if the curvature of its training-mode mini-batch loss exceeds "
+        text += "this limit. The figure shows the curvature in evaluation mode, on all samples."
     return text
 
 
@@ -94,18 +111,30 @@ def samples_caption(
     largest: float,
     axes: list[ValueAxis | None],
 ) -> str:
+    """Compose the caption of the figure of curvature against the number of samples.
+
+    Args:
+        result: The result drawn.
+        curve: Points of the curve in ascending number of samples.
+        ranks: For each rank and point, the eigenvalues of the subsets.
+        largest: Largest eigenvalue on all samples, NaN if it is unknown.
+        axes: Value axes of panels (a) and (b), None for an empty panel.
+
+    Returns:
+        The finding at the smallest number of samples, the provenance and how to read the panels.
+    """
     text = ""
     if ranks and len(ranks[0][0]) and largest > 0:
         ratios = ranks[0][0] / largest
         few = f"{curve[0].samples}\u00a0sample{'s' if curve[0].samples > 1 else ''}"
         spread = f" ({ratios.min():.2g} to {ratios.max():.2g} in {len(ratios)} subsets)" if len(ratios) > 1 else ""
-        text = f"On {few} λ₁ is {np.median(ratios):.2g} times its value on all{spread}. "
+        text = f"On {few}, λ₁ is {np.median(ratios):.2g} times its value on all samples{spread}. "
     text += caption(result)
     return text + _errors("Grey band", [result.main[1]]) + _linear_parts(axes)
 
 
 def _errors(mark: str, spectra: list[Spectrum]) -> str:
-    """What the errors of (a), the outermost eigenvalues, and (b), the trace, are over."""
+    """Describe the source of the standard errors in (a), the outermost eigenvalues, and (b), the trace."""
     ends = any(has_data_error(e) for s in spectra for e in (*s.eigenvalues[:1], *s.smallest_eigenvalues[:1]))
     traces = [s.trace for s in spectra if s.trace is not None]
     known = {
@@ -118,15 +147,17 @@ def _errors(mark: str, spectra: list[Spectrum]) -> str:
 
 
 def _linear_parts(axes: list[ValueAxis | None]) -> str:
+    """Describe where the symlog axes of panels (a) and (b) are linear."""
     parts = [
-        f"({letter}) linear within ±{axis.linthresh:.2g}"
+        f"±{axis.linthresh:.2g} in ({letter})"
         for letter, axis in zip("ab", axes, strict=True)
         if axis is not None and axis.kind == "symlog"
     ]
-    return f" {', '.join(parts)}." if parts else ""
+    return f" The vertical axis is linear within {' and '.join(parts)}." if parts else ""
 
 
 def _operator_lines(styles: dict[str, Look]) -> list[Line2D | Patch]:
+    """Return a legend entry for each operator."""
     return [
         Line2D([], [], color=colour, linestyle=dashes, label=operator_name(name))
         for name, (colour, dashes) in styles.items()
@@ -136,42 +167,67 @@ def _operator_lines(styles: dict[str, Look]) -> list[Line2D | Patch]:
 def trajectory_legend(
     ordered: list[SpectrumResult], ends: dict[str, Look], styles: dict[str, Look], limited: bool
 ) -> list[Line2D | Patch]:
+    """Compose the legend of the figure of a training run.
+
+    Args:
+        ordered: Results of the snapshots in the order of their epochs.
+        ends: Looks of the operators whose eigenvalues are drawn.
+        styles: Looks of all operators.
+        limited: Whether the stability limit is drawn.
+
+    Returns:
+        The legend entries.
+    """
     spectra = [r.spectra[name] for r in ordered for name in ends]
     count = min(RANKS, max(len(s.eigenvalues) for s in spectra))
     drawn = [e for s in spectra for e in (*s.eigenvalues[:1], *s.smallest_eigenvalues[:1])]
     mark = partial(Line2D, [], [], color="0.2", markersize=3.2, markeredgewidth=0.7)
     handles = [*_operator_lines(styles), mark(marker="o", label="largest, λ₁")]
     if count > 1:
-        between = "λ₂" if count == 2 else f"λ₂ to λ{'₁₂₃₄₅'[count - 1]}"
-        handles.append(Line2D([], [], color="0.2", linewidth=0.6, label=between))
+        handles.append(Line2D([], [], color="0.2", linewidth=0.6, label=_ranks_below(count)))
     if any(s.smallest_eigenvalues for s in spectra):
         handles.append(mark(marker="v", label="smallest"))
     if not all(e.converged for e in drawn):
         handles.append(mark(marker="o", markerfacecolor="white", linestyle="none", label="not converged"))
     if limited:
-        text = "2(1 + β)/η, of training-mode mini-batches"
+        text = "2(1 + β)/η, for training-mode mini-batches"
         handles.append(Line2D([], [], color="0.2", linestyle=LIMIT_DASHES, linewidth=0.9, label=text))
     return handles
+
+
+def _ranks_below(count: int) -> str:
+    """Return the label of the eigenvalues of rank 2 to `count`, at most 5."""
+    return "λ₂" if count == 2 else f"λ₂ to λ{'₁₂₃₄₅'[count - 1]}"
 
 
 def samples_legend(
     curve: list[SamplePoint], ranks: int, samples: int, colours: tuple[Colour, Colour]
 ) -> list[Line2D | Patch]:
+    """Compose the legend of the figure of curvature against the number of samples.
+
+    Args:
+        curve: Points of the curve.
+        ranks: Number of eigenvalues drawn for each subset.
+        samples: Number of all samples, 0 if it is unknown.
+        colours: Colour of the largest eigenvalue and colour of the others.
+
+    Returns:
+        The legend entries.
+    """
     dot = partial(Line2D, [], [], color=colours[0], marker="o", markersize=2.8, linestyle="none", markeredgewidth=0.6)
     handles: list[Line2D | Patch] = [Line2D([], [], color=colours[0], linewidth=1.6, label="median: λ₁, trace")]
     if ranks > 1:
-        between = "λ₂" if ranks == 2 else f"λ₂ to λ{'₁₂₃₄₅'[ranks - 1]}"
-        handles.append(Line2D([], [], color=colours[1], linewidth=0.7, label=between))
+        handles.append(Line2D([], [], color=colours[1], linewidth=0.7, label=_ranks_below(ranks)))
     if any(point.disjoint for point in curve):
         handles.append(dot(label="one subset"))
     if not all(point.disjoint for point in curve):
-        handles.append(dot(markerfacecolor="white", label="subset that shares samples with others"))
+        handles.append(dot(markerfacecolor="white", label="subset that shares samples with another"))
     everything = f"all {samples} samples" if samples else "all samples"
     return [*handles, Line2D([], [], color="0.2", linestyle=LIMIT_DASHES, linewidth=0.9, label=everything)]
 
 
 def spectrum_legend(result: SpectrumResult, styles: dict[str, Look]) -> list[Line2D | Patch]:
-    """One legend for all panels."""
+    """Compose the legend of the figure of a spectrum, shared by all panels."""
     handles = _operator_lines(styles)
     densities = list(densities_of(result).values())
     if densities:

@@ -1,4 +1,4 @@
-"""The curves of a spectrum figure as plain arrays: the symlog axis, the broadened density, the cumulative function."""
+"""Compute axes and curves as plain arrays: value axes, symlog axes, broadened densities and cumulative functions."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from hessian_tools.results.spectrum import Density, SpectrumResult
 
 Array = npt.NDArray[np.float64]
 BROADENING = 1.0  # the constant c in sigma = c * (range of the nodes) / steps
-LOG_DECADES = 6  # of positive values on a logarithmic axis
-SYMLOG_DECADES = 3  # below the largest size, where the linear part of a symlog axis begins at the latest
+LOG_DECADES = 6  # largest range of positive values on a logarithmic axis
+SYMLOG_DECADES = 3  # largest range of sizes on the logarithmic part of a symlog axis
 
 
 @dataclass(frozen=True)
 class SymlogAxis:
-    """Linear within +-linthresh, logarithmic outside; low and high: limits, with 0 between them. sigma: broadening in
-    u."""
+    """Symmetric logarithmic axis of a variable x, drawn at u = asinh(x / linthresh).
+
+    Attributes:
+        linthresh: The axis is linear within +-linthresh and logarithmic outside.
+        low: Lower limit in x.
+        high: Upper limit in x.
+        sigma: Standard deviation in u of the Gaussians that broaden a density on this axis.
+    """
 
     linthresh: float
     low: float
@@ -28,22 +34,30 @@ class SymlogAxis:
     sigma: float
 
     def forward(self, x: Array) -> Array:
+        """Convert x to u."""
         return np.arcsinh(x / self.linthresh)
 
     def inverse(self, u: Array) -> Array:
+        """Convert u to x."""
         x: Array = self.linthresh * np.sinh(u)
         return x
 
     def slope(self, x: Array) -> Array:
-        """du / dx."""
+        """Return the derivative du / dx at x."""
         slope: Array = 1 / np.hypot(x, self.linthresh)
         return slope
 
 
 @dataclass(frozen=True)
 class ValueAxis:
-    """The axis of a curve: kind is log, symlog (linear within +-linthresh, NaN for the others) or linear; low and high:
-    limits."""
+    """Axis of the values of a curve.
+
+    Attributes:
+        kind: "log", "symlog" or "linear".
+        low: Lower limit.
+        high: Upper limit.
+        linthresh: A symlog axis is linear within +-linthresh. NaN for other kinds.
+    """
 
     kind: str
     low: float
@@ -52,29 +66,61 @@ class ValueAxis:
 
 
 def value_axis(values: Array, errors: Array) -> ValueAxis:
-    """An axis that shows all values [n] with their errors [n]; what is not finite has no say.
+    """Choose an axis that shows all values with their error bars.
 
-    Logarithmic for positive values within LOG_DECADES whose errors are less than 90% of them; otherwise symlog, or
-    linear if the smallest size is more than a tenth of the largest. Raises ValueError without a finite value.
+    The axis is logarithmic if all values are positive, lie within `LOG_DECADES` decades and have errors below 90% of
+    the value. Otherwise it is symlog, or linear if the smallest magnitude exceeds a tenth of the largest.
+
+    Args:
+        values: Values [n]. Values that are not finite are ignored.
+        errors: Half lengths of the error bars [n]. Errors that are not finite count as 0.
+
+    Returns:
+        The axis, with a margin at both ends.
+
+    Raises:
+        ValueError: If no value is finite.
     """
     y, e = _known(values, errors)
     sizes = np.abs(y[y != 0])
     largest, smallest = float(sizes.max(initial=0.0)), float(sizes.min(initial=math.inf))
     low, high = float((y - e).min()), float((y + e).max())
     if (e < 0.9 * y).all() and smallest >= largest * 10.0**-LOG_DECADES:
-        room = max(1.2, (high / low) ** 0.05, math.sqrt(3 * low / high))
+        room = log_margin(low, high)
         return ValueAxis("log", low / room, high * room)
     linthresh = max(smallest, largest * 10.0 ** -(LOG_DECADES if y.min() > 0 else SYMLOG_DECADES))
     if linthresh > largest / 10:
         return linear_axis(values, errors)
+    return ValueAxis("symlog", *symlog_limits(linthresh, low, high), linthresh)
+
+
+def log_margin(low: float, high: float) -> float:
+    """Return the factor between the outermost values `low` and `high` and the limits of a logarithmic axis."""
+    factor: float = (high / low) ** 0.05
+    return max(1.2, factor, math.sqrt(3 * low / high))
+
+
+def symlog_limits(linthresh: float, low: float, high: float) -> tuple[float, float]:
+    """Return the limits of a symlog axis that shows `low` to `high` with a margin of 5% at both ends."""
     ends = np.arcsinh(np.array([low, high]) / linthresh)
     ends += 0.05 * (ends[1] - ends[0]) * np.array([-1, 1])
     low, high = (float(x) for x in linthresh * np.sinh(ends))
-    return ValueAxis("symlog", low, high, linthresh)
+    return low, high
 
 
 def linear_axis(values: Array, errors: Array) -> ValueAxis:
-    """A linear axis that shows all values [n] with their errors [n]. Raises ValueError without a finite value."""
+    """Choose a linear axis that shows all values with their error bars.
+
+    Args:
+        values: Values [n]. Values that are not finite are ignored.
+        errors: Half lengths of the error bars [n]. Errors that are not finite count as 0.
+
+    Returns:
+        The axis, with a margin at both ends.
+
+    Raises:
+        ValueError: If no value is finite.
+    """
     y, e = _known(values, errors)
     low, high = float((y - e).min()), float((y + e).max())
     size = max(-low, high)
@@ -83,14 +129,18 @@ def linear_axis(values: Array, errors: Array) -> ValueAxis:
 
 
 def _known(values: Array, errors: Array) -> tuple[Array, Array]:
+    """Return the finite values and their errors."""
     known = np.isfinite(values)
     if not known.any():
-        raise ValueError("no value to draw")
+        raise ValueError("no finite value to draw")
     return values[known], np.nan_to_num(errors, nan=0.0, posinf=0.0)[known]
 
 
 def symlog_axis(result: SpectrumResult) -> SymlogAxis:
-    """An axis for every operator of a result: linear over the innermost tenth of the bulk's nodes."""
+    """Choose one eigenvalue axis for the densities of all operators of a result.
+
+    The axis is linear over the tenth of the quadrature nodes of the bulk that are closest to 0.
+    """
     densities = list(densities_of(result).values())
     atoms = [finite(nodes[: d.atoms]) for d in densities for nodes in d.nodes]
     bulk = [x for d in densities for x, _ in _bulk(d)]
@@ -111,7 +161,19 @@ def symlog_axis(result: SpectrumResult) -> SymlogAxis:
 
 
 def density_curves(density: Density, axis: SymlogAxis) -> tuple[Array, Array]:
-    """The broadened bulk of every probe: a grid [n] of lambda and densities [probes, n] per unit of lambda."""
+    """Compute the broadened density of the bulk for each probe.
+
+    Every quadrature node becomes a Gaussian with standard deviation `axis.sigma` in u, or, if the nodes are further
+    apart than that, a Gaussian in lambda as wide as their spacing. Deflated eigenvalues are not included.
+
+    Args:
+        density: Quadrature nodes and weights of an operator.
+        axis: The eigenvalue axis.
+
+    Returns:
+        A grid of eigenvalues [n], and the density per unit of lambda of each probe [probes, n]. Both are empty if
+        there is no bulk.
+    """
     bulk = _bulk(density)
     u = np.concatenate([axis.forward(x) for x, _ in bulk])
     if not len(u):
@@ -125,7 +187,7 @@ def density_curves(density: Density, axis: SymlogAxis) -> tuple[Array, Array]:
 
 
 def _broadened(nodes: Array, weights: Array, grid: Array, axis: SymlogAxis) -> Array:
-    """One probe's density: each node a Gaussian in u, or in lambda where the node spacing is wider than that."""
+    """Return the density of one probe: a Gaussian per node, in u or, for widely spaced nodes, in lambda."""
     spacing = _spacing(nodes)
     coarse = spacing > axis.sigma / axis.slope(nodes)
     in_u = weights[~coarse] @ _gaussian(axis.forward(grid), axis.forward(nodes[~coarse]), axis.sigma)
@@ -135,7 +197,18 @@ def _broadened(nodes: Array, weights: Array, grid: Array, axis: SymlogAxis) -> A
 
 
 def one_eigenvalue(densities: Sequence[Density], grid: Array, axis: SymlogAxis) -> Array:
-    """P times the density of a single eigenvalue where it lies, broadened as widely as any node at that place."""
+    """Compute the height of the density of a single eigenvalue.
+
+    The eigenvalue is broadened as widely as any node of the densities at the same place.
+
+    Args:
+        densities: Densities of the operators drawn together.
+        grid: Eigenvalues [n].
+        axis: The eigenvalue axis.
+
+    Returns:
+        P times the density at its maximum [n], for an eigenvalue at each point of the grid.
+    """
     widest = axis.sigma / axis.slope(grid)
     for nodes, _ in (pair for d in densities for pair in _bulk(d)):
         spacing = _spacing(nodes)
@@ -146,14 +219,14 @@ def one_eigenvalue(densities: Sequence[Density], grid: Array, axis: SymlogAxis) 
 
 
 def _gaussian(x: Array, centres: Array, sigma: Array | float) -> Array:
-    """[centres, x]: normal densities."""
+    """Return normal densities [centres, x]."""
     s = np.broadcast_to(sigma, centres.shape)[:, None]
     values: Array = np.exp(-0.5 * ((x - centres[:, None]) / s) ** 2) / (s * math.sqrt(2 * math.pi))
     return values
 
 
 def _spacing(nodes: Array) -> Array:
-    """What each node of a quadrature resolves: the wider gap to its neighbours, at most the median gap."""
+    """Return the resolution at each node: the wider gap to its neighbours, at most the median gap."""
     if len(nodes) < 2:
         return np.zeros(len(nodes))
     gaps = np.diff(nodes)
@@ -162,7 +235,15 @@ def _spacing(nodes: Array) -> Array:
 
 
 def cumulative(density: Density) -> tuple[Array, Array]:
-    """Fraction of eigenvalues <= x: all nodes x [n] sorted, and the step functions [probes, n], constant after x."""
+    """Compute the fraction of eigenvalues that are at most x.
+
+    Args:
+        density: Quadrature nodes and weights of an operator.
+
+    Returns:
+        All nodes in ascending order [n], and for each probe the fraction at each node [probes, n], which stays
+        constant up to the next node.
+    """
     x = np.unique(np.concatenate([finite(n) for n in density.nodes]))
     steps = []
     for nodes, weights in _quadratures(density):
@@ -172,11 +253,12 @@ def cumulative(density: Density) -> tuple[Array, Array]:
 
 
 def densities_of(result: SpectrumResult) -> dict[str, Density]:
+    """Return the densities that were computed, by operator."""
     return {name: s.density for name, s in result.spectra.items() if s.density is not None and s.density.nodes}
 
 
 def _quadratures(density: Density, skip: int = 0) -> list[tuple[Array, Array]]:
-    """Nodes, ascending, and weights of every probe, without its first `skip` nodes."""
+    """Return the sorted nodes and the weights of each probe, without its first `skip` nodes."""
     pairs = []
     for nodes, weights in zip(density.nodes, density.weights, strict=True):
         x, w = np.array(nodes[skip:], dtype=float), np.array(weights[skip:], dtype=float)
@@ -186,8 +268,10 @@ def _quadratures(density: Density, skip: int = 0) -> list[tuple[Array, Array]]:
 
 
 def _bulk(density: Density) -> list[tuple[Array, Array]]:
+    """Return the nodes and weights of each probe without the deflated eigenvalues."""
     return _quadratures(density, density.atoms)
 
 
 def finite(values: Iterable[float]) -> Array:
+    """Return the finite values as an array."""
     return np.array([x for x in values if math.isfinite(x)], dtype=float)

@@ -1,4 +1,4 @@
-"""The figure of a landscape: the loss along lines, with the operators' quadratics, and over planes."""
+"""Draw the figure of a loss landscape: the loss along lines, with the quadratics of the operators, and over planes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -19,9 +18,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from hessian_tools.plots.captions import caption
-from hessian_tools.plots.curves import ValueAxis, linear_axis, value_axis
+from hessian_tools.plots.curves import Array, ValueAxis, linear_axis, value_axis
 from hessian_tools.plots.style import (
     SMALL,
+    TEXT_BOX,
     WIDTH,
     Look,
     add_caption,
@@ -36,14 +36,13 @@ from hessian_tools.plots.style import (
     value_scale,
 )
 
-if TYPE_CHECKING:  # a figure is drawn from a result alone: nothing that computes one is imported
+if TYPE_CHECKING:  # a figure only needs the saved result
     from hessian_tools.results.landscape import LandscapeResult, Line, Plane
 
 
-Array = npt.NDArray[np.float64]
-LEVELS = 13  # of the contours
-OBLIQUE = 0.05  # cosine between a plane's directions from which on the caption says it
-LEAST = "#ff9e1b"
+LEVELS = 13  # number of contour levels
+OBLIQUE = 0.05  # smallest cosine between the directions of a plane that the caption reports
+LEAST = "#ff9e1b"  # colour of the mark at the smallest loss
 RING: dict[str, Any] = {
     "marker": "o",
     "markersize": 6.5,
@@ -51,22 +50,30 @@ RING: dict[str, Any] = {
     "markeredgewidth": 1.1,
     "linestyle": "none",
 }
-ACCURACY = (0, (3, 1.5))
-TRUE: Look = ((0.1, 0.1, 0.1), "-")
+ACCURACY = (0, (3, 1.5))  # dashes of the accuracy
+TRUE: Look = ((0.1, 0.1, 0.1), "-")  # look of the true loss
 
 
 def landscape_figure(result: LandscapeResult) -> Figure:
-    """One panel a line, all on one loss axis, then two a plane: the true loss and that of the relaxed network.
+    """Draw the loss along lines and over planes through the weights.
 
-    Distances are in units of the weights' norm. The quadratics L(0) + t g'v + t^2/2 v'Av of the surrogate's Hessian and
-    GGN are drawn where they fit the axis of the losses. All planes have the same contours, logarithmic where the losses
-    are positive and within six decades; a ring marks the least loss on the grid, + the weights.
+    There is one panel for each line, with a common loss axis, and one or two panels for each plane: the true loss and
+    the loss of the relaxed network. Distances are in units of the norm of the weights. The quadratics
+    L(0) + t g'v + t^2/2 v'Av of the surrogate's Hessian and GGN are drawn as far as they fit the loss axis. All planes
+    share the same contour levels, which are logarithmic if the losses are positive and within six decades. A ring marks
+    the smallest loss on the grid, and + marks the weights.
+
+    Args:
+        result: The landscape of one checkpoint.
+
+    Returns:
+        The figure, two columns wide.
     """
     relaxed = any(line.relaxed_loss for line in result.lines)
     lines, planes = result.lines, result.planes
     columns = 2 if len(lines) in (2, 4) else min(3, len(lines))
     rows = -(-len(lines) // columns)
-    across = min(len(planes), 2 if relaxed else 4)  # planes in a row
+    across = min(len(planes), 2 if relaxed else 4)  # planes per row
     deep = -(-len(planes) // across) if planes else 0
     panels = across * (1 + relaxed)
     tall = {1: 2.5, 2: 2.5}.get(panels, 1.85)
@@ -112,6 +119,7 @@ def landscape_figure(result: LandscapeResult) -> Figure:
 
 
 def title(name: str) -> str:
+    """Return the title of a direction."""
     if name == "negative":
         return "most negative eigenvector"
     kind, number = name.rstrip("0123456789"), name.lstrip("abcdefghijklmnopqrstuvwxyz")
@@ -119,7 +127,15 @@ def title(name: str) -> str:
 
 
 def draw_line(ax: Axes, line: Line, result: LandscapeResult, styles: dict[str, Look], axis: ValueAxis) -> None:
-    """The losses against the distance in units of ||w||, the quadratics, and the numbers of this direction."""
+    """Draw the losses and the quadratics along a line, and write its curvatures.
+
+    Args:
+        ax: The panel.
+        line: The line. Distances are drawn in units of the norm of the weights.
+        result: The landscape that contains it.
+        styles: Looks of the operators and of the relaxed network.
+        axis: The loss axis.
+    """
     t = np.array(line.distances)
     x = t / result.weight_norm
     fine = np.linspace(t[0], t[-1], 401)
@@ -148,20 +164,19 @@ def draw_line(ax: Axes, line: Line, result: LandscapeResult, styles: dict[str, L
     numbers = ("v′Hv", line.hessian), ("v′Gv", line.ggn), ("L″", line.second_difference(line.loss))
     text = "\n".join(f"{name} = {value:.2g}".replace("-", "−") for name, value in numbers)
     ax.text(
-        0.5, 0.97, text, transform=ax.transAxes, ha="center", va="top", fontsize=SMALL, color="0.2",
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
+        0.5, 0.97, text, transform=ax.transAxes, ha="center", va="top", fontsize=SMALL, color="0.2", bbox=TEXT_BOX
     )  # fmt: skip
     _ends(ax, x)
     sns.despine(ax=ax)
 
 
 def _draw_accuracy(ax: Axes, line: Line, unit: float, labelled: bool) -> None:
-    """On an axis of its own, from 0 to 1, behind everything else."""
+    """Draw the accuracy of a line on a second axis from 0 to 1, behind everything else."""
     twin = ax.twinx()
     twin.plot(
         np.array(line.distances) / unit, line.accuracy, color="0.6", linestyle=ACCURACY, linewidth=0.9, label="accuracy"
     )
-    twin.set_ylim(0, 1.7)  # the numbers stand above
+    twin.set_ylim(0, 1.7)  # leaves space for the text above
     twin.set_yticks([0, 0.5, 1])
     sns.despine(ax=twin, right=False, left=True)
     twin.tick_params(color="0.6", labelcolor="0.4", labelright=labelled, labelbottom=False)
@@ -171,7 +186,7 @@ def _draw_accuracy(ax: Axes, line: Line, unit: float, labelled: bool) -> None:
 
 
 def _ends(ax: Axes, x: Array) -> None:
-    """Labels at 0 and at both ends, inside of them."""
+    """Label the x axis at 0 and, inside the panel, at both ends."""
     ax.set_xlim(x[0], x[-1])
     ax.set_xticks([x[0], 0, x[-1]], _labels(x))
     ax.set_xticks([x[0] / 2, x[-1] / 2], minor=True)
@@ -181,16 +196,17 @@ def _ends(ax: Axes, x: Array) -> None:
 
 
 def _labels(x: Array) -> list[str]:
+    """Return tick labels for the two ends of x and for 0 between them."""
     return [f"{v:.3g}".replace("-", "−") for v in (x[0], 0, x[-1])]
 
 
 def quadratic(t: Array, loss: float, slope: float, curvature: float) -> Array:
-    """L(0) + t g'v + t^2/2 v'Av."""
+    """Return the quadratic L(0) + t g'v + t^2/2 v'Av [n] of a loss, slope g'v and curvature v'Av at distances t [n]."""
     return loss + slope * t + curvature * t**2 / 2
 
 
 def _loss_axis(result: LandscapeResult) -> ValueAxis:
-    """Of all lines: the losses, and of the quadratics below them a third as much again at most."""
+    """Choose the loss axis of all lines. It extends below the losses by at most a third of their range."""
     losses = np.array([result.loss, *(y for line in result.lines for y in (*line.loss, *line.relaxed_loss))])
     low, high = float(np.nanmin(losses)), float(np.nanmax(losses))
     ends = [
@@ -203,7 +219,14 @@ def _loss_axis(result: LandscapeResult) -> ValueAxis:
 
 
 def contour_levels(surfaces: Sequence[Sequence[Sequence[float]]]) -> tuple[Array, Normalize]:
-    """Ascending contour levels through all these losses, none where there is nothing to contour, and their colours."""
+    """Choose contour levels that cover several surfaces.
+
+    Args:
+        surfaces: Losses of each surface [n, n].
+
+    Returns:
+        Ascending levels and their colour scale. There are no levels if the losses are constant or not finite.
+    """
     values = np.concatenate([np.asarray(s, dtype=float).ravel() for s in surfaces])
     values = values[np.isfinite(values)]
     if not len(values) or np.ptp(values) <= 1e-12 * np.abs(values).max():
@@ -217,7 +240,16 @@ def contour_levels(surfaces: Sequence[Sequence[Sequence[float]]]) -> tuple[Array
 def draw_plane(
     ax: Axes, plane: Plane, surface: Sequence[Sequence[float]], unit: float, levels: Array, norm: Normalize
 ) -> None:
-    """Contours of the losses [along the second direction, along the first] over distances in units of ||w||."""
+    """Draw the contours of a loss over a plane.
+
+    Args:
+        ax: The panel.
+        plane: The plane.
+        surface: Losses [n, n]; rows follow the second direction and columns the first.
+        unit: Norm of the weights, the unit of the distances.
+        levels: Contour levels.
+        norm: Colour scale of the levels.
+    """
     z = np.ma.masked_invalid(np.asarray(surface, dtype=float))
     x = np.array(plane.distances) / unit
     first, second = (title(name).replace("most negative eigenvector", "most negative") for name in plane.directions)
@@ -236,11 +268,13 @@ def draw_plane(
 
 
 def _cells(cell: SubplotSpec, rows: int, columns: int) -> Iterator[SubplotSpec]:
+    """Divide a cell of a grid into rows and columns."""
     grid = cell.subgridspec(rows, columns)
     return (grid[i, j] for i in range(rows) for j in range(columns))
 
 
 def _bar(figure: Figure, axes: Sequence[Axes], levels: Array, norm: Normalize) -> None:
+    """Add the colour bar of the planes."""
     bar = figure.colorbar(
         ScalarMappable(norm, "viridis"), ax=list(axes), fraction=0.03, pad=0.015, aspect=14, shrink=0.8
     )
@@ -251,7 +285,8 @@ def _bar(figure: Figure, axes: Sequence[Axes], levels: Array, norm: Normalize) -
 
 
 def _legend(result: LandscapeResult, styles: dict[str, Look], relaxed: bool) -> list[Line2D | Patch]:
-    named = {"hessian": "Hessian's quadratic", "ggn": "GGN's quadratic"}
+    """Compose the legend, shared by all panels."""
+    named = {"hessian": "quadratic of the Hessian", "ggn": "quadratic of the GGN"}
     handles: list[Line2D | Patch] = [
         Line2D([], [], color=TRUE[0], marker=".", markersize=3, linewidth=0.8, label="true loss")
     ]
@@ -274,25 +309,26 @@ def _legend(result: LandscapeResult, styles: dict[str, Look], relaxed: bool) -> 
     if result.planes:
         mark = partial(Line2D, [], [], linestyle="none")
         handles.append(mark(marker="+", color="0.2", markersize=5, markeredgewidth=0.9, label="the weights"))
-        handles.append(Line2D([], [], color=LEAST, label="least on the grid", **RING))
+        handles.append(Line2D([], [], color=LEAST, label="smallest loss on the grid", **RING))
     return handles
 
 
 def landscape_caption(result: LandscapeResult) -> str:
-    """What the axes are, what the numbers in the panels are, and the provenance."""
-    text = f"Losses at w + t v, ‖v‖\u00a0=\u00a01, distances in units of ‖w‖\u00a0=\u00a0{result.weight_norm:.3g}"
-    text += "; the true loss is piecewise constant" if result.network.get("surrogate") else ""
-    text += ". Quadratics: L(0) + t\u00a0g′v + t²/2\u00a0v′Av, A the surrogate's Hessian H or GGN G; L″: second "
-    text += "difference of the true loss at the circles."
+    """Compose the caption: what the axes and the numbers in the panels mean, and the provenance."""
+    text = "Loss L at w + t v with ‖v‖\u00a0=\u00a01. Distances are in units of ‖w‖\u00a0=\u00a0"
+    text += f"{result.weight_norm:.3g}."
+    text += " The true loss is piecewise constant." if result.network.get("surrogate") else ""
+    text += " Quadratics: L(0) + t\u00a0g′v + t²/2\u00a0v′Av, where A is the surrogate’s Hessian H or GGN G. L″: "
+    text += "second difference of the true loss at the circles."
     if any(math.isfinite(line.residual) or line.name == "gradient" for line in result.lines):
-        text += " Eigenvectors (of H) and gradient point uphill (g′v\u00a0≥\u00a00)."
+        text += " The eigenvectors (of H) and the gradient point uphill (g′v\u00a0≥\u00a00)."
     if any(line.name.startswith("random") for line in result.lines):
         text += " Random directions are filter-normalized."
     oblique = [p for p in result.planes if abs(p.cosine) >= OBLIQUE]
     if oblique:
         pairs = ", ".join(f"{title(p.directions[0])} and {title(p.directions[1])} {p.cosine:.2g}" for p in oblique)
-        text += f" Not at right angles, cosine of {pairs}."
+        text += f" Directions that are not orthogonal: cosine of {pairs}."
     if math.isfinite(result.relaxed_loss):
-        text += " The relaxed network, with the surrogate's primitive for a spike, is another one: its loss at w is "
-        text += f"{result.relaxed_loss:.3g}."
+        text += " The relaxed network replaces each spike by the integral of the surrogate. It is a different network: "
+        text += f"its loss at w is {result.relaxed_loss:.3g}."
     return f"{text} {caption(result)}"

@@ -1,4 +1,4 @@
-"""The panels of curves, along a training run and along the number of samples, each drawn into the axes it is given."""
+"""Draw panels of curves against the epoch of a training run or against the number of samples."""
 
 from __future__ import annotations
 
@@ -7,28 +7,35 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from hessian_tools.plots.curves import ValueAxis, linear_axis, value_axis
+from hessian_tools.plots.curves import Array, ValueAxis, linear_axis, value_axis
 from hessian_tools.plots.style import PANEL, SMALL, Colour, Look, count_axis, say, value_scale
 from hessian_tools.results.spectrum import SamplePoint
 from hessian_tools.results.trajectory import RANKS
 
-Array = npt.NDArray[np.float64]
 Rows = Sequence[dict[str, Any]]
-LIMIT_REACH = 100.0  # the stability limit is drawn within this factor of the eigenvalues
+LIMIT_REACH = 100.0  # the stability limit is drawn if it lies within this factor of the eigenvalues
 LIMIT_DASHES = (0, (6, 2))
 
 
 def draw_eigenvalue_paths(ax: Axes, rows: Rows, looks: dict[str, Look], limit: float) -> tuple[ValueAxis | None, bool]:
-    """The largest eigenvalues (the first with error bars, the others thin) and the smallest against the epoch.
+    """Draw the largest eigenvalues and the smallest eigenvalue against the epoch.
 
-    limit: a horizontal line, unless it is farther than LIMIT_REACH from the eigenvalues. Returns the axis and whether
-    the line is there.
+    The largest and the smallest eigenvalue have markers and error bars; those of rank 2 and higher are thin lines.
+
+    Args:
+        ax: The panel.
+        rows: Table with one row per epoch, as returned by `hessian_tools.results.trajectory.trajectory_rows`.
+        looks: Looks of the operators drawn.
+        limit: Stability limit, drawn as a horizontal line unless it differs from all eigenvalues by more than a factor
+            of `LIMIT_REACH`.
+
+    Returns:
+        The value axis (None if there is nothing to draw) and whether the limit is drawn.
     """
     found = {
         (name, rank): (column(rows, f"{name}.lambda_{rank}"), column(rows, f"{name}.lambda_{rank}.data_stderr"))
@@ -67,9 +74,19 @@ def draw_paths(
     linear: bool = False,
     height: float = PANEL / 2,
 ) -> ValueAxis | None:
-    """Columns of the table against the epoch, with bars from the columns KEY + errors.
+    """Draw columns of a table against the epoch.
 
-    Returns the axis, None if there is nothing.
+    Args:
+        ax: The panel.
+        rows: Table with one row per epoch.
+        keys: Names of the columns drawn, with their looks.
+        label: Label of the value axis.
+        errors: Suffix of the columns with the standard errors, "" for no error bars.
+        linear: Whether the value axis is linear.
+        height: Height of the panel in points.
+
+    Returns:
+        The value axis, None if there is nothing to draw.
     """
     curves = {key: column(rows, key) for key in keys}
     bars = {key: column(rows, key + errors) if errors else np.zeros(len(rows)) for key in keys}
@@ -86,9 +103,14 @@ def draw_paths(
 
 
 def name_ends(ax: Axes, names: dict[str, str], height: float) -> None:
-    """Right of the panel the names of the lines with these labels, apart from each other, each tied to its line's end.
+    """Write the names of lines to the right of a panel and connect each name to the end of its line.
 
-    height: of the panel, in points; of more lines than it has room for, some at equal distances are named.
+    If there is no space for all names, names at equal distances are kept.
+
+    Args:
+        ax: The panel.
+        names: Name of each line by its label.
+        height: Height of the panel in points.
     """
     room = 1.25 * SMALL / height
     chosen = np.linspace(0, len(names) - 1, min(int(1 / room), len(names))).round().astype(int)
@@ -125,9 +147,20 @@ def draw_resamples(
     colours: tuple[Colour, Colour],
     label: str,
 ) -> ValueAxis | None:
-    """Values against the number of samples: a dot a resample, hollow where resamples share samples, a line through the
-    medians. ranks: by rank and point of the curve the values of the resamples; whole: value and error on all samples
-    (NaN where unknown) and their number; colours: of the first rank, drawn thick, and of the others.
+    """Draw values on random subsets of the data against the number of samples.
+
+    Each subset is a dot, which is hollow if the subset shares samples with another one. A line connects the medians.
+
+    Args:
+        ax: The panel.
+        curve: Points of the curve.
+        ranks: For each rank and point, the values on the subsets.
+        whole: Value on all samples, its standard error (NaN if unknown) and the number of all samples.
+        colours: Colour of the first rank, whose line is thick, and colour of the others.
+        label: Label of the value axis.
+
+    Returns:
+        The value axis, None if there is nothing to draw.
     """
     value, error, samples = whole
     everything = np.concatenate([np.empty(0), *(y for rank in ranks for y in rank)])
@@ -166,12 +199,12 @@ def draw_resamples(
 
 
 def column(rows: Rows, key: str) -> Array:
-    """A column of the table as numbers, NaN where it is missing."""
+    """Return a column of the table as numbers, NaN where it is missing."""
     return np.array([float(row.get(key, math.nan)) for row in rows])
 
 
 def _epochs(ax: Axes, rows: Rows, axis: ValueAxis) -> Array:
-    """The x axis of epochs, and a line at 0 where there are negative values; returns the epochs."""
+    """Set the x axis of epochs, draw a line at 0 if values are negative, and return the epochs."""
     x = column(rows, "epoch")
     room = 0.04 * (x[-1] - x[0])
     low, high = x[0] - room, x[-1] + room
@@ -197,7 +230,7 @@ def _draw_curve(
     marker: str = "o",
     hollow: Array | None = None,
 ) -> None:
-    """A line with markers, hollow on request, and a bar of +- errors where they are known."""
+    """Draw a line with markers, some of them hollow, and error bars where the errors are known."""
     colour, dashes = look
     size = 3.2 if len(x) <= 12 else 2.2
     ax.plot(x, y, color=colour, linestyle=dashes, label=label)
@@ -212,5 +245,6 @@ def _draw_curve(
 
 
 def _draw_thin(ax: Axes, x: Array, y: Array, look: Look, label: str) -> None:
+    """Draw a thin line with small dots."""
     colour, dashes = look
     ax.plot(x, y, color=colour, linestyle=dashes, linewidth=0.6, alpha=0.6, marker=".", markersize=1.5, label=label)

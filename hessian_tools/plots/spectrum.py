@@ -1,8 +1,8 @@
-"""Publication figures, drawn from saved results alone: two columns wide, text of 7 pt or more.
+"""Draw publication figures of spectra from saved results.
 
-Nothing here touches a model or pyplot's global state, and the user's matplotlibrc has no say: the same result gives
-the same figure, and the same bytes. Every limit, threshold and floor is relative to the data, so that eigenvalues times
-a constant give the same picture with other tick labels.
+The figures are two columns wide and their text is at least 7 pt. No model is needed, pyplot's global state is not used,
+and the user's matplotlib settings are ignored: the same result gives the same figure and the same bytes. All limits,
+thresholds and floors are relative to the data, so multiplying all eigenvalues by a constant only changes tick labels.
 """
 
 from __future__ import annotations
@@ -48,12 +48,22 @@ from hessian_tools.results.trajectory import RANKS, epoch, snapshots, stability_
 
 
 def spectrum_figure(result: SpectrumResult) -> Figure:
-    """(a) density, (b) CDF, (c) |eigenvalue| against rank, (d) layers of the eigenvectors, and the provenance.
+    """Draw the spectrum of one checkpoint.
 
-    The density is that of the bulk, per unit of lambda, and integrates to its weight: every quadrature node becomes a
-    Gaussian in u = asinh(lambda / linthresh), the smooth form of the symlog axis, of sigma = (range of the nodes in u)
-    / steps, times du/dlambda; where the nodes are too far apart for that, a Gaussian in lambda of their spacing.
-    Deflated eigenvalues are no part of it but ticks in the strip above. Grey: less than one eigenvalue.
+    The panels show (a) the density of the bulk, (b) the cumulative distribution, (c) |eigenvalue| against rank and (d)
+    the share of each layer in the eigenvectors.
+
+    The density in (a) is per unit of lambda and integrates to the weight of the bulk. Every quadrature node becomes a
+    Gaussian in u = asinh(lambda / linthresh), a smooth form of the symlog axis, with sigma = (range of the nodes in u)
+    / steps, multiplied by du/dlambda. If the nodes are further apart than sigma, the Gaussian is in lambda and as wide
+    as their spacing. Deflated eigenvalues are not part of the density; they are ticks in the strip above it. The grey
+    area is below the density of a single eigenvalue.
+
+    Args:
+        result: The spectrum.
+
+    Returns:
+        The figure, with the provenance of the result in its caption.
     """
     with styled():
         figure = Figure(figsize=(WIDTH, 5.2), layout=layout())
@@ -74,12 +84,19 @@ def spectrum_figure(result: SpectrumResult) -> Figure:
 
 
 def layers_figure(result: SpectrumResult) -> Figure:
-    """The bulk density of every layer's diagonal block, small multiples on one axis of eigenvalues.
+    """Draw the bulk density of the diagonal block of each layer, all on the same eigenvalue axis.
 
-    Raises ValueError for a result without blocks.
+    Args:
+        result: A spectrum with diagonal blocks.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If the result has no diagonal blocks.
     """
     if not result.blocks:
-        raise ValueError("no diagonal blocks to draw")
+        raise ValueError("the result has no diagonal blocks to draw")
     columns = min(3, len(result.blocks))
     rows = -(-len(result.blocks) // columns)
     with styled():
@@ -87,7 +104,8 @@ def layers_figure(result: SpectrumResult) -> Figure:
         panels = figure.subplots(rows, columns, squeeze=False).flat
         axis = symlog_axis(replace(result, spectra=result.blocks))
         (style, *_) = looks(1)
-        for (name, block), ax in zip(result.blocks.items(), panels, strict=False):  # this order loses no panel
+        # the blocks come first, so that zip does not consume an unused panel at the end
+        for (name, block), ax in zip(result.blocks.items(), panels, strict=False):
             ax.set_title(printable(name, 24))
             size = sum(n for parameter, n in result.parameters.items() if parameter.rpartition(".")[0] in (name, ""))
             draw_density(ax, replace(result, spectra={name: block}, num_parameters=size), {name: style}, axis)
@@ -95,22 +113,29 @@ def layers_figure(result: SpectrumResult) -> Figure:
                 ax.set_ylabel("")
         for ax in list(panels):
             ax.axis("off")
-        text = f"{operator_name(result.main[0])}, diagonal block of each layer; ticks: deflated eigenvalues; "
-        text += f"grey: less than one eigenvalue. {caption(result)}"
+        text = f"Diagonal block of the {operator_name(result.main[0])} for each layer. Ticks: deflated eigenvalues. "
+        text += f"Grey: less than one eigenvalue. {caption(result)}"
         add_caption(figure, text)
         return settled(figure)
 
 
 def rank_figure(results: list[tuple[str, SpectrumResult]]) -> Figure:
-    """|eigenvalue| against rank, one line a labelled result, one panel an operator that every result has.
+    """Draw |eigenvalue| against rank for several results, in one panel for each operator that all results have.
 
-    Raises ValueError for an empty list, or results without a common operator.
+    Args:
+        results: Labels and results.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If there is no result, or if the results have no operator in common.
     """
     if not results:
         raise ValueError("no result to draw")
     common = common_operators(results)
     if not common:
-        raise ValueError("the results have no operator in common: run spectrum on all with the same --operator")
+        raise ValueError("the results have no operator in common: compute all spectra with the same operator")
     rows = -(-len(common) // 2)
     with styled():
         figure = Figure(figsize=(WIDTH, 0.5 + 2.4 * rows), layout=layout())
@@ -133,11 +158,21 @@ def rank_figure(results: list[tuple[str, SpectrumResult]]) -> Figure:
 
 
 def trajectory_figure(results: list[SpectrumResult]) -> Figure:
-    """Snapshots of one training run, in any order, against the epoch; the table behind it is `trajectory_rows`.
+    """Draw the spectra of snapshots of one training run against the epoch.
 
-    (a) the largest eigenvalues and the smallest of the first operator and the GGN, with the stability limit of SGD, (b)
-    the traces, then E[f'^2] of every layer where it is known, the loss, and the accuracy where there is one. Raises
-    ValueError, saying what differs, unless the results are two or more snapshots of one run at different epochs.
+    The panels show (a) the largest eigenvalues and the smallest eigenvalue of the first operator and the GGN, with the
+    stability limit of SGD, (b) the traces, and, as far as they are known, E[f'^2] of each layer, the loss and the
+    accuracy. `hessian_tools.results.trajectory.trajectory_rows` returns the numbers drawn.
+
+    Args:
+        results: Results of two or more snapshots, in any order.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If the results are not two or more snapshots of one run at different epochs. The message says what
+            differs.
     """
     rows, ordered = trajectory_rows(results), snapshots(results)
     operators = common_operators([(f"{epoch(r)}", r) for r in ordered])
@@ -159,6 +194,7 @@ def trajectory_figure(results: list[SpectrumResult]) -> Figure:
         letters = iter("abcde")
 
         def panel(title: str) -> Axes:
+            """Add the next panel."""
             ax = figure.add_subplot(next(cells))
             set_title(ax, next(letters), title)
             return ax
@@ -185,14 +221,23 @@ def trajectory_figure(results: list[SpectrumResult]) -> Figure:
 
 
 def samples_figure(result: SpectrumResult) -> Figure:
-    """What a Hessian of few samples is worth: (a) the largest eigenvalues and (b) the trace of the first operator
-    against the number of samples, every resample a dot, and the value on all samples with its standard error.
+    """Draw how the curvature depends on the number of samples on which it is measured.
 
-    Raises ValueError for a result without such a curve.
+    The panels show (a) the largest eigenvalues and (b) the trace of the first operator on random subsets of the data,
+    and their values on all samples with the standard error.
+
+    Args:
+        result: A spectrum with a curve over the number of samples.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If the result has no such curve.
     """
     curve = sorted(result.samples_curve, key=lambda point: point.samples)
     if not curve:
-        raise ValueError("no curve over the number of samples: run spectrum with --samples-curve")
+        raise ValueError("the result has no curve over the number of samples: set samples_curve in the settings")
     name, spectrum = result.main
     count = max((len(values) for point in curve for values in point.eigenvalues), default=0)
     ranks = [

@@ -1,4 +1,4 @@
-"""The panels of a spectrum, each drawn into the axes it is given."""
+"""Draw the panels of the figure of a spectrum."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from hessian_tools.plots.curves import SymlogAxis, cumulative, densities_of, density_curves, finite, one_eigenvalue
+from hessian_tools.plots.curves import (
+    Array,
+    SymlogAxis,
+    cumulative,
+    densities_of,
+    density_curves,
+    finite,
+    one_eigenvalue,
+)
 from hessian_tools.plots.style import (
     MEDIUM,
     PANEL,
@@ -29,14 +36,20 @@ from hessian_tools.plots.style import (
 )
 from hessian_tools.results.spectrum import Eigenvalue, Spectrum, SpectrumResult
 
-Array = npt.NDArray[np.float64]
-DECADES = 4  # of |lambda| below the largest; what is smaller lies on the floor
-RUG = 0.055  # height of one row of the rug, as a share of the panel
-ROWS = 11  # of the heat map; the last one stands for all other layers
+DECADES = 4  # range of |lambda| drawn against rank; smaller values are drawn on the floor
+RUG = 0.055  # height of the row of ticks of one operator, as a fraction of the panel
+ROWS = 11  # rows of the heat map; the last one sums all other layers
 
 
 def draw_density(ax: Axes, result: SpectrumResult, styles: dict[str, Look], axis: SymlogAxis) -> None:
-    """Panel (a). The floor is the density of a single eigenvalue; the strip above holds the deflated ones."""
+    """Draw the density of the bulk, the floor of a single eigenvalue, and ticks for the deflated eigenvalues.
+
+    Args:
+        ax: The panel.
+        result: The spectrum.
+        styles: Looks of the operators.
+        axis: The eigenvalue axis.
+    """
     drawn = densities_of(result)
     if not drawn:
         return say(ax, "no density computed")
@@ -75,7 +88,14 @@ def draw_density(ax: Axes, result: SpectrumResult, styles: dict[str, Look], axis
 
 
 def draw_cdf(ax: Axes, result: SpectrumResult, styles: dict[str, Look], axis: SymlogAxis) -> None:
-    """Panel (b): no broadening, the deflated eigenvalues included."""
+    """Draw the cumulative distribution, without broadening and including the deflated eigenvalues.
+
+    Args:
+        ax: The panel.
+        result: The spectrum.
+        styles: Looks of the operators.
+        axis: The eigenvalue axis.
+    """
     drawn = densities_of(result)
     if not drawn:
         return say(ax, "no density computed")
@@ -94,7 +114,7 @@ def draw_cdf(ax: Axes, result: SpectrumResult, styles: dict[str, Look], axis: Sy
 
 
 def draw_ranks(ax: Axes, series: Sequence[tuple[Spectrum, Look]]) -> None:
-    """Panel (c): the largest eigenvalues from rank 1, the smallest up to rank P."""
+    """Draw |eigenvalue| against rank for several spectra: the largest from rank 1, the smallest up to rank P."""
     tops = max(len(s.eigenvalues) for s, _ in series)
     smalls = max(len(s.smallest_eigenvalues) for s, _ in series)
     pairs = [e for s, _ in series for e in (*s.eigenvalues, *s.smallest_eigenvalues) if math.isfinite(e.value)]
@@ -110,7 +130,7 @@ def draw_ranks(ax: Axes, series: Sequence[tuple[Spectrum, Look]]) -> None:
     if cut:
         ax.axhline(floor, color="0.45", linestyle=":", linewidth=0.8, zorder=0, label="floor")
         ax.text(
-            0.02, math.sqrt(low * floor), "floor: smaller |λ| lie on it", transform=ax.get_yaxis_transform(),
+            0.02, math.sqrt(low * floor), "floor: smaller |λ| are drawn on it", transform=ax.get_yaxis_transform(),
             va="center", fontsize=SMALL, color="0.3",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )  # fmt: skip
@@ -120,17 +140,14 @@ def draw_ranks(ax: Axes, series: Sequence[tuple[Spectrum, Look]]) -> None:
         _draw_series(ax, spectrum.eigenvalues, 1 + shift, floor, low, look)
         _draw_series(ax, small, tops + 2 + smalls - len(small) + shift, floor, low, look)
     log_ticks(ax, low, high)
-    ax.set_xlim(0.3, tops + (smalls + 1 if smalls else 0) + 0.7)
-    ax.set_xticks(*rank_ticks(tops, smalls, 1))
-    if smalls:
-        ax.axvline(tops + 1, color="0.75", linewidth=0.6, zorder=0)
+    set_rank_axis(ax, tops, smalls)
     ax.set_xlabel("rank (1: largest λ, P: smallest)" if smalls else "rank (1: largest λ)")
     ax.set_ylabel("|eigenvalue λ|")
     sns.despine(ax=ax)
 
 
 def _draw_series(ax: Axes, pairs: Sequence[Eigenvalue], first: float, floor: float, low: float, look: Look) -> None:
-    """Neighbouring ranks as one line; o or v by sign, hollow where not converged, bars where known."""
+    """Draw consecutive ranks as one line, with markers that show the sign and the convergence, and error bars."""
     colour, dashes = look
     found = [(first + i, e) for i, e in enumerate(pairs) if math.isfinite(e.value)]
     x, y = [x for x, _ in found], [max(abs(e.value), floor) for _, e in found]
@@ -147,11 +164,12 @@ def _draw_series(ax: Axes, pairs: Sequence[Eigenvalue], first: float, floor: flo
 
 
 def has_data_error(pair: Eigenvalue) -> float:
+    """Return the standard error of an eigenvalue over the data, 0 if it is unknown."""
     return pair.data_stderr if math.isfinite(pair.data_stderr) else 0.0
 
 
 def draw_layers(ax: Axes, spectrum: Spectrum) -> None:
-    """Panel (d): rows of parameters, columns of ranks."""
+    """Draw a heat map of the share of each layer (rows) in the eigenvectors of each rank (columns)."""
     tops, smalls = spectrum.eigenvalues, spectrum.smallest_eigenvalues[::-1]
     layers, shares = share_table([*tops, *smalls])
     if not layers:
@@ -171,7 +189,15 @@ def draw_layers(ax: Axes, spectrum: Spectrum) -> None:
 
 
 def share_table(pairs: Sequence[Eigenvalue]) -> tuple[list[str], Array]:
-    """Short names of the layers [n] and their shares [n, pairs], the least of too many layers added up in one row."""
+    """Collect the share of each layer in the eigenvectors.
+
+    Args:
+        pairs: The k eigenvalues, with the shares of the layers.
+
+    Returns:
+        Short names of the layers [n] and their shares [n, k], with n at most `ROWS`. If there are more layers, the last
+        row is the sum over the layers with the smallest shares.
+    """
     names = list(dict.fromkeys(name for e in pairs for name in e.layers))
     shares = np.array([[e.layers.get(name, math.nan) for e in pairs] for name in names]).reshape(len(names), len(pairs))
     short = [name.removeprefix("layers.") for name in names]
@@ -183,8 +209,17 @@ def share_table(pairs: Sequence[Eigenvalue]) -> tuple[list[str], Array]:
 
 
 def rank_ticks(tops: int, smalls: int, gap: int, width: float = PANEL) -> tuple[list[float], list[str]]:
-    """Where the ranks worth a label stand: 1, 2, ... for the largest, after the gap up to P for the smallest; width: of
-    the panel, in points."""
+    """Choose the labelled ticks of an axis of ranks: 1, 2, ... for the largest eigenvalues, then up to P.
+
+    Args:
+        tops: Number of largest eigenvalues.
+        smalls: Number of smallest eigenvalues.
+        gap: Number of positions left free between the two groups.
+        width: Width of the panel in points.
+
+    Returns:
+        Positions and labels of the ticks that fit.
+    """
     step = next(s for s in (1, 5, 10, 20, 50, 100, 200, 500, 10**9) if tops <= 4 * s)
     ticks = {1: "1", tops: f"{tops}", **{i: f"{i}" for i in range(step, tops + 1, step)}} if tops else {}
     first = {tops + gap + 1: f"P−{smalls - 1}"} if smalls > 1 else {}
@@ -195,8 +230,23 @@ def rank_ticks(tops: int, smalls: int, gap: int, width: float = PANEL) -> tuple[
     return [float(i) for i in kept], [ticks[i] for i in kept]
 
 
+def set_rank_axis(ax: Axes, tops: int, smalls: int, width: float = PANEL) -> None:
+    """Set an x axis of ranks, with a line between the largest and the smallest eigenvalues.
+
+    Args:
+        ax: The panel.
+        tops: Number of largest eigenvalues.
+        smalls: Number of smallest eigenvalues.
+        width: Width of the panel in points.
+    """
+    ax.set_xlim(0.3, tops + (smalls + 1 if smalls else 0) + 0.7)
+    ax.set_xticks(*rank_ticks(tops, smalls, 1, width))
+    if smalls:
+        ax.axvline(tops + 1, color="0.75", linewidth=0.6, zorder=0)
+
+
 def marks(spectra: Sequence[Spectrum]) -> list[Line2D | Patch]:
-    """What the markers of these spectra say."""
+    """Return the legend entries of the markers of these spectra."""
     pairs = [e for s in spectra for e in (*s.eigenvalues, *s.smallest_eigenvalues)]
     mark = partial(Line2D, [], [], color="0.2", linestyle="none", markeredgewidth=0.8)
     handles: list[Line2D | Patch] = [mark(marker="o", label="λ ≥ 0"), mark(marker="v", label="λ < 0")]

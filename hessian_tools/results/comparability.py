@@ -1,4 +1,4 @@
-"""Which results may stand beside one another."""
+"""Check that results were measured under the same conditions, so that they can be compared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hessian_tools.io.json import ResultError
 from hessian_tools.results.provenance import Analysed
 from hessian_tools.results.spectrum import SpectrumResult
 
-# What must agree before two curvatures may be compared: part of the result, key, what the user knows it as.
+# Conditions that must agree before curvatures are compared: field of the result, key in that field, name for the user.
 CONDITIONS = (
     ("data", "name", "data set"),
     ("data", "split", "split"),
@@ -31,16 +31,24 @@ CONDITIONS = (
 
 
 def method_of(result: SpectrumResult) -> str:
-    """What found the eigenvalues: lanczos, power or pyhessian."""
+    """Return the method that found the eigenvalues: "lanczos", "power" or "pyhessian"."""
     if result.settings.get("backend", "own") == "pyhessian":
         return "pyhessian"
     return str(result.settings.get("method", "lanczos"))
 
 
 def labelled(found: list[SpectrumResult]) -> list[tuple[str, SpectrumResult]]:
-    """Each result with the shortest name that tells it apart: its initializer, else its checkpoint's file name.
+    """Give every result the shortest label that identifies it.
 
-    Results of one checkpoint by several methods get the method's name besides.
+    The label is the initializer if it is known and different for every result, and the file name of the checkpoint
+    otherwise. Results of one checkpoint that were found by different methods also get the name of the method. Labels
+    that are still ambiguous are numbered.
+
+    Args:
+        found: The results.
+
+    Returns:
+        Pairs (label, result), in the order of `found`.
     """
     inits = [str(r.training.get("init", "")) for r in found]
     stems = [PurePath(str(r.checkpoint.get("path", "result"))).stem for r in found]
@@ -52,7 +60,7 @@ def labelled(found: list[SpectrumResult]) -> list[tuple[str, SpectrumResult]]:
 
 
 def _with_methods(names: list[str], found: list[SpectrumResult]) -> list[str]:
-    """The method added to the names that results of one checkpoint by different methods have in common."""
+    """Append the method to a name that results of one checkpoint share, if their methods differ."""
     labels = []
     for name, result in zip(names, found, strict=True):
         same = [r for n, r in zip(names, found, strict=True) if n == name]
@@ -62,13 +70,21 @@ def _with_methods(names: list[str], found: list[SpectrumResult]) -> list[str]:
 
 
 def common_operators(labelled: list[tuple[str, SpectrumResult]]) -> list[str]:
-    """The operators that all results have, in the order of the first."""
+    """Return the operators that every result contains, in the order of the first result."""
     first, *others = (r.spectra for _, r in labelled)
     return [name for name in first if all(name in spectra for spectra in others)]
 
 
 def by_method(labelled: list[tuple[str, SpectrumResult]]) -> list[tuple[SpectrumResult, SpectrumResult]]:
-    """Pairs of results of one checkpoint by two methods, the more trustworthy first: Lanczos, then power iteration."""
+    """Pair the results of one checkpoint that were found by different methods.
+
+    Args:
+        labelled: Pairs (label, result).
+
+    Returns:
+        Pairs of results. The first of each pair is by the most reliable method that the checkpoint has: Lanczos, then
+            power iteration, then PyHessian.
+    """
     order = {"lanczos": 0, "power": 1}
     checkpoints: dict[str, list[SpectrumResult]] = {}
     for _, r in labelled:
@@ -83,7 +99,13 @@ def by_method(labelled: list[tuple[str, SpectrumResult]]) -> list[tuple[Spectrum
 
 @dataclass(frozen=True)
 class Unlike:
-    """A condition in which results were not measured alike. values: of each result, in order."""
+    """A condition in which results differ.
+
+    Attributes:
+        key: Key of the condition.
+        meaning: Name of the condition for the user.
+        values: Value of every result, in order.
+    """
 
     key: str
     meaning: str
@@ -91,15 +113,31 @@ class Unlike:
 
 
 def differing(found: Sequence[Analysed], conditions: Sequence[tuple[str, str, str]] = CONDITIONS) -> list[Unlike]:
-    """The conditions in which results differ that must agree before they are compared, the first of them first."""
+    """Return the conditions in which results differ.
+
+    Args:
+        found: The results.
+        conditions: Conditions to check, each as (field of the result, key in that field, name for the user).
+
+    Returns:
+        One entry for each condition in which the results differ, in the order of `conditions`.
+    """
     columns = [(key, meaning, tuple(getattr(r, part).get(key) for r in found)) for part, key, meaning in conditions]
     return [Unlike(*column) for column in columns if any(value != column[2][0] for value in column[2])]
 
 
 def comparable(labelled: list[tuple[str, SpectrumResult]]) -> None:
-    """Raises ResultError, naming the condition and both values, unless all results were measured alike.
+    """Check that results can be compared.
 
-    They need one operator in common; what is not in all of them is left out of a comparison.
+    The results must be measured under the same conditions and on the same set of parameters, and must share at least
+    one operator. An operator that is missing in one of the results is left out of the comparison.
+
+    Args:
+        labelled: Pairs (label, result).
+
+    Raises:
+        ResultError: If there are fewer than two results, if a condition differs (the message names it and both values),
+            or if no operator is in all results.
     """
     if len(labelled) < 2:
         raise ResultError("a comparison needs at least two results")
@@ -109,13 +147,25 @@ def comparable(labelled: list[tuple[str, SpectrumResult]]) -> None:
         refuse_unlike(labels, difference)
     if not common_operators(labelled):
         had = "; ".join(f"{label} has {', '.join(r.spectra)}" for label, r in labelled)
-        raise ResultError(f"not comparable: no operator is in all results ({had}): run spectrum with one --operator")
+        raise ResultError(
+            f"not comparable: no operator is in all results ({had}). Compute one operator for all of them."
+        )
 
 
 def refuse_unlike(
-    labels: Sequence[str], difference: Unlike, remedy: str = "run spectrum on both with the same settings"
+    labels: Sequence[str], difference: Unlike, remedy: str = "compute both spectra with the same settings"
 ) -> None:
-    """Raises ResultError naming the condition and the first result that differs from the first in it, if one does."""
+    """Raise an error if a condition differs between results.
+
+    Args:
+        labels: Label of every result.
+        difference: The condition and its value for every result.
+        remedy: What the user can do about it. It ends the message.
+
+    Raises:
+        ResultError: If a value differs from the first one. The message names the condition, both values and both
+            labels.
+    """
     for label, value in zip(labels, difference.values, strict=True):
         if value != difference.values[0]:
             raise ResultError(
@@ -125,5 +175,6 @@ def refuse_unlike(
 
 
 def _show(value: Any) -> str:
+    """Shorten a long value, such as a hash."""
     text = str(value)
     return text if len(text) <= 40 else text[:12] + "…"

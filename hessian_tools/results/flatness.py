@@ -1,4 +1,4 @@
-"""The result of a flatness analysis and its metrics."""
+"""Results of a flatness analysis."""
 
 from __future__ import annotations
 
@@ -7,20 +7,34 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NAN = math.nan
-# what a number may be said of
+# Which loss a metric describes (`Metric.valid`).
 SURROGATE, MATCHED = "surrogate", "estimate for the spiking loss under noise"
 TRUE, BOUND, MIXED = "spiking loss", "spiking loss, lower bound", "loss yes, direction surrogate"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One number. NaN (null in the JSON) stands for what there is not; `note` says why the value is missing or odd.
+    """One flatness metric with its errors and its cost.
 
-    ci95, and stderr where there is one: over what `over` names (residual, probes, draws, search). data_stderr: standard
-    error for other samples of the same kind. valid: what the number may be said of; meaning: formula and radius.
-    products (with the operator), gradients, forwards: passes over all samples that it took, beyond those of the metrics
-    before it. parts: values beside it. pairs: means over antithetic pairs of draws; groups: means over `GROUPS` groups
-    of samples; both of metrics that are means over draws, for differences between checkpoints.
+    A number that does not exist is NaN here and null in the JSON file. `note` then gives the reason.
+
+    Attributes:
+        value: The metric.
+        stderr: Standard error over the random numbers named in `over`.
+        ci95: 95% confidence interval over probes or draws. For `over` equal to "residual" or "search" it is an error
+            bound instead.
+        data_stderr: Standard error over the data: for other samples from the same distribution.
+        over: Source of the error in `stderr` and `ci95`: "residual", "probes", "draws" or "search".
+        valid: Which loss the metric describes: SURROGATE, MATCHED, TRUE, BOUND or MIXED.
+        meaning: Formula, with its radius or noise scale.
+        products: Operator products over all samples that the metric took in addition to those of earlier metrics.
+        gradients: Gradients over all samples, counted in the same way.
+        forwards: Forward passes over all samples, counted in the same way.
+        note: Why the value is missing or unusual.
+        parts: Related values, by name.
+        pairs: Mean of each antithetic pair of draws. Only metrics that are means over draws have it. It serves for
+            differences between checkpoints.
+        groups: Mean of each of `GROUPS` groups of samples, for the same metrics and the same purpose.
     """
 
     value: float = NAN
@@ -44,8 +58,30 @@ FLATNESS_SCHEMA = "ikun-hessian/flatness/1"
 
 @dataclass(frozen=True)
 class FlatnessResult:
-    """Everything that `flatness` measured, and what it was measured on. main: the metrics that can carry a claim,
-    others: the rest, both in the order of the screen."""
+    """Metrics of a flatness analysis and the conditions under which they were measured.
+
+    Attributes:
+        schema: Name and version of the file format.
+        checkpoint: Source of the weights, such as path and SHA-256.
+        data: Data set, split, number of samples and loss.
+        network: Network and its surrogate.
+        training: Settings and outcome of the training.
+        activity: Firing statistics, by layer of neurons.
+        settings: Settings of the analysis.
+        num_parameters: Number P of parameters.
+        parameters: Number of elements of each parameter tensor, by name.
+        weight_norms: Norm of each parameter tensor, by name.
+        loss: Loss at the weights.
+        accuracy: Accuracy at the weights; NaN if the targets are not class labels.
+        gradient_norm: Norm of the surrogate gradient.
+        dtype: Data type of the operator products.
+        device: Device of the computation.
+        seed: Random seed.
+        main: Metrics that a claim can rest on, by name, in the order in which they are printed.
+        others: All other metrics, in the same form.
+        seconds: Run time in seconds.
+        versions: Versions of the libraries used.
+    """
 
     schema: str
     checkpoint: dict[str, Any]
@@ -70,4 +106,5 @@ class FlatnessResult:
 
     @property
     def metrics(self) -> dict[str, Metric]:
+        """All metrics by name: those of `main`, then those of `others`."""
         return {**self.main, **self.others}

@@ -1,4 +1,4 @@
-"""What every result says about the weights it was measured at."""
+"""Fields that all results share: where the weights come from and how they were analysed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Analysed(typing.Protocol):
-    """What every result says about the weights it was measured at."""
+    """A result of any analysis: its provenance and the conditions under which it was measured."""
 
     @property
     def checkpoint(self) -> dict[str, Any]: ...
@@ -32,7 +32,7 @@ class Analysed(typing.Protocol):
 
 
 class AnalysedParts(Analysed, typing.Protocol):
-    """The same with the size of every parameter."""
+    """A result that also stores the number of elements of each parameter tensor."""
 
     @property
     def parameters(self) -> dict[str, int]: ...

@@ -1,4 +1,4 @@
-"""The result of a robustness analysis."""
+"""Results of a robustness analysis."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ WEIGHTS = "weight_noise"
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The share of samples classified rightly; stderr: over draws of the disturbance, NaN where there was one draw."""
+    """Accuracy under one disturbance.
+
+    Attributes:
+        value: Fraction of samples that are classified correctly.
+        stderr: Standard error over the draws of the disturbance; NaN for a single draw.
+    """
 
     value: float
     stderr: float = math.nan
@@ -20,7 +25,20 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class RobustnessResult:
-    """What was measured of one checkpoint. disturbed: by disturbance ("blur", "weight_noise"), then by severity."""
+    """Accuracies of one checkpoint under disturbances, and the conditions under which they were measured.
+
+    Attributes:
+        schema: Name and version of the file format.
+        checkpoint: Source of the weights, such as path and SHA-256.
+        data: Data set, split and number of samples.
+        network: Network and its surrogate.
+        training: Settings and outcome of the training.
+        settings: Settings of the analysis.
+        accuracy: Accuracy without a disturbance.
+        disturbed: Accuracy by disturbance (for example "blur" or "weight_noise"), then by severity.
+        seconds: Run time in seconds.
+        versions: Versions of the libraries used.
+    """
 
     schema: str
     checkpoint: dict[str, Any]
@@ -35,7 +53,10 @@ class RobustnessResult:
 
 
 def lost(result: RobustnessResult) -> dict[str, float]:
-    """By disturbance: the accuracy lost, mean over its severities; rounded, so that equal losses are equal numbers."""
+    """Return the loss of accuracy under each disturbance: the mean over its severities.
+
+    Values are rounded to 12 digits, so that equal losses are equal numbers.
+    """
     return {
         kind: round(result.accuracy - sum(found.value for found in severities.values()) / len(severities), 12)
         for kind, severities in result.disturbed.items()

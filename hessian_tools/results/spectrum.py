@@ -1,7 +1,7 @@
-"""What an analysis found, as frozen dataclasses that save to JSON (what a person or jq reads) and npz (arrays).
+"""Results of a spectrum analysis: frozen dataclasses that are saved as JSON (readable) and NPZ (arrays).
 
-Figures and comparisons are drawn from these alone, never from a model. Numbers that do not exist (the standard error
-of one probe) are NaN here and null in the JSON.
+Figures and comparisons are drawn from these results, without the model. A number that does not exist, such as the
+standard error of a single probe, is NaN here and null in the JSON file.
 """
 
 from __future__ import annotations
@@ -24,11 +24,19 @@ SPECTRUM_SCHEMA = "ikun-hessian/spectrum/1"
 
 @dataclass(frozen=True)
 class Eigenvalue:
-    """An eigenvalue lies within `residual` of `value` for the samples used; `data_stderr` is the standard error of
-    `value` as an estimate over all data these samples were drawn from. layers: share of each parameter in the
-    eigenvector's squared norm. bound: Kato and Temple's residual^2 / gap where that is smaller than the residual, the
-    gap taken from the other Ritz values. gradient: share of the gradient's squared norm along the eigenvector.
-    participation: 1 / (P sum v_i^4), the share of the weights that takes part: 1 if all alike, 1/P for a single one.
+    """One eigenvalue with its errors and the structure of its eigenvector v.
+
+    Attributes:
+        value: Ritz value. For the samples used, an eigenvalue lies within `residual` of it.
+        residual: ||Av - value v||.
+        data_stderr: Standard error of `value` as an estimate for the whole data distribution.
+        converged: Whether the residual meets the tolerance.
+        layers: Share of each parameter tensor in the squared norm of v, by name.
+        bound: Error bound by Kato and Temple, residual^2 / gap, if that is smaller than the residual. The gap is
+            computed from the other Ritz values.
+        gradient: Share of the squared norm of the gradient that lies along v.
+        participation: Participation ratio 1 / (P sum v_i^4): 1 if all weights take part equally, 1/P for a single
+            weight.
     """
 
     value: float
@@ -43,12 +51,16 @@ class Eigenvalue:
 
 @dataclass(frozen=True)
 class Search:
-    """How sure we are that no eigenvalue beyond the printed ones was missed.
+    """How certain it is that no eigenvalue beyond the reported ones was missed.
 
-    steps: dimension of the first Krylov space, from a random start. excess: with 95% probability over the start no
-    eigenvalue lies farther than this beyond the outermost ones found (Kuczynski & Wozniakowski 1992). starts: other,
-    independent random starts of `start_steps` steps on the complement of the converged pairs; largest and smallest:
-    the outermost values that they found there.
+    Attributes:
+        steps: Dimension of the first Krylov space, from a random start.
+        excess: With probability 95% over the start vector, no eigenvalue lies farther than this beyond the outermost
+            ones found (Kuczynski & Wozniakowski 1992).
+        starts: Number of other, independent random starts, on the complement of the converged eigenvectors.
+        start_steps: Lanczos steps of each of these starts.
+        largest: Largest Ritz value that they found.
+        smallest: Smallest Ritz value that they found.
     """
 
     steps: int
@@ -61,8 +73,16 @@ class Search:
 
 @dataclass(frozen=True)
 class Functional:
-    """tr f(A), or a ratio of such traces, by stochastic quadrature: stderr and ci95 from the probes; quadrature_error:
-    change from half as many Lanczos steps. damping: the z in f, NaN where f has none."""
+    """A trace tr f(A), or a ratio of such traces, by stochastic Lanczos quadrature.
+
+    Attributes:
+        estimate: The value.
+        stderr: Standard error over the probes.
+        ci95: 95% confidence interval over the probes.
+        probes: Number of probes.
+        quadrature_error: Change of the estimate if only half of the Lanczos steps are used.
+        damping: Damping z in f; NaN if f has none.
+    """
 
     estimate: float
     stderr: float
@@ -74,7 +94,14 @@ class Functional:
 
 @dataclass(frozen=True)
 class SamplePoint:
-    """Eigenvalues (largest first, one tuple a resample) and traces of the Hessian on `samples` samples."""
+    """Eigenvalues and traces of the Hessian on subsets of a given size.
+
+    Attributes:
+        samples: Number of samples in each subset.
+        disjoint: Whether the subsets are disjoint.
+        eigenvalues: Eigenvalues in descending order, one tuple for each subset.
+        traces: Trace on each subset.
+    """
 
     samples: int
     disjoint: bool
@@ -84,7 +111,15 @@ class SamplePoint:
 
 @dataclass(frozen=True)
 class Trace:
-    """Hutchinson estimate: stderr and ci95 from the probes, data_stderr from the spread over the data."""
+    """Hutchinson's estimate of a trace.
+
+    Attributes:
+        estimate: The value.
+        stderr: Standard error over the probes.
+        ci95: 95% confidence interval over the probes.
+        probes: Number of probes.
+        data_stderr: Standard error over the data.
+    """
 
     estimate: float
     stderr: float
@@ -95,9 +130,17 @@ class Trace:
 
 @dataclass(frozen=True)
 class Density:
-    """One quadrature of the spectral density per probe, weights summing to 1. The first `atoms` nodes of each are
-    deflated eigenvalues of weight 1/P. accuracy: Wasserstein distance to the quadrature of half as many steps, over the
-    range of the spectrum, largest of the probes."""
+    """Spectral density: one quadrature for each probe, with weights that sum to 1.
+
+    Attributes:
+        nodes: Nodes of each probe. The first `atoms` nodes are deflated eigenvalues.
+        weights: Weights of the nodes of each probe. A deflated eigenvalue has weight 1/P.
+        probes: Number of probes.
+        steps: Number of Lanczos steps.
+        atoms: Number of deflated eigenvalues.
+        accuracy: Wasserstein-1 distance to the quadrature with half as many steps, relative to the range of the
+            spectrum. It is the largest value over the probes.
+    """
 
     nodes: tuple[tuple[float, ...], ...]
     weights: tuple[tuple[float, ...], ...]
@@ -109,14 +152,27 @@ class Density:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """One operator's spectrum. scale_free_lambda_max: largest eigenvalue of D A D, D the norm of the filter (row of
-    weights) that each weight belongs to, so that rescaling filters before a BatchNorm does not change it. scale_free:
-    the largest of these, descending, where more than one was asked for; those that did not converge are left out.
+    """Spectrum of one operator A.
 
-    gradient_share: share of the gradient's squared norm in the span of the converged largest eigenvectors.
-    effective_dimension: sum l / (l + z); log_determinant: log det(A + z I); both where A + z I is positive definite.
-    negative_share: sum of |negative eigenvalues| / sum of |all|. vectors: eigenvectors [P, k], the largest then the
-    smallest, saved in the npz on request and never in the JSON.
+    Attributes:
+        symmetry_error: Relative asymmetry |u'Av - v'Au| / ||Au||.
+        hessian_vector_products: Number of products with the operator.
+        eigenvalues: Largest eigenvalues, in descending order.
+        smallest_eigenvalues: Smallest eigenvalues, in ascending order.
+        trace: Trace.
+        frobenius_norm: Frobenius norm.
+        scale_free_lambda_max: Largest eigenvalue of D A D, where D holds for each weight the norm of its filter (its
+            row of the weight matrix). It does not change if filters in front of a BatchNorm are rescaled.
+        density: Spectral density.
+        search: Evidence that no eigenvalue was missed.
+        gradient_share: Share of the squared norm of the gradient in the span of the converged largest eigenvectors.
+        effective_dimension: sum l / (l + z) over the eigenvalues l, if A + z I is positive definite.
+        log_determinant: log det(A + z I), if A + z I is positive definite.
+        negative_share: Sum of |negative eigenvalues| / sum of |all eigenvalues|.
+        scale_free: Largest eigenvalues of D A D, in descending order, if more than one was requested. Eigenvalues that
+            did not converge are left out.
+        vectors: Eigenvectors [P, k], the largest first, then the smallest. They are kept on request, saved in the NPZ
+            file and never in the JSON file.
     """
 
     symmetry_error: float
@@ -138,9 +194,32 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class SpectrumResult:
-    """Everything that `spectrum` measured, and what it was measured on.
+    """Spectra of a spectrum analysis and the conditions under which they were measured.
 
-    spectra: by operator. blocks: by layer, of the first operator's diagonal blocks; empty unless asked for.
+    Attributes:
+        schema: Name and version of the file format.
+        checkpoint: Source of the weights, such as path and SHA-256.
+        data: Data set, split, number of samples and loss.
+        network: Network and its surrogate.
+        training: Settings and outcome of the training.
+        activity: Firing statistics, by layer of neurons.
+        settings: Settings of the analysis.
+        num_parameters: Number P of parameters.
+        parameters: Number of elements of each parameter tensor, by name.
+        weight_norms: Norm of each parameter tensor, by name.
+        loss: Loss at the weights.
+        accuracy: Accuracy at the weights; NaN if the targets are not class labels.
+        gradient_norm: Norm of the surrogate gradient.
+        dtype: Data type of the operator products.
+        device: Device of the computation.
+        seed: Random seed.
+        sensitivity: lambda_max of the first operator under other conventions, such as another slope of the surrogate.
+        spectra: Spectrum of each operator, by name.
+        blocks: Spectrum of each layer's diagonal block of the first operator, by layer; empty unless requested.
+        warnings: Warnings that follow from the numbers.
+        seconds: Run time in seconds.
+        versions: Versions of the libraries used.
+        samples_curve: Spectrum against the number of samples; empty unless requested.
     """
 
     schema: str
@@ -169,12 +248,12 @@ class SpectrumResult:
 
     @property
     def main(self) -> tuple[str, Spectrum]:
-        """The first operator asked for, by name."""
+        """Name and spectrum of the first operator."""
         return next(iter(self.spectra.items()))
 
 
 def to_json(result: SpectrumResult) -> dict[str, Any]:
-    """A plain dict with null for what is not finite, without the eigenvectors."""
+    """Return the result as a plain dict, without eigenvectors and with None for numbers that are not finite."""
 
     def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         return {name: value for name, value in pairs if name != "vectors"}
@@ -185,15 +264,33 @@ def to_json(result: SpectrumResult) -> dict[str, Any]:
 
 
 def load_spectrum(path: str | Path) -> SpectrumResult:
-    """Read NAME.spectrum.json. Raises ResultError for a missing, foreign, damaged or newer file."""
+    """Read NAME.spectrum.json.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The result.
+
+    Raises:
+        ResultError: If the file is missing, damaged, of another kind or from a newer version.
+    """
     result = load_result(path, SpectrumResult, SPECTRUM_SCHEMA)
     if not result.spectra:
-        raise ResultError(f"{path}: holds no spectrum")
+        raise ResultError(f"{path}: contains no spectrum")
     return result
 
 
 def save_spectrum(result: SpectrumResult, stem: str | Path) -> list[Path]:
-    """Write STEM.json and STEM.npz, each complete or not at all; returns the paths."""
+    """Write STEM.json and STEM.npz. Each file is written completely or not at all.
+
+    Args:
+        result: The result.
+        stem: Path without the suffix.
+
+    Returns:
+        Paths of the two files.
+    """
     arrays: dict[str, Any] = {}
     for name, spectrum in result.spectra.items():
         for kind in ("eigenvalues", "smallest_eigenvalues"):

@@ -1,4 +1,4 @@
-"""Several snapshots of one training run: that they are of one run, and the table that their figure shows."""
+"""Table of several snapshots of one training run, after a check that they belong to one run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from hessian_tools.results.comparability import comparable
 from hessian_tools.results.spectrum import Eigenvalue, SpectrumResult, Trace
 
-RANKS = 5  # largest eigenvalues followed through training
-# What makes two trainings different runs: key of the result's training, what the user knows it as.
+RANKS = 5  # number of largest eigenvalues in the table
+# Settings that identify a training run: key in the result's `training`, name for the user.
 RUN = (
     ("init", "initializer"),
     ("alpha", "alpha of the initializer"),
@@ -30,28 +30,48 @@ RUN = (
 
 
 def snapshots(results: list[SpectrumResult]) -> list[SpectrumResult]:
-    """The results in the order of their epochs.
+    """Sort results by epoch and check that they are snapshots of one run.
 
-    One snapshot under two names (same epoch, loss and gradient norm: a run's last snapshot and its checkpoint) counts
-    once. Raises ValueError, one line that says what differs, unless two or more are left, all of one run, measured
-    alike, at different epochs.
+    One snapshot that was saved under two names is counted once. (The last snapshot of a run and its checkpoint have the
+    same epoch, loss and gradient norm.)
+
+    Args:
+        results: Spectra of snapshots, in any order.
+
+    Returns:
+        The results in the order of their epochs.
+
+    Raises:
+        ValueError: If fewer than two snapshots remain, if two are from the same epoch, if they come from different
+            runs, or if they were not measured under the same conditions. The message names what differs.
     """
     for r in results:
         if not isinstance(r.training.get("epochs_run"), int):
-            raise ValueError(f"{_file(r)} does not say after how many epochs it was saved: it is no snapshot of a run")
+            raise ValueError(
+                f"{_file(r)} does not say after how many epochs it was saved: it is not a snapshot of a run"
+            )
     ordered = list({(epoch(r), r.loss, r.gradient_norm): r for r in sorted(results, key=epoch)}.values())
     if len(ordered) < 2:
-        raise ValueError("a trajectory needs the spectra of at least two snapshots of a run, at different epochs")
+        raise ValueError("a trajectory needs the spectra of at least two snapshots of one run, at different epochs")
     for before, after in itertools.pairwise(ordered):
         if epoch(before) == epoch(after):
-            raise ValueError(f"{_file(before)} and {_file(after)} are both of epoch {epoch(before)}: give one of them")
+            raise ValueError(
+                f"{_file(before)} and {_file(after)} are both of epoch {epoch(before)}: use only one of them"
+            )
     one_run([(_file(r), r.training, r.network) for r in ordered])
     comparable([(_file(r), r) for r in ordered])
     return ordered
 
 
 def one_run(snapshots: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]]) -> None:
-    """Raises ValueError, naming what differs, unless all (name, training, network) are of one training run."""
+    """Check that snapshots belong to one training run.
+
+    Args:
+        snapshots: For each snapshot its name, training settings and network settings.
+
+    Raises:
+        ValueError: If a setting differs from that of the first snapshot. The message names the setting and both values.
+    """
     (first, training, network), *others = snapshots
     for other, its_training, its_network in others:
         differing = [(meaning, training.get(k), its_training.get(k)) for k, meaning in RUN]
@@ -65,10 +85,19 @@ def one_run(snapshots: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]
 
 
 def trajectory_rows(results: list[SpectrumResult]) -> list[dict[str, Any]]:
-    """One row a snapshot, in the order of epochs, all with the same keys; NaN for what a snapshot lacks.
+    """Return one row for each snapshot, in the order of epochs.
 
-    Of every operator the RANKS largest eigenvalues and the smallest one, each with its data stderr and whether it
-    converged, and the trace; of every layer E[f'^2]. Raises ValueError as `snapshots`.
+    A row holds the `RANKS` largest eigenvalues and the smallest eigenvalue of every operator, each with its standard
+    error over the data and whether it converged. It also holds the trace of every operator and E[f'^2] of every layer.
+
+    Args:
+        results: Spectra of snapshots, in any order.
+
+    Returns:
+        The rows. All have the same keys; a value that a snapshot does not have is NaN.
+
+    Raises:
+        ValueError: If the results are not snapshots of one run (see `snapshots`).
     """
     rows: list[dict[str, Any]] = []
     for r in snapshots(results):
@@ -89,22 +118,32 @@ def trajectory_rows(results: list[SpectrumResult]) -> list[dict[str, Any]]:
 
 
 def epoch(result: SpectrumResult) -> int:
-    """The epoch that the weights are of: an earlier one than the last after early stopping."""
+    """Return the epoch of the weights.
+
+    After early stopping it is earlier than the last epoch of the training.
+    """
     best = result.training.get("best_epoch")
     return int(result.training["epochs_run"] if best is None else best)
 
 
 def trace_error(trace: Trace) -> float:
-    """Standard error over data and probes together, as far as they are known."""
+    """Return the standard error over data and probes combined, as far as both are known."""
     known = [e for e in (trace.stderr, trace.data_stderr) if math.isfinite(e)]
     return math.hypot(*known) if known else math.nan
 
 
 def stability_limit(training: dict[str, Any]) -> float:
-    """2 (1 + b) / lr, NaN where the optimizer is not SGD.
+    """Return 2 (1 + b) / lr, the largest stable curvature of SGD with learning rate lr and momentum b.
 
-    Above it gradient descent with heavy-ball momentum b diverges along an eigenvector of a quadratic (Cohen et al.
-    2021, arXiv 2103.00065, section 2, for full batches). PyTorch's SGD, with the initial learning rate.
+    On a quadratic, gradient descent with heavy-ball momentum diverges along an eigenvector whose eigenvalue is larger
+    (Cohen et al. 2021, arXiv 2103.00065, section 2, for full batches). The formula is for PyTorch's SGD and the initial
+    learning rate.
+
+    Args:
+        training: Training settings of a result.
+
+    Returns:
+        The limit; NaN if the optimizer is not SGD.
     """
     lr, momentum = training.get("lr"), training.get("momentum", 0.9)
     if training.get("optimizer") != "sgd" or not isinstance(lr, int | float) or not isinstance(momentum, int | float):

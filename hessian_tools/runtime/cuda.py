@@ -1,4 +1,4 @@
-"""What a CUDA device needs of its own: products in full precision, and captured, so that one launch replays them."""
+"""CUDA support: products in full precision, and captured into CUDA graphs so that one launch replays them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Product = Callable[[Tensor], Tensor]
 
 # ---------------------------------------------------------------- precision
 class _Matmul:
-    """torch.set_float32_matmul_precision as an attribute."""
+    """Presents torch.set_float32_matmul_precision as an attribute."""
 
     @property
     def precision(self) -> str:
@@ -30,10 +30,10 @@ class _Matmul:
 
 
 def _settings() -> list[tuple[Any, str, Any]]:
-    """(where, name, value without TF32), in the order in which they are to be set.
+    """Return (object, attribute, value that disables TF32) for every setting, in the order to set them.
 
-    From PyTorch 2.9 on fp32_precision decides, per operation, and follows the setting above it where it is "none". The
-    older two set it as well, and have to agree with it where PyTorch looks at both: they come first.
+    From PyTorch 2.9, `fp32_precision` decides for each operation, and "none" defers to the more general setting. The
+    two older settings also change it and must not contradict it, so they come first.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     older = [(_Matmul(), "precision", "highest"), (cudnn, "allow_tf32", False)]
@@ -43,16 +43,16 @@ def _settings() -> list[tuple[Any, str, Any]]:
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """No TF32 on CUDA, neither in matrix products nor in convolutions, whatever the process has chosen; then as before.
+    """Disable TF32 on CUDA, in matrix products and convolutions, and restore the settings of the process afterwards.
 
-    Its 10 bits of mantissa would move eigenvalues by a part in a thousand, and break the symmetry of a product.
+    TF32 has a 10-bit mantissa. It would change eigenvalues by about 1e-3 and break the symmetry of a product.
     """
     if device.type != "cuda":
         yield
         return
     before = []
     for where, name, _ in _settings():
-        with contextlib.suppress(RuntimeError):  # an older one that contradicts fp32_precision: this one decided
+        with contextlib.suppress(RuntimeError):  # an older setting contradicts fp32_precision, which takes precedence
             before.append((where, name, getattr(where, name)))
     for where, name, value in _settings():
         setattr(where, name, value)
@@ -66,15 +66,16 @@ def full_precision(device: torch.device) -> Iterator[None]:
 # ---------------------------------------------------------------- graphs
 @cache
 def _side(device: torch.device) -> torch.cuda.Stream:
+    """Return the side stream of a device."""
     return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """Work is queued on a stream of its own, behind all that was queued before, ahead of all that comes after.
+    """Queue work on a separate CUDA stream, after all work queued before and before all work queued later.
 
-    A capture needs one; and backward passes run on the stream of their forward pass, so that what is to be captured has
-    to be built here. Nothing but order on other devices.
+    A graph capture needs such a stream. Backward passes run on the stream of their forward pass, so the computation to
+    be captured must also be built here. On other devices this does nothing.
     """
     if device.type != "cuda":
         yield
@@ -90,22 +91,29 @@ def side_stream(device: torch.device) -> Iterator[None]:
 
 @dataclass(eq=False)
 class _Workspace:
-    """Input and output [P] of all graphs of one kind, and the memory they work in: they never run at the same time."""
+    """Input and output [P] of all graphs of one kind, and their memory pool.
+
+    The graphs share it because they never run at the same time.
+    """
 
     v: Tensor
     out: Tensor
     pool: Any
 
 
-_workspaces: WeakValueDictionary[tuple[Any, ...], _Workspace] = WeakValueDictionary()  # a pool dies with its graphs
+_workspaces: WeakValueDictionary[tuple[Any, ...], _Workspace] = WeakValueDictionary()  # a pool is freed with its graphs
 _state = {"warned": False}
 
 
 class Captured:
-    """product(v [P]), captured into a CUDA graph at the second call and replayed from then on.
+    """A function product(v [P]) that is captured into a CUDA graph at its second call and replayed from then on.
 
-    The first call warms up: kernels are compiled, algorithms chosen. Where the capture fails (something in the product
-    waits for the device) the product runs as it is, after one warning a process.
+    The first call warms up: kernels are compiled and algorithms are chosen. If the capture fails because the product
+    synchronizes with the device, the product runs without a graph. This warns once per process.
+
+    Args:
+        product: The function.
+        nbytes: Memory that the product holds.
     """
 
     def __init__(self, product: _Product, nbytes: int) -> None:
@@ -126,12 +134,13 @@ class Captured:
         return self._workspace.out.clone()
 
     def _capture(self, v: Tensor) -> None:
+        """Capture the product, or warn if that fails."""
         key = v.device, v.dtype, len(v)
         workspace = _workspaces.get(key)
         try:
             torch.cuda.synchronize(v.device)
             if workspace is None:
-                torch.cuda.empty_cache()  # the pool is memory beside that of all other work
+                torch.cuda.empty_cache()  # the pool cannot use memory cached by other work
                 workspace = _Workspace(torch.empty_like(v), torch.empty_like(v), torch.cuda.graph_pool_handle())
             graph = torch.cuda.CUDAGraph()
             with side_stream(v.device):
@@ -143,7 +152,8 @@ class Captured:
         except Exception as error:
             if not _state["warned"]:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                warnings.warn(f"no CUDA graph of a product ({reason}): launch by launch, slower", stacklevel=2)
+                message = f"CUDA graph capture failed ({reason}): products run without a graph, which is slower"
+                warnings.warn(message, stacklevel=2)
             _state["warned"] = True
             return
         self._graph, self._workspace, _workspaces[key] = graph, workspace, workspace

@@ -1,7 +1,7 @@
-"""Batches side by side: one thread each, in place of one operation spread over all threads.
+"""Run batches in parallel, one thread each, instead of spreading single operations over all threads.
 
-Most operations of a small network are too short to be worth spreading; two batches in two threads are twice as fast
-as one after the other, and do not wait for each other at every operation.
+Most operations of a small network are too short to spread. Two batches in two threads run twice as fast as one after
+the other, and the threads do not wait for each other at every operation.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ T = TypeVar("T")
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    # a worker's own operations run in its thread alone
+    """Return the thread pool. Operations in a worker use one thread."""
     return ThreadPoolExecutor(threads, "batch", initializer=torch.set_num_threads, initargs=(1,))
 
 
 def in_threads(function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-    """function(item) for every item, in order, computed in torch's number of threads; at most so many wait for use.
+    """Yield function(item) for every item, in order, computed in torch's number of threads.
 
-    In the calling thread, one after the other, where there are fewer items than threads: their operations spread then.
+    At most that number of results wait to be consumed. With fewer items than threads, the items run one after the other
+    in the calling thread, and their operations use all threads.
     """
     threads = torch.get_num_threads()
     if threads == 1 or len(items) < threads:
         yield from map(function, items)
         return
     pending: deque[Future[T]] = deque()
-    torch.set_num_threads(1)  # for libraries that keep one number for all threads
+    torch.set_num_threads(1)  # some libraries have one setting for all threads
     try:
         for item in items:
             pending.append(_pool(threads).submit(function, item))

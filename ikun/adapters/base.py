@@ -1,4 +1,4 @@
-"""What an adapter has to know of a library, without importing it: classes are known by the module they come from."""
+"""The interface between `adapt` and each library. No library is imported: its classes are recognized by name."""
 
 from __future__ import annotations
 
@@ -11,16 +11,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from hessian_tools.io.errors import ParameterError
 from ikun.surrogate_check import Spike
 
 
-class AdapterError(ValueError):
-    """A model or file that cannot be adapted: one line, with what to do about it."""
+class AdapterError(ParameterError):
+    """A model or file that cannot be adapted. The message is one line that says what to do."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a neuron keeps its surrogate. put: replaces it. label: its class, in words."""
+    """A place where a neuron keeps its surrogate.
+
+    Attributes:
+        name: Path of the attribute in the network.
+        neuron: The module that has the attribute.
+        function: The surrogate.
+        put: Replaces the surrogate.
+        label: The class and constants of the surrogate, in words.
+    """
 
     name: str
     neuron: nn.Module
@@ -31,10 +40,16 @@ class Slot:
 
 @dataclass(frozen=True)
 class Library:
-    """package: its top-level module. clear: forget the state (of modules whose state is in no graph). prepare: leave
-    torch as the only backend. slots: the surrogates. neurons: the spiking modules, which must stay in training mode.
-    by_step: whether one call of the network is one step of time. takes_time: whether a neuron's input starts with an
-    axis of time.
+    """How to handle the networks of one library. Every function takes a network or a module of it.
+
+    Attributes:
+        package: Name of the library's top-level package.
+        clear: Clears the state of the network without writing into tensors that an autograd graph may hold.
+        prepare: Switches the network to torch's own operations, if the library has other backends.
+        slots: Yields the places of the surrogates.
+        neurons: Returns the spiking modules, which must stay in training mode.
+        by_step: Whether one call of the network is one time step.
+        takes_time: Whether the input of a neuron has time as its first axis.
     """
 
     package: str
@@ -47,24 +62,24 @@ class Library:
 
 
 def nothing(model: nn.Module) -> None:
-    """A library without state or backends of its own."""
+    """Do nothing, for a library that has no state or no other backends."""
 
 
 def origins(module: nn.Module) -> set[str]:
-    """Top-level packages of the module's class and of its bases."""
+    """Return the top-level packages of the module's class and of its base classes."""
     return {c.__module__.partition(".")[0] for c in type(module).__mro__}
 
 
 def bases(module: nn.Module) -> set[str]:
-    """Names of the module's class and of its bases."""
+    """Return the names of the module's class and of its base classes."""
     return {c.__name__ for c in type(module).__mro__}
 
 
-SURROGATES = ("surrogate_function", "spike_grad")  # as SpikingJelly and snnTorch call them
+SURROGATES = ("surrogate_function", "spike_grad")  # the names in SpikingJelly and snnTorch
 
 
 def attribute_slots(model: nn.Module) -> Iterator[Slot]:
-    """Attributes with those names, and any attribute that is the `apply` of an autograd function."""
+    """Yield the attributes named in SURROGATES, and all attributes that are the `apply` of an autograd function."""
     for path, module in model.named_modules():
         for name, value in [*vars(module).items(), *module._modules.items()]:
             if (name in SURROGATES and callable(value)) or _is_function(value):
@@ -72,19 +87,23 @@ def attribute_slots(model: nn.Module) -> Iterator[Slot]:
 
 
 def _is_function(value: Any) -> bool:
+    """Whether a value is the `apply` of an autograd function."""
     owner = getattr(value, "__self__", None) if isinstance(value, MethodType) else None
     return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
 
 
 def _setter(module: nn.Module, name: str) -> Callable[[Spike], None]:
+    """Return a function that replaces the attribute `name` of the module."""
+
     def put(spike: Spike) -> None:
-        delattr(module, name)  # a plain attribute must go before a module can take its name
+        delattr(module, name)  # torch refuses to register a module under the name of an attribute
         setattr(module, name, spike)
 
     return put
 
 
 def _label(value: Any) -> str:
+    """Describe a surrogate by its class or function and its constants."""
     if isinstance(value, nn.Module):
         return str(value).partition("\n")[0]
     if _is_function(value):

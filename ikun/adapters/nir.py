@@ -1,7 +1,8 @@
-"""Networks in the Neuromorphic Intermediate Representation (Pedersen et al. 2024): graphs of neurons, without a clock.
+"""Networks in the Neuromorphic Intermediate Representation, NIR (Pedersen et al. 2024).
 
-A NIR file holds differential equations. What a Hessian needs beyond them is asked for: the step of time dt (forward
-Euler), the spike with its two derivatives, and how a spike resets. Feed-forward graphs alone: no recurrence, no delays.
+A NIR file holds a graph of neurons as differential equations in continuous time. A Hessian also needs the time step dt
+(of the forward Euler method), the first and second derivative of the spike, and the reset after a spike, which the
+caller gives. Only feed-forward graphs are supported: no recurrent connections and no delays.
 """
 
 from __future__ import annotations
@@ -21,35 +22,45 @@ from ikun.adapters.two_jet import Jet
 from ikun.surrogate_check import Spike, first_line
 
 RESETS = ("hard", "soft")
-MOST_BYTES = 2**26  # of a file's arrays, and a hundred times its own size
+MOST_BYTES = 2**26  # largest size of a file's arrays, plus a hundred times the size of the file
 State = tuple[Tensor, ...]
 
 
 def read_nir(
     path: str | Path, *, dt: float | None = None, spike: Spike | None = None, reset: str | None = None
 ) -> NirNetwork:
-    """The network in a .nir file, see `from_nir`. Raises AdapterError for a file that is none."""
+    """Read the network in a .nir file.
+
+    Args:
+        path: The file.
+        dt: Time step, as in `from_nir`.
+        spike: Spike function, as in `from_nir`.
+        reset: "hard" or "soft", as in `from_nir`.
+
+    Raises:
+        AdapterError: If the file cannot be read, or its network cannot be built.
+    """
     import nir
 
     if not Path(path).is_file():
-        raise AdapterError(f"{path}: no such file" if not Path(path).exists() else f"{path}: a folder or device")
+        raise AdapterError(f"{path}: not a regular file" if Path(path).exists() else f"{path}: no such file")
     try:
         try_reading(path)
         graph = nir.read(path)
-    except Exception as error:  # h5py and nir raise many kinds on damaged files
-        raise AdapterError(f"{path}: not a NIR file, or a broken one ({first_line(error)})") from error
+    except Exception as error:  # h5py and nir raise many types of errors for damaged files
+        raise AdapterError(f"{path}: not a NIR file, or a damaged one ({first_line(error)})") from error
     try:
         network = from_nir(graph, dt=dt, spike=spike, reset=reset)
     except AdapterError as error:
-        raise AdapterError(f"{path}: {error}") from None
-    except Exception as error:  # sizes that do not fit, edges between nodes that are not there
-        raise AdapterError(f"{path}: a graph that cannot be built ({first_line(error)})") from error
+        raise AdapterError("{}: {}", path, error) from None
+    except Exception as error:  # for instance sizes that do not match, or edges between nodes that do not exist
+        raise AdapterError(f"{path}: the network cannot be built from the graph ({first_line(error)})") from error
     if broken := [name for name, t in network.state_dict().items() if not bool(torch.isfinite(t).all())]:
         raise AdapterError(f"{path}: NaN or infinite values in {broken[0]}")
     return network
 
 
-# HDF5 can claim any size in a few bytes: what is not written reads as zeros, and zeros compress well.
+# A small HDF5 file can claim arrays of any size: parts that were not written read as zeros, and zeros compress well.
 _READING = """
 import sys, h5py, nir
 path, most = sys.argv[1], int(sys.argv[2])
@@ -63,7 +74,11 @@ nir.read(path)
 
 
 def try_reading(path: str | Path, seconds: float = 60.0) -> None:
-    """Read a .nir file in a process of its own: libhdf5 may loop for ever on a damaged one. Raises ValueError."""
+    """Try to read a .nir file in a separate process, because libhdf5 may never return from a damaged file.
+
+    Raises:
+        ValueError: If reading fails or takes longer than `seconds`.
+    """
     most = MOST_BYTES + 100 * Path(path).stat().st_size
     command = [sys.executable, "-P", "-c", _READING, str(path), str(most)]
     try:
@@ -71,18 +86,24 @@ def try_reading(path: str | Path, seconds: float = 60.0) -> None:
     except subprocess.TimeoutExpired:
         raise ValueError(f"reading it takes more than {seconds:g} s") from None
     if done.returncode:
-        raise ValueError((done.stderr.strip().splitlines() or ["the process that read it ended"])[-1])
+        raise ValueError((done.stderr.strip().splitlines() or ["the process that read it was killed"])[-1])
 
 
 def from_nir(
     graph: Any, *, dt: float | None = None, spike: Spike | None = None, reset: str | None = None
 ) -> NirNetwork:
-    """The network of a nir.NIRGraph.
+    """Build the network of a nir.NIRGraph.
 
-    dt: seconds, or the unit of the graph's time constants. spike: x = v - threshold -> 0 or 1, differentiable twice;
-    its derivatives are used, the spikes are those of NIR (v > threshold). reset: hard (to v_reset) or soft (v less the
-    threshold); its derivative is that of the spike, not detached. Raises AdapterError for what is not said or cannot
-    be built.
+    Args:
+        graph: The nir.NIRGraph.
+        dt: Time step, in the unit of the graph's time constants (seconds).
+        spike: A function x = v - threshold -> 0 or 1 that can be differentiated twice. Only its derivatives are used:
+            the spikes are those of NIR, v > threshold. It is not needed for a graph without spiking neurons.
+        reset: "hard" (v becomes v_reset) or "soft" (v decreases by the threshold). The derivative passes through the
+            reset. It is not needed for a graph without spiking neurons.
+
+    Raises:
+        AdapterError: If a needed argument is missing or not valid, or the graph cannot be built.
     """
     spikes = any(kind_of(node) in ("IF", "LIF", "CubaLIF") for node in graph.nodes.values())
     missing = [
@@ -91,24 +112,30 @@ def from_nir(
         if value is None and (spikes or name == "dt")
     ]
     if missing:
-        raise AdapterError(f"a NIR graph does not say {', '.join(missing)}: give {', '.join(f'{m}=' for m in missing)}")
+        template = f"a NIR graph does not define {', '.join(missing)}: give {', '.join(f'{{{m}}}' for m in missing)}"
+        raise AdapterError(template, **dict.fromkeys(missing, ...))
     if not dt or dt <= 0:
-        raise AdapterError(f"dt must be positive, not {dt}")
+        raise AdapterError("{dt} is not positive", dt=dt)
     if spikes and reset not in RESETS:
-        raise AdapterError(f"reset must be one of {', '.join(RESETS)}, not '{reset}'")
+        raise AdapterError(f"{{reset}} is not one of {', '.join(RESETS)}", reset=reset)
     return NirNetwork(graph, dt, None if spike is None else Jet(_above, spike), reset == "soft")
 
 
 def _above(x: Tensor) -> Tensor:
+    """Return the spikes of NIR: 1 where x > 0."""
     return (x > 0).to(x.dtype)
 
 
 def kind_of(node: Any) -> str:
+    """Return the name of a node's class."""
     return type(node).__name__
 
 
 class NirNetwork(nn.Module):
-    """Currents [T, N, ...] -> outputs [T, N, K]; keeps no state. Layers have the names of the graph's nodes."""
+    """A network that maps currents [T, N, ...] to outputs [T, N, K]. It keeps no state between calls.
+
+    Its layers have the names of the graph's nodes.
+    """
 
     def __init__(self, graph: Any, dt: float, spike: Jet | None, soft: bool) -> None:
         super().__init__()
@@ -123,7 +150,7 @@ class NirNetwork(nn.Module):
         ends = {kind: [name for name in order if kind_of(graph.nodes[name]) == kind] for kind in ("Input", "Output")}
         for kind, found in ends.items():
             if len(found) != 1:
-                raise AdapterError(f"the graph has {len(found)} {kind} nodes, and one is needed")
+                raise AdapterError(f"the graph has {len(found)} {kind} nodes, but exactly one is needed")
         self._input, self._output = names[ends["Input"][0]], names[ends["Output"][0]]
         self._order = [names[name] for name in order]
         self._before = {names[name]: [names[source] for source in sources] for name, sources in before.items()}
@@ -132,7 +159,7 @@ class NirNetwork(nn.Module):
                 self.add_module(names[name], _module(name, node, dt, spike, soft))
 
     def _free(self, name: str) -> str:
-        """A node's name as an attribute: without dots, and none that a module has."""
+        """Return the name of a node as an attribute: without dots, and not the name of an attribute of nn.Module."""
         name = name.replace(".", "_")
         return name + "_" if hasattr(self, name) else name
 
@@ -144,7 +171,7 @@ class NirNetwork(nn.Module):
             for name in self._order:
                 sources = [values[source] for source in self._before[name] if source in values]
                 if not sources:
-                    continue  # the input itself, or a node that nothing reaches
+                    continue  # the input node, or a node without inputs
                 value = torch.stack(sources).sum(0)
                 layer = self._modules.get(name)
                 if isinstance(layer, NirNeuron):
@@ -157,10 +184,11 @@ class NirNetwork(nn.Module):
 
 
 class NirNeuron(nn.Module):
-    """IF, LIF, CubaLIF or LI, one step of forward Euler at a time.
+    """An IF, LIF, CubaLIF or LI neuron that advances by one step of the forward Euler method per call.
 
-    i += (dt / tau_syn) (w_in x - i), R i the current (R x without synapses); v += (dt / tau) (v_leak - v + current),
-    or dt times the current for IF; spikes where v > threshold. LI has none: its output is v.
+    CubaLIF has the synaptic current i += (dt / tau_syn) (w_in x - i), and the other neurons have i = x. Then
+    v += (dt / tau) (v_leak - v + R i), or v += dt R i for IF. A spike occurs where v > threshold. LI does not spike,
+    and its output is v.
     """
 
     def __init__(self, node: Any, dt: float, spike: Jet | None, soft: bool) -> None:
@@ -178,7 +206,7 @@ class NirNeuron(nn.Module):
             "w_in": getattr(node, "w_in", 1.0),
         }
         for name, value in constants.items():
-            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64).clone())  # as exact as the file
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64).clone())  # as precise as the file
 
     def forward(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
         def c(name: str) -> Tensor:
@@ -195,7 +223,7 @@ class NirNeuron(nn.Module):
 
 
 class SumPool(nn.Module):
-    """The sum over windows."""
+    """Sum pooling over windows, the counterpart of AvgPool2d."""
 
     def __init__(self, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> None:
         super().__init__()
@@ -206,7 +234,7 @@ class SumPool(nn.Module):
 
 
 def _module(name: str, node: Any, dt: float, spike: Jet | None, soft: bool) -> nn.Module:
-    """The layer of a node."""
+    """Build the layer of a node."""
     match kind_of(node):
         case "Affine" | "Linear":
             weight = torch.as_tensor(node.weight)
@@ -230,7 +258,7 @@ def _module(name: str, node: Any, dt: float, spike: Jet | None, soft: bool) -> n
             )
             return _filled(conv, node)
         case "Flatten":
-            start, end = int(node.start_dim), int(node.end_dim)  # NIR does not count the samples
+            start, end = int(node.start_dim), int(node.end_dim)  # NIR has no batch axis
             return nn.Flatten(start + 1 if start >= 0 else start, end + 1 if end >= 0 else end)
         case "AvgPool2d":
             return nn.AvgPool2d(_pair(node.kernel_size), _pair(node.stride), _pair(node.padding))
@@ -243,6 +271,7 @@ def _module(name: str, node: Any, dt: float, spike: Jet | None, soft: bool) -> n
 
 
 def _filled(layer: nn.Linear | nn.Conv2d, node: Any) -> nn.Module:
+    """Copy the weights of a node into its layer."""
     with torch.no_grad():
         layer.weight.copy_(torch.as_tensor(node.weight))
         if layer.bias is not None:

@@ -1,4 +1,4 @@
-"""Norse (Pehle & Pedersen 2021): state handed from step to step, surrogates chosen by a name in the parameters `p`."""
+"""Norse (Pehle & Pedersen 2021): the state is an argument, and the parameters `p` choose the surrogate by name."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from torch import nn
 from ikun.adapters.base import Library, Slot, bases, nothing
 from ikun.surrogate_check import Spike
 
-WITH_TIME = {"SNN", "SNNRecurrent", "Lift"}  # their input is [T, N, ...]; the cells' is [N, ...]
+WITH_TIME = {"SNN", "SNNRecurrent", "Lift"}  # their input is [T, N, ...]; that of cells is [N, ...]
 
 
 def _neurons(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that have a step function and parameters."""
     return [m for m in model.modules() if isinstance(getattr(m, "activation", None), FunctionType) and hasattr(m, "p")]
 
 
 def _slots(model: nn.Module) -> Iterator[Slot]:
-    """Of every neuron whose step calls `threshold(x, method, alpha)`."""
+    """Yield the slot of every neuron whose step function calls `threshold(x, method, alpha)`."""
     for path, module in model.named_modules():
         if module not in _neurons(model) or (threshold := _found(module.activation)) is None:
             continue
@@ -37,12 +38,13 @@ def _slots(model: nn.Module) -> Iterator[Slot]:
 
 
 def _called(step: FunctionType) -> dict[str, FunctionType]:
-    """Norse's own functions that the step calls by name."""
+    """Return the functions of Norse that a step function calls by name."""
     named = {name: step.__globals__.get(name) for name in step.__code__.co_names}
     return {name: f for name, f in named.items() if isinstance(f, FunctionType) and f.__module__.startswith("norse.")}
 
 
 def _found(step: FunctionType) -> FunctionType | None:
+    """Return the function `threshold` that a step function calls, directly or through other functions of Norse."""
     for name, function in _called(step).items():
         if name == "threshold":
             return function
@@ -52,7 +54,7 @@ def _found(step: FunctionType) -> FunctionType | None:
 
 
 def _rebound(step: FunctionType, spike: Spike) -> FunctionType:
-    """The same step with another `threshold`, in itself and in the functions that it calls."""
+    """Copy a step function with another `threshold`, also in the functions that it calls."""
     others: dict[str, Any] = {
         name: (lambda x, method, alpha: spike(x)) if name == "threshold" else _rebound(function, spike)
         for name, function in _called(step).items()
@@ -65,7 +67,7 @@ def _rebound(step: FunctionType, spike: Spike) -> FunctionType:
 
 
 def _with_method(p: Any) -> Any:
-    """The parameters that name the surrogate; some neurons keep them one level deeper."""
+    """Return the parameters that name the surrogate, which some neurons nest in other parameters."""
     if hasattr(p, "method"):
         return p
     inner = [_with_method(value) for value in p] if isinstance(p, tuple) else []

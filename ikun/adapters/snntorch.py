@@ -1,4 +1,4 @@
-"""snnTorch (Eshraghian et al. 2023): state in buffers that `reset_mem` clears, surrogates in `spike_grad`."""
+"""snnTorch (Eshraghian et al. 2023): `reset_mem` clears the state, and `spike_grad` holds the surrogate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WITH_TIME = {"StateLeaky", "LeakyParallel"}  # their input is [T, N, C]
 
 
 def _clear(model: nn.Module) -> None:
-    """Every neuron, however deep: snntorch.utils.reset sees the direct children alone."""
+    """Clear the state of all neurons. snntorch.utils.reset handles only direct children of the network."""
     for module in model.modules():
         if callable(reset := getattr(module, "reset_mem", None)):
             reset()

@@ -1,4 +1,7 @@
-"""SpikingJelly (Fang et al. 2023), 0.0.0.0.14 to 2.0: state in `MemoryModule`s, surrogates in `surrogate_function`."""
+"""SpikingJelly (Fang et al. 2023), versions 0.0.0.0.14 to 2.0.
+
+`MemoryModule`s hold the state, and the attribute `surrogate_function` holds the surrogate.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ from ikun.adapters.base import Library, attribute_slots, bases, origins
 
 
 def _clear(model: nn.Module) -> None:
-    """functional.reset_net. Its reset() may write into the state's tensors, which a graph may hold: new ones first."""
+    """Clear the state, as functional.reset_net does.
+
+    reset() may write into the tensors of the state, which an autograd graph may need, so they are replaced first.
+    """
     for module in model.modules():
         if "MemoryModule" in bases(module):
             memory, start = vars(module)["_memories"], vars(module)["_memories_rv"]
@@ -20,7 +26,7 @@ def _clear(model: nn.Module) -> None:
 
 
 def _prepare(model: nn.Module) -> None:
-    """CuPy's and Triton's kernels have a backward pass of their own, which cannot be differentiated."""
+    """Select torch as the backend. The backward passes of the CuPy and Triton kernels cannot be differentiated."""
     for module in model.modules():
         if isinstance(getattr(module, "backend", None), str) and "spikingjelly" in origins(module):
             setattr(module, "backend", "torch")  # noqa: B010

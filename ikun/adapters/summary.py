@@ -1,4 +1,4 @@
-"""What an adapted network is, in words and numbers that tell two of them apart, and how much its neurons fire."""
+"""Describe an adapted network in plain values, and measure the firing rates of its neurons."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ from ikun.adapters.adapt_network import LIBRARIES, Adapted
 from ikun.adapters.nir import NirNeuron
 from ikun.adapters.two_jet import Jet
 
-RESETS = {"subtract": "soft", "zero": "hard"}  # snnTorch's words for ours
+RESETS = {"subtract": "soft", "zero": "hard"}  # name in snnTorch -> name here
 
 
 def described(adapted: Adapted, x: Tensor) -> dict[str, Any]:
-    """Plain values: library, neuron, reset, surrogates and the like; None for what a library does not say.
+    """Describe a network in plain values. A value is None if the library does not define it.
 
-    x [N, ...]: a few inputs. threshold: None also where neurons differ. timesteps: None without time, readout: None
-    without time in the outputs. trained_surrogate: the network's own ones.
+    Args:
+        adapted: The network.
+        x: A few inputs [N, ...].
+
+    Returns:
+        Library, neurons, reset, surrogates and further properties. "threshold" is None if the neurons differ in it.
+        "timesteps" is None for a network without time, and "readout" is None for outputs without time.
+        "trained_surrogate" names the network's own surrogates, also if they were replaced.
     """
     plan, neurons = adapted.plan, neurons_of(adapted)
     normalized = any(isinstance(m, _BatchNorm) for m in adapted.model.modules())
@@ -31,7 +37,7 @@ def described(adapted: Adapted, x: Tensor) -> dict[str, Any]:
         "threshold": _one([_threshold(m) for m in neurons]),
         "norm": "bn" if normalized else "none",
         "coding": "sequences" if plan.sequences else "direct",
-        "ties": "first",  # of the largest entries of a window: what torch's max-pooling selects
+        "ties": "first",  # which of several equal maxima in a window torch's max pooling selects
         "timesteps": plan.steps or _steps(adapted, x),
         "one call": None if plan.steps is None else "one step" if plan.by_step else "all steps",
         "output": plan.output,
@@ -52,20 +58,28 @@ def described(adapted: Adapted, x: Tensor) -> dict[str, Any]:
 
 
 def neurons_of(adapted: Adapted) -> list[nn.Module]:
-    """The modules that spike."""
+    """Return the spiking modules."""
     known = [m for m in LIBRARIES[adapted.library].neurons(adapted.model) if not isinstance(m, Jet)]
     return known or [m for m in adapted.model.modules() if isinstance(m, NirNeuron) and m.kind != "LI"]
 
 
 def inputs_of(adapted: Adapted, x: Tensor) -> Tensor:
-    """x in the dtype of the network's weights, if it is floating, and on their device."""
+    """Move inputs to the device of the network's weights, and floating-point inputs to their dtype."""
     like = next((p for p in adapted.model.parameters() if p.is_floating_point()), x)
     return x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
 
 
 def firing_rates(adapted: Adapted, x: Tensor) -> dict[str, dict[str, float]]:
-    """Of every layer of neurons whose outputs are 0 and 1, on inputs x [N, ...]: firing_rate, the mean over neurons,
-    samples and time, and dead, the share of neurons that never fire."""
+    """Measure how often neurons fire.
+
+    Args:
+        adapted: The network.
+        x: Inputs [N, ...].
+
+    Returns:
+        For each layer of neurons whose outputs are 0 or 1, by name: "firing_rate", the mean over neurons, samples and
+        time, and "dead", the share of neurons that never fire.
+    """
     library, neurons = LIBRARIES[adapted.library], {id(m) for m in neurons_of(adapted)}
     sums: dict[str, list[Tensor]] = {}
     graded: set[str] = set()
@@ -93,7 +107,7 @@ def firing_rates(adapted: Adapted, x: Tensor) -> dict[str, dict[str, float]]:
 
 
 def _one(values: list[Any]) -> Any:
-    """The value that all share; text is joined, where they differ."""
+    """Return the value that all have in common. Different texts are joined; other different values give None."""
     found = list(dict.fromkeys(values))
     if len(found) > 1 and all(isinstance(value, str) for value in found):
         return ", ".join(found)
@@ -132,7 +146,7 @@ def _threshold(module: nn.Module) -> float | None:
 
 @torch.no_grad()
 def _steps(adapted: Adapted, x: Tensor) -> int | None:
-    """T, as the outputs show it, of a network that runs through time by itself."""
+    """Return the number of time steps of a network that runs through time by itself, from its outputs."""
     axis, over_time = adapted.plan.time_axis, getattr(adapted.model, "over_time", None)
     if axis is None or over_time is None:
         return None

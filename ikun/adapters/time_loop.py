@@ -1,4 +1,4 @@
-"""A network of any make as a function of a batch: state cleared, time run through, one output read out."""
+"""Wrap any network as a function of a batch: clear its state, run it through time, and read out one output."""
 
 from __future__ import annotations
 
@@ -12,25 +12,35 @@ import torch
 from torch import Tensor, nn
 
 from ikun.adapters.base import AdapterError
+from ikun.adapters.choices import READOUTS
 
-OUTPUTS = ("spikes", "membrane")
-READOUTS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "mean": lambda y, axis: y.mean(axis),
-    "sum": lambda y, axis: y.sum(axis),
-    "last": lambda y, axis: y.select(axis, -1),
-    "max": lambda y, axis: y.amax(axis),
-}
+_READ_OUT: dict[str, Callable[[Tensor, int], Tensor]] = dict(
+    zip(
+        READOUTS,
+        (
+            lambda y, axis: y.mean(axis),
+            lambda y, axis: y.sum(axis),
+            lambda y, axis: y.select(axis, -1),
+            lambda y, axis: y.amax(axis),
+        ),
+        strict=True,
+    )
+)
 
 
 @dataclass(frozen=True)
 class TimePlan:
-    """How a network is run.
+    """How a network is run through time.
 
-    steps: T, for a network that is given its time from here; None for one that runs through time by itself (or has no
-    time). sequences: the samples are sequences, x [N, T, ...]; otherwise x is repeated T times. by_step: one call is
-    one step; otherwise one call takes all steps, [T, N, ...] if time_first, else [N, T, ...]. carries: the state is the
-    second output and the second input. output: which of (spikes, ..., membrane) counts. time_axis: of what the
-    network returns, None if it has no time any more. readout: over that axis.
+    Attributes:
+        steps: Number of time steps T. None: the network runs through time by itself, or has no time.
+        sequences: Samples are sequences [N, T, ...]. Otherwise x is repeated T times.
+        by_step: One call of the network is one time step. Otherwise one call takes all steps.
+        time_first: A call that takes all steps has inputs [T, N, ...]. Otherwise they are [N, T, ...].
+        carries: The network takes its state as the second argument and returns it as the second output.
+        output: The element to use of a tuple (spikes, ..., membrane): "spikes" or "membrane".
+        time_axis: The time axis of the network's outputs; None if they have no time.
+        readout: How to reduce the outputs over time, one of READOUTS.
     """
 
     steps: int | None = None
@@ -44,10 +54,17 @@ class TimePlan:
 
 
 class InTime(nn.Module):
-    """x [N, ...] -> outputs [N, K] of a network, from a state cleared before and after.
+    """A module that maps inputs x [N, ...] to the outputs [N, K] of a network, with the state cleared before and after.
 
-    Parameters and layers have the names that they have in the network. Whatever mode is asked for, spiking neurons
-    are in training mode, where the surrogate lives, and everything else evaluates.
+    Parameters and layers keep their names in the network. `train()` and `eval()` have no effect if the library is
+    known: spiking neurons stay in training mode, because some use their surrogate only there, and all other modules
+    stay in evaluation mode.
+
+    Args:
+        network: The network.
+        plan: How it is run through time.
+        clear: Clears the state of the network.
+        live: Returns the spiking modules of the network; None if they are not known.
     """
 
     network: nn.Module
@@ -61,13 +78,13 @@ class InTime(nn.Module):
     ) -> None:
         super().__init__()
         self.plan, self.clear, self.live = plan, clear, live
-        vars(self)["network"] = network  # not as a submodule: that would put its name before all others
+        vars(self)["network"] = network  # not registered as a submodule, which would prefix all names
         self._parameters, self._buffers, self._modules = network._parameters, network._buffers, network._modules
         self._non_persistent_buffers_set = network._non_persistent_buffers_set
         self.train(network.training)
 
     def train(self, mode: bool = True) -> InTime:
-        if self.live is None:  # nothing is known of it: as objective.evaluation_mode has it
+        if self.live is None:  # the neurons are not known: obey, as `evaluation_mode` expects
             super().train(mode)
             self.network.training = mode
             return self
@@ -84,13 +101,15 @@ class InTime(nn.Module):
         finally:
             self.clear(self.network)
         if self.plan.time_axis is not None:
-            y = READOUTS[self.plan.readout](y, self.plan.time_axis)
+            y = _READ_OUT[self.plan.readout](y, self.plan.time_axis)
         if y.dim() == 0 or len(y) != len(x):
-            raise AdapterError(f"{len(x)} samples gave outputs of shape {list(y.shape)}: the first axis must be theirs")
+            raise AdapterError(
+                f"{len(x)} samples gave outputs of shape {list(y.shape)}: samples must be the first axis"
+            )
         return y
 
     def over_time(self, x: Tensor) -> Tensor:
-        """What the network returns, with its time if it has one; time first where the loop is here."""
+        """Return the network's outputs before the readout. Time is the first axis if the loop over time is here."""
         plan = self.plan
         if plan.steps is None:
             return self._chosen(self.network(x))
@@ -109,26 +128,30 @@ class InTime(nn.Module):
         return torch.stack(outputs)
 
     def _chosen(self, raw: Any) -> Tensor:
+        """Return the output to use as one tensor."""
         if isinstance(raw, tuple) and raw:
             raw = raw[-1 if self.plan.output == "membrane" else 0]
         elif self.plan.output == "membrane":
-            raise AdapterError("the network returns one output: output='membrane' needs (spikes, ..., membrane)")
+            raise AdapterError(
+                "{output} needs a network that returns a tuple (spikes, ..., membrane), but it returns one output",
+                output="membrane",
+            )
         if isinstance(raw, list) and raw and all(isinstance(part, Tensor) for part in raw):
-            raw = torch.stack(raw)  # a step each
+            raw = torch.stack(raw)  # one tensor per time step
         if not isinstance(raw, Tensor):
             raise AdapterError(f"the network returns {type(raw).__name__}: wrap it in a module that returns a tensor")
         return raw
 
 
-_before: list[torch.dtype] = []  # the default dtype as each thread inside found it
+_before: list[torch.dtype] = []  # the default dtypes that the threads in `_default_dtype` found
 _lock = Lock()
 
 
 @contextmanager
 def _default_dtype(x: Tensor) -> Iterator[None]:
-    """States that a network makes for itself get the dtype of its inputs: some are made without one.
+    """Set torch's default dtype to that of the inputs, because some networks create their state without a dtype.
 
-    The default is one for all threads: what the first in found comes back when the last is out.
+    The default dtype is global. It is restored when the last thread leaves.
     """
     with _lock:
         _before.append(torch.get_default_dtype())
@@ -142,6 +165,6 @@ def _default_dtype(x: Tensor) -> Iterator[None]:
 
 
 def clear_state(model: nn.Module) -> None:
-    """The `reset` of make_objective for an adapted model."""
+    """Clear the state of an adapted model. It is the argument `reset` of `make_objective`."""
     if isinstance(model, InTime):
         model.clear(model.network)

@@ -1,4 +1,4 @@
-"""A surrogate written as its own 2-jet, so that it can be differentiated in any way, in the dtype of its input."""
+"""A surrogate written as its 2-jet, so that any differentiation of it is right and keeps the dtype of the input."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from ikun.surrogate_check import Spike
 
 
 class Jet(nn.Module):
-    """The same spikes s(c), f'(c) and f''(c), as s(c) + e (f'(c) + e f''(c) / 2) with e = x - c at the constant c = x.
+    """A surrogate as s(c) + e (f'(c) + e f''(c) / 2), where c is the value of x as a constant and e = x - c.
 
-    Both derivatives come from the surrogate's own backward pass, on a graph beside the network's. What is gained:
-    nothing of the network goes through an autograd function any more (which fails in torch.func and loses f'' in a jvp
-    of a jvp), kernels that know only their own surrogates are not used, and a surrogate that returns float32 whatever
-    it is given does not spoil a network in float64. With `derivatives`, a function differentiable twice, its f' and f''
-    are taken instead: the spikes stay those of `spikes`. steeper: a f'(a x) takes the place of f'(x).
+    It has the spikes s and the derivatives f' and f'' of the surrogate. f' and f'' come from the surrogate's own
+    backward pass, in a separate graph. This has three advantages. The network's graph contains no autograd functions,
+    which fail in torch.func and lose f'' in a jvp of a jvp. Fused kernels that support only their library's surrogates
+    are not used. A surrogate that always returns float32 does not reduce the precision of a float64 network.
+
+    Args:
+        spikes: The surrogate.
+        derivatives: A function that can be differentiated twice, whose f' and f'' are used instead.
+        steeper: Factor a > 0. The derivative is a f'(a x) instead of f'(x).
     """
 
     def __init__(self, spikes: Spike, derivatives: Spike | None = None, steeper: float = 1.0) -> None:
@@ -37,6 +41,7 @@ class Jet(nn.Module):
         return value + e * (first + 0.5 * e * second)
 
     def _slopes(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Return f' and f'' at c."""
         c = c.detach().requires_grad_()
         (first,) = torch.autograd.grad((self.derivatives or self.spikes)(self.steeper * c).sum(), c, create_graph=True)
         second = None
@@ -45,6 +50,6 @@ class Jet(nn.Module):
         return first.detach(), torch.zeros_like(first) if second is None else second
 
     def __getattr__(self, name: str) -> Any:
-        """What neurons ask their surrogate for (`spiking`, `alpha`) is answered by the original."""
+        """Return attributes of the original surrogate, such as `spiking` and `alpha`, which neurons may read."""
         own = name in ("spikes", "derivatives") or name.startswith("_")
         return super().__getattr__(name) if own else getattr(self.spikes, name)

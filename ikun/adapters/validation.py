@@ -1,4 +1,4 @@
-"""Trying a network before its Hessian is computed: does it repeat itself, and is its second derivative one?"""
+"""Check a network before its Hessian is computed: is it deterministic, and is its second derivative right?"""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ikun.adapters.base import AdapterError, Library
 from ikun.surrogate_check import Verdict, check_neuron, first_line
 
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
-LEAK = "the network keeps state between calls (give reset=, a function of the model that clears it)"
-MOST_FEATURES = 4096  # of a neuron layer that is tried whole; larger ones are tried one entry a channel
+LEAK = "the network keeps state between calls (give {reset}, a function of the model that clears it)"  # a template
+MOST_FEATURES = 4096  # larger layers of neurons are checked with one entry per channel
 
 
 def run_forward(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """call(x); what goes wrong in somebody else's forward becomes one line."""
+    """Return call(x). An error in the network becomes an AdapterError with one line."""
     try:
         return call(x)
     except AdapterError:
@@ -30,13 +30,23 @@ def run_forward(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def try_network(model: nn.Module, x: Tensor) -> Tensor:
-    """The outputs [N, ...] at x, if outputs, gradients and second derivatives are the same twice, and finite."""
+    """Check that outputs and gradients are the same in two passes, and that derivatives exist and are finite.
+
+    Returns:
+        The outputs [N, ...] at x.
+
+    Raises:
+        AdapterError: If a check fails.
+    """
     y, again = run_forward(model, x), run_forward(model, x)
     if not torch.isfinite(y).all():
         raise AdapterError("the network's outputs are not finite")
     if _differ(y, again):
         raise AdapterError(
-            f"two forwards of the same inputs differ: {LEAK} or draws random numbers (encode the data beforehand)"
+            "two forward passes of the same inputs differ: "
+            + LEAK
+            + " or draws random numbers (encode the data first)",
+            reset=...,
         )
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
@@ -56,15 +66,16 @@ def try_network(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
-    """Beyond what sums in another order, on a GPU, can do."""
+    """Whether two tensors differ by more than the rounding of sums in another order, as on a GPU."""
     return bool((a - b).abs().max() > 1e-5 * a.abs().max())
 
 
 def _derivatives(value: Tensor, parameters: list[nn.Parameter], order: str) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a value. `order` is "first" or "second", for messages."""
     try:
         found = torch.autograd.grad(value, parameters, create_graph=order == "first", allow_unused=True)
     except RuntimeError as error:
-        hint = " (state must not be written in place)" if "inplace" in str(error) else ""
+        hint = " (the state must not be written in place)" if "inplace" in str(error) else ""
         raise AdapterError(f"the network's {order} derivative fails: {first_line(error)}{hint}") from error
     if any(g is not None and not torch.isfinite(g).all() for g in found):
         raise AdapterError(f"the network's {order} derivative is not finite")
@@ -74,7 +85,14 @@ def _derivatives(value: Tensor, parameters: list[nn.Parameter], order: str) -> t
 # ---------------------------------------------------------------- neurons, one at a time
 @dataclass(frozen=True)
 class Call:
-    """A module's first input and output in a forward pass."""
+    """The first call of a module in a forward pass.
+
+    Attributes:
+        name: Path of the module in the network.
+        module: The module.
+        inputs: Its first argument.
+        outputs: Its output, or the first element of it.
+    """
 
     name: str
     module: nn.Module
@@ -83,7 +101,7 @@ class Call:
 
 
 def calls(network: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> list[Call]:
-    """The first call of every module of the network, the network itself included, in order of their ends."""
+    """Record the first call of every module of a network and of the network itself, in the order in which they end."""
     found: dict[int, Call] = {}
 
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -105,7 +123,7 @@ def calls(network: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) ->
 
 
 def spiking(made: list[Call]) -> list[Call]:
-    """The innermost modules, not torch's own, that turn other numbers into zeros and ones."""
+    """Return the calls of the innermost modules, except torch's own, that map other numbers to zeros and ones."""
 
     def binary(t: Tensor) -> bool:
         return bool(((t == 0) | (t == 1)).all())
@@ -122,9 +140,18 @@ def spiking(made: list[Call]) -> list[Call]:
 def try_neurons(
     library: Library, network: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor
 ) -> Iterator[tuple[Call, Verdict, set[type]]]:
-    """Every neuron of the network by itself: (its call, the verdict, the autograd functions it goes through).
+    """Check the derivatives of every neuron of a network separately.
 
-    Those of one class, settings and input shape are tried once.
+    Neurons with the same class, settings and input shape are checked once.
+
+    Args:
+        library: The library of the network.
+        network: The network.
+        forward: Runs the network on a batch.
+        x: A few inputs [N, ...].
+
+    Yields:
+        The neuron's call, the verdict on it, and the autograd functions that it uses.
     """
     made = calls(network, forward, x)
     known = {id(m) for m in library.neurons(network)}
@@ -140,6 +167,7 @@ def try_neurons(
 
 
 def _try_neuron(library: Library, call: Call) -> tuple[Verdict, set[type]]:
+    """Check one neuron. Returns the verdict and the autograd functions that it uses."""
     timed = library.takes_time(call.module)
     shape = call.inputs.shape[1 + timed :]
     if shape.numel() > MOST_FEATURES:
@@ -165,7 +193,7 @@ def _try_neuron(library: Library, call: Call) -> tuple[Verdict, set[type]]:
 
 # ---------------------------------------------------------------- autograd functions, wherever they are called
 def found_functions(y: Tensor) -> set[type]:
-    """The classes of the nodes in y's graph whose backward pass is not torch's own."""
+    """Return the classes of the nodes in the graph of y that are custom autograd functions."""
     seen, todo, found = set(), [y.grad_fn], set()
     while todo:
         node = todo.pop()
@@ -179,7 +207,16 @@ def found_functions(y: Tensor) -> set[type]:
 
 
 def try_function(node: type, forward: Callable[[Tensor], Tensor], x: Tensor) -> tuple[str, Verdict]:
-    """(name, verdict) of an autograd function with the constants that the network calls it with."""
+    """Check an autograd function, with the constants that the network passes to it.
+
+    Args:
+        node: The class of its node in the graph.
+        forward: Runs the network on a batch.
+        x: A few inputs [N, ...].
+
+    Returns:
+        The name of the function and the verdict.
+    """
     function: Any = getattr(node, "_forward_cls", None)
     if function is None:
         return node.__name__, Verdict("unknown", "it is not written in Python")
@@ -195,7 +232,7 @@ def try_function(node: type, forward: Callable[[Tensor], Tensor], x: Tensor) -> 
 
 
 def _constants(function: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Any, ...] | None:
-    """What it is called with after its first argument; None if that cannot be seen."""
+    """Return the arguments of an autograd function after the first; None if its calls cannot be observed."""
     own_context = function.setup_context is torch.autograd.Function.setup_context
     if len(inspect.signature(function.forward).parameters) == 1 + own_context:
         return ()

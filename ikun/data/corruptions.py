@@ -1,7 +1,8 @@
-"""Images made worse on purpose, in five severities, after Hendrycks & Dietterich 2019 (arXiv:1903.12261).
+"""Corrupted images in five severities, after Hendrycks & Dietterich 2019 (arXiv:1903.12261).
 
-The numbers are those of their CIFAR-10-C; the blur grows with images larger than CIFAR's. Occlusion is not theirs: a
-grey square, as in Zeiler & Fergus 2014 (arXiv:1311.2901, section 4.2).
+The severities of Gaussian noise, blur and contrast are those of CIFAR-10-C. The blur is scaled up for images that are
+larger than CIFAR's. Occlusion is not part of CIFAR-10-C: it is a grey square, as in Zeiler & Fergus 2014
+(arXiv:1311.2901, section 4.2).
 """
 
 from __future__ import annotations
@@ -14,19 +15,29 @@ from ikun.data.download import DataError
 
 SEVERITIES = {
     "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),  # standard deviation
-    "blur": (0.4, 0.6, 0.7, 0.8, 1.0),  # standard deviation, in pixels or, beyond 32 a side, 32nds of the side
-    "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),  # what is left of it
-    "occlusion": (0.2, 0.3, 0.4, 0.5, 0.6),  # side of the square, in parts of the image's sides
+    "blur": (0.4, 0.6, 0.7, 0.8, 1.0),  # standard deviation in pixels; for sides over 32 pixels, in 1/32 of the side
+    "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),  # remaining fraction of the contrast
+    "occlusion": (0.2, 0.3, 0.4, 0.5, 0.6),  # side of the square, as a fraction of the image's side
 }
 CORRUPTIONS = tuple(SEVERITIES)
 
 
 def corrupted(images: Tensor, kind: str, severity: int, generator: torch.Generator) -> Tensor:
-    """Images [N,C,H,W] in [0,1], corrupted, of the same shape, dtype and range; severity 1 (least) to 5.
+    """Corrupt images.
 
-    gaussian_noise: of every pixel, drawn from `generator` on the CPU. blur: Gaussian, of each channel. contrast: the
-    distance from each channel's mean shrinks. occlusion: a grey (0.5) square at a random place, all channels alike.
-    Raises DataError for an unknown kind or severity and for images of another rank or range.
+    Args:
+        images: Images [N, C, H, W] with values in [0, 1].
+        kind: One of CORRUPTIONS. "gaussian_noise" adds independent noise to every pixel. "blur" applies a Gaussian
+            filter to each channel. "contrast" shrinks the distance of each pixel from the mean of its channel.
+            "occlusion" puts a grey square (0.5) at a random place, the same in all channels.
+        severity: From 1 (least) to 5.
+        generator: A generator on the CPU, for the noise and for the place of the square.
+
+    Returns:
+        The corrupted images, with the same shape, dtype and range.
+
+    Raises:
+        DataError: If the kind or severity is unknown, or the images have another rank or range.
     """
     if kind not in SEVERITIES:
         raise DataError(f"unknown corruption {kind!r}: choose one of {', '.join(CORRUPTIONS)}")

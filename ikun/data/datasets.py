@@ -1,4 +1,4 @@
-"""Data sets by name, and the coding of their samples into what a spiking network takes."""
+"""Data sets by name."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ikun.data import cifar10, fashion_mnist, image_folder
 from ikun.data import randman as spike_times
+from ikun.data.arrays import Int64Array, UInt8Array
 from ikun.data.download import DataError as DataError
 from ikun.data.download import reason
 from ikun.data.lazy import Images
@@ -21,16 +22,21 @@ DATASETS = ("digits", "fashion-mnist", "cifar10", "image-folder", "spike-times")
 SPLITS = ("train", "test")
 _DIGITS_SEED = 20240229
 _DIGITS_TRAIN = 1437
-UInt8Array = npt.NDArray[np.uint8]
-Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled samples: `images` [N,C,H,W] float32 in [0,1], or spike trains [N,T,C,H,W]; `labels` [N] int64 in
-    0..classes-1.
+    """Labelled samples.
 
-    `sha256` identifies the very samples in their order, so two sets compare equal by it and not by their tensors.
+    Two data sets compare equal by their `sha256` and not by their tensors.
+
+    Attributes:
+        name: One of DATASETS.
+        split: One of SPLITS.
+        images: Images [N, C, H, W], float32 in [0, 1], or spike trains [N, T, C, H, W].
+        labels: Labels [N], int64 in 0..classes-1.
+        classes: Number of classes.
+        sha256: Hash of the samples in their order.
     """
 
     name: str
@@ -45,13 +51,13 @@ class Dataset:
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of a sample, of one step of time if it has several."""
+        """(channels, height, width) of a sample, or of one time step of a spike train."""
         channels, height, width = self.images.shape[-3:]
         return channels, height, width
 
     @property
     def timesteps(self) -> int | None:
-        """T of spike trains; None for images, which run for as many steps as the network wants."""
+        """Number of time steps T of spike trains; None for images, which can be shown for any number of steps."""
         return self.images.shape[1] if len(self.images.shape) == 5 else None
 
 
@@ -66,18 +72,38 @@ def load_dataset(
     download: bool = True,
     base_url: str | None = None,
 ) -> Dataset:
-    """Load one split of a data set, all of it in its own order or a seeded random subset.
+    """Load one split of a data set: all samples in their own order, or a random subset.
 
-    digits: scikit-learn's copy of the UCI digits, [1797,1,8,8], split 1437/360 once and for all. fashion-mnist: see
-    fashion_mnist.read. cifar10: see cifar10.read. image-folder: a folder of `data_dir` a class, RGB images of
-    `image_size` pixels a side, decoded when they are used (image_folder.py), always in the random order of `seed`, for
-    files come sorted by class. spike-times: spike trains (spike_times.py).
-    digits and spike-times come without files; what fashion-mnist and cifar10 do not find in `data_dir` is downloaded
-    into it from `base_url` (default: the official one) if `download`.
-    The first k samples of a subset are the subset of size k with the same seed. sha256 is of the samples' shape, pixels
-    and labels; for an image folder see image_folder.Listing.digest.
-    Raises DataError for an unknown name or split, a bad subset, seed or image size, and missing, unreachable or
-    malformed files.
+    The data sets are:
+
+    - digits: scikit-learn's copy of the UCI digits, [1797, 1, 8, 8], in a fixed split of 1437 and 360 samples.
+    - fashion-mnist: see `fashion_mnist.read_fashion_mnist`.
+    - cifar10: see `cifar10.read_cifar10`.
+    - image-folder: RGB images in a folder with one subfolder per class, decoded when they are used (see
+      `image_folder`). Their order is random even without a subset, because the files are sorted by class.
+    - spike-times: spike trains (see `randman`).
+
+    The hash of a data set covers the shape, pixels and labels of its samples. That of an image folder is
+    `image_folder.Listing.digest`.
+
+    Args:
+        name: One of DATASETS.
+        split: One of SPLITS.
+        subset: Number of samples to draw; None for all. The first k samples of a subset are the subset of size k with
+            the same seed.
+        seed: Seed of the subset, and of the order of an image folder.
+        data_dir: Folder of the files. None: the default folder; image-folder has none. digits and spike-times need no
+            files.
+        image_size: Side in pixels of the images of an image folder; None for other data sets.
+        download: Download missing files of fashion-mnist and cifar10 into the folder.
+        base_url: Address to download from (default: the official one).
+
+    Returns:
+        The samples.
+
+    Raises:
+        DataError: If the name or split is unknown, the subset, seed or image size is not valid, or files are missing,
+            unreachable or malformed.
     """
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
@@ -88,8 +114,10 @@ def load_dataset(
     if name == "image-folder":
         return _image_folder(split, subset, seed, data_dir, image_size)
     if image_size is not None:
-        raise DataError(f"--image-size {image_size}: {name} has a size of its own; it is for image-folder alone")
-    classes, top = 10, 255
+        raise DataError(
+            "{image_size}: {} has images of a fixed size; set a size only for image-folder", name, image_size=image_size
+        )
+    classes, top = 10, 255  # top: the largest pixel value
     if name == "digits":
         (pixels, labels), top = _digits(split), 16
     elif name == "fashion-mnist":
@@ -114,7 +142,7 @@ def load_dataset(
 
 
 def _digits(split: str) -> tuple[UInt8Array, Int64Array]:
-    """Pixels [N,1,8,8] in 0..16 and labels [N]."""
+    """Return pixels [N, 1, 8, 8] in 0..16 and labels [N]."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -128,10 +156,12 @@ def _digits(split: str) -> tuple[UInt8Array, Int64Array]:
 def _image_folder(
     split: str, subset: int | None, seed: int, data_dir: str | Path | None, image_size: int | None
 ) -> Dataset:
+    """Load a split of an image folder in random order."""
     if image_size is None or not 1 <= image_size <= image_folder.MAX_IMAGE_SIZE:
         raise DataError(
-            f"image-folder with images of size {image_size}: give a number of pixels from 1 to "
-            f"{image_folder.MAX_IMAGE_SIZE} as --image-size"
+            "image-folder with images of size {}: give a number of pixels from 1 to {} as {image_size}",
+            *(image_size, image_folder.MAX_IMAGE_SIZE),
+            image_size=...,
         )
     files = image_folder.listing(split, data_dir)
     count = len(files.names)
@@ -147,22 +177,23 @@ def _image_folder(
 
 
 def _chosen(name: str, split: str, count: int, subset: int, seed: int) -> npt.NDArray[np.intp]:
-    """The positions of a random subset [subset] of `count` samples."""
+    """Return the positions [subset] of a random subset of `count` samples."""
     if not 1 <= subset <= count:
         raise DataError(f"a subset of {subset} of {name} {split} ({count} images): choose a size from 1 to {count}")
     return _permutation(count, seed)[:subset]
 
 
 def _permutation(count: int, seed: int) -> npt.NDArray[np.intp]:
-    """A permutation [count] of 0..count-1.
+    """Return a random permutation [count] of 0..count-1.
 
-    By sorting raw draws: numpy keeps PCG64's raw stream the same for ever, but not Generator.permutation (NEP 19).
+    It sorts raw draws, because NumPy guarantees the raw stream of PCG64 not to change, unlike Generator.permutation
+    (NEP 19).
     """
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
 
 
 def _digest(images: npt.NDArray[np.float32], labels: Int64Array) -> str:
-    """SHA-256 of the shape, the float32 image bytes and the int64 label bytes, all little-endian in C order."""
+    """Return the SHA-256 of the shape, the float32 images and the int64 labels, little-endian and in C order."""
     digest = hashlib.sha256(repr(tuple(int(size) for size in images.shape)).encode())
     digest.update(np.ascontiguousarray(images, dtype="<f4").data)
     digest.update(np.ascontiguousarray(labels, dtype="<i8").data)

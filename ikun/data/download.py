@@ -1,4 +1,4 @@
-"""Files of data sets: folders, bounded reading, downloads with checksums; and locks, one process at a time."""
+"""Folders of data sets, bounded reading of files, and downloads that are verified by their checksum."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 from typing import IO
 
+from hessian_tools.io.errors import ParameterError
 from hessian_tools.io.files import _remove
 
 MAX_DOWNLOAD_BYTES = 256 * 2**20
@@ -17,39 +18,51 @@ DOWNLOAD_TIMEOUT_S = 60.0
 _CHUNK = 2**20
 
 
-class DataError(ValueError):
-    """A failure the user can mend: one line saying what is wrong, where, and what to do."""
-
-    def __init__(self, message: str) -> None:
-        # Reasons quoted from the system, and file names, may hold line breaks.
-        super().__init__(" ".join(message.splitlines()))
+class DataError(ParameterError):
+    """Data that cannot be used. The message is one line that says what is wrong, in which file, and what to do."""
 
 
 def default_data_dir(name: str) -> Path:
-    """Where a data set is kept if the user names no folder: under XDG_CACHE_HOME, else under ~/.cache.
+    """Return the folder of a data set when the user names none.
 
-    Raises DataError if there is no home folder.
+    It is `ikun-hessian/NAME` in XDG_CACHE_HOME if that is set, else in ~/.cache.
+
+    Raises:
+        DataError: If there is no home folder.
     """
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    # A relative value is to be ignored (XDG Base Directory Specification).
+    # The XDG Base Directory Specification says that a relative path must be ignored.
     root = Path(cache) if os.path.isabs(cache) else expand("~/.cache")
     return root / "ikun-hessian" / name
 
 
 def data_folder(name: str, data_dir: str | Path | None) -> Path:
-    """The folder that the user named, or the default one. Raises DataError for a file."""
+    """Return the folder that the user named, or the default folder of the data set `name`.
+
+    Raises:
+        DataError: If the path is not a folder.
+    """
     folder = default_data_dir(name) if data_dir is None else expand(data_dir)
     if os.path.exists(folder) and not os.path.isdir(folder):
-        raise DataError(f"{folder} is not a folder: give the folder of the files of {name} as --data-dir")
+        raise DataError(
+            "{} is not a folder: pass the folder that holds the files of {} as {data_dir}", folder, name, data_dir=...
+        )
     return folder
 
 
 def fetch(url: str, target: Path, md5: str, *, timeout: float = DOWNLOAD_TIMEOUT_S) -> None:
-    """Download `url` to `target`, which appears only when complete and of the given MD5 sum; `timeout` in seconds.
+    """Download a file. `target` appears only when the download is complete and its checksum is right.
 
-    Raises DataError if the address cannot be read, the sum differs or the file cannot be written.
+    Args:
+        url: The address to download.
+        target: The file to write. Its folder is created if it does not exist.
+        md5: The expected MD5 sum, in hexadecimal.
+        timeout: Seconds to wait for the server.
+
+    Raises:
+        DataError: If the address cannot be read, the checksum differs, or the file cannot be written.
     """
-    # Beside the target, so that the final replacement is a rename within one file system.
+    # The temporary file is next to the target, so that the rename stays within one file system.
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
         found = _save(url, part, timeout)
@@ -64,7 +77,10 @@ def fetch(url: str, target: Path, md5: str, *, timeout: float = DOWNLOAD_TIMEOUT
 
 
 def read_up_to(stream: IO[bytes], count: int) -> bytearray:
-    """At most `count` bytes, fewer at the end of the stream; in pieces, as read(count) may allocate count at once."""
+    """Read at most `count` bytes, or up to the end of the stream.
+
+    It reads in pieces, because read(count) may allocate all `count` bytes at once.
+    """
     data = bytearray()
     while len(data) < count:
         piece = stream.read(min(_CHUNK, count - len(data)))
@@ -75,22 +91,33 @@ def read_up_to(stream: IO[bytes], count: int) -> bytearray:
 
 
 def reason(error: BaseException) -> str:
+    """Return the text of an error, or the name of its class if it has no text."""
     return str(error) or type(error).__name__
 
 
 def expand(path: str | Path) -> Path:
+    """Replace a leading ~ with the home folder.
+
+    Raises:
+        DataError: If there is no home folder.
+    """
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise DataError(f"cannot find the home folder in {path} ({reason(error)}): give --data-dir in full") from error
+        raise DataError(
+            "cannot find the home folder in {} ({}): pass the full path as {data_dir}",
+            path,
+            reason(error),
+            data_dir=...,
+        ) from error
 
 
 def _save(url: str, part: Path, timeout: float) -> str:
-    """Write what `url` holds to the new file `part`; returns its MD5 sum in hexadecimal."""
+    """Download `url` to the new file `part` and return its MD5 sum in hexadecimal."""
     digest = hashlib.md5(usedforsecurity=False)
     total = 0
     with urllib.request.urlopen(url, timeout=timeout) as response:
-        part.parent.mkdir(parents=True, exist_ok=True)  # only now: an unreachable address leaves no empty folder
+        part.parent.mkdir(parents=True, exist_ok=True)  # after the request: a failed one leaves no empty folder
         with part.open("xb") as file:
             while piece := response.read(_CHUNK):
                 total += len(piece)
@@ -103,6 +130,7 @@ def _save(url: str, part: Path, timeout: float) -> str:
 
 def _download_failed(url: str, target: Path, why: str) -> DataError:
     return DataError(
-        f"cannot download {url} ({why}): put {target.name} into {target.parent} by hand, "
-        "or name a folder that holds it with --data-dir"
+        "cannot download {} ({}): put {} into {} by hand, or pass a folder that holds it as {data_dir}",
+        *(url, why, target.name, target.parent),
+        data_dir=...,
     )

@@ -1,4 +1,4 @@
-"""Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747) and the IDX files that it comes in."""
+"""Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747), and a reader of its file format, IDX."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import IO, cast
 
 import numpy as np
-import numpy.typing as npt
 
+from ikun.data.arrays import Int64Array, UInt8Array
 from ikun.data.download import DataError, data_folder, fetch, read_up_to, reason
 
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-# split -> (images file, labels file); the sums are those of the published .gz files.
+# split -> (images file, labels file). The MD5 sums are those of the published .gz files.
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -28,19 +28,27 @@ MD5 = {
 }
 MAX_IDX_BYTES = 4 * 2**30
 _CLASSES = 10
-_MAX_RANK = 32  # numpy's limit before version 2
+_MAX_RANK = 32  # the largest number of axes before NumPy 2
 _GZIP_MAGIC = b"\x1f\x8b"
 _IDX_UBYTE = 0x08
-UInt8Array = npt.NDArray[np.uint8]
-Int64Array = npt.NDArray[np.int64]
 
 
 def read_fashion_mnist(
     split: str, data_dir: str | Path | None, download: bool, base_url: str | None
 ) -> tuple[UInt8Array, Int64Array]:
-    """Pixels [N,1,H,W] in 0..255 and labels [N] in 0..9, from IDX files of any count of images of any one size.
+    """Read one split of Fashion-MNIST. The files may hold any number of images, of any one size.
 
-    Files not in `data_dir` are downloaded into it from `base_url` (default: URL) if `download`. Raises DataError.
+    Args:
+        split: "train" or "test".
+        data_dir: The folder of the IDX files, gzipped or not. None: the default folder.
+        download: Download missing files into the folder.
+        base_url: Address to download from (default: URL).
+
+    Returns:
+        Pixels [N, 1, H, W] in 0..255 and labels [N] in 0..9.
+
+    Raises:
+        DataError: If files are missing, unreadable or malformed, do not fit together, or the download fails.
     """
     folder = data_folder("fashion-mnist", data_dir)
     images_path, labels_path = (_locate(folder, stem, download, base_url) for stem in FILES[split])
@@ -61,15 +69,19 @@ def read_fashion_mnist(
 
 
 def read_idx(path: str | Path) -> UInt8Array:
-    """Read an IDX file of unsigned bytes, gzipped or not (told by its content), as an array of the header's shape.
+    """Read an IDX file of unsigned bytes as an array of the shape in its header.
 
-    The format: bytes 0, 0, 8, rank, then rank sizes as big-endian 32-bit integers, then the data in C order
-    (http://yann.lecun.com/exdb/mnist). Memory grows with the bytes found, never with what the header claims.
-    Raises DataError if the file is missing, unreadable, no such IDX, truncated, too long, or over 4 GiB.
+    The format is: bytes 0, 0, 8, rank, then `rank` sizes as big-endian 32-bit integers, then the data in C order
+    (http://yann.lecun.com/exdb/mnist). Gzipped files are recognized by their content. The memory used depends on the
+    number of bytes in the file and not on the sizes that the header claims.
+
+    Raises:
+        DataError: If the file is missing or unreadable, is not such an IDX file, is truncated or too long, or its
+            header claims more than 4 GiB.
     """
     path = Path(path)
-    if not os.path.isfile(path):  # Path.is_file raises where a folder may not be searched
-        raise DataError(f"no file {path} that can be read: check the path and its permissions")
+    if not os.path.isfile(path):  # Path.is_file may raise PermissionError
+        raise DataError(f"no file {path}, or it cannot be read: check the path and its permissions")
     try:
         with path.open("rb") as raw:
             if raw.read(2) == _GZIP_MAGIC:
@@ -83,19 +95,23 @@ def read_idx(path: str | Path) -> UInt8Array:
 
 
 def _locate(folder: Path, stem: str, download: bool, base_url: str | None) -> Path:
-    """The plain file, else the gzipped one, else the gzipped one after downloading it."""
+    """Return the path of an IDX file: the plain one, else the gzipped one, which is downloaded if necessary."""
     packed = folder / f"{stem}.gz"
     for path in (folder / stem, packed):
         if os.path.isfile(path):
             return path
     if not download:
-        raise DataError(f"no {stem} or {stem}.gz in {folder}: put it there, give another --data-dir or allow download")
+        raise DataError(
+            "no {} or {} in {}: put it there, pass another folder as {data_dir}, or allow the download",
+            *(stem, packed.name, folder),
+            data_dir=...,
+        )
     fetch(f"{(base_url or URL).rstrip('/')}/{packed.name}", packed, MD5[stem])
     return packed
 
 
 def _parse_idx(stream: IO[bytes], path: Path) -> UInt8Array:
-    """Read an IDX stream to its end, or to the first byte beyond what its header claims."""
+    """Read an IDX stream to its end, or to one byte after the size that its header claims."""
     head = read_up_to(stream, 4)
     if len(head) < 4 or head[:2] != b"\0\0" or head[2] != _IDX_UBYTE or not 1 <= head[3] <= _MAX_RANK:
         raise DataError(
@@ -107,13 +123,13 @@ def _parse_idx(stream: IO[bytes], path: Path) -> UInt8Array:
     if len(sizes) < 4 * rank:
         raise DataError(f"{path} is truncated in its header: replace it with a complete copy")
     shape = tuple(int.from_bytes(sizes[i : i + 4], "big") for i in range(0, 4 * rank, 4))
-    # An axis of 0 does not excuse the others: numpy refuses such a shape too.
+    # An axis of size 0 does not make the other sizes valid: NumPy rejects such a shape too.
     if math.prod(max(size, 1) for size in shape) > MAX_IDX_BYTES:
-        raise DataError(f"{path} claims the shape {shape}, more than {MAX_IDX_BYTES} bytes: replace it")
+        raise DataError(f"{path} claims the shape {shape}, which is more than {MAX_IDX_BYTES} bytes: replace it")
     count = math.prod(shape)
-    found = read_up_to(stream, count + 1)  # one more, to see that the end is there
+    found = read_up_to(stream, count + 1)  # one byte more, to detect extra data
     if len(found) < count:
         raise DataError(f"{path} is truncated: {len(found)} of the {count} data bytes of shape {shape}; replace it")
     if len(found) > count:
-        raise DataError(f"{path} goes on after the {count} data bytes of shape {shape}: replace it with a good copy")
+        raise DataError(f"{path} has more than the {count} data bytes of shape {shape}: replace it with a good copy")
     return np.frombuffer(found, dtype=np.uint8).reshape(shape)

@@ -1,6 +1,7 @@
-"""A folder of images, a folder a class, of any size: files are decoded when they are asked for, and never kept.
+"""A data set in a folder of image files, with one subfolder per class.
 
-DIR/train/CLASS/* and DIR/test/CLASS/* (or DIR/val); the classes are the folders' names under train, sorted.
+The files are DIR/train/CLASS/* and DIR/test/CLASS/* (or DIR/val/CLASS/*). The classes are the sorted names of the
+folders in DIR/train. Files are decoded each time they are indexed and are not kept in memory.
 """
 
 from __future__ import annotations
@@ -19,20 +20,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ikun.data.arrays import Int64Array, UInt8Array
 from ikun.data.download import DataError, expand, reason
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 FOLDERS = {"train": ("train",), "test": ("test", "val")}
 MAX_IMAGE_SIZE = 4096
-MAX_PIXELS = 2**27  # of one file, 384 MiB decoded
+MAX_PIXELS = 2**27  # of one file: 384 MiB when decoded
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
-UInt8Array = npt.NDArray[np.uint8]
-Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class FolderImages:
-    """Images [N,3,S,S] float32 in [0,1] of the files root/names[i]; see `decoded` for what becomes of a file."""
+    """Images [N, 3, S, S], float32 in [0, 1], that are decoded when they are indexed (see `decoded`).
+
+    Attributes:
+        root: Folder of the data set.
+        names: Names [N] of the files, relative to `root`.
+        size: Side S of the images in pixels.
+    """
 
     root: Path
     names: Sequence[str]
@@ -46,7 +52,11 @@ class FolderImages:
         return len(self.names)
 
     def __getitem__(self, index: Tensor | slice, /) -> Tensor:
-        """Decoded in threads, as many as there are processors. Raises DataError for a file that is no image."""
+        """Decode the images at some positions [n] or in a slice, in one thread per processor.
+
+        Raises:
+            DataError: If a file cannot be decoded.
+        """
         paths = [self.root / self.names[i] for i in torch.arange(len(self))[index].tolist()]
         images = np.empty((len(paths), self.size, self.size, 3), np.uint8)
         for i, image in enumerate(_pool().map(partial(decoded, size=self.size), paths)):
@@ -56,7 +66,15 @@ class FolderImages:
 
 @dataclass(frozen=True)
 class Listing:
-    """The image files of a split in order: names [N] relative to `root`, sizes in bytes [N], labels [N]."""
+    """The image files of a split, in order.
+
+    Attributes:
+        root: Folder of the data set.
+        names: Names [N] of the files, relative to `root`.
+        sizes: Sizes [N] of the files in bytes.
+        labels: Labels [N].
+        classes: Number of classes.
+    """
 
     root: Path
     names: tuple[str, ...]
@@ -65,13 +83,16 @@ class Listing:
     classes: int
 
     def chosen(self, order: npt.NDArray[np.intp]) -> Listing:
-        """The files at these positions."""
+        """Return the files at the positions `order` [n]."""
         names, sizes = (tuple(values[i] for i in order) for values in (self.names, self.sizes))
         return Listing(self.root, names, sizes, self.labels[order], self.classes)
 
     def digest(self, size: int) -> str:
-        """SHA-256 of the image size, and of every file's name, size and label: not of the pixels, which would take a
-        pass over all of them. A file changed without a change of its size is not noticed."""
+        """Return the SHA-256 of the image size and of every file's name, size in bytes and label.
+
+        The pixels are not hashed, because that would need a pass over all files. A file that changes but keeps its
+        size is not noticed.
+        """
         digest = hashlib.sha256(f"image-folder {size}\n".encode())
         for name, length, label in zip(self.names, self.sizes, self.labels, strict=True):
             digest.update(os.fsencode(name) + f"\0{length} {label}\n".encode())
@@ -79,15 +100,22 @@ class Listing:
 
 
 def listing(split: str, data_dir: str | Path | None) -> Listing:
-    """The files of a split, by class, then by name. Raises DataError for folders that are not as they should be."""
+    """List the files of a split, sorted by class and then by name.
+
+    Raises:
+        DataError: If a folder is missing, unreadable or empty, or the test split has a class that the training split
+            does not have.
+    """
     if data_dir is None:
-        raise DataError("image-folder needs the folder that holds train/CLASS/ and test/CLASS/: give it as --data-dir")
+        raise DataError(
+            "image-folder needs the folder that holds train/CLASS/ and test/CLASS/: give it as {data_dir}", data_dir=...
+        )
     root = expand(data_dir)
     train = _existing(root, "train")
     place = _existing(root, split)
     classes = {name: label for label, (name, _) in enumerate(_entries(train, folders=True))}
     if not classes:
-        raise DataError(f"no folders of classes in {train}: put images into {train}/CLASS/")
+        raise DataError(f"no class folders in {train}: put images into {train}/CLASS/")
     names: list[str] = []
     sizes: list[int] = []
     labels: list[int] = []
@@ -101,26 +129,29 @@ def listing(split: str, data_dir: str | Path | None) -> Listing:
         sizes += [size for _, size in files]
         labels += [classes[name]] * len(files)
     if not names:
-        raise DataError(f"no folders of classes in {place}: put images into {place}/CLASS/")
+        raise DataError(f"no class folders in {place}: put images into {place}/CLASS/")
     return Listing(root, tuple(names), tuple(sizes), np.array(labels, np.int64), len(classes))
 
 
 def decoded(path: Path, size: int) -> UInt8Array:
-    """A file as RGB [size, size, 3]: the shorter side resized to `size` (bilinear, antialiased), then the centre.
+    """Decode a file as an RGB image [size, size, 3].
 
-    Raises DataError for a file that cannot be decoded, in full, as one of the formats, or has more than MAX_PIXELS or
-    grey values of more than 8 bits.
+    The shorter side is resized to `size` pixels (bilinear, antialiased), and the centre is cropped.
+
+    Raises:
+        DataError: If the file cannot be decoded completely as PNG, JPEG, BMP or WebP, has more than MAX_PIXELS pixels,
+            or has grey values of more than 8 bits.
     """
     try:
         with Image.open(path, formats=_FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{width} x {height} pixels are too many")
-            if image.mode.startswith(("I", "F")):  # Pillow would cut them off at 255
+            if image.mode.startswith(("I", "F")):  # Pillow would clip the values at 255
                 raise ValueError(f"its pixels, of mode {image.mode}, have more than 8 bits")
             scaled = max(size, width * size // height), max(size, height * size // width)
             rgb = image.convert("RGB").resize(scaled, Image.Resampling.BILINEAR)
-    except Exception as error:  # Pillow raises many kinds on damaged files
+    except Exception as error:  # Pillow raises many types of errors for damaged files
         raise DataError(f"cannot decode {path} ({reason(error)}): replace or remove the file") from error
     left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
     return np.asarray(rgb.crop((left, top, left + size, top + size)))
@@ -128,18 +159,24 @@ def decoded(path: Path, size: int) -> UInt8Array:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
+    """Return the threads that decode, the same ones in every call."""
     return ThreadPoolExecutor(os.cpu_count(), "decode")
 
 
 def _existing(root: Path, split: str) -> Path:
+    """Return the folder of a split."""
     for name in FOLDERS[split]:
         if (root / name).is_dir():
             return root / name
-    raise DataError(f"no folder {' or '.join(FOLDERS[split])} in {root}: give the folder that holds it as --data-dir")
+    raise DataError(
+        "no folder {} in {}: give the folder that holds it as {data_dir}",
+        *(" or ".join(FOLDERS[split]), root),
+        data_dir=...,
+    )
 
 
 def _entries(folder: Path, folders: bool) -> list[tuple[str, int]]:
-    """(name, size) of the folders, or of the image files, in a folder, sorted by name; hidden ones are passed over."""
+    """Return (name, size) of the subfolders or of the image files of a folder, sorted. Hidden names are ignored."""
     try:
         with os.scandir(folder) as entries:
             return sorted(

@@ -1,4 +1,4 @@
-"""Samples in memory, or on disk and read when they are asked for: what training and analysis need of both."""
+"""Samples that are in memory, or on disk and read when they are indexed, under one interface."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Images(Protocol):
-    """Samples [N, ...]: a tensor is one. Indexed by positions [n] or a slice, it gives those samples as a tensor."""
+    """Samples [N, ...]. A tensor is one. Indexing with positions [n] or a slice returns those samples as a tensor."""
 
     @property
     def shape(self) -> Sequence[int]: ...
@@ -22,7 +22,15 @@ class Images(Protocol):
 
 
 def taken(images: Images, index: Tensor | slice) -> Images:
-    """The samples at these positions; none that is on disk is read for it."""
+    """Select samples without reading those that are on disk.
+
+    Args:
+        images: Samples [N, ...].
+        index: Positions [n] or a slice.
+
+    Returns:
+        The n selected samples: a tensor if `images` is one, else a `Part`.
+    """
     if isinstance(images, Tensor):
         return images[index]
     return Part(images, torch.arange(len(images))[index])
@@ -30,7 +38,12 @@ def taken(images: Images, index: Tensor | slice) -> Images:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The samples of `images` at the positions `order` [n]."""
+    """A selection of samples that are read when they are indexed.
+
+    Attributes:
+        images: Samples [N, ...].
+        order: Positions [n] of the selected samples.
+    """
 
     images: Images
     order: Tensor

@@ -1,4 +1,4 @@
-"""Which samples a checkpoint was trained on."""
+"""The description of the samples that a checkpoint was trained on."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ from ikun.data.lazy import taken
 
 @dataclass(frozen=True)
 class DataSpec:
-    """The samples: `subset` of data set `name` drawn with `seed`, of which the last `held_out` were not trained on.
+    """The samples that a network is trained on.
 
-    image_size: pixels a side of an image folder's images; None for data sets of one size.
+    Attributes:
+        name: Name of the data set.
+        subset: Number of samples drawn from the training split; None for all of them.
+        seed: Seed of the subset.
+        held_out: Number of samples of the subset, its last ones, that are not trained on.
+        image_size: Side in pixels of the images of an image folder; None for data sets of one size.
     """
 
     name: str = "digits"
@@ -27,17 +32,25 @@ class DataSpec:
     image_size: int | None = None
 
     def load(self, split: str = "train", data_dir: str | Path | None = None) -> Dataset:
-        """The training samples, or the data set's whole test split. Raises DataError."""
+        """Load the training samples, or the whole test split of the data set.
+
+        Raises:
+            DataError: If the data cannot be loaded.
+        """
         if split != "train":
             return load_dataset(self.name, split, data_dir=data_dir, image_size=self.image_size)
         return self.parts(data_dir)[0]
 
     def parts(self, data_dir: str | Path | None = None) -> tuple[Dataset, Dataset | None]:
-        """(training samples, held-out samples or None). Raises DataError."""
+        """Load the training samples and the held-out samples (None if there are none).
+
+        Raises:
+            DataError: If the data cannot be loaded, or no sample is left to train on.
+        """
         read = partial(load_dataset, self.name, data_dir=data_dir, image_size=self.image_size)
         count = self.subset
         if count is None and self.held_out:
-            count = len(read())  # a full permutation: what is held out is random
+            count = len(read())  # a subset of full size is a random permutation, so the held-out samples are random
         whole = read(subset=count, seed=self.seed)
         if not self.held_out:
             return whole, None

@@ -1,36 +1,49 @@
-"""Weight initializers by name, each with its formula and source, for ikun's networks and for any torch module.
+"""Weight initializers by name, for ikun's networks and for any torch module.
 
-fi, fo: fan in and out, the kernel area included. m = E[f'(h - threshold)^2] of the layer's neurons.
+fi and fo are fan in and fan out, including the kernel area. m = E[f'(h - threshold)^2] of the layer's neurons, with h
+their membrane potential.
 
 | name | weights | source |
 | --- | --- | --- |
 | ikun | N(0, alpha / (fi E[x^2] m)) | Theorem 1 of arXiv 2411.18250 |
 | ikun_v1 | N(0, beta / fi), beta = 1 / mean of 1/(1 + x^2) on 1,000 points of [-1, 1] | its released code |
-| ikun_v2 | N(0, beta / (fi + fo)) | its released code (which lacks fo of a convolution) |
+| ikun_v2 | N(0, beta / (fi + fo)) | its released code (which omits fo for a convolution) |
 | xavier | U(-a, a), a^2 = 6 / (fi + fo) | Glorot & Bengio 2010 |
 | kaiming | U(-a, a), a^2 = 6 / fi | He et al. 2015, gain for ReLU |
 | lecun | N(0, 1 / fi) | LeCun et al. 1998 |
 | normal | N(0, 0.02^2) | the comparison of arXiv 2411.18250 |
 | orthogonal | orthonormal rows or columns | Saxe et al. 2014 |
-| delta_orthogonal | kernels zero but for the centre, orthogonal times 1/sqrt(m) | Xiao et al. 2018; the gain is ours |
-| lsuv | orthonormal, then W / sqrt(Var(out)) until it is 1 | Mishkin & Matas 2016 |
+| delta_orthogonal | kernels zero except at the centre, orthogonal times 1/sqrt(m) | Xiao et al. 2018; the gain is ours
+|
+| lsuv | orthonormal, then W / sqrt(Var(out)) until Var(out) is 1 | Mishkin & Matas 2016 |
 | fluctuation | N(0, ((threshold - rest) / xi)^2 / (fi nu e2)), xi = 1 | Rossbroich, Gygax & Zenke 2022 |
-| firing | N(0, 1 / (gain^2 fi P(u > threshold))), u of the layer before | Micheli et al. 2024 |
-| gradient_stable | V of decay^2 + (gain^2 fi E[V^2] + (decay threshold)^2) m = 1 | Herranz-Celotti & Rouat 2022, IV |
+| firing | N(0, 1 / (gain^2 fi P(u > threshold))), u: potential of the preceding layer | Micheli et al. 2024 |
+| gradient_stable | V with decay^2 + (gain^2 fi E[V^2] + (decay threshold)^2) m = 1 | Herranz-Celotti & Rouat 2022, IV |
 | tdbn | as kaiming; BatchNorm weights start at alpha threshold | Zheng et al. 2021 |
 
-The module rules says what is the source's and what is ours. ikun, delta_orthogonal, lsuv, fluctuation, firing and
-gradient_stable measure on a batch, layer by layer, with h pooled over time, samples and units: nu and P are E[x^2] of
-the layer's input. Biases become 0. BatchNorm parameters keep their start, but for tdbn.
-gradient_stable sets recurrent V alone, and all else as xavier.
+`ikun.initializers.rules` and `ikun.initializers.fluctuation` state what is taken from each source and what is our own
+choice. ikun, delta_orthogonal,
+lsuv, fluctuation, firing and gradient_stable measure on a batch, layer by layer, and pool h over time, samples and
+units. nu and P in the table are E[x^2] of the layer's input. Biases are set to 0. BatchNorm parameters keep their
+values, except with tdbn. gradient_stable applies to the recurrent weights V only, and all other weights are drawn as
+with xavier.
 
-ikun and firing need the law of h, which itself depends on the weights. law='empirical' (default) solves this fixed
-point on the batch. law='analytic' takes h ~ N(0, s^2) and E[x^2] = P(h >= threshold) behind the first layer, for a
-chain of layers; what a weight layer adds to s^2, fi Var(W) E[x^2], is then alpha / m for ikun and 1 for firing. Before
-a BatchNorm the scale of the weights does not reach h: what is added is the BatchNorm's variance, measured in the
-empirical case, gamma^2 in the analytic one. A recurrent layer has E[x^2] of its own spikes, its own fan and the same m.
-So with k layers without a norm before the same neurons (2 with recurrence, 1 behind a norm) ikun's fixed point is
-(s^2 - gamma^2) E[f'(N(-threshold, s^2))^2] = k alpha, gamma = 0 without a norm.
+ikun and firing need the distribution (law) of h, which itself depends on the weights:
+
+- law='empirical' (the default) solves this fixed point on the batch.
+- law='analytic' assumes a chain of layers, h ~ N(0, s^2), and E[x^2] = P(h >= threshold) after the first layer. A
+  weight layer contributes fi Var(W) E[x^2] to s^2. This is alpha / m for ikun and 1 for firing.
+
+Before a BatchNorm, the scale of the weights does not affect h. The contribution is then the variance of the BatchNorm's
+output. It is measured in the empirical case, and is gamma^2 in the analytic one. A recurrent layer has the E[x^2] of
+its own spikes, its own fan in, and the m of its neurons.
+
+Let k be the number of layers without a norm before the same neurons. It is 1 for a feedforward layer, 2 for a recurrent
+layer, and 1 for a recurrent layer with a norm after its input weights. The fixed point of ikun is then
+
+    (s^2 - gamma^2) E[f'(N(-threshold, s^2))^2] = k alpha
+
+with gamma = 0 without a norm.
 """
 
 from __future__ import annotations
@@ -47,6 +60,7 @@ from torch.nn import init
 from torch.nn.parameter import is_lazy
 
 from ikun.initializers import rules
+from ikun.initializers.fluctuation import fluctuation
 from ikun.initializers.foreign_neurons import stand_in
 from ikun.initializers.module_graph import stages_of_module
 from ikun.initializers.names import INITIALIZERS, LAWS
@@ -61,7 +75,7 @@ Fill = Callable[[Tensor, torch.Generator], object]
 
 
 def released_beta() -> float:
-    """1.2737...: the constant of the released code, 1 / mean of 1/(1 + x^2) over linspace(-1, 1, 1000)."""
+    """Return 1 / mean of 1/(1 + x^2) over linspace(-1, 1, 1000) = 1.2737..., the constant of the released code."""
     return float(1 / (1 / (1 + torch.linspace(-1, 1, 1000, dtype=torch.float64).square())).mean())
 
 
@@ -81,7 +95,7 @@ FILLS: dict[str, Fill] = {
 RULES: dict[str, Callable[[Probe, torch.Generator], list[Solution]]] = {
     "delta_orthogonal": rules.delta_orthogonal,
     "lsuv": rules.lsuv,
-    "fluctuation": rules.fluctuation,
+    "fluctuation": fluctuation,
     "firing": rules.firing,
     "gradient_stable": rules.gradient_stable,
 }
@@ -89,9 +103,12 @@ RULES: dict[str, Callable[[Probe, torch.Generator], list[Solution]]] = {
 
 @dataclass(frozen=True)
 class Initialized:
-    """What an initialization found, () for a rule that measures nothing, and how many forward passes it took.
+    """The outcome of an initialization.
 
-    untouched: parameters of two or more dimensions that it left as they were.
+    Attributes:
+        solutions: One solution per layer, or () for an initializer that does not measure.
+        forward_passes: Number of forward passes.
+        untouched: Names of the parameters with two or more dimensions that were not changed.
     """
 
     solutions: tuple[Solution, ...]
@@ -109,15 +126,27 @@ def initialize(
     law: str = "empirical",
     gain: float = 1.0,
 ) -> Initialized:
-    """Draw all weights of `network` in place.
+    """Initialize all weights of one of ikun's networks in place.
 
-    x: a batch of network inputs, for the rules that measure. alpha: of ikun and tdbn. law: of ikun and firing. gain:
-    the variance of all weights over that of the initializer, which is multiplied by it at the end. Where the network's
-    own norm is tdbn, the initializer of that name leaves its weights as they are. Frozen parameters
-    (requires_grad=False) stay as they are, and rules that measure see the network with them.
-    Raises ValueError for an unknown name or law, alpha or gain <= 0, a batch that is missing, empty or not finite,
-    weights that cannot be written to (computed, tied, without values), the analytic law where branches are added, or a
-    rule without a solution.
+    Frozen parameters (requires_grad=False) are not changed, and initializers that measure see the network with them. If
+    the norm of the network is tdbn, the initializer tdbn leaves its BatchNorm weights unchanged.
+
+    Args:
+        network: The network.
+        name: Name of the initializer, one of `INITIALIZERS`.
+        generator: Source of random numbers.
+        x: A batch of network inputs, for initializers that measure.
+        alpha: Parameter of ikun and tdbn.
+        law: Law of h of ikun and firing, one of `LAWS`.
+        gain: Factor by which the variance of all weights is multiplied at the end.
+
+    Returns:
+        The outcome.
+
+    Raises:
+        ValueError: If name or law is unknown, alpha or gain is not positive, or the batch is missing, empty or not
+            finite. Also if a weight cannot be written to (it is computed, tied or has no values), the analytic law
+            meets residual branches or frozen weights, or a rule has no solution.
     """
     _check(network, name, x, alpha, law, gain)
     return _draw(Probe(network, stages_of(network), x), name, generator, alpha, law, gain)
@@ -136,56 +165,74 @@ def initialize_module(
     gain: float = 1.0,
     reset: Reset | None = None,
 ) -> Initialized:
-    """Draw the convolution and linear weights of any torch module in place, and set their biases to 0.
+    """Initialize the convolution and linear weights of any torch module in place, and set their biases to 0.
 
-    All else stays as it is, and the result's `untouched` names it: transposed convolutions, torch's RNN, LSTM, GRU,
-    Bilinear, MultiheadAttention and Embedding, layers that forward does not call on x, and frozen weights
-    (requires_grad=False) with their biases. Rules that measure see the module with them.
-    Its neurons are found by class: ikun's, SpikingJelly's and snnTorch's, or the given `neurons`. x is what the
-    module's forward takes; order and pairing come from one forward pass on it (without x from the order of
-    registration, enough for rules that do not measure). Rules that measure the membrane have it from ikun's own neuron
-    with the leak, reset, threshold and surrogate that `membranes.stand_in` reads; surrogate and threshold, if given, in
-    place of those. reset: brings the module's state back before every forward, instead of the libraries' own ways.
-    alpha, gain: as in initialize().
-    Raises ValueError as initialize(), for a threshold <= 0, where a rule that measures finds no neurons, and where
-    neurons are shared by several places of the module.
+    All other parameters keep their values and are named in the result's `untouched`. These are transposed convolutions,
+    torch's RNN, LSTM, GRU, Bilinear, MultiheadAttention and Embedding, layers that forward does not call on x, and
+    frozen weights (requires_grad=False) with their biases. Initializers that measure see the module with them.
+
+    Spiking neurons are found by class: those of ikun, SpikingJelly and snnTorch, or the given `neurons`. One forward
+    pass on x gives the order of the layers and the neurons that each layer feeds. Without x, the order of registration
+    is used, which is sufficient for initializers that do not measure. Initializers that need the membrane potential
+    compute it with ikun neurons that have the leak, reset, threshold and surrogate read by
+    `ikun.initializers.foreign_neurons.stand_in`.
+
+    Args:
+        module: The module.
+        name: Name of the initializer, one of `INITIALIZERS`.
+        generator: Source of random numbers.
+        x: A batch as the module's forward takes it.
+        surrogate: Surrogate to use instead of that of the neurons, for example "atan:2".
+        threshold: Threshold to use instead of that of the neurons.
+        neurons: Class or classes of the spiking neurons.
+        alpha: Parameter of ikun and tdbn.
+        gain: Factor by which the variance of all weights is multiplied at the end.
+        reset: Function that resets the module's state before every forward pass. The default resets SpikingJelly and
+            snnTorch neurons.
+
+    Returns:
+        The outcome.
+
+    Raises:
+        ValueError: As `initialize`. Also if threshold is not positive, an initializer that measures finds no neurons,
+            or the module uses the same neurons in several places.
     """
     if isinstance(module, Network):
         return initialize(module, name, generator=generator, x=x, alpha=alpha, gain=gain)
     _check(module, name, x, alpha, "empirical", gain)
     if threshold is not None and not 0 < threshold < math.inf:
-        raise ValueError(f"threshold must be positive, not {threshold}")
+        raise ValueError(f"threshold must be positive and finite, not {threshold}")
     kinds = () if neurons is None else neurons if isinstance(neurons, tuple) else (neurons,)
     back = reset or reset_states
     stages = stages_of_module(module, x, partial(stand_in, surrogate=surrogate, threshold=threshold), kinds, back)
     if (name == "ikun" or name in RULES) and all(s.neuron is None for s in stages):
-        raise ValueError(f"no spiking neurons found for {name}: name their class with `neurons`")
+        raise ValueError(f"no spiking neurons found for {name}: pass their class as `neurons`")
     found = _draw(Probe(module, stages, x, back), name, generator, alpha, "empirical", gain)
     return replace(found, forward_passes=found.forward_passes + (x is not None))
 
 
 def _check(module: nn.Module, name: str, x: Tensor | None, alpha: float, law: str, gain: float) -> None:
-    """What can be refused before anything is touched."""
+    """Refuse invalid arguments before anything is changed."""
     if name not in INITIALIZERS:
         raise ValueError(f"unknown initializer '{name}': choose one of {', '.join(INITIALIZERS)}")
     if law not in LAWS:
         raise ValueError(f"unknown law '{law}': choose one of {', '.join(LAWS)}")
     for option, value in (("alpha", alpha), ("gain", gain)):
         if not 0 < value < math.inf:
-            raise ValueError(f"{option} must be positive, not {value}")
+            raise ValueError(f"{option} must be positive and finite, not {value}")
     if any(p.is_meta for p in module.parameters()):
-        raise ValueError("the module is on the meta device and has no values yet: module.to_empty(device=...) first")
+        raise ValueError("the module is on the meta device and has no values yet: call module.to_empty(device=...)")
     if name == "ikun" or name in RULES:
         if x is None:
-            raise ValueError(f"the {name} initializer needs a batch of inputs")
+            raise ValueError(f"the {name} initializer needs a batch of inputs: pass x")
         if not x.numel():
-            raise ValueError(f"the {name} initializer measures on x, and x {list(x.shape)} is empty: give samples")
+            raise ValueError(f"the {name} initializer measures on x, but x {list(x.shape)} is empty: pass samples")
         if not x.isfinite().all():
-            raise ValueError(f"the {name} initializer measures on x, and x has NaN or Inf: clean it first")
+            raise ValueError(f"the {name} initializer measures on x, but x has NaN or Inf entries: remove them")
 
 
 def _writable(probe: Probe) -> None:
-    """Raises ValueError where writing to a layer's weight would not set it, or set another's too."""
+    """Raise ValueError if writing to a layer's weight would not set it, or would also set that of another layer."""
     owners: dict[int, str] = {}
     for s in probe.drawn:
         if not {"weight", "bias"} <= s.weights._parameters.keys():
@@ -200,6 +247,7 @@ def _writable(probe: Probe) -> None:
 
 
 def _draw(probe: Probe, name: str, generator: torch.Generator, alpha: float, law: str, gain: float) -> Initialized:
+    """Draw all weights that are not frozen. See `initialize`."""
     _writable(probe)
     with torch.no_grad():
         if name == "tdbn":
@@ -227,9 +275,10 @@ def _draw(probe: Probe, name: str, generator: torch.Generator, alpha: float, law
 
 
 def _thresholds(probe: Probe, alpha: float) -> None:
+    """Set the weights of the BatchNorm layers to alpha times the threshold of their neurons (tdbn)."""
     normed = [s for s in probe.stages if s.norm is not None and s.norm.affine]
     if not normed:
-        raise ValueError("the tdbn initializer sets BatchNorm's weights, and this network has no norm: choose another")
+        raise ValueError("the tdbn initializer sets BatchNorm weights, but this network has no norm: choose another")
     if isinstance(probe.module, Network) and probe.module.spec.norm == "tdbn":
         return
     for s in normed:
@@ -238,11 +287,11 @@ def _thresholds(probe: Probe, alpha: float) -> None:
 
 
 def _analytic(name: str, probe: Probe, generator: torch.Generator, alpha: float) -> list[Solution]:
-    """ikun and firing under the Gaussian law, for one of ikun's networks, where neurons follow every layer."""
+    """Apply ikun or firing with the analytic law to one of ikun's networks, where neurons follow every layer."""
     if any(isinstance(m, Add) for m in probe.module.modules()):
-        raise ValueError("law 'analytic' is for a chain of layers, and this network adds branches: choose empirical")
+        raise ValueError("law 'analytic' is for a chain of layers, but this network has branches: choose empirical")
     if len(probe.drawn) < len(probe.stages):
-        raise ValueError("law 'analytic' takes all weights for drawn, and some are frozen: choose empirical")
+        raise ValueError("law 'analytic' needs all weights to be drawn, but some are frozen: choose empirical")
     assert probe.x is not None
     square, found = float(probe.x.double().square().mean()), []
     for group in probe.groups():
@@ -255,7 +304,17 @@ def _analytic(name: str, probe: Probe, generator: torch.Generator, alpha: float)
 
 
 def _gaussian(name: str, group: Sequence[Stage], square: float, alpha: float) -> tuple[list[Solution], float]:
-    """The solutions of layers before the same neurons, and the model's E[x^2] = P(h >= threshold) behind these."""
+    """Solve the analytic law for the layers that feed the same neurons.
+
+    Args:
+        name: "ikun" or "firing".
+        group: The layers.
+        square: E[x^2] of their input. A recurrent layer uses that of its own spikes.
+        alpha: Parameter of ikun.
+
+    Returns:
+        The solutions, and E[x^2] = P(h >= threshold) after the neurons.
+    """
     model = group[0].model
     assert model is not None
     surrogate, threshold = model.dynamics.surrogate, model.dynamics.threshold

@@ -1,4 +1,7 @@
-"""Other libraries' neurons as ikun's own: leak, threshold, reset and surrogate, as far as their classes are known."""
+"""Models of other libraries' neurons: ikun neurons with the same leak, threshold, reset and surrogate.
+
+The parameters are read from the attributes of the neuron classes that this module knows.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 from ikun.neurons import Dynamics, Neuron
 from ikun.surrogates import Surrogate
 
-# SpikingJelly's surrogates of one parameter, alpha
+# SpikingJelly's surrogate classes with alpha as their only parameter, and ikun's names
 SURROGATES = {
     "ATan": "atan",
     "Sigmoid": "sigmoid",
@@ -17,26 +20,42 @@ SURROGATES = {
     "SoftSign": "softsign",
     "PiecewiseExp": "piecewise_exp",
 }
-USUAL = "atan:2"
+USUAL = "atan:2"  # used if the surrogate of a neuron cannot be read
 
 
 class StandIn(Neuron):
-    """Neurons of the given decay and gain."""
+    """Neurons with a given decay and gain.
+
+    Args:
+        dynamics: Threshold, reset and surrogate.
+        decay: Factor of the previous potential.
+        gain: Factor of the input current.
+    """
 
     def __init__(self, dynamics: Dynamics, decay: float, gain: float) -> None:
         super().__init__("if" if decay == 1 else "lif", dynamics)
         self.decay, self.gain = decay, gain
 
     def rates(self) -> tuple[Tensor | float, Tensor | float]:
+        """Return decay and gain."""
         return self.decay, self.gain
 
 
 def stand_in(neuron: nn.Module, surrogate: str | None = None, threshold: float | None = None) -> Neuron:
-    """ikun's neurons for other ones; itself if it is ikun's. surrogate, threshold: in place of its own.
+    """Return ikun neurons that model the given neurons.
 
-    Known are SpikingJelly's IFNode, LIFNode and ParametricLIFNode, with its surrogates of SURROGATES, and snnTorch's
-    Leaky and RLeaky, whose reset is taken without its delay of a step and whose surrogate cannot be read: atan:2, its
-    usual one. Of learned or several leaks and thresholds the mean. Anything else stands for IF neurons of threshold 1.
+    Known are SpikingJelly's IFNode, LIFNode and ParametricLIFNode, with the surrogates in `SURROGATES`, and snnTorch's
+    Leaky and RLeaky. The reset of snnTorch's neurons is modelled without its delay of one step. Their surrogate cannot
+    be read, so it is taken to be atan:2, their default. Learned or multiple leaks and thresholds are replaced by their
+    mean. All other neurons are modelled as IF neurons with threshold 1.
+
+    Args:
+        neuron: The neurons.
+        surrogate: Surrogate to use instead of that of the neurons.
+        threshold: Threshold to use instead of that of the neurons.
+
+    Returns:
+        The model. It is `neuron` itself if that is one of ikun's.
     """
     if isinstance(neuron, Neuron):
         return neuron
@@ -51,7 +70,7 @@ def stand_in(neuron: nn.Module, surrogate: str | None = None, threshold: float |
 
 
 def _leak(neuron: nn.Module) -> tuple[float, float]:
-    """(decay, gain), (1, 1) where they are not known."""
+    """Return decay and gain, or (1, 1) if they are not known."""
     known = [c.__name__ for c in type(neuron).__mro__ if _charges_as(neuron, c)]
     if "LIFNode" in known and hasattr(neuron, "tau"):
         rate = 1 / _mean(neuron.tau)
@@ -65,12 +84,12 @@ def _leak(neuron: nn.Module) -> tuple[float, float]:
 
 
 def _charges_as(neuron: nn.Module, other: type) -> bool:
-    """Whether its membrane is charged as the class `other` has it."""
+    """Return whether the neuron has the membrane update of the class `other`."""
     return getattr(type(neuron), "neuronal_charge", None) is getattr(other, "neuronal_charge", None)
 
 
 def _reset(neuron: nn.Module) -> tuple[float, str]:
-    """(v_reset, hard or soft)."""
+    """Return v_reset and the kind of reset, "hard" or "soft"."""
     if hasattr(neuron, "reset_mechanism"):
         return 0.0, "soft" if neuron.reset_mechanism == "subtract" else "hard"
     v_reset = getattr(neuron, "v_reset", 0.0)
@@ -78,13 +97,14 @@ def _reset(neuron: nn.Module) -> tuple[float, str]:
 
 
 def _surrogate(neuron: nn.Module) -> str:
+    """Return the text form of the neuron's surrogate, or `USUAL` if it is not known."""
     function = getattr(neuron, "surrogate_function", None)
     name, alpha = SURROGATES.get(type(function).__name__), getattr(function, "alpha", None)
     return f"{name}:{_mean(alpha):g}" if name and alpha is not None else USUAL
 
 
 def _mean(value: object, otherwise: float = 1.0) -> float:
-    """Of a number or of a tensor of any shape; `otherwise` for what is neither."""
+    """Return the mean of a number or a tensor, or `otherwise` for other types."""
     if isinstance(value, Tensor):
         return float(value.detach().double().mean())
     return float(value) if isinstance(value, int | float) else otherwise

@@ -1,4 +1,4 @@
-"""A module as the initializers see it: its weight layers in order, and what reaches them and the neurons they feed."""
+"""A module as the initializers see it: its weight layers in order, their inputs, and the currents of their neurons."""
 
 from __future__ import annotations
 
@@ -25,10 +25,16 @@ Arguments = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Stage:
-    """A weight layer, the BatchNorm behind it and the neurons it feeds, None where there are none.
+    """A weight layer with the BatchNorm that follows it and the neurons that it feeds.
 
-    model: the neuron whose membrane h is meant: `neuron` if it is ikun's, else a stand-in; None without neurons, h is
-    then the layer's output and f' = 1. recurrent: the layer's input is the output of the very neurons it feeds.
+    Attributes:
+        name: Name of the weight layer.
+        weights: The weight layer.
+        norm: The BatchNorm after it, or None.
+        neuron: The neurons, or None.
+        model: ikun neurons that compute the membrane potential h: `neuron` itself if it is ikun's, else a model of it.
+            None without neurons. h is then the layer's output, and f' = 1.
+        recurrent: Whether the input of the layer is the output of the neurons that it feeds.
     """
 
     name: str
@@ -40,13 +46,13 @@ class Stage:
 
     @property
     def frozen(self) -> bool:
-        """requires_grad=False: left as it is."""
-        weight = self.weights._parameters.get("weight")  # a computed weight is no parameter, and none is frozen
+        """Whether the weight has requires_grad=False, so that it is not changed."""
+        weight = self.weights._parameters.get("weight")  # None for a computed weight, which is not frozen
         return weight is not None and not weight.requires_grad
 
 
 def stages_of(network: Network) -> tuple[Stage, ...]:
-    """The stages of one of ikun's networks."""
+    """Return the stages of one of ikun's networks."""
     return tuple(
         Stage(name, weights, norm, neuron, neuron, isinstance(weights, Recurrent))  # type: ignore[arg-type]
         for name, weights, norm, _, neuron in network.stages()
@@ -54,9 +60,10 @@ def stages_of(network: Network) -> tuple[Stage, ...]:
 
 
 def reset_states(module: nn.Module) -> None:
-    """Every neuron back to its start: SpikingJelly's by reset(), snnTorch's by reset_mem() (its `reset` is a tensor).
+    """Reset the state of every neuron.
 
-    ikun's neurons keep no state.
+    SpikingJelly's neurons have reset(), snnTorch's have reset_mem() (their `reset` is a tensor). ikun's neurons keep no
+    state.
     """
     for m in module.modules():
         bases = {c.__name__ for c in type(m).__mro__}
@@ -67,7 +74,7 @@ def reset_states(module: nn.Module) -> None:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """In evaluation mode; every module's own comes back afterwards."""
+    """Switch a module to evaluation mode within this context, and restore the mode of every submodule afterwards."""
     before = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
@@ -78,7 +85,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def forward(module: nn.Module, x: Tensor) -> None:
-    """module(x), with the commonest mistake told in one line."""
+    """Call module(x). Raise ValueError with a clear message if x has another dtype than the parameters."""
     try:
         module(x)
     except RuntimeError as error:
@@ -89,18 +96,24 @@ def forward(module: nn.Module, x: Tensor) -> None:
 
 
 def entering(arguments: Arguments, named: dict[str, Tensor]) -> Tensor:
-    """The first argument of a call, by position or by name."""
+    """Return the first argument of a call, whether it is positional or named."""
     return arguments[0] if arguments else next(iter(named.values()))
 
 
 class _FoundError(Exception):
-    """Ends a forward pass: what follows the layers of interest is not needed."""
+    """Ends a forward pass early, after the layers of interest."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a pass shows of stages that feed the same neurons: input and output of each weight layer, all its calls in
-    one tensor, and the current [T, N, ...] into the neurons."""
+    """What one forward pass shows of stages that feed the same neurons.
+
+    Attributes:
+        inputs: Input of each weight layer, with all its calls in one tensor.
+        outputs: Output of each weight layer, with all its calls in one tensor.
+        current: Input current of the neurons [T, N, ...].
+        model: ikun neurons that model the neurons, or None without neurons.
+    """
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -108,16 +121,23 @@ class Seen:
     model: Neuron | None
 
     def input_square(self, i: int = 0) -> float:
-        """E[x^2] of the weight layer i."""
+        """Return E[x^2] of the input of weight layer i."""
         return float(self.inputs[i].double().square().mean())
 
     def derivative_square(self) -> float:
-        """E[f'(h - threshold)^2] of the neurons."""
+        """Return m = E[f'(h - threshold)^2] of the neurons. It is 1 without neurons."""
         return 1.0 if self.model is None else derivative_square(self.model, self.current)
 
 
 class Probe:
-    """A module with its stages and a batch, through which they are looked at; counts the forward passes."""
+    """A module with its stages and a batch to measure on. It counts the forward passes.
+
+    Args:
+        module: The module.
+        stages: Its stages in order.
+        x: A batch, or None for initializers that do not measure.
+        reset: Function that resets the module's state.
+    """
 
     def __init__(
         self, module: nn.Module, stages: Sequence[Stage], x: Tensor | None = None, reset: Reset = reset_states
@@ -127,8 +147,10 @@ class Probe:
         self.passes = 0
 
     def groups(self) -> list[tuple[Stage, ...]]:
-        """The stages to be drawn that feed the same neurons, placed where the last of them, frozen or not, that is not
-        recurrent is."""
+        """Return the stages that are drawn, grouped by the neurons that they feed.
+
+        The position of a group is that of its last stage that is not recurrent, whether frozen or not.
+        """
         found: dict[nn.Module, list[Stage]] = {}
         place: dict[nn.Module, int] = {}
         for i, s in enumerate(self.stages):
@@ -139,21 +161,29 @@ class Probe:
         return [drawn for group in whole if (drawn := tuple(s for s in group if not s.frozen))]
 
     def look(self, group: Sequence[Stage]) -> Seen:
-        """One forward pass, as far as needed. The stages must feed the same neurons; the module's state must be fresh,
-        and is so afterwards.
+        """Run one forward pass as far as needed, and return what it shows of the given stages.
 
-        One call of ikun's neurons, and of neurons with step_mode 'm' (SpikingJelly), is all the time steps; one call
-        of others is one step.
+        One call of ikun's neurons, and of neurons with step_mode 'm' (SpikingJelly), covers all time steps. One call of
+        other neurons is one step.
+
+        Args:
+            group: Stages that feed the same neurons. The state of the module must be reset, and it is reset afterwards.
+
+        Returns:
+            Inputs, outputs and currents of the stages.
+
+        Raises:
+            ValueError: If there is no batch, or the forward pass does not call a layer and its neurons.
         """
         if self.x is None:
-            raise ValueError("this initializer needs a batch of inputs")
+            raise ValueError("this initializer needs a batch of inputs: pass x")
         neuron = group[0].neuron
         inside = set() if neuron is None else set(neuron.modules())
         feedback = [
             s
             for s in self.stages
             if s.recurrent and s.neuron is neuron and (isinstance(neuron, Neuron) or s.weights in inside)
-        ]  # what their call adds to the current that enters it
+        ]  # recurrent layers whose output the neurons add to their input current
         layers = list(dict.fromkeys(s.weights for s in (*group, *feedback)))
         inputs: dict[nn.Module, list[Tensor]] = {w: [] for w in layers}
         outputs: dict[nn.Module, list[Tensor]] = {w: [] for w in layers}
@@ -181,13 +211,13 @@ class Probe:
         handles.append(last.register_forward_hook(leave))
         self.passes += 1
         try:
-            # as at the start of training: BatchNorm normalizes by the batch; but without dropout
+            # as at the start of training, BatchNorm normalizes by the batch; dropout is off
             with evaluating(self.module), batch_norm_by_batch(self.module), torch.no_grad(), suppress(_FoundError):
                 forward(self.module, self.x)
         finally:
             for handle in handles:
                 handle.remove()
-        self.reset(self.module)  # for the next look, and for whoever has the module
+        self.reset(self.module)  # for the next pass, and for the caller
         if not currents or any(not inputs[s.weights] for s in group):
             raise ValueError(f"the forward pass does not call layer {group[0].name} and its neurons")
         whole = isinstance(neuron, Neuron) or getattr(neuron, "step_mode", "s") == "m"
@@ -199,4 +229,5 @@ class Probe:
 
 
 def _joined(calls: list[Tensor]) -> Tensor:
+    """Concatenate the tensors of all calls."""
     return calls[0] if len(calls) == 1 else torch.cat(calls)

@@ -1,8 +1,8 @@
-"""Initializers that look at a batch: fixed points of the law of h, and the rules made for spiking networks.
+"""Initializers that measure on a batch: fixed points of the law of h, and rules for spiking networks.
 
-Weight layers are drawn in the order of the forward pass; those that feed the same neurons (a recurrent matrix and the
-input's) together, with the recurrent one silent at the first look. m = E[f'(h - threshold)^2], pooled over time,
-samples and units; decay and gain are those of ikun.neurons.
+Weight layers are drawn in the order of the forward pass. Layers that feed the same neurons, such as the input weights
+and the recurrent weights of a layer, are drawn together, and the recurrent weights are zero in the first measurement.
+m = E[f'(h - threshold)^2] is pooled over time, samples and units. decay and gain are those of `ikun.neurons`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,20 @@ from ikun.layer_statistics import fans
 from ikun.neurons import Neuron
 from ikun.surrogates import Surrogate, expected_square
 
-XI = 1.0  # fluctuation: distance of the mean membrane to the threshold in standard deviations
-INPUT_SHARE = 0.9  # fluctuation: share of the input in the membrane's variance where there is recurrence
-
 
 @dataclass(frozen=True)
 class Solution:
-    """What a rule found for one layer. input_square: E[x^2]; derivative_square: m; both NaN where the rule does not use
-    them. variance: of the weights (of an orthogonal matrix: the square of its gain). converged: it changed by less than
-    1% in the last pass (lsuv: the output's variance is within 0.1 of 1)."""
+    """What a rule found for one layer.
+
+    Attributes:
+        layer: Name of the layer.
+        variance: Variance of the weights. For an orthogonal matrix, the square of its gain.
+        input_square: E[x^2] of the layer's input. NaN if the rule does not use it.
+        derivative_square: m. NaN if the rule does not use it.
+        passes: Number of iterations.
+        converged: Whether the variance changed by less than 1% in the last iteration. For lsuv, whether the variance of
+            the output is within 0.1 of 1.
+    """
 
     layer: str
     variance: float
@@ -45,26 +50,35 @@ Update = Callable[[Stage, float, float], float]  # (stage, E[x^2], m) -> varianc
 
 
 def constants(model: Neuron | None) -> tuple[float, float]:
-    """(decay, gain) of the neurons; (0, 1) for a readout."""
+    """Return decay and gain of the neurons, or (0, 1) for a readout without neurons."""
     return (0.0, 1.0) if model is None else (float(model.rates()[0]), float(model.rates()[1]))
 
 
 def normal(weights: Weights, generator: torch.Generator) -> None:
+    """Draw standard normal weights."""
     weights.weight.normal_(0, 1, generator=generator)
 
 
 def orthogonal(weights: Weights, generator: torch.Generator) -> None:
+    """Draw an orthogonal weight matrix."""
     init.orthogonal_(weights.weight, generator=generator)
 
 
 def require(rule: str, layer: str, input_square: float, derivative: float = 1.0) -> None:
-    """Raises ValueError unless both are finite and positive."""
+    """Raise ValueError unless E[x^2] and m are finite and positive.
+
+    Args:
+        rule: Name of the rule.
+        layer: Name of the layer.
+        input_square: E[x^2] of the layer's input.
+        derivative: m of its neurons.
+    """
     for what, value in (("input", input_square), ("surrogate derivative", derivative)):
         if not math.isfinite(value):
-            problem = f"its {what} is not finite (the values before it overflow)"
+            problem = f"its {what} is not finite (an earlier value overflows)"
         elif value <= 0:
-            zero = {"input": "its input is zero (the layer before never fires)"}
-            problem = zero.get(what, "the surrogate derivative is zero there")
+            zero = {"input": "its input is zero (the preceding layer never fires)"}
+            problem = zero.get(what, "the surrogate derivative is zero at its potentials")
         else:
             continue
         raise ValueError(f"the {rule} rule has no solution for layer {layer}: {problem}")
@@ -79,9 +93,23 @@ def fixed_point(
     update: Update,
     draw: Draw = normal,
 ) -> list[Solution]:
-    """Iterate variance -> update(stage, E[x^2], m) with the draws held fixed and only their scales changing.
+    """Iterate variance -> update(stage, E[x^2], m) for layers that feed the same neurons.
 
-    start: the first variance, from a look with recurrent weights zero. Both raise ValueError where there is none.
+    The random draws are kept, and only their scales change.
+
+    Args:
+        probe: The module and the batch.
+        group: The layers.
+        generator: Source of random numbers.
+        start: Computes the first variance, from a measurement with recurrent weights of zero.
+        update: Computes the next variance.
+        draw: Draws weights of variance 1.
+
+    Returns:
+        The solutions of the layers.
+
+    Raises:
+        ValueError: If start or update finds no solution.
     """
     for s in group:
         draw(s.weights, generator)
@@ -100,7 +128,7 @@ def fixed_point(
         squares, m = [seen.input_square(i) for i in range(len(group))], seen.derivative_square()
         updates = [update(s, square, m) for s, square in zip(group, squares, strict=True)]
         converged = all(abs(math.log(u / v)) < 0.01 for u, v in zip(updates, variances, strict=True))
-        # half a step in the logarithm: the plain iteration can oscillate
+        # half a step in the logarithm, because full steps can oscillate
         variances = [math.sqrt(v * u) for u, v in zip(updates, variances, strict=True)]
     _scale(group, shapes, variances)
     return [
@@ -110,12 +138,25 @@ def fixed_point(
 
 
 def _scale(group: Sequence[Stage], shapes: Sequence[Tensor], variances: Sequence[float]) -> None:
+    """Set the weights to the draws, scaled to the given variances."""
     for s, shape, variance in zip(group, shapes, variances, strict=True):
         s.weights.weight.copy_(shape * math.sqrt(variance))
 
 
 def ikun(probe: Probe, generator: torch.Generator, alpha: float) -> list[Solution]:
-    """Theorem 1 of arXiv 2411.18250, alpha / (fi E[x^2] m), as measured."""
+    """Theorem 1 of arXiv 2411.18250 with measured moments: Var W = alpha / (fi E[x^2] m).
+
+    Args:
+        probe: The module and the batch.
+        generator: Source of random numbers.
+        alpha: Factor of the variance.
+
+    Returns:
+        The solutions of the layers.
+
+    Raises:
+        ValueError: If there is no solution.
+    """
 
     def start(s: Stage, square: float, m: float) -> float:
         square = 1 if s.recurrent else square
@@ -130,10 +171,11 @@ def ikun(probe: Probe, generator: torch.Generator, alpha: float) -> list[Solutio
 
 
 def firing(probe: Probe, generator: torch.Generator) -> list[Solution]:
-    """Micheli et al. 2024 (arXiv 2410.00580): Var W = 1 / (n P(u > threshold)), u that of the layer before.
+    """Micheli et al. 2024 (arXiv 2410.00580): Var W = 1 / (n P(u > threshold)).
 
-    P is the measured share of spikes, E[x^2] of the layer's input (of a real input: its mean square). Their neurons
-    have gain 1: ours multiply the current by the gain, so it is gain W that gets this variance.
+    u is the potential of the preceding layer. P is measured as the fraction of spikes, which is E[x^2] of the layer's
+    input. For a real-valued input it is the mean square. The neurons of the paper have gain 1. Ours multiply the
+    current by the gain, so this is the variance of gain W.
     """
 
     def start(s: Stage, square: float, m: float) -> float:
@@ -148,16 +190,17 @@ def firing(probe: Probe, generator: torch.Generator) -> list[Solution]:
 
 
 def delta_orthogonal(probe: Probe, generator: torch.Generator) -> list[Solution]:
-    """Xiao et al. 2018 (arXiv 1806.05393): all taps of a kernel zero but the centre, which is orthogonal: gain times an
-    isometry. Linear layers are orthogonal. The gain 1/sqrt(m) keeps the mean square of a gradient that goes through f'
-    and W; it is ours, as the paper's networks do not spike.
+    """Xiao et al. 2018 (arXiv 1806.05393): kernels are zero except at the centre, which is a gain times an isometry.
+
+    Linear layers are orthogonal. The gain 1/sqrt(m) preserves the mean square of a gradient that passes through f' and
+    W. It is our choice, because the networks of the paper do not spike.
     """
     for s in probe.drawn:
         fan_in, fan_out = s.weights.weight.shape[1], s.weights.weight.shape[0] // getattr(s.weights, "groups", 1)
         if s.weights.weight.dim() > 2 and fan_out < fan_in:
             raise ValueError(
-                f"delta_orthogonal needs at least as many output as input channels: layer {s.name} has {fan_out} for "
-                f"{fan_in}; choose orthogonal"
+                f"delta_orthogonal needs at least as many output as input channels: layer {s.name} has "
+                f"{fan_out} output and {fan_in} input channels; choose orthogonal"
             )
 
     def start(s: Stage, square: float, m: float) -> float:
@@ -174,7 +217,7 @@ def delta_orthogonal(probe: Probe, generator: torch.Generator) -> list[Solution]
 
 
 def draw_delta_orthogonal(weights: Weights, generator: torch.Generator) -> None:
-    """Of gain 1; each group of channels for itself."""
+    """Draw delta-orthogonal weights of gain 1, independently for each group of channels."""
     w = weights.weight
     if w.dim() == 2:
         orthogonal(weights, generator)
@@ -188,20 +231,30 @@ def draw_delta_orthogonal(weights: Weights, generator: torch.Generator) -> None:
 
 
 def gradient_stable(probe: Probe, generator: torch.Generator) -> list[Solution]:
-    """Condition IV of Herranz-Celotti & Rouat (arXiv 2202.00282) for the recurrent matrix V [n, n]:
+    """Condition IV of Herranz-Celotti & Rouat (arXiv 2202.00282) for the recurrent weights V [n, n].
 
         decay^2 + (gain^2 n E[V^2] + (decay threshold)^2) m = 1
 
-    the mean square of a gradient that goes back one step, by leak, recurrence and subtractive reset, is kept. Theirs,
-    for y[t] = d y[t-1] + V s[t-1] - theta s[t-1], has n - 1 for n, as their V has no diagonal; our neurons multiply V
-    by the gain and the reset by the decay. For a hard reset (v_reset - h) f', about threshold f' where f' is large,
-    stands in its place; a detached reset has no such term. Input matrices and readouts are uniform of Glorot's
-    variance, as in the authors' code. V is solved in both m and E[V^2]; theirs is one equation for the surrogate.
-    Raises ValueError without a recurrent layer, and where decay^2 + (decay threshold)^2 m >= 1 with V = 0.
+    This preserves the mean square of a gradient that goes back one step through leak, recurrence and subtractive reset.
+    The condition of the paper, for y[t] = d y[t-1] + V s[t-1] - theta s[t-1], has n - 1 instead of n, because its V has
+    no diagonal. Our neurons multiply V by the gain and the reset by the decay. A hard reset has (v_reset - h) f' in
+    place of the reset term, which is about threshold f' where f' is large. A detached reset has no such term. Input
+    weights and readouts are uniform with Glorot's variance, as in the authors' code. We solve for V with m and E[V^2]
+    both unknown; the paper uses the condition as one equation for the surrogate.
+
+    Args:
+        probe: The module and the batch.
+        generator: Source of random numbers.
+
+    Returns:
+        The solutions of the recurrent layers.
+
+    Raises:
+        ValueError: If there is no recurrent layer, or decay^2 + (decay threshold)^2 m >= 1 with V = 0.
     """
     if not any(s.recurrent for s in probe.stages):
         raise ValueError(
-            "the gradient_stable rule is about recurrent layers: this network has none, choose another rule"
+            "the gradient_stable rule is for recurrent layers, and this network has none: choose another initializer"
         )
 
     def rule(s: Stage, square: float, m: float) -> float:
@@ -230,10 +283,12 @@ def gradient_stable(probe: Probe, generator: torch.Generator) -> list[Solution]:
     return [replace(x, input_square=nan) for x in found]
 
 
-# ---------------------------------------------------------------- no law of h
+# ---------------------------------------------------------------- rules that need no law of h
 def lsuv(probe: Probe, generator: torch.Generator) -> list[Solution]:
-    """Mishkin & Matas 2016 (arXiv 1511.06422): orthonormal, then W <- W / sqrt(Var(out)) until |Var(out) - 1| < 0.1,
-    ten times at most. out is the weight layer's own output: what enters a BatchNorm, or the neurons without one.
+    """Mishkin & Matas 2016 (arXiv 1511.06422): orthonormal weights, scaled to an output variance of 1.
+
+    W <- W / sqrt(Var(out)) is repeated until |Var(out) - 1| < 0.1, at most ten times. out is the output of the weight
+    layer itself, before a BatchNorm or the neurons.
     """
     found: list[Solution] = []
     for group in probe.groups():
@@ -253,89 +308,31 @@ def lsuv(probe: Probe, generator: torch.Generator) -> list[Solution]:
 
 
 def _output_variance(seen: Seen, s: Stage) -> float:
+    """Return the variance of a layer's output. Raises ValueError if it is 0 or not finite."""
     variance = float(seen.outputs[0].double().var(unbiased=False))
     if not 0 < variance < math.inf:
-        problem = "does not vary" if variance == 0 else "is not finite (the values before it overflow)"
+        problem = "does not vary" if variance == 0 else "is not finite (an earlier value overflows)"
         raise ValueError(f"the lsuv rule has no solution for layer {s.name}: its output {problem}")
     return variance
 
 
-def fluctuation(probe: Probe, generator: torch.Generator) -> list[Solution]:
-    """Rossbroich, Gygax & Zenke 2022 (arXiv 2206.10226), centred: mean membrane at rest, its standard deviation
-    (threshold - rest) / XI without resets, for inputs that are Poisson trains; where a layer is recurrent INPUT_SHARE
-    of the variance comes from the input. XI and the share are those of the authors' examples; readouts without neurons
-    get 1 / fi, as there.
-
-    Ours: e1 and e2 are means over the T steps from rest; the rate nu is measured layer by layer (theirs is one number
-    for all); a constant current, as of a repeated image, has no fluctuation in time: its spread over samples and
-    neurons takes its place.
-    """
-    found: list[Solution] = []
-    for group in probe.groups():
-        forward, feedback = [s for s in group if not s.recurrent], [s for s in group if s.recurrent]
-        for s in forward:
-            normal(s.weights, generator)
-        for s in feedback:
-            s.weights.weight.zero_()
-        share = INPUT_SHARE if feedback else 1.0
-        for part, portion in ((forward, share), (feedback, 1 - share)):
-            seen = probe.look(part) if part else None
-            for i, s in enumerate(part):
-                assert seen is not None
-                rate = seen.input_square(i)
-                require("fluctuation", s.name, rate)
-                variance = _fluctuation_variance(s, rate, seen.current) * portion / len(part)
-                if s.recurrent:
-                    normal(s.weights, generator)
-                s.weights.weight.mul_(math.sqrt(variance))
-                found.append(Solution(s.name, variance, rate, nan, 1, True))
-    return found
-
-
-def _fluctuation_variance(s: Stage, rate: float, current: Tensor) -> float:
-    fan_in, _ = fans(s.weights.weight)
-    if s.model is None:
-        return 1 / fan_in
-    first, second, constant = kernel_moments(*constants(s.model), len(current))
-    if not s.recurrent and bool((current == current[:1]).all()):
-        second = constant
-    distance = s.model.dynamics.threshold - s.model.dynamics.v_reset
-    return fluctuation_weights(fan_in, rate, first, second, distance)[1]
-
-
-def fluctuation_weights(
-    fan_in: int, rate: float, first: float, second: float, distance: float, mean: float = 0.0, xi: float = XI
-) -> tuple[float, float]:
-    """(mean, variance) of weights under which Poisson trains of this rate give a membrane without threshold the mean
-    `mean` above rest and the standard deviation (distance - mean) / xi; distance: of the threshold from rest. first,
-    second: kernel_moments(). Rossbroich, Gygax & Zenke 2022, their e-bar and e-hat. Raises ValueError where the mean
-    alone makes more fluctuation than this.
-    """
-    centre = mean / (fan_in * rate * first)
-    variance = ((distance - mean) / xi) ** 2 / (fan_in * rate * second) - centre**2
-    if variance < 0:
-        raise ValueError(
-            f"a mean membrane of {mean:g} fluctuates by more than 1/{xi:g} of its distance to the threshold"
-        )
-    return centre, variance
-
-
-def kernel_moments(decay: float, gain: float, steps: int) -> tuple[float, float, float]:
-    """(e1, e2, e1^2) of the membrane's response gain decay^k to a unit input k steps ago: its sum, its sum of squares
-    and its squared sum, each a mean over t = 1..steps from rest. e1 -> 1 and e2 -> 1/(2 tau - 1) for LIF and many
-    steps; both are (steps + 1) / 2 for IF.
-    """
-    response = gain * decay ** torch.arange(steps, dtype=torch.float64)
-    total = response.cumsum(0)
-    return float(total.mean()), float(response.square().cumsum(0).mean()), float(total.square().mean())
-
-
 # ---------------------------------------------------------------- the analytic law
 def potential_scale(surrogate: Surrogate, threshold: float, alpha: float, fixed: float = 0.0) -> float:
-    """s with (s^2 - fixed) E[f'(N(-threshold, s^2))^2] = alpha: the analytic fixed point. fixed: the part of the
-    variance s^2 that comes from a norm, and does not move with the weights.
+    """Solve (s^2 - fixed) E[f'(N(-threshold, s^2))^2] = alpha for s, the fixed point of the analytic law.
 
-    The left side grows from 0 with s, without bound. Raises ValueError where no s below 1e6 thresholds solves it.
+    The left side increases from 0 without bound.
+
+    Args:
+        surrogate: The surrogate derivative f'.
+        threshold: Threshold of the neurons.
+        alpha: Right side of the equation.
+        fixed: The part of the variance s^2 that comes from a norm and does not depend on the weights.
+
+    Returns:
+        s, the standard deviation of the membrane potential.
+
+    Raises:
+        ValueError: If there is no solution below 1e6 thresholds.
     """
 
     def scale(log_free: float) -> float:

@@ -1,7 +1,9 @@
-"""The neuron scans, each one pass over memory: the spikes themselves, their adjoint, and those of a curvature product.
+"""The scans of spiking neurons over time, each as one pass over memory.
 
-At fixed weights a scan (see neurons.py) is three arrays over [T, M] (M neurons of all samples): f1 = f'(h - theta),
-c = dv/dh and e, the coefficient of h' in gh'. With a' the tangent of a, and v' = gv' = 0 at the ends of time,
+There are four scans: the spikes (value), their adjoint, their tangent and the tangent of the adjoint. At fixed weights
+a scan (see `ikun.neurons`) is described by three arrays [T, M], with M the number of neurons of all samples. These are
+f1 = f'(h - theta), c = dv/dh, and e, the coefficient of h' in gh'. Let a' be the tangent of a and ga the adjoint of a.
+At the ends of the sequence, v' = gv' = 0. Then
 
     tangent              h' = decay v' + gain x';   s' = f1 h';   v' = c h'
     adjoint              gh = f1 gs + c gv;         gx = gain gh;     gv <- decay gh
@@ -10,19 +12,22 @@ c = dv/dh and e, the coefficient of h' in gh'. With a' the tangent of a, and v' 
     c = k + (a + b z) f1;   e = (gs + gv (a + b z)) f2 + 2 b gv f1           z = h - theta, gv: the adjoint of v[t]
     hard: k = 1 - s, a + b z = v_reset - h;   soft: k = 1, a + b z = -theta;   detached: a + b z = 0
 
-A learned decay (PLIF: gain = sigmoid(w), decay = 1 - gain) adds, with u[t] = x[t] - v[t-1] + v_reset,
+A learned decay (PLIF: gain = sigmoid(w), decay = 1 - gain) adds the following terms, in which
+u[t] = x[t] - v[t-1] + v_reset:
 
     h' += gain' u;   dL/dgain = sum gh u;   gx' += gain' gh;   gv' -= gain' gh;   (dL/dgain)' = sum gh' u + gh u'
 
-The kernels also do the 2 x 2 max-pooling behind the neurons: choose its entries (value), select them (tangent), scatter
-(adjoint); `index` [T, Q] holds their positions in 0..M-1. An input that repeats over time is one row [1, M]; its
-adjoint is the sum over T.
+The kernels include the 2 x 2 max-pooling that may follow the neurons. They choose the entries (value), select them
+(tangent) and scatter to them (adjoint). `index` [T, Q] contains the positions of the entries in 0..M-1. An input that
+is the same at all steps is a single row [1, M], and its adjoint is the sum over T.
 
-A sequence may be run in segments of time: a scan that is given a state [1, M] starts from it in place of rest (v_reset
-for v; 0 for v', gv, gv') and leaves its end there; v and v' run forward in time, gv and gv' backward.
+A sequence can be processed in segments of time. A scan with a state [1, M] starts from this state instead of the rest
+state (v_reset for v, and 0 for v', gv and gv') and writes its final state to it. The scans of v and v' run forward in
+time, those of gv and gv' backward.
 
-Kernels are numba's on the CPU, on blocks of neurons that fit the cache, one slice of the blocks per thread, and
-Triton's on CUDA (triton_scans.py); plain torch where there is neither.
+On the CPU the kernels are compiled by numba. They process blocks of neurons that fit in the cache, and every thread
+processes some of the blocks. On CUDA the kernels are those of `ikun.kernels.triton_kernels`. The fallback is plain
+torch.
 """
 
 from __future__ import annotations
@@ -56,14 +61,15 @@ from ikun.kernels.scan import (
 from ikun.neurons import Dynamics
 from ikun.surrogates import Surrogate
 
-GRAIN = 32768  # elements that are worth a thread
+GRAIN = 32768  # elements per thread; below this, another thread is not worth its overhead
 KERNELS = ("value", "slopes", "tangent", "adjoint", "adjoint_tangent")
-# ---------------------------------------------------------------- kernels
+# Set to True after a kernel has failed to compile; plain torch is used from then on.
 _state = {"broken": False, "triton broken": False}
 
 
 @cache
 def _compiled() -> dict[str, Callable[..., Any]] | None:
+    """Return the numba kernels by name, or None after a warning if numba cannot be used."""
     sources: dict[str, Any] = {name: getattr(numba_scans, name) for name in KERNELS}
     try:
         import numba
@@ -73,44 +79,45 @@ def _compiled() -> dict[str, Callable[..., Any]] | None:
                 name: numba.njit(nogil=True, cache=True, error_model="numpy")(source)
                 for name, source in sources.items()
             }
-        except RuntimeError:  # nowhere to keep the cache
+        except RuntimeError:  # no writable directory for the cache
             return {name: numba.njit(nogil=True, error_model="numpy")(source) for name, source in sources.items()}
-    except Exception as error:  # a broken installation may raise anything
+    except Exception as error:  # a broken installation may raise any exception
         warnings.warn(f"numba is not usable ({error}): spikes run in plain torch, slower", stacklevel=2)
         return None
 
 
 def kernels() -> dict[str, Callable[..., Any]] | None:
-    """The kernels by name, compiled when first called; None, after one warning, if numba does not work here."""
+    """Return the numba kernels by name, or None if numba does not work. They are compiled at the first call."""
     return None if _state["broken"] else _compiled()
 
 
 @cache
 def _triton_scans() -> ModuleType | None:
+    """Return the module of the Triton kernels, or None after a warning if Triton cannot be imported."""
     try:
         from ikun.kernels import triton_kernels as triton_scans
-    except Exception as error:  # as above
+    except Exception as error:  # a broken installation may raise any exception
         warnings.warn(f"Triton is not usable ({error}): spikes run in plain torch on CUDA, slower", stacklevel=2)
         return None
     return triton_scans
 
 
 def on_device(like: Tensor) -> ModuleType | None:
-    """The module with the kernels for such tensors on their device, if it is no CPU."""
+    """Return the module with the kernels for tensors on a CUDA device. None for other tensors or without Triton."""
     if like.device.type != "cuda" or like.dtype not in (torch.float32, torch.float64) or _state["triton broken"]:
         return None
     return _triton_scans()
 
 
 def usable(like: Tensor) -> bool:
-    """Whether kernels can run on such tensors here."""
+    """Return whether kernels can run on tensors with this dtype and device."""
     if like.device.type != "cpu":
         return on_device(like) is not None
     return like.dtype in (torch.float32, torch.float64) and kernels() is not None
 
 
-def _there_first(function: F) -> F:
-    """The function of this name in `on_device`'s module, for such tensors, until Triton fails; `function` elsewhere."""
+def _triton_if_possible(function: F) -> F:
+    """Decorate a scan to use the Triton function of the same name for CUDA tensors, until Triton fails."""
 
     @wraps(function)
     def chosen(first: Tensor | Scan, *others: Any, **named: Any) -> Any:
@@ -119,7 +126,7 @@ def _there_first(function: F) -> F:
                 return getattr(module, function.__name__)(first, *others, **named)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # Triton compiles at the first call
+            except Exception as error:  # Triton compiles at the first call and may fail then
                 warnings.warn(f"Triton failed ({error}): spikes run in plain torch on CUDA, slower", stacklevel=2)
                 _state["triton broken"] = True
         return function(first, *others, **named)
@@ -130,16 +137,26 @@ def _there_first(function: F) -> F:
 def _on_threads(
     kernel: Callable[..., Any], arguments: Sequence[Any], out: Sequence[Any], count: int, size: int
 ) -> float:
-    """kernel(*arguments, first, last, *out) over 0..count, one slice a thread, for `size` elements in all; the sum of
-    what the slices return."""
+    """Call kernel(*arguments, first, last, *out) on consecutive parts of 0..count, one thread per part.
+
+    Args:
+        kernel: The compiled kernel.
+        arguments: Its input arguments.
+        out: Its output arrays.
+        count: Number of blocks or elements to divide among the threads.
+        size: Number of elements in total, which determines the number of threads.
+
+    Returns:
+        The sum of the return values.
+    """
     threads = max(1, min(torch.get_num_threads(), count, 1 + size // GRAIN))
     edges = [count * i // threads for i in range(threads + 1)]
     slices = [partial(kernel, *arguments, first, last, *out) for first, last in pairwise(edges)]
     return float(sum(total or 0.0 for total in side_by_side(slices)))
 
 
-def _broken(error: Exception) -> None:
-    """numba compiles at the first call, and may fail then."""
+def _numba_failed(error: Exception) -> None:
+    """Warn and stop using numba. numba compiles at the first call, and may fail then."""
     warnings.warn(f"numba failed ({error}): spikes run in plain torch, slower", stacklevel=2)
     _state["broken"] = True
 
@@ -154,9 +171,20 @@ def _launch(
     out: Tensor,
     sizes: Sequence[int] = (),
 ) -> float | None:
-    """Run one kernel over all blocks of the neurons of `like` [T, M], in units of `unit`, into `out`.
+    """Run one numba kernel over all blocks of neurons.
 
-    Returns the sum of what its slices return, or None where it cannot run.
+    Args:
+        name: Name of the kernel.
+        like: A tensor [T, M] with the dtype and device of the scan.
+        unit: Number of neurons in a pooled plane. A block is a multiple of it.
+        tensors: Input tensors. None becomes an empty array.
+        rates: Scalar arguments in the dtype of `like`.
+        index: Positions of the pooled entries [T, Q], or None without pooling.
+        out: The output tensor.
+        sizes: Integer arguments.
+
+    Returns:
+        The sum of the kernel's return values, or None if the kernel cannot run.
     """
     if like.device.type != "cpu" or not usable(like) or (found := kernels()) is None:
         return None
@@ -169,14 +197,21 @@ def _launch(
         fixed = (*arrays, *numbers, places, block)
         return _on_threads(found[name], fixed, (out.numpy(),), -(-size // block), like.numel())
     except Exception as error:
-        _broken(error)
+        _numba_failed(error)
         return None
 
 
 def jet(surrogate: Surrogate) -> tuple[int, float, float, float] | None:
-    """(family, p, q, k) of the kernels, None for a surrogate that they do not know.
+    """Return the constants (family, p, q, k) with which the kernels compute f' and f'' of a surrogate.
 
-    f'' = k z f'^2 (LORENTZ), k sign(z) f'^1.5 (BUMP), k sign(z) (TRIANGLE).
+    f' is given in `numba_kernels`. f'' is k z f'^2 (LORENTZ), k sign(z) f'^1.5 (BUMP), k sign(z) (TRIANGLE) or 0
+    (RECT).
+
+    Args:
+        surrogate: The surrogate.
+
+    Returns:
+        The constants, or None for a surrogate that the kernels do not support.
     """
     width = surrogate.parameter
     match surrogate.name:
@@ -194,7 +229,7 @@ def jet(surrogate: Surrogate) -> tuple[int, float, float, float] | None:
 
 
 def slopes(d: Dynamics, z: Tensor) -> tuple[Tensor, Tensor]:
-    """(f1, c) [T, M] at z [T, M]."""
+    """Return the derivatives f1 and c [T, M] at z = h - threshold [T, M]."""
     f1, c = torch.empty_like(z), torch.empty_like(z)
     known = None if d.relaxed or z.device.type != "cpu" or not usable(z) else jet(d.surrogate)
     if known is not None and (found := kernels()) is not None:
@@ -205,12 +240,12 @@ def slopes(d: Dynamics, z: Tensor) -> tuple[Tensor, Tensor]:
             _on_threads(found["slopes"], fixed, flat[1:], z.numel(), z.numel())
             return f1, c
         except Exception as error:
-            _broken(error)
+            _numba_failed(error)
     torch_slopes(d, z, f1, c)
     return f1, c
 
 
-@_there_first
+@_triton_if_possible
 def value(
     x: Tensor,
     steps: int,
@@ -221,10 +256,21 @@ def value(
     learned: bool,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
-    """x [T or 1, M] -> (s [T, M or Q], z [T, M], index [T, Q] or None, u [T, M] or None); None where no kernel can run.
+    """Compute the spikes.
 
-    rates: decay, gain, (1 - decay) v_reset, threshold, v_reset. plane: (height, width) of the planes that are pooled,
-    last: the last of equal entries is selected. learned: u is wanted. state: v.
+    Args:
+        x: Input currents [T or 1, M].
+        steps: Number of time steps T.
+        rates: decay, gain, (1 - decay) v_reset, threshold, v_reset.
+        hard: Whether the reset is hard.
+        plane: Height and width of a pooled plane, or None without pooling.
+        last: Whether max-pooling selects the last of several equal entries instead of the first.
+        learned: Whether to compute u, for a learned decay.
+        state: v before the first step [1, M]. It is replaced by v after the last step. None: start at v_reset.
+
+    Returns:
+        The spikes [T, M or Q], z [T, M], index [T, Q] or None, and u [T, M] or None. The result is None if no kernel
+        can run.
     """
     size = x.shape[1]
     z = x.new_empty((steps, size))
@@ -240,21 +286,22 @@ def value(
 
 
 def _gx(scan: Scan) -> Tensor:
+    """Return an empty tensor for the adjoint of the input [T or 1, M]."""
     return scan.f1.new_empty((1 if scan.static else len(scan.f1), scan.f1.shape[1]))
 
 
-@_there_first
+@_triton_if_possible
 def tangent(scan: Scan, dx: Tensor, dgain: Number = 0.0, state: Tensor | None = None) -> Tensor:
-    """See torch_tangent."""
+    """Compute the tangent of the spikes. See `ikun.kernels.scan.torch_tangent`."""
     out = scan.f1.new_empty((scan.f1 if scan.index is None else scan.index).shape)
     tensors, rates = (dx, scan.f1, scan.c, scan.u, state), (scan.decay, scan.gain, dgain)
     done = _launch("tangent", scan.f1, scan.unit, tensors, rates, scan.index, out)
     return torch_tangent(scan, dx, dgain, state) if done is None else out
 
 
-@_there_first
+@_triton_if_possible
 def adjoint(scan: Scan, g: Tensor, z: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Number]:
-    """See torch_adjoint."""
+    """Compute the adjoint of the scan. See `ikun.kernels.scan.torch_adjoint`."""
     out, kept = _gx(scan), (None,) * 3 if z is None else (z, scan.e, scan.gh)
     known = None if scan.surrogate is None else jet(scan.surrogate)
     if z is not None and known is None:
@@ -265,11 +312,11 @@ def adjoint(scan: Scan, g: Tensor, z: Tensor | None = None, state: Tensor | None
     return torch_adjoint(scan, g, z, state) if total is None else (out, total)
 
 
-@_there_first
+@_triton_if_possible
 def adjoint_tangent(
     scan: Scan, dg: Tensor, dx: Tensor, dgain: Number = 0.0, start: Tensor | None = None, state: Tensor | None = None
 ) -> tuple[Tensor, Number]:
-    """See torch_adjoint_tangent."""
+    """Compute the tangent of the adjoint. See `ikun.kernels.scan.torch_adjoint_tangent`."""
     out, tensors = _gx(scan), (dg, dx, scan.f1, scan.c, scan.e, scan.u, scan.gh, start, state)
     total = _launch("adjoint_tangent", scan.f1, scan.unit, tensors, (scan.decay, scan.gain, dgain), scan.index, out)
     return torch_adjoint_tangent(scan, dg, dx, dgain, start, state) if total is None else (out, total)

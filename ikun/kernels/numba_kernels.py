@@ -1,7 +1,8 @@
-"""The scans of fused.py as numba kernels on the CPU, and the slopes that they run on; plain functions until compiled.
+"""The scans of `ikun.kernels.dispatch` as numba kernels for the CPU.
 
-A scan's kernel does the blocks first..last of `block` neurons, whose state stays in the cache over all steps; an array
-of no length stands for one that is not there. The other kernels do the entries first..last of flat arrays.
+These are plain Python functions that `dispatch` compiles. A scan processes the blocks first..last-1 of `block` neurons
+each, so that the state of a block stays in the cache over all steps. An empty array stands for an array that is not
+used. `slopes` processes the entries first..last-1 of flat arrays.
 """
 
 # mypy: allow-untyped-defs
@@ -9,16 +10,19 @@ from __future__ import annotations
 
 import numpy as np
 
-# families of f' that take no transcendental function; f'' follows from z and f'
-CACHED = 4096  # entries of an element-wise pass at a time
-LORENTZ, BUMP, TRIANGLE, RECT = range(4)  # p / (1 + q z^2), p / (1 + q |z|)^2, (p - q |z|)+, p where |z| < q
+CACHED = 4096  # entries that an element-wise pass processes at a time
+# Families of f' that need no transcendental function, with f'(z) given below in this order. f'' follows from z and f'.
+# p / (1 + q z^2), p / (1 + q |z|)^2, max(0, p - q |z|), and p where |z| < q (else 0)
+LORENTZ, BUMP, TRIANGLE, RECT = range(4)
 
 
 def value(
     x, z, u, state, decay, gain, offset, threshold, v_reset, hard, after,
     height, width, ties, index, block, first, last, out,
 ):  # fmt: skip
-    # neurons.step, operation by operation: the spikes are the same to the bit; y - y is NaN where y is not finite
+    """Write the spikes to out, h - threshold to z, and index and u if they are used."""
+    # The operations and their order are those of neurons.step, so that the spikes are identical to the last bit.
+    # y - y is NaN where y is not finite.
     steps, size = z.shape
     pooled, learned, static = index.shape[0] > 0, u.shape[0] > 0, x.shape[0] == 1
     carried = state.shape[0] > 0
@@ -67,6 +71,7 @@ def value(
 
 
 def tangent(x, f1, c, u, state, decay, gain, dgain, index, block, first, last, out):
+    """Write the tangent of the spikes to out."""
     steps, size = f1.shape
     pooled, learned, static = index.shape[0] > 0, u.shape[0] > 0, x.shape[0] == 1
     carried = state.shape[0] > 0
@@ -101,6 +106,7 @@ def tangent(x, f1, c, u, state, decay, gain, dgain, index, block, first, last, o
 
 
 def adjoint(g, f1, c, u, z, e, gh, state, decay, gain, ra, rb, k, family, index, block, first, last, out):
+    """Write the adjoint of the input to out, and e and gh if z is given. Return dL/dgain."""
     steps, size = f1.shape
     pooled, learned, static = index.shape[0] > 0, u.shape[0] > 0, out.shape[0] == 1
     keep, carried = z.shape[0] > 0, state.shape[0] > 0
@@ -165,6 +171,7 @@ def adjoint(g, f1, c, u, z, e, gh, state, decay, gain, ra, rb, k, family, index,
 
 
 def adjoint_tangent(g, x, f1, c, e, u, gh, begin, state, decay, gain, dgain, index, block, first, last, out):
+    """Write the tangent of the adjoint of the input to out. Return (dL/dgain)'."""
     steps, size = f1.shape
     pooled, learned = index.shape[0] > 0, u.shape[0] > 0
     static_in, static = x.shape[0] == 1, out.shape[0] == 1
@@ -232,6 +239,7 @@ def adjoint_tangent(g, x, f1, c, e, u, gh, begin, state, decay, gain, dgain, ind
 
 
 def slopes(z, family, p, q, a, b, soft, first, last, f1, c):
+    """Write f' to f1 and dv/dh to c at z = h - threshold."""
     one, zero = z.dtype.type(1), z.dtype.type(0)
     for lo in range(first, last, CACHED):
         n = min(CACHED, last - lo)

@@ -1,12 +1,14 @@
-"""The scans of fused.py as Triton kernels, for CUDA tensors.
+"""The scans of `ikun.kernels.dispatch` as Triton kernels for CUDA tensors.
 
-A program takes a block of neurons through all T steps, their state in registers, then the next block. A block is
-[BLOCK, WINDOW] neurons. With pooling a row of it holds the four of one window, so that choosing the largest, selecting
-it and scattering to it stay within the row and need no atomics; the row and column left over in an odd plane lie in
-windows of their own, cut off and without an output. Without pooling WINDOW is 1.
+A program takes a block of neurons through all T steps with its state in registers, and then continues with its next
+block. A block is [BLOCK, WINDOW] neurons. With pooling, a row of the block holds the four neurons of one window.
+Choosing the largest, selecting it and scattering to it then stay within a row and need no atomic operations. The last
+row and column of a plane with odd size are in windows of their own, which are incomplete and have no output. Without
+pooling, WINDOW is 1.
 
-Numbers (decay, gain, ...) come in one small tensor `rates`: a learned decay never leaves the device, a captured graph
-finds it where it was, and float64 stays float64 (Triton passes Python floats as float32).
+Scalars (decay, gain, ...) are passed in one small tensor `rates`, for three reasons. A learned decay stays on the
+device, a captured CUDA graph finds it at the same address, and float64 values keep their precision (Triton passes
+Python floats as float32).
 """
 
 from functools import cache
@@ -19,10 +21,10 @@ from torch import Tensor
 
 from ikun.kernels.scan import Number, Scan, begin_second
 
-NEURONS = 512  # of a block: four a thread
-PROGRAMS = 16  # a multiprocessor: of 128 threads each
-WIDE = 2**31 - 2**24  # positions from here on, and those beyond the last block, need 64 bits
-EXACT = {"enable_fp_fusion": False}  # no fused multiply-adds: the spikes are those of torch to the bit
+NEURONS = 512  # neurons per block, four per thread
+PROGRAMS = 16  # programs per multiprocessor, of 128 threads each
+WIDE = 2**31 - 2**24  # from this number of neurons on, positions (also those past the last block) need 64 bits
+EXACT = {"enable_fp_fusion": False}  # no fused multiply-adds, so that the spikes are identical to those of torch
 
 
 # ---------------------------------------------------------------- kernels
@@ -31,8 +33,11 @@ def _places(
     block, size, POOLED: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
-    """Of a block's neurons [BLOCK, WINDOW]: position, whether it exists, position of its output, whether that exists,
-    position in a row of a scratch array."""
+    """Return the positions of a block's neurons, each [BLOCK, WINDOW].
+
+    The result is: the position of the neuron, whether it exists, the position of its output, whether the output exists,
+    and the position in a row of a scratch array.
+    """
     i = tl.arange(0, BLOCK)
     first = block * BLOCK
     if LONG:
@@ -62,7 +67,7 @@ def _places(
 
 @triton.jit
 def _state(state, place, exists, rest, dtype: tl.constexpr):
-    """A scan's state before its first step: rest unless one is given."""
+    """Return the state before the first step: `rest` unless a state is given."""
     v = tl.zeros(place.shape, dtype) + rest
     if state is not None:
         v = tl.load(state + place, exists, 0)
@@ -71,7 +76,7 @@ def _state(state, place, exists, rest, dtype: tl.constexpr):
 
 @triton.jit
 def _selected(index, row, place, q, whole):
-    """Whose spikes are the outputs of a step: those in index [T, Q], or all."""
+    """Return which neurons' spikes are the outputs of a step: those in index [T, Q], or all."""
     return whole if index is None else whole & (tl.load(index + row + q, whole, -1) == place)
 
 
@@ -81,7 +86,7 @@ def _value(
     HARD: tl.constexpr, LAST: tl.constexpr, STATIC: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
-    # neurons.step, operation by operation, see EXACT; y - y is NaN where y is not finite
+    # The operations and their order are those of neurons.step, see EXACT. y - y is NaN where y is not finite.
     dtype: tl.constexpr = z.dtype.element_ty
     decay, gain, offset = tl.load(rates), tl.load(rates + 1), tl.load(rates + 2)
     threshold, v_reset = tl.load(rates + 3), tl.load(rates + 4)
@@ -100,8 +105,8 @@ def _value(
             tl.store(z + row + place, y, exists)
             chosen, there = whole, tl.cast(t, tl.int64) * outputs + q
             if index is not None:
-                # the largest, then the first or last; as in a comparison one by one, NaN is kept in the first place
-                # and passed over in the others
+                # Choose the largest entry, and the first or last among equal ones. As in a sequential comparison, NaN
+                # wins in the first position and loses in all others.
                 k = tl.arange(0, 4)[None, :]
                 score = 4 * tl.where(f != f, tl.where(k == 0, 2, -1), (f > 0).to(tl.int32)) + (k if LAST else 3 - k)
                 chosen &= score == tl.max(score, 1)[:, None]
@@ -183,7 +188,8 @@ def _adjoint_tangent(
     dtype: tl.constexpr = f1.dtype.element_ty
     decay, gain, dgain = tl.load(rates), tl.load(rates + 1), tl.load(rates + 2)
     total = tl.zeros((BLOCK, WINDOW), tl.float64)
-    mine = kept + tl.cast(tl.program_id(0), tl.int64) * steps * (BLOCK * WINDOW)  # h' [T, BLOCK, WINDOW], in the L2
+    # h' [T, BLOCK, WINDOW] of this program, which stays in the L2 cache
+    mine = kept + tl.cast(tl.program_id(0), tl.int64) * steps * (BLOCK * WINDOW)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         place, exists, q, whole, scratch = _places(block, size, index is not None, HEIGHT, WIDTH, BLOCK, LONG)
         v = _state(start, place, exists, 0, dtype)
@@ -196,7 +202,7 @@ def _adjoint_tangent(
                 h += dgain * tl.load(u + row + place, exists, 0)
             tl.store(mine + t * (BLOCK * WINDOW) + scratch, h)
             v = tl.load(c + row + place, exists, 0) * h
-        tl.debug_barrier()  # threads may read what others have written
+        tl.debug_barrier()  # threads may read values that other threads have written
         v = _state(state, place, exists, 0, dtype)
         gx = tl.zeros((BLOCK, WINDOW), dtype)
         for i in range(steps):
@@ -228,7 +234,7 @@ def _adjoint_tangent(
 # ---------------------------------------------------------------- launches
 @cache
 def _most(device: torch.device) -> int:
-    """Programs at once; a few in the interpreter."""
+    """Return the maximum number of programs. It is small for the interpreter on the CPU."""
     if device.type != "cuda":
         return 3
     return PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
@@ -236,18 +242,24 @@ def _most(device: torch.device) -> int:
 
 @cache
 def _constants(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On the device for good: captured graphs read them there."""
+    """Return a tensor of numbers that stays on the device, because captured CUDA graphs read it there."""
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def _rates(like: Tensor, *numbers: Number) -> Tensor:
+    """Return the numbers as one tensor with the dtype and device of `like`."""
     if not any(isinstance(n, Tensor) for n in numbers):
         return _constants(tuple(float(n) for n in numbers), like.dtype, like.device)
     return torch.stack([n.to(like.dtype) if isinstance(n, Tensor) else like.new_full((), n) for n in numbers])
 
 
 class _Launch:
-    """How a kernel is run over neurons `like` [T, M], pooled in planes (height, width) or not."""
+    """The launch configuration of a kernel.
+
+    Args:
+        like: A tensor [T, M] with the dtype and device of the scan.
+        plane: Height and width of a pooled plane, or None without pooling.
+    """
 
     def __init__(self, like: Tensor, plane: tuple[int, int] | None) -> None:
         steps, size = like.shape
@@ -265,24 +277,27 @@ class _Launch:
         self.window = {"WINDOW": window}
 
     def __call__(self, kernel: Any, *tensors: Tensor | None, **options: Any) -> None:
+        """Launch a kernel on tensors, with compile-time options."""
         arrays = [t if t is None else t.contiguous() for t in tensors]
         with torch.cuda.device_of(self.like):
             kernel[(self.programs,)](*arrays, *self.numbers, **self.fixed, **options)
 
     def totals(self, learned: bool) -> Tensor | None:
+        """Return an empty tensor for the partial sums of dL/dgain, or None without a learned decay."""
         return self.like.new_empty(self.programs, dtype=torch.float64) if learned else None
 
 
 def _of(scan: Scan) -> _Launch:
+    """Return the launch configuration for a scan."""
     return _Launch(scan.f1, None if scan.index is None else (scan.unit // scan.width, scan.width))
 
 
 def _gx(scan: Scan) -> Tensor:
+    """Return an empty tensor for the adjoint of the input [T or 1, M]."""
     return scan.f1.new_empty((1 if scan.static else len(scan.f1), scan.f1.shape[1]))
 
 
-# The four scans; arguments and results are those of fused.py. state, [1, M], is a scan's state before its first step,
-# in place of rest, and its state after the last one when it is done.
+# The four scans. Arguments and results are those of the functions in ikun.kernels.dispatch.
 def value(
     x: Tensor,
     steps: int,
@@ -293,7 +308,7 @@ def value(
     learned: bool,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """x [T or 1, M] -> (s [T, M or Q], z [T, M], index [T, Q] or None, u [T, M] or None). state: v."""
+    """Compute the spikes. See `ikun.kernels.dispatch.value`."""
     size = x.shape[1]
     z = x.new_empty((steps, size))
     launch = _Launch(z, plane)
@@ -307,7 +322,7 @@ def value(
 
 
 def tangent(scan: Scan, dx: Tensor, dgain: Number = 0.0, state: Tensor | None = None) -> Tensor:
-    """x' [T or 1, M] -> s' [T, M or Q]. state: v'."""
+    """Compute the tangent of the spikes. See `ikun.kernels.scan.torch_tangent`."""
     out = scan.f1.new_empty((scan.f1 if scan.index is None else scan.index).shape)
     rates = _rates(scan.f1, scan.decay, scan.gain, dgain)
     _of(scan)(_tangent, dx, scan.f1, scan.c, scan.u, state, scan.index, out, rates, STATIC=len(dx) == 1)
@@ -315,10 +330,7 @@ def tangent(scan: Scan, dx: Tensor, dgain: Number = 0.0, state: Tensor | None = 
 
 
 def adjoint(scan: Scan, g: Tensor, z: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Number]:
-    """gs [T, M or Q] -> (gx [T or 1, M], dL/dgain or 0); with z [T, M] also fills scan.e and gh.
-
-    state: gv.
-    """
+    """Compute the adjoint of the scan. See `ikun.kernels.scan.torch_adjoint`."""
     if z is not None:
         begin_second(scan, z)
     launch, out = _of(scan), _gx(scan)
@@ -337,7 +349,7 @@ def adjoint_tangent(
     start: Tensor | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Number]:
-    """(gs' [T, M or Q], x' [T or 1, M]) -> (gx' [T or 1, M], (dL/dgain)' or 0). start: v', only read; state: gv'."""
+    """Compute the tangent of the adjoint. See `ikun.kernels.scan.torch_adjoint_tangent`."""
     launch, out = _of(scan), _gx(scan)
     totals, rates = launch.totals(scan.u is not None), _rates(scan.f1, scan.decay, scan.gain, dgain)
     kept = scan.f1.new_empty(launch.shape)

@@ -1,4 +1,4 @@
-"""Failure signatures of a training run."""
+"""Signs of failure in a training run: dead or saturated layers, exploding or vanishing gradients, NaN."""
 
 from __future__ import annotations
 
@@ -13,18 +13,28 @@ from ikun.layer_statistics import LayerStatistics
 if TYPE_CHECKING:
     from ikun.networks import Network
 
-# What counts as a failure. A layer is dead (saturated) when this share of its neurons never (always) fires on the
-# fixed batch; a gradient explodes or vanishes by its norm, or by the ratio of mean squares of first and last layer.
+# Thresholds. A layer is dead (saturated) if this share of its neurons never (always) fires on the fixed batch. A
+# gradient explodes or vanishes by its norm, or by the ratio of the mean squared gradients of the first and last layer.
 DEAD_SHARE = 0.99
 EXPLODING_NORM, VANISHING_NORM = 1e4, 1e-10
 EXPLODING_RATIO, VANISHING_RATIO = 1e8, 1e-8
-# Variance of the current at initialization, in thresholds^2: few neurons are then within the surrogate's reach. Of 626
-# runs that learned none began above it, of 58 that failed from too large weights 51 did (docs/findings.md, claim 9).
+# Largest healthy variance of the current at initialization, in units of threshold^2. Above it, few neurons are close
+# enough to the threshold for the surrogate's derivative. None of 626 runs that learned started above it, and 51 of 58
+# runs that failed because of too large weights did (docs/findings.md, claim 9).
 OVERDRIVEN_VARIANCE = 10.0
 
 
 def failures(line: dict[str, Any], observed: tuple[LayerStatistics, ...], net: Network) -> list[str]:
-    """The failures that an epoch shows, by name; [] for a healthy one."""
+    """Find the signs of failure in one epoch.
+
+    Args:
+        line: The epoch's line of the training log, with "loss" and "gradient_norm".
+        observed: Statistics of every layer of spiking neurons on the fixed batch, from the first layer to the last.
+        net: The network after the epoch.
+
+    Returns:
+        One text per failure, which starts with its name; an empty list for a healthy epoch.
+    """
     found = []
     for name, p in net.named_parameters():
         if not bool(torch.isfinite(p).all()):
@@ -48,8 +58,15 @@ def failures(line: dict[str, Any], observed: tuple[LayerStatistics, ...], net: N
 
 
 def overdriven(layers: Sequence[Mapping[str, Any]], threshold: float) -> list[str]:
-    """The layers whose current is too large for their neurons at initialization, by name. layers: LayerStatistics as
-    dicts."""
+    """Find layers whose current is too large for their neurons at initialization.
+
+    Args:
+        layers: LayerStatistics of the layers, as dicts.
+        threshold: The neurons' threshold.
+
+    Returns:
+        One text per such layer.
+    """
     return [
         f"overdriven layer: {s['neuron']} ({s['name']}) starts with current variance "
         f"{s['current_variance'] / threshold**2:.3g} threshold^2"

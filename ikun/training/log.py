@@ -1,4 +1,4 @@
-"""What a training run leaves beside its checkpoints: the log, a JSON line an epoch, and the description of the run."""
+"""The files of a training run next to its checkpoints: a log with one JSON line per epoch, and a description."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ TRAINING_SCHEMA = "ikun-hessian/train/1"
 
 
 def run_paths(out: Path) -> dict[str, Path]:
-    """The files of a run beside its checkpoint: log, description, and the state that an interrupted one leaves."""
+    """Return the paths of a run's log ("log"), its description ("run") and the state of an interrupted run ("resume").
+
+    Args:
+        out: Path of the checkpoint.
+    """
     return {
         "log": out.with_suffix(".train.jsonl"),
         "run": out.with_suffix(".train.json"),
@@ -28,32 +32,46 @@ def run_paths(out: Path) -> dict[str, Path]:
 
 
 def snapshot_path(out: Path, epoch: int) -> Path:
+    """Return the path of the checkpoint that is written after an epoch."""
     return out.with_name(f"{out.stem}.epoch{epoch:04d}{out.suffix}")
 
 
 def loss_path(out: Path, loss: float) -> Path:
-    """Of the weights of the first epoch whose training loss was no larger than `loss`."""
+    """Return the path of the checkpoint of the first epoch whose training loss is at most `loss`."""
     return out.with_name(f"{out.stem}.loss{loss:g}{out.suffix}")
 
 
 def write_log(path: Path, history: Sequence[dict[str, Any]]) -> None:
-    """The log holds exactly these epochs, also after a kill between its last line and the state to resume from."""
+    """Write the log anew with exactly these epochs.
+
+    A run that was killed between writing a line of the log and its state may have logged one epoch too many.
+    """
     write_atomically(path, lambda file: file.write("".join(_line(line) for line in history).encode()))
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
+    """Append one epoch to the log."""
     with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(_line(line))
 
 
 def write_description(path: Path, description: dict[str, Any]) -> None:
-    """NAME.train.json: schema and versions with what is given."""
+    """Write the description of a run, with its schema and the versions of the software."""
     whole = clean({"schema": TRAINING_SCHEMA, **description, "versions": versions(("torch",))})
     write_atomically(path, lambda file: file.write((json.dumps(whole, indent=1) + "\n").encode()))
 
 
 def layer_lines(net: Network, reference: Network, observed: Sequence[LayerStatistics]) -> dict[str, dict[str, Any]]:
-    """Per layer, for the log: what `observed` says of it, and ||W - W0|| / ||W0||."""
+    """Summarize every layer for the log.
+
+    Args:
+        net: The network after an epoch.
+        reference: The network before training, with weights W0.
+        observed: Statistics of the layers of `net`.
+
+    Returns:
+        For each layer, by name: the statistics, and the distance of the weights, ||W - W0|| / ||W0||.
+    """
     first, now = (
         {name: weights.weight.detach() for name, weights, *_ in network.stages()} for network in (reference, net)
     )

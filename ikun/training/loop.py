@@ -1,7 +1,7 @@
-"""Training from an initializer to a checkpoint: deterministic, logged, resumable.
+"""Train a network from an initializer to a checkpoint, reproducibly, with a log and a state to resume from.
 
-Everything random comes from (seed, epoch), so a run that is killed and resumed ends with the same weights, bit for
-bit on the CPU, as one that was not.
+All random numbers depend only on the seed and the epoch. A run that is killed and resumed therefore ends with the same
+weights as an uninterrupted one, to the last bit on the CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hessian_tools.io.files import alone
-from ikun.checkpoint import Checkpoint, CheckpointError, read_plain, save_atomically, save_checkpoint
+from ikun.checkpoint import Checkpoint, CheckpointError, save_atomically, save_checkpoint
 from ikun.data.datasets import Dataset
 from ikun.data.encoding import encode
 from ikun.data.spec import DataSpec
@@ -33,23 +33,31 @@ from ikun.losses import LOSSES
 from ikun.networks import Network, Spec
 from ikun.training.health import failures, overdriven
 from ikun.training.log import append, layer_lines, loss_path, run_paths, snapshot_path, write_description, write_log
+from ikun.training.resume import NO_STATE, read_resume
 from ikun.training.spec import TrainingSpec
 
-TrainingProgress = Callable[[int, int, str], None]  # (batches done, batches in all, note)
+TrainingProgress = Callable[[int, int, str], None]  # (batches done, total batches, note)
 
 
 def generator(*key: int) -> torch.Generator:
-    """An independent stream for every key, for instance (seed, epoch); (1, 0) and (1,) are one key."""
+    """Return a random generator whose stream is independent of that of every other key, for instance (seed, epoch).
+
+    Trailing zeros do not count: (1, 0) and (1,) are the same key.
+    """
     return torch.Generator().manual_seed(_seed(*key))
 
 
 def _seed(*key: int) -> int:
+    """Hash a key to a seed."""
     words = np.random.SeedSequence(key).generate_state(2)
     return int(words[0]) << 31 ^ int(words[1])
 
 
 def learning_rate(spec: TrainingSpec, epoch: int) -> float:
-    """Of epoch 0, 1, ...: a function of the epoch alone, so there is no scheduler state to resume."""
+    """Return the learning rate of an epoch, counted from 0.
+
+    It depends only on the epoch, so a resumed run needs no state of a scheduler.
+    """
     if spec.schedule == "cosine":
         return spec.lr * 0.5 * (1 + math.cos(math.pi * epoch / spec.epochs))
     if spec.schedule == "step":
@@ -59,7 +67,13 @@ def learning_rate(spec: TrainingSpec, epoch: int) -> float:
 
 @dataclass(frozen=True)
 class Initialization:
-    """A freshly initialized network, and what its initializer cost."""
+    """A freshly initialized network and the cost of its initializer.
+
+    Attributes:
+        network: The network.
+        seconds: Time that the initializer took.
+        forward_passes: Number of forward passes that the initializer ran.
+    """
 
     network: Network
     seconds: float
@@ -67,13 +81,23 @@ class Initialization:
 
 
 def start(network: Spec, data: Dataset, spec: TrainingSpec, device: torch.device | str = "cpu") -> Network:
-    """The network that training begins with; rules that measure do so on the first 256 training samples."""
+    """Return the network that training starts from.
+
+    Args:
+        network: Architecture of the network.
+        data: The training samples. Initializers that measure activity use the first 256.
+        spec: Settings of the training, which name the initializer and the seed.
+        device: Device of the network.
+
+    Raises:
+        ValueError: If the initializer has no solution.
+    """
     return initialized(network, data, spec, device).network
 
 
 def initialized(network: Spec, data: Dataset, spec: TrainingSpec, device: torch.device | str = "cpu") -> Initialization:
-    """As `start`, with the cost."""
-    torch.manual_seed(spec.seed)  # torch's own layer constructors draw, though every weight is drawn again
+    """Return the network that training starts from, with the cost of its initializer (arguments as in `start`)."""
+    torch.manual_seed(spec.seed)  # torch's layer constructors draw weights, which the initializer then replaces
     net = Network(network)
     x = encode(data.images[:256], network.timesteps, network.coding, generator(spec.seed, 1))
     began = time.perf_counter()
@@ -85,7 +109,7 @@ def initialized(network: Spec, data: Dataset, spec: TrainingSpec, device: torch.
 
 
 def training_lock(out: Path) -> AbstractContextManager[None]:
-    """While `out` is trained: no other process does the same (files.alone)."""
+    """Return a context that keeps other processes from training to the same path `out` (see `alone`)."""
     stem, suffix = re.escape(out.stem), re.escape(out.suffix)
     return alone(out, rf"{stem}(\.(epoch|loss)[^.]*(\.[^.]*)?)?{suffix}(\.resume)?|{stem}\.train\.jsonl?")
 
@@ -102,17 +126,36 @@ def train(
     progress: TrainingProgress | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Checkpoint:
-    """Train and write `out`; beside it the log (OUT.train.jsonl), the run's description (OUT.train.json, at the start
-    and at the end), checkpoints on the way and, until the end, OUT.resume, from before the first epoch on. report:
-    called before the first epoch with every failure that the initialization shows.
+    """Train a network and write its checkpoint.
 
-    A run whose weights become NaN stops; the checkpoint then holds the last finite epoch and says so under
-    training['failures']. Raises CheckpointError if there is nothing to resume or it was made with other settings,
-    DataError for data that cannot be had, ValueError for patience without held-out samples or an initializer that has
-    no solution.
+    Next to the checkpoint it writes the log (OUT.train.jsonl), the description of the run (OUT.train.json, at the start
+    and at the end) and the checkpoints that `spec` asks for during training. The state to resume from (OUT.resume) is
+    written before the first epoch and after every epoch, and removed at the end.
+
+    A run stops when its weights become NaN. The checkpoint then holds the weights of the last finite epoch, and
+    training["failures"] names the failure.
+
+    Args:
+        network: Architecture of the network.
+        data: The samples to train on and to hold out.
+        spec: Settings of the training.
+        out: Path of the checkpoint.
+        data_dir: Folder of the data set's files; None for the default folder.
+        device: Device to train on.
+        resume: Continue the interrupted run of `out`.
+        progress: Called after every batch with the number of batches done, the total number and a note.
+        report: Called before the first epoch with every sign of failure at initialization.
+
+    Returns:
+        The checkpoint that was written.
+
+    Raises:
+        CheckpointError: If there is no interrupted run to resume, or it has other settings.
+        DataError: If the data cannot be loaded.
+        ValueError: If `spec.patience` is set without held-out samples, or the initializer has no solution.
     """
     if spec.patience and not data.held_out:
-        raise ValueError("patience needs held-out samples: without them there is no loss to stop by")
+        raise ValueError("patience needs held-out samples, whose loss it watches: set held_out, or set patience to 0")
     paths = run_paths(out)
     train_set, held_out = data.parts(data_dir)
     test_set = data.load("test", data_dir)
@@ -122,11 +165,11 @@ def train(
     optimizer = _optimizer(net, spec)
     state: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "stopped": False}
     if resume:
-        state = _read_resume(paths["resume"], settings)
+        state = read_resume(paths["resume"], settings)
         try:
             net.load_state_dict(state["network"])
             optimizer.load_state_dict(state["optimizer"])
-        except Exception as error:  # torch raises many kinds on values that do not fit
+        except Exception as error:  # torch raises many types of errors for states that do not fit
             raise CheckpointError(f"{paths['resume']}: {NO_STATE}") from error
     state = {"saved_at_loss": {}, "seconds": 0.0, **state, "settings": settings}
     state.setdefault("start", _described(begun, spec, train_set))
@@ -137,7 +180,7 @@ def train(
         _keep(state, net, optimizer, paths["resume"])
     if state["epoch"] == 0:
         for path in [*(loss_path(out, x) for x in spec.save_at_loss), *(snapshot_path(out, e) for e in _epochs(spec))]:
-            path.unlink(missing_ok=True)  # of another run by this name
+            path.unlink(missing_ok=True)  # left by an earlier run of the same name
     write_log(paths["log"], state["history"])
     write_description(paths["run"], _description(state, finished=False))
     steps = len(_cuts(len(train_set), spec.batch_size))
@@ -176,12 +219,12 @@ def train(
 
 
 def _keep(state: dict[str, Any], net: Network, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Write what a resumed run goes on with."""
+    """Write the state that a resumed run starts from."""
     save_atomically({**state, "network": net.state_dict(), "optimizer": optimizer.state_dict()}, path)
 
 
 def _moments(out: Path, state: dict[str, Any], line: dict[str, Any], spec: TrainingSpec) -> list[Path]:
-    """Checkpoints to write after this epoch: its snapshot, and those of the losses that it is the first to reach."""
+    """Return the paths of the checkpoints to write after an epoch, and note the losses that it reached first."""
     new = {f"{x:g}": x for x in spec.save_at_loss if line["loss"] <= x and f"{x:g}" not in state["saved_at_loss"]}
     state["saved_at_loss"] |= dict.fromkeys(new, line["epoch"])
     snapshots = {line["epoch"]} & _epochs(spec)
@@ -189,12 +232,12 @@ def _moments(out: Path, state: dict[str, Any], line: dict[str, Any], spec: Train
 
 
 def _epochs(spec: TrainingSpec) -> set[int]:
-    """Epochs of which snapshots are kept."""
+    """Return the epochs after which snapshots are written."""
     return {round(spec.epochs * k / spec.snapshots) for k in range(1, spec.snapshots + 1)} - {0}
 
 
 def _settings(network: Spec, data: DataSpec, spec: TrainingSpec, train_set: Dataset) -> dict[str, Any]:
-    """What a resumed run must agree with, as plain values."""
+    """Return the settings of a run, which a resumed run must share, as plain values."""
     return {
         "network": json.loads(json.dumps(dataclasses.asdict(network))),
         "data": {**dataclasses.asdict(data), "sha256": train_set.sha256, "samples": len(train_set)},
@@ -203,7 +246,7 @@ def _settings(network: Spec, data: DataSpec, spec: TrainingSpec, train_set: Data
 
 
 def _description(state: dict[str, Any], *, finished: bool) -> dict[str, Any]:
-    """NAME.train.json."""
+    """Return the contents of the description of a run."""
     return {
         **state["settings"],
         "finished": finished,
@@ -217,35 +260,13 @@ def _description(state: dict[str, Any], *, finished: bool) -> dict[str, Any]:
 
 
 def _described(begun: Initialization, spec: TrainingSpec, data: Dataset) -> dict[str, Any]:
-    """The initializer's cost, and what every layer does before training; BatchNorm normalizes by the batch."""
+    """Return the cost of the initializer and the statistics of every layer before training.
+
+    BatchNorm uses the statistics of the batch, because its running statistics are not yet estimated.
+    """
     with batch_norm_by_batch(begun.network.eval()):
         layers = [dataclasses.asdict(s) for s in _observe(begun.network, spec, data)]
     return {"seconds": begun.seconds, "forward_passes": begun.forward_passes, "layers": layers}
-
-
-NO_STATE = "not the state of an interrupted run: remove it and start again"
-
-
-def _read_resume(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no interrupted run to resume: start without --resume")
-    state = read_plain(path)
-    known = state.get("settings")
-    if (
-        not isinstance(known, dict)
-        or {"network", "optimizer", "epoch", "history", "best", "stopped"} - set(state)
-        or not all(isinstance(known.get(part), dict) for part in settings)
-    ):
-        raise CheckpointError(f"{path}: {NO_STATE}")
-    for part, default in (("network", Spec()), ("data", DataSpec()), ("training", TrainingSpec())):
-        had = {**dataclasses.asdict(default), **known[part]}  # an older version knew fewer settings
-        for key, value in settings[part].items():
-            if had.get(key) != value:
-                raise CheckpointError(
-                    f"{path}: the interrupted run had {key} {had.get(key)!r}, not {value!r}: "
-                    "resume with its own options, or start again with --force"
-                )
-    return state
 
 
 def _optimizer(net: Network, spec: TrainingSpec) -> torch.optim.Optimizer:
@@ -255,7 +276,7 @@ def _optimizer(net: Network, spec: TrainingSpec) -> torch.optim.Optimizer:
 
 
 def _cuts(count: int, size: int) -> list[tuple[int, int]]:
-    """Batch boundaries; a last batch of one sample is dropped, BatchNorm has no variance there."""
+    """Return the (start, end) of every batch. A last batch of one sample is dropped, because BatchNorm needs two."""
     cuts = [(i, min(i + size, count)) for i in range(0, count, size)]
     return cuts[:-1] if len(cuts) > 1 and cuts[-1][1] - cuts[-1][0] == 1 else cuts
 
@@ -263,9 +284,9 @@ def _cuts(count: int, size: int) -> list[tuple[int, int]]:
 def _epoch(
     net: Network, optimizer: torch.optim.Optimizer, data: Dataset, spec: TrainingSpec, epoch: int
 ) -> Iterator[dict[str, float]]:
-    """One pass over shuffled data; yields the running means of loss, accuracy and gradient norm after every batch."""
+    """Train for one epoch. Yields the means of loss, accuracy and gradient norm so far after every batch."""
     net.train()
-    torch.manual_seed(_seed(spec.seed, epoch, 5))  # of dropout
+    torch.manual_seed(_seed(spec.seed, epoch, 5))  # for dropout
     device = next(net.parameters()).device
     order = torch.randperm(len(data), generator=generator(spec.seed, epoch, 2))
     spikes = generator(spec.seed, epoch, 3)
@@ -288,7 +309,18 @@ def _epoch(
 
 @torch.no_grad()
 def evaluate(net: Network, data: Dataset, loss: str, seed: int = 0, batch_size: int = 512) -> tuple[float, float]:
-    """(mean loss, accuracy) in evaluation mode."""
+    """Evaluate a network.
+
+    Args:
+        net: The network. It is switched to evaluation mode.
+        data: The samples.
+        loss: Name of the loss.
+        seed: Seed of the spikes of Poisson coding.
+        batch_size: Number of samples per batch.
+
+    Returns:
+        The mean loss and the accuracy.
+    """
     net.eval()
     device = next(net.parameters()).device
     spikes = generator(seed, 4)
@@ -303,6 +335,7 @@ def evaluate(net: Network, data: Dataset, loss: str, seed: int = 0, batch_size: 
 
 
 def _evaluations(net: Network, spec: TrainingSpec, test: Dataset, held_out: Dataset | None) -> dict[str, float]:
+    """Evaluate on the test samples and on the held-out samples."""
     test_loss, test_accuracy = evaluate(net, test, spec.loss, spec.seed)
     found = {"test_loss": test_loss, "test_accuracy": test_accuracy}
     if held_out is not None:
@@ -311,14 +344,14 @@ def _evaluations(net: Network, spec: TrainingSpec, test: Dataset, held_out: Data
 
 
 def _observe(net: Network, spec: TrainingSpec, data: Dataset) -> tuple[LayerStatistics, ...]:
-    """Layer statistics on the first 256 training samples."""
+    """Measure the statistics of every layer on the first 256 training samples."""
     device = next(net.parameters()).device
     x = encode(data.images[:256], net.spec.timesteps, net.spec.coding, generator(spec.seed, 1)).to(device)
     return observe(net, x, data.labels[:256].to(device), LOSSES[spec.loss])
 
 
 def _early_stop(state: dict[str, Any], line: dict[str, Any], net: Network, spec: TrainingSpec) -> None:
-    """Keep the weights of the best held-out loss; stop when `patience` epochs brought none better."""
+    """Keep the weights of the best held-out loss, and stop after `patience` epochs without a better one."""
     if not spec.patience or state["stopped"]:
         return
     best = state["best"]
@@ -332,7 +365,7 @@ def _early_stop(state: dict[str, Any], line: dict[str, Any], net: Network, spec:
 def _checkpoint(
     network: Spec, data: DataSpec, spec: TrainingSpec, net: Network, state: dict[str, Any], epoch: int
 ) -> Checkpoint:
-    """epoch: the one that the weights are of."""
+    """Return the checkpoint of a run whose weights are those of the given epoch."""
     settings = state["settings"]
     training = {
         **settings["training"],
@@ -348,12 +381,13 @@ def _checkpoint(
 
 
 def _best_epoch(state: dict[str, Any]) -> int:
-    """The epoch whose weights are kept: the best one, or the last finite one (0: the initial weights)."""
+    """Return the epoch of the weights that are kept: the best or the last finite one. 0 is the initialization."""
     if state["best"] is not None:
         return int(state["best"]["epoch"])
     return int(state["epoch"]) - any(f.startswith("NaN") for line in state["history"][-1:] for f in line["failures"])
 
 
 def _all_failures(state: dict[str, Any]) -> list[str]:
+    """Return the failures at initialization and in all epochs, sorted and without repetitions."""
     begun = overdriven(state["start"]["layers"], state["settings"]["network"]["threshold"])
     return sorted({*begun, *(f for line in state["history"] for f in line["failures"])})

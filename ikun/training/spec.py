@@ -1,4 +1,4 @@
-"""How a network is trained."""
+"""The settings of a training run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,30 @@ SCHEDULES = ("cosine", "step", "none")
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """How to train. gain: factor on the variance of the initializer's weights. momentum: of sgd. patience: stop after
-    so many epochs without a better held-out loss and keep the best (0: never). step schedule: lr x 0.1 after each third
-    of the epochs. snapshots: so many checkpoints on the way. save_at_loss: one more for each of these, of the first
-    epoch whose training loss is no larger.
+    """The settings of a training run.
+
+    Attributes:
+        init: Name of the initializer.
+        alpha: Parameter alpha of the initializers ikun and tdbn.
+        law: One of LAWS: how the initializers ikun and firing obtain the distribution of the membrane potential.
+        gain: Factor on the variance of the initializer's weights.
+        loss: Name of the loss.
+        optimizer: One of OPTIMIZERS.
+        lr: Learning rate at the start.
+        schedule: One of SCHEDULES. "cosine" decays the learning rate to 0, "step" multiplies it by 0.1 after each third
+            of the epochs, and "none" keeps it constant.
+        weight_decay: Weight decay of the optimizer.
+        momentum: Momentum of sgd.
+        epochs: Number of epochs.
+        batch_size: Number of samples per batch.
+        seed: Seed of all random numbers of the run.
+        patience: Stop after this number of epochs without a better held-out loss, and keep the best weights. 0: never
+            stop early.
+        snapshots: Number of checkpoints to write during training, at equal intervals.
+        save_at_loss: Write a checkpoint of the first epoch whose training loss is at most each of these values.
+
+    Raises:
+        ValueError: If a setting is not valid.
     """
 
     init: str = "ikun"
@@ -43,12 +63,12 @@ class TrainingSpec:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not '{getattr(self, name)}'")
         if not (all(0 < x < math.inf for x in (self.lr, self.alpha, self.gain)) and self.weight_decay >= 0):
-            raise ValueError("lr, alpha and gain must be positive, weight_decay not negative")
+            raise ValueError("lr, alpha and gain must be positive, and weight_decay must not be negative")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, not {self.momentum}")
         if self.epochs < 0 or self.batch_size < 1 or min(self.seed, self.patience, self.snapshots) < 0:
-            raise ValueError("epochs, seed, patience and snapshots must not be negative, batch_size at least 1")
+            raise ValueError("epochs, seed, patience and snapshots must be at least 0, and batch_size at least 1")
         if not all(loss > 0 and math.isfinite(loss) for loss in self.save_at_loss):
             raise ValueError(f"save_at_loss must be positive numbers, not {self.save_at_loss}")
         if len({f"{loss:g}" for loss in self.save_at_loss}) < len(self.save_at_loss):
-            raise ValueError(f"save_at_loss has a number twice: {self.save_at_loss}")
+            raise ValueError(f"save_at_loss has the same number twice (to six digits): {self.save_at_loss}")

@@ -8,38 +8,44 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ikun_hessian.cli.options import json_option
+from ikun_hessian.cli.options import options
 from ikun_hessian.cli.screen import dumps
 from ikun_hessian.experiments.selection import parse_condition, parse_conditions, study_defaults
+from ikun_hessian.jobs.options import JSON
 
 if TYPE_CHECKING:
-    from ikun_hessian.experiments.comparison import Comparison
+    from ikun_hessian.experiments.comparison_result import Comparison
 
 
-SHOWN = 3  # reasons of settings, where nothing can be compared
+SHOWN = 3  # reasons printed if nothing can be compared
 
 
 @click.command("compare")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--by", help="Condition compared: an option of train [default: that of the study in PATH, else init].")
-@click.option("--reference", help="Level that the others are compared with [default: kaiming, else the first].")
+@click.option("--by", help="Condition to compare: an option of train [default: that of the study in PATH, or init].")
+@click.option("--reference", help="Level that the others are compared with [default: kaiming, or the first level].")
 @click.option(
-    "--accuracy", type=float, help="Test accuracy for the epochs to get there [default: the study's, else 0.9]."
+    "--accuracy",
+    type=float,
+    help="Target test accuracy, to which epochs are counted [default: the study's, or 0.9].",
 )
-@click.option("--margin", type=float, help="Ratios from 1 / margin to margin count as alike [default: 1.25].")
+@click.option("--margin", type=float, help="Ratios from 1 / margin to margin count as equivalent [default: 1.25].")
 @click.option(
     "--moment",
     "moments",
     multiple=True,
     metavar="KEY",
-    help="end, loss0.02, epoch0005, ...; repeatable [default: the end and every matched loss].",
+    help="Moments to compare: end, loss0.02, epoch0005, ... Repeatable [default: the end and every matched loss].",
 )
-@click.option("--where", multiple=True, metavar="KEY=VALUE", help="Only runs of this condition; repeatable.")
+@click.option("--where", multiple=True, metavar="KEY=VALUE", help="Compare only runs with this condition. Repeatable.")
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path(), help="Folder for tables, figure [here]."
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path(),
+    help="Folder for the tables and the figure [default: the current folder].",
 )
-@click.option("--tag", help="Part of the names of table and figure.")
-@json_option
+@click.option("--tag", help="Part of the names of the tables and the figure.")
+@options(JSON)
 def compare_command(
     paths: tuple[Path, ...],
     by: str | None,
@@ -52,13 +58,15 @@ def compare_command(
     tag: str | None,
     as_json: bool,
 ) -> None:
-    """Training runs of several seeds, or single spectra, side by side.
+    """Compare training runs of several seeds, or single spectra.
 
-    PATH is a folder of runs (a study), a checkpoint, or a result beside one. Runs of several seeds: the levels of a
-    condition (initializers) against a reference, paired by seed, with intervals over seeds, exact p-values and
-    equivalence; apart in every setting of what else was varied. Leaves compare.csv and compare.md. One seed a level: a
-    table of the spectra and the eigenvalue-against-rank figure. Refuses to compare what was not measured alike, and
-    says which condition differs. In --json null is not known, "inf" and "-inf" worse than any number (never).
+    PATH is a folder of runs (a study), a checkpoint, or a result of a checkpoint. With several seeds, the levels of a
+    condition (for example initializers) are compared with a reference, paired by seed: with confidence intervals over
+    seeds, exact p-values and equivalence tests. If something else was varied too, each of its settings is compared
+    separately. The tables are written to compare.csv and compare.md. With one seed per level, the command prints a
+    table of the spectra and plots eigenvalue against rank. Results that were measured in different ways are not
+    compared; the message names the condition that differs. In --json, null means unknown, and "inf" or "-inf" means
+    worse than any number (for example: never reached).
     """
     from hessian_tools.io.json import ResultError
     from ikun_hessian.experiments.comparison import ACCURACY, MARGIN, compare_settings
@@ -66,7 +74,7 @@ def compare_command(
     from ikun_hessian.experiments.runs import gather
 
     if tag and Path(tag).name != tag:
-        raise click.UsageError(f"--tag {tag}: give a part of a file's name, without a folder (--out)")
+        raise click.UsageError(f"--tag {tag}: must be a part of a file name; use --out for a folder")
     stem = out / ".".join(["compare", *([tag] if tag else [])])
     runs = gather(paths, report=lambda text: click.echo(f"! {text}", err=True))
     runs = chosen_runs(runs, parse_conditions(where))
@@ -81,11 +89,11 @@ def compare_command(
     found = compare_settings(runs, by, reference=reference, accuracy=accuracy, margin=margin, moments=moments)
     refused = [f"{name}: {why}" if name else why for name, why in found.items() if isinstance(why, str)]
     if len(refused) == len(found):
-        more = f"; and {len(refused) - SHOWN} settings more" if len(refused) > SHOWN else ""
+        more = f"; and {len(refused) - SHOWN} more settings" if len(refused) > SHOWN else ""
         raise ResultError("; ".join(refused[:SHOWN]) + more)
     _write(found, stem)
     if as_json:
-        from ikun_hessian.reports.comparison import settings_json
+        from ikun_hessian.reports.comparison_files import settings_json
 
         click.echo(dumps(settings_json(found)))
         return
@@ -97,7 +105,7 @@ def compare_command(
 
 def _write(found: Mapping[str, Comparison | str], stem: Path) -> None:
     from hessian_tools.io.files import write_atomically, write_table
-    from ikun_hessian.reports.comparison import settings_markdown, settings_rows
+    from ikun_hessian.reports.comparison_files import settings_markdown, settings_rows
 
     write_table(settings_rows(found), Path(f"{stem}.csv"))
     text = settings_markdown(found)
@@ -105,7 +113,7 @@ def _write(found: Mapping[str, Comparison | str], stem: Path) -> None:
 
 
 def _spectrum_files(paths: Sequence[Path]) -> list[Path]:
-    """The spectra in the folders themselves, and those named or beside the named checkpoints."""
+    """Return the spectra in the given folders, the given spectra, and those of the given checkpoints."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -116,7 +124,7 @@ def _spectrum_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def _spectra(files: Sequence[Path], stem: Path, as_json: bool) -> None:
-    """One seed a level: the spectra themselves, a table and a figure."""
+    """Print a table of the spectra and plot them. This is the comparison if each level has one seed."""
     from hessian_tools.plots.spectrum import rank_figure
     from hessian_tools.plots.style import save_figure
     from hessian_tools.results.comparability import comparable, labelled

@@ -19,22 +19,22 @@ CALIBRATION = ".calibration.json"
 
 @click.command("figures")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--only", multiple=True, metavar="NAME", help="Only this figure; repeatable [default: all].")
+@click.option("--only", multiple=True, metavar="NAME", help="Draw only this figure. Repeatable [default: all].")
 @click.option(
-    "--by", help="Condition compared, of training, network or data [default: that of the study in PATH, else init]."
+    "--by", help="Condition to compare, of training, network or data [default: that of the study in PATH, or init]."
 )
-@click.option("--where", multiple=True, metavar="KEY=VALUE", help="Only runs of this condition; repeatable.")
+@click.option("--where", multiple=True, metavar="KEY=VALUE", help="Draw only runs with this condition. Repeatable.")
 @click.option(
     "--accuracy",
     type=float,
-    help="Test accuracy for the epochs to get there [default: that of the study in PATH, else 0.9].",
+    help="Target test accuracy, to which epochs are counted [default: that of the study in PATH, or 0.9].",
 )
 @click.option(
     "--width",
     type=click.Choice(["1", "2"]),
     default="2",
     show_default=True,
-    help="Of the figures, in columns; calibration takes two.",
+    help="Width of the figures in columns; calibration always takes two.",
 )
 @click.option(
     "--out",
@@ -52,13 +52,13 @@ def figures_command(
     width: str,
     out: Path,
 ) -> None:
-    """Publication figures of training runs, each as PNG, PDF, and a CSV of what it shows.
+    """Draw publication figures of training runs, each as PNG and PDF, with a CSV of the data shown.
 
-    PATH is a folder of runs (a study), a checkpoint, or a result beside one. Names: start (variances and firing at
-    initialization), gain (epochs to an accuracy against the variance of the weights over the initializer's own),
-    epochs, ranks (eigenvalues), one-image (against many samples), gap (test less training, against sharpness),
-    robustness (accuracy lost, against sharpness), training (curvature along it), layers, samples, calibration. One that
-    the runs cannot fill is left out, and said why; asked for by --only, it is an error.
+    PATH is a folder of runs (a study), a checkpoint, or a result of a checkpoint. The figures are: start (variances and
+    firing rates at initialization), gain (epochs to reach an accuracy against the gain of the initial weights), epochs,
+    ranks (eigenvalues), one-image (spectra of one image and of many samples), gap (generalization gap against
+    sharpness), robustness (loss of accuracy against sharpness), training (curvature during training), layers, samples,
+    calibration. Figures that the runs cannot fill are skipped, with the reason; with --only that is an error.
     """
     from ikun_hessian.experiments.comparison import ACCURACY
     from ikun_hessian.experiments.figures.figures import draw_all
@@ -80,11 +80,11 @@ def figures_command(
     if only and drawn.skipped:
         raise click.UsageError("; ".join(f"--only {name}: {why}" for name, why in drawn.skipped.items()))
     for name, why in drawn.skipped.items():
-        click.echo(f"! no figure {name}: {why}", err=True)
+        click.echo(f"! skipped figure {name}: {why}", err=True)
 
 
 def _calibrations(paths: Sequence[Path]) -> dict[str, CalibrationResult]:
-    """Every calibration in the folders, beside the checkpoints, or named itself, by its name."""
+    """Return the calibrations in the given folders, the given ones, and those of the given checkpoints, by name."""
     from hessian_tools.io.json import load_result
     from hessian_tools.results.calibration import CALIBRATION_SCHEMA, CalibrationResult
 

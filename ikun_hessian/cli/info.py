@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ikun_hessian.cli.options import data_dir_option, json_option
+from ikun_hessian.cli.options import options
 from ikun_hessian.cli.screen import dumps
+from ikun_hessian.jobs.options import DATA_DIR, JSON
 
 if TYPE_CHECKING:
     from ikun.checkpoint import Checkpoint
@@ -19,12 +20,11 @@ if TYPE_CHECKING:
 
 @click.command("info")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@json_option
-@data_dir_option
+@options(JSON, DATA_DIR)
 def info_command(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
-    """What a checkpoint is, and what every layer does: at initialization and as trained.
+    """Describe a checkpoint, and every layer of its network, at initialization and after training.
 
-    The realised weight variance stands beside the one of IKUN's rule; the gains are measured, from layer to layer.
+    The variance of the weights is shown next to the one of IKUN's rule. The gains from layer to layer are measured.
     """
     from ikun.checkpoint import load_checkpoint
     from ikun.layer_statistics import batch_norm_by_batch, observe
@@ -43,7 +43,7 @@ def info_command(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from None
     fresh = initialized(found.network, data, spec)
-    with batch_norm_by_batch(fresh.network.eval()):  # no dropout
+    with batch_norm_by_batch(fresh.network.eval()):  # evaluation mode: no dropout
         before = observe(fresh.network, x, y, LOSSES[found.loss])
     after = observe(found.build(), x, y, LOSSES[found.loss])
     if as_json:
@@ -90,16 +90,17 @@ def info_command(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None
     show("at initialization (BatchNorm, if any, by the batch)", before)
     show("as trained (BatchNorm, if any, by its running statistics)", after)
     click.echo(
-        f"\nrule's: alpha / (fan_in E[x^2] E[f'^2]), alpha = {spec.alpha:g}, this layer's own moments.\n"
-        "forward: Var current over the layer before's. backward: mean square of the loss\n"
-        "gradient at the layer before over this one's. An initializer wants to keep both\n"
-        "near 1. dead: neurons that never fire on 512 samples.\n"
+        f"\nrule's: alpha / (fan_in E[x^2] E[f'^2]), alpha = {spec.alpha:g}, from this layer's moments.\n"
+        "forward: Var current, relative to that of the previous layer. backward: mean\n"
+        "square of the loss gradient at the previous layer, relative to that at this one.\n"
+        "Initializers aim to keep both near 1. dead: share of neurons that never fire on\n"
+        "512 samples.\n"
         f"f'(x) = {surrogate.family.formula} at x = h - threshold, a = {surrogate.parameter:g}."
     )
 
 
 def _refuse_too_long(path: Path, found: Checkpoint, count: int) -> None:
-    """Click's error where the passes over 512 samples would take more than half of the memory: T may be 10,000."""
+    """Raise UsageError if the passes over 512 samples would take more than half of the memory (T may be 10,000)."""
     import math
 
     import torch
@@ -116,6 +117,6 @@ def _refuse_too_long(path: Path, found: Checkpoint, count: int) -> None:
     needed, most = (3 * 512 * (each or 0) + coded) / 2**30, half_of_the_memory("cpu")
     if needed > most:
         raise click.UsageError(
-            f"{path}: T = {n.timesteps}: its passes would take some {needed:.0f} GiB, more than half of this machine's "
-            "memory: spectrum runs such networks in segments of time, info does not"
+            f"{path}: T = {n.timesteps} needs about {needed:.0f} GiB, more than half of the memory of this machine. "
+            "spectrum runs such networks in segments of time; info cannot."
         )

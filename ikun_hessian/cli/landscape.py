@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ikun_hessian.cli.options import json_option, opening_options, out_option, own_options, tag_option
+from ikun_hessian.cli.options import options, own_options
 from ikun_hessian.cli.screen import dumps
 from ikun_hessian.jobs.device import half_of_the_memory, pick
 from ikun_hessian.jobs.existing_results import existing_result
 from ikun_hessian.jobs.landscape import analyse_landscape, write_landscape
 from ikun_hessian.jobs.open import open_job
-from ikun_hessian.jobs.results import result_stem
+from ikun_hessian.jobs.options import OPENING, RESULTS
+from ikun_hessian.jobs.results import result_stems
 
 if TYPE_CHECKING:
     from hessian_tools.results.landscape import LandscapeResult
@@ -32,35 +33,30 @@ PLANES = ("random1,random2", "top1,negative")
     default=DIRECTIONS,
     show_default=True,
     metavar="NAME,NAME,...",
-    help="topN: eigenvectors of the surrogate Hessian, negative: the most negative one; gradient; randomN: "
-    "filter-normalized.",
+    help="topN: eigenvector N of the surrogate Hessian; negative: that of its most negative eigenvalue; gradient; "
+    "randomN: a random direction, filter-normalized.",
 )
-@click.option("--points", default=41, show_default=True, help="On a line; odd, so that 0 is one.")
+@click.option("--points", default=41, show_default=True, help="Number of points on a line; odd, to include 0.")
 @click.option(
     "--range",
     "reach",
     type=float,
-    help="Farthest distance, in units of the weights' norm [default: 0.5 in random directions, 0.05 in the others, "
-    "which are some ten times as steep].",
+    help="Largest distance from the checkpoint, relative to the weight norm [default: 0.5 along random directions, "
+    "0.05 along the others, which are about ten times steeper].",
 )
 @click.option(
     "--plane",
     "planes",
     multiple=True,
     metavar="NAME,NAME",
-    help=f"Two directions; may be given several times [default: {' and '.join(PLANES)}, those that --directions has].",
+    help=f"Two directions that span a plane. Repeatable [default: {' and '.join(PLANES)}, if --directions has them].",
 )
-@click.option("--plane-points", default=21, show_default=True, help="On each axis of a plane; odd.")
-@click.option("--no-planes", is_flag=True, help="Lines alone.")
-@click.option("--accuracy", is_flag=True, help="Along the lines too.")
-@opening_options
+@click.option("--plane-points", default=21, show_default=True, help="Number of points on each axis of a plane; odd.")
+@click.option("--no-planes", is_flag=True, help="Compute lines only.")
+@click.option("--accuracy", is_flag=True, help="Also measure the accuracy along the lines.")
+@options(*OPENING)
 @own_options
-@click.option("--seed", default=0, show_default=True)
-@out_option
-@tag_option
-@click.option("--force", is_flag=True, help="Overwrite a result of other settings, or an interrupted analysis.")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted analysis; finished checkpoints are kept.")
-@json_option
+@options(*RESULTS)
 def landscape_command(
     checkpoints: tuple[Path, ...],
     directions: str,
@@ -80,10 +76,10 @@ def landscape_command(
     as_json: bool,
     **opening: Any,
 ) -> None:
-    """The loss along lines and planes through the weights of each checkpoint.
+    """Compute the loss along lines and planes through the weights of each checkpoint.
 
-    Of the true (spiking) network and of the relaxed one, with the quadratics of Hessian and GGN. Leaves
-    NAME.landscape.json, .png and .pdf beside the checkpoint.
+    The losses are those of the spiking network and of the relaxed one. The figure also shows the quadratic models of
+    the Hessian and the GGN. The results are written next to the checkpoint, as NAME.landscape.json, .png and .pdf.
     """
     from hessian_tools.analysis.landscape import LandscapeSettings
     from hessian_tools.io.json import clean, load_result
@@ -93,7 +89,7 @@ def landscape_command(
     where = pick(device)
     names = tuple(dict.fromkeys(name.strip() for name in directions.split(",") if name.strip()))
     if no_planes and planes:
-        raise click.UsageError("--plane and --no-planes exclude each other")
+        raise click.UsageError("--plane and --no-planes exclude each other: leave one out")
     if planes or no_planes:
         pairs = tuple(map(_pair, planes))
     else:
@@ -108,9 +104,7 @@ def landscape_command(
         seed=seed,
         memory=memory or half_of_the_memory(where),
     )
-    stems = [result_stem(path, out, tag, "landscape") for path in checkpoints]
-    if len(set(stems)) < len(stems):
-        raise click.UsageError("two checkpoints would write the same result: give them other names, or one --out each")
+    stems = result_stems(checkpoints, out, tag, "landscape")
     found: list[LandscapeResult] = []
     locks = click.get_current_context().with_resource(ExitStack())
     for path, stem in zip(checkpoints, stems, strict=True):
@@ -127,7 +121,7 @@ def landscape_command(
             if len(found) > 1:
                 click.echo("-" * 80)
             click.echo("\n".join(landscape_lines(result)))
-            click.echo(f"files       {stem}.{{json,png,pdf}}{' (as they were)' if old else ''}")
+            click.echo(f"files       {stem}.{{json,png,pdf}}{' (unchanged)' if old else ''}")
     if as_json:
         printed = [clean(dataclasses.asdict(result)) for result in found]
         click.echo(dumps(printed[0] if len(printed) == 1 else printed))
@@ -136,5 +130,5 @@ def landscape_command(
 def _pair(text: str) -> tuple[str, str]:
     names = [name.strip() for name in text.split(",")]
     if len(names) != 2:
-        raise click.UsageError(f"--plane '{text}' is no pair of directions like random1,random2")
+        raise click.UsageError(f"--plane '{text}' is not a pair of directions like random1,random2")
     return names[0], names[1]

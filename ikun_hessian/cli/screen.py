@@ -1,4 +1,4 @@
-"""What commands print."""
+"""JSON output, and the error of a failed computation."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 class FailedError(Exception):
-    """The computation failed through no fault of the command line: exit code 1."""
+    """The computation failed, but the command line was correct (exit code 1)."""
 
 
 def dumps(value: Any) -> str:
-    """JSON with null for what is not finite."""
+    """Serialize to JSON, with null for numbers that are not finite."""
     from hessian_tools.io.json import clean
 
     return json.dumps(clean(value))

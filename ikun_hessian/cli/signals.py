@@ -1,4 +1,4 @@
-"""Signals that end a command: it stops soon, keeps what was done, and says how to go on."""
+"""Signals that end a command. It stops soon, keeps finished work, and says how to resume."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import FrameType
 
 
 class Ended(KeyboardInterrupt):
-    """A signal asked this process to end; what was done is kept, as after Ctrl-C."""
+    """A signal asked this process to end. Finished work is kept, as after Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -15,8 +15,11 @@ class Ended(KeyboardInterrupt):
 
 
 def end_by_signals() -> None:
-    """SIGTERM (kill, batch systems) and SIGHUP (a closed terminal) end a command as Ctrl-C does. What is ignored stays
-    so: under nohup a closed terminal ends nothing. One is enough: a second would disturb the ending."""
+    """Make SIGTERM (kill, batch systems) and SIGHUP (a closed terminal) end a command as Ctrl-C does.
+
+    A signal that is ignored stays ignored: under nohup, a closed terminal ends nothing. After the first signal, others
+    of its kind are ignored, so that they do not disturb the ending.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_IGN)
@@ -28,5 +31,5 @@ def end_by_signals() -> None:
 
 
 def interrupted_by(error: BaseException) -> int:
-    """The exit code of an interrupted command, as shells have it: 128 and the signal's number."""
+    """Return the exit code of an interrupted command, as in shells: 128 plus the number of the signal."""
     return 128 + (error.number if isinstance(error, Ended) else signal.SIGINT)

@@ -1,4 +1,4 @@
-"""The command `study`: from nothing to tables and figures."""
+"""The command `study`: train, analyse, and write tables and figures."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ikun_hessian.cli.options import data_dir_option, device_option, shared
+from ikun_hessian.cli.options import options
 from ikun_hessian.cli.screen import FailedError
 from ikun_hessian.cli.signals import interrupted_by
 from ikun_hessian.experiments import preset
+from ikun_hessian.experiments.grid import run_grid
 from ikun_hessian.experiments.preset import Analysis, Preset, PresetError
 from ikun_hessian.experiments.selection import parse_condition
 from ikun_hessian.jobs.device import half_of_the_memory, pick
+from ikun_hessian.jobs.options import DATA_DIR, DEVICE
 
 if TYPE_CHECKING:
     from ikun_hessian.experiments.plan import StudyPlan
@@ -33,28 +35,32 @@ PUBLISHED = Analysis(
     "spectrum", "final", "published", {"samples": 1, "split": "test", "density": False, "magnitude": 50}
 )
 TEMPORARIES = r"study\.json|tables\.md|(compare|robustness)\.csv"
-DRAWN = r".+\.(png|pdf|csv)"  # temporaries of figures
+DRAWN = r".+\.(png|pdf|csv)"
 
 
 @click.command("study")
 @click.argument("name", required=False)
-@click.option("--list", "listed", is_flag=True, help="The presets that come with the package, and where they lie.")
-@click.option("--quick", is_flag=True, help="The preset's smaller form: minutes on two cores.")
+@click.option("--list", "listed", is_flag=True, help="List the presets of the package, and show where their files are.")
+@click.option("--quick", is_flag=True, help="Run the small version of the preset: minutes on two cores.")
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the study [default: study-NAME here]."
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the study [default: study-NAME]."
 )
-@click.option("--jobs", type=click.IntRange(1), help="Runs side by side [default: all cores; 1 on CUDA].")
-@click.option("--seeds", type=click.IntRange(1), help="Runs of every combination, instead of the preset's number.")
+@click.option("--jobs", type=click.IntRange(1), help="Number of parallel runs [default: one per core; 1 on CUDA].")
+@click.option("--seeds", type=click.IntRange(1), help="Number of seeds per combination [default: that of the preset].")
 @click.option(
     "--as-published/--no-as-published",
     default=None,
-    help="The spectrum on one test image too, as the paper's code has it [default: what the preset says].",
+    help="Also compute the spectrum on one test image, as the paper's code does [default: what the preset says].",
 )
-@click.option("--memory", type=click.FloatRange(0, min_open=True), help="GiB a run [default: half of all over --jobs].")
-@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change the preset; may be repeated.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and what is done already.")
-@click.option("--force", is_flag=True, help="Do again what was made with other settings; more than 1000 runs.")
-@shared(data_dir_option, device_option)
+@click.option(
+    "--memory",
+    type=click.FloatRange(0, min_open=True),
+    help="Memory per run in GiB [default: half of the memory, divided by --jobs].",
+)
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a key of the preset. Repeatable.")
+@click.option("--dry-run", is_flag=True, help="Show what would run and what is already done.")
+@click.option("--force", is_flag=True, help="Redo results of other settings, and allow more than 1000 runs.")
+@options(DATA_DIR, DEVICE)
 def study_command(
     name: str | None,
     listed: bool,
@@ -72,15 +78,15 @@ def study_command(
 ) -> None:
     """Train and analyse all runs of a study, then write its tables and figures.
 
-    NAME is a preset (--list) or a TOML file of your own. A study that was stopped, in whatever way, goes on with the
-    same command: what is complete is kept. Leaves OUT/runs, OUT/tables.md, OUT/compare.csv and OUT/figures. Keys of
-    --set: an option of `train`, spectrum.KEY, flatness.KEY, or what stands at the preset's top.
+    NAME is a preset (see --list) or a TOML file of your own. To continue a study that was stopped, run the same command
+    again: finished work is kept. The results are OUT/runs, OUT/tables.md, OUT/compare.csv and OUT/figures. Keys of
+    --set are the options of `train`, spectrum.KEY, flatness.KEY, robustness.KEY, and the top-level keys of the preset.
     """
     if listed:
         click.echo("\n".join(_list()))
         return
     if name is None:
-        raise click.UsageError("give the NAME of a preset (--list shows them) or a .toml file of your own")
+        raise click.UsageError("give the NAME of a preset (--list shows them), or a .toml file of your own")
     path = preset.find(name)
     found = _published(preset.read_preset(path, quick=quick, changes=changes, seeds=seeds), as_published)
     folder = out or Path("-".join(["study", path.stem, *(["quick"] if quick else [])]))
@@ -105,24 +111,24 @@ def study_command(
                 click.echo(f"! {run_unit} failed: {why}")
             written = _finish(found, plan, folder)
     except BrokenExecutor:
-        why = "a process at work was killed, by the system if memory ran out"
-        raise FailedError(f"{why}: the same command goes on, with fewer --jobs if need be") from None
+        raise FailedError(
+            "a worker process was killed, possibly because memory ran out. Run the same command again to resume, with "
+            "fewer --jobs if memory is short."
+        ) from None
     except KeyboardInterrupt as error:
-        click.echo("interrupted: the same command goes on", err=True)
+        click.echo("Interrupted. Run the same command again to resume.", err=True)
         raise click.exceptions.Exit(interrupted_by(error)) from None
     click.echo("\n".join(written))
     if len(failures) == len(plan.units):
-        raise FailedError(f"all {len(failures)} runs failed: the same command tries them again")
+        raise FailedError(f"all {len(failures)} runs failed. Run the same command again to retry them.")
 
 
 def _list() -> list[str]:
     lines = []
     for name in preset.names():
         full, quick = (preset.read_preset(preset.find(name), quick=q) for q in (False, True))
-        lines.append(
-            f"{name:<16}{full.title} ({len(preset.run_grid(full))} runs, --quick {len(preset.run_grid(quick))})"
-        )
-    return [*lines, f"files: {preset.FOLDER}/NAME.toml: copy one, edit it, and give its path"]
+        lines.append(f"{name:<16}{full.title} ({len(run_grid(full))} runs, --quick {len(run_grid(quick))})")
+    return [*lines, f"files: {preset.FOLDER}/NAME.toml. Copy one, edit it, and pass its path."]
 
 
 def _published(found: Preset, wanted: bool | None) -> Preset:
@@ -140,7 +146,7 @@ def _plan(found: Preset, folder: Path, data_dir: Path | None, device: str, memor
 
 
 def _jobs(device: str) -> int:
-    """As many as the caller's joblib.parallel_config says; without one all cores, or one for a GPU."""
+    """Return the number of parallel runs: that of joblib.parallel_config, or all cores, or one for a GPU."""
     import joblib
     from joblib.parallel import get_active_backend
 
@@ -154,16 +160,16 @@ def _opening_lines(found: Preset, plan: StudyPlan, folder: Path, jobs: int) -> l
     return [
         f"study       {found.title} ({found.source})",
         *([f"asks        {found.question}"] if found.question else []),
-        f"runs        {len(plan.units)}, {done} done; {jobs} side by side; in {folder}/runs",
-        f"of each     {', '.join(['training', *map(str, found.analyses)])}",
-        *(f"! {name} is left out: {why}" for name, why in plan.skipped.items()),
-        *([f"! all runs have {found.by} {levels.pop()}: nothing will be compared"] if len(levels) == 1 else []),
+        f"runs        {len(plan.units)}, {done} done; {jobs} in parallel; in {folder}/runs",
+        f"steps       {', '.join(['training', *map(str, found.analyses)])}",
+        *(f"! data set {name} is skipped: {why}" for name, why in plan.skipped.items()),
+        *([f"! all runs have {found.by} {levels.pop()}: there is nothing to compare"] if len(levels) == 1 else []),
     ]
 
 
 def _states(plan: StudyPlan, force: bool) -> list[str]:
-    """What --dry-run says of every run."""
-    other = "again" if force else "other settings: --force"
+    """Return a line per run that says whether it is done, for --dry-run."""
+    other = "redo" if force else "other settings: --force"
     states = [other if unit.name in plan.others else _state(unit) for unit in plan.units]
     width = max(12, *(len(state) + 2 for state in states))
     return [f"{state:<{width}}{unit.name}" for state, unit in zip(states, plan.units, strict=True)]
@@ -177,7 +183,7 @@ def _state(unit: Unit) -> str:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """The only study in this folder, and none of the processes of one that was killed is still at work there."""
+    """Hold the lock of a study's folder, after the worker processes of a killed study have ended there."""
     from hessian_tools.io.files import alone, locked
     from ikun_hessian.experiments.runner import WORKING
 
@@ -188,13 +194,13 @@ def _alone(folder: Path) -> Iterator[None]:
                 pass
         except BlockingIOError:
             raise click.UsageError(
-                f"{folder}: another study is at work here: wait for it, or choose another --out"
+                f"{folder}: another study is running here: wait for it, or choose another --out"
             ) from None
         yield
 
 
 def _work(units: Sequence[Unit], jobs: int) -> dict[str, str]:
-    """Do what is left of all units; why some failed, by their names."""
+    """Run all units that are not done. Return the reasons of those that failed, by name."""
     from joblib import Parallel, delayed
 
     left = [unit for unit in units if not unit.done()]
@@ -218,8 +224,10 @@ def _named(unit: Unit) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _bar(units: Sequence[Unit], left: Sequence[Unit]) -> Iterator[Callable[[str], None]]:
-    """A bar over all runs that moves by what their files say, wherever they are worked at; yields what prints a line
-    above it."""
+    """Show a progress bar over all runs, and yield a function that prints a line above it.
+
+    The progress is read from the files of the runs, so that it does not depend on where they are computed.
+    """
     from tqdm import tqdm
 
     done = len(units) - len(left)
@@ -246,10 +254,10 @@ def _bar(units: Sequence[Unit], left: Sequence[Unit]) -> Iterator[Callable[[str]
 
 
 def _tables(runs: Sequence[TrainingRun], by: str, found: Preset, folder: Path) -> list[str]:
-    """Write tables.md and compare.csv, and robustness.csv where that was measured; the lines that say where."""
+    """Write tables.md, compare.csv and, if robustness was measured, robustness.csv. Return lines that name them."""
     from hessian_tools.io.files import write_atomically, write_table
     from ikun_hessian.experiments.comparison import compare_settings
-    from ikun_hessian.reports.comparison import settings_markdown, settings_rows
+    from ikun_hessian.reports.comparison_files import settings_markdown, settings_rows
     from ikun_hessian.reports.robustness import robustness_markdown, robustness_rows
 
     failed = [
@@ -274,24 +282,24 @@ def _tables(runs: Sequence[TrainingRun], by: str, found: Preset, folder: Path) -
 
 
 def _finish(found: Preset, plan: StudyPlan, folder: Path) -> list[str]:
-    """Tables and figures of what is there; the lines that say where."""
+    """Write tables and figures of the finished runs. Return lines that name them."""
     from hessian_tools.io.files import alone
     from ikun_hessian.experiments.figures.figures import draw_all
 
     runs = _gathered(plan.units, partial(click.echo, err=True))
     if not runs:
-        return ["! no tables and figures: no run left a file that can be used"]
+        return ["! no tables or figures: no run has a usable file"]
     by = parse_condition(found.by)
     lines = _tables(runs, by, found, folder)
     with alone(folder / "figures" / "figures", DRAWN):
         drawn = draw_all(runs, folder / "figures", found.figures, by=by, accuracy=found.accuracy)
     names = dict.fromkeys(path.stem for path in drawn.written)
     lines.append(f"figures     {folder}/figures/{{{','.join(names)}}}.{{png,pdf,csv}}")
-    return [*lines, *(f"! no figure {name}: {why}" for name, why in drawn.skipped.items())]
+    return [*lines, *(f"! skipped figure {name}: {why}" for name, why in drawn.skipped.items())]
 
 
 def _gathered(units: Sequence[Unit], warn: Callable[[str], None]) -> list[TrainingRun]:
-    """What the files of these units hold; those that cannot be used are named and left out."""
+    """Read the runs of these units. Files that cannot be used are skipped, with a warning."""
     from hessian_tools.io.json import ResultError
     from ikun_hessian.experiments.runs import TRAIN, gather
 
@@ -302,7 +310,7 @@ def _gathered(units: Sequence[Unit], warn: Callable[[str], None]) -> list[Traini
                 gather([path], lambda _: None)
                 whole.append(path)
             except ResultError as error:
-                warn(f"! {error} (left out)")
+                warn(f"! {error} (skipped)")
                 if path.name.endswith(TRAIN):
-                    break  # nothing is known of the run
+                    break  # without its description the run is unknown
     return gather(whole, warn) if whole else []

@@ -1,16 +1,18 @@
-"""Levels of one condition (initializers) compared over runs: medians over seeds, and paired differences to a reference.
+"""Compare the levels of one condition (such as the initializer) over training runs.
 
-Runs of two levels and one seed pair, so that what the seed does to both drops out. Whatever else was varied (optimizer,
-data, ...) makes settings, each compared by itself: pairs of several settings are not independent, and what a level does
-need not be the same in all. Positive numbers are compared by their ratio, all others by their difference. Everything
-rests on ranks (see ikun_hessian.experiments.statistics), in which a run that diverged counts as worse than any other.
+For each measure, the comparison reports the median over seeds and the paired differences to a reference level. Runs
+with the same seed are paired, which cancels effects of the seed. If other settings vary too (optimizer, data, ...),
+each combination of them is compared on its own: pairs from different settings are not independent, and the effect of a
+level may differ between them. Positive measures are compared by their ratio, all others by their difference. The
+statistics are based on ranks (see `ikun_hessian.experiments.statistics`); a run that diverged counts as worse than any
+other.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +21,7 @@ import numpy.typing as npt
 from hessian_tools.io.json import ResultError
 from hessian_tools.results.comparability import Unlike, refuse_unlike
 from ikun_hessian.experiments import statistics as inference
+from ikun_hessian.experiments.comparison_result import Comparison, Correlation, Row, StartingCost
 from ikun_hessian.experiments.grouping import (
     at_moment,
     cut,
@@ -41,97 +44,14 @@ from ikun_hessian.experiments.measures import (
     unlike_samples,
 )
 from ikun_hessian.experiments.pairing import Paired, pair_runs
-from ikun_hessian.experiments.statistics import Interval, SampleSize
+from ikun_hessian.experiments.sample_size import sample_size
 
 if TYPE_CHECKING:
     from ikun_hessian.experiments.runs import TrainingRun
 
 MARGIN, WIDEST, ACCURACY = 1.25, 100.0, 0.9
-END = "end"  # what the user calls the moment ""
+END = "end"  # name of the moment "" for users
 NAN = math.nan
-NO_INTERVAL, NO_SIZE = Interval(), SampleSize()
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measure of one level. values: by run, NaN where there is none, infinite where the run is worse than any.
-
-    median: over the level's runs, worst ones included; of epochs Kaplan and Meier's. lost: runs without a finite value.
-    The rest is against the reference, over `pairs` runs in pairs, empty for the reference itself. shift: the ratio
-    (ratio: True) or difference to the reference's run in a pair, by Hodges and Lehmann. p: exact, signed ranks (of
-    epochs: the log-rank test stratified by pair); holm: adjusted within the family. equivalence: p of both one-sided
-    tests that the ratio lies outside the margin, adjusted likewise. effect: d_z, of logarithms for ratios. superiority:
-    share of the pairs in which the level has the larger number. needed: pairs to plan with.
-    """
-
-    family: str
-    measure: str
-    unit: str
-    moment: str
-    level: str
-    values: dict[str, float]
-    median: Interval
-    lost: int
-    ratio: bool
-    pairs: int = 0
-    shift: Interval = NO_INTERVAL
-    p: float = NAN
-    holm: float = NAN
-    equivalence: float = NAN
-    effect: Interval = NO_INTERVAL
-    superiority: Interval = NO_INTERVAL
-    needed: SampleSize = NO_SIZE
-
-
-@dataclass(frozen=True)
-class Correlation:
-    """Kendall's tau of a measure with the accuracy gap (train - test): over all runs, and over pairs within a level."""
-
-    measure: str
-    moment: str
-    overall: Interval
-    within: Interval
-
-
-@dataclass(frozen=True)
-class StartingCost:
-    """What a level's initializer costs, once: medians over its runs."""
-
-    seconds: float
-    forward_passes: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `compare_runs` found. seeds: of all runs. logged: how many have a log.
-
-    follows: conditions whose value goes with the level (the learning rate of an optimizer): the comparison is of both.
-    unpaired: by level, runs without a partner in the reference. lost: what went wrong, by run. left_out: what was not
-    measured alike, because of the condition itself. surrogates: by moment, that of the analysis, where there is one and
-    some run was trained with another. start: by level, where initializers are compared.
-    """
-
-    by: str
-    reference: str
-    levels: dict[str, int]
-    accuracy: float
-    margin: float
-    moments: tuple[str, ...]
-    seeds: tuple[str, ...]
-    logged: int
-    follows: dict[str, dict[str, str]]
-    unpaired: dict[str, tuple[str, ...]]
-    lost: dict[str, str]
-    left_out: tuple[LeftOut, ...]
-    rows: tuple[Row, ...]
-    correlations: tuple[Correlation, ...]
-    data: str = ""
-    surrogates: dict[str, str] = field(default_factory=dict)
-    start: dict[str, StartingCost] = field(default_factory=dict)
-
-    @property
-    def most_pairs(self) -> int:
-        return max((row.pairs for row in self.rows), default=0)
 
 
 def compare_runs(
@@ -143,13 +63,27 @@ def compare_runs(
     margin: float = MARGIN,
     moments: Sequence[str] | None = None,
 ) -> Comparison:
-    """The levels of the condition `by` (any key of Run.value) against a reference level, in runs of one setting.
+    """Compare the levels of a condition with a reference level, over runs of one setting.
 
-    reference: kaiming if there is one, else the first. accuracy: of the test split, 0 to 1, for the epochs to get
-    there. margin: ratios from 1 / margin to it count as alike. moments: keys of results without a tag ("end" or "" for
-    the final weights, "loss0.02"); by default the end and every matched loss. Raises ResultError for fewer than two
-    levels, an unknown condition, reference or moment, runs of several settings or that differ in nothing, and for what
-    was not measured alike though `by` is not the reason; where it is, the curvatures are left out and listed.
+    If results differ because of the compared condition itself, the measures that are not comparable are excluded and
+    listed in `left_out`.
+
+    Args:
+        runs: Runs of one setting.
+        by: The compared condition: any key that `TrainingRun.value` accepts.
+        reference: The reference level. By default "kaiming" if it is one of the levels, otherwise the first level.
+        accuracy: Test accuracy, in (0, 1], for the number of epochs to reach it.
+        margin: Ratios between 1 / margin and margin count as equivalent.
+        moments: Keys of results without a tag ("end" or "" for the final weights, "loss0.02"). By default the end of
+            training and every matched loss.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        ResultError: If there are fewer than two levels; the condition, the reference or a moment is unknown; an
+            argument is out of range; the runs have several settings or two of them are identical; or results differ for
+            a reason other than the compared condition.
     """
     if not 0 < accuracy <= 1:
         raise ResultError(f"--accuracy {accuracy:g}: give a share of the test images, above 0 and at most 1")
@@ -201,8 +135,20 @@ def compare_settings(
     margin: float = MARGIN,
     moments: Sequence[str] | None = None,
 ) -> dict[str, Comparison | str]:
-    """`compare_runs` for every setting that was varied besides `by` and the seed, by its name ("" where nothing was),
-    or why its runs cannot be compared; under "" where none can, all for one reason."""
+    """Apply `compare_runs` to each setting that varies apart from `by` and the seed.
+
+    Args:
+        runs: The runs, of any number of settings.
+        by: The compared condition.
+        reference: See `compare_runs`.
+        accuracy: See `compare_runs`.
+        margin: See `compare_runs`.
+        moments: See `compare_runs`.
+
+    Returns:
+        For each setting by name ("" if no setting varies), its comparison or the reason why its runs cannot be
+        compared. If no setting can be compared and all have the same reason, that reason under "".
+    """
     groups = settings_groups(runs, by)
     if by == "seed" or len({level(run, by) for run in runs}) < 2:
         groups = {"": list(runs)}
@@ -217,15 +163,17 @@ def compare_settings(
 
 
 def _data(runs: Sequence[TrainingRun]) -> str:
-    """What all runs were trained on."""
+    """Describe the data and network that all runs share."""
     shared = ("name", "model", "surrogate", "norm", "timesteps")
     known = [(key, run_values) for key in shared if len(run_values := {plain(run.value(key)) for run in runs}) == 1]
     return ", ".join(display_name(key, runs[0].value(key)) for key, _ in known if runs[0].value(key) is not None)
 
 
 def _surrogate(runs: Sequence[TrainingRun], moment: str) -> str:
-    """The one surrogate of the spectra, or of flatness where there are none; "" where it is what all were trained with,
-    or not one."""
+    """Return the surrogate of the analysis, or "" if it is not unique or all runs were trained with it.
+
+    It is read from the spectra, or from the flatness results if there are no spectra.
+    """
     spectra = [r.network for run in runs if (r := at_moment(run, moment)) is not None]
     found = spectra or [flat.network for run in runs if (flat := run.flatness.get(moment)) is not None]
     names = {str(network.get("surrogate")) for network in found}
@@ -234,7 +182,7 @@ def _surrogate(runs: Sequence[TrainingRun], moment: str) -> str:
 
 
 def _starts(paired: Paired) -> dict[str, StartingCost]:
-    """Of the levels whose cost is known."""
+    """Return the cost of the initializer of each level for which it is known."""
     found = {}
     for name, runs in paired.levels.items():
         known = [run.start for run in runs if run.start is not None]
@@ -245,22 +193,26 @@ def _starts(paired: Paired) -> dict[str, StartingCost]:
 
 
 def _lost(run: TrainingRun, logged: bool) -> str:
-    """What went wrong with a run. logged: whether there are logs, so that one is missed."""
+    """Describe what went wrong with a run.
+
+    `logged` says whether other runs have logs, so that an incomplete log is worth a mention.
+    """
     wrong = [f for f in run.failures if f.startswith(("NaN", "failed"))]
     wrong += [] if run.finished or wrong else ["not finished"]
     if logged and cut(run):
-        wrong.append(f"the log ends at epoch {len(run.log)} of {run.epochs_run}: what came later is not known")
+        wrong.append(f"the log ends at epoch {len(run.log)} of {run.epochs_run}: later epochs are unknown")
     return "; ".join(wrong)
 
 
 # --- pairs
 def _moments(runs: Sequence[TrainingRun], asked: Sequence[str] | None) -> list[str]:
+    """Return the keys of the moments to compare; raise ResultError for one without results."""
     known = list(dict.fromkeys(key for run in runs for key in ("", *run.spectra, *run.flatness)))
     if asked:
         wanted = ["" if key == END else key for key in asked]
         if missing := [key for key in wanted if key not in known]:
             raise ResultError(
-                f"--moment {missing[0]}: nothing was measured there: {', '.join(k or END for k in known)}"
+                f"--moment {missing[0]}: no results at it: choose one of {', '.join(k or END for k in known)}"
             )
         return list(dict.fromkeys(wanted))
     losses = {key for key in known if moment_of(key)[0].startswith("loss") and not moment_of(key)[1]}
@@ -268,7 +220,10 @@ def _moments(runs: Sequence[TrainingRun], asked: Sequence[str] | None) -> list[s
 
 
 def _refuse(paired: Paired, moment: str) -> list[LeftOut]:
-    """What must be left out because the levels themselves were not measured alike; raises ResultError for the rest."""
+    """Return the differences that exclude measures because the compared condition causes them.
+
+    Raise ResultError for any other difference between results.
+    """
     left_out = []
     names = {run.name: name for name, some in paired.levels.items() for run in some}
     for runs, gap in unlike_results(paired.runs, moment):
@@ -278,17 +233,19 @@ def _refuse(paired: Paired, moment: str) -> list[LeftOut]:
         if all(len(some) == 1 for some in values.values()):
             left_out.append(gap)
             continue
-        refuse_unlike([run.name for run in runs], _sized(gap.difference), "measure all alike")
+        refuse_unlike([run.name for run in runs], _sized(gap.difference), "measure all runs in the same way")
     for pair in (pair for some in paired.pairs.values() for pair in some):
         for gap in unlike_samples(pair, moment):
             if not any(key in pair[0].data for key in (paired.by, *paired.follows)):
-                refuse_unlike([run.name for run in pair], gap.difference, "measure a pair on the same samples")
+                refuse_unlike(
+                    [run.name for run in pair], gap.difference, "measure both runs of a pair on the same samples"
+                )
             left_out.append(gap)
     return list({(gap.source, gap.difference.key): gap for gap in left_out}.values())
 
 
 def _sized(difference: Unlike) -> Unlike:
-    """With the number of weights for sets of parameters, where that tells them apart."""
+    """Replace sets of parameters by their numbers of weights, if these differ."""
     if difference.key != "parameters":
         return difference
     sizes = tuple(f"{sum(count for _, count in value):,} weights" for value in difference.values)
@@ -298,7 +255,7 @@ def _sized(difference: Unlike) -> Unlike:
 # --- numbers
 @dataclass(frozen=True)
 class _Settings:
-    """comparisons: in the family that p-values are adjusted for."""
+    """Settings of the statistics. `comparisons` is the size of the family that p-values are adjusted for."""
 
     accuracy: float
     margin: float
@@ -306,6 +263,7 @@ class _Settings:
 
 
 def _rows(paired: Paired, measure: Measure, moment: str, settings: _Settings) -> list[Row]:
+    """Return the rows of a measure, one per level."""
     values = {run.name: measure.value(run) for run in paired.runs}
     ratio = measure.unit != "%" and all(v > 0 for v in values.values() if not math.isnan(v))
     rows = []
@@ -333,7 +291,10 @@ def _rows(paired: Paired, measure: Measure, moment: str, settings: _Settings) ->
 
 
 def _differences(pairs: Sequence[tuple[float, float]], ratio: bool) -> npt.NDArray[np.float64]:
-    """x - y, or log x - log y, of every pair, without the last digits: rounding must not break ties."""
+    """Return x - y, or log x - log y, for each pair.
+
+    The differences are rounded to 12 digits, so that rounding errors do not break ties.
+    """
     d = np.array([math.log(x) - math.log(y) if ratio else x - y for x, y in pairs])
     sizes = [1.0] if ratio else [abs(z) for pair in pairs for z in pair if math.isfinite(z)]
     digit = 1e-12 * max(sizes, default=0.0)
@@ -343,7 +304,10 @@ def _differences(pairs: Sequence[tuple[float, float]], ratio: bool) -> npt.NDArr
 def _against(
     row: Row, pairs: Sequence[tuple[TrainingRun, TrainingRun]], values: dict[str, float], settings: _Settings
 ) -> Row:
-    """The row with what its pairs say; those in which both are worst, or one is not known, say nothing."""
+    """Complete a row with the comparison to the reference.
+
+    Pairs in which both values are equally infinite or one is unknown are ignored.
+    """
     both = [(values[a.name], values[b.name]) for a, b in pairs]
     known = [(x, y) for x, y in both if not (math.isnan(x) or math.isnan(y) or (math.isinf(x) and x == y))]
     d = _differences(known, row.ratio)
@@ -357,7 +321,7 @@ def _against(
         shift=shift,
         effect=inference.effect_size(d),
         superiority=inference.superiority(d),
-        needed=inference.sample_size(d, bound, settings.comparisons),
+        needed=sample_size(d, bound, settings.comparisons),
     )
     if len(d) < inference.LEAST:
         return row
@@ -371,17 +335,18 @@ def _against(
 
 
 def _exp(x: float) -> float:
+    """Return exp(x), or infinity if it would overflow."""
     return math.inf if x > 700 else math.exp(x)
 
 
 def _adjusted(block: Sequence[Row]) -> list[Row]:
-    """The rows of a family with their p-values adjusted among them."""
+    """Adjust the p-values of the rows of a family."""
     p, alike = (inference.holm([getattr(row, key) for row in block]) for key in ("p", "equivalence"))
     return [replace(row, holm=x, equivalence=y) for row, x, y in zip(block, p, alike, strict=True)]
 
 
 def _correlations(paired: Paired, found: Sequence[Measure], moment: str) -> list[Correlation]:
-    """Of the runs whose gap and measure are known."""
+    """Return the correlations over the runs whose accuracy gap and measure are both known."""
     names = {run.name: name for name, some in paired.levels.items() for run in some}
     gaps = {run.name: accuracy_gap(run, moment) for run in paired.runs}
     rows = []

@@ -1,4 +1,4 @@
-"""What a comparison of training runs reads from each of them, and which of it may stand side by side."""
+"""Define the measures that a comparison reads from each training run, and which of them are comparable."""
 
 from __future__ import annotations
 
@@ -30,18 +30,26 @@ OUTCOME, SPEED, FLAT = "outcome", "speed", "loss under noise"
 LARGEST, SMALLEST, TRACE = "lambda_max", "lambda_min", "trace"
 SPECTRUM, FLATNESS = "spectrum", "flatness"
 CURVATURES = (LARGEST, SMALLEST, TRACE)
-# What must agree within and across the pairs. Samples may differ with the seed that drew them; pairs share them.
+# Conditions that must be equal for all runs. Samples may depend on the seed, so they must be equal only within a pair.
 ALIKE = tuple(c for c in CONDITIONS if c[:2] != ("data", "sha256"))
 SAMPLE_CONDITIONS = tuple(c for c in CONDITIONS if c[:2] == ("data", "sha256"))
-# The rest is of the surrogate: the spiking loss itself depends on data, T and coding alone.
+# Conditions of the surrogate. The spiking loss itself depends only on the data, the number of steps T and the coding.
 OF_CURVATURES = (*(key for part, key, _ in ALIKE if part == "network" and key not in ALWAYS), "parameters")
 NAN, INF = math.nan, math.inf
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number of every run: NaN where there is none, infinite where the run is worse than any number (it diverged, or
-    never got there). unit: "%" of a share, "epochs" or "". source: the kind of result that it is read from."""
+    """A number that can be read from each run.
+
+    Attributes:
+        family: Group of measures within which p-values are adjusted.
+        name: Name of the measure.
+        value: Function that returns the number of a run: NaN if it is unknown, infinite if the run counts as worse than
+            any number (because it diverged or never reached the target).
+        unit: "%" for fractions, "epochs", or "".
+        source: Kind of result that the number is read from ("spectrum" or "flatness"), or "" for the log.
+    """
 
     family: str
     name: str
@@ -51,9 +59,15 @@ class Measure:
 
 
 def measures(runs: Sequence[TrainingRun], moment: str, accuracy: float) -> list[Measure]:
-    """Everything that any of the runs has at a moment ("" for the end), in the order of the table.
+    """List the measures that at least one run has at a moment.
 
-    accuracy: on the test split, for the epochs that it takes to get there.
+    Args:
+        runs: The runs.
+        moment: Key of a moment, "" for the end of training.
+        accuracy: Test accuracy, between 0 and 1, whose number of epochs is a measure.
+
+    Returns:
+        The measures, in the order of the table.
     """
     found = [*_outcomes(runs, moment), *(_speed(accuracy) if not moment and any(run.log for run in runs) else ())]
     results = [r for run in runs if (r := at_moment(run, moment)) is not None]
@@ -77,9 +91,10 @@ def measures(runs: Sequence[TrainingRun], moment: str, accuracy: float) -> list[
 
 
 def _outcomes(runs: Sequence[TrainingRun], moment: str) -> list[Measure]:
+    """Return the measures of loss and accuracy, from the logs if there are any."""
     logged, (when, tag) = any(run.log for run in runs), moment_of(moment)
     if tag:
-        return []  # another analysis of the same weights
+        return []  # a second analysis of the same weights: the outcomes are listed without the tag
 
     def value(key: str) -> Callable[[TrainingRun], float]:
         worst = {"loss": INF, "accuracy": -INF, "test_accuracy": -INF}[key]
@@ -89,7 +104,7 @@ def _outcomes(runs: Sequence[TrainingRun], moment: str) -> list[Measure]:
                 return worst
             if not moment and not run.finished:
                 return NAN
-            if not logged:  # the loss of the samples that were analysed
+            if not logged:  # use the loss on the analysed samples
                 result: Analysed | None = at_moment(run, moment) or run.flatness.get(moment)
                 here = result is not None and result.data.get("split") == "train"
                 return number_or_nan(getattr(result, key, None)) if here else NAN
@@ -111,6 +126,8 @@ def _outcomes(runs: Sequence[TrainingRun], moment: str) -> list[Measure]:
 
 
 def _speed(accuracy: float) -> list[Measure]:
+    """Return the measure of the epochs that a run needs to reach a test accuracy."""
+
     def epochs(run: TrainingRun) -> float:
         epoch, reached = epochs_to(run, accuracy)
         return float(epoch) if reached else INF if run.log and over(run) else NAN
@@ -119,12 +136,14 @@ def _speed(accuracy: float) -> list[Measure]:
 
 
 def accuracy_gap(run: TrainingRun, moment: str) -> float:
-    """Train less test accuracy at a moment, NaN where there is none."""
+    """Return train accuracy minus test accuracy at a moment, or NaN if unknown."""
     found = [m for m in _outcomes([run], moment_of(moment)[0]) if m.name == GAP]
     return found[0].value(run)
 
 
 def _of_spectrum(moment: str, operator: str, value: Callable[[Spectrum], float]) -> Callable[[TrainingRun], float]:
+    """Return a function that reads a number from a run's spectrum of one operator."""
+
     def of(run: TrainingRun) -> float:
         result = at_moment(run, moment)
         return value(result.spectra[operator]) if result is not None and operator in result.spectra else NAN
@@ -133,6 +152,8 @@ def _of_spectrum(moment: str, operator: str, value: Callable[[Spectrum], float])
 
 
 def _of_flatness(moment: str, name: str) -> Callable[[TrainingRun], float]:
+    """Return a function that reads a metric from a run's flatness result."""
+
     def of(run: TrainingRun) -> float:
         result = run.flatness.get(moment)
         return result.main[name].value if result is not None and name in result.main else NAN
@@ -150,10 +171,18 @@ _SPECTRAL: dict[str, dict[str, Callable[[Spectrum], float]]] = {
 }
 
 
-# --- what may stand side by side
+# --- comparability of results
 @dataclass(frozen=True)
 class LeftOut:
-    """What must not be compared at a moment, and why: of a kind of results the surrogate's curvatures, or all."""
+    """A difference between results because of which some measures are not compared.
+
+    Attributes:
+        moment: Key of the moment.
+        source: Kind of results that differ ("spectrum" or "flatness").
+        difference: The condition that differs, with its values.
+        curvatures_alone: Whether only the curvatures of the surrogate are excluded, and not the metrics of the spiking
+            loss.
+    """
 
     moment: str
     source: str
@@ -161,12 +190,21 @@ class LeftOut:
     curvatures_alone: bool
 
     def leaves_out(self, measure: Measure) -> bool:
+        """Return whether the measure is excluded from the comparison."""
         alike = self.curvatures_alone and measure.family == FLAT
         return measure.source == self.source and not alike
 
 
 def unlike_results(runs: Sequence[TrainingRun], moment: str) -> list[tuple[list[TrainingRun], LeftOut]]:
-    """In what the results of the runs at a moment were not measured alike, each with the runs that have results."""
+    """Find the conditions in which the results of the runs at a moment differ.
+
+    Args:
+        runs: The runs.
+        moment: Key of the moment.
+
+    Returns:
+        For each differing condition, the runs that have such results and the difference.
+    """
     spectra = [(run, r) for run in runs if (r := at_moment(run, moment)) is not None]
     sharpness = [(run, flat) for run in runs if (flat := run.flatness.get(moment)) is not None]
     found: list[tuple[list[TrainingRun], LeftOut]] = []
@@ -184,7 +222,7 @@ def unlike_results(runs: Sequence[TrainingRun], moment: str) -> list[tuple[list[
 
 
 def unlike_samples(pair: tuple[TrainingRun, TrainingRun], moment: str) -> Iterator[LeftOut]:
-    """Whether two runs that are compared were measured on other samples, though on as many."""
+    """Yield the kinds of results for which the two runs of a pair were measured on different samples."""
     spectra, sharpness = [at_moment(run, moment) for run in pair], [run.flatness.get(moment) for run in pair]
     for source, results in ((SPECTRUM, spectra), (FLATNESS, sharpness)):
         both: list[Analysed] = [r for r in results if r is not None]
@@ -193,18 +231,19 @@ def unlike_samples(pair: tuple[TrainingRun, TrainingRun], moment: str) -> Iterat
 
 
 def _sizes(found: Sequence[AnalysedParts]) -> list[Unlike]:
+    """Return the difference between the sets of parameters, if there is one."""
     sizes = tuple(tuple(sorted(r.parameters.items())) for r in found)
     return [Unlike("parameters", "set of parameters", sizes)] if len(set(sizes)) > 1 else []
 
 
 def _noises(found: Sequence[SpectrumResult]) -> list[Unlike]:
-    """Of the smoothed operator, where there is one."""
+    """Return the difference between the noises of the smoothed operator, if there is one."""
     usual = next((r.settings.get("noise") for r in found if "smoothed" in r.spectra), None)
     noises = tuple(r.settings.get("noise") if "smoothed" in r.spectra else usual for r in found)
     return [Unlike("noise", "noise of the smoothed operator", noises)] if len(set(noises)) > 1 else []
 
 
 def _settings(found: Sequence[FlatnessResult]) -> list[Unlike]:
-    """Of flatness: all but the memory."""
+    """Return the settings of flatness results that differ, except the memory limit."""
     names = dict.fromkeys(name for r in found for name in r.settings if name != "memory")
     return differing(found, [("settings", name, f"setting {name}") for name in names])

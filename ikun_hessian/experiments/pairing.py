@@ -1,4 +1,4 @@
-"""Which runs pair: two levels of the condition compared and one seed, alike in everything else that was varied."""
+"""Pair runs that differ in the compared condition but share their seed and all other settings."""
 
 from __future__ import annotations
 
@@ -25,10 +25,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Paired:
-    """The runs of every level of `by`, the reference first, and each other level's pairs (run, the reference's run).
+    """Runs grouped by level of the compared condition, and paired with the reference level by seed.
 
-    seeds: of all runs. follows: conditions whose value goes with the level, by level (the learning rate of an
-    optimizer). unpaired: by level, the runs without a partner.
+    Attributes:
+        by: The compared condition.
+        reference: The reference level.
+        levels: The runs of each level, the reference first.
+        pairs: For each other level, pairs (run, run of the reference with the same seed).
+        seeds: Seeds of all runs.
+        follows: Settings whose value is determined by the level (such as the learning rate of an optimizer), as
+            {setting: {level: value}}.
+        unpaired: For each level, names of the runs without a partner. Levels without such runs are absent.
     """
 
     by: str
@@ -41,17 +48,28 @@ class Paired:
 
     @property
     def runs(self) -> list[TrainingRun]:
+        """All runs, the reference level first."""
         return [run for some in self.levels.values() for run in some]
 
 
 def pair_runs(runs: Sequence[TrainingRun], by: str, reference: str | None) -> Paired:
-    """The runs of one setting (study_groups.settings) in pairs of one seed.
+    """Pair the runs of one setting by seed.
 
-    Raises ResultError for an unknown condition or reference, fewer than two levels, runs of several settings, whose
-    pairs would not be independent, runs that are alike, and pairs trained on different data.
+    Args:
+        runs: Runs of one setting (see `ikun_hessian.experiments.grouping.settings_groups`).
+        by: The compared condition.
+        reference: The reference level. By default "kaiming" if it is one of the levels, otherwise the first level.
+
+    Returns:
+        The paired runs.
+
+    Raises:
+        ResultError: If the condition or the reference is unknown, there are fewer than two levels, the runs have
+            several settings (their pairs would not be independent), two runs are identical, or the runs of a pair were
+            trained on different data.
     """
     if by == "seed":
-        raise ResultError("--by seed: runs pair by their seed: choose another condition")
+        raise ResultError("--by seed: runs are paired by their seed: choose another condition")
     _known(runs, by, f"--by {by}")
     names = levels(runs, by)
     if len(names) < 2:
@@ -60,9 +78,9 @@ def pair_runs(runs: Sequence[TrainingRun], by: str, reference: str | None) -> Pa
         raise ResultError(f"a comparison needs at least two levels of {by}: all runs have {by} {names[0]}{choose}")
     reference = reference or ("kaiming" if "kaiming" in names else names[0])
     if reference not in names:
-        raise ResultError(f"--reference {reference}: no run has it: {by} is {', '.join(names)}")
+        raise ResultError(f"--reference {reference}: no run has this {by}: choose one of {', '.join(names)}")
     if len(apart := list(settings_groups(runs, by))) > 1:
-        raise ResultError(f"runs of several settings ({apart[0]}; {apart[1]}): compare them apart (--where)")
+        raise ResultError(f"the runs have several settings ({apart[0]}; {apart[1]}): compare one at a time (--where)")
     order = [reference, *(name for name in names if name != reference)]
     grouped = {name: [run for run in runs if level(run, by) == name] for name in order}
     keyed: dict[str, dict[str, TrainingRun]] = {name: {} for name in order}
@@ -96,37 +114,48 @@ def pair_runs(runs: Sequence[TrainingRun], by: str, reference: str | None) -> Pa
 
 
 def _refuse_other_data(pair: tuple[TrainingRun, TrainingRun], compared: Sequence[str]) -> None:
-    """Raises ResultError for two runs trained on different samples, unless a condition compared is what chose them."""
+    """Raise ResultError if two runs were trained on different samples, unless a compared condition selects the data."""
     one, other = pair
     if any(key in one.data and plain(one.data[key]) != plain(other.data.get(key)) for key in compared):
         return
     hashes = one.data.get("sha256"), other.data.get("sha256")
     if None not in hashes:
         names = [one.name, other.name]
-        refuse_unlike(names, Unlike("sha256", "training data", hashes), "train a pair on the same data")
+        refuse_unlike(names, Unlike("sha256", "training data", hashes), "train both runs of a pair on the same data")
 
 
 def _twins(one: TrainingRun, other: TrainingRun) -> str:
-    """Why two runs of one setting, level and seed cannot both be compared, and what to do."""
+    """Explain why two runs with the same setting, level and seed cannot both be compared, and what to do."""
     keys = dict.fromkeys(key for run in (one, other) for part in (run.training, run.network, run.data) for key in part)
     for key in (key for key in keys if key not in NO_CONDITION and plain(one.value(key)) != plain(other.value(key))):
         known = level(one if other.value(key) is None else other, key)
         return (
-            f"{one.name} and {other.name} differ in {key}, which is not known of all runs: choose with "
-            f"--where {key}={known}"
+            f"{one.name} and {other.name} differ in {key}, which is not recorded for all runs: choose "
+            f"with --where {key}={known}"
         )
-    return f"{one.name} and {other.name} differ in nothing that is known of them: give one of them"
+    return f"{one.name} and {other.name} have the same recorded settings: give only one of them"
 
 
 def _follows(grouped: dict[str, list[TrainingRun]], by: str) -> dict[str, dict[str, str]]:
-    """The conditions that differ between the levels, with their value in each."""
+    """Return the other settings that differ between the levels, with their value at each level."""
     runs = [run for some in grouped.values() for run in some]
     varied = [key for key in common_conditions(runs) if key != by and len({plain(run.value(key)) for run in runs}) > 1]
     return {key: {name: show(some[0].value(key)) for name, some in grouped.items()} for key in varied}
 
 
 def chosen_runs(runs: Sequence[TrainingRun], where: Sequence[str]) -> list[TrainingRun]:
-    """The runs that meet every condition KEY=VALUE. Raises ResultError for one that none meets."""
+    """Select the runs that meet every condition.
+
+    Args:
+        runs: The runs.
+        where: Conditions of the form KEY=VALUE.
+
+    Returns:
+        The selected runs.
+
+    Raises:
+        ResultError: If a condition is malformed, names an unknown setting, or no run meets it.
+    """
     kept = list(runs)
     for condition in where:
         key, sign, value = condition.partition("=")
@@ -136,11 +165,12 @@ def chosen_runs(runs: Sequence[TrainingRun], where: Sequence[str]) -> list[Train
         values = dict.fromkeys(level(run, key) for run in kept)
         kept = [run for run in kept if level(run, key) == value]
         if not kept:
-            raise ResultError(f"--where {condition}: no such run: {key} is {' or '.join(values)}")
+            raise ResultError(f"--where {condition}: no run matches: {key} is {' or '.join(values)}")
     return kept
 
 
 def _known(runs: Sequence[TrainingRun], key: str, option: str) -> None:
+    """Raise ResultError, with the closest or all known names, if no run has the condition `key`."""
     keys = sorted({k for run in runs for part in (run.training, run.network, run.data) for k in part})
     if all(run.value(key) is None for run in runs):
         near = difflib.get_close_matches(key, keys, 1)
@@ -149,7 +179,7 @@ def _known(runs: Sequence[TrainingRun], key: str, option: str) -> None:
 
 
 def several_seeds(runs: Sequence[TrainingRun], by: str) -> bool:
-    """Whether there are two levels or more, and one that was trained from several seeds."""
+    """Return whether there are at least two levels, one of them trained with several seeds."""
     seeds: dict[str, set[str]] = {}
     for run in runs:
         seeds.setdefault(level(run, by), set()).add(plain(run.value("seed")))

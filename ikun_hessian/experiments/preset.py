@@ -1,40 +1,37 @@
-"""A study as a TOML file says it: which runs, what is measured of each, and what is compared.
+"""Read a study from a TOML file: which runs, which analyses of each run, and what is compared.
 
 title = "..."                   # one line
-question = "..."                # what it asks
-by = "init"                     # the condition compared: a key of [vary]
-accuracy = 0.9                  # for epochs to a test accuracy
-seeds = 5                       # runs of every combination, seeds 0, 1, ...
-figures = ["epochs", "ranks"]   # of `ikun-hessian figures`; all without this line
+question = "..."                # the question that the study asks
+by = "init"                     # the condition that is compared: a key of [vary]
+accuracy = 0.9                  # target test accuracy, to which epochs are counted
+seeds = 5                       # number of runs per combination, with seeds 0, 1, ...
+figures = ["epochs", "ranks"]   # names of `ikun-hessian figures` [default: all]
 
-[train]                         # options of `ikun-hessian train`, by their names
+[train]                         # options of `ikun-hessian train`
 data = "digits"
 
-[vary]                          # the grid: every combination; several grids are [[vary]], ...
+[vary]                          # the grid: all combinations are run; [[vary]] for several grids
 init = ["ikun", "kaiming"]
 optimizer = ["adam", "sgd"]
 
-[when.optimizer.sgd]            # train options that hold where a varied key has this value
+[when.optimizer.sgd]            # options of train for runs in which a varied key has this value
 lr = 0.1
 
 [[spectrum]]                    # options of `ikun-hessian spectrum`
-at = ["final", "loss"]          # the end, each save-at-loss, the snapshots
+at = ["final", "loss"]          # final weights, checkpoints of save-at-loss, snapshots
 [[spectrum]]
-tag = "published"               # part of the results' names
+tag = "published"               # part of the names of the results
 samples = 1
 
-[flatness]                      # options of `ikun-hessian flatness`; [robustness]: of robustness.Settings
+[flatness]                      # options of `ikun-hessian flatness`; [robustness]: jobs.options.ROBUSTNESS
 
-[quick]                         # with --quick; tables are merged key by key, everything else is replaced
+[quick]                         # changes for --quick: tables are merged key by key, other values are replaced
 [quick.train]
 epochs = 20
 """
 
 from __future__ import annotations
 
-import difflib
-import itertools
-import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,32 +39,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ikun_hessian.jobs.options import meant
+
 FOLDER = Path(__file__).parent / "presets"
-MOST_RUNS = 1000
-LONGEST = 1000  # characters of an error line
+LONGEST = 1000  # characters of an error message
 MOMENTS = ("final", "loss", "snapshots")
 ANALYSES = ("spectrum", "flatness", "robustness")
 _VALUE_KINDS = {str: "text", int: "a whole number", float: "a number", list: "a list"}
 PLAIN = {"title": str, "question": str, "by": str, "accuracy": float, "seeds": int, "figures": list}
-ROBUSTNESS: dict[str, tuple[type, ...]] = {
-    "corruptions": (str,),
-    "severities": (int,),
-    "noise": (int, float),
-    "draws": (int,),
-}
 TABLES = ("train", "vary", "when", *ANALYSES)
 
 
 class PresetError(ValueError):
-    """A preset that cannot be used: one line that names the file, the key and what is right."""
+    """A preset cannot be used. The message is one line with the file, the key and what to do."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message if len(message) <= LONGEST else f"{message[:LONGEST]} ...")  # it quotes the file
+        super().__init__(message if len(message) <= LONGEST else f"{message[:LONGEST]} ...")  # it may quote the file
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """One command's work at one moment (of MOMENTS) of every run. options: as the preset has them."""
+    """One analysis of every run.
+
+    Attributes:
+        command: Name of the analysis, one of ANALYSES.
+        moment: The checkpoints that are analysed, one of MOMENTS.
+        tag: Part of the names of the results.
+        options: Options of the analysis, as written in the preset.
+    """
 
     command: str
     moment: str
@@ -80,9 +79,21 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Preset:
-    """A study read and checked, but for the values of its options. grids: varied keys with their values, every
-    combination of each; when: (key, value, options) in the order of the file. Options by their names on the command
-    line."""
+    """A study. The values of its options are not checked yet (plan.parse_options).
+
+    Attributes:
+        source: File of the preset.
+        title: Title of the study.
+        question: The question that it asks.
+        by: The condition that is compared.
+        accuracy: Target test accuracy.
+        seeds: Number of runs per combination.
+        figures: Names of the figures; empty for all.
+        train: Options of `train` that all runs share, by their names on the command line.
+        grids: Varied options with their values. All combinations of a grid are run.
+        when: (key, value, options) in the order of the file: options of the runs in which `key` has this value.
+        analyses: The analyses of every run.
+    """
 
     source: str
     title: str
@@ -98,23 +109,33 @@ class Preset:
 
 
 def names() -> list[str]:
-    """The presets that come with the package."""
+    """Return the names of the presets of the package."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def find(name: str) -> Path:
-    """The file of a preset's name, or a file of the user's own. Raises PresetError."""
+    """Return the file of a preset of the package, or a .toml file of the user. Raise PresetError if it is unknown."""
     if name.endswith(".toml"):
         return Path(name)
     if name not in names():
-        raise PresetError(f"no preset '{name}'{meant(name, names())} (--list tells of them; your own end in .toml)")
+        raise PresetError(f"no preset '{name}'{meant(name, names())} (see --list; files of your own end in .toml)")
     return FOLDER / f"{name}.toml"
 
 
 def read_preset(path: Path, *, quick: bool = False, changes: Sequence[str] = (), seeds: int | None = None) -> Preset:
-    """The preset in a file. quick: its smaller form. changes: "KEY=VALUE" each, on top. seeds: so many instead.
+    """Read a preset from a file.
 
-    Raises PresetError for a file that cannot be read and for anything in it that is not known.
+    Args:
+        path: The file.
+        quick: Whether to apply [quick].
+        changes: Changes "KEY=VALUE", applied last.
+        seeds: Number of runs per combination, instead of that of the file.
+
+    Returns:
+        The preset.
+
+    Raises:
+        PresetError: If the file cannot be read, or has unknown or invalid parts.
     """
     from hessian_tools.io.json import ResultError, read_text
 
@@ -122,19 +143,19 @@ def read_preset(path: Path, *, quick: bool = False, changes: Sequence[str] = (),
         values = tomllib.loads(read_text(path))
     except ResultError as error:
         raise PresetError(str(error)) from None
-    except ValueError as error:  # a TOMLDecodeError, or int() about a number of thousands of digits
-        raise PresetError(f"{path}: no valid TOML: {error}") from None
+    except ValueError as error:  # TOMLDecodeError, or int() for a number with thousands of digits
+        raise PresetError(f"{path}: not valid TOML: {error}") from None
     except RecursionError:
-        raise PresetError(f"{path}: no valid TOML: too many lists in one another") from None
+        raise PresetError(f"{path}: not valid TOML: lists are nested too deeply") from None
     if odd := _odd(values):
-        raise PresetError(f"{path}: {odd} has no meaning in a preset")
+        raise PresetError(f"{path}: {odd} cannot be used in a preset")
     _known(path, "", values, (*PLAIN, *TABLES, "quick"))
     smaller = values.pop("quick", {})
     if not isinstance(smaller, dict):
         raise PresetError(f"{path}: [quick] must be a table")
     _known(path, "quick.", smaller, (*PLAIN, *TABLES))
     if quick and not smaller:
-        raise PresetError(f"{path}: has no [quick]: run it without --quick, or write one")
+        raise PresetError(f"{path}: has no [quick]: run it without --quick, or add that table")
     both = [*_grids(path, values), *_grids(path, smaller)]
     if quick:
         values = _merged(path, values, smaller)
@@ -146,31 +167,31 @@ def read_preset(path: Path, *, quick: bool = False, changes: Sequence[str] = (),
 
 
 def _preset(path: Path, values: Mapping[str, Any], anywhere: Sequence[Mapping[str, Any]]) -> Preset:
-    """anywhere: the grids of all forms of the preset; its [when] may speak of any of them."""
+    """Check the values. `anywhere` has the grids with and without [quick]: [when] may name any value of them."""
     plain: dict[str, Any] = {"accuracy": 0.9, "seeds": 5, "figures": [], "question": ""}
     plain |= {key: values[key] for key in PLAIN if key in values}
     for key, kind in PLAIN.items():
         if key not in plain:
-            raise PresetError(f"{path}: lacks '{key}'")
+            raise PresetError(f"{path}: '{key}' is missing")
         allowed = (int, float) if kind is float else (kind,)
         if not isinstance(plain[key], allowed) or isinstance(plain[key], bool):
             raise PresetError(f"{path}: {key} must be {_VALUE_KINDS[kind]}, not {plain[key]!r}")
     if plain["seeds"] < 1:
         raise PresetError(f"{path}: seeds must be at least 1, not {plain['seeds']}")
     if not 0 < plain["accuracy"] <= 1:
-        raise PresetError(f"{path}: accuracy must lie above 0 and not above 1, not {plain['accuracy']}")
+        raise PresetError(f"{path}: accuracy must be above 0 and at most 1, not {plain['accuracy']}")
     grids = _grids(path, values)
     if not grids:
-        raise PresetError(f"{path}: lacks [vary], what is varied")
+        raise PresetError(f"{path}: [vary], the table of what is varied, is missing")
     varied = list(dict.fromkeys(key for grid in grids for key in grid))
     if plain["by"] not in varied:
         raise PresetError(f"{path}: by = '{plain['by']}' is not varied{meant(plain['by'], varied)}")
     train = _unseeded(path, "train", values.get("train", {}))
     for key in varied:
         if key in train and all(key in grid for grid in grids):
-            raise PresetError(f"{path}: '{key}' is in [train] and in [vary]: leave it in one of them")
+            raise PresetError(f"{path}: '{key}' is in [train] and in [vary]: remove it from one of them")
         if key not in train and any(key not in grid for grid in grids):
-            raise PresetError(f"{path}: '{key}' is not in every [[vary]]: say in [train] what it is in the others")
+            raise PresetError(f"{path}: '{key}' is not in every [[vary]]: set it in [train] for the others")
     return Preset(
         source=str(path),
         **{**plain, "accuracy": float(plain["accuracy"]), "figures": tuple(map(str, plain["figures"]))},
@@ -189,7 +210,7 @@ def _grids(path: Path, values: Mapping[str, Any]) -> list[dict[str, list[Any]]]:
             if not isinstance(value, list) or not value:
                 raise PresetError(f"{path}: [vary] {key} must be a list of values, not {value!r}")
             if twice := [text(v) for i, v in enumerate(value) if v in value[:i]]:
-                raise PresetError(f"{path}: [vary] {key} has '{twice[0]}' twice: leave one out")
+                raise PresetError(f"{path}: [vary] {key} has '{twice[0]}' twice: remove one")
     return grids
 
 
@@ -203,7 +224,7 @@ def _when(
             raise PresetError(f"{path}: [when.{key}]: '{key}' is not varied{meant(key, everything)}")
         for value, options in _table(path, f"when.{key}", cases).items():
             if value not in known:
-                raise PresetError(f"{path}: [when.{key}.{value}]: '{value}' is no value of {key}{meant(value, known)}")
+                raise PresetError(f"{path}: [when.{key}.{value}]: {key} is never '{value}'{meant(value, known)}")
             options = _unseeded(path, f"when.{key}.{value}", options)
             if wrong := sorted(set(options) & set(varied)):
                 raise PresetError(f"{path}: [when.{key}.{value}] sets '{wrong[0]}', which is varied itself")
@@ -219,18 +240,13 @@ def _analyses(path: Path, command: str, found: Any) -> Iterable[Analysis]:
         at, tag = options.pop("at", ["final"]), options.pop("tag", "")
         if not isinstance(tag, str) or not re.fullmatch(r"[A-Za-z0-9_-]*", tag):
             raise PresetError(f"{path}: [{command}] tag must be a word of letters, digits, - and _, not {tag!r}")
-        for key, kind in ROBUSTNESS.items() if command == "robustness" else ():
-            written = options.get(key, [])
-            for value in written if isinstance(written, list) else [written]:
-                if not isinstance(value, kind) or isinstance(value, bool):
-                    raise PresetError(f"{path}: [robustness] {key} cannot be {value!r}")
         if not isinstance(at, list) or not at:
             raise PresetError(f"{path}: [{command}] at must be a list of {', '.join(MOMENTS)}, not {at!r}")
         for moment in at:
             if moment not in MOMENTS:
                 raise PresetError(f"{path}: [{command}] at: no moment '{moment}'{meant(str(moment), MOMENTS)}")
             if (moment, tag) in seen:
-                raise PresetError(f"{path}: two [[{command}]] for '{moment}' with tag '{tag}': give one another tag")
+                raise PresetError(f"{path}: two [[{command}]] for '{moment}' have tag '{tag}': change one tag")
             seen.add((moment, tag))
             yield Analysis(command, moment, tag, options)
 
@@ -242,9 +258,9 @@ def _table(path: Path, name: str, value: Any) -> dict[str, Any]:
 
 
 def _unseeded(path: Path, name: str, value: Any) -> dict[str, Any]:
-    """A table of train options, which leave the seeds to the study."""
+    """Return a table of train options. Raise PresetError if it has a seed, which the study sets."""
     if "seed" in _table(path, name, value):
-        raise PresetError(f"{path}: [{name}] seed: give seeds = N at the top, or --seeds N, for seeds 0 to N - 1")
+        raise PresetError(f"{path}: [{name}] seed: set seeds = N at the top level, or --seeds N, for seeds 0 to N - 1")
     return dict(value)
 
 
@@ -257,14 +273,14 @@ def _merged(path: Path, values: Mapping[str, Any], over: Mapping[str, Any], wher
         elif isinstance(old, dict) and isinstance(value, dict):
             found[key] = _merged(path, old, value, f"{where}{key}.")
         elif isinstance(value, dict) and isinstance(old, list):
-            raise PresetError(f"{path}: [quick.{where}{key}]: the preset has a list of tables there: [[quick.{key}]]")
+            raise PresetError(f"{path}: [quick.{where}{key}]: the preset has a list of tables: write [[quick.{key}]]")
         else:
             found[key] = value
     return found
 
 
 def _changed(path: Path, values: dict[str, Any], change: str) -> dict[str, Any]:
-    """values with one KEY=VALUE of --set: a key of the top, of [vary] or of [train], or TABLE.KEY, TABLE.TAG.KEY."""
+    """Apply one KEY=VALUE of --set. KEY: a top-level key, a key of [vary] or [train], TABLE.KEY, or TABLE.TAG.KEY."""
     name, equals, written = change.partition("=")
     name = name.strip()
     if not equals or not name:
@@ -274,11 +290,11 @@ def _changed(path: Path, values: dict[str, Any], change: str) -> dict[str, Any]:
         return {**values, name: _value(written, listed=PLAIN[name] is list)}
     if name in ANALYSES:
         if _value(written) is not False:
-            raise PresetError(f"--set {change}: give {name}=false to leave it out, or {name}.KEY=VALUE")
+            raise PresetError(f"--set {change}: give {name}=false to remove it, or {name}.KEY=VALUE")
         return {key: value for key, value in values.items() if key != name}
     if rest and first in ANALYSES:
         if first not in values:
-            raise PresetError(f"--set {change}: {path} has no [{first}]: write one, in a preset of your own")
+            raise PresetError(f"--set {change}: {path} has no [{first}]: add it to a preset of your own")
         tag, _, key = rest.rpartition(".")
         entries = values[first] if isinstance(values[first], list) else [values[first]]
         if all(entry.get("tag", "") != tag for entry in entries):
@@ -293,11 +309,11 @@ def _changed(path: Path, values: dict[str, Any], change: str) -> dict[str, Any]:
     if table in ("", "train"):
         train = {**values.get("train", {}), key: _value(written)}
         return {**values, "train": train, "when": _without(values.get("when", {}), key)}
-    raise PresetError(f"--set {change}: no such place: a key of [vary] or [train], or {'.KEY, '.join(ANALYSES)}.KEY")
+    raise PresetError(f"--set {change}: unknown key: use a key of [vary] or [train], or {'.KEY, '.join(ANALYSES)}.KEY")
 
 
 def _without(when: Any, key: str) -> Any:
-    """[when] less a train option, which is then the same for all runs; what is no table is refused later."""
+    """Return [when] without a train option, which is then the same in all runs."""
 
     def less(table: Any, depth: int) -> Any:
         if not isinstance(table, dict):
@@ -308,7 +324,7 @@ def _without(when: Any, key: str) -> Any:
 
 
 def _value(written: str, listed: bool = False) -> Any:
-    """What is written behind --set KEY=: TOML, or words without their quotation marks."""
+    """Parse the value of --set KEY=VALUE: TOML, or words without quotation marks."""
 
     def one(word: str) -> Any:
         try:
@@ -323,15 +339,15 @@ def _value(written: str, listed: bool = False) -> Any:
 
 
 def _odd(value: Any) -> str:
-    """What in it is no value of any option; "" if nothing."""
+    """Return a description of a part that no option can have as its value, or ""."""
     if isinstance(value, dict):
         return next((odd for k, v in value.items() if (odd := _odd(k) or _odd(v))), "")
     if isinstance(value, list):
         return next((odd for v in value if (odd := _odd(v))), "")
     if isinstance(value, str):
-        return "" if value.replace("\n", "").isprintable() else f"the text {value!r}"
+        return "" if value.replace("\n", "").isprintable() else f"the unprintable text {value!r}"
     if isinstance(value, int):
-        return "" if abs(value) < 2**63 else "a number of more than 64 bits"
+        return "" if abs(value) < 2**63 else "a number with more than 64 bits"
     return "" if isinstance(value, float) else f"a {type(value).__name__}"
 
 
@@ -341,55 +357,10 @@ def _known(path: Path, where: str, values: Mapping[str, Any], known: Iterable[st
             raise PresetError(f"{path}: unknown key '{where}{key}'{meant(key, known)}")
 
 
-def meant(word: str, known: Iterable[str]) -> str:
-    """The end of a line that names a word nobody knows: the nearest one known, or all where none is near."""
-    nearest = difflib.get_close_matches(str(word), sorted(known), 1)
-    return f": did you mean '{nearest[0]}'?" if nearest else f": choose one of {', '.join(sorted(known))}"
-
-
-# --- from a preset to runs
 def text(value: Any) -> str:
-    """A value as it stands in [when.KEY.VALUE]: numbers in their shortest form."""
+    """Format a value as in [when.KEY.VALUE], with numbers in their shortest form."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
         return f"{value:g}"
     return ",".join(map(text, value)) if isinstance(value, list) else str(value)
-
-
-def run_grid(preset: Preset, force: bool = False) -> dict[str, dict[str, Any]]:
-    """The options of `train` of every run, seed among them, by the run's name: ikun-sgd-s0, what is varied and not as
-    in [train].
-
-    Seeds go slowest, so that a study that is stopped half-way has all of its conditions. Raises PresetError for more
-    than MOST_RUNS runs without force, and for two runs of one name.
-    """
-    count = sum(math.prod(map(len, grid.values())) for grid in preset.grids) * preset.seeds
-    if count > MOST_RUNS and not force:
-        raise PresetError(f"{preset.source}: {count} runs: shorten the lists of [vary] or seeds, or --force it")
-    varied = list(dict.fromkeys([preset.by, *(key for grid in preset.grids for key in grid)]))
-    usual = {key: preset.train[key] for key in varied if key in preset.train}
-    choices = [
-        {**usual, **dict(zip(grid, values, strict=True))}
-        for grid in preset.grids
-        for values in itertools.product(*grid.values())
-    ]
-    named = [key for key in varied if key == preset.by or len({text(c[key]) for c in choices}) > 1]
-    found: dict[str, dict[str, Any]] = {}
-    for seed, choice in itertools.product(range(preset.seeds), choices):
-        options = dict(preset.train)
-        for key, value, extra in preset.when:
-            if text(choice[key]) == value:
-                options |= extra
-        options |= {**choice, "seed": seed}
-        words = [_word(key, choice[key]) for key in named if key == preset.by or choice[key] != usual.get(key)]
-        name = "-".join([*words, f"s{seed}"])
-        if found.setdefault(name, options) != options:
-            raise PresetError(f"{preset.source}: two runs would be called {name}: leave one of the values out")
-    return found
-
-
-def _word(key: str, value: Any) -> str:
-    """Part of a run's name: the value, with its key before it where the value alone says nothing."""
-    plain = re.sub(r"[^A-Za-z0-9_-]+", "", re.sub(r"[,]", "x", text(value).replace(".", "p")))
-    return plain if isinstance(value, str) and plain and value != "none" and not plain[0].isdigit() else f"{key}{plain}"

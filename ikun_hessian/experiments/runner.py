@@ -1,6 +1,6 @@
-"""One unit of a study's work: a run is trained, then analysed, and what is done already is left as it is.
+"""Run one unit of a study: train a run, then analyse it. Finished work is kept.
 
-Everything lies in files that are complete or not there, so that a unit may be killed anywhere and run again.
+All state is in files that are either complete or missing, so that a unit can be killed at any time and run again.
 """
 
 from __future__ import annotations
@@ -14,31 +14,26 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import click
+from typing import Any
 
 from ikun_hessian.experiments.unit import Step, Unit, is_measured
-
-if TYPE_CHECKING:
-    pass
-
+from ikun_hessian.jobs.errors import in_options
 
 FAILED = "ikun-hessian/failed/1"
 
 
 def run_unit(unit: Unit) -> str:
-    """Do what is left of a unit; returns why it failed, in one line, or "".
+    """Do the unfinished work of a unit. Return the reason of a failure in one line, or "".
 
-    A failure is kept as NAME.failed.json and tried again next time. What is no fault of the run ends the study: OSError
-    and KeyboardInterrupt. Another process that writes the same is an OSError too.
+    A failure is stored in NAME.failed.json, and the unit is tried again the next time. Errors that do not concern the
+    run end the study: KeyboardInterrupt, and OSError, which includes another process that writes the same files.
     """
     import torch
 
     from ikun_hessian.jobs.device import pick
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # units run side by side; and the same numbers for any number of them
+    torch.set_num_threads(1)  # units run in parallel, and results must not depend on how many
     failure = ""
     try:
         with _working(unit):
@@ -66,9 +61,9 @@ def _tried(step: str, work: Callable[[], None]) -> str:
         work()
     except OSError:
         raise
-    except Exception as error:  # the others go on, whatever it was
-        message = " ".join(str(error).split()) or type(error).__name__
-        known = isinstance(error, ValueError | RuntimeError | MemoryError | click.ClickException)
+    except Exception as error:  # the other runs continue, whatever the error
+        message = " ".join(in_options(error).split()) or type(error).__name__
+        known = isinstance(error, ValueError | RuntimeError | MemoryError)
         return f"{step}: {message if known else f'{type(error).__name__}: {message}'}"
     return ""
 
@@ -87,7 +82,7 @@ def _train(unit: Unit) -> None:
             except CheckpointError:
                 if not state.exists():
                     raise
-                state.unlink()  # damaged, or of other settings: from the start
+                state.unlink()  # damaged, or of other settings: start again
                 train(unit.network, unit.data, unit.training, unit.checkpoint, **work)
         state.unlink(missing_ok=True)
 
@@ -122,11 +117,11 @@ def _written(unit: Unit, step: Step, path: Path, stem: Path) -> None:
         except ResumeError:
             if last:
                 raise
-            Phases.remove(Path(f"{stem}.resume"))  # damaged, or of another number of jobs: from the start
+            Phases.remove(Path(f"{stem}.resume"))  # damaged, or of another number of jobs: start again
 
 
 def _describe(unit: Unit) -> None:
-    """A NAME.train.json for a run that never came to write its own, so that it is counted."""
+    """Write NAME.train.json for a run that failed before it wrote its own, so that the run is counted."""
     if not unit.description():
         _write(
             unit.checkpoint.with_suffix(".train.json"),
@@ -153,14 +148,15 @@ def _write(path: Path, value: dict[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-# --- one study at a time in a folder
-WORKING = ".working.lock"  # shared by those at work on a run
+WORKING = ".working.lock"  # shared lock of the processes that work on runs of a folder
 
 
 @contextlib.contextmanager
 def _working(unit: Unit) -> Iterator[None]:
-    """Dies with the study that started this process, and until then says that it is at work in the folder: two must
-    not work on one run."""
+    """Hold the shared lock of the folder, and end this process if the study that started it has ended.
+
+    Without this, a run could be computed by two processes at the same time.
+    """
     from hessian_tools.io.files import locked
 
     with locked(unit.runs.parent / WORKING, shared=True):

@@ -1,10 +1,10 @@
-"""Training runs and what was measured of them, gathered from the files that the commands leave.
+"""Collect training runs and their measurements from the files that the commands write.
 
-A run NAME is known by NAME.train.json, which `train` writes when it starts and again when it ends; beside it lie the
-log NAME.train.jsonl (a line an epoch) and the results NAME[.MOMENT][.TAG].spectrum.json and .flatness.json. MOMENT is
-empty for the final weights, epoch0005 for a snapshot and loss0.02 for the first epoch whose training loss was no
-larger. A study leaves NAME.robustness.json, and NAME.failed.json, which says what step failed and why. A result
-without a NAME.train.json is a run of its own, without a log.
+A run called NAME is identified by `NAME.train.json`, which `train` writes when it starts and again when it ends. The
+same folder holds its log `NAME.train.jsonl` (one line per epoch) and the results `NAME[.MOMENT][.TAG].spectrum.json`
+and `NAME[.MOMENT][.TAG].flatness.json`. MOMENT is empty for the final weights, `epoch0005` for a snapshot, and
+`loss0.02` for the first epoch whose training loss was at most 0.02. A study also writes `NAME.robustness.json`, and
+`NAME.failed.json` if a step failed. A result without a `NAME.train.json` is treated as a run without a log.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ikun.training.log import TRAINING_SCHEMA
 
 FAILED_SCHEMA = "ikun-hessian/failed/1"
 TRAIN, SPECTRUM, FLATNESS = ".train.json", ".spectrum.json", ".flatness.json"
-MOMENT = r"(epoch\d+|loss\d[\d.e+-]*)"  # as it stands in the name of a checkpoint on the way
-# in a checkpoint's training, but found there and not asked for
+MOMENT = r"(epoch\d+|loss\d[\d.e+-]*)"  # as written in the name of a checkpoint saved during training
+# Outcomes that a checkpoint stores among its training settings.
 OUTCOMES = ("epochs_run", "best_epoch", "failures", "data_sha256", "samples", "saved_at_loss")
 R = TypeVar("R")
 Report = Callable[[str], None]
@@ -35,14 +35,24 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One training run. training, network, data: what it was asked for, as the checkpoint has it.
+    """One training run with its log and its results.
 
-    start: {"seconds", "forward_passes", "layers": [statistics of every layer at initialization, in order]}, None if
-    not known. log: a dict an epoch, () without a log. spectra, flatness: by what stands between NAME and the command in
-    the file's name ("" for the final weights, "loss0.02", "epoch0005", "loss0.02.ggn"). robustness: of the final
-    weights. failures: names of what went wrong in training ("NaN: ...", "dead layer: ..."), and "failed: STEP: why"
-    from NAME.failed.json. finished: whether the training came to its end. best_epoch: the one whose weights were kept,
-    epochs_run: as many as were trained, None if not known.
+    Attributes:
+        name: Name of the run. It is preceded by its folder if several runs have the same name.
+        training: Training settings that were requested, as recorded in the checkpoint.
+        network: Network settings that were requested.
+        data: Data settings that were requested.
+        start: State at initialization: "seconds", "forward_passes" and "layers" (statistics of each layer, in order).
+            None if unknown.
+        log: One dictionary per epoch; empty without a log.
+        spectra: Spectra by the part of the file name between NAME and the kind of result: "" for the final weights,
+            otherwise for instance "loss0.02", "epoch0005" or "loss0.02.ggn".
+        flatness: Flatness results, with the same keys.
+        robustness: Robustness of the final weights, or None.
+        failures: Problems in training ("NaN: ...", "dead layer: ...") and "failed: STEP: reason" from NAME.failed.json.
+        finished: Whether training ran to its end.
+        best_epoch: Epoch whose weights were kept, or None if unknown.
+        epochs_run: Number of epochs that were trained, or None if unknown.
     """
 
     name: str
@@ -60,7 +70,7 @@ class TrainingRun:
     epochs_run: int | None = None
 
     def value(self, key: str) -> Any:
-        """The condition `key` of training, network or data, the first that has it; None if none does."""
+        """Return the setting `key` from training, network or data (the first that contains it), or None."""
         for part in (self.training, self.network, self.data):
             if key in part:
                 return part[key]
@@ -68,7 +78,7 @@ class TrainingRun:
 
     @property
     def diverged(self) -> bool:
-        """The training ended in NaN, or a step failed: what it did not reach is censored."""
+        """Whether training ended in NaN or a step failed. Whatever the run did not reach is censored."""
         return any(f.startswith(("NaN", "failed")) for f in self.failures)
 
 
@@ -77,16 +87,22 @@ def _warn(text: str) -> None:
 
 
 def gather(paths: Sequence[Path], report: Report = _warn) -> list[TrainingRun]:
-    """The runs at these paths, by name.
+    """Collect the training runs found at the given paths.
 
-    A path is a folder, searched with all below it; a result or NAME.train.json; or a checkpoint NAME.pt, which stands
-    for all that lies beside it under its name. A named result brings its run's log along. Runs of one name from several
-    folders get the folder before their names. report: called with one line for every file of a searched folder that is
-    damaged or half-written, and for a log's half-written end; a warning by default. Raises ResultError for a path with
-    nothing to gather, and for a named file that is missing or damaged.
+    Args:
+        paths: Folders, which are searched recursively; results or `NAME.train.json` files, which bring along the log of
+            their run; or checkpoints `NAME.pt`, which stand for all results of that name in the same folder.
+        report: Called with one line for each damaged or incomplete file in a searched folder, and for each log that
+            ends in an incomplete line. By default the line is issued as a warning.
+
+    Returns:
+        The runs, sorted by name. If runs in different folders have the same name, the folder precedes the name.
+
+    Raises:
+        ResultError: If a path contains no results, or a file given by name is missing or damaged.
     """
-    files: dict[Path, bool] = {}  # whether the user named the file; in the order of the paths
-    given: dict[Path, Path] = {}  # how
+    files: dict[Path, bool] = {}  # True if the user gave the file by name
+    given: dict[Path, Path] = {}  # the path as the user wrote it
     for path in paths:
         named = not path.is_dir()
         for file in _named(path) if named else _searched(path):
@@ -105,7 +121,7 @@ def gather(paths: Sequence[Path], report: Report = _warn) -> list[TrainingRun]:
             line = str(error).replace(str(file), str(given[file]), 1)
             if named:
                 raise ResultError(line) from None
-            report(f"{line} (left out)")
+            report(f"{line} (skipped)")
             continue
         parts.setdefault((file.parent, name), {TRAIN: {}, SPECTRUM: {}, FLATNESS: {}})[kind].update(value)
     prefixes = _prefixes(list(parts))
@@ -114,27 +130,30 @@ def gather(paths: Sequence[Path], report: Report = _warn) -> list[TrainingRun]:
 
 
 def _searched(folder: Path) -> list[Path]:
+    """Return the results and run descriptions below a folder."""
     found = [p for p in sorted(folder.rglob("*.json")) if p.name.endswith((TRAIN, SPECTRUM, FLATNESS))]
     if not found:
         raise ResultError(
-            f"{folder}: no *{SPECTRUM}, *{FLATNESS} or *{TRAIN} in this folder: run `ikun-hessian train` or `spectrum` "
-            "first"
+            f"{folder}: no *{SPECTRUM}, *{FLATNESS} or *{TRAIN} in this folder: run `ikun-hessian train` or "
+            "`ikun-hessian spectrum` first"
         )
     return found
 
 
 def _named(path: Path) -> Iterator[Path]:
-    """The files of a result, of a description, or of all that lies beside a checkpoint; its NAME.train.json last."""
+    """Yield the files that a named path stands for, then the `NAME.train.json` of its run."""
     if path.suffix == ".pt":
         beside = path.parent.glob("*.json") if path.parent.is_dir() else []
         prefix, kinds = f"{path.stem}.", (TRAIN, SPECTRUM, FLATNESS)
         found = sorted(p for p in beside if p.name.startswith(prefix) and p.name.endswith(kinds))
         if not found:
             missing = path.with_suffix(SPECTRUM)
-            raise ResultError(f"{missing}: cannot be read (nothing beside the checkpoint): run `ikun-hessian spectrum`")
+            raise ResultError(
+                f"{missing}: cannot be read (no results next to the checkpoint): run `ikun-hessian spectrum`"
+            )
         yield from found
     elif not path.name.endswith((TRAIN, SPECTRUM, FLATNESS)):
-        raise ResultError(f"{path}: no folder, checkpoint (.pt) or result (*{SPECTRUM}, *{FLATNESS}, *{TRAIN})")
+        raise ResultError(f"{path}: not a folder, a checkpoint (.pt) or a result (*{SPECTRUM}, *{FLATNESS}, *{TRAIN})")
     else:
         yield path
     known = [p for p in path.parent.glob(f"*{TRAIN}") if path.name.startswith(f"{p.name.removesuffix(TRAIN)}.")]
@@ -142,7 +161,10 @@ def _named(path: Path) -> Iterator[Path]:
 
 
 def _read(file: Path, names: Sequence[str]) -> tuple[str, str, dict[str, Any]]:
-    """(run, kind of the file, what it holds by key). names: the runs described in its folder, longest first."""
+    """Return the run's name, the kind of the file, and its content by key.
+
+    `names` lists the runs described in the folder, longest name first.
+    """
     if file.name.endswith(TRAIN):
         return file.name.removesuffix(TRAIN), TRAIN, {"": results.load_result(file, _Described, TRAINING_SCHEMA)}
     found: SpectrumResult | FlatnessResult
@@ -159,7 +181,7 @@ def _read(file: Path, names: Sequence[str]) -> tuple[str, str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Described:
-    """NAME.train.json, as far as a run keeps it."""
+    """The fields of NAME.train.json that a run keeps."""
 
     schema: str
     network: dict[str, Any]
@@ -174,12 +196,15 @@ class _Described:
 
 @dataclass(frozen=True)
 class _Failed:
+    """The content of NAME.failed.json."""
+
     schema: str
     step: str
     error: str
 
 
 def _run(folder: Path, name: str, shown: str, found: dict[str, Any], report: Report) -> TrainingRun:
+    """Assemble one run from its description, results, log and the files of a study."""
     spectra, sharpness = (dict(sorted(found[kind].items())) for kind in (SPECTRUM, FLATNESS))
     if described := found[TRAIN].get(""):
         kept = ("network", "data", "training", "start", "finished", "best_epoch", "epochs_run")
@@ -195,18 +220,21 @@ def _run(folder: Path, name: str, shown: str, found: dict[str, Any], report: Rep
 
 
 def _beside(path: Path, kind: type[R], schema: str, report: Report) -> R | None:
-    """What a study leaves beside a run; None where it did not, or where it is damaged."""
+    """Load a file that a study wrote for the run; None if it is missing or damaged."""
     if not path.is_file():
         return None
     try:
         return results.load_result(path, kind, schema)
     except ResultError as error:
-        report(f"{error} (left out)")
+        report(f"{error} (skipped)")
         return None
 
 
 def _from_result(result: SpectrumResult | FlatnessResult) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What a result says of its run: the surrogate trained with, not that of the analysis."""
+    """Return the fields of a run that a result records, and the run's failures.
+
+    The surrogate is the one used in training, which may differ from the one used in the analysis.
+    """
     training, network = result.training, result.network
     if "trained_surrogate" in network:
         network = {**network, "surrogate": network["trained_surrogate"]}
@@ -218,15 +246,17 @@ def _from_result(result: SpectrumResult | FlatnessResult) -> tuple[dict[str, Any
 
 
 def _log(path: Path, report: Report) -> tuple[dict[str, Any], ...]:
-    """The epochs of a log from the first on, () without one; a line that a running or killed training left half-written
-    ends it, and so does one that is missing."""
+    """Return the epochs of a log, or () if there is none.
+
+    The log is cut at the first line that is incomplete (as in a running or killed training) or out of sequence.
+    """
     lines: list[dict[str, Any]] = []
     try:
         text = results.read_text(path)
     except results.MissingError:
         return ()
     except ResultError as error:
-        report(f"{error} (left out)")
+        report(f"{error} (skipped)")
         return ()
     for number, line in enumerate(text.splitlines(), 1):
         try:
@@ -234,14 +264,16 @@ def _log(path: Path, report: Report) -> tuple[dict[str, Any], ...]:
         except ResultError:
             value = None
         if not isinstance(value, dict) or type(value.get("epoch")) is not int or value["epoch"] != number:
-            report(f"{path}: line {number} is not epoch {number} of a log (left out with all that follow)")
+            report(
+                f"{path}: line {number} is not a valid entry for epoch {number} (it and all later lines are skipped)"
+            )
             break
         lines.append(value)
     return tuple(lines)
 
 
 def _prefixes(keys: Sequence[tuple[Path, str]]) -> dict[tuple[Path, str], str]:
-    """The name of every (folder, name), with as much of the folder before it as tells it from its namesakes."""
+    """Return the displayed name of each (folder, name): as few parent folders as make it unique, and the name."""
     shown = {}
     for folder, name in keys:
         others = [other for other, same in keys if same == name and other != folder]

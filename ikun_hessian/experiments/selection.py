@@ -1,4 +1,4 @@
-"""Conditions as the user names them: the words of `train`, and what a study compares by default."""
+"""Conditions as the user names them, by options of `train`, and the default comparison of a study."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-FIELDS = {"data": "name"}  # what runs.Run calls an option of `train`, where it is another word
+FIELDS = {"data": "name"}  # options of `train` that have another name in runs.TrainingRun
 
 
 def parse_condition(word: str) -> str:
-    """The condition of a run that an option of `train` sets: batch-size is batch_size, data is name."""
+    """Return the condition of a run that an option of `train` sets: batch-size is batch_size, data is name."""
     return FIELDS.get(word, word.replace("-", "_"))
 
 
 def parse_conditions(where: Sequence[str]) -> list[str]:
-    """KEY=VALUE each, with KEY as runs have it."""
+    """Replace KEY in each KEY=VALUE by the name of the condition."""
     return [parse_condition(key) + sign + value for key, sign, value in (text.partition("=") for text in where)]
 
 
 @dataclass(frozen=True)
 class _Study:
-    """study.json, as far as it says what is compared."""
+    """The part of study.json that says what is compared."""
 
     schema: str
     by: str
@@ -29,8 +29,15 @@ class _Study:
 
 
 def study_defaults(paths: Sequence[Path]) -> tuple[str | None, float | None]:
-    """(the condition compared, the accuracy) of the study.json in a given folder or the one above; None where there is
-    none, where it is damaged, and where several disagree."""
+    """Read which condition a study compares, and its target accuracy.
+
+    Args:
+        paths: Folders. Each is searched for a study.json, and then the folder above it.
+
+    Returns:
+        The condition and the accuracy, each None if no study.json is found or if several disagree. Damaged files are
+        ignored.
+    """
     from hessian_tools.io.json import ResultError, load_result
     from ikun_hessian.experiments.study_record import STUDY_SCHEMA
 

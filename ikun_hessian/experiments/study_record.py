@@ -1,4 +1,4 @@
-"""study.json, the record of a study on disk: what its runs and analyses were asked for."""
+"""The record of a study, study.json: the options of its runs and analyses."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from ikun_hessian.experiments import preset
 from ikun_hessian.experiments.preset import PresetError
 
 STUDY_SCHEMA = "ikun-hessian/study/1"
-IN_NAMES = {"final": "", "loss": r"\.loss[\d.e+-]+", "snapshots": r"\.epoch\d+"}  # a moment, in a result's name
+IN_NAMES = {
+    "final": "",
+    "loss": r"\.loss[\d.e+-]+",
+    "snapshots": r"\.epoch\d+",
+}  # moments in names of results
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(part, name, key) of everything that two records share and that is another in each: "runs" or "analyses", the
-    name of the run or analysis, the option."""
+    """Compare the runs and analyses that two records share.
+
+    Returns:
+        One (part, name, key) per difference: "runs" or "analyses", name of the run or analysis, name of the option.
+    """
     return [
         (part, name, key)
         for part in ("runs", "analyses")
@@ -29,7 +36,7 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, s
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A study's record, None where there is none. Raises PresetError for a file that is no such record."""
+    """Read the record of a study, or return None if there is none. Raise PresetError if the file is not a record."""
     from hessian_tools.io.json import MissingError, ResultError, parse_json, read_text
 
     try:
@@ -43,13 +50,23 @@ def read_record(path: Path) -> dict[str, Any] | None:
         isinstance(part, dict) and all(isinstance(v, dict) for v in part.values()) for part in parts
     )
     if not whole or found.get("schema") != STUDY_SCHEMA:
-        raise PresetError(f"{path}: not the record of a study: choose another --out, or remove it")
+        raise PresetError(f"{path}: not the record of a study: choose another --out, or remove the file")
     return dict(found)
 
 
 def others(record: Mapping[str, Any], out: Path) -> tuple[set[str], str]:
-    """The runs with something in the folder `out` that was made with other settings, and why the record is refused
-    there; "" if it is not. Raises what `read` does."""
+    """Find the runs in the folder `out` that were made with other settings.
+
+    Args:
+        record: The record of the study that is asked for.
+        out: Folder of the study.
+
+    Returns:
+        The names of these runs, and the reason why the study is refused in this folder, or "".
+
+    Raises:
+        PresetError: If study.json in the folder is not a record.
+    """
     path = out / "study.json"
     old = read_record(path) or {"runs": {}, "analyses": {}}
     found = changed(old, record)
@@ -59,7 +76,7 @@ def others(record: Mapping[str, Any], out: Path) -> tuple[set[str], str]:
     why = (
         f"{path}: {'run' if part == 'runs' else 'analysis'} {name} had another {key} "
         f"({_show(old[part][name].get(key))}, now {_show(record[part][name].get(key))}): "
-        "choose another --out, or --force to do it again"
+        "choose another --out, or use --force to redo it"
     )
     if any(part == "analyses" for part, _, _ in found):
         return set(old["runs"]) & set(record["runs"]), why
@@ -67,9 +84,15 @@ def others(record: Mapping[str, Any], out: Path) -> tuple[set[str], str]:
 
 
 def settle(record: Mapping[str, Any], out: Path, force: bool) -> None:
-    """Write OUT/study.json: the record, and of what is there already what this study leaves alone.
+    """Write OUT/study.json: the record, together with the existing runs and analyses that this study does not have.
 
-    With force, the files of runs and analyses that were made with other settings are removed; without, PresetError.
+    Args:
+        record: The record of the study.
+        out: Folder of the study.
+        force: Whether to remove the files of runs and analyses that were made with other settings.
+
+    Raises:
+        PresetError: If there are such files and `force` is False.
     """
     from hessian_tools.io.files import write_atomically
 

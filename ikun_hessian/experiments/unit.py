@@ -1,4 +1,4 @@
-"""One unit of a study: a run, the analyses asked of it, and its files."""
+"""One unit of a study: a run, its analyses, and its files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """An analysis of one run. moment: of preset.MOMENTS; settings, opening: as the command's settings_of has them."""
+    """An analysis of one run.
+
+    Attributes:
+        command: Name of the analysis, one of preset.ANALYSES.
+        moment: The checkpoints that are analysed, one of preset.MOMENTS.
+        tag: Part of the names of the results.
+        settings: Settings of the analysis.
+        opening: Arguments of `open_job`.
+    """
 
     command: str
     moment: str
@@ -26,7 +34,20 @@ class Step:
 
 @dataclass(frozen=True)
 class Unit:
-    """A run and its analyses. runs: the folder of its files."""
+    """A run and its analyses.
+
+    Attributes:
+        name: Name of the run.
+        runs: Folder of its files.
+        network: The network.
+        data: The data.
+        training: The training.
+        steps: The analyses.
+        data_dir: Folder of the data set; None for the download cache.
+        device: "cpu" or "cuda".
+        memory: Memory in GiB.
+        study: Process ID of the study.
+    """
 
     name: str
     runs: Path
@@ -36,15 +57,15 @@ class Unit:
     steps: tuple[Step, ...]
     data_dir: Path | None
     device: str
-    memory: float  # GiB
-    study: int  # the process that leads the study
+    memory: float
+    study: int
 
     @property
     def checkpoint(self) -> Path:
         return self.runs / f"{self.name}.pt"
 
     def checkpoints(self, moment: str) -> list[Path]:
-        """Those of a moment that a finished training may have left: the losses that it reached, all its snapshots."""
+        """Return the checkpoints of a moment: the final one, those of the losses reached, or all snapshots."""
         if moment == "final":
             return [self.checkpoint]
         from ikun.training.log import loss_path
@@ -54,7 +75,7 @@ class Unit:
         return sorted(self.runs.glob(f"{self.name}.epoch[0-9][0-9][0-9][0-9].pt"))
 
     def stems(self) -> Iterator[tuple[Step, Path, Path]]:
-        """Every analysis to be done, the checkpoint of each, and where its result goes, less the ending."""
+        """Yield every analysis with its checkpoint and the path of its result without ending."""
         from ikun_hessian.jobs.results import result_stem
 
         for step in self.steps:
@@ -62,7 +83,7 @@ class Unit:
                 yield step, path, result_stem(path, None, step.tag or None, step.command)
 
     def description(self) -> dict[str, Any]:
-        """NAME.train.json; {} while there is none."""
+        """Return the content of NAME.train.json, or {} if there is none."""
         from hessian_tools.io.json import ResultError, parse_json, read_text
 
         try:
@@ -75,17 +96,17 @@ class Unit:
         return self.checkpoint.exists() and self.description().get("finished") is True
 
     def diverged(self) -> bool:
-        """The training ended in NaN: the last finite weights are no minimum to be measured."""
+        """Return whether the training ended in NaN. The last finite weights are then not a minimum to measure."""
         return any(str(f).startswith("NaN") for f in self.description().get("failures", []))
 
     def done(self) -> bool:
-        """Nothing is left to do, or to be tried again."""
+        """Return whether all work is done, without a failure."""
         if self.failure.exists() or not self.trained():
             return False
         return all(is_measured(step, path, stem) for step, path, stem in self.stems())
 
     def files(self) -> list[Path]:
-        """The description and the results that a comparison is made of, as far as they are there."""
+        """Return the existing description and results that comparisons use."""
         from ikun_hessian.experiments.runs import FLATNESS, SPECTRUM, TRAIN
 
         beside = self.runs.glob("*.json") if self.runs.is_dir() else []
@@ -98,7 +119,7 @@ class Unit:
         return self.runs / f"{self.name}.failed.json"
 
     def progress(self) -> float:
-        """The share of the work that is done, as far as its files tell: half of it training, half analyses."""
+        """Return the fraction of finished work according to the files. Training and analyses count half each."""
         if not self.trained():
             try:
                 epochs = self.checkpoint.with_suffix(".train.jsonl").read_bytes().count(b"\n")
@@ -110,7 +131,7 @@ class Unit:
 
 
 def is_measured(step: Step, path: Path, stem: Path) -> bool:
-    """There is a whole result, of this very checkpoint."""
+    """Return whether there is a complete result of this checkpoint."""
     from hessian_tools.io.json import ResultError, load_result
     from hessian_tools.results import flatness, robustness
     from hessian_tools.results import spectrum as results

@@ -1,4 +1,4 @@
-"""The calibration of a checkpoint: which operators predict the curvature of its true spiking loss."""
+"""Calibration of a checkpoint: which operators predict the curvature of the true spiking loss."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ikun_hessian.jobs.errors import in_options
 from ikun_hessian.jobs.flatness import resume_key
 from ikun_hessian.jobs.job import Job
 from ikun_hessian.jobs.progress_bar import Bar
@@ -17,13 +18,22 @@ if TYPE_CHECKING:
     from hessian_tools.resume import Phases
 
 
-WIDTHS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2)  # of the common Gaussian surrogate, in thresholds
+WIDTHS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2)  # widths of the Gaussian surrogates, relative to the threshold
 
 
 def calibration_of(
     job: Job, settings: CalibrationSettings, phases: Phases | None = None, progress: CalibrationProgress | None = None
 ) -> CalibrationResult:
-    """Calibrate every operator on an opened checkpoint; tie rule reversed and a common surrogate of WIDTHS with it."""
+    """Calibrate every operator on an opened checkpoint.
+
+    This includes the Hessian with the reversed tie rule, and those with Gaussian surrogates of all WIDTHS.
+
+    Args:
+        job: The opened checkpoint.
+        settings: Scales and number of noise samples.
+        phases: Where to store finished phases, to resume an interrupted run.
+        progress: Called with the progress.
+    """
     from hessian_tools.analysis.calibration import calibrate
     from hessian_tools.io.json import clean
     from hessian_tools.io.versions import versions
@@ -63,7 +73,7 @@ def calibration_of(
 
 
 def analyse_calibration(job: Job, settings: CalibrationSettings, stem: Path) -> tuple[CalibrationResult | None, str]:
-    """The calibration of one checkpoint, written with its figure; or none and why."""
+    """Calibrate a checkpoint, and write the result and its figure. Return the result, or None and the reason."""
     from hessian_tools.io.json import save_result
     from hessian_tools.plots.calibration import calibration_figure
     from hessian_tools.plots.style import save_figure
@@ -76,9 +86,9 @@ def analyse_calibration(job: Job, settings: CalibrationSettings, stem: Path) -> 
             result = calibration_of(job, settings, Phases(state, resume_key(job, settings)), bar.update)
     except ResumeError:
         raise
-    except ValueError as error:  # a network that nothing can be measured of; the loss at other weights still can
+    except ValueError as error:  # this network cannot be calibrated, but its flatness can be measured
         Phases.remove(state)
-        return None, str(error)
+        return None, in_options(error)
     save_figure(calibration_figure(result), stem)
     save_result(result, Path(f"{stem}.json"))
     Phases.remove(state)
@@ -86,7 +96,7 @@ def analyse_calibration(job: Job, settings: CalibrationSettings, stem: Path) -> 
 
 
 def own_calibration(stem: Path, job: Job) -> CalibrationResult | None:
-    """The calibration of this very checkpoint, analysed with this surrogate, if there is one."""
+    """Return the stored calibration of this checkpoint with this surrogate, or None."""
     from hessian_tools.io.json import ResultError, load_result
     from hessian_tools.results.calibration import CALIBRATION_SCHEMA, CalibrationResult
 

@@ -1,4 +1,4 @@
-"""The device and the memory of a command."""
+"""Choose the device and the memory limit of a command."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ from ikun_hessian.jobs.errors import UsageError
 
 
 def pick(device: str) -> str:
-    """The device asked for; on CUDA, full precision and deterministic algorithms."""
+    """Return the device to use, and set CUDA to full precision and deterministic algorithms.
+
+    Args:
+        device: "cpu", "cuda", or "auto" for CUDA if there is a device.
+
+    Raises:
+        UsageError: If "cuda" was asked for and PyTorch finds no CUDA device.
+    """
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: this PyTorch finds no CUDA device: use --device cpu")
+        raise UsageError("--device cuda: PyTorch finds no CUDA device: use --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -23,7 +30,7 @@ def pick(device: str) -> str:
 
 
 def half_of_the_memory(device: str) -> float:
-    """GiB: half of the device's memory (the machine's, on the CPU), shared among this machine's processes."""
+    """Return half of the memory of the device (on the CPU: of the machine) in GiB, divided by the local processes."""
     import torch
 
     if device == "cuda":

@@ -1,11 +1,11 @@
-"""Results that are there already: kept, refused, or cleared away, but never overwritten unasked."""
+"""Decide what to do with existing results: keep them, refuse to overwrite them, or (with --force) redo them."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,17 +18,29 @@ if TYPE_CHECKING:
 
 
 R = TypeVar("R", bound="Analysed")
+LONGEST_VALUE = 60  # characters of a value in a message
 
 
 def existing_result(
     stem: Path, load: Callable[[Path], R], settings: Any, job: Job, force: bool, resume: bool, locks: ExitStack
 ) -> R | None:
-    """The finished result STEM.json that --resume keeps, or None where the analysis is to be done.
+    """Return the finished result STEM.json if --resume keeps it, or None if the analysis must be done.
 
-    load reads a result of the command; settings: the dataclass that it stores. With --force the way is cleared. Until
-    `locks` closes, no other process may write this result. Raises UsageError for a result made in another way
-    (it may have cost an hour), for an interrupted analysis and for one that is under way, and OSError for a folder that
-    cannot be written.
+    If it must be done, no other process can write this result until `locks` is closed.
+
+    Args:
+        stem: Path of the result without ending.
+        load: Reads a result of the command.
+        settings: The dataclass of settings, which the result stores.
+        job: The opened checkpoint.
+        force: Whether to discard an existing result and an interrupted analysis.
+        resume: Whether to keep a finished result, and to resume an interrupted analysis.
+        locks: Holds the lock.
+
+    Raises:
+        UsageError: If the result was made with other settings (it may have taken an hour), if an interrupted analysis
+            exists, or if another process is writing the result.
+        OSError: If the folder cannot be written.
     """
     from hessian_tools.resume import Phases
 
@@ -40,19 +52,19 @@ def existing_result(
     if force:
         Phases.remove(state)
     elif state.exists() and not resume:
-        raise UsageError(f"an interrupted analysis lies at {state}: --resume it, or --force a new one")
+        raise UsageError(f"{state}: an interrupted analysis. Use --resume to continue it, or --force to start again.")
     return None
 
 
 def analysis_lock(stem: Path) -> AbstractContextManager[None]:
-    """While the results STEM.* are made: no other process does the same (hessian_tools.io.files.alone)."""
+    """Return a lock on the results STEM.* (hessian_tools.io.files.alone)."""
     from hessian_tools.io.files import alone
 
     return alone(stem, rf"{re.escape(stem.name)}(\.layers|\.samples)?\.(json|npz|png|pdf)")
 
 
 def hold(locks: ExitStack, lock: AbstractContextManager[None], output: Path, elsewhere: str) -> None:
-    """Hold a lock until `locks` closes. Raises UsageError if another process has it."""
+    """Hold a lock until `locks` is closed. Raise UsageError if another process has it."""
     try:
         locks.enter_context(lock)
     except BlockingIOError:
@@ -60,6 +72,7 @@ def hold(locks: ExitStack, lock: AbstractContextManager[None], output: Path, els
 
 
 def _same(existing: Path, load: Callable[[Path], R], settings: Any, job: Job) -> R | None:
+    """Return the existing result, or None. Raise UsageError if it was made in another way."""
     from hessian_tools.io.json import ResultError
 
     if not existing.exists():
@@ -67,28 +80,49 @@ def _same(existing: Path, load: Callable[[Path], R], settings: Any, job: Job) ->
     try:
         old = load(existing)
     except ResultError:
-        raise UsageError(f"{existing} exists and is no result of this version: --tag NAME or --force") from None
-    asked = json.loads(json.dumps(dataclasses.asdict(settings)))
-    here = measured_on(job.objective)
-    new: dict[str, dict[str, Any]] = {
-        "settings": {name: value for name, value in asked.items() if name != "memory"},  # which changes no number
-        "checkpoint": {"sha256": job.provenance["checkpoint"]["sha256"]},
-        "data": job.provenance["data"],
-        "network": job.provenance["network"],
-    }
-    differing = [
-        f"{part} {key}"
-        for part, values in new.items()
-        for key, value in values.items()
-        if getattr(old, part).get(key) != value
-    ]
-    if old.dtype != here["dtype"].removeprefix("torch."):
-        differing.append("dtype")
-    named: dict[str, Any] = getattr(old, "parameters", None) or getattr(old, "weight_norms", {})
-    if list(named) != list(here["parameters"]):
-        differing.append("set of parameters")
-    if differing:
         raise UsageError(
-            f"{existing} was made with another {differing[0]}: keep both with --tag NAME, or overwrite it with --force"
+            f"{existing} exists but was not written by this version. Use --tag NAME to keep it, or --force to "
+            "overwrite it."
+        ) from None
+    if difference := next(_differences(old, settings, job), ""):
+        raise UsageError(
+            f"{existing} was made with {difference}. Keep both with --tag NAME, or replace it with --force."
         )
     return old
+
+
+def _differences(old: Analysed, settings: Any, job: Job) -> Iterator[str]:
+    """Yield what differs between an existing result and the analysis asked for: old and new value, where they help."""
+    here = measured_on(job.objective)
+    if (samples := old.data.get("samples", job.objective.samples)) != job.objective.samples:
+        yield f"{_shown(samples)} samples; now {_shown(job.objective.samples)}"
+    asked = json.loads(json.dumps(dataclasses.asdict(settings)))
+    parts = (
+        (old.settings, {name: value for name, value in asked.items() if name != "memory"}),  # it changes no number
+        (old.data, {name: value for name, value in job.provenance["data"].items() if name != "sha256"}),
+        (old.network, job.provenance["network"]),
+        ({"dtype": old.dtype}, {"dtype": here["dtype"].removeprefix("torch.")}),
+    )
+    for before, now in parts:
+        for name, value in now.items():
+            if before.get(name) != value:
+                yield _difference(name.replace("_", " "), _shown(before.get(name)), _shown(value))
+    if old.checkpoint.get("sha256") != job.provenance["checkpoint"]["sha256"]:
+        yield "other weights"
+    if old.data.get("sha256") != job.provenance["data"]["sha256"]:
+        yield "other samples"
+    named: dict[str, Any] = getattr(old, "parameters", None) or getattr(old, "weight_norms", {})
+    if list(named) != list(here["parameters"]):
+        yield _difference("parameters", _shown(list(named)), _shown(list(here["parameters"])))
+
+
+def _difference(name: str, old: str, new: str) -> str:
+    return f"{name} {old}; now {new}" if max(len(old), len(new)) <= LONGEST_VALUE else f"other {name}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:,}" if isinstance(value, int) else str(value)

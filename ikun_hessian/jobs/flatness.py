@@ -1,4 +1,4 @@
-"""One flatness analysis: settings and computation."""
+"""Settings and computation of a flatness analysis."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ikun_hessian.jobs.errors import UsageError
-from ikun_hessian.jobs.job import OPENING, Job, measured_on
+from ikun_hessian.jobs.job import Job, measured_on
+from ikun_hessian.jobs.options import OPENING_PARAMETERS
 from ikun_hessian.jobs.progress_bar import Bar
 
 if TYPE_CHECKING:
@@ -19,18 +20,33 @@ if TYPE_CHECKING:
 def flatness_settings(
     memory: float, *, operators: tuple[str, ...], noise: tuple[float, ...], calibrate: bool = False, **options: Any
 ) -> tuple[FlatnessSettings, dict[str, Any]]:
-    """What to measure and how to open a checkpoint for it, from the options of `flatness`. memory: GiB."""
+    """Split the options of `flatness` into settings of the analysis and arguments of `open_job`.
+
+    Args:
+        memory: Memory in GiB.
+        operators: ("smoothed",) to measure the noise-matched operator too.
+        noise: Scales of the weight noise; empty for the default.
+        calibrate: Whether the checkpoint will be calibrated too, with the same noise.
+        options: The other options, by parameter name.
+
+    Returns:
+        The settings, and the arguments of `open_job` that the results depend on.
+
+    Raises:
+        UsageError: If `noise` is given without a use.
+        ValueError: If a setting has an invalid value.
+    """
     from hessian_tools.analysis.flatness.settings import FlatnessSettings
 
     if noise and not (operators or calibrate):
-        raise UsageError("--noise is the scale of --operator smoothed or of --calibrate: give one of them")
-    opening = {name: options.pop(name) for name in OPENING}
+        raise UsageError("--noise needs --operator smoothed or --calibrate, whose scale it is")
+    opening = {name: options.pop(name) for name in OPENING_PARAMETERS}
     smoothed = (tuple(dict.fromkeys(noise)) or (0.1,)) if operators else ()
     return FlatnessSettings(**options, smoothed=smoothed, memory=memory), opening
 
 
 def resume_key(job: Job, settings: FlatnessSettings | CalibrationSettings) -> dict[str, Any]:
-    """What the numbers of an interrupted run depend on."""
+    """Return what the numbers depend on. An interrupted run is resumed only if this has not changed."""
     from hessian_tools.io.json import clean
     from hessian_tools.io.versions import versions
 
@@ -40,7 +56,7 @@ def resume_key(job: Job, settings: FlatnessSettings | CalibrationSettings) -> di
 
 
 def analyse_flatness(job: Job, settings: FlatnessSettings, stem: Path, shown: bool = True) -> FlatnessResult:
-    """The result of one checkpoint, computed from the start or from where an interrupted run stopped, and written."""
+    """Analyse a checkpoint, or resume an interrupted analysis of it, and write the result to STEM.json."""
     from hessian_tools.analysis.flatness.flatness import flatness
     from hessian_tools.io.json import save_result
     from hessian_tools.resume import Phases

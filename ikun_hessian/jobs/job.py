@@ -1,4 +1,4 @@
-"""The input of an analysis: an opened checkpoint with its samples, or a network described by options."""
+"""Input of an analysis: an opened checkpoint with its samples, or a network described by options."""
 
 from __future__ import annotations
 
@@ -13,12 +13,25 @@ from ikun_hessian.jobs.errors import UsageError
 if TYPE_CHECKING:
     from hessian_tools.objective import Objective
 
-OPENING = ("samples", "split", "batch_size", "params", "surrogate", "dtype")  # of these, what a number depends on
-
 
 @dataclass(frozen=True)
 class Own:
-    """A network of the user's own, as the options of `own_options` say; None: not given."""
+    """A network of the user's own, described by options (jobs.options.OWN). None means that the option is not given.
+
+    Attributes:
+        model: "module:function" of a function that builds the network.
+        data: "module:function" of a function that returns samples.
+        loss: "mse", "ce", or "module:function".
+        library: Library of the network.
+        timesteps: Number of steps to run the network for.
+        sequences: Whether samples are sequences, with one input per step.
+        time_first: Whether time is the first axis of inputs and outputs.
+        output: Which element of a returned tuple to use.
+        readout: How to reduce the output over time.
+        replace_surrogate: Surrogate for those that cannot be differentiated twice.
+        reset: "module:function" that clears the state; for a .nir file: hard or soft.
+        dt: Time step of a .nir file, in the unit of its time constants.
+    """
 
     model: str | None = None
     data: str | None = None
@@ -34,13 +47,17 @@ class Own:
     dt: float | None = None
 
     def meant(self, path: Path) -> bool:
-        """Whether the checkpoint is of such a network. Raises UsageError for its options without it."""
+        """Return whether `path` is a checkpoint of such a network.
+
+        Raises:
+            UsageError: If it is not, and some of these options are given.
+        """
         if self.model is not None or path.suffix == ".nir":
             return True
         given = [f.name.replace("_", "-") for f in fields(self) if getattr(self, f.name) != f.default]
         if given:
             option = "time-first and --batch-first" if given[0] == "time-first" else given[0]
-            raise UsageError(f"--{option}: for networks of your own: give --model module:function too")
+            raise UsageError(f"--{option}: only for networks of your own: give --model module:function too")
         return False
 
 
@@ -48,10 +65,15 @@ class Own:
 class Job:
     """A checkpoint opened for analysis.
 
-    objective: its loss on the samples asked for. another(steeper=1.0, **changes): the same objective with the surrogate
-    so many times steeper and the network's Spec changed so (of a network of the user's own, surrogate alone can be).
-    variants: changes, by name, of what is convention in a spiking network's derivative. threshold: of its neurons;
-    None where its surrogate cannot be another. provenance: of what was analysed, as in JSON.
+    Attributes:
+        path: The checkpoint.
+        objective: The loss on the samples asked for.
+        another: Function (steeper=1.0, **changes) that returns the same objective with a surrogate that is `steeper`
+            times as steep, and with other fields of the network's Spec. In a network of the user's own, only
+            `surrogate` can be changed.
+        variants: Arguments of `another` by name, one for each convention in the derivative of a spiking network.
+        threshold: Threshold of the neurons; None if the surrogate cannot be replaced.
+        provenance: Description of what was analysed, as plain JSON values.
     """
 
     path: Path
@@ -63,7 +85,7 @@ class Job:
 
 
 def measured_on(objective: Objective) -> dict[str, Any]:
-    """What the numbers depend on beside settings and provenance; part of the key of an interrupted run."""
+    """Return what the numbers depend on, in addition to settings and provenance."""
     return {
         "dtype": str(objective.dtype),
         "device": str(objective.device),

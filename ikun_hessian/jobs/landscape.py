@@ -1,4 +1,4 @@
-"""One landscape analysis: computation and files."""
+"""Computation and files of a landscape analysis."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ikun_hessian.jobs.errors import in_options
 from ikun_hessian.jobs.job import Job, measured_on
 from ikun_hessian.jobs.progress_bar import Bar
 
@@ -16,20 +17,20 @@ if TYPE_CHECKING:
 
 
 def _relaxed(job: Job) -> tuple[Objective | None, dict[str, str]]:
-    """The relaxed network's objective, or none and why."""
+    """Return the objective of the relaxed network, or None and the reason."""
     import torch
 
     try:
         objective = job.another(relaxed=True)
         with torch.no_grad():
             objective.outputs(objective.first_inputs(1))
-    except ValueError as error:  # the surrogate has no primitive, or the network is not this package's
-        return None, {"relaxed network": str(error)}
+    except ValueError as error:  # no primitive of the surrogate, or a network of another library
+        return None, {"relaxed network": in_options(error)}
     return objective, {}
 
 
 def analyse_landscape(job: Job, settings: LandscapeSettings, stem: Path) -> LandscapeResult:
-    """The result of one checkpoint, computed from the start or from where an interrupted run stopped."""
+    """Analyse a checkpoint, or resume an interrupted analysis of it."""
     from hessian_tools.analysis.landscape import landscape as analyse
     from hessian_tools.io.json import clean
     from hessian_tools.io.versions import versions
@@ -57,7 +58,7 @@ def analyse_landscape(job: Job, settings: LandscapeSettings, stem: Path) -> Land
 
 
 def write_landscape(result: LandscapeResult, stem: Path) -> None:
-    """The figure and the numbers, and away with the interrupted state."""
+    """Write the figure and the result, and remove the state of an interrupted run."""
     from hessian_tools.io.json import save_result
     from hessian_tools.plots.landscape import landscape_figure
     from hessian_tools.plots.style import save_figure

@@ -1,4 +1,4 @@
-"""From a checkpoint and the options of a command to objectives."""
+"""Open a checkpoint and its data for analysis."""
 
 from __future__ import annotations
 
@@ -29,8 +29,18 @@ SLOPES = {"slope x 1/2": {"steeper": 0.5}, "slope x 2": {"steeper": 2.0}}
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """What a Job is made of. network(steeper=1.0, **changes): the model and what resets it. activity: of the neurons,
-    on so many samples."""
+    """What a Job is made of.
+
+    Attributes:
+        network: Function (steeper=1.0, **changes) that returns the model, and a function that resets its state.
+        loss: The loss.
+        x: Inputs [N, ...].
+        y: Targets [N, ...].
+        variants: See Job.
+        threshold: See Job.
+        provenance: Description of data, network and training.
+        activity: Function that returns the activity of the neurons on the given number of samples.
+    """
 
     network: Callable[..., tuple[nn.Module, Callable[[nn.Module], None] | None]]
     loss: Loss
@@ -57,13 +67,30 @@ def open_job(
     device: str,
     group: Group | None = None,
 ) -> Job:
-    """Open a checkpoint and its data as the options (options.opening_options, options.own_options) say.
+    """Open a checkpoint and its data as the options say (jobs.options.OPENING, jobs.options.OWN).
 
-    memory: GiB. A quarter is for the batches at work: as many samples each as fit, where batch_size is None; where not
-    one fits, or not as many as asked for, long sequences run in segments of time. An eighth is for samples from disk:
-    where they do not fit, a batch is read whenever it is used. device: "cpu" or "cuda", as from `pick`. group: the
-    processes that share the work; all of them call this. Raises what loading raises, all of it ValueError, and
-    UsageError for samples that are not there.
+    Args:
+        path: The checkpoint.
+        own: Description of a network of the user's own; None for a checkpoint of this package.
+        samples: Number of samples, or "all".
+        split: Split of the data set: "train" or "test".
+        batch_size: Samples per batch; None for as many as fit.
+        params: Pattern of parameter names.
+        surrogate: Surrogate to analyse with; None for the one used in training.
+        dtype: Name of the floating-point type.
+        memory: Memory in GiB. A quarter of it is for the batches in use. If a batch does not fit, long sequences run in
+            segments of time. An eighth of it is for samples from disk. If they do not fit, each batch is read when it
+            is used.
+        data_dir: Folder of the data set; None for the download cache.
+        device: "cpu" or "cuda", from `pick`.
+        group: Processes that share the work. All of them must call this function.
+
+    Returns:
+        The opened checkpoint.
+
+    Raises:
+        UsageError: If the samples or the options cannot be used.
+        ValueError: If the checkpoint or the data cannot be loaded.
     """
     import torch
 
@@ -75,14 +102,14 @@ def open_job(
     before = _version(path)
     if own is not None and own.meant(path):
         if split != "train" or data_dir is not None:
-            raise UsageError("--split and --data-dir are for checkpoints of ikun-hessian: --data says which samples")
+            raise UsageError("--split and --data-dir are for checkpoints of ikun-hessian: use --data")
         source = _own(path, own, samples, surrogate, memory)
     else:
         source = _ours(path, samples, split, surrogate, data_dir, memory)
 
     digest = sha256(path)
-    if _version(path) != before:  # a training that ended just now
-        raise UsageError(f"{path} changed while it was read: run the same again")
+    if _version(path) != before:  # for example, a training has just ended
+        raise UsageError(f"{path} changed while it was read: run the same command again")
 
     def objective(steeper: float = 1.0, **changes: Any) -> Objective:
         network, reset = source.network(steeper, **changes)
@@ -101,7 +128,9 @@ def open_job(
     segmented = False
     batch_size, segmented = _cut(objective(), batch_size, memory * 2**30 / 4, group)
     first = objective()
-    each = bytes_per_sample(dataclasses.replace(first, segmentation=None))  # an autograd pass takes about three of it
+    each = bytes_per_sample(
+        dataclasses.replace(first, segmentation=None)
+    )  # an autograd pass takes about three times that
     few = max(1, min(512, int(memory * 2**30 / 12 / each))) if each else 512
     provenance = {
         "checkpoint": {"path": str(path), "sha256": digest},
@@ -113,7 +142,7 @@ def open_job(
 
 
 def _ours(path: Path, samples: str, split: str, surrogate: str | None, data_dir: Path | None, memory: float) -> _Source:
-    """A checkpoint of this package."""
+    """Open a checkpoint of this package."""
     from ikun.checkpoint import CheckpointError, load_checkpoint
     from ikun.layer_statistics import observe
     from ikun.losses import LOSSES
@@ -156,16 +185,16 @@ def _ours(path: Path, samples: str, split: str, surrogate: str | None, data_dir:
 
 
 def _own(path: Path, own: Own, samples: str, surrogate: str | None, memory: float) -> _Source:
-    """A network of the user's own."""
+    """Open a network of the user's own."""
     from ikun.adapters.summary import firing_rates
-    from ikun_hessian.jobs.user_network import in_options, open_own
+    from ikun_hessian.jobs.user_network import located, open_own
 
     found = open_own(path, own, samples=samples, surrogate=surrogate, memory=memory)
 
     def built(steeper: float = 1.0, **changes: Any) -> tuple[nn.Module, Callable[[nn.Module], None] | None]:
         if unknown := set(changes) - {"surrogate"}:
-            raise ValueError(f"a network of your own has no other form ({', '.join(sorted(unknown))})")
-        with in_options():
+            raise ValueError(f"networks of your own do not support {', '.join(sorted(unknown))}")
+        with located():
             adapted = found.adapted(steeper, **changes)
         return adapted.model, adapted.reset
 
@@ -182,7 +211,7 @@ def _own(path: Path, own: Own, samples: str, surrogate: str | None, memory: floa
 
 
 def _version(path: Path) -> tuple[int, ...]:
-    """Another one after a file was written anew."""
+    """Return a value that changes if the file is replaced or rewritten."""
     if not path.is_file():
         return ()
     found = path.stat()
@@ -190,11 +219,11 @@ def _version(path: Path) -> tuple[int, ...]:
 
 
 def _cut(objective: Objective, asked: int | None, memory: float, group: Group | None) -> tuple[int, bool]:
-    """(samples in a batch, whether time is cut into segments: where such a batch does not fit into `memory` bytes).
+    """Return the batch size, and whether time is cut into segments because a batch does not fit into `memory` bytes.
 
-    Unless asked for, as many samples as fit, but on the CPU no more than is fast: batches run side by side, and arrays
-    beyond some 30 MB come from fresh pages every time. At least 64 if they fit, shorter batches being all overhead
-    unless the sequences are long.
+    If no batch size is asked for, it is the largest that fits. On the CPU it is limited to what is fast: batches run in
+    parallel, and arrays above about 30 MB are allocated in fresh pages every time. It is at least 64 if that fits,
+    because smaller batches are mostly overhead unless the sequences are long.
     """
     import torch
 
@@ -215,15 +244,17 @@ def _cut(objective: Objective, asked: int | None, memory: float, group: Group | 
     if objective.device.type == "cpu":
         share = -(-objective.samples // (workers * processes))
         most = min(most, max(1 if long else 64, min(share, batch_size_within(objective, 2**27))))
-    chosen = asked or min(most, -(-objective.samples // processes)), segmented  # a batch for every process
+    chosen = asked or min(most, -(-objective.samples // processes)), segmented  # every process gets a batch
     return chosen if group is None else group.broadcast(chosen)
 
 
 def _samples(
     checkpoint: Checkpoint, split: str, samples: str, data_dir: Path | None, memory: float
 ) -> tuple[Dataset, Images, str]:
-    """(data set, network inputs, a hash of the very samples). Those on disk are read if they take no more than `memory`
-    bytes."""
+    """Return the data set, the inputs of the network, and a hash of the samples.
+
+    Samples on disk are read into memory if they take at most `memory` bytes.
+    """
     from ikun.data.lazy import taken
 
     data = checkpoint.samples(split, data_dir)

@@ -6,7 +6,7 @@ import sys
 
 
 class Bar:
-    """One progress bar on standard error, none when that is no terminal."""
+    """A progress bar on standard error. It is hidden if standard error is not a terminal, or if `shown` is False."""
 
     def __init__(self, name: str = "", shown: bool = True) -> None:
         self.name = f"{name}: " if name else ""
@@ -15,7 +15,7 @@ class Bar:
     def __enter__(self) -> Bar:
         from tqdm import tqdm
 
-        hidden = None if self.shown else True  # None: where standard error is no terminal
+        hidden = None if self.shown else True  # None hides it if standard error is not a terminal
         self.bar = tqdm(total=1, disable=hidden, leave=False, dynamic_ncols=True, desc=self.name)
         self.bar.bar_format = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         return self
@@ -27,7 +27,7 @@ class Bar:
         self.bar.update(done - self.bar.n)
 
     def say(self, line: str) -> None:
-        """A warning above the bar."""
+        """Print a warning above the bar."""
         self.bar.write(f"! {line}", file=sys.stderr)
 
     def __exit__(self, *_: object) -> None:

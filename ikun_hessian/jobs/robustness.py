@@ -1,4 +1,4 @@
-"""Robustness of a checkpoint: accuracy on corrupted test images and under weight noise. A step of studies."""
+"""Robustness of a checkpoint: accuracy on corrupted test images and under weight noise. Used by studies."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ if TYPE_CHECKING:
     from hessian_tools.results.robustness import RobustnessResult
 
 
-OPTIONS = ("corruptions", "severities", "noise", "draws", "samples")
+def robustness_settings(samples: str, **options: Any) -> tuple[RobustnessSettings, dict[str, Any]]:
+    """Split the options of a preset's [robustness] into settings of the analysis and arguments of `open_job`.
 
+    Args:
+        samples: Number of test samples, or "all".
+        options: The other options of jobs.options.ROBUSTNESS, and `seed`.
 
-def robustness_settings(options: dict[str, Any]) -> tuple[RobustnessSettings, dict[str, Any]]:
-    """What to measure and how to open a checkpoint for it, from a preset's [robustness], keys of OPTIONS.
+    Returns:
+        The settings, and the arguments of `open_job` that the results depend on.
 
-    Raises ValueError for values that do not fit.
+    Raises:
+        ValueError: If a setting has an invalid value.
     """
     from hessian_tools.analysis.robustness import RobustnessSettings
-    from ikun.data.corruptions import CORRUPTIONS
 
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    opening: dict[str, Any] = {"samples": str(options.pop("samples", "all")), "split": "test", "batch_size": None}
-    opening |= {"params": "*", "surrogate": None, "dtype": "float32"}
-    for key, value in options.items():
-        if isinstance(value, tuple) != (key != "draws"):
-            raise ValueError(f"{key} must be {'a number' if key == 'draws' else 'a list'}, not {value!r}")
     settings = RobustnessSettings(**options)
-    for kind in settings.corruptions:
-        if kind not in CORRUPTIONS:
-            raise ValueError(f"no corruption '{kind}': choose of {', '.join(CORRUPTIONS)}")
     if not all(severity in range(1, 6) for severity in settings.severities):
         raise ValueError(f"severities must be whole numbers from 1 to 5, not {settings.severities}")
-    return settings, opening
+    opening = {"samples": samples, "split": "test", "batch_size": None, "params": "*"}
+    return settings, {**opening, "surrogate": None, "dtype": "float32"}
 
 
 def analyse_robustness(job: Job, settings: RobustnessSettings, data_dir: Path | None) -> RobustnessResult:
-    """Measure a checkpoint that was opened on its test samples. Raises DataError for data that cannot be corrupted."""
+    """Measure the robustness of a checkpoint that was opened on test samples.
+
+    Raises:
+        DataError: If the data are not images, which are the only data that can be corrupted.
+    """
     import torch
 
     from hessian_tools.analysis.robustness import noisy_accuracy

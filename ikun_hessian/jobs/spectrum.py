@@ -1,4 +1,4 @@
-"""One spectrum analysis: settings, computation, files."""
+"""Settings, computation and files of a spectrum analysis."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ikun_hessian.jobs.errors import UsageError
-from ikun_hessian.jobs.job import OPENING, Job, measured_on
+from ikun_hessian.jobs.job import Job, measured_on
+from ikun_hessian.jobs.options import OPENING_PARAMETERS
 from ikun_hessian.jobs.progress_bar import Bar
 
 if TYPE_CHECKING:
@@ -19,10 +20,24 @@ if TYPE_CHECKING:
 def spectrum_settings(
     memory: float, operators: tuple[str, ...], curve: str | None, **options: Any
 ) -> tuple[SpectrumSettings, dict[str, Any]]:
-    """What to compute and how to open a checkpoint for it, from the options of `spectrum`. memory: GiB."""
+    """Split the options of `spectrum` into settings of the analysis and arguments of `open_job`.
+
+    Args:
+        memory: Memory in GiB.
+        operators: Names of the operators; empty for the default.
+        curve: Growing sample counts, for example "1,16,64"; None for no curve.
+        options: The other options, by parameter name.
+
+    Returns:
+        The settings, and the arguments of `open_job` that the results depend on.
+
+    Raises:
+        UsageError: If `curve` is not such a list.
+        ValueError: If a setting has an invalid value.
+    """
     from hessian_tools.analysis.settings import SpectrumSettings
 
-    opening = {name: options.pop(name) for name in OPENING}
+    opening = {name: options.pop(name) for name in OPENING_PARAMETERS}
     settings = SpectrumSettings(
         **options,
         operators=tuple(dict.fromkeys(operators)) or SpectrumSettings.operators,
@@ -38,14 +53,22 @@ def _counts(text: str | None) -> tuple[int, ...]:
     except ValueError:
         counts = (0,)
     if any(n < 1 for n in counts) or list(counts) != sorted(set(counts)):
-        raise UsageError(f"--samples-curve '{text}' is no growing list of sample counts like 1,16,64,256")
+        raise UsageError(f"--samples-curve '{text}' is not a growing list of sample counts like 1,16,64,256")
     return counts
 
 
 def analyse_spectrum(
     job: Job, settings: SpectrumSettings, stem: Path, group: Group | None = None, shown: bool = True
 ) -> SpectrumResult:
-    """The result of one checkpoint, computed from the start or from where an interrupted run stopped."""
+    """Analyse a checkpoint, or resume an interrupted analysis of it.
+
+    Args:
+        job: The opened checkpoint.
+        settings: What to compute.
+        stem: Path of the results without ending; the state of an interrupted run is STEM.resume.
+        group: Processes that share the work.
+        shown: Whether to show a progress bar.
+    """
     from hessian_tools.analysis.spectrum import spectrum
     from hessian_tools.io.json import clean
     from hessian_tools.io.versions import versions
@@ -74,7 +97,7 @@ def analyse_spectrum(
 
 
 def write_spectrum(result: SpectrumResult, stem: Path, figures: bool = True) -> list[str]:
-    """Arrays, figures, and away with the interrupted state; returns the endings of what was written."""
+    """Write arrays and figures, remove the state of an interrupted run, and return the endings of the written files."""
     from hessian_tools.plots.spectrum import layers_figure, samples_figure, spectrum_figure
     from hessian_tools.plots.style import save_figure
     from hessian_tools.results.spectrum import save_spectrum

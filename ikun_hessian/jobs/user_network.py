@@ -1,9 +1,8 @@
-"""Networks of the user's own, made ready for analysis: weights, samples, loss and surrogates as the options say."""
+"""Open a network of the user's own for analysis: its weights, samples, loss and surrogates, as the options say."""
 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,29 +23,22 @@ if TYPE_CHECKING:
 
 WHAT = "(inputs, targets), a data set of such samples, or batches of them"
 GIVE_DATA = f"--data module:function is needed: a function that returns {WHAT}"
-CURE = "give --replace-surrogate NAME:P, for instance atan:2 (--surrogate replaces all of them)"
-OPTIONS = {  # what the adapters call it: what it is called here
-    "time_first=False": "--batch-first",
-    "reset=": "--reset",
-    "replacement=": "--replace-surrogate",
-    "surrogate=": "--surrogate",
-    "library=": "--library",
-    "steps=": "--timesteps",
-    "sequences=True": "--sequences",
-    "spike=": "--surrogate NAME:P",
-    "dt=": "--dt",
-    "output=": "--output ",
-    "readout=": "--readout ",
-}
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A network with its samples x [N, ...], y [N, ...].
+    """An opened network with its samples.
 
-    adapted(steeper=1.0, surrogate=None): the network, its surrogates so many times steeper or another one in their
-    place; one and the same for the defaults. network, data: their descriptions, as plain values. spiking: whether there
-    are surrogates to change; threshold: of its neurons, where they share one.
+    Attributes:
+        adapted: Function (steeper=1.0, surrogate=None) that returns the network with steeper surrogates, or with
+            another surrogate. It returns the same object whenever it is called with the defaults.
+        loss: The loss.
+        x: Inputs [N, ...].
+        y: Targets [N, ...].
+        network: Description of the network, as plain values.
+        data: Description of the samples, as plain values.
+        spiking: Whether the network has surrogates that can be changed.
+        threshold: Threshold of the neurons, if they share one.
     """
 
     adapted: Callable[..., Adapted]
@@ -60,10 +52,21 @@ class Opened:
 
 
 def open_own(path: Path, own: Own, *, samples: str, surrogate: str | None, memory: float) -> Opened:
-    """The network that `own` describes with the weights in `path`, or the whole of it in a .nir file.
+    """Open the network that `own` describes with the weights in a file, or the whole network in a .nir file.
 
-    memory: GiB; samples may take a quarter. Raises AdapterError and UsageError with one line for whatever is
-    wrong with the file, the options or the user's functions.
+    Args:
+        path: The file.
+        own: The options that describe the network, its samples and its loss.
+        samples: Number of samples, or "all".
+        surrogate: Surrogate NAME:P to analyse with, in place of all surrogates; None for the network's own.
+        memory: Memory in GiB. The samples may use a quarter of it.
+
+    Returns:
+        The opened network.
+
+    Raises:
+        AdapterError: If the network cannot be adapted.
+        UsageError: If the file, an option or a function of the user's cannot be used.
     """
     import torch
 
@@ -88,7 +91,7 @@ def open_own(path: Path, own: Own, *, samples: str, surrogate: str | None, memor
         every = Surrogate.parse(surrogate) if surrogate else analysed
         return build(x, *(None if s is None else s.steeper(steeper) for s in (every, instead)), steeper, reset)
 
-    with in_options():
+    with located():
         first = build(x, analysed, instead, 1.0, reset)
         network = described(first, x[:3])
     y = _targets(own.loss or "mse", y, first, x)
@@ -114,6 +117,7 @@ def open_own(path: Path, own: Own, *, samples: str, surrogate: str | None, memor
 
 
 def _digest(parts: list[Any]) -> str:
+    """Return the SHA-256 of the SHA-256 digests of the parts."""
     whole = hashlib.sha256()
     for part in parts:
         whole.update(hashlib.sha256(part).digest())
@@ -121,17 +125,16 @@ def _digest(parts: list[Any]) -> str:
 
 
 @contextmanager
-def in_options() -> Iterator[None]:
-    """Messages of the adapters, which speak of Python, in terms of the command line."""
-    from ikun.adapters import AdapterError, adapt_network
+def located() -> Iterator[None]:
+    """Add the line of the user's code that failed, if there is one, to the message of an AdapterError."""
+    from ikun.adapters import AdapterError
 
     try:
         yield
     except AdapterError as error:
-        text = str(error).replace(adapt_network.CURE, CURE)
-        for python, option in OPTIONS.items():
-            text = re.sub(rf"\b{python}", option, text)
-        raise AdapterError(f"{text}{where(error.__cause__) if error.__cause__ else ''}") from error
+        if error.__cause__ is None:
+            raise
+        raise AdapterError("{}{}", error, where(error.__cause__)) from error
 
 
 # ---------------------------------------------------------------- the network
@@ -139,22 +142,24 @@ Build = Callable[..., "Adapted"]  # (x, surrogate, replacement, steeper, reset)
 
 
 def _spike(surrogate: Any) -> Spike | None:
+    """Return the spike function of a surrogate."""
     from ikun.surrogates import spike
 
     return None if surrogate is None else lambda h: spike(h, surrogate)
 
 
 def _built(path: Path, own: Own, model: str) -> Build:
+    """Build the user's network and load its weights. Returns a function that adapts it."""
     from torch import nn
 
     from ikun.adapters import AdapterError, adapt, load_weights, read_weights
     from ikun.adapters.adapt_network import bare
 
     if own.dt is not None:
-        raise UsageError("--dt is for .nir files: your own network has its own")
+        raise UsageError("--dt is only for .nir files: leave it out")
     network = called("--model", model, load_function("--model", model))
     if not isinstance(network, nn.Module):
-        raise UsageError(f"--model {model}: returned a {type(network).__name__}, and a torch.nn.Module is needed")
+        raise UsageError(f"--model {model}: returned a {type(network).__name__}, but a torch.nn.Module is needed")
     weights = read_weights(path)
     try:
         load_weights(bare(network), weights)
@@ -182,15 +187,16 @@ def _built(path: Path, own: Own, model: str) -> Build:
 
 
 def _nir(path: Path, own: Own) -> Build:
+    """Return a function that reads and adapts the network in a .nir file."""
     from ikun.adapters import adapt
     from ikun.adapters.nir import read_nir
 
     try:
-        import nir  # noqa: F401 - asked for before anything is read
+        import nir  # noqa: F401 - checked before anything is read
     except ImportError:
         raise UsageError(f"{path}: reading it needs the package nir: pip install nir") from None
     if own.timesteps is None:
-        raise UsageError(f"{path} has no clock: give --timesteps, --dt, --surrogate and --reset")
+        raise UsageError(f"{path} does not define time steps: give --timesteps, --dt, --surrogate and --reset")
     for name, value in (("replace-surrogate", own.replace_surrogate), ("output", own.output), ("library", own.library)):
         if value is not None:
             raise UsageError(f"--{name} is not for .nir files: leave it out")
@@ -205,26 +211,31 @@ def _nir(path: Path, own: Own) -> Build:
 
 # ---------------------------------------------------------------- the loss
 def _targets(loss: str, y: Tensor, adapted: Adapted, x: Tensor) -> Tensor:
-    """Labels [N] (long) that the network has outputs for; anything for a loss of the user's own."""
+    """Check that labels [N] fit the network's outputs, and convert them to long.
+
+    The targets of a loss of the user's are not checked.
+    """
     if loss not in ("mse", "ce"):
         return y
     if y.dim() != 1 or y.is_floating_point() or y.is_complex() or str(y.dtype) == "torch.bool":
         raise UsageError(
-            f"--loss {loss} needs labels [N], whole numbers, not {_kind(y)}: give those, or --loss module:function"
+            f"--loss {loss} needs labels [N] of whole numbers, not {_kind(y)}: return such labels, or give "
+            "--loss module:function"
         )
     classes = _outputs(adapted, x[:3]).shape
     if len(classes) != 2:
-        raise UsageError(f"--loss {loss} needs outputs [N, K]: the network's are {list(classes)}")
+        raise UsageError(f"--loss {loss} needs outputs [N, K], but those of the network are {list(classes)}")
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= classes[1]:
         raise UsageError(
-            f"labels must lie from 0 to {classes[1] - 1}, for {classes[1]} outputs: some are {low if low < 0 else high}"
+            f"labels must be from 0 to {classes[1] - 1} for {classes[1]} outputs, but some are "
+            f"{low if low < 0 else high}"
         )
     return y.long()
 
 
 def _outputs(adapted: Adapted, x: Tensor) -> Tensor:
-    """The outputs [n, ...] for a few samples."""
+    """Return the outputs [n, ...] for a few samples."""
     import torch
 
     from ikun.adapters.summary import inputs_of
@@ -235,7 +246,10 @@ def _outputs(adapted: Adapted, x: Tensor) -> Tensor:
 
 
 def _loss(loss: str, adapted: Adapted, x: Tensor, y: Tensor) -> tuple[Loss, list[Callable[..., Any]]]:
-    """(the loss, the user's functions in it), tried on a few samples: one finite number, a mean over samples."""
+    """Return the loss, and the user's functions that it calls.
+
+    A loss of the user's is tried on a few samples. It must return one finite number that is a mean over samples.
+    """
     import torch
 
     from ikun.losses import LOSSES
@@ -253,9 +267,9 @@ def _loss(loss: str, adapted: Adapted, x: Tensor, y: Tensor) -> tuple[Loss, list
         with readable(what):
             found = function(outputs[part], targets[part])
         if not isinstance(found, torch.Tensor) or found.dim():
-            raise UsageError(f"{what}: returned {_kind(found)}, and one number is needed, a tensor of no axes")
+            raise UsageError(f"{what}: returned {_kind(found)}, but a tensor with one number and no axes is needed")
         if not found.requires_grad:
-            raise UsageError(f"{what}: its value does not depend on the outputs, as far as torch can see")
+            raise UsageError(f"{what}: torch finds no gradient with respect to the outputs")
         if not torch.isfinite(found):
             raise UsageError(f"{what}: returned {float(found)}")
         return found
@@ -265,14 +279,27 @@ def _loss(loss: str, adapted: Adapted, x: Tensor, y: Tensor) -> tuple[Loss, list
         halves = (value(slice(few // 2)) + value(slice(few // 2, None))) / 2
         if not torch.isclose(whole, halves, rtol=1e-4, atol=1e-10):
             raise UsageError(
-                f"{what}: no mean over samples: {float(whole):.5g} of {few}, {float(halves):.5g} by halves"
+                f"{what}: not a mean over samples: {float(whole):.5g} on {few} samples, but {float(halves):.5g} "
+                "as the mean over two halves"
             )
     return function, [function]
 
 
 # ---------------------------------------------------------------- the samples
 def read_samples(text: str, samples: str, limit: float) -> tuple[Tensor, Tensor]:
-    """(x [N, ...], y [N, ...]) from the function `text` names, as many as asked for, of at most `limit` GiB."""
+    """Read samples from a function of the user's.
+
+    Args:
+        text: The function, as "module:function" or "path/to/file.py:function".
+        samples: Number of samples, or "all".
+        limit: Largest size of the samples in GiB.
+
+    Returns:
+        Inputs x [N, ...] and targets y [N, ...].
+
+    Raises:
+        UsageError: If the function fails, returns something else, or returns too few or too many samples.
+    """
     import torch
 
     what = f"--data {text}"
@@ -299,20 +326,21 @@ def read_samples(text: str, samples: str, limit: float) -> tuple[Tensor, Tensor]
             shapes = list(dict.fromkeys((tuple(t.shape[1:]), t.dtype) for t in parts))
             if len(shapes) > 1:
                 raise UsageError(
-                    f"{what}: {name} of shapes {_sample(shapes[0])} and {_sample(shapes[1])}: one is needed"
+                    f"{what}: {name} have shapes {_sample(shapes[0])} and {_sample(shapes[1])}: all must be the same"
                 )
         x, y = torch.cat(xs)[:wanted], torch.cat(ys)[:wanted]
     if not torch.isfinite(x).all() or not torch.isfinite(y).all():
-        raise UsageError(f"{what}: NaN or infinite entries")
+        raise UsageError(f"{what}: NaN or infinite values")
     return x, y
 
 
 def _sample(kind: tuple[tuple[int, ...], Any]) -> str:
+    """Describe the shape and dtype of one sample."""
     return f"{list(kind[0])} {str(kind[1]).removeprefix('torch.')}"
 
 
 def _batches(found: Any, what: str) -> Iterator[Any]:
-    """Batches from whatever the user's function returned."""
+    """Yield the batches in what the user's function returned."""
     from torch.utils.data import DataLoader, Dataset
 
     if isinstance(found, tuple | list) and len(found) == 2 and all(_is_array(part) for part in found):
@@ -320,29 +348,32 @@ def _batches(found: Any, what: str) -> Iterator[Any]:
     elif isinstance(found, Dataset):
         yield from DataLoader(found, batch_size=256)
     elif isinstance(found, dict | str | bytes) or _is_array(found) or not hasattr(found, "__iter__"):
-        raise UsageError(f"{what}: returned {_kind(found)}: {WHAT} are needed")
+        raise UsageError(f"{what}: returned {_kind(found)}, but {WHAT} are needed")
     else:
         yield from found
 
 
 def _is_array(value: Any) -> bool:
+    """Whether a value is an array or a tensor."""
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 def _pair(batch: Any, what: str) -> tuple[Tensor, Tensor]:
+    """Check a batch and return its inputs and targets as tensors on the CPU."""
     import torch
 
     if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(_is_array(part) for part in batch)):
-        raise UsageError(f"{what} is {_kind(batch)}: (inputs [N, ...], targets [N, ...]) are needed")
+        raise UsageError(f"{what} is {_kind(batch)}, but (inputs [N, ...], targets [N, ...]) are needed")
     x, y = (torch.as_tensor(part).detach().cpu() for part in batch)
     if x.dim() < 2 or y.dim() < 1 or len(x) != len(y):
         raise UsageError(
-            f"{what} has inputs {list(x.shape)} and targets {list(y.shape)}: [N, ...] and [N, ...] are needed"
+            f"{what} has inputs {list(x.shape)} and targets {list(y.shape)}, but [N, ...] and [N, ...] are needed"
         )
     return x, y
 
 
 def _kind(value: Any) -> str:
+    """Describe a value by its class, and arrays by their shape and dtype."""
     if _is_array(value):
         return f"{type(value).__name__} {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     inner = f" of {len(value)}" if isinstance(value, tuple | list) else ""

@@ -1,34 +1,30 @@
-"""What the screen of every command says first: the checkpoint, the network, the data."""
+"""Print what was analysed: the checkpoint, the network, the data and the training."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from hessian_tools.io.json import ResultError
 from hessian_tools.results.provenance import AnalysedParts
-
-SCREEN_WIDTH = 80
-
-
-def field(name: str, text: str) -> list[str]:
-    """One entry, its name on the left."""
-    return textwrap.wrap(text, SCREEN_WIDTH, initial_indent=f"{name:<12}", subsequent_indent=" " * 12)
+from ikun_hessian.reports.text import field
 
 
 def opened(r: AnalysedParts) -> list[str]:
-    """What was opened and how it was trained. Raises ResultError for a result that lacks some of it."""
+    """Return the lines that describe the checkpoint, the network, the data and the training.
+
+    Raises:
+        ResultError: If the result lacks some of this information.
+    """
     try:
         return _opened(r)
     except (KeyError, TypeError, AttributeError) as error:
         path = r.checkpoint.get("path", "-")
-        raise ResultError(
-            f"the result of {path} does not say all that it should ({error}): --force, to redo it"
-        ) from None
+        raise ResultError(f"the result of {path} is incomplete ({error}). Use --force to compute it again") from None
 
 
 def _opened(r: AnalysedParts) -> list[str]:
+    """Return the lines of `opened`, raising KeyError and the like if information is missing."""
     n, t = r.network, r.training
     lines = field("checkpoint", f"{r.checkpoint.get('path', '-')}  sha256 {str(r.checkpoint.get('sha256', '-'))[:12]}")
     if "library" in n:
@@ -63,18 +59,20 @@ def _opened(r: AnalysedParts) -> list[str]:
 
 
 def _kept(training: dict[str, Any]) -> str:
+    """Return the epoch of the weights if it is not the last one."""
     best = training.get("best_epoch", training["epochs_run"])
     return "" if best == training["epochs_run"] else f", weights of epoch {best}"
 
 
 def _alpha(training: dict[str, Any]) -> str:
+    """Return the parameters of the initializer."""
     known = {"alpha": training["alpha"]} if training["init"] == "ikun" else {}
     known |= {"gain": training["gain"]} if training.get("gain", 1) != 1 else {}
     return f" ({', '.join(f'{key} {value:g}' for key, value in known.items())})" if known else ""
 
 
 def _own(n: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Entries on a network that is not this package's: what it is, its surrogates, how time is run, and warnings."""
+    """Yield entries about a user's network: its library, its time loop, its surrogates, and warnings."""
     library = "plain torch" if n["library"] == "none" else n["library"]
     reset = f", {n['reset']} reset{', detached' if n['detach_reset'] else ''}" if n["reset"] else ""
     neurons = f", {n['neuron']} neurons{reset}" if n["neuron"] else ""
@@ -82,7 +80,7 @@ def _own(n: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "network", f"{n['model']}, {library}{neurons}, {norm}"
     calls = f"one call for {n['one call']}" if n["one call"] else "run by the network itself"
     if n["timesteps"] is not None:
-        read = f", {n['output']} read out by their {n['readout']}" if n["readout"] else ""
+        read = f", readout: {n['readout']} of the {n['output']}" if n["readout"] else ""
         yield "time", f"T = {n['timesteps']}, {calls}{read}"
     places: dict[str, list[str]] = {}
     for s in n["surrogates"]:

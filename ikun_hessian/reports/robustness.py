@@ -1,4 +1,4 @@
-"""What the tables of a study say of robustness: accuracy lost, and whether the flatness of the minimum predicts it."""
+"""Tables of robustness for a study: the accuracy lost, and its rank correlation with the flatness metrics."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ from ikun_hessian.experiments.statistics import Interval, kendall, median
 
 
 def robustness_rows(runs: Sequence[TrainingRun], by: str) -> list[dict[str, Any]]:
-    """One row a run that was measured and disturbance: run, level of the condition `by`, seed, disturbance, severity,
-    accuracy, its standard error, and what it lost against the undisturbed accuracy."""
+    """Return a table with one row for each run, disturbance and severity.
+
+    Args:
+        runs: The runs. Runs without robustness results are skipped.
+        by: Name of the condition that is compared.
+
+    Returns:
+        Rows with the name of the run, its level of `by`, its seed, the disturbance, the severity, the accuracy, its
+        standard error, and the accuracy lost compared to undisturbed data.
+    """
     return [
         {
             "run": run.name,
@@ -34,8 +42,16 @@ def robustness_rows(runs: Sequence[TrainingRun], by: str) -> list[dict[str, Any]
 
 
 def ranks(runs: Sequence[TrainingRun], by: str) -> dict[str, dict[str, tuple[Interval, Interval]]]:
-    """By flatness metric, then by disturbance: Kendall's tau of the metric at the end of training with the accuracy
-    lost, over all runs and within the levels of `by`. The metrics that can carry a claim, in runs that have them."""
+    """Compute Kendall's tau between the flatness metrics at the end of training and the accuracy lost.
+
+    Args:
+        runs: The runs. Only runs with both results are used.
+        by: Name of the condition that is compared.
+
+    Returns:
+        By main flatness metric and disturbance, tau over all runs and tau over pairs of runs with the same level of
+        `by`.
+    """
     known = [(run, run.flatness[""], lost(run.robustness)) for run in runs if run.robustness and "" in run.flatness]
     metrics = dict.fromkeys(name for _, flat, _ in known for name in flat.main)
     kinds = dict.fromkeys(kind for _, _, drops in known for kind in drops)
@@ -54,8 +70,16 @@ def ranks(runs: Sequence[TrainingRun], by: str) -> dict[str, dict[str, tuple[Int
 
 
 def robustness_markdown(runs: Sequence[TrainingRun], by: str) -> str:
-    """For every setting two tables: the accuracy lost by disturbance in every level of `by`, and `ranks` where there is
-    something to rank; "" where nothing was measured."""
+    """Return the tables of robustness in Markdown.
+
+    Args:
+        runs: The runs.
+        by: Name of the condition that is compared.
+
+    Returns:
+        For each setting, a table of the accuracy lost by disturbance and level of `by`, and a table of `ranks` if
+        flatness was measured. Empty if robustness was not measured.
+    """
     found = settings_groups([run for run in runs if run.robustness], by)
     return "\n".join(
         f"### {name}\n\n{_tables(some, by)}" if name else _tables(some, by) for name, some in found.items()
@@ -63,20 +87,22 @@ def robustness_markdown(runs: Sequence[TrainingRun], by: str) -> str:
 
 
 def _tables(runs: Sequence[TrainingRun], by: str) -> str:
+    """Return the tables of one setting."""
     losses: dict[str, list[dict[str, float]]] = {}
     for run in runs:
         if run.robustness:
             losses.setdefault(show(run.value(by)), []).append(lost(run.robustness))
     kinds = list(dict.fromkeys(kind for found in losses.values() for drops in found for kind in drops))
-    lines = ["Accuracy lost, in %: mean over severities, median over runs [95% interval].", "", *_head(["", *kinds])]
+    title = "Accuracy lost, in percentage points: mean over severities, median over runs [95% interval]."
+    lines = [title, "", *_head(["", *kinds])]
     for level, found in losses.items():
         cells = [_interval(median([100 * drops[kind] for drops in found if kind in drops])) for kind in kinds]
         lines.append(_row([f"{by} {level} ({len(found)} runs)", *cells]))
     if table := ranks(runs, by):
         lines += [
             "",
-            "Kendall's tau of each metric with the accuracy lost, over all runs and (in brackets) within the levels "
-            f"of {by} [95% interval over runs]. Positive: the sharper lost more.",
+            "Kendall's tau between each metric and the accuracy lost: over all runs and, in parentheses, over pairs of "
+            f"runs with the same {by} [95% interval over runs]. Positive: sharper minima lose more accuracy.",
             "",
             *_head(["", *kinds]),
         ]
@@ -87,14 +113,17 @@ def _tables(runs: Sequence[TrainingRun], by: str) -> str:
 
 
 def _head(cells: Sequence[str]) -> list[str]:
+    """Return the two lines of a table's head."""
     return [_row(cells), "|---" * len(cells) + "|"]
 
 
 def _row(cells: Sequence[str]) -> str:
+    """Return a row of a table."""
     return f"| {' | '.join(cells)} |"
 
 
 def _interval(found: Interval) -> str:
+    """Format a number and its interval, "-" if it is unknown."""
     if math.isnan(found.value):
         return "-"
     ends = "" if math.isnan(found.low) else f" [{found.low:.2f}, {found.high:.2f}]"

@@ -1,4 +1,4 @@
-"""A run that meets NaN names the layer."""
+"""Tests that a NaN or an infinity is traced to the first layer that produces it."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def objective(middle: nn.Module):
     return make_objective(model, nn.functional.cross_entropy, DATA)
 
 
-def test_finite_everywhere():
+def test_a_finite_network_has_no_such_layer():
     assert first_not_finite(objective(nn.Tanh())) is None
 
 
@@ -58,7 +58,7 @@ def test_the_analysis_stops_with_the_name_of_the_layer():
         spectrum(objective(Overflow()), SpectrumSettings(top=2, smallest=1))
 
 
-def test_loss_alone():
+def test_a_loss_that_is_not_finite_is_named():
     model = nn.Sequential(nn.Linear(2, 3)).double()
     found = make_objective(model, lambda out, y: out.mean() / 0, DATA)
     assert "loss" in (first_not_finite(found) or "")

@@ -1,33 +1,23 @@
-"""The true loss at other weights, against the plain model with those weights put in by hand."""
+"""Tests of outputs and losses at perturbed weights, against a model with these weights written into it."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from draws import normal
+from objectives import spiking_network
 from scipy import stats
 from torch import Tensor, nn
 
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.perturbation import accuracy, mean_loss, noise, noise_scales, outputs_at, sample_losses, targets
 from ikun.losses import LOSSES
-from ikun.networks import Network, Spec
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Critic(nn.Module):
@@ -58,10 +48,9 @@ def clear(model: nn.Module) -> None:
     model.total = 0.0  # type: ignore[assignment]
 
 
-def spiking(loss: str = "mse", dtype: torch.dtype = torch.float64, params: str = "*", **fields: Any) -> Objective:
-    torch.manual_seed(1)
-    small = {"model": "csnn", "input_shape": (1, 4, 5), "channels": 2, "hidden": (6,), "classes": 3, "timesteps": 3}
-    net = Network(Spec(**{**small, **fields}))
+def firing(loss: str = "mse", dtype: torch.dtype = torch.float64, params: str = "*", **fields: Any) -> Objective:
+    small = {"model": "csnn", "input_shape": (1, 4, 5), "channels": 2, "hidden": (6,), "timesteps": 3}
+    net = spiking_network(1, 1.0, **{**small, **fields})
     for m in net.modules():
         if isinstance(m, nn.Conv2d | nn.Linear):
             m.weight.data.mul_(2).add_(0.1)
@@ -73,19 +62,19 @@ def spiking(loss: str = "mse", dtype: torch.dtype = torch.float64, params: str =
     return make_objective(net.to(dtype), LOSSES[loss], data, batch_size=3, params=params)
 
 
-def plain(module: nn.Module, **fields: Any) -> Objective:
-    return make_objective(module.double(), LOSSES["mse"], (draw(7, 6), torch.arange(7) % 3), batch_size=3, **fields)
+def on_seven_samples(module: nn.Module, **fields: Any) -> Objective:
+    return make_objective(module.double(), LOSSES["mse"], (normal(7, 6), torch.arange(7) % 3), batch_size=3, **fields)
 
 
 OBJECTIVES = {
-    "csnn": spiking,
-    "plif": lambda: spiking(neuron="plif", reset="soft"),
-    "float32": lambda: spiking(dtype=torch.float32),
-    "some parameters": lambda: spiking(params="norm*,fc1.weight"),
-    "mlp": lambda: spiking(model="mlp", norm="none"),
-    "critic": lambda: plain(Critic()),
-    "state": lambda: plain(Accumulating(), reset=clear),
-    "tied": lambda: plain(tied()),
+    "csnn": firing,
+    "plif": lambda: firing(neuron="plif", reset="soft"),
+    "float32": lambda: firing(dtype=torch.float32),
+    "some parameters": lambda: firing(params="norm*,fc1.weight"),
+    "mlp": lambda: firing(model="mlp", norm="none"),
+    "critic": lambda: on_seven_samples(Critic()),
+    "state": lambda: on_seven_samples(Accumulating(), reset=clear),
+    "tied": lambda: on_seven_samples(tied()),
 }
 
 
@@ -117,7 +106,7 @@ def by_hand(objective: Objective, weights: Tensor) -> Tensor:
 def test_outputs_at(name: str, threads: int) -> None:
     objective = OBJECTIVES[name]()
     before = {key: value.clone() for key, value in objective.model.state_dict().items()}
-    steps = [objective.weights() + 0.5 * draw(objective.size, seed=i).to(objective.dtype) for i in range(7)]
+    steps = [objective.weights() + 0.5 * normal(objective.size, seed=i).to(objective.dtype) for i in range(7)]
     torch.set_num_threads(threads)
     found = list(outputs_at(objective, lambda i: steps[i], range(7)))
     exact = [by_hand(objective, w) for w in steps]
@@ -133,7 +122,7 @@ def test_outputs_at(name: str, threads: int) -> None:
 
 @pytest.mark.parametrize("loss", ["mse", "ce"])
 def test_losses_are_those_of_the_objective(loss: str) -> None:
-    objective = spiking(loss)
+    objective = firing(loss)
     (outputs,) = outputs_at(objective, lambda _: objective.weights(), [0])
     assert mean_loss(objective, outputs) == pytest.approx(objective.value_and_gradient()[0], rel=1e-13)
     each = sample_losses(objective, outputs)
@@ -146,9 +135,9 @@ def test_losses_are_those_of_the_objective(loss: str) -> None:
 
 
 def test_losses_are_float64_and_targets_may_be_numbers() -> None:
-    x, y = draw(6, 2).float(), draw(6, 1, seed=1).float()
+    x, y = normal(6, 2).float(), normal(6, 1, seed=1).float()
     objective = make_objective(nn.Linear(2, 1), lambda o, t: (o - t).square().mean(), (x, y), batch_size=4)
-    outputs = (1 + 1e-6 * draw(6, 1, seed=2)).float()
+    outputs = (1 + 1e-6 * normal(6, 1, seed=2)).float()
     exact = (outputs.double().numpy() - y.double().numpy()) ** 2
     assert mean_loss(objective, outputs) == pytest.approx(exact.mean(), rel=1e-14)
     assert sample_losses(objective, outputs).dtype == torch.float64
@@ -157,7 +146,7 @@ def test_losses_are_float64_and_targets_may_be_numbers() -> None:
 
 
 def test_noise_comes_in_antithetic_pairs_and_depends_on_seed_and_size_alone() -> None:
-    one, other = spiking(), spiking(dtype=torch.float32, loss="ce")
+    one, other = firing(), firing(dtype=torch.float32, loss="ce")
     other.parameters["fc1.weight"].data.mul_(3)
     assert one.size == other.size
     first = [noise(one, 4, i) for i in range(6)]
@@ -168,7 +157,7 @@ def test_noise_comes_in_antithetic_pairs_and_depends_on_seed_and_size_alone() ->
     assert not torch.equal(first[0], first[2])
     many = torch.cat([noise(one, 0, i) for i in range(0, 200, 2)])
     assert stats.kstest(many.numpy(), "norm").pvalue > 0.01
-    other = spiking(params="fc*")
+    other = firing(params="fc*")
     assert len(noise(other, 4, 0)) == other.size < one.size
 
 
@@ -178,7 +167,7 @@ def test_noise_scales_are_the_rms_of_filters() -> None:
     net = nn.ModuleDict(
         {"body": model, "neuron": nn.ParameterDict({"logit": nn.Parameter(torch.tensor(-0.7).double())})}
     )
-    objective = make_objective(net, LOSSES["mse"], (draw(1, 2, 3, 3), torch.zeros(1, dtype=torch.int64)))
+    objective = make_objective(net, LOSSES["mse"], (normal(1, 2, 3, 3), torch.zeros(1, dtype=torch.int64)))
     exact = []
     for p in net.parameters():
         a = p.detach().numpy()
@@ -195,7 +184,7 @@ def test_a_loss_that_asks_for_values() -> None:
         errors = (o - y).square()
         return errors.mean() if errors.max().item() < 1 else errors.sqrt().mean()
 
-    x, y = draw(6, 2), draw(6, 1, seed=1)
+    x, y = normal(6, 2), normal(6, 1, seed=1)
     objective = make_objective(nn.Linear(2, 1).double(), loss, (x, y))
     outputs = y + torch.tensor([[0.5], [2.0], [-0.1], [3.0], [-4.0], [0.0]])
     assert sample_losses(objective, outputs).tolist() == pytest.approx([0.25, 2.0, 0.01, 3.0, 4.0, 0.0])

@@ -1,4 +1,4 @@
-"""Products done and expected over all phases."""
+"""Tests of the progress over all phases of an analysis."""
 
 import math
 
@@ -27,5 +27,5 @@ def test_an_unforeseen_phase_adds_to_both():
     assert seen == [("x", 3, 7, 0.1)]
 
 
-def test_without_a_listener():
+def test_nothing_is_reported_without_a_listener():
     Meter({"a": 1}).phase("a")(1, 1, 0.0)

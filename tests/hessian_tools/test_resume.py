@@ -1,4 +1,4 @@
-"""Phases interrupted anywhere, in any way, end as if they had not been. As a script, this file gets itself killed."""
+"""Tests that an interrupted analysis resumes to the same result. Run as a script, this file gets itself killed."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from draws import seeded
 from torch import Tensor, nn
 
 from hessian_tools import resume as module
@@ -33,7 +34,7 @@ SIZE = 24
 BLOCK = 3  # vectors of the largest block: an interruption may lose all of them but one, counted in vain
 PHASES = 5
 LARGE = 200 * 2**20  # bytes of a large result
-KILLED_AT = (0, 1, 2, 9, 40)  # products behind which the script is killed
+KILLED_AT = (0, 1, 2, 9, 40)  # the script is killed after this many products
 Stop = Callable[[], None]
 
 
@@ -64,27 +65,23 @@ class Limited(Dense):
         return super()._apply(block)
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def never(op: Operator) -> dict[str, Any]:
     raise AssertionError("computed again")
 
 
 def analyse(phases: Phases, op: Operator, seed: int = 0) -> dict[str, Any]:
-    """Blocks and single vectors, one phase behind another, one on an operator made of `op`."""
-    error = phases.run("symmetry", op, lambda op: {"error": symmetry_error(op, generator(seed))})
-    pairs = phases.run("pairs", op, lambda op: vars(eigenpairs(op, 3, 1, generator=generator(seed + 1), tol=1e-6)))
-    spread = phases.run("density", op, lambda op: vars(density(op, probes=2, steps=8, generator=generator(seed + 2))))
+    """Several phases on blocks and single vectors; one uses an operator made from `op`."""
+    error = phases.run("symmetry", op, lambda op: {"error": symmetry_error(op, seeded(seed))})
+    pairs = phases.run("pairs", op, lambda op: vars(eigenpairs(op, 3, 1, generator=seeded(seed + 1), tol=1e-6)))
+    spread = phases.run("density", op, lambda op: vars(density(op, probes=2, steps=8, generator=seeded(seed + 2))))
 
     def trace(op: Operator) -> dict[str, Any]:
-        random = generator(seed + 3)
+        random = seeded(seed + 3)
         return {"forms": torch.stack([torch.stack(probe_forms(op, 3, random)) for _ in range(3)])}
 
     forms = phases.run("trace", op, trace)
     unlike = scaled(op, torch.linspace(1, 2, SIZE))
-    top = phases.run("scaled", unlike, lambda op: vars(eigenpairs(op, 1, generator=generator(seed + 4))))
+    top = phases.run("scaled", unlike, lambda op: vars(eigenpairs(op, 1, generator=seeded(seed + 4))))
     return {"symmetry": error, "pairs": pairs, "density": spread, "trace": forms, "scaled": top}
 
 
@@ -105,7 +102,7 @@ def uninterrupted(dtype: torch.dtype = torch.float64) -> tuple[dict[str, Any], i
 
 
 def left_by(path: Path, limit: int, key: dict[str, Any] | None = None) -> Path:
-    """What an analysis leaves that is interrupted behind `limit` products."""
+    """Run an analysis that is interrupted after `limit` products."""
     with pytest.raises(KeyboardInterrupt):
         analyse(Phases(path, key), Limited(matrix(), limit))
     return path
@@ -124,7 +121,7 @@ def names(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_interrupted_at_any_product(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_run_interrupted_at_any_product_resumes_to_the_same_result(tmp_path: Path, dtype: torch.dtype) -> None:
     expected, products = uninterrupted(dtype)
     assert products > 60
     for limit in range(products):
@@ -169,7 +166,7 @@ def test_the_seconds_of_interrupted_processes_are_summed(tmp_path: Path, monkeyp
         assert again.seconds == products
 
 
-def test_interrupted_again_and_again(tmp_path: Path) -> None:
+def test_a_run_interrupted_repeatedly_ends_with_the_same_result(tmp_path: Path) -> None:
     expected, products = uninterrupted()
     interruptions = 0
     while True:
@@ -185,7 +182,7 @@ def test_interrupted_again_and_again(tmp_path: Path) -> None:
     assert phases.products == products
 
 
-def test_every_result_is_written_once_and_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_result_is_written_once_to_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "state"
     expected, _ = uninterrupted()
     written: dict[str, tuple[int, int]] = {}
@@ -217,7 +214,7 @@ def test_every_result_is_written_once_and_alone(tmp_path: Path, monkeypatch: pyt
 
 def test_a_result_is_held_in_memory_once(tmp_path: Path) -> None:
     """As a script, this file writes one, forgets it, reads it and prints by how much its peak grew each time."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3]))}
     command = [sys.executable, __file__, str(tmp_path / "state"), "large"]
     grown = subprocess.run(command, capture_output=True, check=True, env=environment).stdout.split()
     assert all(int(growth) < LARGE / 4 for growth in grown)
@@ -269,7 +266,7 @@ def test_the_layout_of_a_product_is_the_same_from_the_journal(tmp_path: Path) ->
 
 # ------------------------------------------------------------------------------------------------------------ kill -9
 def killed_analysis(path: Path, how: str, limit: int) -> None:
-    """Ends with SIGKILL; called in a process of its own."""
+    """Run an analysis that ends with SIGKILL; called in a separate process."""
     op = Limited(matrix(), limit if how == "product" else float("inf"), kill)
     if how == "record":
         append = module._Journaled._append
@@ -292,7 +289,7 @@ def killed_analysis(path: Path, how: str, limit: int) -> None:
             append(self, block, image, file)
 
         module._Journaled._append = half  # type: ignore[method-assign]
-    if how in ("replace", "unlink"):  # just before the results of the phase are there, just behind it
+    if how in ("replace", "unlink"):  # just before or just after the results of the phase are written
         owner: Any = os if how == "replace" else Path
         original = getattr(owner, how)
         setattr(owner, how, lambda *a, **k: kill() if op.computed >= max(limit, 1) else original(*a, **k))
@@ -314,14 +311,14 @@ HOWS = ("product", "record", "replace", "unlink")
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, __file__, str(folder)], check=True, env={**os.environ, "PYTHONPATH": str(root)})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3]))}
+    subprocess.run([sys.executable, __file__, str(folder)], check=True, env=environment)
     return folder
 
 
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("limit", KILLED_AT)
-def test_killed(killed: Path, how: str, limit: int) -> None:
+def test_a_killed_run_resumes_to_the_same_result(killed: Path, how: str, limit: int) -> None:
     expected, products = uninterrupted()
     path = killed / f"{how}-{limit}"
     assert path.exists()
@@ -335,7 +332,7 @@ def test_killed(killed: Path, how: str, limit: int) -> None:
     assert not {name for name in names(killed) if name.startswith((path.name, f".{path.name}."))}
 
 
-def test_killed_before_the_journal_of_the_second_result_is_removed(killed: Path) -> None:
+def test_a_journal_left_by_a_kill_is_ignored_once_its_result_exists(killed: Path) -> None:
     """Its file is there: nothing of it is computed again, nothing of its journal taken for the third phase."""
     expected, products = uninterrupted()
     path = killed / "second"
@@ -375,11 +372,11 @@ def test_a_damaged_journal_counts_up_to_the_damage(tmp_path: Path) -> None:
         good = next((i for i in range(10) if damaged[: (i + 1) * record] != whole[: (i + 1) * record]), 10)
         op, phases = Limited(matrix()), Phases(path)
         if damaged == whole + whole:  # good records that no run writes: not what this one asks for
-            with pytest.raises(ResumeError, match="does not repeat"):
+            with pytest.raises(ResumeError, match="does not reproduce"):
                 analyse(phases, op)
             continue
         if damaged == whole[record:]:
-            with pytest.raises(ResumeError, match="does not repeat"):
+            with pytest.raises(ResumeError, match="does not reproduce"):
                 analyse(phases, op)
             continue
         with pytest.raises(KeyboardInterrupt):
@@ -405,7 +402,7 @@ def test_the_journal_of_an_analysis_that_was_given_up_is_stale(tmp_path: Path) -
     """The other matrix gets the same start vector, so its bits do not tell."""
 
     def pairs(phases: Phases, op: Operator) -> dict[str, Any]:
-        return phases.run("pairs", op, lambda op: vars(eigenpairs(op, 3, generator=generator(0))))
+        return phases.run("pairs", op, lambda op: vars(eigenpairs(op, 3, generator=seeded(0))))
 
     path = tmp_path / "state"
     with pytest.raises(KeyboardInterrupt):
@@ -421,7 +418,7 @@ def test_the_results_of_an_analysis_that_was_given_up_are_stale(tmp_path: Path) 
         analyse(Phases(path), Limited(matrix(1)))
         with pytest.raises(KeyboardInterrupt):  # a later part, of a longer one
             Phases(beside(path, "longer")).run(
-                "a", Limited(matrix(1), 9), lambda op: vars(density(op, probes=1, steps=12, generator=generator(0)))
+                "a", Limited(matrix(1), 9), lambda op: vars(density(op, probes=1, steps=12, generator=seeded(0)))
             )
         shutil.move(beside(path, "longer.journal"), journal(path))
         shutil.copy(beside(path, 1), beside(path, 17))
@@ -434,8 +431,10 @@ def test_the_results_of_an_analysis_that_was_given_up_are_stale(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("removed", range(PHASES + 2))
-def test_removal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int) -> None:
-    """Interrupted anywhere, it leaves nothing that would be resumed, and goes on where it was; it spares the others."""
+def test_interrupted_state_is_removed_and_other_files_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int
+) -> None:
+    """An interrupted removal leaves nothing to resume and can be completed; it keeps the files of other runs."""
     folder = tmp_path / "sta.e"
     path = folder / "sta.e"
     expected, products = uninterrupted()
@@ -492,7 +491,7 @@ def test_removal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int) 
 def test_other_vectors_are_refused(tmp_path: Path) -> None:
     path = left_by(tmp_path / "state", 20)
     left = journal(path).read_bytes()
-    with pytest.raises(ResumeError, match=r"state.journal: this machine does not repeat .* bit for bit"):
+    with pytest.raises(ResumeError, match=r"state.journal: this machine does not reproduce .* bit for bit"):
         analyse(Phases(path), Limited(matrix()), seed=1)
     assert journal(path).read_bytes() == left
     assert same(analyse(Phases(path), Limited(matrix())), uninterrupted()[0])
@@ -516,7 +515,7 @@ def test_what_changed_is_named(tmp_path: Path) -> None:
         ),
         ({"network": 1}, "the network changed"),
     ]:
-        with pytest.raises(ResumeError, match=rf"^{path}: {names} since the analysis was interrupted: .*--force$"):
+        with pytest.raises(ResumeError, match=rf"^{path}: {names} since the interrupted run. .* discard the state"):
             Phases(path, {**key, **changes})
     with pytest.raises(ResumeError, match="the data changed"):
         Phases(path, {name: value for name, value in key.items() if name != "data"})
@@ -529,7 +528,7 @@ def reversed_(key: dict[str, Any]) -> dict[str, Any]:
 
 def test_what_is_no_state_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "state"
-    message = r"^{}: not the state of an interrupted analysis: start anew with --force$"
+    message = r"^{}: damaged, or not the state of an analysis. Discard the state and start again.$"
     for content in (b"", b"broken", left_by(tmp_path / "other", 9).read_bytes()[:-30]):
         path.write_bytes(content)
         with pytest.raises(ResumeError, match=message.format(path)):
@@ -552,12 +551,10 @@ def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
         file.write_bytes(damaged)
         phases, op = Phases(path), Limited(matrix(), -1)
         phases.run("symmetry", op, never)
-        with pytest.raises(
-            ResumeError, match=f"^{file}: not the state of an interrupted analysis: start anew with --f"
-        ):
+        with pytest.raises(ResumeError, match=f"^{file}: damaged, or not the state of an analysis. Discard"):
             phases.run("pairs", op, never)
     file.write_bytes(beside(path, 1).read_bytes())
-    with pytest.raises(ResumeError, match=rf"^{file}: holds the phase 'symmetry', not 'pairs': start anew"):
+    with pytest.raises(ResumeError, match=rf"^{file}: holds the phase 'symmetry', not 'pairs'. Discard the state"):
         analyse(Phases(path), Limited(matrix(), -1))
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     file.unlink()  # computed again, the others are taken but for the one under way
@@ -594,7 +591,7 @@ class FullDisk:
 @pytest.mark.parametrize("room", [0, 300, 900])
 @pytest.mark.parametrize("full", ["state", "state.1", "state.2", "state.journal"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
-def test_full_disk(
+def test_a_full_disk_is_reported_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str, room: int, error: OSError | KeyboardInterrupt
 ) -> None:
     """Or Ctrl-C: in the same places."""
@@ -628,7 +625,7 @@ def test_full_disk(
     assert second.computed <= products - op.computed + BLOCK * (full == "state.journal")
 
 
-def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
+def test_a_limit_on_the_size_of_files_is_reported(tmp_path: Path) -> None:
     """As the system tells it, anywhere in a file: no error of torch's own."""
     value = {"a": torch.zeros(100_000), "b": torch.zeros(30_000), "c": "c" * 10_000}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -651,7 +648,7 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_folder_that_is_none(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     op = Limited(matrix())
     with pytest.raises(OSError) as caught:
@@ -661,7 +658,7 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     path = left_by(tmp_path / "state", 9)
     tmp_path.chmod(0o500)
     try:

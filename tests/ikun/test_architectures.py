@@ -1,5 +1,7 @@
-"""Deeper, residual and recurrent networks, tdBN and dropout: forward against plain loops in NumPy, products against
-double backward and finite differences."""
+"""Tests of deep, residual and recurrent networks, tdBN and dropout.
+
+Forward passes are compared with plain loops in NumPy, products with double backward and finite differences.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +134,7 @@ def test_a_recurrent_layer_hears_its_last_spikes() -> None:
     assert not np.array_equal(out.mean(0), net(x).detach().numpy())
 
 
-def test_names_and_stages() -> None:
+def test_names_and_stages_follow_the_layers() -> None:
     assert [name for name, *_ in network(**MODELS["deep csnn"]).stages()] == [
         *(f"conv{i}" for i in range(1, 5)),
         "fc1",
@@ -179,8 +181,8 @@ def test_products_are_those_of_double_backward(name: str, norm: str, kind: str) 
 
 
 @pytest.mark.parametrize("params", ["conv5*,fc1*", "conv4*", "conv3*,conv4*"])
-def test_a_resnets_last_layers_alone(params: str) -> None:
-    """The chain then begins behind a branch, inside one, or before one."""
+def test_products_of_only_a_resnets_last_layers_agree(params: str) -> None:
+    """The chain then begins after, inside or before a branch."""
     net = network(**MODELS["resnet"])
     objective = make_objective(net, LOSSES["mse"], data(net), params=params)
     product = second_order.linearize(objective, objective.batches[0], "hessian")
@@ -192,7 +194,7 @@ def test_a_resnets_last_layers_alone(params: str) -> None:
 
 @pytest.mark.parametrize("coded", [False, True])
 @pytest.mark.parametrize("name", [name for name in MODELS if "resnet" in name])
-def test_a_resnet_in_segments_of_time(name: str, coded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resnet_agrees_in_segments_of_time(name: str, coded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     net = network(**MODELS[name], timesteps=5, neuron="plif", tau=1.3)
     x, y = data(net)
     if coded:
@@ -221,7 +223,7 @@ def test_a_recurrent_network_is_left_whole_and_to_autograd() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_resnets_block_of_vectors(threads: int) -> None:
+def test_a_resnets_block_of_vectors_agrees(threads: int) -> None:
     """Side by side in threads: what one pass leaves for itself is not another's."""
     op = operators.hessian(job(network(**MODELS["resnet"])))
     v = torch.randn(op.shape[0], 6, dtype=torch.float64)
@@ -285,13 +287,13 @@ def test_statistics_of_a_recurrent_layer_count_both_inputs() -> None:
     [
         ({"depth": 0}, "depth must lie between 1 and 200"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
-        ({"model": "rsnn", "hidden": ()}, "the rsnn needs a hidden layer"),
+        ({"model": "rsnn", "hidden": ()}, "the rsnn needs at least one hidden layer"),
         ({"dropout": float("nan")}, "dropout"),
-        ({"depth": 1, "input_shape": (1, 1, 8)}, "2 x 2 is the least"),
+        ({"depth": 1, "input_shape": (1, 1, 8)}, "at least 2 x 2 pixels"),
         ({"norm": "layer"}, "norm must be one of none, bn, tdbn"),
     ],
 )
-def test_what_cannot_be_built(fields: dict[str, Any], part: str) -> None:
+def test_networks_that_cannot_be_built_are_refused(fields: dict[str, Any], part: str) -> None:
     with pytest.raises(ValueError, match=part):
         Spec(**fields)
 

@@ -1,4 +1,4 @@
-"""ikun.checkpoint: what is written comes back, and no damaged, foreign or hostile file gets through."""
+"""Tests of checkpoints: exact round trips, and refusal of damaged, foreign and hostile files."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_a_failing_rename_leaves_the_old_file(good: Path, monkeypatch: pytest.Mo
     def fail(*_: object) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr(module.os, "replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="no space"):
         save_checkpoint(example(), good)
     assert good.read_bytes() == before
@@ -242,27 +242,27 @@ def test_held_out_is_no_negative_number() -> None:
 
 
 # ---------------------------------------------------------------- refusals
-def test_missing_empty_and_folder(tmp_path: Path) -> None:
+def test_missing_files_empty_files_and_folders_are_refused(tmp_path: Path) -> None:
     assert "no such file" in refused(tmp_path / "nothing.pt")
-    assert "a folder or device" in refused(tmp_path)
+    assert "not a regular file" in refused(tmp_path)
     (tmp_path / "empty.pt").touch()
     assert "truncated or not a .pt file" in refused(tmp_path / "empty.pt")
 
 
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.9, 0.99, 0.9999])
-def test_truncated(good: Path, share: float) -> None:
+def test_truncated_checkpoints_are_refused(good: Path, share: float) -> None:
     content = good.read_bytes()
     good.write_bytes(content[: int(len(content) * share)])
     assert "truncated" in refused(good)
 
 
 @pytest.mark.parametrize("content", [b"hello\n", b"PK\x03\x04" + b"\0" * 50, b"\x80\x02.", b"\x89PNG\r\n" * 20, b"{}"])
-def test_other_files(tmp_path: Path, content: bytes) -> None:
+def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.pt").write_bytes(content)
     assert "not a checkpoint" in refused(tmp_path / "a.pt")
 
 
-def test_other_zip_files(tmp_path: Path) -> None:
+def test_other_zip_files_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as file:
         file.writestr("hello.txt", "hello")
     assert "not a checkpoint" in refused(tmp_path / "a.pt")
@@ -282,7 +282,7 @@ def test_other_zip_files(tmp_path: Path) -> None:
         ({"schema": CHECKPOINT_SCHEMA}, "field 'network' is missing"),
     ],
 )
-def test_foreign_pt_files(tmp_path: Path, values: Any, part: str) -> None:
+def test_pt_files_of_others_are_refused(tmp_path: Path, values: Any, part: str) -> None:
     torch.save(values, tmp_path / "a.pt")
     assert part in refused(tmp_path / "a.pt")
 
@@ -381,7 +381,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_damaged_fields(good: Path, name: str) -> None:
+def test_damaged_fields_are_refused(good: Path, name: str) -> None:
     change, part = CHANGES[name]
     values = copy.deepcopy(values_of(good))
     change(values)

@@ -1,4 +1,4 @@
-"""ikun.layer_statistics against a forward and a backward pass written out in NumPy."""
+"""Tests of the layer statistics against forward and backward passes written in NumPy."""
 
 from __future__ import annotations
 

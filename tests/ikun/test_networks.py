@@ -1,4 +1,4 @@
-"""ikun.networks: shapes, names, coding, pooling ties, and the surrogate Hessian against the NumPy hyper-dual oracle."""
+"""Tests of the networks: shapes, names, coding, pooling ties, and Hessians against the NumPy oracle."""
 
 from __future__ import annotations
 
@@ -102,7 +102,9 @@ def test_names_say_which_layer() -> None:
 )
 @pytest.mark.parametrize("norm", ["none", "bn"])
 @pytest.mark.parametrize("coded", [False, True])
-def test_shapes(fields: dict[str, Any], shapes: list[tuple[int, ...]], norm: str, coded: bool) -> None:
+def test_weights_and_outputs_have_their_shapes(
+    fields: dict[str, Any], shapes: list[tuple[int, ...]], norm: str, coded: bool
+) -> None:
     spec = Spec(**fields, norm=norm, classes=5, timesteps=3)
     net = Network(spec)
     assert [tuple(w.weight.shape) for _, w, *_ in net.stages()] == shapes
@@ -144,7 +146,7 @@ def test_samples_and_steps_do_not_leak_into_each_other() -> None:
     assert torch.equal(net(coded), one_at_a_time)
 
 
-def test_time_runs_forwards() -> None:
+def test_time_runs_forward() -> None:
     """A pulse at the first step can drive later layers at all steps; one at the last step only then."""
     net = Network(Spec(model="mlp", input_shape=(1, 1, 1), hidden=(), classes=1, norm="none", timesteps=3))
     with torch.no_grad():
@@ -294,7 +296,7 @@ def test_losses_are_their_formulas() -> None:
 
 # ---------------------------------------------------------------- the Hessian against the oracle
 def described(net: Network) -> tuple[list[dict[str, Any]], dict[str, Array]]:
-    """`net` as the oracle wants it, from the specification alone."""
+    """The layers of `net` for the oracle, from its specification only."""
     spec = net.spec
     layers: list[dict[str, Any]] = []
     before: list[dict[str, Any]] = []  # the layers in front of a branch
@@ -391,7 +393,7 @@ def test_residual_and_recurrent_hessians_are_the_oracles(index: int) -> None:
         assert np.abs(hessian[np.array(names) == "rec1.weight"]).max() > 1e-4
 
 
-def test_hessian_of_a_resnet_with_a_pooling_of_sums() -> None:
+def test_the_hessian_of_a_resnet_that_pools_sums_is_the_oracles() -> None:
     """Sixteen pixels a side: the pooling between the blocks chooses among 0, 1 and 2. Random directions."""
     net = lively(model="resnet", depth=2, norm="bn", input_shape=(1, 16, 16), ties="last", timesteps=2)
     layers, params = described(net)
@@ -404,12 +406,12 @@ def test_hessian_of_a_resnet_with_a_pooling_of_sums() -> None:
 
 
 @pytest.mark.parametrize("surrogate", ["sigmoid:4", "erf:2", "fast_sigmoid:5", "triangle:1.5", "gaussian:0.6"])
-def test_hessian_with_other_surrogates(surrogate: str) -> None:
+def test_the_hessian_with_other_surrogates_is_the_oracles(surrogate: str) -> None:
     check(lively(surrogate=surrogate, norm="bn", neuron="lif", tau=1.4), "mse")
 
 
 @pytest.mark.parametrize("ties", ["first", "last"])
-def test_hessian_along_random_directions_of_a_wider_network(ties: str) -> None:
+def test_the_hessian_of_a_wider_network_agrees_along_random_directions(ties: str) -> None:
     """Two channels in and between, odd sizes, many ties: P = 222, 6 x 6 directions."""
     net = lively(channels=2, input_shape=(2, 5, 7), norm="bn", ties=ties, reset="soft")
     x, y = samples(net)

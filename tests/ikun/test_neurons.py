@@ -1,4 +1,4 @@
-"""ikun.neurons against a plain loop over time in NumPy, closed forms and finite differences."""
+"""Tests of the neurons against a loop over time in NumPy, closed forms and finite differences."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_neuron_is_the_loop(kind: str, reset: str, v_reset: float) -> None:
     np.testing.assert_array_equal(found.detach(), s)
     tolerance = 1e-6 if kind == "plif" else 1e-13  # PLIF's logit starts as a float32 number
     np.testing.assert_allclose(neuron.membrane(x), h, atol=tolerance)
-    assert torch.equal(neuron(x), found)  # no state is left behind
+    assert torch.equal(neuron(x), found)  # no state is kept
 
 
 def test_plif_starts_at_its_tau_and_learns_it() -> None:

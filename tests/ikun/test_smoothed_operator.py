@@ -1,22 +1,27 @@
-"""The noise-matched operator: its parts against closed forms, the whole against the exact Hessian of E L (one layer)
-and against the formulas of docs/calibration.md written out in NumPy on the same draws (any depth); its symmetries."""
+"""Tests of the smoothed operator.
+
+Its parts are compared with closed forms. The whole is compared with the exact Hessian of the expected loss for one
+layer, and for any depth with the formulas of docs/calibration.md, written in NumPy on the same noise.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from draws import normal
 from numpy.typing import NDArray
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from hessian_tools.chain.layers import Affine, Product, Want
+from hessian_tools.chain.affine import Affine, Product
+from hessian_tools.chain.layers import Want
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators.base import dense, scaled, symmetry_error
 from hessian_tools.perturbation import noise, noise_scales
@@ -29,19 +34,9 @@ from ikun.smoothed_operator import _Closing, _moments, _output_form, _responses,
 from ikun.spiking_layers import linearize_neurons
 from ikun.surrogates import Surrogate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Array = NDArray[np.float64]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def mlp(
@@ -51,7 +46,7 @@ def mlp(
     spec = Spec(**{"model": "mlp", "norm": "none", "classes": 3, "input_shape": (1, 1, inputs), **fields})
     net = Network(spec).double()
     for i, p in enumerate(net.parameters()):
-        p.data = draw(*p.shape, seed=i) / p.shape[1] ** 0.5 + shift
+        p.data = normal(*p.shape, seed=i) / p.shape[1] ** 0.5 + shift
     x = torch.rand(samples, 1, 1, inputs, generator=torch.Generator().manual_seed(9)).double()
     return make_objective(net, LOSSES[loss], (x, torch.arange(samples) % spec.classes), params=params)
 
@@ -90,7 +85,7 @@ def near(found: Tensor, exact: float, slack: float) -> None:
 @pytest.mark.parametrize("distance", [-2.0, -1.0, 0.0, 0.5, 1.5])
 def test_responses_of_a_single_step_are_the_normal_density(distance: float) -> None:
     sd = 0.3
-    currents = list(1 + distance * sd + sd * draw(16, 1, 4000))
+    currents = list(1 + distance * sd + sd * normal(16, 1, 4000))
     first, second, width = _responses(lambda c: (c >= 1).double(), currents)
     near(first, norm.pdf(distance) / sd, 0.02 / sd)
     near(second, -distance * norm.pdf(distance) / sd**2, 0.02 / sd**2)
@@ -116,12 +111,12 @@ def counts(steps: int) -> Array:
 
 
 @pytest.mark.parametrize("mean", [0.2, 0.45, 0.8, 1.1])
-def test_responses_of_spike_trains_to_a_constant_current(mean: float) -> None:
+def test_responses_of_spike_trains_to_a_constant_current_are_exact(mean: float) -> None:
     """Each step's: an IF neuron with current c fires at the multiples of the least k with k c >= 1."""
     steps, sd = 4, 0.25
     neuron = Neuron("if", Dynamics(Surrogate.parse("atan:2")))
     _, layer = linearize_neurons(neuron, steps, True, None, torch.zeros(1, 300).double())
-    first, second, _ = _responses(layer.fire, list(mean + sd * draw(64, 1, 300)))
+    first, second, _ = _responses(layer.fire, list(mean + sd * normal(64, 1, 300)))
     for t in range(1, steps + 1):
         fires = np.array([float(t % k == 0) for k in range(1, steps + 1)] + [0.0])
         _, one, two = counted(fires, mean, sd)
@@ -129,7 +124,7 @@ def test_responses_of_spike_trains_to_a_constant_current(mean: float) -> None:
         near(second[t - 1], two, 0.03 / sd**2)
 
 
-def test_responses_to_a_shift_of_currents_that_change_from_step_to_step() -> None:
+def test_responses_to_a_shift_of_changing_currents_are_exact() -> None:
     """By the score function of the normal law, on a large sample: d/da E s(c + a) = E s(c) 1'C^-1 (c - mean)."""
     steps, size = 3, 400_000
     cov = 0.04 * (np.eye(steps) + 2)
@@ -146,15 +141,15 @@ def test_responses_to_a_shift_of_currents_that_change_from_step_to_step() -> Non
     exact = (rate * score).mean(), (rate * (score**2 - one.sum())).mean()
     neuron = Neuron("if", Dynamics(Surrogate.parse("atan:2")))
     _, layer = linearize_neurons(neuron, steps, False, None, torch.zeros(steps, 400).double())
-    z = torch.linalg.cholesky(torch.tensor(cov)) @ draw(64, steps, 400)
+    z = torch.linalg.cholesky(torch.tensor(cov)) @ normal(64, steps, 400)
     first, second, _ = _responses(lambda x: layer.fire(x).mean(0, keepdim=True), list(torch.tensor(mean)[:, None] + z))
     near(first, exact[0], 0.05 * exact[0])
     near(second, exact[1], 0.05 * exact[0] / 0.3)
 
 
-def test_a_neuron_that_never_changes_its_mind_has_no_response() -> None:
+def test_a_neuron_whose_spikes_never_change_has_no_response() -> None:
     for fire in (torch.ones_like, torch.zeros_like):
-        for one in _responses(fire, list(5 + 1e-6 * draw(16, 1, 3)))[:2]:
+        for one in _responses(fire, list(5 + 1e-6 * normal(16, 1, 3)))[:2]:
             assert one.abs().max() < 1e-6
 
 
@@ -225,7 +220,7 @@ def test_moments_are_those_of_the_rate_and_its_square() -> None:
     steps, mean, sd, at = 3, 0.55, 0.25, 0.4
     neuron = Neuron("if", Dynamics(Surrogate.parse("atan:2")))
     _, layer = linearize_neurons(neuron, steps, True, None, torch.zeros(1, 600).double())
-    currents = list(mean + sd * draw(64, 1, 600))
+    currents = list(mean + sd * normal(64, 1, 600))
     first, second, square = _moments(lambda c: layer.fire(c).mean(0, True), currents, torch.full((1, 600), at).double())
     rate = counts(steps) / steps
     near(first, counted(rate, mean, sd)[1], 0.02)
@@ -365,7 +360,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_whole_operator_against_its_formulas(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_operator_agrees_with_its_formulas(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CELLS", 400)  # steps within a cell cost 1% then
     monkeypatch.setattr(module, "REACH", 5.0)
     objective = mlp(**WHOLE[name])
@@ -403,7 +398,7 @@ def csnn(loss: str = "mse", params: str = "*", **fields: Any) -> Objective:
 
 
 def vectors(objective: Objective, count: int = 2) -> Tensor:
-    return draw(objective.size, count, seed=3)
+    return normal(objective.size, count, seed=3)
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -422,7 +417,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_symmetric_linear_finite(name: str) -> None:
+def test_the_operator_is_symmetric_linear_and_finite(name: str) -> None:
     op = smoothed(csnn(**KINDS[name]), scale=0.2, draws=4)
     assert symmetry_error(op, torch.Generator().manual_seed(0)) < 1e-13
     u, v = vectors(op.objective).unbind(1)
@@ -430,12 +425,12 @@ def test_symmetric_linear_finite(name: str) -> None:
     torch.testing.assert_close(op @ (2 * u - 3 * v), 2 * (op @ u) - 3 * (op @ v), rtol=1e-11, atol=1e-13)
 
 
-def test_depends_on_the_seed_alone_and_not_on_the_batches() -> None:
+def test_the_operator_depends_on_the_seed_and_not_on_the_batches() -> None:
     objective = csnn()
     v = vectors(objective)
     one = smoothed(objective, draws=4, seed=5) @ v
     assert torch.equal(smoothed(objective, draws=4, seed=5) @ v, one)
-    assert torch.equal(smoothed(objective, 0, draws=4, seed=5) @ v, one)  # linearized anew for every product
+    assert torch.equal(smoothed(objective, 0, draws=4, seed=5) @ v, one)  # linearized again for every product
     assert relative(smoothed(objective, draws=4, seed=6) @ v, one) > 0.01
     for size in (1, 4):
         torch.testing.assert_close(
@@ -445,7 +440,7 @@ def test_depends_on_the_seed_alone_and_not_on_the_batches() -> None:
     torch.testing.assert_close(smoothed(objective.rebatched(2), draws=4, seed=5) @ v, one, rtol=1e-11, atol=1e-13)
 
 
-def test_no_surrogate_detachment_or_tie_rule_in_it() -> None:
+def test_the_operator_does_not_depend_on_surrogate_detachment_or_tie_rule() -> None:
     v = vectors(csnn())
     one = smoothed(csnn(), draws=4) @ v
     for fields in ({"surrogate": "triangle:0.4"}, {"surrogate": "atan:5"}, {"detach_reset": True}, {"ties": "last"}):
@@ -453,7 +448,7 @@ def test_no_surrogate_detachment_or_tie_rule_in_it() -> None:
 
 
 @pytest.mark.parametrize("factor", [1e-12, 1e12])
-def test_scales_with_the_loss(factor: float) -> None:
+def test_the_operator_scales_with_the_loss(factor: float) -> None:
     objective = csnn("ce")
     v, loss = vectors(objective), objective.loss
     scaled_loss = replace(objective, loss=lambda o, y: factor * loss(o, y))
@@ -545,10 +540,10 @@ def test_closing_is_the_transpose_of_its_adjoint(bias: bool, norm_: bool) -> Non
     linear, norm1 = nn.Linear(inputs, outputs, bias).double(), nn.BatchNorm1d(outputs).double().eval()
     nn.init.uniform_(norm1.running_var, 0.1, 0.3)  # type: ignore[arg-type]
     nn.init.uniform_(norm1.weight, 0.5, 1.5)
-    x = draw(steps * samples, inputs)
+    x = normal(steps * samples, inputs)
     closing = _Closing(Affine(x, Product(), linear.weight, linear.bias, norm1 if norm_ else None), steps)
-    dx, dp = draw(steps * samples, inputs, seed=1), [draw(*p.shape, seed=2) for p in closing.parameters]
-    g = draw(samples, outputs + inputs, seed=3)
+    dx, dp = normal(steps * samples, inputs, seed=1), [normal(*p.shape, seed=2) for p in closing.parameters]
+    g = normal(samples, outputs + inputs, seed=3)
     gx, gp = closing.adjoint(g, Want(True, (True,) * len(dp)), False)
     assert gx is not None
     pulled = (gx * dx).sum() + sum((a * b).sum() for a, b in zip(gp, dp, strict=True) if a is not None)
@@ -563,10 +558,10 @@ def test_closing_is_the_transpose_of_its_adjoint(bias: bool, norm_: bool) -> Non
     assert not none[:, outputs:].any()
 
 
-# --- what it refuses
+# --- refusals
 
 
-def test_bad_noise_and_draws() -> None:
+def test_bad_noise_and_draws_are_refused() -> None:
     objective = mlp(hidden=(3,))
     for scale in (0.0, -0.1, math.inf, math.nan):
         with pytest.raises(ValueError, match="noise must be a positive number"):
@@ -581,8 +576,8 @@ class Unknown(nn.Module):
         return x.sin()
 
 
-def test_networks_without_one() -> None:
-    data = draw(4, 5), torch.arange(4) % 3
+def test_networks_without_a_smoothed_operator_are_refused() -> None:
+    data = normal(4, 5), torch.arange(4) % 3
     for model in (
         nn.Linear(5, 3),
         nn.Sequential(nn.Linear(5, 3), nn.Tanh()),
@@ -592,7 +587,7 @@ def test_networks_without_one() -> None:
         with pytest.raises(ValueError, match="ends in the mean rates of spiking neurons"):
             smoothed(objective)
         assert unsupported(objective)
-    with pytest.raises(ValueError, match="no layer of this network that has the chosen parameters"):
+    with pytest.raises(ValueError, match="needs parameters of layers before the output neurons"):
         smoothed(csnn(neuron="plif", params="spike4.logit"))
     with pytest.raises(ValueError, match="a relaxed network has none"):
         smoothed(csnn(relaxed=True))

@@ -1,4 +1,4 @@
-"""The fast scans of spiking_layers and kernels.dispatch against the plain network: spikes to the bit, gradients."""
+"""Tests of the fast scans against the plain network: identical spikes, equal gradients."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ikun import spiking_layers as spikes
 from ikun.kernels import dispatch as fused
+from ikun.kernels import scan as scan_module
 from ikun.kernels.scan import Scan, scatter, torch_slopes
 from ikun.layers import MaxPool
 from ikun.losses import LOSSES
@@ -19,20 +20,14 @@ from ikun.networks import Network, Spec
 from ikun.neurons import NEURONS, RESETS, Dynamics, Neuron
 from ikun.surrogates import FAMILIES, Surrogate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 compiled = pytest.mark.skipif(fused.kernels() is None, reason="numba is missing")
 STEPS = 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def neuron_of(kind: str, reset: str, dtype: torch.dtype, v_reset: float = -0.3, **fields: object) -> Neuron:
-    """With a learned decay that is no round number."""
+    """With a learned decay that is not a round number."""
     surrogate = Surrogate.parse("atan:2")
     dynamics = Dynamics(surrogate, threshold=0.7, v_reset=v_reset, reset=reset, **fields)  # type: ignore[arg-type]
     return Neuron(kind, dynamics, tau=1.7).to(dtype)
@@ -124,7 +119,7 @@ def test_kept_coefficients_are_the_tables(
 ) -> None:
     if plain:
         monkeypatch.setattr(fused, "kernels", lambda: None)
-    monkeypatch.setattr(fused, "PIECE", 50)  # several pieces, the last one short
+    monkeypatch.setattr(scan_module, "PIECE", 50)  # several pieces, the last one short
     neuron = neuron_of("plif", reset, torch.float64, detach_reset=detach_reset)
     x = torch.randn(STEPS * 2, 3, 4, 5, dtype=torch.float64)
     with torch.no_grad():
@@ -272,7 +267,7 @@ def test_every_surrogate_in_pieces_is_the_whole(family: str, monkeypatch: pytest
     d = Dynamics(Surrogate.parse(family))
     results = []
     for piece in (64, 10**6):
-        monkeypatch.setattr(fused, "PIECE", piece)
+        monkeypatch.setattr(scan_module, "PIECE", piece)
         f1, c = torch.empty_like(z), torch.empty_like(z)
         torch_slopes(d, z, f1, c)
         results.append((f1, c))

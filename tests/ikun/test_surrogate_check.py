@@ -1,4 +1,4 @@
-"""Verdicts on surrogates and neurons that are right, wrong, or fail, each in a known way."""
+"""Tests of the checks that tell correct surrogates and neurons from wrong ones."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize(("function", "kind"), KINDS.items(), ids=lambda v: getattr(v, "__name__", v))
-def test_kinds(function: Any, kind: str) -> None:
+def test_every_kind_of_surrogate_gets_its_verdict(function: Any, kind: str) -> None:
     verdict = check_surrogate(function.apply)
     assert verdict.kind == kind
     assert verdict.exact == (not verdict.reason)
@@ -121,7 +121,7 @@ def test_kinds(function: Any, kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("threshold", "gain"), [(1.0, 1.0), (0.0, 1.0), (0.5, 0.1), (-2.0, 1.0), (15.0, 20.0)])
 @pytest.mark.parametrize(("function", "kind"), KINDS.items(), ids=lambda v: getattr(v, "__name__", v))
-def test_the_same_kinds_through_a_neuron_of_unknown_threshold(
+def test_verdicts_hold_for_a_neuron_of_unknown_threshold(
     function: Any, kind: str, threshold: float, gain: float, dtype: torch.dtype
 ) -> None:
     def neuron(c: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def test_what_cannot_be_tried_is_unknown() -> None:
         raise ValueError("4 dimensions are needed")
 
     verdict = check_neuron(refuses)
-    assert (verdict.kind, verdict.reason) == ("unknown", "it could not be run alone (4 dimensions are needed)")
+    assert (verdict.kind, verdict.reason) == ("unknown", "it could not be run on its own (4 dimensions are needed)")
 
 
 def test_a_switched_off_surrogate_is_opaque() -> None:
@@ -190,7 +190,7 @@ def test_a_switched_off_surrogate_is_opaque() -> None:
     assert "switched off" in verdict.reason
 
 
-def test_smooth_functions_are_no_steps() -> None:
+def test_smooth_functions_are_not_taken_for_steps() -> None:
     assert check_surrogate(torch.sigmoid).exact
     assert not is_step(torch.sigmoid)
     assert not is_step(lambda x: torch.bernoulli(x))

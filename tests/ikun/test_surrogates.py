@@ -1,4 +1,4 @@
-"""ikun.surrogates against finite differences, quadrature, printed numbers and the one-line reference."""
+"""Tests of the surrogates against finite differences, quadrature, published numbers and a one-line reference."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_derivative_is_the_documented_formula(name: str, p: float) -> None:
 
 
 @pytest.mark.parametrize(("name", "p"), EVERY)
-def test_formula_that_people_read(name: str, p: float) -> None:
+def test_the_printed_formula_is_the_function(name: str, p: float) -> None:
     text, _, where = Surrogate(name, p).family.formula.partition(" where ")
     text += " * (|x| < a/2)" if where == "|x| < a/2, 0 elsewhere" else ""
     text = re.sub(r"\|x\|", " abs(x)", text).replace("^", "**")
@@ -259,7 +259,7 @@ def test_no_relaxed_network_without_a_distribution_function(text: str) -> None:
         spike(torch.zeros(2), Surrogate.parse(text), relaxed=True)
 
 
-def test_fast_sigmoid_of_unit_area_relaxes() -> None:
+def test_a_fast_sigmoid_of_unit_area_has_a_relaxed_network() -> None:
     assert float(spike(torch.zeros(()), Surrogate.parse("fast_sigmoid:2"), relaxed=True)) == 0.5
 
 
@@ -360,7 +360,7 @@ def test_expected_square_is_the_integral(name: str, mu: float, log_s: float, log
     ("name", "p"),
     [("sigmoid", 100), ("tanh", 50), ("piecewise_exp", 100), ("erf", 50), ("gaussian", 0.03), ("rect", 0.1)],
 )
-def test_expected_square_far_in_the_tail(name: str, p: float) -> None:
+def test_expected_square_is_right_far_in_the_tail(name: str, p: float) -> None:
     """Twenty deviations below the threshold all of the integral comes from ten deviations out and more."""
     exact = integral(name, p, -1.0, 0.05)
     assert 0 < exact < 1e-20
@@ -369,7 +369,7 @@ def test_expected_square_far_in_the_tail(name: str, p: float) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("p", [0.01, 1.0, 100.0])
-def test_expected_square_at_the_extremes_of_s(name: str, p: float) -> None:
+def test_expected_square_is_right_at_the_extremes_of_s(name: str, p: float) -> None:
     """A narrow law sees f'(mu)^2 at mu; a wide one is flat where f' lives: density(0) times the integral of f'^2."""
     if name != "rect":  # constant where it is not zero; the others need the second-order term only
         mu = 0.37 * width(name, p)

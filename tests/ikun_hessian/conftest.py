@@ -1,4 +1,7 @@
-"""Two trained networks, and their spectra; tests leave them as they are and add only files with a tag."""
+"""Fixtures of the tests of commands and studies.
+
+Tests may add files with a tag beside the trained networks, and must not change the files that are there.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,12 @@ from pathlib import Path
 
 import pytest
 from command_tools import FAST
+from run_tools import make_study
 
 import cli
+from ikun_hessian.experiments.comparison import compare_runs
+from ikun_hessian.experiments.comparison_result import Comparison
+from ikun_hessian.experiments.runs import TrainingRun
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +30,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def analysed(trained: Path) -> Path:
     assert cli.run(["spectrum", str(trained / "a.pt"), str(trained / "b.pt"), *FAST]) == 0
     return trained
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[TrainingRun]:
+    """Made-up runs of three initializers and six seeds."""
+    return make_study()
+
+
+@pytest.fixture(scope="module")
+def found(runs: list[TrainingRun]) -> Comparison:
+    return compare_runs(runs)

@@ -1,7 +1,7 @@
-"""Commands ended in every way, at each of their writes: what lies there is whole, no process gets in another's way, and
-what is resumed ends as if nothing had been.
+"""Tests of commands that end at any of their writes.
 
-As a script, this file runs one command again and again, each time in a process that ends itself at one of its writes.
+Files are always complete, processes do not interfere with each other, and a resumed command ends with the result of an
+uninterrupted one. Run as a script, this file repeats one command in processes that kill themselves at one write each.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def left(folder: Path) -> set[str]:
     return found - {runner.WORKING}
 
 
-def test_killed_at_every_write_and_resumed(ended: tuple[str, Path]) -> None:
+@pytest.mark.slow
+def test_a_run_killed_at_any_write_resumes_to_the_same_file(ended: tuple[str, Path]) -> None:
     """kill -9 before and behind the renaming of the first, second, ... file that an attempt writes, until one is done
     earlier: the files are those of the run that nothing ended, to the bit."""
     _, folder = ended
@@ -143,12 +144,12 @@ def test_killed_at_every_write_and_resumed(ended: tuple[str, Path]) -> None:
     assert left(folder / "killed") == set()
 
 
-def test_ended_by_signals_and_resumed(ended: tuple[str, Path]) -> None:
-    """Each leaves its exit code, one line that says how to go on, and nothing half-written."""
-    name, folder = ended
+def test_a_run_ended_by_a_signal_resumes(ended: tuple[str, Path]) -> None:
+    """Each signal gives its exit code, one line that says how to resume, and no incomplete file."""
+    _, folder = ended
     assert json.loads((folder / "signals.codes").read_text()) == [143, 129, 130, 2, 2, 0]
     said = (folder / "signals.err").read_text()
-    assert said.count("the same command goes on" if name == "study" else "--resume goes on") == 3
+    assert said.count("Run the same command") == 3
     full = [line for line in said.splitlines() if "no space left" in line]
     assert len(full) == 2
     assert all(line.startswith(f"error: {folder / 'signals'}/") and ".part" not in line for line in full)
@@ -157,7 +158,7 @@ def test_ended_by_signals_and_resumed(ended: tuple[str, Path]) -> None:
     assert left(folder / "signals") == set()
 
 
-# ------------------------------------------------------------------------------------------------- beside each other
+# ------------------------------------------------------------------------------------------------- at the same time
 @contextlib.contextmanager
 def busy(name: str, folder: Path) -> Iterator[None]:
     """What the command writes is being written by another process; a lock of this one does as well."""
@@ -188,7 +189,7 @@ def arguments(name: str, data: Path, out: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("more", [[], ["--force"], ["--resume"]])
-def test_two_that_would_write_the_same(
+def test_two_processes_cannot_write_the_same_file(
     name: str, more: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if name == "study" and more == ["--resume"]:
@@ -196,7 +197,7 @@ def test_two_that_would_write_the_same(
     with busy(name, tmp_path):
         before = sorted(tmp_path.rglob("*"))
         said = one_line(capsys, [*arguments(name, data, tmp_path), *more])
-        assert ("another study is at work" if name == "study" else "another process is writing it") in said
+        assert ("another study is running" if name == "study" else "another process is writing it") in said
         assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -262,7 +263,7 @@ def test_a_study_that_is_terminated_ends_its_workers(data: Path, tmp_path: Path)
         one.terminate()
         _, said = one.communicate(timeout=60)
     assert one.returncode == 143, said
-    assert said.decode().splitlines()[-1] == "interrupted: the same command goes on"
+    assert said.decode().splitlines()[-1] == "Interrupted. Run the same command again to resume."
     with locked(tmp_path / "s" / runner.WORKING, wait=10):
         content(tmp_path)
 
@@ -322,7 +323,7 @@ class Full(io.RawIOBase):
 
 
 def attempt(command: list[str], errors: Path, how: str, count: int) -> int:
-    """The exit code of the command in a process of its own, or less a signal's number."""
+    """Return the exit code of the command in a separate process, or minus the number of a signal."""
     child = os.fork()
     if child == 0:
         with errors.open("a") as file:

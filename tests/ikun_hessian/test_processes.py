@@ -1,4 +1,4 @@
-"""The command spectrum under torchrun."""
+"""Tests of the command spectrum under torchrun."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import cli
 from hessian_tools.results.spectrum import load_spectrum
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_other_with_a_line(trained: Path, tmp_path: Path) -> None:
     """torchrun with two gloo ranks, of which rank 1 kills itself in the density; --resume ends as one process does."""
     common = [
@@ -50,7 +51,8 @@ def test_a_process_that_is_killed_ends_the_other_with_a_line(trained: Path, tmp_
     assert [e.value for e in found.eigenvalues] == pytest.approx([e.value for e in expected.eigenvalues], rel=1e-9)
 
 
-def test_two_processes(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_two_processes_give_the_result_of_one(trained: Path, tmp_path: Path) -> None:
     """torchrun with two gloo ranks: the eigenvalues of one process."""
     common = [
         "spectrum",

@@ -1,7 +1,7 @@
-"""How much worse the true loss gets where the weights are disturbed: flatness by forward passes alone.
+"""Average-case flatness: how much the true loss increases under weight noise, measured by forward passes.
 
-The noise is radius * D z, z standard normal, D [P] by kind (see KINDS). z depends on the seed and P alone, so that
-checkpoints of one network meet the same noise. The surrogate enters critical_sharpness alone, as a direction.
+The noise is radius * D z with z standard normal. The kind of noise determines the diagonal D [P] (see `NOISE_KINDS`). z
+depends only on the seed and on P, so checkpoints of one network get the same noise. The surrogate is not used.
 """
 
 from __future__ import annotations
@@ -28,30 +28,36 @@ from hessian_tools.perturbation import (
     targets,
 )
 
-PassProgress = Callable[[int, int], None]  # (forward passes over all samples done, of at most so many)
-START, BOTTOM, TOP = -6, -24, 4  # log2 of the noise scales searched for PAC-Bayes sigma: first, least, largest
-HALVINGS = 5  # of a cell of that grid
-FIRST_STEP = 2.0**-7  # norm of the first step over that of the weights
-SHRINK, GROW, CUTS = 16, 11, 4  # of that step: halvings and doublings at most, then bisections
+PassProgress = Callable[[int, int], None]  # (forward passes over all samples done, upper limit of the total)
+START, BOTTOM, TOP = -6, -24, 4  # log2 of the first, smallest and largest noise scale tried for PAC-Bayes sigma
+HALVINGS = 5  # bisections of a cell of that grid
 
 
 def _isotropic(objective: Objective) -> Tensor:
+    """The root mean square of all weights, for every weight [P]."""
     w = objective.weights()
     return torch.full_like(w, float(w.norm()) / len(w) ** 0.5)
 
 
 NOISE_KINDS: dict[str, Callable[[Objective], Tensor]] = {
-    "isotropic": _isotropic,  # all weights by the root mean square of all
-    "filter": noise_scales,  # by that of their filter (Li et al. 2018)
-    "elementwise": lambda objective: objective.weights().abs(),  # by their own size (Kwon et al. 2021)
-    "filter_norm": filter_norms,  # by the norm of their filter (Bisla et al. 2022)
+    "isotropic": _isotropic,  # root mean square of all weights
+    "filter": noise_scales,  # root mean square of the filter (Li et al. 2018)
+    "elementwise": lambda objective: objective.weights().abs(),  # magnitude of the weight (Kwon et al. 2021)
+    "filter_norm": filter_norms,  # norm of the filter (Bisla et al. 2022)
 }
 
 
 @dataclass(frozen=True)
 class NoiseEstimate:
-    """stderr and ci95 (Student's t) are those of the noise, an antithetic pair of draws being one observation;
-    data_stderr is the standard error for other samples of the same kind, NaN for a single sample."""
+    """A mean over noise draws with its errors.
+
+    Attributes:
+        value: The mean.
+        stderr: Standard error over the draws. An antithetic pair counts as one observation.
+        ci95: 95% confidence interval over the draws (Student's t).
+        data_stderr: Standard error for other samples from the same distribution; NaN for a single sample.
+        draws: Number of draws.
+    """
 
     value: float
     stderr: float
@@ -62,28 +68,21 @@ class NoiseEstimate:
 
 @dataclass(frozen=True)
 class PacBayes:
-    """sigma: the noise scale s that costs `drop` of the accuracy; sharpness: 1 / s^2.
+    """PAC-Bayes flatness: the noise that costs a given part of the accuracy.
 
-    Never that much, up to s = 16: sigma inf, sharpness 0. At any noise, however small: 0 and inf. No classes: both NaN.
-    (In a saved result inf, like NaN, is null: the 0 tells which.)
+    If no noise up to s = 16 costs that much, `sigma` is inf and `sharpness` is 0. If any noise does, however small,
+    `sigma` is 0 and `sharpness` is inf. Both are NaN if the targets are not class labels. (In a saved result, inf and
+    NaN are both null; the 0 tells them apart.)
+
+    Attributes:
+        drop: The drop of the accuracy.
+        sigma: Noise scale s that costs it.
+        sharpness: 1 / s^2.
     """
 
     drop: float
     sigma: NoiseEstimate
     sharpness: NoiseEstimate
-
-
-@dataclass(frozen=True)
-class CriticalSharpness:
-    """value: 2 / step, which lies within `bounds`. step: the smallest found that makes the loss larger.
-
-    No step does: step inf, value 0. Every step does: 0 and inf. No gradient: NaN. passes: forward passes made.
-    """
-
-    value: float
-    step: float
-    bounds: tuple[float, float]
-    passes: int
 
 
 def draw_losses(
@@ -95,16 +94,28 @@ def draw_losses(
     seed: int = 0,
     progress: PassProgress | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Every sample's loss [draws, N] at w + radius * D z, one row a draw, and [N] at the weights w; float64.
+    """Compute the loss of every sample under weight noise.
 
-    Rows 2i and 2i + 1 are an antithetic pair: z and -z. Metrics are means of these (see over_draws). Raises ValueError
-    for an unknown kind, a radius that is not positive, an odd number of draws or fewer than 4 (two pairs), weights that
-    are all zero, and weights or a loss that are not finite.
+    Args:
+        objective: The true loss, its data and its weights w.
+        radius: Noise scale.
+        kind: Kind of noise, a key of `NOISE_KINDS`.
+        draws: Number of noise samples, in antithetic pairs: an even number, at least 4.
+        seed: Random seed.
+        progress: Callback with the forward passes done and the upper limit of their total.
+
+    Returns:
+        Losses [draws, N] at w + radius * D z, one row per draw, and losses [N] at w, both float64. Rows 2i and 2i + 1
+        are an antithetic pair (z and -z).
+
+    Raises:
+        ValueError: If the kind is unknown, the radius is not positive, `draws` is odd or below 4, all weights are zero,
+            or a weight or the loss at the weights is not finite.
     """
     if not 0 < radius < math.inf:
-        raise ValueError(f"the noise must be a positive number, not {radius}")
+        raise ValueError(f"the noise scale must be a positive number, not {radius}")
     w, scales = _noise(objective, kind, draws)
-    at = sample_losses(objective, _at_weights(objective)).cpu()
+    at = sample_losses(objective, outputs_at_weights(objective)).cpu()
     rows = torch.empty(draws, len(at), dtype=at.dtype)
     points = outputs_at(objective, lambda i: w + radius * scales * noise(objective, seed, i), range(draws))
     for i, outputs in enumerate(points):
@@ -115,7 +126,14 @@ def draw_losses(
 
 
 def over_draws(values: Tensor) -> NoiseEstimate:
-    """The mean of values [draws, N], rows 2i and 2i + 1 an antithetic pair, with its two errors."""
+    """Average over draws and samples.
+
+    Args:
+        values: Values [draws, N]. Rows 2i and 2i + 1 are an antithetic pair.
+
+    Returns:
+        The mean with its errors over the draws and over the data.
+    """
     draws, samples = values.shape
     pairs = trace.estimate(values.mean(1).unflatten(0, (-1, 2)).mean(1))
     data = float(values.mean(0).std()) / samples**0.5 if samples > 1 else math.nan
@@ -131,11 +149,26 @@ def average_sharpness(
     seed: int = 0,
     progress: PassProgress | None = None,
 ) -> NoiseEstimate:
-    """E L(w + radius * D z) - L(w): (radius^2 / 2) tr(D H D) where the loss is smooth.
+    """Compute the average sharpness E L(w + radius * D z) - L(w).
 
-    With kind elementwise the adaptive average sharpness of Andriushchenko et al. 2023 (section 3, c = |w|).
-    isotropic, filter and elementwise spread noise of one expected squared norm, radius^2 ||w||^2, in three ways: the
-    default disturbs the weights by 10% in each, whatever their norm. Errors as draw_losses.
+    If the loss is smooth, this is (radius^2 / 2) tr(D H D) to leading order. With kind "elementwise" it is the adaptive
+    average sharpness of Andriushchenko et al. 2023 (section 3, with c = |w|). Noise of the kinds "isotropic", "filter"
+    and "elementwise" has the same expected squared norm, radius^2 ||w||^2. So with the default radius it disturbs the
+    weights by 10%, whatever their norm.
+
+    Args:
+        objective: The true loss, its data and its weights.
+        radius: Noise scale.
+        kind: Kind of noise, a key of `NOISE_KINDS`.
+        draws: Number of noise samples, in antithetic pairs: an even number, at least 4.
+        seed: Random seed.
+        progress: Callback with the forward passes done and the upper limit of their total.
+
+    Returns:
+        The average sharpness with its errors.
+
+    Raises:
+        ValueError: As in `draw_losses`.
     """
     losses, at = draw_losses(objective, radius, kind=kind, draws=draws, seed=seed, progress=progress)
     return over_draws(losses - at)
@@ -150,12 +183,26 @@ def smoothed_loss(
     seed: int = 0,
     progress: PassProgress | None = None,
 ) -> NoiseEstimate:
-    """LPF: (L * K)(w) = E L(w + sigma * D z), the loss smoothed by a Gaussian kernel K = N(0, sigma^2 D^2).
+    """Compute the smoothed loss of LPF: E L(w + sigma * D z), the loss convolved with the Gaussian N(0, sigma^2 D^2).
 
-    Bisla, Wang & Choromanska, "Low-Pass Filtering SGD", AISTATS 2022 (arXiv 2201.08025). Their code
-    (devansh20la/LPF-SGD, sharpness_v_generalization) takes sigma = 0.01 and 100 draws after it has divided every filter
-    by its norm: noise in units of the filter's norm, so the default kind. (It counts a bias in with that norm; here a
-    bias has its own.) Errors as draw_losses.
+    Source: Bisla, Wang & Choromanska, "Low-Pass Filtering SGD", AISTATS 2022 (arXiv 2201.08025). Their code
+    (devansh20la/LPF-SGD, sharpness_v_generalization) uses sigma = 0.01 and 100 draws after dividing every filter by its
+    norm. The noise is thus in units of the filter norm, which is the default kind here. (In their code, the norm of a
+    filter includes its bias. Here a bias has its own norm.)
+
+    Args:
+        objective: The true loss, its data and its weights.
+        sigma: Noise scale.
+        kind: Kind of noise, a key of `NOISE_KINDS`.
+        draws: Number of noise samples, in antithetic pairs: an even number, at least 4.
+        seed: Random seed.
+        progress: Callback with the forward passes done and the upper limit of their total.
+
+    Returns:
+        The smoothed loss with its errors.
+
+    Raises:
+        ValueError: As in `draw_losses`.
     """
     return over_draws(draw_losses(objective, sigma, kind=kind, draws=draws, seed=seed, progress=progress)[0])
 
@@ -169,30 +216,45 @@ def pac_bayes_sigma(
     seed: int = 0,
     progress: PassProgress | None = None,
 ) -> PacBayes:
-    """The largest s at which noise s * D z (standard deviation s D) costs at most `drop` of the accuracy on average.
+    """Find the largest s at which noise s * D z costs at most `drop` of the accuracy, on average.
 
-    Jiang et al., "Fantastic generalization measures", ICLR 2020 (arXiv 1912.02178), PAC-Bayes flatness 1 / s^2. Their
-    s is the noise itself, of one size for all weights: s ||w|| / sqrt(P) of kind isotropic; their magnitude-aware one
-    is kind elementwise. (A well-known code hands s^2 to the generator as the standard deviation.)
+    Source: Jiang et al., "Fantastic generalization measures", ICLR 2020 (arXiv 1912.02178), whose PAC-Bayes flatness is
+    1 / s^2. Their noise has one standard deviation for all weights, which is s ||w|| / sqrt(P) with kind "isotropic".
+    Their magnitude-aware variant is kind "elementwise". (A well-known implementation passes s^2 to the generator as the
+    standard deviation.)
 
-    The draws are the same at every s, so the mean drop is one function of s, if not always a monotone one: s is the
-    smallest at which it passes `drop`, found on a grid of factor 2 from 2^-6 (or below, where that is too much already)
-    to 16, then by bisection of log s to 2%, linear in between. Intervals are where the bounds of the mean drop pass:
-    ci95 by the draws, data_stderr by one standard error of the data. About 11 * draws forward passes.
-    Raises ValueError for a drop that is not between 0 and 1, otherwise as draw_losses.
+    The draws are the same at every s, so the mean drop is a function of s, although not always a monotone one. The
+    result is the smallest s at which it exceeds `drop`. A grid of factor 2 from 2^-6 to 16 is searched first (with
+    smaller values if 2^-6 costs too much already). Then log s is bisected to 2%, with linear interpolation at the end.
+    An interval holds the s at which the bounds of the mean drop cross `drop`: for `ci95` the bounds over the draws, for
+    `data_stderr` one standard error over the data. This takes about 11 * draws forward passes.
+
+    Args:
+        objective: The network, its data and its weights.
+        drop: Drop of the accuracy, between 0 and 1.
+        kind: Kind of noise, a key of `NOISE_KINDS`.
+        draws: Number of noise samples, in antithetic pairs: an even number, at least 4.
+        seed: Random seed.
+        progress: Callback with the forward passes done and the upper limit of their total.
+
+    Returns:
+        s and 1 / s^2 with their errors.
+
+    Raises:
+        ValueError: If `drop` is not between 0 and 1, and as in `draw_losses`.
     """
     if not 0 < drop < 1:
         raise ValueError(f"the drop of accuracy must lie between 0 and 1, not {drop}")
     w, scales = _noise(objective, kind, draws)
-    at, y = _at_weights(objective), targets(objective)
+    at, y = outputs_at_weights(objective), targets(objective)
     if math.isnan(accuracy(objective, at)):
         nothing = NoiseEstimate(math.nan, math.nan, (math.nan, math.nan), math.nan, draws)
         return PacBayes(drop, nothing, nothing)
     right = (at.argmax(1) == y).double()
-    curve: dict[float, NoiseEstimate] = {}  # the mean drop, by log2 s
+    curve: dict[float, NoiseEstimate] = {}  # mean drop of the accuracy, by log2 s
 
     def evaluate(k: float, most: int) -> NoiseEstimate:
-        """The mean drop at s = 2^k, after which at most so many others are needed."""
+        """Compute the mean drop at s = 2^k. `most` is the largest number of evaluations still to come."""
         rows = torch.empty(draws, len(y), dtype=torch.float64)
         points = outputs_at(objective, lambda i: w + 2.0**k * scales * noise(objective, seed, i), range(draws))
         before = len(curve) * draws
@@ -204,7 +266,7 @@ def pac_bayes_sigma(
         return curve[k]
 
     def passed(of: Callable[[NoiseEstimate], float]) -> float:
-        """log2 of the smallest s at which of(drop) exceeds the drop: -inf for all, inf for none."""
+        """Return log2 of the smallest s at which of(drop) exceeds the drop: -inf if all do, inf if none does."""
         left: tuple[float, float] | None = None
         for k in sorted(curve):
             value = of(curve[k])
@@ -236,7 +298,7 @@ def pac_bayes_sigma(
 
     found = passed(lambda p: p.value)
     draw_ends = passed(lambda p: p.ci95[1]), passed(lambda p: p.ci95[0])
-    data_ends = (math.nan, math.nan)  # of a single sample
+    data_ends = (math.nan, math.nan)  # undefined for a single sample
     if len(y) > 1:
         data_ends = passed(lambda p: p.value + p.data_stderr), passed(lambda p: p.value - p.data_stderr)
     quantile = float(stats.t.ppf(0.975, draws // 2 - 1))
@@ -251,77 +313,34 @@ def pac_bayes_sigma(
     return PacBayes(drop, estimate(1), estimate(-2))
 
 
-def critical_sharpness(
-    objective: Objective, gradient: Tensor, *, progress: PassProgress | None = None
-) -> CriticalSharpness:
-    """2 / step, step the smallest along -gradient [P] that makes the true loss larger than at the weights.
-
-    Kalra et al., "A scalable measure of loss landscape curvature", 2026 (arXiv 2601.16979), there for smooth networks;
-    on a quadratic it is g'Ag / g'g, at most lambda_max. Here the loss is the true one, the direction, the gradient that
-    training follows, the surrogate's. Their line search is that of Kalra & Barkeshli 2024 (arXiv 2406.09405): doubling,
-    then bisection; the first step is 1/128 of the weights' norm, halved while it is too long. A loss that is not finite
-    is larger. The bisection ends at a factor of 2^(1/16): the value is known to 2.2%. Steps are searched from 2^-23
-    to 16 times the weights' norm: 6 to 12 forward passes as a rule, the one at the weights among them. Raises
-    ValueError for a gradient of another size, and weights, a gradient or a loss that are not finite.
-    """
-    if gradient.shape != (objective.size,) or not gradient.isfinite().all():
-        raise ValueError(f"the gradient must be {objective.size} finite numbers, one for each weight")
-    base, passes = mean_loss(objective, _at_weights(objective)), 1
-    w = objective.weights().double()
-    g = gradient.to(w)
-    if not g.any():
-        return CriticalSharpness(math.nan, math.nan, (math.nan, math.nan), passes)
-    unit = FIRST_STEP * (float(w.norm()) or 1.0) / float(g.norm())
-
-    def larger(k: float, most: int) -> bool:
-        nonlocal passes
-        (outputs,) = outputs_at(objective, lambda step: w - step * g, [unit * 2.0**k])
-        passes += 1
-        if progress is not None:
-            progress(passes, passes + most)
-        return not mean_loss(objective, outputs) <= base
-
-    k = 0
-    if larger(k, max(SHRINK, GROW) + CUTS):
-        while k > -SHRINK and larger(k - 1, SHRINK + k - 1 + CUTS):
-            k -= 1
-        below, above = k - 1.0, float(k)
-    else:
-        while k < GROW and not larger(k + 1, GROW - k - 1 + CUTS):
-            k += 1
-        below, above = float(k), k + 1.0
-    if below < -SHRINK:
-        step, bounds = 0.0, (2 / (unit * 2.0**above), math.inf)
-    elif above > GROW:
-        step, bounds = math.inf, (0.0, 2 / (unit * 2.0**below))
-    else:
-        for left in reversed(range(CUTS)):
-            middle = (below + above) / 2
-            below, above = (below, middle) if larger(middle, left) else (middle, above)
-        step, bounds = unit * 2.0 ** ((below + above) / 2), (2 / (unit * 2.0**above), 2 / (unit * 2.0**below))
-    if progress is not None:
-        progress(passes, passes)
-    return CriticalSharpness(2 / step if step else math.inf, step, bounds, passes)
-
-
 def _noise(objective: Objective, kind: str, draws: int) -> tuple[Tensor, Tensor]:
-    """Weights [P] and D [P]; ValueError for what noise cannot be drawn with."""
+    """Return the weights [P] and D [P]. Raise ValueError if noise cannot be drawn."""
     if kind not in NOISE_KINDS:
         raise ValueError(f"unknown kind of noise '{kind}': choose from {', '.join(NOISE_KINDS)}")
     if draws < 4 or draws % 2:
-        raise ValueError(f"draws come in antithetic pairs, at least two for an interval: 4, 6, ..., not {draws}")
+        raise ValueError(f"draws must be even and at least 4 (they form antithetic pairs), not {draws}")
     scales = NOISE_KINDS[kind](objective)
     if not scales.any():
-        raise ValueError("all weights are zero: noise relative to them is none")
+        raise ValueError("all weights are zero, so weight-relative noise is undefined")
     return objective.weights(), scales
 
 
-def _at_weights(objective: Objective) -> Tensor:
-    """The outputs [N, ...] at the weights; ValueError if those or the loss are not finite."""
+def outputs_at_weights(objective: Objective) -> Tensor:
+    """Return the outputs [N, ...] at the weights.
+
+    Args:
+        objective: The network, its data and its weights.
+
+    Returns:
+        The outputs.
+
+    Raises:
+        ValueError: If a weight or the loss is not finite.
+    """
     w = objective.weights()
     if not w.isfinite().all():
-        raise ValueError("the weights have NaN or infinite entries: there is no loss to disturb")
+        raise ValueError("the weights have NaN or infinite entries")
     (outputs,) = outputs_at(objective, lambda _: w, [0])
     if not math.isfinite(loss := mean_loss(objective, outputs)):
-        raise ValueError(f"the loss at the weights is {loss} already: there is none to disturb")
+        raise ValueError(f"the loss at the weights is {loss}; this metric needs a finite loss")
     return outputs

@@ -1,4 +1,4 @@
-"""One flatness metric: its value, its errors, its cost, and what it may be said of."""
+"""Compute one flatness metric as a phase of the analysis, with its cost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from hessian_tools.results.flatness import NAN, Metric
 
 @dataclass(frozen=True)
 class Work:
-    """What every part of one analysis needs."""
+    """State that all parts of one flatness analysis share.
+
+    Attributes:
+        objective: The loss, its data and its weights.
+        settings: Settings of the analysis.
+        run: Progress and stored phases.
+    """
 
     objective: Objective
     settings: FlatnessSettings
@@ -32,7 +38,20 @@ class Work:
         meaning: str = "",
         op: Operator | None = None,
     ) -> Metric:
-        """A phase that computes one metric, by products with `op` if there is one; what it refuses becomes its note."""
+        """Compute one metric in a phase of its own.
+
+        A ValueError or FloatingPointError of `compute` becomes the note of the metric.
+
+        Args:
+            name: Name of the metric.
+            compute: Function of the operator that returns the metric.
+            valid: Which loss the metric describes.
+            meaning: Formula, with the radius or noise scale.
+            op: Operator for `compute`, if it needs one.
+
+        Returns:
+            The metric, with the products that it took.
+        """
 
         def safely(op: Operator) -> dict[str, Any]:
             before = op.products
@@ -49,5 +68,6 @@ class Work:
         return found
 
     def report(self, name: str) -> Callable[[int, int], None]:
+        """Return a progress callback (steps done, steps in total) for a phase."""
         step = self.run.meter.phase(name)
         return lambda done, most: step(done, most, NAN)

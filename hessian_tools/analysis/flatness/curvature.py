@@ -1,4 +1,4 @@
-"""The flatness metrics that are products with a curvature operator: ends and trace of its spectrum, relative ones."""
+"""Flatness metrics from products with a curvature operator: ends and trace of its spectrum, and relative metrics."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from hessian_tools.operators.curvature import CurvatureOperator, fisher, hessian
 from hessian_tools.perturbation import filter_norms
 from hessian_tools.results.flatness import MATCHED, SURROGATE, Metric
 
-TOP, SMALLEST, TOL = 10, 5, 1e-4  # eigenpairs, the Hessian's smallest among them: what the traces deflate
+TOP, SMALLEST, TOL = 10, 5, 1e-4  # eigenpairs that the traces deflate (the smallest for the Hessian only), tolerance
 SPECTRAL, FUNCTIONALS = ("lambda_1/lambda_5", "||.||_F"), ("effective dimension", "log det")
-PARTS = ("lambda_max", "trace", "lambda_max scaled", "trace scaled")  # of every operator, in the first table
+PARTS = ("lambda_max", "trace", "lambda_max scaled", "trace scaled")  # metrics of every operator in the first table
 
 
 class _Scaled(Operator):
-    """D A D of a curvature operator A, D [P], with its forms batch by batch."""
+    """The operator D A D, for a curvature operator A and D [P], with its forms for each batch."""
 
     def __init__(self, op: CurvatureOperator, scale: Tensor) -> None:
         super().__init__(op.shape[0], op.dtype, op.device)
@@ -47,10 +47,21 @@ class _Scaled(Operator):
 
 
 def operator_metrics(work: Work, name: str, factory: Factory) -> dict[str, Metric]:
-    """The metrics of one operator by part, those of the first table first.
+    """Compute the metrics of one operator.
 
-    What cannot be computed with it (an unknown network, products that are not finite, an asymmetric operator) is the
-    note of all that is missing. Raises ValueError where the memory does not suffice.
+    If a metric cannot be computed (unsupported network, product not finite, operator not symmetric), its note gives the
+    reason.
+
+    Args:
+        work: Objective, settings, progress and stored phases.
+        name: Name of the operator.
+        factory: Function that makes the operator from an objective and the bytes for stored primals.
+
+    Returns:
+        Metrics by name, those of the first table first.
+
+    Raises:
+        ValueError: If the memory does not suffice.
     """
     objective, run = work.objective, work.run
     top = min(TOP, objective.size)
@@ -64,7 +75,9 @@ def operator_metrics(work: Work, name: str, factory: Factory) -> dict[str, Metri
         groups = factory(grouped(objective, run.generator("groups", 0)), 0)
         error: float = run.phase(f"{name}: symmetry", op, lambda op: {"error": symmetry_error(op, random)})["error"]
         if not error <= SYMMETRY_LIMIT.get(op.dtype, 1e-4):
-            raise ValueError(f"the operator is not symmetric (to {error:.1e}), so it is the Hessian of nothing")
+            raise ValueError(
+                f"the operator is not symmetric (relative asymmetry {error:.1e}), so it cannot be a Hessian"
+            )
         pairs, squared = _ends_and_trace(work, name, op, groups, "", ends, room, valid, found)
         _ends_and_trace(work, name, _Scaled(op, scale), _Scaled(groups, scale), " scaled", ends, room, valid, found)
         if valid == SURROGATE:
@@ -88,7 +101,10 @@ def _ends_and_trace(
     valid: str,
     found: dict[str, Metric],
 ) -> tuple[Eigenpairs, Tensor]:
-    """lambda_max and trace, each with both errors, into `found`; returns the eigenpairs and ||Az||^2 of the probes."""
+    """Add lambda_max and trace, each with both errors, to `found`.
+
+    Returns the eigenpairs and ||Az||^2 of the probes.
+    """
     run = work.run
     before = run.phases.products
 
@@ -125,7 +141,7 @@ def _ends_and_trace(
 
     probed = phase("trace", op, forms)
     value, residual = float(pairs.values[0]), float(pairs.residuals[0])
-    note = "" if bool(pairs.converged[0]) else "not converged: some eigenvalue lies within the interval"
+    note = "" if bool(pairs.converged[0]) else "not converged: an eigenvalue lies within the interval"
     if pairs.norm == 0:
         note = "the operator is zero: no surrogate gradient reaches these weights"
     found[f"lambda_max{kind}"] = Metric(
@@ -145,7 +161,7 @@ def _ends_and_trace(
 
 
 def _spectral(pairs: Eigenpairs, squared: Tensor) -> dict[str, Metric]:
-    """lambda_1 / lambda_5 and the Frobenius norm, at no further cost."""
+    """Return lambda_1 / lambda_5 and the Frobenius norm, from numbers that are known already."""
     ratio = Metric(note="there is no fifth eigenvalue above 0")
     if len(pairs.values) >= 5 and float(pairs.values[4] - pairs.residuals[4]) > 0:
         (first, fifth), (r, s) = pairs.values[[0, 4]].tolist(), pairs.residuals[[0, 4]].tolist()
@@ -153,7 +169,7 @@ def _spectral(pairs: Eigenpairs, squared: Tensor) -> dict[str, Metric]:
     square = estimate(squared, float(pairs.values[pairs.converged].square().sum()))
     norm, low, high = (math.sqrt(max(0.0, x)) for x in (square.estimate, *square.ci95))
     frobenius = Metric(norm, square.stderr / (2 * norm) if norm else 0.0, (low, high), over="probes")
-    meanings = "first over fifth eigenvalue", "Frobenius norm"
+    meanings = "ratio of the first to the fifth eigenvalue", "Frobenius norm"
     return {
         part: dataclasses.replace(metric, valid=SURROGATE, meaning=meaning)
         for part, metric, meaning in zip(SPECTRAL, (ratio, frobenius), meanings, strict=True)
@@ -161,7 +177,7 @@ def _spectral(pairs: Eigenpairs, squared: Tensor) -> dict[str, Metric]:
 
 
 def _functionals(work: Work, op: CurvatureOperator, pairs: Eigenpairs, room: int) -> dict[str, Metric]:
-    """Effective dimension and log det of the GGN, by one density."""
+    """Return effective dimension and log determinant of the GGN, from one spectral density."""
     run, size, given = work.run, work.objective.size, work.settings.damping
     exact = pairs if bool(pairs.converged.all()) else pairs.take(pairs.converged)
     spare = room - (0 if exact is pairs else len(exact.values))
@@ -195,7 +211,14 @@ def _functionals(work: Work, op: CurvatureOperator, pairs: Eigenpairs, room: int
 
 
 def relative_metrics(work: Work) -> dict[str, Metric]:
-    """Fisher-Rao norm, and every weight matrix's relative flatness."""
+    """Compute the Fisher-Rao norm, and the relative flatness of every weight matrix.
+
+    Args:
+        work: Objective, settings, progress and stored phases.
+
+    Returns:
+        Metrics by name.
+    """
     objective, seed = work.objective, work.settings.seed
     name = "Fisher-Rao norm"
     found = {

@@ -1,7 +1,8 @@
-"""The field's flatness metrics at one set of weights: each with its errors, its cost, and what it may be said of.
+"""Compute standard flatness metrics for one checkpoint, each with errors, cost, and the loss that it describes.
 
-Every radius and noise scale is relative to the weights, and all draws depend on the seed and the number of parameters
-alone: two checkpoints of one network meet the same noise, and their difference is known far better than either value.
+Radii and noise scales are relative to the weights. The random numbers depend only on the seed and on the number of
+parameters. Two checkpoints of one network therefore get the same noise, and the difference of their metrics has a much
+smaller error than either metric.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from hessian_tools.analysis.flatness.settings import FlatnessSettings
 from hessian_tools.analysis.flatness.worst_case import SEARCHES
 from hessian_tools.analysis.flatness.worst_case import STEPS as ASCENT
 from hessian_tools.analysis.settings import PROBES, STEPS, SpectrumSettings
-from hessian_tools.io import json as results
+from hessian_tools.io.json import clean
 from hessian_tools.io.versions import versions
 from hessian_tools.nonfinite import first_not_finite
 from hessian_tools.objective import Objective
@@ -43,16 +44,26 @@ def flatness(
     progress: Show | None = None,
     phases: Phases | None = None,
 ) -> FlatnessResult:
-    """Every flatness metric of an objective.
+    """Compute all flatness metrics of an objective.
 
-    smoothed: makes the operator `smoothed` (ikun.smoothed).
-    provenance: the dicts checkpoint, data, network, training, activity of the result. phases: where finished metrics
-    and products are kept. A metric that cannot be had has a note that says why. Raises AnalysisError for a loss that is
-    not finite, ValueError for memory that does not suffice.
+    Args:
+        objective: The loss, its data and its weights.
+        settings: Settings of the analysis.
+        smoothed: Function that makes the operator `smoothed` (`ikun.smoothed`).
+        provenance: The dicts `checkpoint`, `data`, `network`, `training` and `activity` of the result.
+        progress: Progress callback.
+        phases: Storage of finished metrics and products, to resume an interrupted run.
+
+    Returns:
+        The metrics. A metric that cannot be computed has a note with the reason.
+
+    Raises:
+        AnalysisError: If the loss is not finite.
+        ValueError: If the memory does not suffice, or if `smoothed` is missing although the settings ask for it.
     """
     settings = settings or FlatnessSettings()
     if settings.smoothed and smoothed is None:
-        raise ValueError("operator smoothed needs the function that makes it: smoothed=ikun.smoothed")
+        raise ValueError("operator smoothed needs the function that makes it: set smoothed=ikun.smoothed")
     began = time.perf_counter()
     run = AnalysisContext(
         SpectrumSettings(seed=settings.seed, memory=settings.memory),
@@ -87,7 +98,7 @@ def flatness(
     return FlatnessResult(
         schema=FLATNESS_SCHEMA,
         **known,
-        settings=results.clean(dataclasses.asdict(settings)),
+        settings=clean(dataclasses.asdict(settings)),
         num_parameters=objective.size,
         parameters={name: p.numel() for name, p in objective.parameters.items()},
         weight_norms={name: float(p.detach().double().norm()) for name, p in objective.parameters.items()},
@@ -105,7 +116,7 @@ def flatness(
 
 
 def _expected(objective: Objective, settings: FlatnessSettings) -> dict[str, int]:
-    """A first guess of the passes of every phase, for the progress bar."""
+    """Estimate the passes of every phase, for the progress bar."""
     expected: dict[str, int] = {}
     for name in (*(f"smoothed {s:g}" for s in settings.smoothed), "ggn", "hessian"):
         for kind in ("", " scaled"):

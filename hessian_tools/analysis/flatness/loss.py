@@ -1,4 +1,4 @@
-"""The flatness metrics that are the true loss at other weights: means over noise, lower bounds of worst cases."""
+"""Flatness metrics from the true loss at other weights: means over noise, and lower bounds of worst cases."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from hessian_tools.analysis.flatness.average_sharpness import (
-    critical_sharpness,
     draw_losses,
     over_draws,
     pac_bayes_sigma,
 )
 from hessian_tools.analysis.flatness.context import Work
+from hessian_tools.analysis.flatness.critical_sharpness import critical_sharpness
 from hessian_tools.analysis.flatness.worst_case import WorstCase, m_sharpness, sam_sharpness, worst_case
 from hessian_tools.analysis.sampling_error import GROUPS
 from hessian_tools.operators.base import Operator
@@ -26,7 +26,15 @@ from hessian_tools.seeding import stream
 
 @dataclass(frozen=True)
 class MeanMetric:
-    """A metric that is a mean of the loss over draws; scale: the field of the settings; rise: less the loss at w."""
+    """A metric that is a mean of the loss over noise draws.
+
+    Attributes:
+        name: Name of the metric.
+        kind: Kind of noise.
+        scale: Field of the settings that holds the noise scale.
+        rise: Whether the loss at the weights is subtracted.
+        meaning: Formula, with placeholders for the noise scale.
+    """
 
     name: str
     kind: str
@@ -64,7 +72,15 @@ OTHER_MEANS = (
 
 
 def mean_metrics(work: Work, means: Sequence[MeanMetric]) -> dict[str, Metric]:
-    """These means of the loss over draws of noise, by name."""
+    """Compute means of the loss over noise draws.
+
+    Args:
+        work: Objective, settings, progress and stored phases.
+        means: The metrics to compute.
+
+    Returns:
+        Metrics by name.
+    """
     found = {}
     for mean in means:
         x: float = getattr(work.settings, mean.scale)
@@ -74,6 +90,7 @@ def mean_metrics(work: Work, means: Sequence[MeanMetric]) -> dict[str, Metric]:
 
 
 def _over_draws(work: Work, mean: MeanMetric, radius: float, _: Operator) -> Metric:
+    """Compute one mean, with its means over antithetic pairs and over groups of samples."""
     objective, settings = work.objective, work.settings
     losses, at = draw_losses(
         objective,
@@ -86,7 +103,7 @@ def _over_draws(work: Work, mean: MeanMetric, radius: float, _: Operator) -> Met
     values = losses - at if mean.rise else losses
     found = over_draws(values)
     if not math.isfinite(found.value):
-        raise ValueError(f"the loss is not finite under noise of {radius:g}: take less")
+        raise ValueError(f"the loss is not finite under noise of {radius:g}: use less noise")
     order = torch.randperm(len(at), generator=stream(settings.seed))
     groups = values.mean(0)[order].tensor_split(min(GROUPS, len(at)))
     return Metric(
@@ -102,7 +119,14 @@ def _over_draws(work: Work, mean: MeanMetric, radius: float, _: Operator) -> Met
 
 
 def search_metrics(work: Work) -> dict[str, Metric]:
-    """PAC-Bayes sigma and the lower bounds of worst cases."""
+    """Compute PAC-Bayes sigma and lower bounds of worst cases.
+
+    Args:
+        work: Objective, settings, progress and stored phases.
+
+    Returns:
+        Metrics by name.
+    """
     objective, s = work.objective, work.settings
     norm = float(objective.weights().double().norm())
     m = min(s.m, objective.samples)
@@ -119,7 +143,7 @@ def search_metrics(work: Work) -> dict[str, Metric]:
         e = found.sigma
         note = ""
         if math.isnan(e.value):
-            note = "the targets are no classes"
+            note = "the targets are not class labels"
         elif e.value in (0, math.inf):
             size = "any noise, however small," if e.value == 0 else "no noise up to 16 times u"
             note = f"{size} costs {s.drop:.0%} accuracy"
@@ -154,18 +178,26 @@ def search_metrics(work: Work) -> dict[str, Metric]:
             BOUND,
             f"one step of {s.rho:g} ||w|| along the gradient",
         ),
-        "m-sharpness": (partial(sam, batches=True), BOUND, f"the same on {m} samples at a time, mean"),
+        "m-sharpness": (partial(sam, batches=True), BOUND, f"SAM sharpness on batches of {m} samples, mean"),
         "adaptive worst case": (
             partial(worst, kind="adaptive", rho=s.rho),
             BOUND,
-            f"weights change by {100 * s.rho:g}% of themselves (rms)",
+            f"relative change of the weights: {100 * s.rho:g}% (rms)",
         ),
     }
     return {name: work.measure(name, compute, valid, meaning) for name, (compute, valid, meaning) in asked.items()}
 
 
 def critical_metric(work: Work, gradient: Tensor) -> dict[str, Metric]:
-    """Critical sharpness along the surrogate gradient [P]."""
+    """Compute the critical sharpness.
+
+    Args:
+        work: Objective, settings, progress and stored phases.
+        gradient: Surrogate gradient [P].
+
+    Returns:
+        The metric by its name.
+    """
     name = "critical sharpness"
 
     def compute(_: Operator) -> Metric:
@@ -174,8 +206,8 @@ def critical_metric(work: Work, gradient: Tensor) -> dict[str, Metric]:
         if math.isnan(found.value):
             note = "the surrogate gradient is zero: there is no direction to step in"
         elif not 0 < found.step < math.inf:
-            note = "every step makes the loss larger" if found.step == 0 else "no step up to 16 ||w|| makes it larger"
+            note = "every step raises the loss" if found.step == 0 else "no step up to 16 ||w|| raises the loss"
         return Metric(found.value, ci95=found.bounds, over="search", forwards=found.passes, gradients=1, note=note)
 
-    meaning = "2 / (least step along -gradient to raise L)"
+    meaning = "2 / (smallest step along -gradient that raises L)"
     return {name: work.measure(name, compute, MIXED, meaning)}

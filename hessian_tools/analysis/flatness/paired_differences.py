@@ -1,4 +1,4 @@
-"""Differences in flatness between checkpoints that met the same noise and samples."""
+"""Differences in flatness between checkpoints that were measured with the same noise and samples."""
 
 from __future__ import annotations
 
@@ -17,19 +17,31 @@ from hessian_tools.results.flatness import Metric as Metric
 
 @dataclass(frozen=True)
 class Difference:
-    """One checkpoint's metric less another's: ci95 over common draws, data_stderr over common samples."""
+    """Difference of one metric between two checkpoints.
+
+    Attributes:
+        value: The difference.
+        ci95: 95% confidence interval over the common draws.
+        data_stderr: Standard error over the common samples.
+    """
 
     value: float
     ci95: tuple[float, float]
     data_stderr: float
 
 
-# --- several checkpoints
-ALWAYS = ("timesteps", "coding", "output", "readout")  # what every metric depends on, with all of the data
+ALWAYS = ("timesteps", "coding", "output", "readout")  # conditions of the network that every metric depends on
 
 
 def incomparable(found: Sequence[FlatnessResult]) -> str:
-    """Why these results may not stand side by side at all: other data, loss, T or settings; "" where they may."""
+    """Return why results cannot be compared at all: other data, loss, T or settings.
+
+    Args:
+        found: The results.
+
+    Returns:
+        The reason; "" if they can be compared.
+    """
     for part, key, meaning in CONDITIONS:
         if part == "data" or key in ALWAYS:
             values = dict.fromkeys(str(getattr(r, part).get(key)) for r in found)
@@ -42,7 +54,14 @@ def incomparable(found: Sequence[FlatnessResult]) -> str:
 
 
 def unlike(found: Sequence[FlatnessResult]) -> list[str]:
-    """What differs in the networks such that curvatures of the surrogate are not comparable."""
+    """Return what differs between the networks so that curvatures of the surrogate cannot be compared.
+
+    Args:
+        found: The results.
+
+    Returns:
+        Names of the conditions that differ.
+    """
     return [
         meaning
         for part, key, meaning in CONDITIONS
@@ -51,12 +70,20 @@ def unlike(found: Sequence[FlatnessResult]) -> list[str]:
 
 
 def differences(first: FlatnessResult, other: FlatnessResult) -> dict[str, Difference]:
-    """other - first, of every metric that is a mean over draws: the same draws and samples in both.
+    """Compute other - first for every metric that is a mean over draws. Both use the same draws and samples.
 
-    Empty for networks of different sizes, which meet different noise. Raises ValueError for incomparable results.
+    Args:
+        first: Result of one checkpoint.
+        other: Result of another one.
+
+    Returns:
+        Differences by metric. The dict is empty for networks of different sizes, because their noise differs.
+
+    Raises:
+        ValueError: If the results cannot be compared.
     """
     if why := incomparable((first, other)):
-        raise ValueError(f"no differences: {why}")
+        raise ValueError(f"results cannot be compared: {why}")
     found: dict[str, Difference] = {}
     if first.parameters != other.parameters:
         return found

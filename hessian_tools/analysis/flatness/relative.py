@@ -1,6 +1,6 @@
-"""Curvature relative to the weights, which rescaling the layers of a ReLU network leaves alone.
+"""Curvature relative to the weights: metrics that do not change when the layers of a ReLU network are rescaled.
 
-Both are of a curvature operator, so of the surrogate and not of the true spiking loss.
+They use a curvature operator, so they describe the surrogate and not the true spiking loss.
 """
 
 from __future__ import annotations
@@ -16,16 +16,25 @@ from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Composed, Operator
 from hessian_tools.seeding import stream
 
-TOL, PRODUCTS = 0.05, 60  # of deflation: the estimate is unbiased whatever is deflated
-ROUND_OFF = 1e-5  # of a positive semidefinite form, relative
+TOL, PRODUCTS = 0.05, 60  # of the deflation; the estimate is unbiased whatever is deflated
+ROUND_OFF = 1e-5  # relative round-off of a positive semidefinite form
 
 
 def fisher_rao(op: Operator, weights: Tensor) -> float:
-    """The Fisher-Rao norm ||w||_fr = sqrt(w'Fw), weights w [P]; one product (Liang et al. 2019).
+    """Compute the Fisher-Rao norm sqrt(w'Fw) (Liang et al. 2019). It takes one product.
 
-    op is the Fisher matrix meant: operators.fisher, labels from the data (their empirical Fisher-Rao norm), or
-    operators.ggn, which for cross-entropy is the Fisher matrix with labels from the model. Some publish the square.
-    Raises ValueError for weights that are not finite and for an operator that is not positive semidefinite along them.
+    Some publications give its square.
+
+    Args:
+        op: Fisher matrix F. `operators.curvature.fisher` uses labels from the data (the empirical Fisher-Rao norm of
+            the paper). `operators.curvature.ggn` is, for cross-entropy, the Fisher matrix with labels from the model.
+        weights: Weights w [P].
+
+    Returns:
+        The norm.
+
+    Raises:
+        ValueError: If the weights are not finite, or if w'Fw is negative.
     """
     w = weights.to(op.device, torch.float64)
     if not torch.isfinite(w).all():
@@ -38,26 +47,39 @@ def fisher_rao(op: Operator, weights: Tensor) -> float:
 
 
 def matrices(objective: Objective) -> list[str]:
-    """The names of the parameters that relative_flatness can measure: those with two dimensions or more."""
+    """Return the names of the parameters that `relative_flatness` can measure: those with two or more dimensions."""
     return [name for name, p in objective.parameters.items() if p.dim() > 1]
 
 
 def relative_flatness(
     op: Operator, objective: Objective, layer: str, *, probes: int = 16, deflate: int = 8, seed: int = 0
 ) -> TraceEstimate:
-    """kappa_Tr = sum_{s,t} <w_s, w_t> tr H_{s,t} of one layer, with a 95% interval (Petzka et al. 2021, definition 3).
+    """Estimate the relative flatness of one layer, `kappa_Tr = sum over s, t of <w_s, w_t> tr H_st`.
 
-    layer: name of its weights [d, ...]; w_s [m] are their rows, a convolution's filters, H_{s,t} [m, m] the block of
-    op (over all of the objective's parameters) for rows s and t. Biases are left out.
+    Source: Petzka et al. 2021, definition 3. Here w_s [m] are the rows of the weights (filters of a convolution), and
+    H_st [m, m] is the block of the operator for rows s and t. Biases are not included.
 
-    It is the trace of Z -> R'H(R Z), Z [r, m], for any R [d, r] with RR' = WW': of E (RZ)'H(RZ) over random signs Z,
-    estimated by one product with op a probe. The `deflate` eigenvectors of largest |eigenvalue| come first, exactly, at
-    the cost of some 30 products (PRODUCTS + deflate at most).
-    Raises ValueError for a layer that is no matrix, another objective's operator, weights that are not finite, fewer
-    probes than an interval takes, and a negative deflate.
+    The sum is the trace of the map Z -> R'H(R Z), with Z [r, m], for any R [d, r] with RR' = WW'. It is estimated as
+    the mean of (RZ)'H(RZ) over random signs Z, with one product per probe. The `deflate` eigenvectors with the largest
+    |eigenvalue| are summed exactly. They take about 30 products, and at most PRODUCTS + deflate.
+
+    Args:
+        op: Curvature operator over all parameters of the objective.
+        objective: Objective with the weights.
+        layer: Name of the weights of the layer [d, ...].
+        probes: Number of probes.
+        deflate: Number of eigenvectors to deflate.
+        seed: Random seed.
+
+    Returns:
+        The estimate with a 95% confidence interval.
+
+    Raises:
+        ValueError: If the parameter is not a matrix, the operator has another size, the weights are not finite, there
+            are too few probes for an interval, or `deflate` is negative.
     """
     if layer not in matrices(objective):
-        raise ValueError(f"'{layer}' is no weight matrix: choose from {', '.join(matrices(objective)) or 'none'}")
+        raise ValueError(f"'{layer}' is not a weight matrix: choose from {', '.join(matrices(objective)) or 'none'}")
     if op.shape[0] != objective.size:
         raise ValueError(f"the operator has size {op.shape[0]}, the objective {objective.size} parameters")
     if deflate < 0:
@@ -73,7 +95,7 @@ def relative_flatness(
 
 
 def _weighted(op: Operator, objective: Objective, layer: str) -> Operator:
-    """Z -> R'H(R Z) on vectors [r m], H one layer's block of op: the vector op meets is zero elsewhere."""
+    """Return the operator Z -> R'H(R Z) on vectors [r m], where H is the block of `op` for one layer."""
     sizes = {name: p.numel() for name, p in objective.parameters.items()}
     names = list(sizes)
     start = sum(sizes[name] for name in names[: names.index(layer)])
@@ -82,7 +104,7 @@ def _weighted(op: Operator, objective: Objective, layer: str) -> Operator:
     if not torch.isfinite(w).all():
         raise ValueError(f"parameter '{layer}' has NaN or infinite entries")
     d, m = w.shape
-    # the smaller of two roots: W itself, or the triangle of W' = QR, for which W = R'Q'
+    # The smaller of two roots of WW': W itself, or R' of W' = QR (then W = R'Q').
     root = (w if m <= d else torch.linalg.qr(w.T, "r").R.T).to(op.device, op.dtype)
     r = root.shape[1]
 

@@ -1,4 +1,4 @@
-"""What a flatness analysis measures, and its defaults."""
+"""Settings of a flatness analysis and their defaults."""
 
 from __future__ import annotations
 
@@ -10,19 +10,27 @@ from hessian_tools.linalg.trace import LEAST_PROBES
 RADIUS = 0.1
 DRAWS = 32
 LPF_SIGMA = 0.01
-KESKAR_EPSILON = 1e-3  # Keskar et al. 2017; they also use 5e-4
+KESKAR_EPSILON = 1e-3  # Keskar et al. 2017, who also use 5e-4
 
 
 @dataclass(frozen=True)
 class FlatnessSettings:
-    """What `flatness` measures; every field is stored with the result.
+    """Settings of `flatness`. Every field is stored with the result.
 
-    smoothed: scales of the weight noise, over each filter's root mean square, at which the noise-matched operator is
-    measured. radius: of the average sharpness, over the size of the weights. sigma: of LPF, over each filter's norm.
-    rho: of SAM and m-sharpness (steps on m samples), over the norm of the weights, and of the adaptive worst case, over
-    each weight's size. epsilon: of Keskar's box. drop: of accuracy, for PAC-Bayes sigma. draws: of all noise. probes:
-    of the traces. damping: z of effective dimension and log det, 1% of lambda_max if None. memory: GiB for kept primals
-    and eigenvectors.
+    Attributes:
+        smoothed: Noise scales of the operator `smoothed`, relative to each filter's root mean square.
+        radius: Noise scale of the average sharpness, relative to the weights.
+        sigma: Noise scale of LPF, relative to the norm of each filter.
+        rho: Radius of SAM, m-sharpness and worst-case sharpness. It is relative to the norm of the weights for SAM and
+            m-sharpness, and to each weight for the adaptive worst case.
+        epsilon: Size of Keskar's box.
+        drop: Drop of the accuracy for PAC-Bayes sigma, between 0 and 1.
+        m: Number of samples in a batch of m-sharpness.
+        draws: Number of noise samples, in antithetic pairs: an even number, at least 4.
+        probes: Number of probes of the traces.
+        damping: Damping z of effective dimension and log determinant. With None it is 1% of lambda_max.
+        seed: Random seed.
+        memory: Memory in GiB for stored primals and eigenvectors.
     """
 
     smoothed: tuple[float, ...] = ()
@@ -45,8 +53,8 @@ class FlatnessSettings:
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, not {value}")
         if not 0 < self.drop < 1:
-            raise ValueError(f"drop, of the accuracy, must lie between 0 and 1, not {self.drop}")
+            raise ValueError(f"drop (of the accuracy) must lie between 0 and 1, not {self.drop}")
         if self.draws < 4 or self.draws % 2:
-            raise ValueError(f"draws come in antithetic pairs, at least two: 4, 6, ..., not {self.draws}")
+            raise ValueError(f"draws must be even and at least 4 (they form antithetic pairs), not {self.draws}")
         if self.m < 1 or self.probes < LEAST_PROBES:
             raise ValueError(f"m must be at least 1 and probes at least {LEAST_PROBES}, not {self.m} and {self.probes}")

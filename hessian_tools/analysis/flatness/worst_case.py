@@ -1,7 +1,8 @@
-"""The largest rise of the true loss within a ball around the weights.
+"""The largest increase of the true loss within a ball around the weights.
 
-Every number here is a LOWER BOUND of a maximum: the most that was found. A surrogate gradient is the gradient of no
-function, so that ascent along it may miss what the true loss does; a search by forward passes alone runs beside it.
+Every number here is a LOWER BOUND of a maximum: the largest increase that was found. The surrogate gradient is not the
+gradient of any function, so ascent along it may miss increases of the true loss. A search that uses only forward passes
+complements it.
 """
 
 from __future__ import annotations
@@ -23,17 +24,21 @@ from hessian_tools.seeding import stream
 S = TypeVar("S")
 BALLS = ("l2", "adaptive", "filter", "keskar")
 STEPS, SEARCHES = 20, 210
-PATIENCE = 3  # steps without a rise before they are halved
-ROUND = 20  # directions, in antithetic pairs, of one round of the search
+PATIENCE = 3  # steps without a rise before the step is halved
+ROUND = 20  # directions in one round of the search, in antithetic pairs
 
 
 @dataclass(frozen=True)
 class SamSharpness:
-    """A lower bound of max L(w + d) - L(w) over ||d|| <= rho: its value after one step along the surrogate gradient.
+    """Lower bound of max L(w + d) - L(w) over ||d|| <= rho, from one step along the surrogate gradient.
 
-    value: mean over `batches` batches of `samples` samples; negative where steps lower the true loss. stderr: its
-    standard error for other samples of the same kind, NaN for a single batch. without_gradient: batches whose gradient
-    is zero; they have no direction and count as 0.
+    Attributes:
+        value: Mean over the batches. It is negative if the steps decrease the true loss.
+        stderr: Standard error for other samples from the same distribution; NaN for a single batch.
+        rho: Length of the step.
+        samples: Number of samples in a batch.
+        batches: Number of batches.
+        without_gradient: Number of batches with a zero gradient. They have no direction and count as 0.
     """
 
     value: float
@@ -46,12 +51,21 @@ class SamSharpness:
 
 @dataclass(frozen=True)
 class WorstCase:
-    """A lower bound of the maximum over a ball (see worst_case): the most that was found.
+    """Lower bound of the maximum of the true loss over a ball (see `worst_case`).
 
-    value: the larger of `ascent` (along surrogate gradients) and `search` (by forward passes alone), both rises
-    L(w + d) - L(w) of the true loss and never negative, for d = 0 is in the ball; for keskar
-    100 (max L - L(w)) / (1 + L(w)) instead. by: which found it, "neither" where nothing rose. loss: L(w).
-    radius: of the ball, in the units of its kind. gradients, forwards: passes over all samples.
+    Attributes:
+        kind: Kind of the ball.
+        rho: Relative radius.
+        radius: Radius of the ball, in the units of its kind.
+        loss: L(w).
+        value: The larger of `ascent` and `search`. For "keskar" it is 100 (max L - L(w)) / (1 + L(w)).
+        by: Which of them found it: "ascent" or "search", or "neither" if the loss did not increase.
+        ascent: Increase L(w + d) - L(w) found along surrogate gradients. It is never negative, because d = 0 is in the
+            ball.
+        search: Increase found by forward passes only. It is never negative either.
+        gradients: Number of gradients over all samples.
+        forwards: Number of forward passes over all samples.
+        seed: Random seed.
     """
 
     kind: str
@@ -68,9 +82,9 @@ class WorstCase:
 
 
 def at(objective: Objective, w: Tensor) -> Objective:
-    """The objective at other weights [P], on a model of its own."""
+    """Return the objective at other weights [P], with its own copy of the model."""
     if objective.reset is not None:
-        objective.reset(objective.model)  # state that a gradient has left behind cannot be copied
+        objective.reset(objective.model)  # a state with an autograd graph cannot be copied
     model = copy.deepcopy(objective.model)
     named = dict(model.named_parameters())
     parameters: dict[str, Tensor] = {name: named[name] for name in objective.parameters}
@@ -81,19 +95,40 @@ def at(objective: Objective, w: Tensor) -> Objective:
 
 
 def sam_sharpness(objective: Objective, rho: float) -> SamSharpness:
-    """L(w + rho g / ||g||) - L(w), g the surrogate gradient, L the true loss (Foret et al. 2021).
+    """Compute L(w + rho g / ||g||) - L(w), with the surrogate gradient g and the true loss L (Foret et al. 2021).
 
-    rho is a distance in weight space. Cost: a gradient, two forward passes. Raises ValueError for rho <= 0 and for
-    weights, losses or gradients that are not finite.
+    It takes one gradient and two forward passes.
+
+    Args:
+        objective: The loss, its data and its weights.
+        rho: Length of the step in weight space.
+
+    Returns:
+        The sharpness.
+
+    Raises:
+        ValueError: If `rho` is not positive, or if the weights, losses or gradients are not finite.
     """
     return _sam(objective, rho, [torch.arange(objective.samples)])
 
 
 def m_sharpness(objective: Objective, rho: float, m: int, seed: int = 0) -> SamSharpness:
-    """Mean of sam_sharpness over disjoint batches of m samples, each with a step of its own (Foret et al. 2021).
+    """Compute the mean of `sam_sharpness` over disjoint batches of m samples (Foret et al. 2021).
 
-    The batches are drawn by the seed; a smaller last one counts for what it holds. Cost as sam_sharpness, in small
-    batches. Raises ValueError as that, and for m outside 1 to N.
+    Each batch has its own step. The last batch may be smaller and is weighted by its size. The cost is that of
+    `sam_sharpness`, in small batches.
+
+    Args:
+        objective: The loss, its data and its weights.
+        rho: Length of the step in weight space.
+        m: Number of samples in a batch.
+        seed: Seed of the random division into batches.
+
+    Returns:
+        The sharpness.
+
+    Raises:
+        ValueError: If `m` is not between 1 and N, and as in `sam_sharpness`.
     """
     if not 1 <= m <= objective.samples:
         raise ValueError(f"m must lie between 1 and the {objective.samples} samples, not {m}")
@@ -101,6 +136,7 @@ def m_sharpness(objective: Objective, rho: float, m: int, seed: int = 0) -> SamS
 
 
 def _sam(objective: Objective, rho: float, parts: Sequence[Tensor]) -> SamSharpness:
+    """Average the increase after one step over the parts, each with its own step."""
     w = _weights(objective, rho)
     together = objective.rebatched(objective.samples)
     own = at(objective, w.to(objective.dtype))
@@ -127,26 +163,46 @@ def worst_case(
     searches: int = SEARCHES,
     seed: int = 0,
 ) -> WorstCase:
-    """Lower bound of the largest rise of the true loss over a ball of weights w + d, d = s u element by element:
+    """Find a lower bound of the largest increase of the true loss over a ball of weights w + d.
 
-    - l2: ||d|| <= rho ||w||;
-    - adaptive: ||d / w|| <= rho sqrt(P), so that rho is the root mean square of a weight's relative change (Kwon et al.
-      2021, and Andriushchenko et al. 2023 with c = |w|, p = 2, but for the factor sqrt(P): with it one rho serves
-      networks of all sizes, and the ball is that of l2 where all |w| are equal). Does not change where weights are
-      rescaled without changing the network. Zero weights stay zero;
-    - filter: the same in units of the root mean square of a weight's filter (forward.noise_scales);
-    - keskar: |d_i| <= rho (|w_i| + 1), value 100 (max L - L) / (1 + L) (Keskar et al. 2017, metric 2.1; rho =
-      KESKAR_EPSILON there).
+    The kinds of balls:
 
-    The ascent: `steps` projected steps of the ball's radius along the surrogate gradient (in u), the first that of
-    SAM; after PATIENCE without a rise they go on from the best point, half as long. The search: `searches` forward
-    passes, in rounds of random directions about the best point and a step along their sum weighted by the losses
-    (Spall 1992), half as long after a round without a rise; the same directions for all networks of one size.
-    Where the gradient is zero (a network that never spikes) the ascent goes in random directions; if nothing rises
-    there either, the value is 0, by "neither".
+    - l2: ||d|| <= rho ||w||.
+    - adaptive: ||d / w|| <= rho sqrt(P). So rho is the root mean square of the relative change of a weight. This is the
+      ball of Kwon et al. 2021, and of Andriushchenko et al. 2023 with c = |w| and p = 2, except for the factor sqrt(P).
+      With this factor one rho suits networks of all sizes, and the ball is that of l2 if all |w| are equal. It is the
+      same ball after a rescaling of the weights that does not change the network. Zero weights stay zero.
+    - filter: as adaptive, relative to the root mean square of the filter of a weight (`perturbation.noise_scales`).
+    - keskar: |d_i| <= rho (|w_i| + 1), with value 100 (max L - L) / (1 + L) (Keskar et al. 2017, metric 2.1; there rho
+      is KESKAR_EPSILON).
 
-    Cost: `steps` gradients, `searches` + 3 forward passes. Raises ValueError for an unknown kind, rho <= 0, steps or
-    searches below 1, weights, losses or gradients that are not finite, and a relative ball about zero weights.
+    The ascent takes `steps` projected steps along the surrogate gradient, in coordinates u with d = scale * u. The
+    first step has the length of the radius and is that of SAM. After PATIENCE steps without an increase, the ascent
+    restarts from the best point with half the step length.
+
+    The search uses `searches` forward passes. Each round tries random directions around the best point, and a step
+    along their sum weighted by the losses (Spall 1992). After a round without an increase the length is halved.
+    Networks of the same size get the same directions.
+
+    If the gradient is zero (for example if no neuron fires), the ascent uses random directions. If the loss does not
+    increase there either, the value is 0.
+
+    The cost is `steps` gradients and `searches` + 3 forward passes.
+
+    Args:
+        objective: The loss, its data and its weights.
+        rho: Relative radius.
+        kind: Kind of the ball: "l2", "adaptive", "filter" or "keskar".
+        steps: Number of steps of the ascent.
+        searches: Number of forward passes of the search.
+        seed: Random seed.
+
+    Returns:
+        The largest increase found.
+
+    Raises:
+        ValueError: If the kind is unknown, `rho` is not positive, `steps` or `searches` is below 1, the weights, losses
+            or gradients are not finite, or all weights are zero and the ball is relative to them.
     """
     if kind not in BALLS:
         raise ValueError(f"unknown ball '{kind}': choose from {', '.join(BALLS)}")
@@ -161,7 +217,7 @@ def worst_case(
     }[kind]()
     radius = {"l2": rho * float(w.norm()), "keskar": rho}.get(kind, rho * math.sqrt(len(w)))
     if radius == 0 or not scale.any():
-        raise ValueError(f"all weights are zero: the ball '{kind}' is relative to them and holds no other point")
+        raise ValueError(f"all weights are zero: the ball '{kind}' is relative to them and contains no other point")
     ball = _Ball(at(objective, w.to(objective.dtype)), w, scale, radius, kind == "keskar", seed)
     (start,) = ball.losses(lambda u: u, [torch.zeros_like(w)])
     if kind == "keskar" and start <= -1:
@@ -186,7 +242,7 @@ def worst_case(
 
 @dataclass(frozen=True, eq=False)
 class _Ball:
-    """The points w + scale u, u [P] float64 with ||u|| <= radius, or |u_i| <= radius in a box."""
+    """The points w + scale * u, with u [P] float64 and ||u|| <= radius, or |u_i| <= radius in a box."""
 
     objective: Objective
     w: Tensor
@@ -204,23 +260,26 @@ class _Ball:
         return u * min(1.0, self.radius / max(float(u.norm()), self.radius))
 
     def farthest(self, g: Tensor, index: int) -> Tensor:
-        """The u of the ball farthest along g; where g does not say, in the random direction `index`."""
+        """Return the u of the ball that is farthest along g. If g is zero, use the random direction `index`."""
         if self.box:
             return torch.where(g == 0, self.random(index), g).sign() * self.radius
         g = g if g.any() else self.random(index)
         return g * (self.radius / float(g.norm()))
 
     def random(self, index: int) -> Tensor:
-        """A random direction within the weights that can move."""
+        """Return a random direction among the weights that can change."""
         return noise(self.objective, self.seed, index).double().masked_fill(self.scale == 0, 0)
 
     def losses(self, point: Callable[[S], Tensor], items: Sequence[S]) -> list[float]:
-        """The true losses at u = point(item)."""
+        """Return the true losses at u = point(item)."""
         return _losses(self.objective, lambda item: self.weights(point(item)), items)
 
 
 def _ascent(ball: _Ball, steps: int, first: int) -> tuple[Tensor, Tensor]:
-    """The best u of `steps` gradients and, not yet evaluated, the last. first: number of its first random direction."""
+    """Return the best u of `steps` gradients, and the last u, which is not evaluated yet.
+
+    `first` is the number of its first random direction.
+    """
     u = torch.zeros_like(ball.w)
     best, highest, direction = u, -math.inf, u
     length, waited = 1.0, 0
@@ -237,7 +296,7 @@ def _ascent(ball: _Ball, steps: int, first: int) -> tuple[Tensor, Tensor]:
 
 
 def _search(ball: _Ball, start: float, passes: int) -> float:
-    """The highest loss, `start` or more, that `passes` forward passes find."""
+    """Return the highest loss that `passes` forward passes find. It is at least `start`."""
     best, highest, length = torch.zeros_like(ball.w), start, 1.0
     for number, done in enumerate(range(0, passes, ROUND + 1)):
         indices = range(number * ROUND, number * ROUND + min(ROUND, max(1, passes - done - 1)))
@@ -263,15 +322,16 @@ def _search(ball: _Ball, start: float, passes: int) -> float:
 
 
 def _losses(objective: Objective, point: Callable[[S], Tensor], items: Sequence[S]) -> list[float]:
+    """Return the true losses at the weights point(item). Raise ValueError if one is not finite."""
     outputs = outputs_at(objective, lambda item: point(item).to(objective.dtype), items)
     losses = [mean_loss(objective, o) for o in outputs]
     if not all(map(math.isfinite, losses)):
-        raise ValueError("the loss is not finite at these weights or within the ball: take a smaller rho")
+        raise ValueError("the loss is not finite at these weights or within the ball: use a smaller rho")
     return losses
 
 
 def _gradient(objective: Objective) -> tuple[float, Tensor]:
-    """L and its surrogate gradient [P], float64."""
+    """Return the loss and its surrogate gradient [P] in float64. Raise ValueError if one is not finite."""
     loss, g = objective.value_and_gradient()
     if not (math.isfinite(loss) and torch.isfinite(g).all()):
         raise ValueError("the loss or its surrogate gradient is not finite at these weights or within the ball")
@@ -279,6 +339,7 @@ def _gradient(objective: Objective) -> tuple[float, Tensor]:
 
 
 def _weights(objective: Objective, rho: float) -> Tensor:
+    """Return the weights [P] in float64. Raise ValueError if rho or the weights are invalid."""
     if not 0 < rho < math.inf:
         raise ValueError(f"rho must be a positive number, not {rho}")
     w = objective.weights().double()

@@ -1,26 +1,31 @@
-"""The axes of a study's figures: their ranges over all panels that share one, and their ticks."""
+"""Choose and draw the axes of a study's figures. Panels with the same axis share its range."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from hessian_tools.plots.curves import SymlogAxis, ValueAxis, linear_axis, value_axis
-from hessian_tools.plots.spectrum_panels import rank_ticks
+from hessian_tools.plots.curves import (
+    Array,
+    SymlogAxis,
+    ValueAxis,
+    linear_axis,
+    log_margin,
+    symlog_limits,
+    value_axis,
+)
+from hessian_tools.plots.spectrum_panels import set_rank_axis
 from hessian_tools.plots.style import (
-    MEDIUM,
     NORMAL,
     SMALL,
-    apart,
     count_axis,
     log_places,
+    log_x_ticks,
     numbers,
     printable,
     symlog_ticks,
@@ -31,15 +36,19 @@ from hessian_tools.plots.style import (
 from ikun_hessian.experiments.figures.chart import Axis, Mark
 from ikun_hessian.experiments.grouping import gain_name
 
-Array = npt.NDArray[np.float64]
-DECADES = 12  # of a logarithmic axis below its largest value; what is smaller lies on the floor
-BEYOND = 0.12  # of a panel's height, the strip of what is never
+DECADES = 12  # largest range of a logarithmic axis; smaller values are drawn on the floor
+BEYOND = 0.12  # height of the strip for infinite values, as a fraction of the panel
 
 
 @dataclass(frozen=True)
 class Range:
-    """What an axis shows. floor: where values too small for it lie, NaN where there are none. beyond: some are
-    infinite."""
+    """Range of the y axis of a panel.
+
+    Attributes:
+        axis: The scale and the limits.
+        floor: Position at which values too small for the axis are drawn, NaN if there are none.
+        beyond: Whether infinite values are drawn in a strip at the top.
+    """
 
     axis: ValueAxis
     floor: float = math.nan
@@ -47,8 +56,16 @@ class Range:
 
 
 def y_range(kind: str, marks: Sequence[Mark], least: float = math.nan) -> Range | None:
-    """Of all the marks that share an axis; None without a finite value. least: how far a symlog axis is linear at
-    least."""
+    """Choose the range of a y axis.
+
+    Args:
+        kind: Kind of the axis (see `Axis`).
+        marks: All marks that share the axis.
+        least: Smallest half width of the linear part of a symlog axis, NaN for no restriction.
+
+    Returns:
+        The range, None if no value is finite.
+    """
     values = np.array([v for m in marks for v in (m.value, m.low, m.high)], dtype=float)
     beyond = bool(np.isposinf([m.value for m in marks]).any())
     y = values[np.isfinite(values)]
@@ -62,7 +79,7 @@ def y_range(kind: str, marks: Sequence[Mark], least: float = math.nan) -> Range 
             least = max(float(positive.min()), float(positive.max()) * 10.0**-DECADES)
             cut = bool((y < least).any())
             known = np.append(positive[positive >= least], [least / 10] if cut else [])
-            room = max(1.2, (known.max() / known.min()) ** 0.05, math.sqrt(3 * known.min() / known.max()))
+            room = log_margin(float(known.min()), float(known.max()))
             floor = least / 10 if cut else math.nan
             return Range(ValueAxis("log", float(known.min() / room), float(known.max() * room)), floor)
     if kind == "place":
@@ -76,20 +93,24 @@ def y_range(kind: str, marks: Sequence[Mark], least: float = math.nan) -> Range 
 
 
 def _linear_to(least: float, found: ValueAxis, y: Array) -> ValueAxis:
-    """A symlog axis that is linear within +-least, linear throughout where that is most of it."""
+    """Return the axis with a linear part of at least +-least, or a linear axis if that covers most of the values."""
     if found.kind != "symlog" or not least > found.linthresh:
         return found
     if least > np.abs(y).max() / 10:
         return linear_axis(y, np.zeros(len(y)))
-    scale = SymlogAxis(least, found.low, found.high, 0.0)
-    low, high = scale.forward(np.array([y.min(), y.max()]))
-    room = 0.05 * (high - low)
-    ends = scale.inverse(np.array([low - room, high + room]))
-    return ValueAxis("symlog", float(ends[0]), float(ends[1]), least)
+    return ValueAxis("symlog", *symlog_limits(least, float(y.min()), float(y.max())), least)
 
 
 def set_y(ax: Axes, found: Range, label: str, kind: str, height: float) -> None:
-    """The y axis; height: of the panel, in points."""
+    """Set the y axis of a panel.
+
+    Args:
+        ax: The panel.
+        found: The range.
+        label: Label of the axis.
+        kind: Kind of the axis (see `Axis`).
+        height: Height of the panel in points.
+    """
     low, high = found.axis.low, found.axis.high
     if kind == "place":
         ax.set_ylim(low, high)
@@ -114,22 +135,26 @@ def set_y(ax: Axes, found: Range, label: str, kind: str, height: float) -> None:
 
 
 def fitted(text: str, length: float) -> str:
-    """In lines of at most so many points, of text as large as that of axes and titles."""
+    """Break the label of an axis or a title into lines of at most `length` points."""
     return wrapped(text, length * SMALL / NORMAL)
 
 
 def set_x(ax: Axes, axis: Axis, marks: Sequence[Mark], width: float) -> None:
-    """The x axis for all marks that share it; width: of the panel, in points."""
+    """Set the x axis of a panel.
+
+    Args:
+        ax: The panel.
+        axis: The axis.
+        marks: All marks that share the axis.
+        width: Width of the panel in points.
+    """
     x = np.array([m.x for m in marks if math.isfinite(m.x)], dtype=float)
     low, high = (float(x.min()), float(x.max())) if len(x) else (0.0, 1.0)
     label = fitted(axis.label, width)
     ax.set_xlabel(label)
     if axis.kind == "rank":
         tops, smalls = int(max(high, 0)), int(max(-low, 0))
-        ax.set_xlim(0.3, tops + (smalls + 1 if smalls else 0) + 0.7)
-        ax.set_xticks(*rank_ticks(tops, smalls, 1, width))
-        if smalls:
-            ax.axvline(tops + 1, color="0.75", linewidth=0.6, zorder=0)
+        set_rank_axis(ax, tops, smalls, width)
     elif axis.kind == "names":
         ax.set_xlim(-0.5, len(axis.ticks) - 0.5)
         labels = [printable(name, 18) for name in axis.ticks]
@@ -154,6 +179,7 @@ def set_x(ax: Axes, axis: Axis, marks: Sequence[Mark], width: float) -> None:
 
 
 def _signed_x(ax: Axes, axis: Axis, x: Array, width: float) -> None:
+    """Set an x axis that is logarithmic, symlog or linear, depending on the values."""
     if not math.isnan(axis.linthresh):
         return symlog_ticks(ax, SymlogAxis(axis.linthresh, float(x.min()), float(x.max()), 0.0), axis.label, width)
     found = value_axis(x, np.zeros(len(x)))
@@ -166,54 +192,34 @@ def _signed_x(ax: Axes, axis: Axis, x: Array, width: float) -> None:
 
 
 def _log_x(ax: Axes, low: float, high: float, width: float) -> None:
-    """A logarithmic x axis with labels under as many of its ticks as fit."""
+    """Set a logarithmic x axis with labels at as many of its ticks as fit."""
     ticks, decades = log_places(low, high)
-    _log_ticks(ax, low, high, ticks, numbers(ticks), width)
+    log_x_ticks(ax, low, high, ticks, numbers(ticks), width)
     ax.set_xticks(decades, minor=True)
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _gain_x(ax: Axes, low: float, high: float, gains: Sequence[float], width: float) -> None:
-    """A logarithmic x axis with labels under as many of these gains as fit, first come those next to 1."""
+    """Set a logarithmic x axis with labels at as many gains as fit, with priority for those close to 1."""
     order = sorted(gains, key=lambda t: (abs(math.log(t)), t))
     labels = gain_labels(order)
-    _log_ticks(ax, low, high, order, labels, width)
-    if len(ax.get_xticks()) < len(order):  # turned, more fit
-        _log_ticks(ax, low, high, order, labels, width, turned=True)
+    log_x_ticks(ax, low, high, order, labels, width)
+    if len(ax.get_xticks()) < len(order):  # more labels fit if they are rotated
+        log_x_ticks(ax, low, high, order, labels, width, turned=True)
     ax.set_xticks(order, minor=True)
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _log_ticks(
-    ax: Axes,
-    low: float,
-    high: float,
-    ticks: Sequence[float],
-    labels: Sequence[str],
-    width: float,
-    *,
-    turned: bool = False,
-) -> None:
-    """As many of the ticks as fit, first come, first served. turned: labels upright."""
-    places = [math.log(t / low) / math.log(high / low) for t in ticks]
-    widths = [1.2 * SMALL if turned else text_width(label, MEDIUM) + 4 for label in labels]
-    shown = apart(list(range(len(ticks))), places, [w / width for w in widths])
-    ax.set_xscale("log")
-    ax.set_xlim(low, high)
-    how: dict[str, Any] = {"rotation": 90, "fontsize": SMALL} if turned else {}
-    ax.set_xticks([ticks[i] for i in shown], [labels[i] for i in shown], **how)
-
-
 def gain_labels(gains: Sequence[float]) -> list[str]:
-    """All written alike: as n and 1/n where all are, and these short, otherwise as numbers."""
+    """Format all gains in the same way: as n and 1/n if that is exact and short for all, otherwise as numbers."""
     names = [gain_name(t) for t in gains]
     return numbers(gains) if any("." in name or "e" in name for name in names) else names
 
 
 def floors(ranges: Mapping[Axis, Range | None]) -> str:
-    """For the caption: where axes turn linear and where their floors lie."""
+    """Describe for the caption where the axes are linear and where their floors are."""
     known = [(axis.label, r) for axis, r in ranges.items() if r is not None]
     linear = [f"{label} ±{r.axis.linthresh:.2g}" for label, r in known if r.axis.kind == "symlog"]
     cut = [f"{label} {r.floor:.1g}" for label, r in known if not math.isnan(r.floor)]
-    text = f" Axes linear within these bounds and logarithmic beyond: {', '.join(linear)}." if linear else ""
-    return text + (f" On the floor (dotted) what is smaller still: {', '.join(cut)}." if cut else "")
+    text = f" Axes that are linear within these bounds and logarithmic outside: {', '.join(linear)}." if linear else ""
+    return text + (f" Smaller values are drawn on the dotted floor: {', '.join(cut)}." if cut else "")

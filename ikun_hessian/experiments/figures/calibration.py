@@ -1,4 +1,4 @@
-"""Calibrations of many networks together: their figure, and their tables in Markdown."""
+"""Draw the calibrations of several networks in one figure, and summarize them in tables in Markdown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,7 +17,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from scipy import stats
 
-from hessian_tools.plots.calibration import (
+from hessian_tools.plots.calibration import middle, predictions, styles, turns
+from hessian_tools.plots.calibration_panels import (
     AGAINST,
     BAND,
     CALIBRATED_OPERATORS,
@@ -28,14 +28,11 @@ from hessian_tools.plots.calibration import (
     clipped,
     correlation_axis,
     look_of,
-    middle,
     name_of,
     note,
-    predictions,
     ratio_axis,
-    styles,
-    turns,
 )
+from hessian_tools.plots.curves import Array
 from hessian_tools.plots.style import (
     SMALL,
     WIDTH,
@@ -53,19 +50,28 @@ if TYPE_CHECKING:
     from hessian_tools.results.calibration import CalibrationResult, Scale
 
 
-Array = npt.NDArray[np.float64]
 Results = Mapping[str, "CalibrationResult"]
-Columns = Sequence[tuple[str, Colour, Array]]  # what stands below, colour, a value a network
-_Measure = Callable[["CalibrationResult", float, str], float]  # of a network, noise scale and operator
-MARKERS = "os^Dv*"  # of the families
+Columns = Sequence[tuple[str, Colour, Array]]  # for each column: label below, colour, one value per network
+_Measure = Callable[["CalibrationResult", float, str], float]  # function of a network, a noise scale and an operator
+MARKERS = "os^Dv*"  # markers of the families of networks
 NEGATIVE = "most negative Hessian eigenvector"
 
 
 def study_figure(results: Results) -> Figure:
-    """(a) Rank correlation and (b) ratio c / v'Av by operator and noise scale, a dot a network, and the medians; (c, d)
-    the same by training surrogate; (e-g) all directions of all networks. (c-g) at every network's middle scale.
+    """Draw the calibrations of several networks.
 
-    Raises ValueError without a result.
+    The panels show (a) the rank correlation and (b) the ratio c / v'Av by operator and noise scale, with a dot for each
+    network and the medians, (c, d) the same by training surrogate, and (e-g) all directions of all networks. Panels
+    (c-g) are at the middle noise scale of each network.
+
+    Args:
+        results: Calibrations by name of the network.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If there is no result.
     """
     if not results:
         raise ValueError("no calibration to draw")
@@ -77,12 +83,14 @@ def study_figure(results: Results) -> Figure:
     scales = sorted({s.scale for r in every for s in r.calibration.scales})
 
     def by_scale(value: _Measure) -> dict[str, Columns]:
+        """Return a group of columns for each operator, with a column for each noise scale."""
         return {
             name_of(name): [(f"{s:g}", look_of(name)[0], np.array([value(r, s, name) for r in every])) for s in scales]
             for name in operators
         }
 
     def by_surrogate(value: _Measure) -> dict[str, Columns]:
+        """Return a group of columns for each training surrogate, with a column for each operator."""
         of = np.array([surrogate_of(r) for r in every])
         found = [(look_of(name)[0], np.array([value(r, middle(r).scale, name) for r in every])) for name in AGAINST]
         return {
@@ -112,10 +120,18 @@ def study_figure(results: Results) -> Figure:
 
 
 def families_of(results: Results) -> dict[str, str]:
-    """Name of a network -> data set and model; "variants" where neuron, reset, steps, depth or loss are not those of
-    most networks on that data set."""
+    """Group networks into families.
+
+    Args:
+        results: Calibrations by name of the network.
+
+    Returns:
+        The family of each network: its data set and model, with "variants" appended if its neuron, reset, time steps,
+        norm, depth or loss differ from those of most networks of the family.
+    """
 
     def built(r: CalibrationResult) -> tuple[str, ...]:
+        """Return the settings that distinguish variants."""
         n, keys = r.network, ("neuron", "reset", "detach_reset", "timesteps", "norm")
         return (*(str(n.get(key)) for key in keys), str(len(n.get("hidden") or ())), str(r.data.get("loss")))
 
@@ -130,16 +146,18 @@ def families_of(results: Results) -> dict[str, str]:
 
 
 def _family(r: CalibrationResult) -> str:
+    """Return the data set and the model."""
     data, model = str(r.data.get("name") or "?"), str(r.network.get("model") or "network")
     return printable(f"{data.replace('fashion-mnist', 'Fashion-MNIST')} {model.upper()}", 24)
 
 
 def surrogate_of(r: CalibrationResult) -> str:
-    """The surrogate that the network was trained with."""
+    """Return the surrogate with which the network was trained."""
     return printable(r.network.get("trained_surrogate") or r.network.get("surrogate") or "?", 14)
 
 
 def _by_slope(surrogate: str) -> tuple[str, float, str]:
+    """Return a key that sorts surrogates by name and slope."""
     name, _, slope = surrogate.partition(":")
     try:
         return name, float(slope), slope
@@ -148,23 +166,24 @@ def _by_slope(surrogate: str) -> tuple[str, float, str]:
 
 
 def scale_of(r: CalibrationResult, scale: float) -> Scale | None:
+    """Return the measurement at a noise scale, if there is one."""
     return next((s for s in r.calibration.scales if s.scale == scale), None)
 
 
 def correlation(r: CalibrationResult, scale: float, operator: str) -> float:
-    """Of an operator with the truth as the axis can show it, NaN where it was not measured."""
+    """Return the rank correlation of an operator with the truth, clipped to the axis; NaN if it was not measured."""
     s = scale_of(r, scale)
     return clipped(s.agreement[operator].correlation) if s and operator in s.agreement else math.nan
 
 
 def ratio(r: CalibrationResult, scale: float, operator: str) -> float:
-    """Median of c / v'Av, NaN where it was not measured."""
+    """Return the median of c / v'Av, NaN if it was not measured."""
     s = scale_of(r, scale)
     return s.agreement[operator].ratio if s and operator in s.agreement else math.nan
 
 
 def trace_ratio(r: CalibrationResult, scale: float, operator: str) -> float:
-    """The true trace over an operator's, NaN where it was not measured."""
+    """Return the true trace divided by that of an operator, NaN if it was not measured."""
     s = scale_of(r, scale)
     trace = {**r.calibration.traces, **(s.traces if s else {})}.get(operator, math.nan)
     return s.trace / trace if s and trace else math.nan
@@ -173,9 +192,13 @@ def trace_ratio(r: CalibrationResult, scale: float, operator: str) -> float:
 def draw_columns(
     ax: Axes, groups: Mapping[str, Columns], dots: Sequence[str], scale: Callable[[Axes, Iterable[float]], None]
 ) -> None:
-    """Groups of columns, a dot a network and a bar at the median; what lies beyond the axis is counted there.
+    """Draw groups of columns, with a dot for each network and a bar at the median.
 
-    scale: sets the y axis for the values that it is given.
+    Args:
+        ax: The panel.
+        groups: Columns by name of the group. Values outside the axis are counted at its ends.
+        dots: Marker of each network.
+        scale: Function that sets the y axis for given values.
     """
     everything = [v for columns in groups.values() for _, _, values in columns for v in values]
     scale(ax, everything)
@@ -208,12 +231,12 @@ def draw_columns(
 
 
 def _count_beyond(ax: Axes, groups: Sequence[Columns], low: float, high: float) -> None:
-    """In a strip beyond the limits: how many dots of each group are not drawn, and the farthest of them."""
+    """Write beyond the limits how many dots of each group are not drawn, and the most distant value."""
     values = [np.concatenate([v for _, _, v in columns]) for columns in groups]
     above, below = ([v[v > high] for v in values], [v[v < low] for v in values])
     texts = [(g, high, f"{len(v)} ↑{short(v.max())}") for g, v in enumerate(above) if len(v)]
     texts += [(g, low, f"{len(v)} ↓{short(v.min())}") for g, v in enumerate(below) if len(v)]
-    room = (high / low) ** 0.07 if texts else 1.0  # to the middle of the strip
+    room = (high / low) ** 0.07 if texts else 1.0  # factor from the limit to the middle of the strip
     ends = {high: high * room, low: low / room}
     for g, end, text in texts:
         ax.text(g, ends[end], text.replace("-", "−"), ha="center", va="center", fontsize=SMALL, color="0.3")
@@ -224,7 +247,7 @@ def _count_beyond(ax: Axes, groups: Sequence[Columns], low: float, high: float) 
 
 
 def draw_pooled(figure: Figure, cell: SubplotSpec, every: Sequence[CalibrationResult]) -> None:
-    """Panels (e-g): every direction of every network at its middle scale, rasterized."""
+    """Draw panels (e-g): all directions of all networks at their middle noise scales, rasterized."""
     at = [middle(r) for r in every]
     c, errors = (np.concatenate([getattr(s, key) for s in at]) for key in ("curvature", "stderr"))
     kinds = np.array([kind for r in every for kind in r.calibration.kinds])
@@ -250,10 +273,12 @@ def draw_pooled(figure: Figure, cell: SubplotSpec, every: Sequence[CalibrationRe
 
 
 def _middles(every: Iterable[CalibrationResult]) -> str:
+    """Return the middle noise scales of the networks."""
     return " or ".join(f"{s:g}" for s in sorted({middle(r).scale for r in every}))
 
 
 def _legend(families: Mapping[str, str]) -> list[Line2D | Patch]:
+    """Compose the legend from the markers of the families."""
     handles: list[Line2D | Patch] = [
         Line2D([], [], color="0.3", marker=marker, markersize=3, linestyle="none", label=family)
         for family, marker in families.items()
@@ -266,30 +291,40 @@ def _legend(families: Mapping[str, str]) -> list[Line2D | Patch]:
 
 
 def study_caption(results: Results) -> str:
+    """Compose the caption of the figure."""
     every = list(results.values())
     counts = Counter(families_of(results).values()).most_common()
     s = f"s\u00a0=\u00a0{_middles(every)}"
     text = f"{len(every)} network{'' if len(every) == 1 else 's'} "
-    text += f"({', '.join(f'{n} {family}' for family, n in counts)}), a dot each. (a, c) Rank "
-    text += "correlation over directions v between v′Av and c, second difference of the mean true spiking loss under "
-    text += "noise of s of each filter’s rms. (b, d) Median of c / v′Av over the directions where both are positive; "
-    text += "arrows: number of dots beyond the axis, and the farthest. "
+    text += f"({', '.join(f'{n} {family}' for family, n in counts)}), one dot each. c: second difference of the mean "
+    text += "true spiking loss under noise of s times each filter’s rms. (a, c) Rank correlation of v′Av and c over "
+    text += (
+        "directions v. (b, d) Median of c / v′Av over the directions where both are positive; arrows: number of dots "
+    )
+    text += "beyond the axis and the most distant value. "
     count = sum(len(r.calibration.kinds) for r in every)
-    text += f"Below: all {count} directions of all networks, {s}; line: identity. "
+    text += f"(e–g) All {count} directions of all networks, {s}; line: identity. "
     negative, up, down = np.sum([turns(r, middle(r)) for r in every], axis=0)
     if negative:
-        text += f"Along {up} of the {negative} most negative Hessian eigenvectors (v′Hv\u00a0<\u00a00) the true loss "
-        text += f"curves up by more than two standard errors, along {down} down. "
+        text += f"The true loss curves up by more than two standard errors along {up} of the {negative} most negative "
+        text += f"Hessian eigenvectors (v′Hv\u00a0<\u00a00), and down along {down}. "
     if any(s.fitted for r in every for s in r.calibration.scales):
-        text += "Width fitted: for every network and s the Gaussian surrogate whose median ratio is nearest to 1."
+        text += "Width fitted: for each network and s, the Gaussian surrogate whose median ratio is closest to 1."
     return text.strip()
 
 
 def study_tables(results: Results) -> str:
-    """Markdown: for every family the agreement by noise scale and operator, then the most negative eigenvectors.
+    """Return tables of the agreement and of the most negative eigenvectors in Markdown.
 
-    Medians over networks with the range in brackets; "within" and "both > 0" are shares of all directions. Raises
-    ValueError without a result.
+    Args:
+        results: Calibrations by name of the network.
+
+    Returns:
+        For each family, a table by noise scale and operator, and a table of the most negative eigenvectors. Numbers are
+        medians over networks with the range in parentheses; "within" and "both > 0" are shares of all directions.
+
+    Raises:
+        ValueError: If there is no result.
     """
     if not results:
         raise ValueError("no calibration for a table")
@@ -323,7 +358,7 @@ def study_tables(results: Results) -> str:
 
 
 def _row(members: Sequence[CalibrationResult], s: float, name: str) -> str:
-    """One operator at one scale over the networks of a family."""
+    """Return the cells of an operator at a noise scale for the networks of a family."""
     agreed = [(r, scale) for r in members if (scale := scale_of(r, s)) and name in scale.agreement]
     positive = [(predictions(r, scale, name) > 0) & (np.array(scale.curvature) > 0) for r, scale in agreed]
     within = np.average([scale.agreement[name].within for _, scale in agreed], weights=[len(p) for p in positive])
@@ -338,6 +373,7 @@ def _row(members: Sequence[CalibrationResult], s: float, name: str) -> str:
 
 
 def _median(values: Iterable[float], form: Callable[[float], str]) -> str:
+    """Format the median and the range of the finite values."""
     known = sorted(v for v in values if math.isfinite(v))
     if len(known) < 2:
         return form(known[0]) if known else ""
@@ -345,5 +381,5 @@ def _median(values: Iterable[float], form: Callable[[float], str]) -> str:
 
 
 def short(value: float) -> str:
-    """Two digits, without an exponent where they are few."""
+    """Format a number with two significant digits, without an exponent unless it is very large or small."""
     return f"{float(f'{value:.2g}'):g}"

@@ -1,4 +1,4 @@
-"""A figure of a study as plain values: panels of marks, and the table of exactly what they show."""
+"""Describe a figure of a study as plain values: panels of marks, and the table of everything they show."""
 
 from __future__ import annotations
 
@@ -16,15 +16,23 @@ if TYPE_CHECKING:
 
 
 class NotEnoughError(ValueError):
-    """These runs cannot fill the figure: one line that says what is missing."""
+    """The runs do not have the results that a figure needs. The message says in one line what is missing."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """kind: of y, log (what is 0 or less lies on a floor), signed (logarithmic where all is positive, symlog where
-    not), linear, share (0 to 1), epochs (what is infinite stands above the others) or place (1 at the top); of x,
-    epoch, layer, rank, gain, count, signed or names (the ticks 0, 1, ...). linthresh: where a signed x is linear,
-    and how far a signed y is at least if it is symlog."""
+    """Axis of a panel. Panels with equal axes share their range.
+
+    Attributes:
+        label: Label of the axis.
+        kind: For y: "log" (values that are not positive are drawn on a floor), "signed" (logarithmic if all values are
+            positive, otherwise symlog or linear), "linear", "share" (0 to 1), "epochs" (infinite values are drawn above
+            the others) or "place" (1 at the top). For x: "epoch", "layer", "rank", "gain", "count", "signed" or "names"
+            (named positions 0, 1, ...).
+        ticks: Names of the positions of an x axis of kind "names".
+        linthresh: For kind "signed": half width of the linear part of x, or smallest half width of the linear part of
+            y. NaN to choose it from the values.
+    """
 
     label: str
     kind: str
@@ -34,11 +42,20 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mark:
-    """One point of a panel. kind: run (a dot), median (of a line, low and high its quartiles, over n runs), slope (of a
-    line through medians), path (of one run's thin line), curve (of a line without markers), steps (of a line that keeps
-    its value), bar (a median alone), censored or diverged (how a run ended).
+    """One point of a panel.
 
-    run: its name, "" for what stands for several. note: why the mark is hollow, "" where it is not.
+    Attributes:
+        level: Level of the condition that is compared.
+        kind: "run" (a dot), "median" (a point of a line with quartiles), "slope" (a point of a line through medians),
+            "path" (a point of the thin line of one run), "curve" (a point of a line without markers), "steps" (a point
+            of a piecewise constant line), "bar" (a single median), "censored" or "diverged" (how a run ended).
+        x: Position on the x axis.
+        value: Value on the y axis.
+        low: Lower quartile, NaN if there is none.
+        high: Upper quartile, NaN if there is none.
+        n: Number of runs that the mark represents.
+        run: Name of the run, "" if the mark represents several runs.
+        note: Why the mark is hollow, "" if it is filled.
     """
 
     level: str
@@ -54,8 +71,19 @@ class Mark:
 
 @dataclass(frozen=True)
 class Panel:
-    """row, column: its place and names there, on a page of its own for every `page`. runs: those it is about. foot:
-    what stands in its title's second line. samples: on how many the curvature was measured that it shows."""
+    """One panel of a figure.
+
+    Attributes:
+        row: Name of its row.
+        column: Name of its column.
+        x: The x axis.
+        y: The y axis.
+        marks: Everything drawn.
+        runs: The runs that it shows.
+        foot: Text below its title.
+        page: Name of the page; panels with different names are drawn on different pages.
+        samples: Numbers of samples on which the curvature shown was measured.
+    """
 
     row: str
     column: str
@@ -70,7 +98,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chart:
-    """by: the condition whose levels have colours of their own. caption: how to read it. runs: all that it is about."""
+    """A figure on one or several pages.
+
+    Attributes:
+        panels: The panels.
+        by: The condition that is compared; each of its levels has its own colour.
+        caption: How to read the figure.
+        runs: All runs that it shows.
+    """
 
     panels: tuple[Panel, ...]
     by: str
@@ -79,7 +114,15 @@ class Chart:
 
 
 def medians(level: str, points: Iterable[tuple[float, float]]) -> list[Mark]:
-    """The median and quartiles of (x, value) at every x, of the values that are no NaN."""
+    """Compute medians and quartiles of values at each x.
+
+    Args:
+        level: Level of the marks.
+        points: Pairs (x, value). NaN values are ignored.
+
+    Returns:
+        One mark for each x, in ascending order.
+    """
     at: dict[float, list[float]] = {}
     for x, value in points:
         at.setdefault(x, []).append(value)
@@ -92,12 +135,12 @@ def medians(level: str, points: Iterable[tuple[float, float]]) -> list[Mark]:
 
 
 def samples_of(results: Iterable[Analysed]) -> tuple[int, ...]:
-    """On how many samples each was measured, as far as it is known."""
+    """Return the number of samples of each result, if it is known."""
     return tuple(count for r in results if isinstance(count := r.data.get("samples"), int))
 
 
 def reading(panels: Iterable[Panel]) -> str:
-    """What the medians of these panels are drawn as, for a caption."""
+    """Describe for the caption how the medians of these panels are drawn."""
     lines: dict[tuple[int, str], set[float]] = {}
     bands = False
     for i, panel in enumerate(panels):
@@ -110,9 +153,10 @@ def reading(panels: Iterable[Panel]) -> str:
 
 
 def table(chart: Chart) -> list[dict[str, Any]]:
-    """One row a mark, in the order of the panels; empty where a mark has no such value."""
+    """Return the table of a chart: one row for each mark, with empty cells for unknown values."""
 
     def cell(value: float) -> Any:
+        """Return the value, empty for NaN."""
         return "" if math.isnan(value) else value
 
     return [
@@ -138,14 +182,21 @@ def table(chart: Chart) -> list[dict[str, Any]]:
 
 
 def chart_provenance(runs: Sequence[TrainingRun], by: str, samples: Iterable[int] = ()) -> str:
-    """What all runs share, how many there are, and which of them diverged, for a caption.
+    """Describe for the caption what all runs share, how many there are, and which of them diverged.
 
-    samples: on how many the curvature was measured that is shown.
+    Args:
+        runs: The runs shown.
+        by: The condition that is compared.
+        samples: Numbers of samples on which the curvature shown was measured.
+
+    Returns:
+        The description.
     """
     samples = tuple(samples)
     shared = {k: runs[0].value(k) for k in common_conditions(runs) if len({plain(r.value(k)) for r in runs}) == 1}
 
     def words(*keys: str) -> str:
+        """Describe the conditions that all runs share."""
         return ", ".join(_word(key, shared[key]) for key in keys if shared.get(key) not in (None, "", 0, "none"))
 
     model = words("model", "norm", "neuron", "reset", "surrogate", "timesteps")
@@ -161,13 +212,14 @@ def chart_provenance(runs: Sequence[TrainingRun], by: str, samples: Iterable[int
 
 
 def _word(key: str, value: Any) -> str:
+    """Describe the value of a condition."""
     words = {"timesteps": f"T = {value}", "reset": f"{value} reset", "surrogate": f"surrogate {value}"}
     words |= {"schedule": f"{value} schedule", "batch_size": f"batch {value}", "epochs": f"{value} epochs"}
     return printable(words.get(key) or display_name(key, value), 40)
 
 
 def _trained_on(runs: Sequence[TrainingRun]) -> str:
-    """How many samples all runs were trained on; nothing where they differ, or it is not known."""
+    """Return the number of training samples, "" if the runs differ or it is unknown."""
     counts = [run.data.get("samples") or run.value("subset") for run in runs]
     if not isinstance(counts[0], int) or any(count != counts[0] for count in counts):
         return ""
@@ -176,7 +228,7 @@ def _trained_on(runs: Sequence[TrainingRun]) -> str:
 
 
 def _analysed(runs: Sequence[TrainingRun], samples: Sequence[int]) -> str:
-    """How the curvature was measured: on how many samples, and under which surrogate if not each under its own."""
+    """Return on how many samples the curvature was measured, and the surrogate if it is not that of the training."""
     found = sorted(set(samples))
     if not found:
         return ""
@@ -184,15 +236,17 @@ def _analysed(runs: Sequence[TrainingRun], samples: Sequence[int]) -> str:
     others = {
         str(n["surrogate"]) for n in networks if n.get("trained_surrogate", n.get("surrogate")) != n.get("surrogate")
     }
-    under = f" under surrogate {', '.join(sorted(others))}" if others else ""
+    under = f" with surrogate {', '.join(sorted(others))}" if others else ""
     return f"curvature on {f'{found[0]} to ' if len(found) > 1 else ''}{_many(found[-1], 'sample')}{under}"
 
 
 def _many(count: int, noun: str) -> str:
+    """Return a count with its noun."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _few(names: Sequence[str]) -> str:
+    """Return the first three names and the number of others."""
     return ", ".join(printable(name, 30) for name in names[:3]) + (
         f" and {len(names) - 3} more" if len(names) > 3 else ""
     )

@@ -1,4 +1,4 @@
-"""The publication figures of a study by name, each with a table of exactly what it shows, from gathered runs alone."""
+"""Draw the publication figures of a study from its runs, each with a table of everything it shows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hessian_tools.io.files import write_table
-from hessian_tools.plots.calibration import AGAINST, middle, predictions
+from hessian_tools.plots.calibration import middle, predictions
+from hessian_tools.plots.calibration_panels import AGAINST
 from hessian_tools.plots.style import (
     SMALL,
     add_caption,
@@ -43,15 +44,20 @@ if TYPE_CHECKING:
     from hessian_tools.results.calibration import CalibrationResult
 
 
-COLUMN_WIDTHS = {1: 3.5, 2: 7.2}  # inches, by columns of a page
-ACROSS = {1: 2, 2: 4}  # panels side by side that share an axis
-FLOW = {1: 8, 2: 16}  # panels that do not, on one page at the most
-LINE = 0.125  # inches, of the legend or the caption
+COLUMN_WIDTHS = {1: 3.5, 2: 7.2}  # width of a figure in inches, by number of columns
+ACROSS = {1: 2, 2: 4}  # largest number of columns of panels in a grid, by number of columns
+FLOW = {1: 8, 2: 16}  # largest number of panels per page outside a grid, by number of columns
+LINE = 0.125  # height in inches of a line of the legend or the caption
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """written: the files. skipped: by name of the figure, why the runs cannot fill it."""
+    """Result of `draw_all`.
+
+    Attributes:
+        written: Paths of the files written.
+        skipped: For each figure that was not drawn, the reason.
+    """
 
     written: tuple[Path, ...]
     skipped: dict[str, str]
@@ -67,22 +73,36 @@ def draw_all(
     width: int = 2,
     calibrations: Mapping[str, CalibrationResult] | None = None,
 ) -> Drawn:
-    """Write OUT/NAME.png, .pdf and .csv of every figure, or of `only` these; those of several pages as NAME-2, ...
+    """Write the figures of a study as OUT/NAME.png, .pdf and .csv.
 
-    by: the condition compared. accuracy: what `epochs` and `gain` count the epochs to. width: in columns of a page, 1
-    or 2. A figure that the runs cannot fill is left out, and said why. Raises ValueError for an unknown name, width,
-    accuracy or condition, and without a run.
+    Further pages of a figure are named NAME-2, NAME-3 and so on. A figure for which the runs lack results is skipped.
+
+    Args:
+        runs: The runs.
+        out: Folder for the files.
+        only: Names of the figures to draw (see `FIGURE_NAMES`), all if empty.
+        by: The condition that is compared.
+        accuracy: Test accuracy, above 0 and at most 1, that the figures `epochs` and `gain` count epochs to.
+        width: Width of the figures in columns of a page, 1 or 2.
+        calibrations: Calibrations by name of the network, for the figure `calibration`.
+
+    Returns:
+        The files written, and the figures skipped with the reason.
+
+    Raises:
+        ValueError: If a name, the width, the accuracy or the condition is invalid, or if there is nothing to draw.
+        OSError: If a file cannot be written.
     """
     if wrong := [name for name in only if name not in FIGURE_NAMES]:
-        raise ValueError(f"no figure '{wrong[0]}': choose of {', '.join(FIGURE_NAMES)}")
+        raise ValueError(f"unknown figure '{wrong[0]}': choose from {', '.join(FIGURE_NAMES)}")
     if width not in COLUMN_WIDTHS:
         raise ValueError(f"--width {width}: choose 1 or 2 columns")
     if not 0 < accuracy <= 1:
         raise ValueError(f"--accuracy {accuracy:g}: give a share of the test images, above 0 and at most 1")
     if not runs and not calibrations:
-        raise ValueError("no run to draw")
+        raise ValueError("there are no runs to draw")
     if runs:
-        levels(runs, by)  # refuses an unknown condition before anything is written
+        levels(runs, by)  # raises for an unknown condition before anything is written
     written: list[Path] = []
     skipped: dict[str, str] = {}
     for name in only or FIGURE_NAMES:
@@ -98,6 +118,7 @@ def draw_all(
 
 
 def charts(by: str, accuracy: float) -> dict[str, Callable[[Sequence[TrainingRun]], Chart]]:
+    """Return the functions that chart runs, by name of the figure (see `draw_all` for the arguments)."""
     return {
         "start": partial(start_chart, by=by),
         "gain": partial(gain_chart, by=by, accuracy=accuracy),
@@ -113,7 +134,16 @@ def charts(by: str, accuracy: float) -> dict[str, Callable[[Sequence[TrainingRun
 
 
 def write_chart(chart: Chart, stem: Path, width: int = 2) -> list[Path]:
-    """STEM.png and .pdf, for further pages STEM-2, ..., and the table of all of them in STEM.csv."""
+    """Write a chart as STEM.png and .pdf, further pages as STEM-2 and so on, and its table as STEM.csv.
+
+    Args:
+        chart: The chart.
+        stem: Path of the files without suffix.
+        width: Width of the figure in columns of a page, 1 or 2.
+
+    Returns:
+        The paths of the files.
+    """
     paths = []
     for number, figure in enumerate(chart_figures(chart, width), 1):
         paths += save_figure(figure, stem if number == 1 else f"{stem}-{number}")
@@ -122,9 +152,11 @@ def write_chart(chart: Chart, stem: Path, width: int = 2) -> list[Path]:
 
 
 def _draw_calibrations(found: Mapping[str, CalibrationResult], out: Path) -> list[Path]:
-    """The figure of calibrations together, two columns wide, and its table: (a-d), then the directions of (e-g)."""
+    """Write the figure of all calibrations and its table: first the values of (a-d), then the directions of (e-g)."""
     if not found:
-        raise NotEnoughError("no NAME.calibration.json: run `ikun-hessian flatness --calibrate` on the checkpoints")
+        raise NotEnoughError(
+            "there is no NAME.calibration.json: run `ikun-hessian flatness --calibrate` on the checkpoints"
+        )
     rows: list[dict[str, Any]] = []
     for name, result in found.items():
         network = {"network": name, "surrogate": surrogate_of(result)}
@@ -145,9 +177,17 @@ def _draw_calibrations(found: Mapping[str, CalibrationResult], out: Path) -> lis
 
 
 def chart_figures(chart: Chart, width: int = 2) -> list[Figure]:
-    """A chart on as many pages as it takes. width: in columns of a page.
+    """Draw a chart on as many pages as needed.
 
-    A page whose panels all stand in one column has them side by side; all with one label of y share its range.
+    Panels with the same y axis share its range. If all panels of a page belong to one column, they are placed side by
+    side.
+
+    Args:
+        chart: The chart.
+        width: Width of the figures in columns of a page, 1 or 2.
+
+    Returns:
+        One figure for each page.
     """
     styles = level_looks(levels(chart.runs, chart.by), chart.by)
     ranges = {
@@ -173,7 +213,7 @@ def chart_figures(chart: Chart, width: int = 2) -> list[Figure]:
 
 
 def _pages(chart: Chart, name: str, width: int) -> list[tuple[list[Panel], bool]]:
-    """The panels of every page, and whether they flow: next to one another instead of in a grid of rows and columns."""
+    """Return the panels of each page, and whether they are placed side by side instead of in a grid."""
     panels = [p for p in chart.panels if p.page == name]
     columns = list(dict.fromkeys(p.column for p in panels))
     if len(columns) == 1:
@@ -193,7 +233,20 @@ def _figure(
     caption: str,
     title: str,
 ) -> Figure:
-    """One page. title: of the legend."""
+    """Draw one page.
+
+    Args:
+        panels: The panels.
+        flowing: Whether they are placed side by side instead of in a grid.
+        width: Width of the figure in inches.
+        styles: Looks of the levels.
+        ranges: Ranges of the y axes.
+        caption: The caption.
+        title: Title of the legend.
+
+    Returns:
+        The figure.
+    """
     rows = list(dict.fromkeys(p.row for p in panels))
     columns = list(dict.fromkeys(p.column for p in panels))
     if flowing:
@@ -205,7 +258,7 @@ def _figure(
     at = dict(sorted(((places[id(p)], p) for p in panels), key=lambda item: item[0]))
 
     def shares_x(row: int, column: int) -> bool:
-        """Whether the panel below has the same x axis, and says so for both."""
+        """Return whether the panel below has the same x axis, so that its labels serve both."""
         below = at.get((row + 1, column))
         return not flowing and below is not None and below.x == at[row, column].x
 
@@ -214,7 +267,7 @@ def _figure(
     inner = 1.8 if len(panels) == 1 else 1.1 if deep < 4 else 0.85
     tall = [inner * max(_TALL.get(p.x.kind, 1.0) for (r, _), p in at.items() if r == row) for row in range(deep)]
     wide = 72 * (width / across - 0.5)
-    room = wide if flowing else 72 * (width - 0.6) / across  # without labels between them panels are wider
+    room = wide if flowing else 72 * (width - 0.6) / across  # panels of a grid have no labels between them
     titles = {place: _named(p, place, flowing, room) for place, p in at.items()}
     around = LINE * sum(feet)
     for row in range(deep):
@@ -243,18 +296,18 @@ def _figure(
     return settled(figure)
 
 
-_TALL = {"rank": 1.4}  # of the panels' heights, by kind of x
+_TALL = {"rank": 1.4}  # relative height of a panel, by kind of its x axis
 
 
 def _named(panel: Panel, place: tuple[int, int], flowing: bool, width: float) -> str:
-    """The title of a panel, in lines of at most so many points; none where it would say what its axes say."""
+    """Return the title of a panel in lines of at most `width` points, without what its axes already say."""
     names = [panel.column if place[0] == 0 and not flowing else "", panel.row]
     title = ", ".join(name for name in names if name not in ("", panel.x.label, panel.y.label))
     return fitted(printable(title, 80).replace(" ≤ ", "\u00a0≤\u00a0"), width - 26)
 
 
 def _below(panel: Panel, shared: bool, width: float) -> float:
-    """Inches that tick labels and the label of x take."""
+    """Return the height of the tick labels and the label of the x axis in inches."""
     turned = 0.35 if panel.x.kind == "names" and len(panel.x.ticks) > 3 else 0.0
     return (
         0.05
@@ -264,14 +317,14 @@ def _below(panel: Panel, shared: bool, width: float) -> float:
 
 
 def _across(count: int, width: float) -> int:
-    """So many panels that flow stand side by side."""
+    """Return the number of panels per row outside a grid."""
     if width == COLUMN_WIDTHS[1]:
         return 1 if count <= 3 else 2
     return count if count <= 3 else 2 if count == 4 else 3 if count in (5, 6, 9) else 4
 
 
 def _title(ax: Axes, letter: str, title: str, foot: str, lines: int) -> None:
-    """The title, and below it, small, the foot, in the room of so many lines."""
+    """Set the title of a panel and, below it in small type, the foot, with space for `lines` lines."""
     ax.set_title(rf"$\mathbf{{({letter})}}$  {title}", loc="left", pad=4.0 + 1.2 * SMALL * lines)
     if foot:
         ax.text(0, 1.02, foot, transform=ax.transAxes, va="bottom", fontsize=SMALL, color="0.2", linespacing=1.1)

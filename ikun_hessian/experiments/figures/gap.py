@@ -1,4 +1,4 @@
-"""The charts of sharpness against what it is said to predict: the gap between test and training, and robustness."""
+"""Charts of sharpness against the generalization gap and against robustness."""
 
 from __future__ import annotations
 
@@ -24,15 +24,23 @@ from ikun_hessian.experiments.runs import TrainingRun
 from ikun_hessian.experiments.statistics import Interval, kendall
 
 Sharpness = Callable[[TrainingRun], float]
-MOST = 4  # measures of sharpness side by side
-LEAST = 3  # runs in a panel
+MOST = 4  # largest number of measures of sharpness
+LEAST = 3  # smallest number of runs in a panel
 
 
 def gap_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
-    """Sharpness against the gap in loss (test less training) and in accuracy (training less test) at every moment, with
-    Kendall's tau over all runs and over the pairs of runs of one level.
+    """Chart the gap in loss and in accuracy against sharpness, with Kendall's tau.
 
-    Raises NotEnoughError without three runs that have both, or where a panel's were not measured alike.
+    Args:
+        runs: The runs.
+        by: The condition that is compared.
+
+    Returns:
+        The chart, with panels for each moment. Tau is over all runs and over pairs of runs with the same level.
+
+    Raises:
+        NotEnoughError: If fewer than three runs have both values, or if the spectra of a panel were measured
+            differently.
     """
     panels = []
     for name, members in settings_groups(runs, by).items():
@@ -44,16 +52,26 @@ def gap_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
                     found = [(run, sharpness(run), gap(run, moment)) for run in members]
                     panels += _panel(found, by, column, y, titled(name, moment), samples)
     if not panels:
-        raise NotEnoughError("no three runs have both a sharpness and a test loss in their log")
-    caption = f"{_caption(by)} Loss gap: test less training, accuracy gap: training less test, both from the log; runs "
-    return Chart(tuple(panels), by, f"{caption}that diverged have none.", tuple(runs))
+        raise NotEnoughError("fewer than three runs have both a sharpness and a test loss in their log")
+    caption = (
+        f"{_caption(by)} Loss gap: test minus training. Accuracy gap: training minus test. Both are from the log. "
+    )
+    return Chart(tuple(panels), by, f"{caption}Diverged runs are not shown.", tuple(runs))
 
 
 def robustness_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
-    """Sharpness at the end of training against the accuracy lost by every disturbance, with Kendall's tau over all runs
-    and over the pairs of runs of one level.
+    """Chart the accuracy lost under each disturbance against the sharpness at the end of training.
 
-    Raises NotEnoughError without three runs that have both, or where a panel's were not measured alike.
+    Args:
+        runs: The runs.
+        by: The condition that is compared.
+
+    Returns:
+        The chart, with Kendall's tau over all runs and over pairs of runs with the same level.
+
+    Raises:
+        NotEnoughError: If fewer than three runs have both values, or if the spectra of a panel were measured
+            differently.
     """
     panels = []
     for name, members in settings_groups([run for run in runs if run.robustness or run.diverged], by).items():
@@ -68,15 +86,15 @@ def robustness_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
                 found = [(run, sharpness(run), of.get(kind, math.nan)) for run, of in drops]
                 panels += _panel(found, by, column, y, name, samples)
     if not panels:
-        raise NotEnoughError("no three runs have both a sharpness and a robustness: a study measures both")
+        raise NotEnoughError("fewer than three runs have both a sharpness and a robustness: a study measures both")
     caption = (
-        f"{_caption(by)} Lost: accuracy on undisturbed test images less that under the disturbance, mean over its "
+        f"{_caption(by)} Lost: accuracy on undisturbed test images minus that under the disturbance, mean over its "
     )
-    return Chart(tuple(panels), by, f"{caption}severities; runs that diverged have none.", tuple(runs))
+    return Chart(tuple(panels), by, f"{caption}severities. Diverged runs are not shown.", tuple(runs))
 
 
 def _samples(runs: Sequence[TrainingRun], moment: str) -> tuple[int, ...]:
-    """On how many the sharpness of these runs was measured."""
+    """Return the numbers of samples on which the sharpness of these runs was measured."""
     found = [result for run in runs for result in (at_moment(run, moment), run.flatness.get(moment))]
     return samples_of([result for result in found if result is not None])
 
@@ -84,7 +102,7 @@ def _samples(runs: Sequence[TrainingRun], moment: str) -> tuple[int, ...]:
 def _panel(
     found: Sequence[tuple[TrainingRun, float, float]], by: str, x: str, y: Axis, page: str, samples: tuple[int, ...]
 ) -> list[Panel]:
-    """(run, sharpness, value) as a panel; none where too few are known."""
+    """Return a panel of tuples (run, sharpness, value), none if too few values are known."""
     known = [(r, u, v) for r, u, v in found if math.isfinite(u) and math.isfinite(v) and not r.diverged]
     if len(known) < LEAST:
         return []
@@ -94,19 +112,31 @@ def _panel(
 
 
 def _caption(by: str) -> str:
+    """Describe the points and their correlation."""
     return (
-        "A point a run. τ: Kendall’s rank correlation of the two over all runs, and within: over the pairs of runs "
-        f"of one {by.replace('_', ' ')}; in brackets 95% intervals (jackknife over runs)."
+        "Each point is a run. τ: Kendall’s rank correlation over all runs. within: the same over pairs of runs with "
+        f"equal {by.replace('_', ' ')}. In brackets: 95% intervals (jackknife over runs)."
     )
 
 
 def sharpness_at(runs: Sequence[TrainingRun], moment: str) -> dict[str, Sharpness]:
-    """What any of the runs has at a moment: lambda_max of each operator, norm-scaled that of the last, the adaptive
-    average sharpness of the spiking loss, the trace of the last operator; from flatness where there are no spectra."""
+    """Find the measures of sharpness that at least one run has at a moment.
+
+    Args:
+        runs: The runs.
+        moment: Key of a moment, "" for the end of training.
+
+    Returns:
+        By name, functions that return the value of a run: lambda_max of up to two operators, norm-scaled lambda_max of
+        the last operator, adaptive average sharpness of the spiking loss, and trace of the last operator. Without
+        spectra the values are from flatness.
+    """
     found = [result for run in runs if (result := at_moment(run, moment))]
     operators = list(dict.fromkeys(name for result in found for name in result.spectra))
 
     def of(operator: str, value: Callable[[Spectrum], float]) -> Sharpness:
+        """Return a function of the spectrum of an operator."""
+
         def at(run: TrainingRun) -> float:
             result = at_moment(run, moment)
             return value(result.spectra[operator]) if result and operator in result.spectra else math.nan
@@ -114,6 +144,8 @@ def sharpness_at(runs: Sequence[TrainingRun], moment: str) -> dict[str, Sharpnes
         return at
 
     def metric(name: str) -> Sharpness:
+        """Return a flatness metric."""
+
         def at(run: TrainingRun) -> float:
             result = run.flatness.get(moment)
             found = result.metrics.get(name) if result else None
@@ -134,11 +166,12 @@ def sharpness_at(runs: Sequence[TrainingRun], moment: str) -> dict[str, Sharpnes
 
 
 def largest_of(spectrum: Spectrum) -> float:
+    """Return lambda_max, NaN if it is unknown."""
     return spectrum.eigenvalues[0].value if spectrum.eigenvalues else math.nan
 
 
 def loss_gap(run: TrainingRun, moment: str) -> float:
-    """Test less training loss in the log of a moment's epoch, NaN where there is none."""
+    """Return the test loss minus the training loss in the log at a moment, NaN if it is unknown."""
     epoch = epoch_at(run, moment)
     line = next((line for line in run.log if line["epoch"] == epoch), {})
     return number_or_nan(line.get("test_loss")) - number_or_nan(line.get("loss"))
@@ -151,6 +184,7 @@ _GAPS: dict[Axis, Callable[[TrainingRun, str], float]] = {
 
 
 def _taus(x: Sequence[float], y: Sequence[float], names: Sequence[str]) -> str:
+    """Return Kendall's tau over all runs and within levels."""
     lines = [f"τ {_interval(kendall(x, y))}"]
     within = kendall(x, y, names)
     if within.n and len(set(names)) > 1:
@@ -159,5 +193,6 @@ def _taus(x: Sequence[float], y: Sequence[float], names: Sequence[str]) -> str:
 
 
 def _interval(found: Interval) -> str:
+    """Format a correlation and its interval."""
     ends = "" if math.isnan(found.low) else f" [{found.low:z.2f}, {found.high:z.2f}]"
     return f"{found.value:z.2f}{ends}".replace("-", "−")

@@ -1,4 +1,4 @@
-"""The charts of where runs ended: ranks, one-image, gap, layers and samples."""
+"""Charts of the minima that runs reached: ranks, one-image, layers and samples."""
 
 from __future__ import annotations
 
@@ -40,16 +40,24 @@ from ikun_hessian.experiments.measures import ALIKE
 from ikun_hessian.experiments.runs import TrainingRun
 
 _Found = list[tuple[TrainingRun, SpectrumResult]]
-POINTS = 240  # of a density curve
+POINTS = 240  # number of points of a density curve
 PLACE = Axis("rank (1: flattest)", "place")
 RANK, TOPS = Axis("rank (P: smallest λ)", "rank"), Axis("rank (1: largest λ)", "rank")
 MEASURED = "run `ikun-hessian spectrum` on the checkpoints"
 
 
 def at_moments(runs: Sequence[TrainingRun], by: str) -> dict[tuple[str, str], _Found]:
-    """By setting and moment the runs that have a spectrum there.
+    """Collect the spectra of runs by setting and moment.
 
-    Raises NotEnoughError without any, or where spectra of one panel were not measured alike.
+    Args:
+        runs: The runs.
+        by: The condition that is compared.
+
+    Returns:
+        By setting and moment, the runs with their spectra.
+
+    Raises:
+        NotEnoughError: If there is no spectrum, or if the spectra of a panel were measured differently.
     """
     found: dict[tuple[str, str], _Found] = {}
     for name, members in settings_groups(runs, by).items():
@@ -58,12 +66,12 @@ def at_moments(runs: Sequence[TrainingRun], by: str) -> dict[tuple[str, str], _F
             alike([result for _, result in pairs], titled(name, moment))
             found |= {(name, moment): pairs} if pairs else {}
     if not found:
-        raise NotEnoughError(f"no run has a spectrum at a training loss or at its end: {MEASURED}")
+        raise NotEnoughError(f"no run has a spectrum at a training loss or at the end of training: {MEASURED}")
     return found
 
 
 def columns_of(found: Iterable[tuple[str, str]]) -> tuple[dict[tuple[str, str], str], str]:
-    """Titles by setting and moment, and a sentence for the caption: a moment that all share stands there alone."""
+    """Return column titles by setting and moment, and a sentence for the caption if all have the same moment."""
     keys = list(found)
     shared = {moment for _, moment in keys}
     if len(keys) > 1 and len(shared) == 1:
@@ -72,20 +80,35 @@ def columns_of(found: Iterable[tuple[str, str]]) -> tuple[dict[tuple[str, str], 
 
 
 def alike(results: Sequence[SpectrumResult], title: str) -> None:
-    """Raises NotEnoughError, naming the first condition in which spectra that share a panel were not measured alike.
+    """Check that the spectra of a panel were measured in the same way, possibly on different samples.
 
-    The samples themselves may differ: with the seed of a subset they do.
+    Args:
+        results: The spectra.
+        title: Title of the panel, for the error message.
+
+    Raises:
+        NotEnoughError: If the spectra were measured differently. The message names the first condition that differs.
     """
     for found in differing(results, ALIKE) if results else ():
         values = list(dict.fromkeys(show(v) for v in found.values))
         raise NotEnoughError(
-            f"spectra not measured alike ({title}): the {found.meaning} differs, {', '.join(values[:3])}"
+            f"the spectra were measured differently ({title}): the {found.meaning} differs, {', '.join(values[:3])}"
         )
 
 
 def ranks_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
-    """Eigenvalue against rank of every operator, lambda_max with weights in units of filter norm, and densities; a
-    column a setting and moment. Raises NotEnoughError as `at_moments`."""
+    """Chart eigenvalues against rank, norm-scaled eigenvalues, and densities, for each operator.
+
+    Args:
+        runs: The runs.
+        by: The condition that is compared.
+
+    Returns:
+        The chart, with a column for each setting and moment.
+
+    Raises:
+        NotEnoughError: If there is no spectrum, or if the spectra of a panel were measured differently.
+    """
     found, names, groups = at_moments(runs, by), levels(runs, by), settings_groups(runs, by)
     operators = list(dict.fromkeys(name for pairs in found.values() for _, r in pairs for name in r.spectra))
     columns, shared = columns_of(found)
@@ -115,21 +138,32 @@ def ranks_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
     caption += "norm; bars: medians." if any(panel.x.kind == "names" for panel in panels["scaled"]) else "norm."
     if panels["density"]:
         bounds = dict.fromkeys(f"±{panel.x.linthresh:.2g}" for panel in panels["density"])
-        caption += " Density of the bulk: mean over runs, where at least one eigenvalue; its eigenvalues linear within "
-        caption += f"{' and '.join(bounds)} and logarithmic beyond."
+        caption += (
+            " Density of the bulk: mean over runs, drawn where it exceeds one eigenvalue; its axis is linear within "
+        )
+        caption += f"{' and '.join(bounds)} and logarithmic outside."
     return Chart(tuple(itertools.chain(*panels.values())), by, caption, tuple(runs))
 
 
 def _dots(panels: Sequence[Panel]) -> str:
-    """How to read eigenvalues by rank."""
+    """Describe for the caption how eigenvalues by rank are drawn."""
     notes = {mark.note for panel in panels for mark in panel.marks}
-    text = f"a dot a run, {reading(panels)} over seeds"
+    text = f"one dot per run, {reading(panels)} over seeds"
     text += "; hollow: not converged" if "not converged" in notes else ""
-    return text + ("; ×: of a run that diverged and is in no median" if "diverged" in notes else "")
+    return text + ("; ×: diverged runs, not included in medians" if "diverged" in notes else "")
 
 
 def rank_marks(spectra: Sequence[tuple[TrainingRun, Spectrum]], by: str) -> tuple[Mark, ...]:
-    """A dot for every eigenvalue, and their medians by level; ranks from the small end are -1 (P), -2 (P - 1), ..."""
+    """Return marks of eigenvalues by rank.
+
+    Args:
+        spectra: Runs and their spectra.
+        by: The condition that is compared.
+
+    Returns:
+        A dot for each eigenvalue, and medians by level. The smallest eigenvalues have the ranks -1 (for P), -2 (for
+        P - 1) and so on.
+    """
     points: dict[str, list[tuple[float, float]]] = {}
     marks: list[Mark] = []
     for run, spectrum in spectra:
@@ -144,17 +178,27 @@ def rank_marks(spectra: Sequence[tuple[TrainingRun, Spectrum]], by: str) -> tupl
 
 
 def _scaled(spectrum: Spectrum) -> Spectrum:
-    """With the eigenvalues in units of filter norm in place of its own."""
+    """Return the spectrum with its eigenvalues replaced by the norm-scaled ones."""
     found = (Eigenvalue(value, math.nan, math.nan, True, {}) for value in spectrum.scale_free)
     return replace(spectrum, eigenvalues=tuple(found), smallest_eigenvalues=())
 
 
 def rank_axis(marks: Iterable[Mark]) -> Axis:
+    """Return the axis of ranks for these marks."""
     return RANK if any(mark.x < 0 for mark in marks) else TOPS
 
 
 def strip(values: Iterable[tuple[TrainingRun, float]], by: str, names: Sequence[str]) -> tuple[Mark, ...]:
-    """A dot a run over its level's place in `names`, and a bar at the median; what is no number is left out."""
+    """Return marks of one value per run.
+
+    Args:
+        values: Runs and their values. Values that are not finite are skipped.
+        by: The condition that is compared.
+        names: Names of the levels in the order of their positions.
+
+    Returns:
+        A dot for each run at the position of its level, and a bar at the median.
+    """
     marks: list[Mark] = []
     for run, value in values:
         if math.isfinite(value):
@@ -170,7 +214,7 @@ def strip(values: Iterable[tuple[TrainingRun, float]], by: str, names: Sequence[
 def _densities(
     found: Mapping[tuple[str, str], _Found], titles: Mapping[tuple[str, str], str], operator: str, by: str
 ) -> list[Panel]:
-    """Mean bulk density of every level, on one axis for all columns."""
+    """Return panels of the mean bulk density of each level, with one eigenvalue axis for all columns."""
     columns = {
         titles[key]: [(run, r) for run, r in pairs if not run.diverged and operator in r.spectra]
         for key, pairs in found.items()
@@ -207,15 +251,22 @@ def _densities(
 
 
 def one_image_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
-    """lambda_max on many samples beside that on one image: ranks of the levels' medians, and values.
+    """Chart lambda_max on many samples next to lambda_max on one image: ranks of the medians, and values.
 
-    Raises NotEnoughError unless two levels have both.
+    Args:
+        runs: The runs.
+        by: The condition that is compared.
+
+    Raises:
+        NotEnoughError: If fewer than two levels have both, or if the spectra of a panel were measured differently.
     """
     ranks, values, samples = [], [], set()  # type: tuple[list[Panel], list[Panel], set[int]]
     groups, at = settings_groups(runs, by), at_moments(runs, by)
     columns, shared = columns_of(at)
     for (setting, moment), pairs in at.items():
-        both: dict[str, list[tuple[str, float, float]]] = {}  # run, on all samples, on one
+        both: dict[
+            str, list[tuple[str, float, float]]
+        ] = {}  # name of the run, value on all samples, value on one image
         for run, result in pairs:
             found = [r for key, r in run.spectra.items() if moment_of(key)[0] == moment and r.data.get("samples") == 1]
             if found and result.data.get("samples") != 1:
@@ -242,29 +293,42 @@ def one_image_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
         values.append(Panel("Hessian λ₁", column, x, Axis("Hessian λ₁", "log"), tuple(marks), members))
     if not ranks:
         raise NotEnoughError(
-            "no two levels have spectra of many samples and of one: add `spectrum --samples 1 --tag one-image`"
+            "fewer than two levels have spectra of many samples and of one image: run `ikun-hessian spectrum "
+            "--samples 1 --tag one-image` on the checkpoints"
         )
     many = " or ".join(map(str, sorted(samples)))
-    caption = f"λ₁ on {many} samples (left in each panel) and on one image, as the released code of arXiv 2411.18250 "
-    caption += "takes it (right): ranks of the medians over seeds, and the medians, with the runs as thin lines."
+    caption = f"λ₁ on {many} samples (left in each panel) and on one image as in the released code of arXiv 2411.18250 "
+    caption += "(right): ranks of the medians over seeds, and the medians with the runs as thin lines."
     caption += shared
     return Chart((*ranks, *values), by, caption, tuple(runs))
 
 
 def largest(result: SpectrumResult) -> float:
-    """lambda_max of the first operator, NaN where it was not found."""
+    """Return lambda_max of the first operator, NaN if it is unknown."""
     pairs = result.main[1].eigenvalues
     return pairs[0].value if pairs else math.nan
 
 
 def _swaps(places: Sequence[Sequence[float]]) -> str:
+    """Return how many pairs of levels change their order."""
     pairs = list(itertools.combinations(range(len(places[0])), 2))
     turned = sum((places[0][i] - places[0][j]) * (places[1][i] - places[1][j]) < 0 for i, j in pairs)
     return f"{turned} of {len(pairs)} pairs change order"
 
 
 def layers_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
-    """Eigenvalue against rank of every layer's diagonal block. Raises NotEnoughError without blocks."""
+    """Chart eigenvalues against rank for the diagonal block of each layer.
+
+    Args:
+        runs: The runs.
+        by: The condition that is compared.
+
+    Returns:
+        The chart, with a page for each setting.
+
+    Raises:
+        NotEnoughError: If no run has such blocks, or if the spectra of a page were measured differently.
+    """
     panels = []
     for name, members in settings_groups(runs, by).items():
         found = [(run, r) for run in members if (r := _with_blocks(run))]
@@ -276,21 +340,29 @@ def layers_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
             panels.append(Panel(layer, "", rank_axis(marks), y, marks, tuple(members), page=name, samples=samples))
     if not panels:
         raise NotEnoughError(
-            "no run has spectra of its layers: run `ikun-hessian spectrum --per-layer` on the checkpoints"
+            "no run has spectra of single layers: run `ikun-hessian spectrum --per-layer` on the checkpoints"
         )
-    caption = f"Eigenvalues of each layer’s diagonal block by rank: {_dots(panels)}."
+    caption = f"Eigenvalues of the diagonal block of each layer by rank: {_dots(panels)}."
     return Chart(tuple(panels), by, caption, tuple(runs))
 
 
 def _with_blocks(run: TrainingRun) -> SpectrumResult | None:
-    """The result with blocks of the latest moment."""
+    """Return the result with diagonal blocks at the latest moment, if there is one."""
     order = list(reversed(moments([run])))
     found = [r for where in order for key, r in run.spectra.items() if r.blocks and moment_of(key)[0] == where]
     return found[0] if found else None
 
 
 def samples_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
-    """lambda_max and trace against the number of samples, over resamples and seeds. Raises NotEnoughError without."""
+    """Chart lambda_max and the trace of the Hessian against the number of samples on which they are measured.
+
+    Args:
+        runs: The runs.
+        by: The condition that is compared.
+
+    Raises:
+        NotEnoughError: If no run has such a curve.
+    """
     panels = []
     errors = {"λ₁": math.nan, "trace": _trace_error(runs)}
     for name, members in settings_groups(runs, by).items():
@@ -309,17 +381,18 @@ def samples_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
                 panels.append(Panel(y.label, "", x, y, marks, tuple(members), page=name))
     if not panels:
         raise NotEnoughError(
-            "no run has a curve over samples: run `ikun-hessian spectrum --samples-curve` on the checkpoints"
+            "no run has a curve over the number of samples: use `ikun-hessian spectrum --samples-curve` on checkpoints"
         )
-    caption = f"{reading(panels).capitalize()} over subsets and seeds, each subset drawn anew."
+    caption = f"{reading(panels).capitalize()} over subsets and seeds. Subsets are drawn independently."
     return Chart(tuple(panels), by, caption, tuple(runs))
 
 
 def _samples_curve(run: TrainingRun) -> Sequence[SamplePoint]:
+    """Return the curve over the number of samples at the end of training, empty if there is none."""
     return next((r.samples_curve for key, r in run.spectra.items() if r.samples_curve and not moment_of(key)[0]), ())
 
 
 def _trace_error(runs: Sequence[TrainingRun]) -> float:
-    """The median standard error of a trace, from the spread over subsets of one size; NaN where none has two."""
+    """Return the median standard error of a trace from the spread over subsets of one size, NaN if it is unknown."""
     traces = [point.traces for run in runs for point in _samples_curve(run) if len(point.traces) > 1]
     return quartiles(float(np.std(values, ddof=1)) for values in traces)[1]

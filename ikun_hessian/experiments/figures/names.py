@@ -1,4 +1,4 @@
-"""Names of the figures, without the code that draws them."""
+"""Names of the figures of a study. This module does not import the code that draws them."""
 
 FIGURE_NAMES = (
     *("start", "gain", "epochs", "ranks", "one-image", "gap", "robustness"),

@@ -1,4 +1,4 @@
-"""The panels of a study's figures: looks of the levels, and marks, each drawn into the axes it is given."""
+"""Draw the panels of a study's figures: looks of the levels, marks and legend."""
 
 from __future__ import annotations
 
@@ -9,47 +9,66 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from hessian_tools.plots.curves import Array
 from hessian_tools.plots.style import SMALL, Colour, looks, printable, say, shades
 from ikun_hessian.experiments.figures.axes import BEYOND, Range, gain_labels, set_x, set_y
 from ikun_hessian.experiments.figures.chart import Mark, Panel
 
-Array = npt.NDArray[np.float64]
 MARKERS = "os^DvP*X<p>h"
-COLOURS = (0, 1, 2, 3, 4, 9, 5, 7)  # of the palette; the palest left out, for those of Tol's "muted" and black
-MORE: tuple[Colour, ...] = ((0.1, 0.1, 0.1), (0.2, 0.13, 0.53), (0.53, 0.13, 0.33), (0.6, 0.6, 0.2))
-KNOWN = (  # initializers that look alike in all figures, the most usual first
+COLOURS = (0, 1, 2, 3, 4, 9, 5, 7)  # colours of the palette that are dark enough
+MORE: tuple[Colour, ...] = (  # black and three colours of Paul Tol's "muted" palette
+    (0.1, 0.1, 0.1),
+    (0.2, 0.13, 0.53),
+    (0.53, 0.13, 0.33),
+    (0.6, 0.6, 0.2),
+)
+KNOWN = (  # initializers with the same look in all figures, the most common first
     *("ikun", "kaiming", "xavier", "lecun", "normal", "ikun_v1", "ikun_v2", "orthogonal", "lsuv", "fluctuation"),
     *("delta_orthogonal", "firing", "gradient_stable", "tdbn"),
 )
 LINES = ("median", "slope", "curve", "steps")
-NOTES = {  # of marks: label in the legend, marker, face
+NOTES = {  # note of a mark: label in the legend, marker, face colour
     "not converged": ("not converged", "o", "white"),
     "diverged": ("diverged run", "x", "0.2"),
-    "never": ("never got there", "o", "white"),
+    "never": ("never reached", "o", "white"),
     "censored": ("censored run", "|", "0.2"),
 }
 
 
 @dataclass(frozen=True)
 class LevelLook:
-    """How one level of the condition is drawn everywhere."""
+    """How a level of the condition is drawn in all panels.
+
+    Attributes:
+        colour: Colour of lines and markers.
+        dashes: Dashes of lines, in matplotlib's notation.
+        marker: Marker.
+        place: Horizontal offset of its dots from those of other levels, from -0.5 to 0.5.
+        label: Label in the legend, "" for the name of the level.
+    """
 
     colour: Colour
     dashes: Any
     marker: str
-    place: float  # of its dots beside those of other levels, from -0.5 to 0.5
-    label: str = ""  # where it is not the level's name
+    place: float
+    label: str = ""
 
 
 def level_looks(names: Sequence[str], by: str = "") -> dict[str, LevelLook]:
-    """Colour, dashes and marker of each level, by place: no two alike. Numbers go from dark to light, initializers that
-    are known have their own."""
+    """Choose a different look for each level.
+
+    Args:
+        names: Names of the levels.
+        by: The condition. Known initializers have fixed looks; levels that are numbers go from dark to light.
+
+    Returns:
+        The look of each level.
+    """
     count = len(names)
     turns = _turns(names) if by == "init" else list(range(count))
     palette = [*(looks(10)[i][0] for i in COLOURS), *MORE]
@@ -68,7 +87,7 @@ def level_looks(names: Sequence[str], by: str = "") -> dict[str, LevelLook]:
 
 
 def _turns(names: Sequence[str]) -> list[int]:
-    """Which look each initializer has: those not known take turns that no level here has, the rarest first."""
+    """Return the index of the look of each initializer. Unknown initializers get the least common unused looks."""
     own = [KNOWN.index(name) for name in names if name in KNOWN]
     rarest = itertools.chain(reversed(range(len(MARKERS))), itertools.count(len(KNOWN)))
     free = (turn for turn in rarest if turn not in own)
@@ -76,13 +95,13 @@ def _turns(names: Sequence[str]) -> list[int]:
 
 
 def _is_number(name: str) -> bool:
+    """Return whether the name is a finite number."""
     try:
         return math.isfinite(float(name))
     except ValueError:
         return False
 
 
-# --- marks
 def draw_panel(
     ax: Axes,
     panel: Panel,
@@ -91,8 +110,16 @@ def draw_panel(
     beside: Sequence[Mark],
     size: tuple[float, float],
 ) -> None:
-    """A panel's marks on the axes that it shares. found: of y; beside: the marks with which it shares x; size: of the
-    panel, in points."""
+    """Draw a panel.
+
+    Args:
+        ax: The axes to draw into.
+        panel: The panel.
+        styles: Looks of the levels.
+        found: Range of the y axis, None if no value is finite.
+        beside: All marks that share the x axis.
+        size: Width and height of the panel in points.
+    """
     if found is None or not panel.marks:
         return say(ax, "nothing measured")
     set_y(ax, found, panel.y.label, panel.y.kind, size[1])
@@ -111,7 +138,7 @@ def draw_panel(
 
 
 def _name_places(ax: Axes, marks: Sequence[Mark], styles: Mapping[str, LevelLook]) -> None:
-    """The names of the levels behind the ends of their lines."""
+    """Write the names of the levels at the ends of their lines."""
     ax.set_xlim(-0.12, 1.45)
     for value in dict.fromkeys(m.value for m in marks):
         names = ", ".join(styles[m.level].label or printable(m.level, 18) for m in marks if m.value == value)
@@ -119,9 +146,16 @@ def _name_places(ax: Axes, marks: Sequence[Mark], styles: Mapping[str, LevelLook
 
 
 def _places(marks: Sequence[Mark], kind: str, look: LevelLook, ends: tuple[int, int]) -> Array:
-    """Where marks of one level stand on the x axis: beside those of other levels where all would stand on one place.
+    """Return the positions of the marks of one level on the x axis, spread out where they would coincide.
 
-    ends: so many ranks from the large and from the small end.
+    Args:
+        marks: The marks.
+        kind: Kind of the x axis.
+        look: Look of the level.
+        ends: Numbers of ranks from the largest and from the smallest eigenvalue.
+
+    Returns:
+        The positions [n].
     """
     x = np.array([m.x for m in marks], dtype=float)
     dots = marks[0].kind == "run"
@@ -135,14 +169,14 @@ def _places(marks: Sequence[Mark], kind: str, look: LevelLook, ends: tuple[int, 
 
 
 def _spread(x: Array) -> Array:
-    """Shifts within (-0.5, 0.5) that keep equal places apart."""
+    """Return shifts between -0.5 and 0.5 that separate equal positions."""
     at = [(x[:i] == v).sum() for i, v in enumerate(x)]
     counts = [(x == v).sum() for v in x]
     return np.asarray((np.array(at) + 0.5) / np.array(counts) - 0.5)
 
 
 def _shown(value: float, found: Range) -> float:
-    """The value as the axis can show it: too small on the floor, infinite in the strip, or not at all."""
+    """Return the position of a value: on the floor if it is too small, in the strip or NaN if it is infinite."""
     if math.isinf(value):
         return found.axis.high * (1 - BEYOND / 2) if found.beyond and value > 0 else math.nan
     return found.floor if not math.isnan(found.floor) and value < found.floor else value
@@ -151,7 +185,18 @@ def _shown(value: float, found: Range) -> float:
 def _draw(
     ax: Axes, kind: str, marks: Sequence[Mark], x: Array, y: Array, look: LevelLook, found: Range, dots: float
 ) -> None:
-    """Marks of one kind and level at x, y. dots: size of those of runs."""
+    """Draw marks of one kind and level.
+
+    Args:
+        ax: The axes.
+        kind: Kind of the marks.
+        marks: The marks.
+        x: Their positions on the x axis [n].
+        y: Their positions on the y axis [n].
+        look: Look of the level.
+        found: Range of the y axis.
+        dots: Size of the dots of runs.
+    """
     name = marks[0].level
     if kind == "run":
         for note in dict.fromkeys(m.note for m in marks):
@@ -163,7 +208,9 @@ def _draw(
             )  # fmt: skip
     elif kind in ("censored", "diverged"):
         values = np.array([m.value for m in marks])
-        y = np.where(np.isinf(values), np.clip(values, found.axis.low, found.axis.high), y)  # on the edge
+        y = np.where(
+            np.isinf(values), np.clip(values, found.axis.low, found.axis.high), y
+        )  # infinite values on the edge
         ax.plot(
             x, y, linestyle="none", marker=NOTES[kind][1], markersize=5, color=look.colour, markeredgewidth=1.0,
             label=f"{kind} {name}", zorder=3, clip_on=False,
@@ -181,13 +228,13 @@ def _draw(
 
 
 def _unbroken(x: Array) -> list[slice]:
-    """Ranks from the two ends are two lines."""
+    """Split ranks into those from the largest and those from the smallest eigenvalue."""
     cuts = [0, *(int(i) + 1 for i in np.flatnonzero((x[:-1] > 0) & (x[1:] < 0))), len(x)]
     return [slice(a, b) for a, b in itertools.pairwise(cuts)]
 
 
 def _line(ax: Axes, kind: str, marks: Sequence[Mark], x: Array, y: Array, look: LevelLook, found: Range) -> None:
-    """A line through the marks with their band; markers on some of them where there are many."""
+    """Draw a line through marks, with the band of their quartiles and markers at some of them."""
     low, high = (np.array([getattr(m, end) for m in marks]) for end in ("low", "high"))
     if np.isfinite([low, high]).any():
         lower = np.array([found.axis.low if math.isinf(v) and v < 0 else _shown(v, found) for v in low])
@@ -203,9 +250,8 @@ def _line(ax: Axes, kind: str, marks: Sequence[Mark], x: Array, y: Array, look: 
     )  # fmt: skip
 
 
-# --- legend
 def level_legend(panels: Sequence[Panel], styles: Mapping[str, LevelLook]) -> list[Line2D | Patch]:
-    """Every level drawn, and what bands, thin lines and odd markers say."""
+    """Compose the legend of the levels, bands and special markers of some panels."""
     marks = [m for p in panels for m in p.marks]
     kinds, drawn = {m.kind for m in marks}, {m.level for m in marks}
     lines = bool(kinds & set(LINES))

@@ -1,4 +1,4 @@
-"""The charts of how runs began and trained: start, gain, epochs and training."""
+"""Charts of the initialization and the training of runs: start, gain, epochs and training."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ EPOCH = Axis("epoch", "epoch")
 SQUARE = Axis("E[f′(h)²]", "log")
 STEPS = Axis("E[f′(h)²], max/min over t", "log")
 VARIANCE = Axis("variance of the current", "log")
-LOGGED = {  # of a layer by epoch, as the caption has it
+LOGGED = {  # quantities of a layer by epoch, with their names in the caption
     SQUARE: "E[f′(h)²]",
-    STEPS: "its largest over its smallest value over the time steps t",
+    STEPS: "its ratio of the largest to the smallest value over the time steps t",
     VARIANCE: "variance of the current",
 }
-AT_START = {  # of a layer at initialization
+AT_START = {  # quantities of a layer at initialization
     "current_variance": VARIANCE,
     "gradient_square": Axis("mean square gradient", "log"),
     "firing_rate": Axis("firing rate", "linear"),
@@ -56,14 +56,23 @@ AT_START = {  # of a layer at initialization
 
 
 def start_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
-    """Forward and backward variance and the firing rate of every layer at initialization, against depth.
+    """Chart the forward variance, the backward variance and the firing rate at initialization against depth.
 
-    What only moves training is no condition here: runs of one seed that began alike count once.
-    Raises NotEnoughError without statistics of the start.
+    Conditions that only affect training are ignored: runs with the same seed and the same start count once.
+
+    Args:
+        runs: The runs.
+        by: The condition that is compared.
+
+    Returns:
+        The chart.
+
+    Raises:
+        NotEnoughError: If no run has statistics of its start.
     """
     known = [run for run in runs if layers_of(run)]
     if not known:
-        raise NotEnoughError("no run has statistics of its start (NAME.train.json): train again with this version")
+        raise NotEnoughError("no run has statistics of its start in NAME.train.json: train again with this version")
     panels = []
     for column, members in settings_groups(known, by, AFTER_START).items():
         alike = {(level(run, by), run.value("seed")): run for run in reversed(members)}.values()
@@ -82,15 +91,27 @@ def start_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
 
 
 def layers_of(run: TrainingRun) -> list[Mapping[str, Any]]:
+    """Return the statistics of each layer at initialization, empty if they are unknown."""
     found = (run.start or {}).get("layers")
     return [layer for layer in found if isinstance(layer, dict)] if isinstance(found, list) else []
 
 
 def gain_chart(runs: Sequence[TrainingRun], by: str, accuracy: float) -> Chart:
-    """Epochs to an accuracy against the gain: the initial weights' variance over the initializer's own.
+    """Chart the number of epochs to reach an accuracy against the gain.
 
-    Runs that never get there are drawn above all others. Medians are Kaplan and Meier's, as in a comparison, and know
-    those under way too. Raises NotEnoughError without two gains on one panel.
+    The gain is the variance of the initial weights relative to that of the initializer. Runs that never reach the
+    accuracy are drawn above all others. Medians are Kaplan-Meier medians, which also use runs that are not finished.
+
+    Args:
+        runs: The runs.
+        by: The condition that is compared.
+        accuracy: The test accuracy.
+
+    Returns:
+        The chart.
+
+    Raises:
+        NotEnoughError: If no panel has two different gains.
     """
     by = "init" if by == "gain" else by
     known = [run for run in runs if run.log or ended_in_nan(run)]
@@ -114,19 +135,29 @@ def gain_chart(runs: Sequence[TrainingRun], by: str, accuracy: float) -> Chart:
             panels.append(Panel(y.label, column, x, y, tuple(marks), tuple(members)))
     if not panels:
         varied = len({run.value("alpha") for run in runs}) > len({run.value("init") for run in runs})
-        hint = " (alpha is varied here: --only epochs --by alpha)" if varied else ""
-        raise NotEnoughError(f"the weights' variance over the initializer's takes one value: vary gain{hint}")
-    caption = f"Epochs to {accuracy:.0%} test accuracy against the variance of the initial weights over that which the "
-    caption += f"initializer gives them (1: its own); {reading(panels)} (Kaplan–Meier) over seeds; never: not within "
-    caption += "the epochs asked for."
+        hint = " (for runs that differ in alpha, use --only epochs --by alpha)" if varied else ""
+        raise NotEnoughError(f"all runs have the same variance of the initial weights: vary gain{hint}")
+    caption = (
+        f"Epochs to {accuracy:.0%} test accuracy against the variance of the initial weights, relative to that of "
+    )
+    caption += f"the initializer; {reading(panels)} (Kaplan–Meier) over seeds. never: not within the training."
     caption += f" Not drawn: {len(waiting)} with a log that ends before the training." if waiting else ""
     return Chart(tuple(panels), by, caption, tuple(known))
 
 
 def epochs_chart(runs: Sequence[TrainingRun], by: str, accuracy: float) -> Chart:
-    """The share of runs that have reached an accuracy (Kaplan-Meier), test accuracy and training loss by epoch.
+    """Chart the share of runs that reached an accuracy, the test accuracy and the training loss by epoch.
 
-    Raises NotEnoughError without a log.
+    Args:
+        runs: The runs.
+        by: The condition that is compared.
+        accuracy: The test accuracy.
+
+    Returns:
+        The chart.
+
+    Raises:
+        NotEnoughError: If no run has a log.
     """
     known = [run for run in runs if run.log or ended_in_nan(run)]
     if not any(run.log for run in known):
@@ -145,20 +176,16 @@ def epochs_chart(runs: Sequence[TrainingRun], by: str, accuracy: float) -> Chart
         ):
             marks = [mark for name, found in groups.items() for mark in _curves(name, found, key, worst)]
             panels.append(Panel(y.label, column, EPOCH, y, tuple(marks), tuple(members)))
-    caption = (
-        f"Share of runs that have had {accuracy:.0%} test accuracy (Kaplan–Meier; ticks: runs that ended, or were "
-    )
-    caption += (
-        f"stopped, without). {reading(panels).capitalize()} over seeds; a run counts with its last value after early "
-    )
-    caption += "stopping, and as worse than all others after divergence"
+    caption = f"Share of runs that reached {accuracy:.0%} test accuracy (Kaplan–Meier; ticks: runs that ended or were "
+    caption += f"stopped before that). {reading(panels).capitalize()} over seeds. After early stopping a run keeps its "
+    caption += "last value; after divergence it counts as worse than all others"
     unseen = any(mark.kind == "diverged" and math.isinf(mark.value) for panel in panels for mark in panel.marks)
-    caption += "; × on the edge: diverged before any measurement." if unseen else "."
+    caption += "; × on the edge: runs that diverged before any measurement." if unseen else "."
     return Chart(tuple(panels), by, caption, tuple(known))
 
 
 def _arrivals(name: str, runs: Sequence[TrainingRun], accuracy: float) -> list[Mark]:
-    """1 - the Kaplan-Meier curve, up to the last epoch of these runs, with a tick at every censored run."""
+    """Return marks of 1 minus the Kaplan-Meier curve, with a tick at each censored run."""
     found = [epochs_to(run, accuracy) for run in runs]
     times, share = survival([t for t, _ in found], [reached for _, reached in found])
     marks = [Mark(name, "steps", t, 1 - s, n=len(runs)) for t, s in zip(times, share, strict=True)]
@@ -172,8 +199,20 @@ def _arrivals(name: str, runs: Sequence[TrainingRun], accuracy: float) -> list[M
 
 
 def _curves(name: str, runs: Sequence[TrainingRun], key: str, worst: float) -> list[Mark]:
-    """Median and quartiles by epoch; a run that diverged counts as the worst from there on, one stopped early with its
-    last value; one that is under way only as far as it is."""
+    """Return marks of the median and quartiles by epoch, and of divergence.
+
+    After divergence a run counts with the worst value, after early stopping with its last value. A run that is not
+    finished counts up to its last epoch.
+
+    Args:
+        name: Name of the level.
+        runs: Runs of the level.
+        key: Name of the quantity in the log.
+        worst: The worst value, infinite.
+
+    Returns:
+        The marks.
+    """
     last, points, marks = max(map(horizon, runs)), [], []
     for run in runs:
         values = {int(line["epoch"]): number_or_nan(line.get(key)) for line in run.log}
@@ -183,16 +222,24 @@ def _curves(name: str, runs: Sequence[TrainingRun], key: str, worst: float) -> l
         after = range(ended + 1, (last if over(run) else ended) + 1)
         points += [(float(e), v) for e, v in (*values.items(), *((e, final) for e in after))]
         if ended_in_nan(run) and last:
-            value = values.get(ended, worst)  # infinite without any: on the edge
+            value = values.get(ended, worst)  # without a value, the mark is on the edge
             marks.append(Mark(name, "diverged", max(ended, 1), value, run=run.name, note="diverged"))
     return [*medians(name, points), *marks]
 
 
 def training_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
-    """Largest eigenvalue and trace of the snapshots, and E[f'^2], its ratio over the time steps and the current's
-    variance in every layer, against the epoch.
+    """Chart curvature and layer statistics against the epoch.
 
-    Raises NotEnoughError where neither snapshots nor logs have them.
+    Args:
+        runs: The runs.
+        by: The condition that is compared.
+
+    Returns:
+        The chart: lambda_max and trace of the snapshots, and for each layer E[f'^2], the ratio of its largest to its
+        smallest value over the time steps, and the variance of the current.
+
+    Raises:
+        NotEnoughError: If neither snapshots nor logs have these values.
     """
     panels: list[Panel] = []
     errors = _errors(runs)
@@ -200,22 +247,24 @@ def training_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
         panels += _snapshot_panels(page, members, by, errors)
         panels += _layer_panels(page, members, by)
     if not panels:
-        raise NotEnoughError("no run has spectra of two snapshots (train --snapshots), or E[f'^2] in its log")
+        raise NotEnoughError(
+            "no run has spectra of two snapshots (train with --snapshots) or statistics of its layers in its log"
+        )
     logged = [label for y, label in LOGGED.items() if any(panel.y == y for panel in panels)]
     parts = ["largest eigenvalue and trace of the snapshots"] if any(p.y not in LOGGED for p in panels) else []
     parts += [f"{', '.join(logged)} (of layers, on the first 256 training samples)"] if logged else []
-    caption = f"By epoch: {'; '.join(parts)}; {reading(panels)} over the seeds still training."
+    caption = f"By epoch: {'; '.join(parts)}; {reading(panels)} over the seeds still in training."
     return Chart(tuple(panels), by, caption, tuple(runs))
 
 
 def logged_layers(line: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """What a line of a log has of every layer."""
+    """Return the statistics of each layer in a line of a log."""
     found = line.get("layers")
     return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
 
 
 def _layer_panels(page: str, runs: Sequence[TrainingRun], by: str) -> list[Panel]:
-    """A row for every quantity that the logs have, a column for every layer, or some of them, as their page says."""
+    """Return panels of the logged quantities (rows) of all layers or of a selection (columns)."""
     names = list(dict.fromkeys(name for run in runs for line in run.log for name in logged_layers(line)))
     shown = _spread(names, 6)
     few = f"{len(shown)} of {len(names)} layers" if len(shown) < len(names) else "layers"
@@ -236,7 +285,7 @@ def _layer_panels(page: str, runs: Sequence[TrainingRun], by: str) -> list[Panel
 
 
 def _logged(layer: Mapping[str, Any], y: Axis) -> float:
-    """NaN for what the log does not have; the ratio is infinite where some steps alone have a derivative."""
+    """Return a logged quantity, NaN if it is unknown. The ratio is infinite if the smallest value is 0."""
     if y == VARIANCE:
         return number_or_nan(layer.get("current_variance"))
     if y == SQUARE:
@@ -249,7 +298,7 @@ def _logged(layer: Mapping[str, Any], y: Axis) -> float:
 
 
 def _snapshots(run: TrainingRun) -> dict[tuple[str, int], tuple[float, float]]:
-    """By panel and epoch a value and its standard error, from the probes and from the data as far as they are known."""
+    """Return values and standard errors of the snapshots by panel and epoch."""
     found: dict[tuple[str, int], tuple[float, float]] = {}
     for epoch, result in _results(run):
         for operator, spectrum in result.spectra.items():
@@ -261,14 +310,14 @@ def _snapshots(run: TrainingRun) -> dict[tuple[str, int], tuple[float, float]]:
 
 
 def _results(run: TrainingRun) -> list[tuple[int, SpectrumResult]]:
-    """Epochs and spectra of the snapshots and of the weights kept."""
+    """Return the epochs and spectra of the snapshots and of the final weights."""
     found = [(moment, at_moment(run, moment)) for moment in dict.fromkeys(moment_of(key)[0] for key in run.spectra)]
     epochs = [(epoch_at(run, moment), result) for moment, result in found if not moment.startswith("loss")]
     return [(epoch, result) for epoch, result in epochs if epoch is not None and result is not None]
 
 
 def _errors(runs: Sequence[TrainingRun]) -> dict[str, float]:
-    """By panel the median of the standard errors that are known: what is smaller is no sign."""
+    """Return the median standard error by panel. The sign of a smaller value is not significant."""
     found: dict[str, list[float]] = {}
     for run in runs:
         for (label, _), (_, error) in _snapshots(run).items():
@@ -277,7 +326,7 @@ def _errors(runs: Sequence[TrainingRun]) -> dict[str, float]:
 
 
 def _snapshot_panels(page: str, runs: Sequence[TrainingRun], by: str, errors: Mapping[str, float]) -> list[Panel]:
-    """Of every operator lambda_max and the trace; none without two epochs."""
+    """Return panels of lambda_max and the trace of each operator, none if there are fewer than two epochs."""
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for run in runs:
         for (label, epoch), (value, _) in _snapshots(run).items():
@@ -293,7 +342,7 @@ def _snapshot_panels(page: str, runs: Sequence[TrainingRun], by: str, errors: Ma
 
 
 def _spread(names: Sequence[str], count: int) -> list[str]:
-    """At most `count` of the names, at equal distances, first and last among them."""
+    """Return at most `count` of the names at equal distances, including the first and the last."""
     if len(names) <= count:
         return list(names)
     return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]

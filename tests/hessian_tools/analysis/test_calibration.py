@@ -1,10 +1,9 @@
-"""The calibration where its answer is known: smooth models, quadratic and quartic losses, exact ranks."""
+"""Tests of the calibration on smooth models and on quadratic and quartic losses, where the answer is known."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -13,16 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from draws import normal
+from objectives import objective_on, quadratic, spiking_objective
 from scipy import stats
 from torch import Tensor, nn
 
 from hessian_tools.analysis import calibration as module
+from hessian_tools.analysis.agreement import agreement
 from hessian_tools.analysis.calibration import (
     MAIN,
     CalibrationSettings,
     _absolute_forms,
     _steps,
-    agreement,
     calibrate,
     curvatures,
     directions,
@@ -34,19 +35,9 @@ from hessian_tools.perturbation import noise, noise_scales
 from hessian_tools.results.calibration import Calibration
 from hessian_tools.resume import Phases
 from ikun.losses import LOSSES
-from ikun.networks import Network, Spec
+from ikun.smoothed_operator import smoothed
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def quiet(name: str, done: int, total: int) -> None:
@@ -56,33 +47,16 @@ def quiet(name: str, done: int, total: int) -> None:
 def smooth(loss: Any = nn.functional.cross_entropy) -> Objective:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
-    return make_objective(model, loss, (draw(20, 4), torch.arange(20) % 3), batch_size=8)
+    return make_objective(model, loss, (normal(20, 4), torch.arange(20) % 3), batch_size=8)
 
 
 def spiking(**fields: Any) -> Objective:
-    torch.manual_seed(0)
-    small = {"model": "mlp", "input_shape": (1, 2, 4), "hidden": (6, 5), "classes": 3, "norm": "none", "timesteps": 3}
-    net = Network(Spec(**{**small, **fields})).double()
-    for p in net.parameters():
+    small = {"input_shape": (1, 2, 4), "hidden": (6, 5), "norm": "none", "timesteps": 3}
+    objective = spiking_objective(0, gain=1.0, labels="cyclic", batch_size=None, **{**small, **fields})
+    for p in objective.parameters.values():
         if p.dim() > 1:
             p.data.mul_(2).add_(0.1)
-    x = torch.rand(12, 1, 2, 4).double()
-    return make_objective(net, LOSSES["mse"], (x, torch.arange(12) % 3))
-
-
-class Weights(nn.Module):
-    """A model whose outputs are its weights."""
-
-    def __init__(self, w: Tensor) -> None:
-        super().__init__()
-        self.w = nn.Parameter(w)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w.expand(len(x), -1)
-
-
-def toy(w: Tensor, loss: Any) -> Objective:
-    return make_objective(Weights(w), loss, (torch.zeros(2, 1).double(), torch.zeros(2).double()))
+    return objective
 
 
 def plain(found: Calibration) -> str:
@@ -133,7 +107,7 @@ def test_a_spiking_network_takes_all_operators_part() -> None:
     objective = spiking()
     other = spiking(surrogate="triangle:1")
     family = {"narrow": spiking(surrogate="gaussian:0.2"), "wide": spiking(surrogate="gaussian:0.8")}
-    found = calibrate(objective, SMALL, variants={"triangle": other}, family=family, progress=quiet)
+    found = calibrate(objective, SMALL, variants={"triangle": other}, family=family, smoothed=smoothed, progress=quiet)
     main = {"hessian", "ggn", "fisher", "|hessian|", "hessian, triangle", "ggn, triangle"}
     assert set(found.predictions) == main | {"ggn, narrow", "ggn, wide"}
     assert [s.scale for s in found.scales] == [0.1, 0.3]
@@ -171,7 +145,6 @@ def test_fitted_is_the_width_whose_ratio_is_nearest_to_one() -> None:
 
 
 def found_directions(objective: Objective) -> tuple[Tensor, list[str]]:
-    from ikun.smoothed_operator import smoothed
 
     operators = {name: make(objective, 0) for name, make in MAIN.items()}
     matched = smoothed(objective, scale=sorted(SMALL.scales)[1], seed=SMALL.seed + 1)
@@ -207,7 +180,7 @@ def test_directions_are_unit_vectors_of_their_kind() -> None:
     torch.testing.assert_close(columns["gradient"][:, 0], gradient / gradient.norm())
 
 
-def test_filter_normalized_directions_leave_small_filters_alone() -> None:
+def test_filter_normalized_directions_hardly_move_small_filters() -> None:
     objective = smooth()
     objective.parameters["2.weight"].data[1:] *= 1e-3
     operators = {name: make(objective, 0) for name, make in MAIN.items()}
@@ -218,11 +191,11 @@ def test_filter_normalized_directions_leave_small_filters_alone() -> None:
     assert (shares["random"][1:] > 0.01 * shares["random"][0]).all()
 
 
-def test_forms_of_the_absolute_value() -> None:
-    a = draw(10, 10)
+def test_forms_of_the_absolute_value_are_those_of_the_dense_matrix() -> None:
+    a = normal(10, 10)
     a = a + a.T
     values, vectors = torch.linalg.eigh(a)
-    v = draw(10, 4, seed=1)
+    v = normal(10, 4, seed=1)
     v = v / v.norm(dim=0)
     exact = (values.abs()[:, None] * (vectors.T @ v).square()).sum(0)
     np.testing.assert_allclose(_absolute_forms(Dense(a), v, lambda i: None), exact, rtol=1e-9)
@@ -231,16 +204,16 @@ def test_forms_of_the_absolute_value() -> None:
 # --- the truth
 
 
-def quadratic() -> tuple[Objective, Tensor]:
-    a = draw(9, 9)
+def indefinite() -> tuple[Objective, Tensor]:
+    a = normal(9, 9)
     a = a @ a.T - 3 * torch.eye(9).double()
-    return toy(draw(9, seed=1), lambda o, y: 0.5 * ((o @ a) * o).sum(1).mean()), a
+    return quadratic(a, normal(9, seed=1), torch.ones(2).double()), a
 
 
 @pytest.mark.parametrize(("scale", "step"), [(0.01, 1.0), (0.3, 0.2), (2.0, 1.0)])
 def test_curvatures_of_a_quadratic_are_exact(scale: float, step: float) -> None:
-    objective, a = quadratic()
-    v = draw(9, 5, seed=2)
+    objective, a = indefinite()
+    v = normal(9, 5, seed=2)
     v = v / v.norm(dim=0)
     found = curvatures(objective, v, scale, CalibrationSettings(draws=6, step=step), quiet)
     np.testing.assert_allclose(found["curvature"], ((a @ v) * v).sum(0), rtol=1e-6)
@@ -261,9 +234,9 @@ def test_curvatures_of_a_quadratic_are_exact(scale: float, step: float) -> None:
 
 def test_stderr_covers_the_exact_curvature_and_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """L = sum a w^4 / 4: the second difference under noise is a (3 (w^2 + s^2 D^2) v^2 + e^2 v^4 / 2), D = |w|."""
-    a, w, s = 1 + draw(24).tanh().abs(), 1 - draw(24, seed=1).tanh() / 4, 0.3
-    objective = toy(w, lambda o, y: (a * o**4).sum(1).mean() / 4)
-    v = draw(24, 1, seed=2).sign() / 24**0.5
+    a, w, s = 1 + normal(24).tanh().abs(), 1 - normal(24, seed=1).tanh() / 4, 0.3
+    objective = objective_on(w, lambda o, y: (a * o**4).sum(1).mean() / 4, torch.zeros(2).double())
+    v = normal(24, 1, seed=2).sign() / 24**0.5
     monkeypatch.setattr(module, "noise", cache(noise))  # drawn once for all points
     spread = w.square() * (1 + s**2)
     trace = float((3 * a * w.square() * spread).sum())
@@ -326,7 +299,7 @@ def test_a_network_that_never_spikes_has_no_truth() -> None:
     for p in net.parameters.values():
         p.data.fill_(-1)
     with pytest.raises(ValueError, match="does not move the outputs"):
-        curvatures(net, draw(net.size, 1), 0.01, SMALL, quiet)
+        curvatures(net, normal(net.size, 1), 0.01, SMALL, quiet)
     broken = replace(smooth(), loss=lambda o, y: o.mean() * math.nan)
     with pytest.raises(ValueError, match="the loss is nan"):
         calibrate(broken, SMALL)
@@ -335,7 +308,7 @@ def test_a_network_that_never_spikes_has_no_truth() -> None:
 # --- agreement
 
 
-def test_agreement_of_known_numbers() -> None:
+def test_agreement_of_known_numbers_is_right() -> None:
     predicted = np.array([1.0, 2.0, 4.0, 8.0, 1.0, -1.0])
     truth = np.array([1.3, 1.0, 4.0, 16.0, -1.0, 2.0])
     found = agreement(predicted, truth)
@@ -353,7 +326,7 @@ def test_agreement_of_known_numbers() -> None:
     assert agreement(power, -power).within == 0
 
 
-def test_spearman_with_ties_and_constants() -> None:
+def test_spearman_handles_ties_and_constants() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         a, b = rng.integers(0, 4, 15).astype(float), rng.integers(0, 5, 15).astype(float)
@@ -363,7 +336,7 @@ def test_spearman_with_ties_and_constants() -> None:
     assert all(math.isnan(end) for end in flat.ci95)
 
 
-def test_agreement_depends_on_ranks_ratios_and_seed_alone() -> None:
+def test_agreement_depends_only_on_ranks_ratios_and_seed() -> None:
     rng = np.random.default_rng(1)
     a = np.exp(rng.normal(size=30))
     b = a * np.exp(0.5 * rng.normal(size=30))
@@ -406,7 +379,7 @@ def test_interval_of_the_correlation_covers(rho: float) -> None:
         ({"step": math.nan}, "step"),
     ],
 )
-def test_bad_settings(fields: dict[str, Any], message: str) -> None:
+def test_bad_settings_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CalibrationSettings(**fields)
 
@@ -433,37 +406,37 @@ class Interrupting(Phases):
 def test_interrupted_anywhere_it_ends_with_the_same_numbers(tmp_path: Path) -> None:
     objective = spiking()
     settings = replace(SMALL, eigenvectors=1, random=1)
-    whole = plain(calibrate(objective, settings))
+    whole = plain(calibrate(objective, settings, smoothed=smoothed))
     one, state = Interrupting(tmp_path / "count", 99), tmp_path / "state"
-    assert plain(calibrate(objective, settings, phases=one)) == whole
+    assert plain(calibrate(objective, settings, smoothed=smoothed, phases=one)) == whole
     assert one.count == 2 + 2 * len(settings.scales)
-    for stop in range(one.count):  # each goes on behind the last, and one phase further
+    for stop in range(one.count):  # each run resumes where the last one stopped and gets one phase further
         with pytest.raises(KeyboardInterrupt):
-            calibrate(objective, settings, phases=Interrupting(state, stop))
+            calibrate(objective, settings, smoothed=smoothed, phases=Interrupting(state, stop))
     calls: list[str] = []
     resumed = calibrate(
         objective,
         settings,
+        smoothed=smoothed,
         phases=Phases(state, {"settings": "these"}),
         progress=lambda name, done, total: calls.append(name),
     )
     assert plain(resumed) == whole
-    assert set(calls) <= {f"noise {settings.scales[-1]:g}"}  # the last phase alone was left
+    assert set(calls) <= {f"noise {settings.scales[-1]:g}"}  # only the last phase was left
 
 
-def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_change_nothing() -> None:
     objective = spiking()
-    monkeypatch.setattr(module, "RESAMPLES", 10)
     settings = replace(SMALL, scales=(0.2,), eigenvectors=1, random=1)
-    one = plain(calibrate(objective, settings))
+    one = plain(calibrate(objective, settings, smoothed=smoothed))
     torch.set_num_threads(2)
-    assert plain(calibrate(objective, settings)) == one
+    assert plain(calibrate(objective, settings, smoothed=smoothed)) == one
 
 
 def test_ggn_of_a_linear_model_is_its_hessian() -> None:
     """Both agree with the truth there, Fisher does not."""
     model = nn.Linear(4, 3).double()
-    objective = make_objective(model, LOSSES["mse"], (draw(20, 4), torch.arange(20) % 3))
+    objective = make_objective(model, LOSSES["mse"], (normal(20, 4), torch.arange(20) % 3))
     (scale,) = calibrate(objective, replace(SMALL, scales=(0.5,))).scales
     matrix = dense(ggn(objective))
     torch.testing.assert_close(matrix, dense(hessian(objective)))

@@ -1,4 +1,4 @@
-"""What eigenvectors look like, against NumPy and by hand."""
+"""Tests of participation ratios and shares of eigenvectors, against NumPy and known vectors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def objective() -> Objective:
     return make_objective(model, nn.functional.mse_loss, (torch.randn(2, 1, 4, 4), torch.randn(2, 3)))
 
 
-def test_participation_of_known_vectors() -> None:
+def test_participation_of_known_vectors_is_the_number_of_equal_entries() -> None:
     size = 12
     alike = torch.full((size,), size**-0.5, dtype=torch.float64)
     single = torch.eye(size, dtype=torch.float64)[3]
@@ -34,7 +34,7 @@ def test_participation_of_known_vectors() -> None:
     assert participation(torch.ones(1, 1, dtype=torch.float64)).tolist() == [1]
 
 
-def test_participation_and_gradient_shares_against_numpy() -> None:
+def test_participation_and_gradient_shares_agree_with_numpy() -> None:
     vectors = unit_columns(50, 7)
     v, g = vectors.numpy(), np.random.default_rng(1).standard_normal(50)
     np.testing.assert_allclose(participation(vectors).numpy(), 1 / (50 * (v**4).sum(0)))
@@ -56,7 +56,7 @@ def test_a_zero_gradient_has_no_share() -> None:
     assert gradient_shares(torch.zeros(6), unit_columns(6, 2)).tolist() == [0, 0]
 
 
-def test_layer_shares_against_numpy() -> None:
+def test_layer_shares_agree_with_numpy() -> None:
     target = objective()
     sizes = {name: p.numel() for name, p in target.parameters.items()}
     vectors = unit_columns(target.size, 3)

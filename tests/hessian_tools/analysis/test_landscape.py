@@ -1,75 +1,41 @@
-"""Lines and planes against closed forms, and the figure and the screen that are made of them."""
+"""Tests of the loss along lines and planes, against closed forms."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from figure_tools import collisions, line, on_paper, said, words
-from matplotlib.figure import Figure
-from torch import Tensor, nn
+from figure_tools import collisions
+from landscape_tools import FEW, PROVENANCE, measured, spiking
+from objectives import objective_on, quadratic
+from result_tools import untimed
+from torch import Tensor
 
 from hessian_tools.analysis.context import AnalysisError
 from hessian_tools.analysis.landscape import LandscapeSettings, landscape, random_direction
 from hessian_tools.io import json as results
-from hessian_tools.objective import Objective, make_objective
+from hessian_tools.objective import Objective
 from hessian_tools.operators.base import dense
 from hessian_tools.operators.curvature import ggn, hessian
 from hessian_tools.perturbation import accuracy, mean_loss, noise, outputs_at
-from hessian_tools.plots import landscape as landscape_panels
-from hessian_tools.plots.landscape import contour_levels, landscape_figure
-from hessian_tools.results.landscape import LANDSCAPE_SCHEMA, LandscapeResult, Line, Plane
+from hessian_tools.plots.landscape import landscape_figure
+from hessian_tools.results.landscape import LANDSCAPE_SCHEMA, LandscapeResult
 from hessian_tools.resume import Phases
-from ikun.losses import LOSSES
-from ikun.networks import Network, Spec
-from ikun_hessian.reports.landscape import landscape_lines, rises
+from ikun_hessian.reports.landscape import landscape_lines
 
-FEW = LandscapeSettings(points=9, plane_points=5, memory=0.1)
-PROVENANCE: dict[str, Any] = {
-    "checkpoint": {"path": "/somewhere/ckpt.pt", "sha256": "0123456789abcdef"},
-    "data": {"name": "digits", "split": "train", "loss": "mse"},
-    "network": {
-        "model": "csnn", "neuron": "if", "reset": "hard", "detach_reset": False, "surrogate": "atan:2", "timesteps": 4,
-        "coding": "direct", "norm": "bn", "ties": "first",
-    },
-}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _no_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
-class Itself(nn.Module):
-    """Outputs its weights [P]."""
-
-    def __init__(self, w: Tensor) -> None:
-        super().__init__()
-        self.w = nn.Parameter(w.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w.expand(len(x), *self.w.shape)
+pytestmark = pytest.mark.usefixtures("warnings_are_errors")
 
 
 def on_weights(w: Tensor, loss: Callable[[Tensor], Tensor]) -> Objective:
     """The loss [N] of the outputs [N, P], mean over one sample."""
-    data = torch.zeros(1, 1, dtype=w.dtype), torch.zeros(1, dtype=w.dtype)
-    return make_objective(Itself(w), lambda o, y: loss(o).mean(), data)
-
-
-def quadratic(a: Tensor, w: Tensor, scale: float = 1.0) -> Objective:
-    return on_weights(w, lambda o: scale * ((o @ a.to(o.dtype)) * o).sum(1) / 2)
+    return objective_on(w, lambda o, y: loss(o).mean(), torch.zeros(1, dtype=w.dtype))
 
 
 def problem(definite: bool = False) -> tuple[Tensor, Tensor]:
@@ -80,27 +46,9 @@ def problem(definite: bool = False) -> tuple[Tensor, Tensor]:
     return a, torch.randn(12, dtype=torch.float64, generator=generator)
 
 
-def spiking(relaxed: bool = False, samples: int = 24, dtype: torch.dtype = torch.float64, **changes: Any) -> Objective:
-    torch.manual_seed(5)
-    spec = Spec(**{"model": "mlp", "hidden": (6,), "input_shape": (1, 3, 3), "classes": 3, **changes}, relaxed=relaxed)
-    net = Network(spec)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.mul_(2)
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.rand(samples, 1, *spec.input_shape[1:], generator=generator), torch.arange(samples) % 3
-    return make_objective(net, LOSSES["mse"], (x, y), batch_size=16, dtype=dtype)
-
-
-@pytest.fixture(scope="module")
-def measured() -> LandscapeResult:
-    settings = dataclasses.replace(FEW, accuracy=True)
-    return landscape(spiking(), settings, relaxed=spiking(True), provenance=PROVENANCE)
-
-
-def plain(result: LandscapeResult) -> dict[str, Any]:
-    """All that must not depend on the clock."""
-    return {**results.clean(dataclasses.asdict(result)), "seconds": 0}
+@pytest.fixture(name="measured", scope="module")
+def _measured() -> LandscapeResult:
+    return measured()
 
 
 # what is computed
@@ -152,7 +100,7 @@ def test_curves_of_a_quadratic_are_the_closed_form(reach: float | None) -> None:
 
 def test_second_differences_of_the_relaxed_loss_are_its_curvature() -> None:
     """As the range shrinks; the true loss is constant there."""
-    objective, relaxed = spiking(), spiking(True)
+    objective, relaxed = spiking(), spiking(relaxed=True)
     result = landscape(objective, dataclasses.replace(FEW, planes=(), range=1e-5), relaxed=relaxed)
     matrix, surrogate = dense(hessian(relaxed)), dense(hessian(objective))
     vectors = torch.linalg.eigh(surrogate)[1]
@@ -175,7 +123,7 @@ def test_the_middle_row_and_column_of_a_plane_are_lines() -> None:
     settings = LandscapeSettings(
         directions=(), planes=(("random1", "random2"), ("gradient", "top1")), points=9, plane_points=5, range=0.2
     )
-    result = landscape(spiking(dtype=torch.float32), settings, relaxed=spiking(True, dtype=torch.float32))
+    result = landscape(spiking(dtype=torch.float32), settings, relaxed=spiking(relaxed=True, dtype=torch.float32))
     lines = {line.name: line for line in result.lines}
     assert list(lines) == ["random1", "random2", "gradient", "top1"]
     for plane in result.planes:
@@ -216,7 +164,7 @@ def test_filters_of_a_random_direction_have_the_norms_of_the_weights() -> None:
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_a_scaled_loss_gives_the_scaled_landscape(scale: float) -> None:
     a, w = problem()
-    before, after = (landscape(quadratic(a, w, s), FEW) for s in (1.0, scale))
+    before, after = (landscape(quadratic(a, w, scale=s), FEW) for s in (1.0, scale))
     for x, y in zip(before.lines, after.lines, strict=True):
         for name in ("hessian", "ggn", "slope"):
             assert getattr(y, name) == pytest.approx(scale * getattr(x, name), rel=1e-6, abs=1e-6 * scale)
@@ -224,7 +172,7 @@ def test_a_scaled_loss_gives_the_scaled_landscape(scale: float) -> None:
     assert after.refused == {}
 
 
-def test_accuracies_on_request(measured: LandscapeResult) -> None:
+def test_accuracies_are_measured_on_request(measured: LandscapeResult) -> None:
     objective, w = spiking(), spiking().weights()
     (found,) = [line for line in measured.lines if line.name == "random1"]
     v = random_direction(objective, 0, 1)
@@ -237,7 +185,7 @@ def test_accuracies_on_request(measured: LandscapeResult) -> None:
     assert {line.accuracy for line in bare.lines} == {()}
 
 
-def test_saved_and_loaded(measured: LandscapeResult, tmp_path: Path) -> None:
+def test_a_saved_landscape_loads_unchanged(measured: LandscapeResult, tmp_path: Path) -> None:
     results.save_result(measured, tmp_path / "a.json")
     loaded = results.load_result(tmp_path / "a.json", LandscapeResult, LANDSCAPE_SCHEMA)
     assert results.clean(dataclasses.asdict(loaded)) == results.clean(dataclasses.asdict(measured))
@@ -257,7 +205,9 @@ PARTS = ["eigenvalues", "v'Gv", "line top2", "plane random1,random2"]
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_resumed_after_an_interruption_in_any_part(part: str, measured: LandscapeResult, tmp_path: Path) -> None:
+def test_an_interruption_in_any_part_is_resumed_to_the_same_result(
+    part: str, measured: LandscapeResult, tmp_path: Path
+) -> None:
     settings = LandscapeSettings(**{**vars(FEW), "accuracy": True})
     calls: list[str] = []
 
@@ -268,11 +218,13 @@ def test_resumed_after_an_interruption_in_any_part(part: str, measured: Landscap
 
     def analyse(**more: Any) -> LandscapeResult:
         state = Phases(tmp_path / "state", {"a": 1})
-        return landscape(spiking(), settings, relaxed=spiking(True), provenance=PROVENANCE, phases=state, **more)
+        return landscape(
+            spiking(), settings, relaxed=spiking(relaxed=True), provenance=PROVENANCE, phases=state, **more
+        )
 
     with pytest.raises(StoppedError):
         analyse(progress=stop)
-    assert plain(analyse()) == plain(measured)
+    assert untimed(analyse()) == untimed(measured)
 
 
 def test_progress_ends_at_all_that_was_expected() -> None:
@@ -307,7 +259,7 @@ def test_progress_ends_at_all_that_was_expected() -> None:
         ({"range": math.inf}, "range must be a positive number"),
     ],
 )
-def test_bad_settings(changes: dict[str, Any], message: str) -> None:
+def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LandscapeSettings(**changes)
 
@@ -320,7 +272,7 @@ def test_a_network_without_gradient_is_drawn_in_random_directions() -> None:
     assert [plane.directions for plane in result.planes] == [("random1", "random2")]
     assert "gradient is 0" in result.refused["gradient"]
     assert {"Hessian is 0" in result.refused[name] for name in ("top1", "top2", "negative")} == {True}
-    assert result.refused["plane top1,negative"] == "there is no direction top1"
+    assert result.refused["plane top1,negative"] == "direction top1 is not available"
     assert {y for line in result.lines for y in line.loss} == {result.loss}
     screen = landscape_lines(result)
     assert [line for line in screen if line.startswith("! No gradient: the surrogate gradient is 0")]
@@ -335,7 +287,7 @@ def test_no_negative_direction_where_nothing_is_negative() -> None:
     assert [plane.directions for plane in result.planes] == [("random1", "random2")]
 
 
-def test_more_eigenvectors_than_there_are() -> None:
+def test_eigenvectors_that_do_not_exist_are_left_out() -> None:
     a, w = problem()
     few = quadratic(a[:2, :2], w[:2])
     result = landscape(few, LandscapeSettings(("top1", "top2", "top3", "negative"), (), points=3))
@@ -345,17 +297,17 @@ def test_more_eigenvectors_than_there_are() -> None:
     assert ("negative" in result.refused) == bool(values[0] >= 0)
 
 
-def test_weights_that_are_all_zero() -> None:
+def test_weights_that_are_all_zero_are_refused() -> None:
     with pytest.raises(ValueError, match="all weights are 0"):
         landscape(quadratic(problem()[0], torch.zeros(12, dtype=torch.float64)), FEW)
 
 
-def test_a_loss_that_is_not_finite_at_the_weights() -> None:
+def test_a_loss_that_is_not_finite_at_the_weights_is_refused() -> None:
     with pytest.raises(AnalysisError, match="at these weights"):
         landscape(on_weights(problem()[1], lambda o: o.sum(1).log() * math.nan), FEW)
 
 
-def test_a_loss_that_is_not_finite_elsewhere(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_elsewhere_is_kept(tmp_path: Path) -> None:
     """log of the first weight, which is 1: it does not exist beyond distance 1 to one side."""
     objective = on_weights(torch.tensor([1.0, 2.0, 2.0], dtype=torch.float64), lambda o: o.log().sum(1))
     result = landscape(objective, dataclasses.replace(FEW, range=3.0), provenance=PROVENANCE)
@@ -367,7 +319,7 @@ def test_a_loss_that_is_not_finite_elsewhere(tmp_path: Path) -> None:
     assert landscape_lines(loaded)
 
 
-def test_an_operator_that_is_no_hessian() -> None:
+def test_an_operator_that_is_not_a_hessian_is_refused() -> None:
     class Twisted(torch.autograd.Function):
         """A value of 0 whose gradient is a rotation: no Hessian's."""
 
@@ -388,216 +340,4 @@ def test_an_operator_that_is_no_hessian() -> None:
 # the figure
 
 
-def made(scale: float = 1.0, **changes: Any) -> LandscapeResult:
-    """A result of known curves: of the true loss .1 + x^2, of the relaxed network .2 + x^2 / 2."""
-
-    def one(name: str, reach: float, curvature: float) -> Line:
-        t = tuple((10 * reach * np.linspace(-1, 1, 21)).tolist())
-        x = np.linspace(-1, 1, 21)
-        true, soft = (tuple((scale * y).tolist()) for y in (0.1 + x**2, 0.2 + x**2 / 2))
-        return Line(name, scale * curvature, scale * 0.5, scale * 0.01, 1e-6, True, t, true, soft, (), ())
-
-    def two(first: str, second: str, reach: float, cosine: float = 0.0) -> Plane:
-        x = np.linspace(-1, 1, 7)
-        grid = 0.1 + (x[None] - 1 / 3) ** 2 + 3 * x[:, None] ** 2  # least beside the middle
-        rows = tuple(tuple((scale * row).tolist()) for row in grid)
-        return Plane((first, second), cosine, tuple((10 * reach * x).tolist()), rows, rows)
-
-    base = LandscapeResult(
-        schema=LANDSCAPE_SCHEMA,
-        **PROVENANCE,
-        training={},
-        settings={"range": None},
-        num_parameters=500,
-        parameters={"fc.weight": 500},
-        weight_norm=10.0,
-        loss=scale * 0.1,
-        relaxed_loss=scale * 0.2,
-        accuracy=0.9,
-        gradient_norm=0.1,
-        dtype="float32",
-        device="cpu",
-        seed=7,
-        symmetry_error=1e-7,
-        lines=(
-            *(one(name, 0.05, c) for name, c in (("top1", 4.0), ("top2", 2.0), ("negative", -3.0), ("gradient", 1.0))),
-            *(one(f"random{k}", 0.5, 0.1) for k in (1, 2)),
-        ),
-        planes=(two("random1", "random2", 0.5), two("top1", "negative", 0.05)),
-        refused={},
-        products=40,
-        evaluations=2256,
-        seconds=1.0,
-        versions={},
-    )
-    base = dataclasses.replace(base, data={**base.data, "samples": 1437})
-    return dataclasses.replace(base, **changes)
-
-
-def titles(figure: Figure) -> list[str]:
-    return [ax.get_title(loc="left").split("  ")[-1] for ax in figure.axes if ax.get_title(loc="left")]
-
-
-def test_what_is_drawn() -> None:
-    result = made()
-    figure = landscape_figure(result)
-    assert titles(figure) == [
-        "eigenvector 1", "eigenvector 2", "most negative eigenvector", "gradient", "random 1", "random 2",
-        "true loss", "relaxed", "true loss", "relaxed",
-    ]  # fmt: skip
-    for ax, found in zip(figure.axes, result.lines, strict=False):
-        x, y = line(ax, "true")
-        assert x == pytest.approx(np.array(found.distances) / 10)
-        assert y.tolist() == list(found.loss)
-        assert line(ax, "relaxed")[1].tolist() == list(found.relaxed_loss)
-        for name, curvature in (("hessian", found.hessian), ("ggn", found.ggn)):
-            x, y = line(ax, name)
-            assert y == pytest.approx(0.1 + 0.01 * 10 * x + curvature * (10 * x) ** 2 / 2)
-        at, y = line(ax, "step")
-        assert at.tolist() == pytest.approx([-x[-1] / 5, x[-1] / 5])
-        assert y == pytest.approx(0.1 + 0.2**2)
-        assert ax.get_ylim() == figure.axes[0].get_ylim()
-        assert ax.get_ylim()[0] < 0.1 < 1.1 < ax.get_ylim()[1]
-        e = found.distances[12]
-        assert f"L″ = {2 * 0.2**2 / e**2:.2g}" in ax.texts[0].get_text()
-    assert "v′Hv = −3" in figure.axes[2].texts[0].get_text()
-    for ax, reach in zip(figure.axes[6:10], (0.5, 0.5, 0.05, 0.05), strict=True):
-        assert ax.get_aspect() == 1
-        assert ax.get_xlim() == ax.get_ylim() == pytest.approx((-reach, reach))
-        assert [part.tolist() for part in line(ax, "weights")] == [[0], [0]]
-        least = [float(part[0]) for part in line(ax, "least")]
-        assert least == pytest.approx([reach / 3, 0])
-    text = said(figure).replace("\n", " ")
-    for part in (
-        "‖w‖ = 10", "second difference of the true loss at the circles", "point uphill", "filter-normalized",
-        "is another one: its loss at w is 0.2", "piecewise constant", "ckpt.pt (sha256 01234567)",
-        "digits, train, 1437 samples", "seed 7", "P = 500", "Hessian's quadratic", "least on the grid",
-    ):  # fmt: skip
-        assert part in text
-    assert "right angles" not in text
-
-
-def test_contours_are_logarithmic_and_the_same_in_all_planes() -> None:
-    levels, norm = contour_levels([[[1.0, 10.0], [100.0, 1000.0]], [[0.1, math.nan]]])
-    assert levels[[0, -1]] == pytest.approx([0.1, 1000])
-    assert np.diff(np.log(levels)) == pytest.approx(np.full(12, math.log(1e4) / 12))
-    assert (norm.vmin, norm.vmax) == (0.1, 1000)
-    levels, norm = contour_levels([[[-1.0, 2.0]]])
-    assert np.diff(levels) == pytest.approx(np.full(12, 0.25))
-    for nothing in ([[[3.0, 3.0]]], [[[math.nan]]]):
-        assert len(contour_levels(nothing)[0]) == 0
-
-
-def without_relaxed() -> LandscapeResult:
-    lines = tuple(dataclasses.replace(line, relaxed_loss=()) for line in made().lines)
-    planes = tuple(dataclasses.replace(plane, relaxed_loss=()) for plane in made().planes)
-    reason = {"relaxed network": "surrogate fast_sigmoid:25 has area 0.08, not 1: it has no relaxed network"}
-    return made(lines=lines, planes=planes, relaxed_loss=math.nan, refused=reason)
-
-
-def with_accuracy() -> LandscapeResult:
-    x = np.linspace(-1, 1, 21)
-    return made(lines=tuple(dataclasses.replace(line, accuracy=tuple((1 - x**2).tolist())) for line in made().lines))
-
-
-def flat() -> LandscapeResult:
-    lines = tuple(dataclasses.replace(line, loss=(0.1,) * 21, relaxed_loss=(0.1,) * 21) for line in made().lines)
-    rows = ((0.1,) * 7,) * 7
-    return made(lines=lines, planes=(dataclasses.replace(made().planes[0], loss=rows, relaxed_loss=rows),))
-
-
-def not_finite() -> LandscapeResult:
-    nan = (math.nan,) * 21
-    lines = (dataclasses.replace(made().lines[0], loss=nan, relaxed_loss=nan), *made().lines[1:])
-    rows = ((math.nan,) * 7,) * 7
-    planes = (dataclasses.replace(made().planes[0], loss=rows), made().planes[1])
-    return made(lines=lines, planes=planes)
-
-
-def oblique() -> LandscapeResult:
-    return made(planes=(dataclasses.replace(made().planes[0], directions=("gradient", "top1"), cosine=0.61),))
-
-
-def many() -> LandscapeResult:
-    lines = tuple(dataclasses.replace(made().lines[0], name=f"top{k}") for k in range(1, 13))
-    return made(lines=lines, planes=made().planes * 4)
-
-
-CASES: dict[str, tuple[Callable[[], LandscapeResult], str]] = {
-    "no relaxed network": (without_relaxed, "true loss"),
-    "accuracy": (with_accuracy, "accuracy (right axis)"),
-    "flat": (flat, "the loss is 0.1 everywhere"),
-    "not finite": (not_finite, "no finite loss"),
-    "oblique": (oblique, "Not at right angles, cosine of gradient and eigenvector 1 0.61."),
-    "one line": (lambda: made(lines=made().lines[2:3], planes=()), "most negative eigenvector"),
-    "two lines, one plane": (lambda: made(lines=made().lines[4:], planes=made().planes[:1]), "random 2"),
-    "four lines": (lambda: made(lines=made().lines[:4], planes=()), "gradient"),
-    "three planes": (lambda: made(planes=(*made().planes, made().planes[0])), "(l)"),
-    "many": (many, "(27)"),
-    "no provenance": (lambda: made(checkpoint={}, network={}, data={}), "P = 500"),
-    "small losses": (lambda: made(1e-12), "loss"),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_every_landscape_can_be_read(case: str) -> None:
-    make, message = CASES[case]
-    figure = landscape_figure(make())
-    text = said(figure).replace("\n", " ").replace(r"$\mathbf{", "").replace("}$", "")
-    assert message in text
-    assert collisions(figure) == []
-    assert min(float(t.get_fontsize()) for t in words(figure)) >= 7
-    assert figure.get_size_inches()[0] == 7
-
-
-@pytest.mark.parametrize("scale", [1e-12])
-def test_scaling_the_loss_only_relabels_the_figure(scale: float) -> None:
-    before, after = landscape_figure(made()), landscape_figure(made(scale))
-    for a, b in zip(before.axes[:10], after.axes[:10], strict=True):
-        assert on_paper(b) == pytest.approx(on_paper(a), abs=1e-6)
-
-
-def test_the_figure_needs_no_torch() -> None:
-    tree = ast.parse(Path(str(landscape_panels.__file__)).read_text(encoding="utf-8"))
-    body = [node for node in tree.body if not isinstance(node, ast.If)]  # but for types
-    names = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
-    names |= {str(node.module) for node in body if isinstance(node, ast.ImportFrom)}
-    assert not {name for name in names if name.split(".")[0] in ("torch", "ikun") or "pyplot" in name}
-    assert "hessian_tools.analysis.landscape" not in names
-
-
 # the screen
-
-
-def test_screen(measured: LandscapeResult) -> None:
-    for result in (measured, made(), without_relaxed(), not_finite(), many()):
-        screen = landscape_lines(result)
-        assert max(map(len, screen)) <= 80
-    screen = landscape_lines(made())
-    assert len(screen) <= 32
-    (row,) = [line.split() for line in screen if line.startswith("negative")]
-    second = 2 * 0.2**2 / (0.2 * 0.5) ** 2
-    assert row == ["negative", "0.05", "0.01", "0.01", "-3", "0.5", f"{second:.2g}", f"{second / 2:.2g}", "both", "0"]
-    text = " ".join(" ".join(screen).split())
-    for part in (
-        "piecewise constant", "The relaxed network is another one", "Along negative v'Hv < 0, yet the true loss",
-        "random1,random2: least at (0.17, 0); relaxed at (0.17, 0)", "loss 0.1, accuracy 90.00%; 0.2 of the relaxed",
-    ):  # fmt: skip
-        assert part in text
-    text = " ".join(" ".join(landscape_lines(without_relaxed())).split())
-    assert "No relaxed network: surrogate fast_sigmoid:25 has area 0.08" in text
-    assert "another one" not in text
-    text = " ".join(" ".join(landscape_lines(with_accuracy())).split())
-    assert "at -e and e: top1 96.0% and 96.0%" in text
-
-
-@pytest.mark.parametrize(("below", "above", "expected"), [(2, 3, "both"), (0, 3, "+"), (2, 1, "-"), (1, 1, "no")])
-def test_sides_on_which_the_loss_rises(below: float, above: float, expected: str) -> None:
-    found = Line("top1", 1, 1, 0, 0, True, (-1.0, 0.0, 1.0), (below, 1, above), (), (), ())
-    assert rises(found) == expected
-    assert found.second_difference(found.loss) == below + above - 2
-
-
-def test_not_converged_is_said() -> None:
-    lines = (dataclasses.replace(made().lines[0], converged=False), *made().lines[1:])
-    assert "Not converged: top1." in " ".join(landscape_lines(made(lines=lines)))

@@ -1,4 +1,4 @@
-"""How memory is shared, which eigenvalues are an operator's two ends, and the record against a dense matrix."""
+"""Tests of the spectrum of one operator: memory limits, both ends of the spectrum, and dense matrices."""
 
 import dataclasses
 
@@ -52,7 +52,9 @@ def pair(value: float) -> Eigenvalue:
         ([-1, -2, -6], 2, {}, [-1, -2], [-6]),
     ],
 )
-def test_two_ends(values: list[float], top: int, changes: dict[str, object], upper: list[float], lower: list[float]):
+def test_the_two_ends_of_an_operator_are_the_outermost_eigenvalues(
+    values: list[float], top: int, changes: dict[str, object], upper: list[float], lower: list[float]
+):
     found = [pair(v) for v in values]
     settings = dataclasses.replace(SpectrumSettings(), **changes)  # type: ignore[arg-type]
     high, low = _two_ends(found, top, settings)
@@ -60,7 +62,7 @@ def test_two_ends(values: list[float], top: int, changes: dict[str, object], upp
     assert [found[i].value for i in low] == lower
 
 
-def test_the_record_against_dense_matrices() -> None:
+def test_the_record_agrees_with_dense_matrices() -> None:
     """A smooth network in float64, small enough to know everything."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
@@ -115,6 +117,6 @@ def test_the_record_against_dense_matrices() -> None:
         {"operators": ()},
     ],
 )
-def test_settings_that_do_not_fit(changes: dict[str, object]) -> None:
+def test_settings_that_do_not_fit_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError):
         SpectrumSettings(**changes)  # type: ignore[arg-type]

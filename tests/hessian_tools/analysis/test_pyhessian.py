@@ -1,63 +1,49 @@
-"""PyHessian as the independent reference, on dense Hessians of small networks."""
+"""Tests of the comparison with PyHessian, on dense Hessians of small networks."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
+from objectives import spiking_objective, trained_smooth
 from torch import Tensor, nn
 
 from hessian_tools.analysis.pyhessian import pyhessian_eigenpairs, pyhessian_trace
 from hessian_tools.linalg.lanczos import eigenpairs
 from hessian_tools.linalg.trace import estimate
-from hessian_tools.objective import Objective, make_objective
+from hessian_tools.objective import make_objective
 from hessian_tools.operators.base import dense
 from hessian_tools.operators.curvature import hessian
-from ikun.losses import LOSSES
-from ikun.networks import Network, Spec
 
-
-def spiking(dtype: torch.dtype = torch.float32, **changes: object) -> Objective:
-    """A spiking network of 156 parameters, 64 samples in batches of 24, 24 and 16."""
-    torch.manual_seed(5)
-    settings = {"model": "mlp", "input_shape": (1, 4, 4), "hidden": (8,), "classes": 3, "norm": "none", **changes}
-    net = Network(Spec(**settings)).eval()  # type: ignore[arg-type]
-    with torch.no_grad():
-        for p in net.parameters():
-            p.mul_(2)
-    x, y = torch.rand(64, 1, 4, 4), torch.randint(0, 3, (64,))
-    return make_objective(net, LOSSES["mse"], (x, y), batch_size=24, dtype=dtype)
-
-
-def smooth() -> Objective:
-    """A smooth network of 11,178 parameters, a little trained, so that its top eigenvalue stands apart."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 21), nn.Tanh(), nn.Linear(21, 7))
-    x, y = torch.randn(96, 64), torch.randint(0, 7, (96,))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for _ in range(30):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return make_objective(model, nn.functional.cross_entropy, (x, y), batch_size=40)
+# 156 parameters, 64 samples in batches of 24, 24 and 16
+spiking = functools.partial(
+    spiking_objective,
+    samples=64,
+    batch_size=24,
+    dtype=torch.float32,
+    hidden=(8,),
+    input_shape=(1, 4, 4),
+    norm="none",
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_three_eigenvalues_of_largest_size_against_the_dense_ones(dtype: torch.dtype) -> None:
-    target = spiking(dtype)
+def test_the_three_eigenvalues_of_largest_size_are_the_dense_ones(dtype: torch.dtype) -> None:
+    target = spiking(dtype=dtype)
     op = hessian(target)
     exact = torch.linalg.eigvalsh(dense(hessian(target)).double())
     exact = exact[exact.abs().argsort(descending=True)]
     pairs = pyhessian_eigenpairs(target, op, 3, tol=1e-2, seed=0)
     torch.testing.assert_close(pairs.values, exact[:3], rtol=0.03, atol=0)
     assert ((pairs.values[:, None] - exact).abs().min(1).values <= pairs.residuals + 1e-6).all()
-    assert op.products == pairs.products >= 3 * 3  # at least two of its own and one of ours for each
+    assert op.products == pairs.products >= 3 * 3  # for each, at least two by PyHessian and one by us
     assert all(p.grad is None for p in target.model.parameters())
 
 
 def test_it_agrees_on_the_top_eigenvalue_of_a_larger_network() -> None:
-    target = smooth()
+    target = trained_smooth()
     assert target.size >= 10_000
     theirs = pyhessian_eigenpairs(target, hessian(target), 1, tol=1e-2, seed=0, max_iterations=500)
     ours = eigenpairs(hessian(target), 1, generator=torch.Generator())
@@ -74,7 +60,7 @@ def test_the_dense_trace_lies_in_the_interval_of_its_values() -> None:
     intervals = [estimate(values).ci95 for values in found]
     assert sum(low <= exact <= high for low, high in intervals) >= 10
     assert all(p.grad is None for p in target.model.parameters())
-    assert sum(len(v) == 2 for v in found) >= 6  # a negative trace, behind which it stops
+    assert sum(len(v) == 2 for v in found) >= 6  # it stops after a negative trace
     positive = spiking(norm="bn")
     values = pyhessian_trace(positive, seed=1)
     low, high = estimate(values).ci95
@@ -83,7 +69,7 @@ def test_the_dense_trace_lies_in_the_interval_of_its_values() -> None:
     assert len(pyhessian_trace(positive, seed=1, max_iterations=2)) <= 2
 
 
-def test_same_seed_same_values_and_the_global_generator_as_it_was() -> None:
+def test_the_same_seed_gives_the_same_values_and_leaves_the_global_generator() -> None:
     target = spiking()
     torch.manual_seed(7)
     before = torch.get_rng_state()
@@ -126,8 +112,8 @@ def test_parameters_without_a_gradient_count_as_zeros() -> None:
     assert low <= float(matrix.trace()) <= high
 
 
-def test_a_layer_at_a_time() -> None:
-    """The objective's parameters alone, though the model's others require gradients too."""
+def test_layers_are_measured_one_at_a_time() -> None:
+    """Only the objective's parameters are used, though others of the model require gradients too."""
     target = spiking()
     part = dataclasses.replace(target, parameters={"fc1.weight": target.parameters["fc1.weight"]})
     exact = torch.linalg.eigvalsh(dense(hessian(part)).double())
@@ -136,7 +122,7 @@ def test_a_layer_at_a_time() -> None:
     assert all(p.grad is None for p in target.model.parameters())
 
 
-def test_a_hessian_of_zero_and_one_that_is_not_finite() -> None:
+def test_a_zero_hessian_gives_zeros_and_one_that_is_not_finite_is_refused() -> None:
     target = spiking()
     flat = dataclasses.replace(target, loss=lambda outputs, _: outputs.sum() * 0)
     pairs = pyhessian_eigenpairs(flat, hessian(flat), 2, tol=1e-2, seed=0)

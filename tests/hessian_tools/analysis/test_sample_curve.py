@@ -1,4 +1,4 @@
-"""The curve over the number of samples, on linear regression, whose Hessian is X'X / n on any subset."""
+"""Tests of the curve over the number of samples, on linear regression, whose Hessian is X'X / n for any subset."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def regression(samples: int = 60, size: int = 6, batch_size: int = 25) -> Object
 
 
 class Spy:
-    """An operator factory, and a `run`, that note what they were given."""
+    """An operator factory and a `run` that record their arguments."""
 
     def __init__(self) -> None:
         self.objectives: list[Objective] = []
@@ -48,7 +48,7 @@ class Spy:
         return [torch.cat([x for x, _ in o.batches]).numpy() for o in self.objectives]
 
 
-def test_every_subset_against_its_dense_matrix() -> None:
+def test_every_subset_agrees_with_its_dense_matrix() -> None:
     target, spy = regression(), Spy()
     points = samples_curve(
         target, [1, 7, 30, 45, 60], 3, operator=spy.operator, seed=1, top=3, memory=2**24, run=spy.run
@@ -91,7 +91,7 @@ def test_disjoint_blocks_share_no_sample_and_others_repeat_none() -> None:
     assert [len(part) for part in subsets(10, 10, 4, torch.Generator())] == [10]
 
 
-def test_same_seed_same_curve() -> None:
+def test_the_same_seed_gives_the_same_curve() -> None:
     one, two, other = (samples_curve(regression(), [5, 50], 4, operator=hessian, seed=s) for s in (3, 3, 4))
     assert one == two
     assert one != other
@@ -134,7 +134,7 @@ def test_what_has_not_converged_is_nan() -> None:
         ([5], {"trace_probes": 0}, "at least 1"),
     ],
 )
-def test_bad_numbers(counts: list[int], changes: dict[str, int], message: str) -> None:
+def test_bad_numbers_are_refused(counts: list[int], changes: dict[str, int], message: str) -> None:
     settings: dict[str, Any] = {"resamples": 2, "operator": hessian, "seed": 0, **changes}
     with pytest.raises(ValueError, match=message):
         samples_curve(regression(), counts, **settings)

@@ -1,4 +1,4 @@
-"""Standard errors from the data, against brute force: the dense Hessians of many sets of samples."""
+"""Tests of standard errors from the data, against dense Hessians of many sets of samples."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from draws import seeded
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
@@ -20,10 +21,6 @@ from hessian_tools.operators.curvature import CurvatureOperator, hessian
 from hessian_tools.runtime.distributed import Group
 from ikun.data.datasets import load_dataset
 from ikun.networks import Network, Spec
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def mean_square(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -44,9 +41,8 @@ class BruteForce:
     traces: Tensor
 
 
-@pytest.fixture(scope="module")
-def brute() -> BruteForce:
-    torch.manual_seed(0)
+def trained(seed: int) -> BruteForce:
+    torch.manual_seed(seed)
     data = load_dataset("digits", subset=400)
     x, y = avg_pool2d(data.images, 2), torch.eye(10)[data.labels]
     net = Network(Spec(model="mlp", input_shape=(1, 4, 4), hidden=(6,), norm="none", timesteps=3))
@@ -69,6 +65,17 @@ def brute() -> BruteForce:
     resamples = (weights @ hessians.flatten(1)).unflatten(1, hessians.shape[1:])
     eigenvalues = torch.linalg.eigvalsh(resamples).flip(1)
     return BruteForce(objective, hessians, eigenvalues, eigenvalues.sum(1))
+
+
+@pytest.fixture(scope="module")
+def several() -> list[BruteForce]:
+    """Networks of six seeds: training ends elsewhere on another processor, so no claim may rest on a single one."""
+    return [trained(seed) for seed in range(6)]
+
+
+@pytest.fixture(scope="module")
+def brute(several: list[BruteForce]) -> BruteForce:
+    return several[0]
 
 
 def per_sample_hessians(objective: Objective) -> Tensor:
@@ -98,27 +105,31 @@ def errors_of(brute: BruteForce, ranks: list[int], seed: int) -> Tensor:
     return torch.cat([found["pairs"] / brute.eigenvalues.std(0)[ranks], found["trace"] / brute.traces.std()[None]])
 
 
-def test_eigenvalues_and_trace_against_the_spread_over_resamples(brute: BruteForce) -> None:
+def test_errors_of_eigenvalues_and_trace_are_the_spread_over_resamples(several: list[BruteForce]) -> None:
     """The printed errors over the standard deviation of 100 resamples of the same size.
 
-    One grouping alone is uncertain by 13% (32 groups) and more where a few samples make most of a curvature; the mean
-    of four by 7%, as are the resamples: together 10%, and what is of higher order. lambda_max, the second, lambda_min
-    and the trace to 25% either way, all others to 40%, but for the last pair before the rest of the spectrum: no
-    neighbours hold it up here, and its error comes out too large.
+    One grouping is uncertain by 13% (32 groups), and by more where a few samples make up most of a curvature; the mean
+    of four groupings by 7%, as are the resamples. On a single network an error may be off by a factor of two; over the
+    networks it has no bias. The last pair before the rest of the spectrum is the exception: its error is too large.
     """
-    ratios = torch.stack([errors_of(brute, ENDS, seed) for seed in range(4)])
+    ratios = torch.stack([torch.stack([errors_of(brute, ENDS, seed) for seed in range(4)]) for brute in several])
     main, inner, last = [0, 1, 10, 15], [*range(2, 9), 11, 12, 13], [9, 14]
-    low, high = ratios[:, main].amin(), ratios[:, main].amax()
-    assert 0.6 <= low <= high <= 1.6
-    mean = ratios.mean(0)
-    assert 0.8 <= mean[main].min() <= mean[main].max() <= 1.25
-    assert 0.7 <= mean[inner].min() <= mean[inner].max() <= 1.4
-    assert 0.7 <= mean[last].min() <= mean[last].max() <= 3
-    # to first order, from v'H_i v of the very samples, neighbours closer than their errors come out worse
-    vectors = torch.linalg.eigh(brute.hessians.mean(0)).eigenvectors.flip(1)[:, ENDS]
-    forms = torch.einsum("pk,npq,qk->nk", vectors, brute.hessians, vectors)
-    first = forms.std(0) / 20 / brute.eigenvalues.std(0)[ENDS]
-    assert mean[inner].log().square().mean() <= 0.5 * first[inner].log().square().mean()
+    means = ratios.mean(1)  # [network, number]
+    assert 0.4 <= ratios[:, :, main].min() <= ratios[:, :, main].max() <= 2
+    assert 0.5 <= means[:, main].min() <= means[:, main].max() <= 1.5
+    assert 0.33 <= means[:, inner].min() <= means[:, inner].max() <= 2
+    assert 0.33 <= means[:, last].min() <= means[:, last].max() <= 4
+    typical = means.log().mean(0).exp()
+    assert 0.8 <= typical[main].min() <= typical[main].max() <= 1.25
+    assert 0.65 <= typical[inner].min() <= typical[inner].max() <= 1.4
+    # to first order, from v'H_i v of the same samples, neighbors that are closer than their errors come out worse
+    errors = []
+    for brute in several:
+        vectors = torch.linalg.eigh(brute.hessians.mean(0)).eigenvectors.flip(1)[:, ENDS]
+        forms = torch.einsum("pk,npq,qk->nk", vectors, brute.hessians, vectors)
+        errors.append(forms.std(0) / 20 / brute.eigenvalues.std(0)[ENDS])
+    first = torch.stack(errors)
+    assert means[:, inner].log().square().mean() <= 0.5 * first[:, inner].log().square().mean()
 
 
 # --- a curvature in closed form: X'X / n, of n samples x in R^d
@@ -218,7 +229,7 @@ def test_unconverged_pairs_and_the_only_pair_of_an_end_are_of_first_order() -> N
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
-def test_scale(scale: float) -> None:
+def test_scaling_the_loss_scales_the_errors(scale: float) -> None:
     x = torch.randn(320, 6, dtype=torch.float64, generator=seeded(0))
     (_, one), (_, other) = of(x, 3, 5), of(scale**0.5 * x, 3, 5)
     torch.testing.assert_close(other["pairs"] / scale, one["pairs"])

@@ -1,11 +1,13 @@
-"""The whole analysis on networks small enough for a dense reference, and the errors that it prints."""
+"""Tests of the whole spectral analysis on networks that are small enough for a dense reference."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
+from objectives import spiking_network, trained_smooth
 from torch import nn
 
 from hessian_tools.analysis.context import AnalysisError
@@ -18,18 +20,12 @@ from hessian_tools.operators.curvature import ggn, hessian
 from hessian_tools.perturbation import filter_norms
 from hessian_tools.results.spectrum import Spectrum, SpectrumResult
 from ikun.losses import LOSSES
-from ikun.networks import Network, Spec
+from ikun.networks import Network
 from ikun_hessian.reports.spectrum import spectrum_lines
 
 
-def network(**changes: object) -> Network:
-    torch.manual_seed(5)
-    spec = Spec(**{"channels": 2, "input_shape": (1, 4, 4), "classes": 3, **changes})  # type: ignore[arg-type]
-    net = Network(spec)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.mul_(2)
-    return net.eval()
+def network(**changes: Any) -> Network:
+    return spiking_network(5, **{"model": "csnn", "channels": 2, "input_shape": (1, 4, 4), **changes}).eval()
 
 
 def objective(net: nn.Module | None = None, samples: int = 64, dtype: torch.dtype = torch.float64) -> Objective:
@@ -54,7 +50,7 @@ def numbers(result: SpectrumResult) -> list[float]:
     return found
 
 
-def test_against_the_dense_matrices() -> None:
+def test_the_spectrum_agrees_with_the_dense_matrices() -> None:
     target = objective()
     result = spectrum(target, SMALL)
     for name, factory in (("hessian", hessian), ("ggn", ggn)):
@@ -85,7 +81,7 @@ def test_against_the_dense_matrices() -> None:
     assert result.num_parameters == target.size == sum(result.parameters.values())
 
 
-def test_same_seed_same_numbers() -> None:
+def test_the_same_seed_gives_the_same_numbers() -> None:
     one, two = (spectrum(objective(dtype=torch.float32), SMALL) for _ in range(2))
     assert numbers(one) == numbers(two)
     other = spectrum(objective(dtype=torch.float32), dataclasses.replace(SMALL, seed=1))
@@ -154,7 +150,8 @@ def test_scale_free_lambda_max_ignores_the_scale_before_a_batchnorm() -> None:
     assert abs(two.eigenvalues[0].value / one.eigenvalues[0].value - 1) > 0.05
 
 
-def test_data_error_against_the_spread_over_disjoint_samples() -> None:
+@pytest.mark.slow
+def test_the_data_error_is_the_spread_over_disjoint_samples() -> None:
     """The printed data stderr of lambda_max and the trace against their spread over 20 independent sets of samples."""
     net = network(norm="none")
     generator = torch.Generator().manual_seed(3)
@@ -178,10 +175,10 @@ def test_data_error_against_the_spread_over_disjoint_samples() -> None:
 def test_one_sample_has_no_error_and_says_so() -> None:
     result = spectrum(objective(samples=1), SMALL)
     assert result.spectra["hessian"].eigenvalues[0].data_stderr != result.spectra["hessian"].eigenvalues[0].data_stderr
-    assert any("One batch of samples" in w for w in result.warnings)
+    assert any("A single sample" in w for w in result.warnings)
 
 
-def test_zero_hessian_is_reported_not_a_crash() -> None:
+def test_a_zero_hessian_is_reported() -> None:
     dead = network(norm="none", surrogate="rect:0.01")
     with torch.no_grad():
         for p in dead.parameters():
@@ -197,7 +194,7 @@ def test_nan_loss_is_refused() -> None:
         spectrum(target, SMALL)
 
 
-def test_diagonal_blocks_of_the_layers() -> None:
+def test_blocks_are_the_diagonal_blocks_of_the_layers() -> None:
     target = objective()
     result = spectrum(target, dataclasses.replace(SMALL, per_layer=True, operators=("hessian",)))
     matrix = dense(hessian(target))
@@ -214,7 +211,7 @@ def test_diagonal_blocks_of_the_layers() -> None:
     assert start == target.size
 
 
-def test_a_layer_at_a_time_and_fewer_parameters_than_asked_for() -> None:
+def test_fewer_parameters_than_eigenvalues_asked_for_are_all_measured() -> None:
     net = network()
     x, y = torch.rand(8, 1, 4, 4), torch.randint(0, 3, (8,))
     target = make_objective(net, LOSSES["mse"], (x, y), params="norm1.bias")
@@ -234,7 +231,7 @@ def test_a_layer_at_a_time_and_fewer_parameters_than_asked_for() -> None:
         ({"backend": "pyhessian"}, "backend pyhessian"),
     ],
 )
-def test_bad_settings(changes: dict[str, object], message: str) -> None:
+def test_bad_settings_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SpectrumSettings(**changes)  # type: ignore[arg-type]
 
@@ -242,23 +239,10 @@ def test_bad_settings(changes: dict[str, object], message: str) -> None:
 # --- PyHessian as the independent reference
 
 
-def smooth() -> Objective:
-    """A smooth network of 11,178 parameters, a little trained, so that its top eigenvalue stands apart."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 21), nn.Tanh(), nn.Linear(21, 7))
-    x, y = torch.randn(96, 64), torch.randint(0, 7, (96,))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for _ in range(30):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return make_objective(model, nn.functional.cross_entropy, (x, y), batch_size=40)
-
-
-def test_pyhessian_backend_and_power_method_through_the_analysis() -> None:
+def test_pyhessian_and_the_power_method_agree_within_the_analysis() -> None:
     base = SpectrumSettings(operators=("hessian",), top=2, smallest=0, density=False)
-    ours = spectrum(smooth(), base).spectra["hessian"].eigenvalues[0]
+    ours = spectrum(trained_smooth(), base).spectra["hessian"].eigenvalues[0]
     for changes in ({"method": "power"}, {"method": "power", "backend": "pyhessian"}):
-        other = spectrum(smooth(), dataclasses.replace(base, **changes)).spectra["hessian"]
+        other = spectrum(trained_smooth(), dataclasses.replace(base, **changes)).spectra["hessian"]
         assert other.eigenvalues[0].value == pytest.approx(ours.value, rel=0.02)
         assert other.smallest_eigenvalues == ()

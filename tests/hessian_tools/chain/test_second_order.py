@@ -1,4 +1,4 @@
-"""The hand-written products against double backward, against the NumPy oracle, and against themselves."""
+"""Tests of the hand-written curvature products against double backward and the NumPy oracle."""
 
 from __future__ import annotations
 
@@ -11,49 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from objectives import firing_objective
 from torch import Tensor, nn
 
 from hessian_tools.chain import second_order, segments
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators import curvature as operators
 from hessian_tools.operators.base import dense
-from ikun import spiking_layers as spikes
 from ikun.kernels import dispatch as fused
 from ikun.kernels.scan import Scan, torch_adjoint, torch_adjoint_tangent, torch_tangent
 from ikun.losses import LOSSES
-from ikun.networks import Network, Spec
+from ikun.networks import Network
+from ikun.pooling import selection
 from tests import jet_oracle
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 AUTOGRAD = {kind: getattr(operators, f"_autograd_{kind}") for kind in ("hessian", "ggn", "fisher")}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small only lose by a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def objective_of(loss: str = "mse", params: str = "*", dtype: torch.dtype = torch.float64, **fields: Any) -> Objective:
-    """A small network with random weights and norms, on five samples of 5 x 6 pixels."""
-    torch.manual_seed(1)
-    shape, small = (1, 5, 6), {"channels": 2, "hidden": (6, 5), "classes": 3, "timesteps": 3, "threshold": 0.6}
-    spec = Spec(**{"input_shape": shape, "v_reset": -0.1, "tau": 1.6, **small, **fields})
-    net = Network(spec)
-    for m in net.modules():
-        if isinstance(m, nn.Conv2d | nn.Linear):  # large enough for spikes in every layer
-            m.weight.data.mul_(2).add_(0.1)
-        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
-            m.running_mean.normal_(0, 0.1)  # type: ignore[union-attr, operator]
-            m.running_var.uniform_(0.1, 0.3)  # type: ignore[union-attr, operator]
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.uniform_(m.bias, 0, 0.5)
-    x = torch.rand(5, *spec.input_shape)
-    if spec.coding == "poisson":
-        x = torch.bernoulli(x[:, None].expand(5, spec.timesteps, *spec.input_shape))
-    return make_objective(net.to(dtype), LOSSES[loss], (x.to(dtype), torch.arange(5) % spec.classes), params=params)
 
 
 def error(kind: str, objective: Objective) -> float:
@@ -72,7 +46,7 @@ CONFIGURATIONS = list(
 
 
 @pytest.mark.parametrize("index", range(len(CONFIGURATIONS)))
-def test_agrees_with_double_backward(index: int) -> None:
+def test_products_agree_with_double_backward(index: int) -> None:
     neuron, reset, detach_reset, norm, model = CONFIGURATIONS[index]
     bits = index // 2 + index // 4 + index // 24  # the other axes, rotated
     fields = {
@@ -81,7 +55,7 @@ def test_agrees_with_double_backward(index: int) -> None:
         "surrogate": ("atan:2", "sigmoid:4", "triangle:1")[bits % 3],
     }
     loss = ("mse", "ce")[(bits + index) % 2]
-    objective = objective_of(
+    objective = firing_objective(
         loss, neuron=neuron, reset=reset, detach_reset=detach_reset, norm=norm, model=model, **fields
     )
     for kind in AUTOGRAD:
@@ -91,8 +65,8 @@ def test_agrees_with_double_backward(index: int) -> None:
 @pytest.mark.parametrize("loss", ["mse", "ce"])
 @pytest.mark.parametrize("coding", ["direct", "poisson"])
 @pytest.mark.parametrize("ties", ["first", "last"])
-def test_losses_codings_and_ties(loss: str, coding: str, ties: str) -> None:
-    objective = objective_of(loss, coding=coding, ties=ties)
+def test_products_agree_for_all_losses_codings_and_tie_rules(loss: str, coding: str, ties: str) -> None:
+    objective = firing_objective(loss, coding=coding, ties=ties)
     for kind in AUTOGRAD:
         assert error(kind, objective) < 1e-12
 
@@ -100,19 +74,19 @@ def test_losses_codings_and_ties(loss: str, coding: str, ties: str) -> None:
 @pytest.mark.parametrize(
     "params", ["fc*", "conv2.weight", "norm1.*", "norm*.bias", "*.logit", "spike3.logit", "conv1.weight,norm2.weight"]
 )
-def test_a_part_of_the_parameters(params: str) -> None:
-    objective = objective_of(neuron="plif", params=params)
+def test_products_agree_for_a_part_of_the_parameters(params: str) -> None:
+    objective = firing_objective(neuron="plif", params=params)
     for kind in AUTOGRAD:
         assert error(kind, objective) < 1e-12
 
 
-def test_relaxed_network_and_single_step() -> None:
-    assert error("hessian", objective_of(relaxed=True, neuron="lif")) < 1e-12
-    assert error("hessian", objective_of(timesteps=1)) < 1e-12
+def test_products_agree_for_relaxed_networks_and_single_steps() -> None:
+    assert error("hessian", firing_objective(relaxed=True, neuron="lif")) < 1e-12
+    assert error("hessian", firing_objective(timesteps=1)) < 1e-12
 
 
 def test_order_of_the_parameters_is_the_objectives() -> None:
-    forward = objective_of()
+    forward = firing_objective()
     names = list(forward.parameters)[::-1]
     backward = Objective(
         forward.model, forward.loss, forward.batches, {name: forward.parameters[name] for name in names}
@@ -132,7 +106,7 @@ def torch_networks() -> Iterator[nn.Module]:
 
 
 @pytest.mark.parametrize("which", range(3))
-def test_plain_torch_networks(which: int) -> None:
+def test_products_agree_for_networks_of_plain_torch(which: int) -> None:
     torch.manual_seed(0)
     net = list(torch_networks())[which]
     for m in net.modules():
@@ -171,7 +145,7 @@ def test_unknown_layers_fall_back(net: nn.Module) -> None:
 
 
 def test_hooks_resets_and_changed_networks_fall_back() -> None:
-    objective = objective_of()
+    objective = firing_objective()
     batch = objective.batches[0]
     assert second_order.linearize(objective, batch, "hessian") is not None
     with_reset = Objective(objective.model, objective.loss, objective.batches, objective.parameters, lambda m: None)
@@ -181,7 +155,7 @@ def test_hooks_resets_and_changed_networks_fall_back() -> None:
 
 
 def test_operators_use_it_over_ragged_batches_and_within_memory() -> None:
-    objective = objective_of().rebatched(2)
+    objective = firing_objective().rebatched(2)
     block = torch.randn(objective.size, 2, dtype=torch.float64)
     for kind, factory in operators.OPERATORS.items():
         exact = operators.CurvatureOperator(objective, AUTOGRAD[kind]) @ block
@@ -196,8 +170,8 @@ def test_operators_use_it_over_ragged_batches_and_within_memory() -> None:
 
 
 @pytest.mark.parametrize("neuron", ["if", "plif"])
-def test_symmetric(neuron: str) -> None:
-    matrix = dense(operators.hessian(objective_of(neuron=neuron)))
+def test_products_are_symmetric(neuron: str) -> None:
+    matrix = dense(operators.hessian(firing_objective(neuron=neuron)))
     assert (matrix - matrix.T).abs().max() < 1e-14 * matrix.abs().max() + 1e-16
 
 
@@ -205,7 +179,7 @@ def test_symmetric(neuron: str) -> None:
 @pytest.mark.parametrize("model", ["csnn", "mlp"])
 def test_torch_fallback_equals_numba(neuron: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")
-    objective = objective_of(neuron=neuron, model=model)
+    objective = firing_objective(neuron=neuron, model=model)
     v = torch.randn(objective.size, dtype=torch.float64)
     compiled = {}
     for kind in AUTOGRAD:
@@ -222,7 +196,7 @@ def test_torch_fallback_equals_numba(neuron: str, model: str, monkeypatch: pytes
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("static", [False, True])
-def test_kernels_over_several_blocks_and_threads(learned: bool, pooled: bool, static: bool) -> None:
+def test_kernels_give_the_same_over_several_blocks_and_threads(learned: bool, pooled: bool, static: bool) -> None:
     if fused.kernels() is None:
         pytest.skip("numba is missing")
     torch.set_num_threads(3)
@@ -233,9 +207,7 @@ def test_kernels_over_several_blocks_and_threads(learned: bool, pooled: bool, st
     def array() -> Tensor:
         return torch.randn(steps, size, dtype=torch.float64)
 
-    index = (
-        spikes.selection(torch.randn(steps, 1, planes, height, width).sign(), "first").flatten(1) if pooled else None
-    )
+    index = selection(torch.randn(steps, 1, planes, height, width).sign(), "first").flatten(1) if pooled else None
     scan = Scan(array(), array(), 0.4, 0.6, static, index, height * width if pooled else 1, array())
     if learned:
         scan.u, scan.gh = array(), array()
@@ -257,16 +229,16 @@ def test_failing_numba_warns_once_and_falls_back(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(fused, "_state", {"broken": False})
     monkeypatch.setattr(fused, "_compiled", lambda: dict.fromkeys(fused.KERNELS, fail))
     with pytest.warns(UserWarning, match="no compiler"):
-        assert error("hessian", objective_of()) < 1e-12
+        assert error("hessian", firing_objective()) < 1e-12
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert error("hessian", objective_of()) < 1e-12
+        assert error("hessian", firing_objective()) < 1e-12
 
 
 def test_float32_is_as_accurate_as_double_backward() -> None:
     """Over several directions and configurations: at most 1.5 times the error of eager float32."""
     for fields in ({"norm": "bn"}, {"norm": "none", "neuron": "plif"}):
-        single = objective_of(dtype=torch.float32, channels=6, input_shape=(1, 8, 8), **fields)
+        single = firing_objective(dtype=torch.float32, channels=6, input_shape=(1, 8, 8), **fields)
         double = make_objective(single.model, single.loss, list(single.batches), dtype=torch.float64)
         vs = torch.randn(6, single.size, generator=torch.Generator().manual_seed(0))
         exact = AUTOGRAD["hessian"](double, double.batches[0])
@@ -287,9 +259,9 @@ ORACLE = [
 
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("index", range(len(ORACLE)))
-def test_dense_hessian_is_the_oracles(index: int, segmented: bool) -> None:
+def test_the_dense_hessian_is_that_of_the_oracle(index: int, segmented: bool) -> None:
     fields, loss = ORACLE[index], ("mse", "ce")[index % 2]
-    objective = objective_of(loss, **fields, input_shape=(1, 4, 4), channels=1, classes=2)
+    objective = firing_objective(loss, **fields, input_shape=(1, 4, 4), channels=1, classes=2)
     objective = replace(objective, segmentation=segments if segmented else None)  # two steps and one
     fast = dense(operators.hessian(objective)).numpy()
     params = {name: p.detach().numpy() for name, p in objective.parameters.items()}

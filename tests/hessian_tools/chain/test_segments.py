@@ -1,15 +1,14 @@
-"""Segments of time against the whole chain: products, gradients, outputs, and what they hold at their peak."""
+"""Tests of products in segments of time: agreement with the unsegmented ones, and peak memory."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from tests.hessian_tools.chain.test_second_order import objective_of
+from objectives import firing_objective
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,20 +21,15 @@ from hessian_tools.operators import curvature as operators
 from hessian_tools.operators.base import symmetry_error
 from ikun import spiking_layers as spikes
 from ikun.kernels import dispatch as fused
+from ikun.kernels import scan
 from ikun.layers import MaxPool
 from ikun.losses import LOSSES
 from ikun.neurons import Dynamics, Neuron
 from ikun.surrogates import Surrogate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = ("hessian", "ggn", "fisher")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def error(kind: str, objective: Objective) -> float:
@@ -57,7 +51,7 @@ CONFIGURATIONS = list(
 
 
 @pytest.mark.parametrize("index", range(len(CONFIGURATIONS)))
-def test_products_are_the_whole_chains(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_in_segments_are_those_of_the_whole_chain(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     neuron, reset, detach_reset, norm, model = CONFIGURATIONS[index]
     bits = index // 2 + index // 4 + index // 24
     fields = {
@@ -65,7 +59,7 @@ def test_products_are_the_whole_chains(index: int, monkeypatch: pytest.MonkeyPat
         "ties": ("first", "last")[bits // 2 % 2],
         "surrogate": ("atan:2", "sigmoid:4", "triangle:1")[bits % 3],
     }
-    objective = objective_of(
+    objective = firing_objective(
         ("mse", "ce")[(bits + index) % 2],
         timesteps=7,
         neuron=neuron,
@@ -82,22 +76,22 @@ def test_products_are_the_whole_chains(index: int, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("coding", ["direct", "poisson"])
 @pytest.mark.parametrize("neuron", ["lif", "plif"])
-def test_long_sequences(neuron: str, coding: str) -> None:
-    objective = objective_of(timesteps=100, neuron=neuron, coding=coding)
+def test_products_of_long_sequences_agree(neuron: str, coding: str) -> None:
+    objective = firing_objective(timesteps=100, neuron=neuron, coding=coding)
     assert segments.length(objective) == 10
     assert max(error(kind, objective) for kind in KINDS) < 1e-12
 
 
 @pytest.mark.parametrize("params", ["fc*", "conv2.weight", "norm1.*", "*.logit", "spike3.logit", "conv1.weight,fc1*"])
-def test_a_part_of_the_parameters(params: str) -> None:
-    objective = objective_of(neuron="plif", params=params, timesteps=5)
+def test_products_agree_for_a_part_of_the_parameters(params: str) -> None:
+    objective = firing_objective(neuron="plif", params=params, timesteps=5)
     assert max(error(kind, objective) for kind in KINDS) < 1e-12
 
 
 @pytest.mark.parametrize("coding", ["direct", "poisson"])
-def test_plain_torch_and_relaxed(coding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert error("hessian", objective_of(relaxed=True, neuron="plif", timesteps=5, coding=coding)) < 1e-12
-    compiled = objective_of(neuron="plif", timesteps=5, coding=coding)
+def test_products_agree_for_plain_torch_and_relaxed_networks(coding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert error("hessian", firing_objective(relaxed=True, neuron="plif", timesteps=5, coding=coding)) < 1e-12
+    compiled = firing_objective(neuron="plif", timesteps=5, coding=coding)
     v = torch.randn(compiled.size, dtype=torch.float64)
     product = segments.linearize_in_segments(compiled, compiled.batches[0], "hessian")
     assert product is not None
@@ -107,10 +101,10 @@ def test_plain_torch_and_relaxed(coding: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_outputs_loss_and_gradient(dtype: torch.dtype) -> None:
+def test_outputs_loss_and_gradient_are_those_of_the_whole_chain(dtype: torch.dtype) -> None:
     """The spikes are the same ones: their counts are."""
     for fields in ({"neuron": "lif"}, {"neuron": "plif", "reset": "soft", "coding": "poisson", "model": "mlp"}):
-        objective = objective_of(timesteps=23, dtype=dtype, **fields).rebatched(2)
+        objective = firing_objective(timesteps=23, dtype=dtype, **fields).rebatched(2)
         cut = replace(objective, segmentation=segments)
         for x, _ in objective.batches:
             with torch.no_grad():
@@ -124,8 +118,8 @@ def test_outputs_loss_and_gradient(dtype: torch.dtype) -> None:
         assert (gradient - plain).norm() < tight * plain.norm()
 
 
-def test_operators_in_segments() -> None:
-    objective = objective_of(timesteps=9, neuron="plif").rebatched(2)
+def test_operators_give_the_same_in_segments() -> None:
+    objective = firing_objective(timesteps=9, neuron="plif").rebatched(2)
     cut, block = replace(objective, segmentation=segments), torch.randn(objective.size, 2, dtype=torch.float64)
     for factory in operators.OPERATORS.values():
         exact = factory(objective, 1e9) @ block
@@ -134,24 +128,26 @@ def test_operators_in_segments() -> None:
     assert symmetry_error(operators.hessian(cut), torch.Generator().manual_seed(0)) < 1e-13
 
 
-def test_what_cannot_be_cut_is_left_whole() -> None:
+def test_networks_that_cannot_be_cut_run_whole() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(30, 4))
     data = torch.randn(7, 1, 5, 6, dtype=torch.float64), torch.arange(7) % 4
-    changed = objective_of(timesteps=20)
+    changed = firing_objective(timesteps=20)
     changed.model.add_module("extra", nn.LayerNorm(3, dtype=torch.float64))
-    for objective in (make_objective(net.double(), LOSSES["ce"], data), objective_of(timesteps=1), changed):
+    for objective in (make_objective(net.double(), LOSSES["ce"], data), firing_objective(timesteps=1), changed):
         cut, v = replace(objective, segmentation=segments), torch.randn(objective.size, dtype=torch.float64)
         assert not segments.possible(cut)
         assert segments.bytes_per_sample(cut) is None
         assert segments.linearize_in_segments(cut, cut.batches[0], "hessian") is None
         torch.testing.assert_close(operators.hessian(cut) @ v, operators.hessian(objective) @ v)
         torch.testing.assert_close(cut.value_and_gradient(), objective.value_and_gradient())
-    with_reset = replace(objective_of(timesteps=20), reset=lambda model: None, segmentation=segments)
+    with_reset = replace(firing_objective(timesteps=20), reset=lambda model: None, segmentation=segments)
     assert not segments.possible(with_reset)
 
 
-def test_loss_without_a_gradient() -> None:
-    objective = replace(objective_of(timesteps=5), loss=lambda o, y: torch.zeros(()).double(), segmentation=segments)
+def test_a_loss_without_a_gradient_gives_zero() -> None:
+    objective = replace(
+        firing_objective(timesteps=5), loss=lambda o, y: torch.zeros(()).double(), segmentation=segments
+    )
     product = segments.linearize_in_segments(objective, objective.batches[0], "hessian")
     assert product is not None
     assert product(torch.ones(objective.size).double()).abs().max() == 0
@@ -163,7 +159,7 @@ def test_loss_without_a_gradient() -> None:
 @pytest.mark.parametrize("static", [True, False])
 @pytest.mark.parametrize("pooled", [True, False])
 @pytest.mark.parametrize("kind", ["lif", "plif"])
-def test_scans_go_on_where_they_stopped(
+def test_scans_resume_from_their_state(
     kind: str, pooled: bool, static: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every pass over 3 and 4 steps, of several blocks in three threads, is bit for bit the pass over 7."""
@@ -243,10 +239,10 @@ class Peak(TorchDispatchMode):
 
 @pytest.mark.parametrize("coding", ["direct", "poisson"])
 def test_memory_grows_like_the_square_root_of_time(coding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "PIECE", 1024)  # as small as this network asks for
+    monkeypatch.setattr(scan, "PIECE", 1024)  # as small as this network asks for
     found: dict[bool, list[float]] = {False: [], True: []}
     for steps in (16, 64, 256):
-        whole = objective_of(timesteps=steps, coding=coding, channels=4, input_shape=(1, 8, 8), classes=2)
+        whole = firing_objective(timesteps=steps, coding=coding, channels=4, input_shape=(1, 8, 8), classes=2)
         for objective in (whole, replace(whole, segmentation=segments)):
             with Peak() as peak:
                 operators._linearize_hessian(objective, objective.batches[0])(torch.ones(objective.size).double())

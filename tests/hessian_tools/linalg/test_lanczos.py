@@ -1,4 +1,4 @@
-"""Lanczos and power iteration against closed forms and dense eigendecompositions in float64."""
+"""Tests of Lanczos and power iteration against closed forms and dense eigendecompositions in float64."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from draws import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrices import laplacian
 from torch import Tensor
 
 from hessian_tools.linalg.lanczos import (
@@ -23,26 +25,14 @@ from hessian_tools.linalg.lanczos import (
     excess,
     expected_products,
     least_basis,
-    quadrature,
     random_start_bound,
     temple_bounds,
-    tridiagonal,
 )
+from hessian_tools.linalg.lanczos_quadrature import quadrature, tridiagonal
 from hessian_tools.linalg.power_iteration import power_iteration
 from hessian_tools.objective import make_objective
 from hessian_tools.operators.base import Composed, Dense, Operator, scaled
 from hessian_tools.operators.curvature import hessian
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def laplacian(n: int = 400) -> tuple[Dense, np.ndarray]:
-    """The path Laplacian with fixed ends: eigenvalues 2 - 2 cos(k pi / (n + 1)), ascending."""
-    side = -torch.ones(n - 1, dtype=torch.float64)
-    matrix = 2 * torch.eye(n, dtype=torch.float64) + torch.diag(side, 1) + torch.diag(side, -1)
-    return Dense(matrix), 2 - 2 * np.cos(np.arange(1, n + 1) * np.pi / (n + 1))
 
 
 def with_eigenvalues(values: Tensor, seed: int = 0) -> tuple[Dense, Tensor]:
@@ -58,7 +48,7 @@ def diagonal(values: Tensor) -> Composed:
 
 
 def check(op: Operator, pairs: Eigenpairs, exact: Tensor, top: int, bottom: int) -> None:
-    """Values, order, orthonormality, and residuals that are what they claim to be."""
+    """Check values, order, orthonormality and residuals."""
     check_pairs(op, pairs, torch.cat([exact.flip(0)[:top], exact[:bottom]]), float(exact.abs().max()))
 
 
@@ -75,7 +65,7 @@ def check_pairs(op: Operator, pairs: Eigenpairs, expected: Tensor, scale: float)
 
 
 @pytest.mark.parametrize("max_basis", [None, 60])
-def test_path_laplacian(max_basis: int | None) -> None:
+def test_eigenvalues_of_the_path_laplacian_are_found(max_basis: int | None) -> None:
     op, exact = laplacian()
     pairs = eigenpairs(op, 10, 5, generator=seeded(), tol=1e-8, max_basis=max_basis, max_products=5000)
     check(op, pairs, torch.from_numpy(exact), 10, 5)
@@ -83,7 +73,7 @@ def test_path_laplacian(max_basis: int | None) -> None:
 
 @given(st.integers(2, 40), st.integers(0, 10**6))
 @settings(max_examples=25)
-def test_random_matrices(n: int, seed: int) -> None:
+def test_eigenpairs_of_random_matrices_are_found(n: int, seed: int) -> None:
     m = torch.randn(n, n, dtype=torch.float64, generator=seeded(seed))
     op = Dense(m + m.T)
     top = min(3, n - 1)
@@ -103,7 +93,7 @@ def test_random_matrices(n: int, seed: int) -> None:
     ],
     ids=["multiple", "pairs", "low rank", "strakos"],
 )
-def test_hard_spectra(values: Tensor) -> None:
+def test_eigenpairs_of_hard_spectra_are_found(values: Tensor) -> None:
     op, exact = with_eigenvalues(values)
     check(op, eigenpairs(op, 5, 3, generator=seeded(), tol=1e-9), exact, 5, 3)
 
@@ -119,7 +109,7 @@ def test_hard_spectra(values: Tensor) -> None:
     ids=["pairs", "negative definite", "degenerate", "multiple of the identity"],
 )
 @pytest.mark.parametrize("max_basis", [None, 14])
-def test_by_magnitude(values: Tensor, max_basis: int | None) -> None:
+def test_eigenvalues_are_found_by_magnitude(values: Tensor, max_basis: int | None) -> None:
     op, exact = with_eigenvalues(values)
     pairs = eigenpairs(op, 0, magnitude=5, generator=seeded(), tol=1e-9, max_basis=max_basis)
     expected = exact.abs().sort(descending=True).values[:5]
@@ -130,7 +120,7 @@ def test_by_magnitude(values: Tensor, max_basis: int | None) -> None:
 
 @given(st.integers(2, 40), st.integers(0, 10**6))
 @settings(max_examples=25)
-def test_by_magnitude_on_random_matrices(n: int, seed: int) -> None:
+def test_eigenvalues_of_random_matrices_are_found_by_magnitude(n: int, seed: int) -> None:
     m = torch.randn(n, n, dtype=torch.float64, generator=seeded(seed))
     op, count = Dense(m + m.T), min(4, n)
     pairs = eigenpairs(op, 0, magnitude=count, generator=seeded(seed), tol=1e-9, max_basis=max(9, n // 2))
@@ -148,7 +138,7 @@ def test_magnitude_finds_what_the_two_ends_find() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
-def test_scale_equivariance(scale: float) -> None:
+def test_scaling_the_operator_scales_its_eigenvalues(scale: float) -> None:
     op, _ = laplacian(60)
     one = eigenpairs(op, 4, 2, generator=seeded())
     other = eigenpairs(scaled(op, scale), 4, 2, generator=seeded())
@@ -159,7 +149,7 @@ def test_scale_equivariance(scale: float) -> None:
     assert excess(other, 60) / scale == pytest.approx(excess(one, 60))
 
 
-def test_same_seed_same_arrays_other_seed_same_values() -> None:
+def test_the_same_seed_gives_the_same_arrays_and_another_the_same_values() -> None:
     op, _ = laplacian(80)
     a, b, c = (eigenpairs(op, 4, 2, generator=seeded(s), tol=1e-10, max_basis=25) for s in (0, 0, 1))
     assert torch.equal(a.values, b.values)
@@ -176,7 +166,7 @@ def test_float32_products_reach_float32_accuracy() -> None:
     np.testing.assert_allclose(pairs.values, exact[::-1][:3], rtol=1e-5)
 
 
-def test_not_converged_is_said() -> None:
+def test_pairs_that_did_not_converge_are_flagged() -> None:
     op, exact = laplacian()
     pairs = eigenpairs(op, 10, 5, generator=seeded(), tol=1e-10, max_products=30)
     assert not pairs.converged.any()
@@ -185,14 +175,14 @@ def test_not_converged_is_said() -> None:
         assert np.abs(exact - float(value)).min() <= float(residual) * (1 + 1e-9)
 
 
-def test_zero_operator_and_size_one() -> None:
+def test_a_zero_operator_and_one_of_size_one_are_solved() -> None:
     pairs = eigenpairs(Dense(torch.zeros(20, 20, dtype=torch.float64)), 3, 2, generator=seeded())
     assert pairs.values.tolist() == [0.0] * 5
     assert pairs.converged.all()
     assert eigenpairs(Dense(torch.tensor([[7.0]])), 1, generator=seeded()).values.item() == pytest.approx(7)
 
 
-def test_bad_input() -> None:
+def test_bad_input_is_refused() -> None:
     op, _ = laplacian(5)
     with pytest.raises(ValueError, match="cannot find 4 largest and 2 smallest of 5"):
         eigenpairs(op, 4, 2, generator=seeded())
@@ -218,7 +208,7 @@ def test_bad_input() -> None:
 
 # ---------------------------------------------------------------- multiple eigenvalues
 @pytest.mark.parametrize(("features", "classes", "top"), [(6, 3, 8), (20, 4, 60), (4, 6, 20)])
-def test_softmax_regression_at_zero(features: int, classes: int, top: int) -> None:
+def test_softmax_regression_at_zero_has_its_known_eigenvalues(features: int, classes: int, top: int) -> None:
     """H = (X'X / n) x (I - 11'/K) / K: every eigenvalue of X'X / (n K) K - 1 times, and `features` zeros."""
     x = torch.randn(50, features, dtype=torch.float64, generator=seeded(1)) * torch.linspace(0.5, 2, features)
     y = torch.randint(0, classes, (50,), generator=seeded(2))
@@ -262,7 +252,7 @@ def test_copies_missed_at_a_loose_tol_show_from_another_start() -> None:
 
 
 # ---------------------------------------------------------------- bounds
-def test_temple_bounds_by_hand() -> None:
+def test_temple_bounds_are_those_computed_by_hand() -> None:
     def row(*values: float) -> Tensor:
         return torch.tensor(values, dtype=torch.float64)
 
@@ -300,7 +290,7 @@ def check_bounds(op: Operator, exact: Tensor, tol: float, seed: int) -> None:
     assert (error <= pairs.bounds + 1e-14 * float(exact.abs().max())).all()
 
 
-def test_bounds_at_a_loose_tol() -> None:
+def test_bounds_hold_at_a_loose_tol() -> None:
     """The residual always holds; the bound unless an eigenvalue near has no Ritz value yet, which is rare."""
     missed = total = sharper = 0
     for seed in range(200):
@@ -368,12 +358,12 @@ def test_random_start_bound_inverts_the_formula(steps: int, size: int, failure: 
     assert random_start_bound(steps, size, failure / 2) >= e
 
 
-def test_random_start_bound_at_its_ends() -> None:
+def test_the_random_start_bound_is_right_at_its_ends() -> None:
     assert random_start_bound(0, 100) == 1
     assert random_start_bound(1, 100) == 1
     assert random_start_bound(100, 100) == 0
     for bad in ((5, 0, 0.05), (-1, 10, 0.05), (5, 10, 0.0), (5, 10, 1.0)):
-        with pytest.raises(ValueError, match="the failure probability lies between 0 and 1"):
+        with pytest.raises(ValueError, match="the failure probability must lie between 0 and 1"):
             random_start_bound(*bad)
 
 
@@ -443,7 +433,7 @@ def test_vectors_do_not_keep_the_basis() -> None:
 PEAK = """
 import torch
 from hessian_tools.linalg.lanczos import eigenpairs
-from hessian_tools.operators.curvature import Composed
+from hessian_tools.operators.base import Composed
 
 def peak():
     lines = open("/proc/self/status").read().splitlines()
@@ -465,7 +455,7 @@ print(run(400_000))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
-def test_peak_memory() -> None:
+def test_peak_memory_stays_within_the_basis() -> None:
     """(max_basis + wanted + 6) vectors of P float64. VmHWM, since ru_maxrss begins at the parent's peak."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
     run = subprocess.run(
@@ -508,7 +498,7 @@ def test_progress_tells_products_and_the_worst_residual() -> None:
     assert abs(calls[int(0.8 * len(calls))][1] / pairs.products - 1) <= 0.3  # the estimate has come near
 
 
-def test_expected_products() -> None:
+def test_the_expected_number_of_products_is_right() -> None:
     checks = [(4, 1e-1), (8, 1e-2), (12, 1e-3)]
     assert expected_products(checks, 1e-5, 13, 100) == 20
     assert expected_products([(0, 1.0), (1, 9.0), (2, 7.0), *checks], 1e-5, 13, 100) < 30  # the oldest is forgotten
@@ -549,7 +539,7 @@ def test_gauss_quadrature_is_exact_to_degree_2m_minus_1(n: int, m: int, seed: in
         power = op @ power
 
 
-def test_tridiagonal_on_a_complement() -> None:
+def test_the_tridiagonal_matrix_is_that_of_the_complement() -> None:
     op, exact = with_eigenvalues(torch.tensor([50.0, -40.0, *torch.linspace(-1, 1, 30).tolist()]))
     pairs = eigenpairs(op, 1, 1, generator=seeded(), tol=1e-12)
     alpha, beta = tridiagonal(op, torch.randn(32, dtype=torch.float64, generator=seeded(3)), 60, pairs.vectors)
@@ -557,7 +547,7 @@ def test_tridiagonal_on_a_complement() -> None:
     np.testing.assert_allclose(nodes, exact[1:-1], atol=1e-8)
 
 
-def test_power_iteration_by_magnitude_with_signs() -> None:
+def test_power_iteration_finds_signed_values_by_magnitude() -> None:
     op, _ = with_eigenvalues(torch.tensor([-10.0, 7.0, 4.0, -2.0, 1.0, 0.5, 0.1]))
     pairs = power_iteration(op, 4, generator=seeded(), tol=1e-9, max_iterations=500)
     np.testing.assert_allclose(pairs.values, [-10, 7, 4, -2], rtol=1e-9)
@@ -575,7 +565,7 @@ def test_power_iteration_is_scale_equivariant(scale: float) -> None:
     assert torch.equal(other.converged, one.converged)
 
 
-def test_power_iteration_admits_what_it_cannot_do() -> None:
+def test_power_iteration_flags_what_it_cannot_separate() -> None:
     op, _ = with_eigenvalues(torch.tensor([5.0, -5.0, 1.0, 0.1]))
     pairs = power_iteration(op, 1, generator=seeded(), max_iterations=300)
     assert not pairs.converged[0]

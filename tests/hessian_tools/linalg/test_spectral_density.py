@@ -1,4 +1,4 @@
-"""Densities and traces against dense spectra, and the coverage of the intervals on a real network's Hessian."""
+"""Tests of spectral densities and traces against dense spectra, and of the coverage of their intervals."""
 
 from __future__ import annotations
 
@@ -9,22 +9,20 @@ import math
 import numpy as np
 import pytest
 import torch
+from draws import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_network import curvature
 from scipy import stats
 from torch import Tensor
 
-from hessian_tools.linalg.lanczos import certified, eigenpairs, quadrature, tridiagonal, tridiagonals
+from hessian_tools.linalg.lanczos import certified, eigenpairs
+from hessian_tools.linalg.lanczos_quadrature import quadrature, tridiagonal, tridiagonals
 from hessian_tools.linalg.spectral_density import DensityEstimate, density, wasserstein
 from hessian_tools.linalg.trace import LEAST_PROBES, estimate, frobenius, probe_forms, rademacher, trace
 from hessian_tools.operators.base import Composed, Dense, Operator, projected, scaled
 
 COVERED = [("hessian", 1960, LEAST_PROBES), ("ggn", 1960, LEAST_PROBES), ("hessian", 320, 4), ("hessian", 320, 32)]
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def real_hessian() -> Dense:
@@ -47,7 +45,7 @@ def cdf_distance(x: Tensor, u: Tensor, y: Tensor, v: Tensor) -> float:
     return total
 
 
-def test_moments_cdf_and_weights_against_the_dense_spectrum() -> None:
+def test_moments_cdf_and_weights_agree_with_the_dense_spectrum() -> None:
     op = real_hessian()
     exact = torch.linalg.eigvalsh(op.matrix)
     pairs = eigenpairs(op, 6, 4, generator=seeded())
@@ -68,7 +66,7 @@ def test_moments_cdf_and_weights_against_the_dense_spectrum() -> None:
     assert distance <= 1e-3 * float(exact[-1] - exact[0])
 
 
-def test_without_deflation_and_with_everything_deflated() -> None:
+def test_density_is_right_without_deflation_and_with_everything_deflated() -> None:
     op = Dense(torch.diag(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)))
     plain = density(op, probes=2, steps=10, generator=seeded())
     assert plain.atoms == 0
@@ -94,7 +92,7 @@ def test_density_is_scale_equivariant(scale: float, counts: dict[str, float]) ->
         torch.testing.assert_close(x, y)
 
 
-def test_probes_give_trace_and_norm_forms() -> None:
+def test_probes_give_the_trace_and_the_norm() -> None:
     op = real_hessian()
     pairs = eigenpairs(op, 3, 2, generator=seeded(), tol=1e-6)
     found = density(op, probes=3, steps=4, generator=seeded(5), deflate=pairs)
@@ -103,7 +101,7 @@ def test_probes_give_trace_and_norm_forms() -> None:
     torch.testing.assert_close(found.squared, squared, rtol=1e-6, atol=1e-10)
 
 
-def test_trace_of_the_laplacian_and_its_norm() -> None:
+def test_the_trace_and_norm_of_the_laplacian_are_estimated() -> None:
     n = 400
     side = -torch.ones(n - 1, dtype=torch.float64)
     op = Dense(2 * torch.eye(n, dtype=torch.float64) + torch.diag(side, 1) + torch.diag(side, -1))
@@ -116,7 +114,7 @@ def test_trace_of_the_laplacian_and_its_norm() -> None:
 
 
 @pytest.mark.parametrize(("name", "size", "probes"), COVERED)
-def test_coverage_of_the_trace_interval(name: str, size: int, probes: int) -> None:
+def test_the_interval_of_the_trace_covers_it(name: str, size: int, probes: int) -> None:
     """500 replicates: the 95% interval holds the true trace in 92 to 98% of them."""
     op = Dense(curvature(name)[:size, :size])
     exact = float(op.matrix.trace())
@@ -138,7 +136,7 @@ def test_trace_is_scale_equivariant(scale: float) -> None:
     assert other.stderr / scale == pytest.approx(one.stderr)
 
 
-def test_bad_counts() -> None:
+def test_bad_counts_are_refused() -> None:
     op = Dense(torch.eye(5, dtype=torch.float64))
     with pytest.raises(ValueError, match="at least 2 probes, not 1"):
         trace(op, probes=1, generator=seeded())
@@ -199,7 +197,7 @@ def test_accuracy_compares_all_steps_with_half_of_them(deflated: bool) -> None:
     assert 0 < found.accuracy < half.accuracy
 
 
-def test_accuracy_of_no_and_of_too_little_knowledge() -> None:
+def test_accuracy_is_zero_after_a_closed_step_and_unknown_after_one() -> None:
     zero = density(Dense(torch.zeros(6, 6, dtype=torch.float64)), generator=seeded())
     assert (zero.accuracy, zero.steps) == (0, 1)
     same = density(Dense(3 * torch.eye(6, dtype=torch.float64)), accuracy=0.1, generator=seeded())
@@ -333,7 +331,7 @@ def test_a_probe_without_a_part_outside_the_deflated_space_says_nothing() -> Non
     assert found.accuracy == 0
 
 
-def test_products_that_are_not_finite() -> None:
+def test_products_that_are_not_finite_are_refused() -> None:
     broken = Composed(5, torch.float64, torch.device("cpu"), lambda v: v * math.nan)
     with pytest.raises(FloatingPointError, match="not finite"):
         density(broken, generator=seeded())

@@ -1,4 +1,4 @@
-"""Functionals of the spectrum against closed forms, dense eigenvalues and quadratic forms; coverage on real spectra."""
+"""Tests of functions of the spectrum against closed forms and dense eigenvalues, and of their coverage."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from draws import seeded
+from matrices import laplacian
 from real_network import curvature
 from torch import Tensor
 
@@ -21,17 +23,6 @@ from hessian_tools.operators.base import Dense, scaled
 from hessian_tools.results.spectrum import Functional
 
 DAMPED = {"effective dimension": effective_dimension, "log determinant": log_determinant}
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def laplacian(n: int = 400) -> tuple[Dense, np.ndarray]:
-    """The path Laplacian with fixed ends, det = n + 1: eigenvalues 2 - 2 cos(k pi / (n + 1)), ascending."""
-    side = -torch.ones(n - 1, dtype=torch.float64)
-    matrix = 2 * torch.eye(n, dtype=torch.float64) + torch.diag(side, 1) + torch.diag(side, -1)
-    return Dense(matrix), 2 - 2 * np.cos(np.arange(1, n + 1) * np.pi / (n + 1))
 
 
 def diagonal(*values: float) -> Dense:
@@ -48,7 +39,7 @@ def ends(op: Dense, top: int, bottom: int) -> Eigenpairs:
     return certified(op, torch.cat([vectors[:, len(vectors) - top :], vectors[:, :bottom]], 1), 1e-4)
 
 
-def test_the_path_laplacian_with_all_eigenvalues_known() -> None:
+def test_functions_of_the_path_laplacian_are_exact_with_all_eigenvalues() -> None:
     op, exact = laplacian()
     whole = density(op, probes=2, generator=seeded(), deflate=ends(op, 400, 0))
     found = log_determinant(whole, 400, 0.0)
@@ -61,7 +52,7 @@ def test_the_path_laplacian_with_all_eigenvalues_known() -> None:
 
 
 @pytest.mark.parametrize("name", DAMPED)
-def test_the_path_laplacian_from_probes(name: str) -> None:
+def test_functions_of_the_path_laplacian_are_estimated_from_probes(name: str) -> None:
     """The interval holds the closed form; Var = 2 (||F||_F^2 - sum F_ii^2), F = f(A), for one Rademacher probe."""
     op, exact = laplacian()
     vectors = torch.linalg.eigh(op.matrix).eigenvectors.numpy()
@@ -127,7 +118,7 @@ def test_quadrature_error_is_the_change_from_half_of_the_steps(name: str) -> Non
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
-def test_scale_equivariance(scale: float) -> None:
+def test_scaling_the_operator_scales_its_functions(scale: float) -> None:
     op = indefinite()
     z = -1.2 * float(torch.linalg.eigvalsh(op.matrix)[0])
     one, other = (density(o, probes=4, steps=15, generator=seeded()) for o in (op, scaled(op, scale)))
@@ -142,7 +133,7 @@ def test_scale_equivariance(scale: float) -> None:
         assert rescaled.quadrature_error == pytest.approx(unscaled.quadrature_error, rel=1e-5)
 
 
-def test_negative_shares_known_beforehand() -> None:
+def test_negative_shares_of_known_spectra_are_right() -> None:
     def share(op: Dense) -> Functional:
         return negative_share(density(op, probes=3, generator=seeded(), deflate=ends(op, 2, 1)), op.shape[0])
 
@@ -157,10 +148,10 @@ def test_negative_shares_known_beforehand() -> None:
 
 
 @pytest.mark.parametrize("f", DAMPED.values())
-def test_refusals(f: Callable[..., Functional]) -> None:
+def test_bad_arguments_are_refused(f: Callable[..., Functional]) -> None:
     found = density(diagonal(-1, 0.5, 2, 3), probes=2, generator=seeded())
     for z, slack in ((0.5, 0.0), (0.999, 0.0), (1.1, 0.2), (math.nan, 0.0), (2.0, math.nan)):
-        with pytest.raises(ValueError, match=r"^A \+ zI is not sure to be positive definite: the lowest .* -1, "):
+        with pytest.raises(ValueError, match=r"^A \+ zI may not be positive definite: the lowest .* -1, "):
             f(found, 4, z, slack)
     assert math.isfinite(f(found, 4, 1.1, 0.05).estimate)
     # round-off below zero of a positive semidefinite operator
@@ -184,7 +175,7 @@ def replicates(name: str, steps: int) -> tuple[Tensor, list[DensityEstimate]]:
 
 
 @pytest.mark.parametrize("name", [*DAMPED, "negative share"])
-def test_coverage_on_a_real_network(name: str) -> None:
+def test_intervals_cover_the_exact_values_on_a_real_network(name: str) -> None:
     """500 replicates of 4 probes: the 95% interval holds the true value in 92 to 98% of them."""
     if name == "negative share":
         values, densities = replicates("hessian", 24)

@@ -1,12 +1,15 @@
-"""Operators against dense matrices that are formed in other ways."""
+"""Tests of the curvature operators against dense matrices that are computed in other ways."""
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objectives import spiking_objective
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
@@ -28,7 +31,6 @@ from hessian_tools.operators.base import (
 )
 from hessian_tools.operators.curvature import OPERATORS, CurvatureOperator, fisher, ggn, hessian
 from ikun.losses import LOSSES
-from ikun.networks import Network, Spec
 
 
 def smooth(samples: int = 9, loss: str = "mse") -> Objective:
@@ -38,15 +40,7 @@ def smooth(samples: int = 9, loss: str = "mse") -> Objective:
     return make_objective(model, LOSSES[loss], (torch.randn(samples, 3).double(), y), batch_size=4)
 
 
-def spiking(loss: str = "mse", samples: int = 12, gain: float = 2.0, **changes: object) -> Objective:
-    torch.manual_seed(2)
-    spec = Spec(**{"model": "mlp", "input_shape": (1, 2, 3), "hidden": (7, 6), "classes": 3, "norm": "none", **changes})  # type: ignore[arg-type]
-    net = Network(spec)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.mul_(gain)
-    x, y = torch.rand(samples, 1, 2, 3), torch.randint(0, 3, (samples,))
-    return make_objective(net, LOSSES[loss], (x, y), batch_size=5, dtype=torch.float64)
+spiking = functools.partial(spiking_objective, 2, hidden=(7, 6), input_shape=(1, 2, 3), norm="none")
 
 
 def functional(objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,7 +56,7 @@ def outputs_at(objective: Objective, x: Tensor, w: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("loss", ["mse", "ce"])
-def test_hessian_of_a_smooth_network(loss: str) -> None:
+def test_the_hessian_of_a_smooth_network_is_that_of_autograd(loss: str) -> None:
     objective = smooth(loss=loss)
     x, y, w = functional(objective)
     expected = torch.autograd.functional.hessian(lambda v: objective.loss(outputs_at(objective, x, v), y), w)
@@ -70,7 +64,7 @@ def test_hessian_of_a_smooth_network(loss: str) -> None:
 
 
 @pytest.mark.parametrize("loss", ["mse", "ce"])
-@pytest.mark.parametrize("build", [smooth, spiking])
+@pytest.mark.parametrize("build", [smooth, spiking], ids=["smooth", "spiking"])
 def test_ggn_is_jacobian_transpose_curvature_jacobian(build: object, loss: str) -> None:
     objective = build(loss=loss)  # type: ignore[operator]
     x, y, w = functional(objective)
@@ -84,7 +78,7 @@ def test_ggn_is_jacobian_transpose_curvature_jacobian(build: object, loss: str) 
 
 
 @pytest.mark.parametrize("loss", ["mse", "ce"])
-@pytest.mark.parametrize("build", [smooth, spiking])
+@pytest.mark.parametrize("build", [smooth, spiking], ids=["smooth", "spiking"])
 def test_fisher_is_the_mean_of_per_sample_gradients(build: object, loss: str) -> None:
     objective = build(loss=loss)  # type: ignore[operator]
     x, y, _ = functional(objective)
@@ -96,7 +90,7 @@ def test_fisher_is_the_mean_of_per_sample_gradients(build: object, loss: str) ->
     torch.testing.assert_close(dense(fisher(objective)), expected, rtol=1e-10, atol=1e-15)
 
 
-def test_softmax_regression_at_zero() -> None:
+def test_softmax_regression_at_zero_has_its_known_hessian() -> None:
     """At W = 0 the Hessian is (1/n) sum (I/K - 11'/K^2) kron xx': known eigenvalues, each K - 1 times."""
     torch.manual_seed(0)
     x, y = torch.randn(20, 4).double(), torch.randint(0, 3, (20,))
@@ -192,12 +186,12 @@ def test_finite_differences_of_the_surrogate_gradient_are_refused() -> None:
     assert symmetry_error(op, torch.Generator().manual_seed(0)) > 0.1
     exact = dense(hessian(objective))
     assert (dense(op) - exact).norm() > 0.3 * exact.norm()
-    with pytest.raises(ValueError, match="finite differences of the surrogate gradient are no Hessian"):
+    with pytest.raises(ValueError, match="finite differences of the surrogate gradient are not a Hessian"):
         SpectrumSettings(operators=("finite-differences",))
     for name, factory in OPERATORS.items():
         asymmetric: dict[str, object] = {name: lambda o, m, f=factory: _skewed(o)}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("hessian_tools.operators.curvature.OPERATORS", {**OPERATORS, **asymmetric})
+            patch.setattr("hessian_tools.analysis.spectrum.OPERATORS", {**OPERATORS, **asymmetric})
             with pytest.raises(AnalysisError, match="not symmetric"):
                 spectrum(objective, SpectrumSettings(operators=(name,)))
 
@@ -208,7 +202,7 @@ def _skewed(objective: Objective) -> CurvatureOperator:
     return CurvatureOperator(objective, lambda o, b: lambda v: matrix @ v, 0)
 
 
-def test_relaxed_hessian_against_finite_differences_of_the_loss() -> None:
+def test_the_relaxed_hessian_is_the_finite_difference_of_the_loss() -> None:
     objective = spiking(relaxed=True, reset="soft", neuron="lif")
     x, y, w = functional(objective)
     exact = dense(hessian(objective))
@@ -244,7 +238,7 @@ matrices = st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers
 
 @given(matrices, st.floats(-1e6, 1e6))
 @settings(max_examples=30)
-def test_algebra(shape: tuple[int, int], c: float) -> None:
+def test_operators_add_scale_shift_and_compose(shape: tuple[int, int], c: float) -> None:
     n, seed = shape
     rng = np.random.default_rng(seed)
     a, b = (m + m.T for m in rng.standard_normal((2, n, n)))
@@ -260,7 +254,7 @@ def test_algebra(shape: tuple[int, int], c: float) -> None:
     torch.testing.assert_close(dense(projected(first, torch.from_numpy(q))), torch.from_numpy(p @ a @ p), **tight)
 
 
-def test_scipy_both_ways() -> None:
+def test_operators_convert_to_scipy_and_back() -> None:
     objective = spiking()
     op = hessian(objective)
     exact = np.linalg.eigvalsh(dense(op).numpy())
@@ -269,7 +263,7 @@ def test_scipy_both_ways() -> None:
     torch.testing.assert_close(dense(again), dense(op))
 
 
-def test_bad_input() -> None:
+def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="not symmetric"):
         Dense(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
     with pytest.raises(ValueError, match="square"):

@@ -1,12 +1,11 @@
-"""Tests of the figures of calibrations: what is drawn, from which numbers, and that every result can be read."""
+"""Tests of the figures of calibrations: marks, captions and legibility for every kind of result."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from hessian_tools.analysis.calibration import agreement
+from hessian_tools.analysis.agreement import agreement
 from hessian_tools.io.json import ResultError, clean, from_plain
 from hessian_tools.plots import calibration as one
 from hessian_tools.plots.calibration import calibration_figure
@@ -25,18 +24,13 @@ from hessian_tools.results.calibration import CALIBRATION_SCHEMA, Agreement, Cal
 from ikun_hessian.experiments.figures import calibration as study
 from ikun_hessian.experiments.figures.calibration import families_of, study_figure, study_tables
 
+pytestmark = pytest.mark.usefixtures("warnings_are_errors")
+
 KINDS = (
     *["hessian, top"] * 4, *["hessian, most negative"] * 4, *["ggn, top"] * 4, *["smoothed, top"] * 4, "gradient",
     *["random"] * 4, *["random, one layer"] * 4, *["mixture"] * 4,
 )  # fmt: skip
 SCALES = (0.05, 0.1, 0.2, 0.4)
-
-
-@pytest.fixture(autouse=True)
-def _no_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
 
 
 def made(unit: float = 1.0, seed: int = 0, *, scales: Any = SCALES, variants: bool = False, **changes: Any) -> Any:
@@ -180,7 +174,7 @@ def test_caption_says_what_is_not_seen(drawn: Figure) -> None:
     text = said(drawn).replace("\n", " ")
     ratios = [s.agreement["fisher"].ratio for s in made().calibration.scales]
     for part in (
-        f"{len(KINDS)} unit directions", "s = 0.2", "32 draws", "Along 4 of the 4 most negative", "along 0 down",
+        f"{len(KINDS)} unit directions", "s = 0.2", "32 draws", "along 4 of the 4 most negative", "and down along 0.",
         f"left out of {len(KINDS)}: Hessian 4;", f"Fisher, not drawn in (e, f): {min(ratios):.3g} to",
         "ckpt.pt (sha256 01234567)", "digits, train, 1024 samples", "seed 7", "P = 500", "GGN, width fitted",
         "Mean loss at these s: 0.013, 0.015, 0.02, 0.03",
@@ -255,9 +249,12 @@ CASES: dict[str, tuple[Callable[[], CalibrationResult], str]] = {
     "curving down": (curving_down, "left out of 29: Hessian 13, |Hessian| 10, Fisher 10"),
     "flat": (flat, "Hessian, not drawn in (e, f): not positive"),
     "perfect": (perfect, "rank corr. 1.000"),
-    "one scale": (lambda: made(scales=(0.1,)), "s = 0.1 of each"),
+    "one scale": (lambda: made(scales=(0.1,)), "s = 0.1 times each"),
     "many scales": (lambda: made(scales=tuple(0.01 * 1.3**k for k in range(12))), "trace of DAD"),
-    "no provenance": (lambda: made(checkpoint={}, network={}, data={}, settings={}), "rms (bars: standard error)"),
+    "no provenance": (
+        lambda: made(checkpoint={}, network={}, data={}, settings={}),
+        "noise does (bars: standard error)",
+    ),
 }
 
 
@@ -346,13 +343,13 @@ def test_pooled_directions_are_all_there(whole: Figure) -> None:
     assert "v′Av ≤ 0: 14%" in whole.axes[4].texts[0].get_text()
     text = said(whole).replace("\n", " ")
     for part in (
-        "7 networks (4 digits MLP, 2 Fashion-MNIST MLP, 1 digits MLP variants)", "all 203 directions", "s = 0.2",
-        "Along 28 of the 28 most negative Hessian eigenvectors", "digits MLP variants",
+        "7 networks (4 digits MLP, 2 Fashion-MNIST MLP, 1 digits MLP variants)", "All 203 directions", "s = 0.2",
+        "along 28 of the 28 most negative Hessian eigenvectors", "digits MLP variants",
     ):  # fmt: skip
         assert part in text
 
 
-def test_families() -> None:
+def test_results_are_grouped_into_families() -> None:
     results = networks()
     assert list(families_of(results).values()) == [
         *["digits MLP"] * 4, *["Fashion-MNIST MLP"] * 2, "digits MLP variants",
@@ -390,7 +387,7 @@ def test_every_study_can_be_read(case: str) -> None:
         assert row.count("|") in (0, 5, 9)
 
 
-def test_tables() -> None:
+def test_tables_hold_every_network_and_operator() -> None:
     results = networks()
     table = study_tables(results)
     blocks = table.split("\n\n**")
@@ -426,5 +423,5 @@ def test_results_come_back_from_plain_values() -> None:
     assert from_plain(plain, CalibrationResult, CALIBRATION_SCHEMA) == result
     with pytest.raises(ResultError, match="not a calibration of this version"):
         from_plain({**plain, "schema": "ikun-hessian/spectrum/1"}, CalibrationResult, CALIBRATION_SCHEMA)
-    with pytest.raises(ResultError, match="lacks loss: run `ikun-hessian calibration` again"):
+    with pytest.raises(ResultError, match=r"lacks loss\. Create the calibration file again\."):
         from_plain({k: v for k, v in plain.items() if k != "loss"}, CalibrationResult, CALIBRATION_SCHEMA)

@@ -1,16 +1,15 @@
-"""Tests of the curves along a training run and along the number of samples: what is drawn, and that it can be read."""
+"""Tests of the curves over training and over the number of samples: marks, captions and legibility."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from figure_tools import collisions, ends, line, on_paper, result, run, said, snapshot, words
+from figure_tools import caption_of, collisions, ends, line, on_paper, result, run, said, snapshot, words
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
@@ -23,14 +22,9 @@ from hessian_tools.plots.spectrum import samples_figure, trajectory_figure
 from hessian_tools.results.spectrum import SamplePoint, SpectrumResult
 from hessian_tools.results.trajectory import trajectory_rows
 
+pytestmark = pytest.mark.usefixtures("warnings_are_errors")
+
 EPOCHS = (6, 12, 18, 24, 30, 36, 42, 48)
-
-
-@pytest.fixture(autouse=True)
-def _no_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +36,6 @@ def bars(ax: Axes) -> list[list[list[float]]]:
     """Every error bar: its lower and upper end."""
     found = [c for c in ax.collections if isinstance(c, LineCollection)]
     return [np.asarray(segment).tolist() for c in found for segment in c.get_segments()]
-
-
-def caption_of(figure: Figure) -> str:
-    return said(figure).replace("\n", " ")
 
 
 def titles(figure: Figure) -> list[str]:
@@ -87,12 +77,12 @@ def test_axis_shows_every_value_and_scales_with_them(y: list[float], error: floa
         ([math.nan, 2.0, math.inf], "log"),
     ],
 )
-def test_kind_of_axis(y: list[float], kind: str) -> None:
+def test_the_axis_is_linear_logarithmic_or_symlog_by_its_values(y: list[float], kind: str) -> None:
     assert value_axis(np.array(y), np.full(len(y), math.nan)).kind == kind
 
 
-def test_axis_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="no value"):
+def test_an_axis_without_values_is_refused() -> None:
+    with pytest.raises(ValueError, match="no finite value"):
         value_axis(np.array([math.nan]), np.zeros(1))
 
 
@@ -108,7 +98,7 @@ def test_no_error_bar_is_cut() -> None:
 # along a training run
 
 
-def test_eigenvalues_against_the_epoch(drawn: Figure) -> None:
+def test_eigenvalues_are_drawn_against_the_epoch(drawn: Figure) -> None:
     ax, rows = drawn.axes[0], trajectory_rows(run(EPOCHS))
     for name in ("hessian", "ggn"):
         for rank in (1, 2, 3, 4, 5, "min")[: 6 if name == "hessian" else 5]:
@@ -122,10 +112,10 @@ def test_eigenvalues_against_the_epoch(drawn: Figure) -> None:
     wanted = sorted([v - abs(v) / 10, v + abs(v) / 10] for v in tops)
     assert sorted([low[1], high[1]] for low, high in first) == [pytest.approx(pair) for pair in wanted]
     assert ax.get_yscale() == "symlog"
-    assert "(a) linear within ±" in caption_of(drawn)
+    assert "The vertical axis is linear within ±" in caption_of(drawn)
 
 
-def test_traces_with_both_errors(drawn: Figure) -> None:
+def test_traces_are_drawn_with_both_errors(drawn: Figure) -> None:
     ax, rows = drawn.axes[1], trajectory_rows(run(EPOCHS))
     for name in ("hessian", "ggn"):
         x, y = line(ax, f"{name}.trace")
@@ -136,7 +126,7 @@ def test_traces_with_both_errors(drawn: Figure) -> None:
     assert "over the data in (a), over data and probes in (b)" in caption_of(drawn)
 
 
-def test_layers_loss_and_accuracy(drawn: Figure) -> None:
+def test_layers_loss_and_accuracy_are_drawn(drawn: Figure) -> None:
     assert titles(drawn) == ["ends of the spectrum", "trace", "surrogate derivative", "loss", "accuracy"]
     *_, layers, loss, accuracy = drawn.axes
     rows = trajectory_rows(run(EPOCHS))
@@ -163,20 +153,22 @@ def test_stability_limit_is_drawn_and_explained(drawn: Figure) -> None:
         "its training-mode mini-batch loss", "curvature in evaluation mode",
     ):  # fmt: skip
         assert part in text
-    assert "2(1 + β)/η, of training-mode mini-batches" in text  # the legend
+    assert "2(1 + β)/η, for training-mode mini-batches" in text  # the legend
 
 
 @pytest.mark.parametrize(
     ("training", "scale", "there", "told"),
     [
-        ({"lr": 1e-5}, 1.0, False, "Not drawn, too far away: 2(1 + β)/η = 3.8e+05"),
-        ({"lr": 0.1}, 1e-4, False, "Not drawn, too far away: 2(1 + β)/η = 38"),
-        ({"lr": 0.1}, 1e5, False, "Not drawn, too far away"),
-        ({"momentum": 0.0, "schedule": "none"}, 1.0, True, "= 20 for momentum β = 0, learning rate η = 0.1;"),
+        ({"lr": 1e-5}, 1.0, False, "Not drawn because it is too far away: 2(1 + β)/η = 3.8e+05"),
+        ({"lr": 0.1}, 1e-4, False, "Not drawn because it is too far away: 2(1 + β)/η = 38"),
+        ({"lr": 0.1}, 1e5, False, "Not drawn because it is too far away"),
+        ({"momentum": 0.0, "schedule": "none"}, 1.0, True, "= 20 for momentum β = 0, learning rate η = 0.1."),
         ({"optimizer": "adam"}, 1.0, False, None),
     ],
 )  # fmt: skip
-def test_stability_limit_elsewhere(training: dict[str, Any], scale: float, there: bool, told: str | None) -> None:
+def test_the_stability_limit_outside_the_axis_is_stated(
+    training: dict[str, Any], scale: float, there: bool, told: str | None
+) -> None:
     figure = trajectory_figure(run([6, 48], training=training, scale=scale))
     assert ("limit" in [each.get_label() for each in figure.axes[0].lines]) == there
     assert (told or "6 to 48") in caption_of(figure)
@@ -353,7 +345,7 @@ def test_every_resample_is_a_dot_and_the_median_a_line() -> None:
     widths = {each.get_label(): each.get_linewidth() for each in a.lines}
     assert widths["median 1"] > 2 * widths["median 2"]
     assert collisions(figure) == []
-    assert "subset that shares samples with others" in said(figure)  # fmt: skip
+    assert "subset that shares samples with another" in said(figure)  # fmt: skip
 
 
 def test_value_on_all_samples_is_a_line_with_its_error() -> None:
@@ -369,7 +361,8 @@ def test_value_on_all_samples_is_a_line_with_its_error() -> None:
     text = caption_of(figure)
     one = [e[0] / 8 for e in curve()[0].eigenvalues]
     assert (
-        f"On 1 sample λ₁ is {np.median(one):.2g} times its value on all ({min(one):.2g} to {max(one):.2g} in 5" in text
+        f"On 1 sample, λ₁ is {np.median(one):.2g} times its value on all samples ({min(one):.2g} to {max(one):.2g} in 5"
+        in text
     )
     for part in (
         "ckpt.pt (sha256 01234567)",
@@ -380,7 +373,7 @@ def test_value_on_all_samples_is_a_line_with_its_error() -> None:
         assert part in text
 
 
-def test_negative_values_of_few_samples() -> None:
+def test_negative_values_of_few_samples_are_drawn() -> None:
     points = (
         SamplePoint(1, True, ((-0.5, -1.0), (20.0, 3.0)), (-5.0, 40.0)),
         SamplePoint(64, True, ((8.0, 0.0),), (-0.1,)),
@@ -388,7 +381,7 @@ def test_negative_values_of_few_samples() -> None:
     figure = samples_figure(sampled(points))
     a, b = figure.axes
     assert (a.get_yscale(), b.get_yscale()) == ("symlog", "symlog")
-    assert "(a) linear within ±0.5, (b) linear within ±0.1" in caption_of(figure)
+    assert "The vertical axis is linear within ±0.5 in (a) and ±0.1 in (b)" in caption_of(figure)
     for ax, lowest in ((a, -1.0), (b, -5.0)):
         assert ax.get_ylim()[0] < lowest
         assert any(t.get_text().startswith(("−", "$-")) for t in ax.get_yticklabels())
@@ -410,14 +403,14 @@ def without_errors() -> SpectrumResult:
 
 
 SAMPLED: dict[str, tuple[Callable[[], SpectrumResult], str]] = {
-    "one point": (lambda: sampled(curve((16,))), "On 16 samples λ₁ is"),
-    "one resample": (lambda: sampled(curve((1, 8, 64), resamples=1)), "times its value on all. Checkpoint"),
-    "one number": (lambda: sampled((SamplePoint(1, True, ((5.0,),), (2.0,)),)), "λ₁ is 0.62 times its value on all."),
+    "one point": (lambda: sampled(curve((16,))), "On 16 samples, λ₁ is"),
+    "one resample": (lambda: sampled(curve((1, 8, 64), resamples=1)), "times its value on all samples. Checkpoint"),
+    "one number": (lambda: sampled((SamplePoint(1, True, ((5.0,),), (2.0,)),)), "λ₁ is 0.62 times its value on all"),
     "many points": (lambda: sampled(curve(tuple(range(1, 1400, 50)))), "1437"),
     "ragged": (ragged, "λ₂ to λ₃"),
     "nothing finite": (lambda: sampled((SamplePoint(1, True, ((),), (math.nan,)),)), "no finite value"),
     "no errors": (without_errors, "largest eigenvalues of the GGN"),
-    "all zero": (lambda: sampled((SamplePoint(1, True, ((0.0,),), (0.0,)),)), "On 1 sample λ₁ is 0 times"),
+    "all zero": (lambda: sampled((SamplePoint(1, True, ((0.0,),), (0.0,)),)), "On 1 sample, λ₁ is 0 times"),
     "many samples": (lambda: sampled(curve((1, 1000, 1000000)), data={"samples": 1281167}), "all 1281167 samples"),
 }  # fmt: skip
 
@@ -433,5 +426,5 @@ def test_every_curve_over_samples_can_be_read(case: str) -> None:
 
 
 def test_result_without_a_curve_is_refused() -> None:
-    with pytest.raises(ValueError, match="--samples-curve"):
+    with pytest.raises(ValueError, match="no curve over the number of samples"):
         samples_figure(result())

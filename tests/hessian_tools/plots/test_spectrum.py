@@ -1,4 +1,4 @@
-"""Tests of hessian_tools.plots.spectrum: what is drawn, from which numbers; no result breaks it."""
+"""Tests of the figure of a spectrum: curves, marks, captions, and legibility for every kind of result."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import ast
 import dataclasses
 import math
 import operator
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -32,12 +31,7 @@ from hessian_tools.results import spectrum as results
 from hessian_tools.results import trajectory
 from hessian_tools.results.spectrum import Density, Eigenvalue, Spectrum, SpectrumResult
 
-
-@pytest.fixture(autouse=True)
-def _no_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.usefixtures("warnings_are_errors")
 
 
 def mapped(function: Callable[[float], float]) -> SpectrumResult:
@@ -168,7 +162,7 @@ def markers(ax: Axes, marker: str, face: str | None = None) -> np.ndarray:
     return np.concatenate([np.asarray(each.get_xydata()).reshape(-1, 2) for each in found])
 
 
-def test_ranks_signs_and_convergence() -> None:
+def test_ranks_signs_and_convergence_are_drawn() -> None:
     tops = (eigenvalue(8.0), eigenvalue(-4.0, data_stderr=math.nan), eigenvalue(3.0, converged=False))
     made = dataclasses.replace(spectrum(), eigenvalues=tops)
     figure = rank_figure([("a", result({"hessian": made}))])
@@ -192,10 +186,10 @@ def test_eigenvalues_below_the_floor_lie_on_it() -> None:
     assert floor == pytest.approx(8e-4)
     assert markers(ax, "v").tolist() == [[6, floor]]
     assert [5, floor] in markers(ax, "o").tolist()
-    assert "floor: smaller |λ| lie on it" in said(figure)
+    assert "floor: smaller |λ| are drawn on it" in said(figure)
 
 
-def test_layers_of_the_first_operator(drawn: Figure) -> None:
+def test_layers_of_the_first_operator_are_drawn(drawn: Figure) -> None:
     ax = drawn.axes[3]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["conv1.weight", "conv2.weight", "fc.weight"]
     shown = np.asarray(ax.collections[0].get_array()).reshape(3, 5)
@@ -220,7 +214,7 @@ def test_caption_tells_the_provenance(drawn: Figure) -> None:
         assert part in text
 
 
-def test_print_size_and_room(drawn: Figure) -> None:
+def test_the_figure_has_its_print_size_and_nothing_is_cut(drawn: Figure) -> None:
     assert drawn.get_size_inches().tolist() == [7.0, 5.2]
     assert min(float(t.get_fontsize()) for t in words(drawn)) >= 7
     assert collisions(drawn) == []
@@ -274,7 +268,7 @@ CASES: dict[str, tuple[Callable[[], SpectrumResult], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_missing_pieces_and_edges(case: str) -> None:
+def test_results_with_missing_pieces_are_drawn(case: str) -> None:
     make, message = CASES[case]
     figure = spectrum_figure(make())
     assert message in said(figure)
@@ -322,7 +316,7 @@ def test_rank_figure_draws_the_operators_that_all_results_have() -> None:
         assert collisions(figure) == []
 
 
-def test_rank_figure_of_many_operators() -> None:
+def test_the_rank_figure_draws_many_operators() -> None:
     spectra = {name: spectrum(i + 1.0) for i, name in enumerate(("hessian", "ggn", "fisher"))}
     figure = rank_figure([(label, result(spectra)) for label in "ab"])
     shown = [ax.get_title(loc="left").split("  ")[-1] for ax in figure.axes]

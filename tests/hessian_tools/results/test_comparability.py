@@ -1,4 +1,4 @@
-"""Which results stand beside one another, under which names, and what the screen says of two methods."""
+"""Tests of which results are comparable, how they are labelled, and how two methods are compared on screen."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def names(*found: SpectrumResult) -> list[str]:
 # --- names
 
 
-def test_method() -> None:
+def test_the_method_is_read_from_the_settings() -> None:
     assert [method_of(result(settings=s)) for s in ({}, POWER, PYHESSIAN)] == ["lanczos", "power", "pyhessian"]
 
 
@@ -152,13 +152,13 @@ def test_pairs_of_methods_start_with_the_better_one() -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
-def test_two_methods_side_by_side(scale: float) -> None:
+def test_the_screen_compares_two_methods(scale: float) -> None:
     spectra = {"hessian": spectrum((3.0 * scale, 2.0 * scale), (-1.0 * scale,)), "ggn": spectrum((4.0,))}
     both = labelled([result(spectra=spectra), theirs(scale)])
     lines = compare_lines(both)
     assert max(map(len, lines)) <= 80
-    assert "left out, for not all results have it: ggn (ikun lanczos)" in lines
-    start = lines.index("ikun.pt, hessian: pyhessian against lanczos")
+    assert "left out because not all results have it: ggn (ikun lanczos)" in lines
+    start = lines.index("ikun.pt, hessian: pyhessian compared to lanczos")
     assert lines[start + 1].split() == ["rank", "lanczos", "residual", "pyhessian", "residual", "converged"]
     assert lines[start + 2].split() == [
         "1",
@@ -179,11 +179,11 @@ def test_two_methods_side_by_side(scale: float) -> None:
     assert lines[start + 4].split() == ["products", "120", "2000"]
 
 
-def test_both_ends_and_more_than_the_other_has() -> None:
+def test_the_screen_compares_both_ends_of_what_both_have() -> None:
     own = result(spectra={"hessian": spectrum((3.0,), (-1.0,))})
     power = result(settings=POWER, spectra={"hessian": spectrum((3.0, 2.5), (-1.0, -0.5))})
     lines = compare_lines(labelled([own, power]))
-    start = lines.index("ikun.pt, hessian: power against lanczos")
+    start = lines.index("ikun.pt, hessian: power compared to lanczos")
     rows = [line.split() for line in lines[start + 2 : start + 6]]
     assert [row[0] for row in rows] == ["1", "2", "500", "499"]
     assert rows[1][1:3] == rows[3][1:3] == ["-", "-"]
@@ -192,7 +192,7 @@ def test_both_ends_and_more_than_the_other_has() -> None:
 
 def test_one_method_needs_no_second_table() -> None:
     lines = compare_lines(labelled([result(), result("kaiming", "cd")]))
-    assert not any("against" in line or "left out" in line for line in lines)
+    assert not any("compared to" in line or "left out" in line for line in lines)
     assert [line for line in lines if line in ("hessian", "ggn")] == ["hessian", "ggn"]
 
 

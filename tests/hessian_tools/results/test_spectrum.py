@@ -1,4 +1,4 @@
-"""Saving, loading, comparing and showing results."""
+"""Tests of saving, loading, comparing and showing spectra."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def sample(init: str = "ikun", scale: float = 1.0, **changes: object) -> Spectru
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 
-def test_round_trip_and_schema(tmp_path: Path) -> None:
+def test_results_round_trip_and_carry_their_schema(tmp_path: Path) -> None:
     result = sample()
     json_path, npz_path = save_spectrum(result, tmp_path / "a.spectrum")
     assert to_json(load_spectrum(json_path)) == to_json(result)
@@ -266,20 +266,22 @@ def test_the_screen_says_how_sure_it_is() -> None:
     screen = spectrum_lines(full())
     assert max(map(len, screen)) <= 80
     text = " ".join(" ".join(screen).split())
-    assert "hessian: with 95% probability nothing lies more than 0.02 beyond the outermost values" in text
+    assert "hessian: with 95% probability, no eigenvalue is more than 0.02 outside the printed range" in text
     assert "4 other starts found -0.4 to 1.5" in text
-    assert "25% of the gradient's squared norm lies along the converged hessian eigenvectors of rank 1 to 2" in text
+    assert (
+        "gradient 25% of its squared norm is in the span of the converged hessian eigenvectors of rank 1 to 2" in text
+    )
     assert "sum |negative| / sum |all| 0.3 [0.28, 0.32] 1e-03" in text
     assert "effective dimension, z=0.05 3.5 [3.2, 3.8] 1e-03" in text
     assert "4 probes" not in text  # the sample's density has two
-    assert "2 probes of at most 60 steps" in text
+    assert "2 probes with at most 60 steps" in text
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"largest": 2.4}, "found 2.4, above a printed value"),
-        ({"smallest": -0.9}, "found -0.9, below a printed value"),
+        ({"largest": 2.4}, "found 2.4, above a reported value"),
+        ({"smallest": -0.9}, "found -0.9, below a reported value"),
     ],
 )
 def test_a_missed_eigenvalue_is_a_warning(changes: dict[str, float], words: str) -> None:
@@ -349,13 +351,13 @@ def test_warnings_follow_from_the_numbers() -> None:
     clean = sample()
     spectrum = clean.spectra["hessian"]
     assert warnings_of(sample(spectra={"ggn": clean.spectra["ggn"]}, sensitivity={})) == ()
-    assert "Negative eigenvalues (down to 33%" in warned()
+    assert "Negative eigenvalues (magnitude up to 33%" in warned()
     vague = dataclasses.replace(spectrum, eigenvalues=(pair(3.0, data_stderr=1.5),))
-    assert "known to 50% only" in warned(spectra={"hessian": vague})
+    assert "a 50% standard error from the data" in warned(spectra={"hessian": vague})
     lost = dataclasses.replace(spectrum, eigenvalues=(pair(3.0), pair(2.0, converged=False)))
     assert "1 eigenvalue(s) of the hessian did not converge" in warned(spectra={"hessian": lost})
     assert "gradient is not small" in warned(gradient_norm=1.0)
-    assert "as the surrogate's slope goes" in warned(sensitivity={"slope x 2": 9.0})
+    assert "when the slope of the surrogate is halved" in warned(sensitivity={"slope x 2": 9.0})
     assert "rect" in warned(network={**clean.network, "surrogate": "rect:1"})
     assert "never fire" in warned(activity={"spike2": {"firing_rate": 0.0, "dead": 0.9}})
     assert "Training reported: dead layer" in warned(training={**clean.training, "failures": ["dead layer: x"]})

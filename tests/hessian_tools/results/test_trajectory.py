@@ -1,4 +1,4 @@
-"""Tests of hessian_tools.results.trajectory: what counts as one run, the table, and the stability limit."""
+"""Tests of trajectories: which results belong to one run, the table, and the stability limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two processes get what one gets. As a script, this file is one of two ranks."""
+"""Tests that two processes compute what one does. Run as a script, this file is one of two ranks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from draws import seeded
 from torch import Tensor, nn
 
 from hessian_tools.linalg.lanczos import eigenpairs
@@ -37,14 +38,10 @@ def objective(sizes: tuple[int, ...] = RAGGED) -> Objective:
     return make_objective(model, nn.functional.cross_entropy, list(zip(x.split(sizes), y.split(sizes), strict=True)))
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def measured(whole: Objective) -> dict[str, Tensor]:
     """Everything that a sum over the ranks goes into."""
     value, gradient = whole.value_and_gradient()
-    block = torch.randn(whole.size, 3, dtype=torch.float64, generator=generator(0))
+    block = torch.randn(whole.size, 3, dtype=torch.float64, generator=seeded(0))
     found = {"value": torch.tensor(value), "gradient": gradient}
     for name, factory in OPERATORS.items():
         op = factory(whole, 2**30)
@@ -54,20 +51,20 @@ def measured(whole: Objective) -> dict[str, Tensor]:
         found[f"{name} in batches of two"] = factory(whole.rebatched(2), 0) @ block
         (found[f"{name} forms"],), found[f"{name} counts"] = op.batch_forms(block)
     op = hessian(whole)
-    pairs = eigenpairs(op, 10, generator=generator(1), tol=1e-9)
+    pairs = eigenpairs(op, 10, generator=seeded(1), tol=1e-9)
     found |= {"values": pairs.values, "projector": pairs.vectors @ pairs.vectors.T}
-    estimate = trace(op, probes=8, generator=generator(2), deflate=pairs)
+    estimate = trace(op, probes=8, generator=seeded(2), deflate=pairs)
     found["trace"] = torch.tensor([estimate.estimate, estimate.stderr])
-    spread = density(op, probes=2, steps=12, generator=generator(3))
+    spread = density(op, probes=2, steps=12, generator=seeded(3))
     found["density"] = torch.stack([torch.stack(spread.nodes), torch.stack(spread.weights)])
     return found
 
 
 def analyse(phases: Phases, op: Operator, seed: int = 0) -> dict[str, Any]:
-    pairs = phases.run("pairs", op, lambda op: vars(eigenpairs(op, 3, 1, generator=generator(seed), tol=1e-8)))
+    pairs = phases.run("pairs", op, lambda op: vars(eigenpairs(op, 3, 1, generator=seeded(seed), tol=1e-8)))
 
     def forms(op: Operator) -> dict[str, Any]:
-        random = generator(seed + 1)
+        random = seeded(seed + 1)
         return {"forms": torch.stack([torch.stack(probe_forms(op, 3, random)) for _ in range(4)])}
 
     return {"vectors": pairs["vectors"], "values": pairs["values"], "forms": phases.run("trace", op, forms)["forms"]}
@@ -78,7 +75,7 @@ def shared(group: Group | None) -> Objective:
 
 
 class Counting(Composed):
-    """An operator that counts what it computes; the process ends in the middle of a product if it shall die."""
+    """An operator that counts its products; the process ends in the middle of a product if it is set to die."""
 
     def __init__(self, op: Operator, dies: bool = False) -> None:
         super().__init__(op.shape[0], op.dtype, op.device, op.__matmul__)
@@ -100,7 +97,7 @@ def refused(path: Path, key: dict[str, Any], op: Operator, group: Group) -> str:
 
 
 def rank_of_a_run(folder: Path) -> None:
-    """Leaves rank-R.pt. Files of rank 1 would lie in a folder of their own."""
+    """Write rank-R.pt. Rank 1 has another folder, in which it must write nothing."""
     group = initialize_group("cpu")
     assert group is not None
     found: dict[str, Any] = {"group": group, "measured": measured(shared(group)), "file": group.broadcast(group.rank)}
@@ -144,12 +141,12 @@ def start(folder: Path, *arguments: str) -> list[subprocess.Popen[bytes]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    root = str(Path(__file__).parents[3])
+    path = os.pathsep.join(map(str, Path(__file__).parents[2:4]))
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             [sys.executable, __file__, str(folder), *arguments],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": root},
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path},
         )
         for rank in range(2)
     ]
@@ -196,7 +193,7 @@ def test_the_survivor_says_so_at_once_and_the_run_can_be_resumed(
     left = json.loads((folder / f"survivor-of-{dying}.json").read_text())
     assert left["seconds"] < 60  # half an hour where nothing was noticed; on a busy machine not much below 5
     assert left["error"].startswith(f"rank {1 - dying} of 2: another process of the run has died or does not answer (")
-    assert left["error"].endswith("): start the same command with --resume")
+    assert left["error"].endswith("). Start all processes again to resume.")
     assert "\n" not in left["error"]
     for found in ranks:
         whole, resumed = found["whole"], found[f"died-{dying}"]
@@ -211,9 +208,9 @@ def test_the_first_rank_alone_reads_and_writes(folder: Path, ranks: list[dict[st
     assert {p.name for p in folder.glob("whole*")} == {"whole", "whole.1", "whole.2"}
     for found in ranks:  # with the same words on every rank, but for the path in front
         journal, changed, damaged = found["refused"]
-        assert journal.partition(": ")[2].startswith("this machine does not repeat the interrupted analysis")
-        assert changed.partition(": ")[2].startswith("the a changed since the analysis was interrupted")
-        assert damaged.partition(": ")[2].startswith("not the state of an interrupted analysis")
+        assert journal.partition(": ")[2].startswith("this machine does not reproduce the interrupted run")
+        assert changed.partition(": ")[2].startswith("the a changed since the interrupted run")
+        assert damaged.partition(": ")[2].startswith("damaged, or not the state of an analysis")
 
 
 class Silent(Group):
@@ -233,7 +230,7 @@ def test_the_shares_add_up_to_the_whole(size: int) -> None:
     values, gradients = zip(*(part.value_and_gradient() for part in parts), strict=True)
     assert sum(values) == pytest.approx(whole.value_and_gradient()[0], rel=1e-14)
     torch.testing.assert_close(torch.stack(gradients).sum(0), whole.value_and_gradient()[1], rtol=1e-12, atol=1e-15)
-    block = torch.randn(whole.size, 2, dtype=torch.float64, generator=generator(0))
+    block = torch.randn(whole.size, 2, dtype=torch.float64, generator=seeded(0))
     ops = [hessian(part) for part in parts]
     for _ in range(2):
         images = torch.stack([op @ block for op in ops])
@@ -259,7 +256,7 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(RankError, match="rank 9 of 16: no GPU is left for it"):
+    with pytest.raises(RankError, match="rank 9 of 16: no GPU is left for this process"):
         initialize_group("cuda")
 
 

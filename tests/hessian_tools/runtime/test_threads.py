@@ -1,4 +1,4 @@
-"""Batches side by side: in order, one torch thread each, and the number of threads put back."""
+"""Tests of parallel batches: results in order, one torch thread each, and the number of threads restored."""
 
 import threading
 
@@ -22,7 +22,7 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-def test_in_order_and_side_by_side(two_threads: None) -> None:
+def test_results_come_in_order_from_parallel_threads(two_threads: None) -> None:
     together = threading.Barrier(2, timeout=20)  # passes only if two run at once
 
     def work(i: int) -> tuple[int, int]:
@@ -49,7 +49,7 @@ def test_an_error_arrives_and_threads_are_put_back(two_threads: None) -> None:
     assert torch.get_num_threads() == 2
 
 
-def test_few_results_wait(two_threads: None) -> None:
+def test_few_results_are_held_at_a_time(two_threads: None) -> None:
     started: list[int] = []
     results = in_threads(lambda i: started.append(i) or i, range(100))
     next(results)
@@ -73,7 +73,7 @@ def test_products_are_the_same_bits_with_any_number_of_threads(two_threads: None
 
 
 @pytest.mark.parametrize("make", [hessian, ggn])
-def test_the_columns_of_a_block_on_one_batch(two_threads: None, make) -> None:
+def test_the_columns_of_a_block_are_those_of_single_products(two_threads: None, make) -> None:
     torch.manual_seed(0)
     net = Network(Spec(input_shape=(1, 8, 8), channels=4)).eval()
     data = torch.rand(9, 1, 8, 8), torch.arange(9)

@@ -1,4 +1,4 @@
-"""Networks of torch alone against other Hessian tools, neurons of unknown make, and models that cannot be analysed."""
+"""Tests of adapting networks: plain torch, unknown neurons, and models that cannot be analysed."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Branched(nn.Module):
 
 
 @pytest.mark.parametrize("build", [mlp, cnn, Branched])
-def test_a_product_and_the_top_against_curvlinops_and_pyhessian(build: Callable[[], nn.Module]) -> None:
+def test_products_and_eigenvalues_agree_with_curvlinops_and_pyhessian(build: Callable[[], nn.Module]) -> None:
     adapted = adapt(build(), X)
     assert (adapted.library, adapted.reset, adapted.surrogates, adapted.warnings) == ("none", None, (), ())
     objective = make_objective(adapted.model, F.cross_entropy, (X, Y), dtype=torch.float64, batch_size=7)
@@ -102,7 +102,7 @@ class ActFun(torch.autograd.Function):
 
 
 class Context(torch.autograd.Function):
-    """The newer way to write one, with a context of its own."""
+    """An autograd function in the newer style, with setup_context."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def test_a_function_whose_constants_are_not_seen_is_a_warning() -> None:
     apply = Detached.apply
     (warning,) = adapt(Own(lambda x: apply(x, 2.0)), SMALL).warnings
     assert warning == (
-        "the second derivative of the autograd function Detached could not be tried: it takes more than one argument"
+        "the second derivative of the autograd function Detached could not be checked: it takes more than one argument"
     )
 
 
@@ -253,9 +253,13 @@ def test_an_attribute_that_is_the_apply_of_a_function_can_be_replaced() -> None:
 def test_a_state_that_is_not_cleared_is_found() -> None:
     """The sizes of batches differ at first: a state that goes by the sample is seen there, any other later."""
     net = layers(lambda x: Sloped.apply(x, 2.0))
-    with pytest.raises(AdapterError, match=r"after 2 samples, 3 do not fit: the network keeps state.*give reset="):
+    with pytest.raises(
+        AdapterError, match=r"runs on 2 samples, but not on 3 after that: the network keeps state.*give reset="
+    ):
         adapt(net, SMALL, steps=4)
-    with pytest.raises(AdapterError, match=r"two forwards of the same inputs differ: the network keeps.*give reset="):
+    with pytest.raises(
+        AdapterError, match=r"two forward passes of the same inputs differ: the network keeps.*give reset="
+    ):
         adapt(net, SMALL)
 
 
@@ -278,7 +282,7 @@ def test_state_written_in_place_is_found() -> None:
                 total = total + self.fc2(self.fire[0](v * v - 1))
             return total / 3
 
-    with pytest.raises(AdapterError, match=r"first derivative fails: .*state must not be written in place"):
+    with pytest.raises(AdapterError, match=r"first derivative fails: .*the state must not be written in place"):
         adapt(InPlace(lambda x: Sloped.apply(x, 2.0)), SMALL)
 
 
@@ -304,14 +308,14 @@ def returning(make: Callable[[Tensor], Any]) -> nn.Module:
         (lambda y: y.detach(), {}, "depend on no parameter"),
         (lambda y: y / 0, {}, "the network's outputs are not finite"),
         (lambda y: y, {"output": "membrane"}, "output='membrane' needs"),
-        (lambda y: y, {"output": "current"}, "output must be one of spikes, membrane, not 'current'"),
-        (lambda y: y, {"readout": "median"}, "readout must be one of mean, sum, last, max"),
+        (lambda y: y, {"output": "current"}, "output='current' is not one of spikes, membrane"),
+        (lambda y: y, {"readout": "median"}, "readout='median' is not one of mean, sum, last, max"),
         (lambda y: y, {"readout": "max"}, "readout='max' needs outputs over time"),
-        (lambda y: y, {"steps": 0}, "steps must be at least 1"),
+        (lambda y: y, {"steps": 0}, "steps=0: at least one time step is needed"),
         (lambda y: y, {"sequences": True}, "sequences=True needs steps="),
-        (lambda y: y, {"library": "brian"}, "library must be one of spikingjelly, snntorch, norse, none"),
+        (lambda y: y, {"library": "brian"}, "library='brian' is not one of spikingjelly, snntorch, norse, none"),
         (lambda y: y, {"surrogate": lambda x: (x > 0).float()}, "surrogate= cannot be used: it has no derivative"),
-        (lambda y: y, {"surrogate": torch.sigmoid}, "surrogate= was given, but the network has none"),
+        (lambda y: y, {"surrogate": torch.sigmoid}, "surrogate= was given, but the network has no surrogate"),
         (lambda y: y.transpose(0, 1), {"steps": 4, "time_first": True}, r"give time_first=False"),
     ],
 )
@@ -323,7 +327,7 @@ def test_one_line_for_everything_that_does_not_fit(
     assert "\n" not in str(caught.value)
 
 
-def test_inputs_that_do_not_fit() -> None:
+def test_inputs_that_do_not_fit_are_refused() -> None:
     with pytest.raises(AdapterError, match=r"the network fails on inputs of shape \[3, 7\]: mat1 and mat2"):
         adapt(mlp(), torch.rand(2, 7))
     with pytest.raises(AdapterError, match="at least one sample"):
@@ -333,7 +337,7 @@ def test_inputs_that_do_not_fit() -> None:
 
 
 @pytest.mark.parametrize("time_first", [True, False])
-def test_time_where_the_model_has_it(time_first: bool) -> None:
+def test_the_time_axis_is_put_where_the_model_expects_it(time_first: bool) -> None:
     """A model that takes all steps at once, its output over time: the same as step by step."""
 
     class Together(nn.Module):

@@ -1,4 +1,4 @@
-"""Networks from NIR graphs against ours, against a loop in NumPy, and against Norse's own export."""
+"""Tests of networks from NIR graphs against ours, a loop in NumPy, and an export of Norse."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from adapted_networks import X, Y, products
 from torch import Tensor
 
-from hessian_tools.objective import Objective, make_objective
-from hessian_tools.operators.curvature import hessian
+from hessian_tools.objective import make_objective
 from ikun.adapters import AdapterError, adapt
 from ikun.adapters import nir as nir_files
 from ikun.adapters.nir import from_nir, read_nir
@@ -25,8 +25,6 @@ nir = pytest.importorskip("nir")
 
 RNG = np.random.default_rng(0)
 STEPS, DT = 4, 0.001
-X = torch.rand(6, 5, generator=torch.Generator().manual_seed(0))
-Y = torch.randint(0, 3, (6,), generator=torch.Generator().manual_seed(0))
 
 
 def atan(x: Tensor) -> Tensor:
@@ -55,15 +53,9 @@ def graph_of(*nodes: Any, inputs: Any = (5,), outputs: Any = (3,)) -> Any:
     return nir.NIRGraph(whole, list(itertools.pairwise(names)))
 
 
-def products(objective: Objective) -> Tensor:
-    """The Hessian's products with five random vectors [P, 5]: equal ones mean equal matrices."""
-    v = torch.randn(objective.size, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    return hessian(objective) @ v
-
-
 @pytest.mark.parametrize("reset", ["hard", "soft"])
 @pytest.mark.parametrize("kind", ["lif", "if"])
-def test_neurons_are_ours(kind: str, reset: str, tmp_path: Path) -> None:
+def test_neurons_agree_with_ours(kind: str, reset: str, tmp_path: Path) -> None:
     w1, w2 = (weights(8, 5), weights(3, 8)) if kind == "lif" else (weights(8, 5) / 5, weights(3, 8) / 8)
 
     def layer(n: int) -> Any:
@@ -93,7 +85,7 @@ def test_neurons_are_ours(kind: str, reset: str, tmp_path: Path) -> None:
     torch.testing.assert_close(products(found), products(expected), rtol=1e-10, atol=1e-13)
 
 
-def test_synapses_and_leaky_readout_against_a_loop() -> None:
+def test_synapses_and_leaky_readout_agree_with_a_loop() -> None:
     n, m, w = 5, 3, weights(3, 5)
     cuba = nir.CubaLIF(
         tau_syn=full(n, 3 * DT),
@@ -126,7 +118,7 @@ def test_a_spike_needs_more_than_the_threshold() -> None:
     assert network(torch.tensor([[[0.5, 1.0, 1.5]]])).tolist() == [[[0, 0, 1]]]
 
 
-def test_images() -> None:
+def test_networks_of_images_agree_with_ours() -> None:
     kernel = RNG.standard_normal((2, 1, 3, 3)).astype(np.float32)
     convolution = nir.Conv2d((6, 6), kernel, 1, (1, 1), 1, 1, full(2, 0.1))
     pool = {"kernel_size": np.array([2, 2]), "stride": np.array([2, 2]), "padding": np.array([0, 0])}
@@ -157,7 +149,7 @@ def test_branches_are_summed() -> None:
     assert list(network.state_dict()) == ["a_x.weight", "b.weight"]
 
 
-def test_norses_own_export() -> None:
+def test_an_export_of_norse_agrees_with_its_network() -> None:
     norse = pytest.importorskip("norse.torch")
     torch.manual_seed(0)
     rate = torch.tensor(500.0)
@@ -191,18 +183,18 @@ def test_norses_own_export() -> None:
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({}, r"a NIR graph does not say dt, spike, reset: give dt=, spike=, reset="),
-        ({"dt": DT, "spike": atan}, r"does not say reset: give reset="),
-        ({**FACTS, "dt": -1.0}, "dt must be positive"),
-        ({**FACTS, "reset": "none"}, "reset must be one of hard, soft, not 'none'"),
+        ({}, r"a NIR graph does not define dt, spike, reset: give dt=, spike=, reset="),
+        ({"dt": DT, "spike": atan}, r"does not define reset: give reset="),
+        ({**FACTS, "dt": -1.0}, "dt=-1.0 is not positive"),
+        ({**FACTS, "reset": "none"}, "reset='none' is not one of hard, soft"),
     ],
 )
-def test_what_a_graph_does_not_say(facts: dict[str, Any], message: str) -> None:
+def test_missing_facts_of_a_graph_are_asked_for(facts: dict[str, Any], message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         from_nir(graph_of(nir.Linear(weights(3, 5)), lif(3)), **facts)
 
 
-def test_graphs_that_cannot_be_built() -> None:
+def test_graphs_that_cannot_be_built_are_refused() -> None:
     nodes = {
         "input": nir.Input({"input": np.array([5])}),
         "lif": lif(5),
@@ -216,11 +208,11 @@ def test_graphs_that_cannot_be_built() -> None:
         from_nir(graph_of(nir.Delay(full(5, 1)), outputs=(5,)), **FACTS)
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_that_are_not_nir_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="no such file"):
         read_nir(tmp_path / "none.nir", **FACTS)
     (tmp_path / "text.nir").write_text("not a graph")
-    with pytest.raises(AdapterError, match=r"text.nir: not a NIR file, or a broken one"):
+    with pytest.raises(AdapterError, match=r"text.nir: not a NIR file, or a damaged one"):
         read_nir(tmp_path / "text.nir", **FACTS)
 
 
@@ -231,5 +223,5 @@ def test_reading_that_never_ends_is_given_up(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ValueError, match=r"more than 0\.5 s"):
         nir_files.try_reading(path, seconds=0.5)
     monkeypatch.setattr(nir_files, "_READING", "import sys; sys.exit('it claims 9 bytes')")
-    with pytest.raises(AdapterError, match=r"a\.nir: not a NIR file, or a broken one \(it claims 9 bytes\)"):
+    with pytest.raises(AdapterError, match=r"a\.nir: not a NIR file, or a damaged one \(it claims 9 bytes\)"):
         read_nir(path, **FACTS)

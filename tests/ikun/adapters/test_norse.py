@@ -1,14 +1,17 @@
-"""Norse's networks against ours where the dynamics are the same, and its own traps."""
+"""Tests of networks of Norse against ours where the dynamics are the same."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import adapted_networks
 import pytest
 import torch
-from torch import Tensor, nn
+from adapted_networks import X, Y, products
+from torch import nn
 
-from hessian_tools.objective import Objective, make_objective
+from hessian_tools.objective import make_objective
 from hessian_tools.operators.base import symmetry_error
 from hessian_tools.operators.curvature import hessian
 from ikun.adapters import AdapterError, adapt
@@ -20,8 +23,6 @@ from ikun.surrogates import Surrogate, spike
 norse = pytest.importorskip("norse.torch")
 
 STEPS = 6
-X = torch.rand(6, 5, generator=torch.Generator().manual_seed(0))
-Y = torch.randint(0, 3, (6,), generator=torch.Generator().manual_seed(0))
 
 
 def heavy(net: nn.Module, gain: float = 30.0) -> nn.Module:
@@ -40,16 +41,7 @@ def cells(cell: Any = None, seed: int = 0, **parameters: Any) -> nn.Module:
     return norse.SequentialState(nn.Linear(5, 8, bias=False), cell(p), nn.Linear(8, 3, bias=False), cell(p))
 
 
-def objective_of(net: nn.Module, x: Tensor = X, dtype: torch.dtype = torch.float64, **options: Any) -> Objective:
-    adapted = adapt(net, x, **options)
-    assert adapted.library == "norse"
-    return make_objective(adapted.model, LOSSES["mse"], (x, Y), dtype=dtype, batch_size=4, reset=adapted.reset)
-
-
-def products(objective: Objective) -> Tensor:
-    """The Hessian's products with five random vectors [P, 5]: equal ones mean equal matrices."""
-    v = torch.randn(objective.size, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    return hessian(objective) @ v
+objective_of = functools.partial(adapted_networks.objective_of, library="norse")
 
 
 @pytest.mark.parametrize("replaced", [False, True])

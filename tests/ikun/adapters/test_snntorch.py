@@ -1,14 +1,17 @@
-"""snnTorch's networks against ours where the dynamics are the same, and its own traps."""
+"""Tests of networks of snnTorch against ours where the dynamics are the same."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import adapted_networks
 import pytest
 import torch
+from adapted_networks import X, Y, products
 from torch import Tensor, nn
 
-from hessian_tools.objective import Objective, make_objective
+from hessian_tools.objective import make_objective
 from hessian_tools.operators.base import dense, symmetry_error
 from hessian_tools.operators.curvature import ggn, hessian
 from ikun.adapters import AdapterError, adapt
@@ -20,8 +23,6 @@ snn = pytest.importorskip("snntorch")
 surrogate = pytest.importorskip("snntorch.surrogate")
 
 STEPS = 5
-X = torch.rand(6, 5, generator=torch.Generator().manual_seed(0))
-Y = torch.randint(0, 3, (6,), generator=torch.Generator().manual_seed(0))
 
 
 def small(beta: float = 1.0, **settings: Any) -> nn.Sequential:
@@ -39,22 +40,13 @@ def small(beta: float = 1.0, **settings: Any) -> nn.Sequential:
     return net
 
 
-def objective_of(net: nn.Module, x: Tensor = X, dtype: torch.dtype = torch.float64, **options: Any) -> Objective:
-    adapted = adapt(net, x, **options)
-    assert adapted.library == "snntorch"
-    return make_objective(adapted.model, LOSSES["mse"], (x, Y), dtype=dtype, batch_size=4, reset=adapted.reset)
-
-
-def products(objective: Objective) -> Tensor:
-    """The Hessian's products with five random vectors [P, 5]: equal ones mean equal matrices."""
-    v = torch.randn(objective.size, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    return hessian(objective) @ v
+objective_of = functools.partial(adapted_networks.objective_of, library="snntorch")
 
 
 @pytest.mark.parametrize("mechanism", ["subtract", "zero"])
 @pytest.mark.parametrize("delay", [True, False])
 @pytest.mark.parametrize("beta", [1.0, 0.75])
-def test_leaky_against_ours(mechanism: str, delay: bool, beta: float) -> None:
+def test_leaky_agrees_with_our_lif(mechanism: str, delay: bool, beta: float) -> None:
     """A delayed reset carries no derivative, a prompt one does. Ours divides the input by tau = 1 / (1 - beta), so that
     its weights are tau times theirs and its Hessian is theirs over tau squared."""
     if beta < 1 and mechanism == "subtract" and delay:
@@ -80,7 +72,7 @@ def test_leaky_against_ours(mechanism: str, delay: bool, beta: float) -> None:
         assert (operator(found) @ v - image).norm() < 1e-11 * image.norm()
 
 
-def test_the_default_neuron_with_all_its_parameters_against_the_equations() -> None:
+def test_the_default_neuron_agrees_with_its_equations() -> None:
     """U[t] = beta U[t-1] + I[t] - S[t-1] threshold, the last S without a derivative; beta and threshold learned."""
     theirs = small(0.9, learn_beta=True, learn_threshold=True)
     found = objective_of(theirs, steps=STEPS)
@@ -107,7 +99,7 @@ def test_the_default_neuron_with_all_its_parameters_against_the_equations() -> N
 
 
 class Tutorial(nn.Module):
-    """As in snnTorch's tutorials: a loop of its own, membranes by hand, (spikes, membranes) over time."""
+    """As in snnTorch's tutorials: the model loops over time itself and returns (spikes, membranes)."""
 
     def __init__(self, lists: bool = False) -> None:
         super().__init__()
@@ -126,7 +118,7 @@ class Tutorial(nn.Module):
         return (spikes, membranes) if self.lists else (torch.stack(spikes), torch.stack(membranes))
 
 
-def test_a_model_with_a_loop_of_its_own() -> None:
+def test_a_model_with_its_own_loop_agrees() -> None:
     model = Tutorial()
     model(X)  # leaves a state that hangs on a graph
     found = objective_of(model)
@@ -148,7 +140,7 @@ def test_a_model_with_a_loop_of_its_own() -> None:
 @pytest.mark.parametrize("readout", ["mean", "sum", "last", "max"])
 @pytest.mark.parametrize("output", ["spikes", "membrane"])
 @pytest.mark.parametrize("lists", [False, True])
-def test_outputs_and_readouts(output: str, readout: str, lists: bool) -> None:
+def test_outputs_and_readouts_are_those_asked_for(output: str, readout: str, lists: bool) -> None:
     model = Tutorial(lists)
     raw = model(X)[0 if output == "spikes" else 1]
     series = torch.stack(raw) if lists else raw
@@ -164,7 +156,7 @@ def test_double_precision_in_spite_of_float_spikes() -> None:
 
 
 def test_nested_neurons_are_cleared() -> None:
-    """snntorch.utils.reset sees the direct children alone."""
+    """snntorch.utils.reset sees only direct children."""
     inner = small()
     nested = nn.Sequential(nn.Sequential(*inner[:2]), nn.Sequential(*inner[2:]))
     torch.testing.assert_close(products(objective_of(nested, steps=STEPS)), products(objective_of(inner, steps=STEPS)))
@@ -192,12 +184,12 @@ def test_other_neurons_give_a_symmetric_hessian(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("heaviside", "heaviside .*f'' differs from the derivative of f'.*give surrogate="),
+        ("heaviside", "heaviside .*f'' differs from the derivative of f'.*give replacement="),
         ("sigmoid", r"sigmoid\(slope=25\) .*not finite at -5 in float32"),
         ("SSO", "SSO.*its derivative is random"),
     ],
 )
-def test_surrogates_that_cannot_be_used(name: str, message: str) -> None:
+def test_surrogates_that_cannot_be_used_are_refused(name: str, message: str) -> None:
     net = small(0.9, spike_grad=getattr(surrogate, name)())
     with pytest.raises(AdapterError, match=message):
         adapt(net, X, steps=STEPS)

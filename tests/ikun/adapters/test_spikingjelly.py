@@ -1,4 +1,4 @@
-"""SpikingJelly's networks: the paper's one against ours, its neurons, modes and traps."""
+"""Tests of networks of SpikingJelly against ours: neurons, modes and surrogates."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapted_networks import X, Y, objective_of, products
 from torch import Tensor, nn
 
 from hessian_tools.linalg.lanczos import eigenpairs
@@ -120,28 +121,13 @@ def small(cls: Any, mode: str = "s", **settings: Any) -> nn.Sequential:
     return net
 
 
-X = torch.rand(6, 5, generator=torch.Generator().manual_seed(0))
-Y = torch.randint(0, 3, (6,), generator=torch.Generator().manual_seed(0))
-
-
 MLP: dict[str, Any] = {"model": "mlp", "input_shape": (1, 1, 5), "hidden": (8,), "classes": 3, "norm": "none"}
-
-
-def objective_of(net: nn.Module, x: Tensor = X, dtype: torch.dtype = torch.float64, **options: Any) -> Objective:
-    adapted = adapt(net, x, **options)
-    return make_objective(adapted.model, LOSSES["mse"], (x, Y), dtype=dtype, batch_size=4, reset=adapted.reset)
-
-
-def products(objective: Objective) -> Tensor:
-    """The Hessian's products with five random vectors [P, 5]: equal ones mean equal matrices."""
-    v = torch.randn(objective.size, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    return hessian(objective) @ v
 
 
 @pytest.mark.parametrize("mode", ["s", "m"])
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("detach", [False, True])
-def test_lif_with_any_reset_against_ours(mode: str, soft: bool, detach: bool) -> None:
+def test_lif_with_any_reset_agrees_with_ours(mode: str, soft: bool, detach: bool) -> None:
     options = {"v_reset": None if soft else 0.0, "detach_reset": detach, "surrogate_function": surrogate.ATan()}
     theirs = small(neuron.LIFNode, mode, **options)
     reset = "soft" if soft else "hard"
@@ -185,7 +171,7 @@ def test_dropout_and_norms_evaluate_while_neurons_live() -> None:
     assert torch.equal(adapted.model(X), adapted.model(X))
 
 
-def test_a_model_that_runs_through_time_by_itself_and_was_used_before() -> None:
+def test_a_used_model_with_its_own_loop_agrees() -> None:
     class Own(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -199,7 +185,7 @@ def test_a_model_that_runs_through_time_by_itself_and_was_used_before() -> None:
     model(X)  # its state now hangs on a graph
     found = objective_of(model)
     expected = objective_of(small(neuron.IFNode, "m"), steps=STEPS)
-    assert model.net[1].v.grad_fn is not None  # the user's model is left alone
+    assert model.net[1].v.grad_fn is not None  # the user's model is unchanged
     assert list(found.parameters) == ["net.0.weight", "net.2.weight"]
     torch.testing.assert_close(products(found), products(expected))
 
@@ -236,7 +222,7 @@ def test_states_that_start_from_a_tensor_are_not_cleared_in_place() -> None:
     torch.testing.assert_close(hessian(together) @ v, (hessian(apart) @ v + hessian(last) @ v) / 2)
 
 
-def test_sequences_and_a_wrong_number_of_steps() -> None:
+def test_sequences_with_a_wrong_number_of_steps_are_refused() -> None:
     sequences = torch.rand(6, STEPS, 5, generator=torch.Generator().manual_seed(2))
     matrices = [
         products(objective_of(small(neuron.IFNode, mode), sequences, steps=STEPS, sequences=True)) for mode in "sm"
@@ -250,11 +236,11 @@ def test_sequences_and_a_wrong_number_of_steps() -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("S2NN", "S2NN.*second derivative is not finite at -1 in float32; give surrogate="),
+        ("S2NN", "S2NN.*second derivative is not finite at -1 in float32; give replacement="),
         ("FakeNumericalGradient", "not finite at 0"),
     ],
 )
-def test_surrogates_that_spoil_the_second_derivative(function: str, message: str) -> None:
+def test_surrogates_without_a_second_derivative_are_refused(function: str, message: str) -> None:
     net = small(neuron.IFNode, surrogate_function=getattr(surrogate, function)())
     with pytest.raises(AdapterError, match=message):
         adapt(net, X, steps=STEPS)
@@ -264,7 +250,7 @@ def test_surrogates_that_spoil_the_second_derivative(function: str, message: str
 
 
 def test_random_encoders_are_refused() -> None:
-    with pytest.raises(AdapterError, match=r"two forwards of the same inputs differ.*encode the data beforehand"):
+    with pytest.raises(AdapterError, match=r"two forward passes of the same inputs differ.*encode the data first"):
         adapt(nn.Sequential(encoding.PoissonEncoder(), *small(neuron.IFNode)), X, steps=STEPS)
 
 

@@ -1,4 +1,4 @@
-"""Weights as training scripts leave them, and files that are something else."""
+"""Tests of reading weights from the files of training scripts, and of refusing other files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def prefixed(prefix: str) -> dict[str, Tensor]:
         {"state_dict": {"model": prefixed("module.module.")}},
     ],
 )
-def test_where_scripts_put_them(loaded: dict[str, Any], tmp_path: Path) -> None:
+def test_weights_are_found_where_scripts_put_them(loaded: dict[str, Any], tmp_path: Path) -> None:
     torch.save(loaded, tmp_path / "weights.pt")
     target = model()
     load_weights(target, read_weights(tmp_path / "weights.pt"))
@@ -66,7 +66,7 @@ def test_a_layer_that_is_called_module_keeps_its_name() -> None:
         ({"2.weight": torch.ones(4, 2)}, r"other shapes: 2.weight \[4, 2\] for \[2, 4\]$"),
     ],
 )
-def test_weights_that_do_not_fit(change: dict[str, Any], message: str) -> None:
+def test_weights_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
     weights = dict(WEIGHTS)
     for name, value in change.items():
         if isinstance(value, str):
@@ -89,7 +89,7 @@ def test_many_names_are_cut_short() -> None:
 
 
 @pytest.mark.parametrize("loaded", [{}, {"epoch": 3}, [1, 2], {"net": {"lr": 0.1}}, 3.0])
-def test_no_weights_in_it(loaded: Any, tmp_path: Path) -> None:
+def test_files_without_weights_are_refused(loaded: Any, tmp_path: Path) -> None:
     torch.save(loaded, tmp_path / "weights.pt")
     with pytest.raises(AdapterError, match=r"weights.pt: no weights found"):
         read_weights(tmp_path / "weights.pt")
@@ -112,7 +112,7 @@ def test_files_that_would_run_code_are_refused(content: Any, tmp_path: Path, mon
     assert not (tmp_path / "exploded").exists()
 
 
-def test_files_that_are_something_else(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="no such file"):
         read_weights(tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("not weights")
@@ -121,7 +121,7 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
     torch.save(WEIGHTS, tmp_path / "whole.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:300])
     for name in ("text", "empty", "cut"):
-        with pytest.raises(AdapterError, match=f"{name}.pt: not a file of torch.save, or a broken one"):
+        with pytest.raises(AdapterError, match=f"{name}.pt: not a file of torch.save, or a damaged one"):
             read_weights(tmp_path / f"{name}.pt")
     with pytest.raises(AdapterError):
         read_weights(tmp_path / "pickle.pt")

@@ -1,4 +1,4 @@
-"""What is said of an adapted network, and replacement, slope and default dtype, on neurons of no library."""
+"""Tests of the description of an adapted network, and of replacing and scaling its surrogates."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def product(net: nn.Module, **options: Any) -> Tensor:
     return hessian(objective) @ v
 
 
-def test_a_replacement_takes_the_place_of_what_cannot_be_used_alone() -> None:
+def test_only_surrogates_that_cannot_be_used_are_replaced() -> None:
     mixed = network(Cut.apply, ours("sigmoid:4"))
     with pytest.raises(AdapterError, match=r"surrogate Cut .*cut off from the graph"):
         adapt(mixed, X)
@@ -86,7 +86,7 @@ def test_a_replacement_takes_the_place_of_what_cannot_be_used_alone() -> None:
         adapt(mixed, X, replacement=Cut.apply)
 
 
-def test_slopes_of_those_that_stay() -> None:
+def test_slopes_of_the_remaining_surrogates_are_scaled() -> None:
     mixed = network(Cut.apply, ours("sigmoid:4"))
     found = product(mixed, replacement=ours("tanh:2"), steeper=2.0)
     expected = product(network(ours("tanh:2"), ours("sigmoid:8")))
@@ -94,7 +94,7 @@ def test_slopes_of_those_that_stay() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_what_is_said_of_a_network() -> None:
+def test_the_summary_describes_the_network() -> None:
     adapted = adapt(network(ours("atan:2"), ours("atan:2")), X, steps=3)
     said = described(adapted, X)
     expected = {"neuron": "Neuron", "reset": "soft", "detach_reset": False, "threshold": 0.5, "norm": "bn"}

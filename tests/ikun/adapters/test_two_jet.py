@@ -1,4 +1,4 @@
-"""A surrogate as its own 2-jet."""
+"""Tests of the autograd function that gives a surrogate exact first and second derivatives."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Loose(torch.autograd.Function):
 X = torch.tensor([-1.3, -0.4, 0.0, 0.2, 2.0], dtype=torch.float64)
 
 
-def test_value_and_both_derivatives() -> None:
+def test_the_value_and_both_derivatives_are_exact() -> None:
     jet, ours = Jet(Loose.apply), Surrogate.parse("atan:2")
     x = X.clone().requires_grad_()
     y = jet(x)
@@ -42,7 +42,7 @@ def test_value_and_both_derivatives() -> None:
     torch.testing.assert_close(second, ours.second(X), rtol=1e-7, atol=1e-12)
 
 
-def test_other_derivatives_for_the_same_spikes() -> None:
+def test_derivatives_can_be_replaced_for_the_same_spikes() -> None:
     ours = Surrogate.parse("sigmoid:5")
     jet = Jet(Loose.apply, lambda x: spike(x, ours))
     x = X.clone().requires_grad_()
@@ -54,7 +54,7 @@ def test_other_derivatives_for_the_same_spikes() -> None:
     torch.testing.assert_close(second, ours.second(X))
 
 
-def test_no_graph_where_none_is_wanted() -> None:
+def test_no_graph_is_kept_without_gradients() -> None:
     jet = Jet(Loose.apply)
     assert not jet(X).requires_grad
     assert jet(X).dtype == torch.float64

@@ -1,4 +1,4 @@
-"""CIFAR-10: both formats, plain and in archives, good and hostile."""
+"""Tests of reading CIFAR-10: both formats, plain and in archives, valid and hostile."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def check(found: Dataset, split: str = "train") -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("place", ["folder", "flat", "archive", "the archive itself"])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_every_place_and_format(tmp_path: Path, kind: str, place: str, split: str) -> None:
+def test_every_location_and_format_is_read(tmp_path: Path, kind: str, place: str, split: str) -> None:
     contents = files(kind)
     where = tmp_path
     if place in ("folder", "flat"):
@@ -146,12 +146,12 @@ def test_all_formats_are_the_same_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
-def test_python_3_protocols(tmp_path: Path, protocol: int) -> None:
+def test_pickles_of_python_3_are_read(tmp_path: Path, protocol: int) -> None:
     put(tmp_path, {f"cifar-10-batches-py/{s}": python3(*samples(i), protocol) for i, s in enumerate(STEMS)})
     check(local(tmp_path))
 
 
-def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_is_verified_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "served").mkdir()
     archive = pack(tmp_path / "served" / cifar10.ARCHIVES[0], files())
     monkeypatch.setitem(cifar10.MD5, archive.name, hashlib.md5(archive.read_bytes()).hexdigest())
@@ -164,7 +164,7 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_dataset("cifar10", base_url=archive.parent.as_uri(), data_dir=tmp_path / "other")
 
 
-def test_published_sums_and_address() -> None:
+def test_checksum_and_address_are_the_published_ones() -> None:
     assert cifar10.MD5 == {
         "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
         "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
@@ -172,8 +172,8 @@ def test_published_sums_and_address() -> None:
     assert cifar10.URL == "https://www.cs.toronto.edu/~kriz/"
 
 
-def test_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no data_batch_1.bin, data_batch_1, cifar-10-binary.tar.gz or .*--data-dir"):
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no data_batch_1.bin, data_batch_1, cifar-10-binary.tar.gz or .*data_dir="):
         local(tmp_path)
     assert list(tmp_path.iterdir()) == []
     contents = files()
@@ -191,14 +191,14 @@ def test_missing_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "0 bytes, no whole number"),
-        (binary(*samples(0))[:-1], "9218 bytes, no whole number of 3073-byte records"),
+        (b"", "0 bytes, not a whole number"),
+        (binary(*samples(0))[:-1], "9218 bytes, not a whole number of 3073-byte records"),
         (binary(*samples(0)) + b"\0", "9220 bytes"),
         (binary(samples(0)[0], [1, 10, 255]), "label 10 at index 1 of .*test_batch.bin is not in 0..9"),
     ],
     ids=["empty", "truncated", "longer", "label"],
 )
-def test_wrong_binary_files(tmp_path: Path, content: bytes, message: str) -> None:
+def test_wrong_binary_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
         local(put(tmp_path, {"cifar-10-batches-bin/test_batch.bin": content}), "test")
 
@@ -211,31 +211,31 @@ def wrong(**changes: Any) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no batch of CIFAR-10"),
-        (python2(*samples(0))[:-30], "no batch of CIFAR-10"),
-        (b"hello", "no batch of CIFAR-10"),
-        (pickle.dumps([1, 2], 4), "no batch of CIFAR-10"),
+        (b"", "not a CIFAR-10 batch"),
+        (python2(*samples(0))[:-30], "not a CIFAR-10 batch"),
+        (b"hello", "not a CIFAR-10 batch"),
+        (pickle.dumps([1, 2], 4), "not a CIFAR-10 batch"),
         (pickle.dumps({}, 4), "'data'|data"),
-        (wrong(data=3), "'data' is no array"),
-        (wrong(labels=[1, 2]), r"2 labels, and 'data' of shape \(3, 3072\)"),
+        (wrong(data=3), "'data' is not an array"),
+        (wrong(labels=[1, 2]), r"2 labels, but 'data' of shape \(3, 3072\)"),
         (wrong(labels=[1, 2, 10]), "label 10 at index 2"),
-        (wrong(labels=[1, 2, -1]), "small whole numbers"),
-        (wrong(labels=[1, 2, 1.0]), "no batch of CIFAR-10"),
-        (wrong(labels=["1", "2", "3"]), "small whole numbers"),
-        (wrong(data=np.zeros((3, 3072), np.int8)), "no array of bytes"),
-        (wrong(data=np.zeros((3, 3072), np.float64)), "no array of bytes"),
-        (wrong(data=np.zeros((3072, 3), np.uint8).T), "no array of bytes"),
-        (wrong(data=np.zeros((3, 32, 32, 3), np.uint8)), "3 labels, and 'data' of shape"),
-        (wrong(data=np.array([[{}] * 3072] * 3, object)), "no array of bytes"),
+        (wrong(labels=[1, 2, -1]), "whole numbers from 0 to 255"),
+        (wrong(labels=[1, 2, 1.0]), "not a CIFAR-10 batch"),
+        (wrong(labels=["1", "2", "3"]), "whole numbers from 0 to 255"),
+        (wrong(data=np.zeros((3, 3072), np.int8)), "not an array of bytes"),
+        (wrong(data=np.zeros((3, 3072), np.float64)), "not an array of bytes"),
+        (wrong(data=np.zeros((3072, 3), np.uint8).T), "not an array of bytes"),
+        (wrong(data=np.zeros((3, 32, 32, 3), np.uint8)), "3 labels, but 'data' of shape"),
+        (wrong(data=np.array([[{}] * 3072] * 3, object)), "not an array of bytes"),
         (wrong(data=np.zeros((0, 3072), np.uint8), labels=[]), "0 labels"),
-        (python2(*samples(0), dtype=b"f8"), "no array of bytes"),
-        (python2(*samples(0), columns_first=b"\x88"), "no array of bytes"),
+        (python2(*samples(0), dtype=b"f8"), "not an array of bytes"),
+        (python2(*samples(0), columns_first=b"\x88"), "not an array of bytes"),
         (python2(samples(0)[0][:2], [1, 2, 3]), "3 labels"),
-        (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00utf-8\x86R.", "more than bytes of latin1"),
-        (b"\x80\x02c_codecs\nencode\nU\x01aX\x06\x00\x00\x00latin1\x86R.", "more than bytes of latin1"),
+        (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00utf-8\x86R.", "an encoding other than latin1"),
+        (b"\x80\x02c_codecs\nencode\nU\x01aX\x06\x00\x00\x00latin1\x86R.", "an encoding other than latin1"),
     ],
 )
-def test_wrong_pickles(tmp_path: Path, content: bytes, message: str) -> None:
+def test_wrong_pickles_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         local(put(tmp_path, {"cifar-10-batches-py/test_batch": content}), "test")
     assert "\n" not in str(caught.value)
@@ -270,7 +270,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_code_in_a_pickle_is_not_run(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="no batch of CIFAR-10"):
+    with pytest.raises(DataError, match="not a CIFAR-10 batch"):
         local(put(tmp_path, {"cifar-10-batches-py/test_batch": HOSTILE[name]}), "test")
     assert not (tmp_path / "executed").exists()
 
@@ -303,7 +303,7 @@ def test_what_a_pickle_claims_takes_no_memory(tmp_path: Path, content: bytes) ->
 
 
 @pytest.mark.parametrize("kind", ["binary", "python 2"])
-def test_too_large_a_file(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_too_large_is_refused(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cifar10, "MAX_FILE_BYTES", 9000)
     with pytest.raises(DataError, match="more than 9000 bytes"):
         local(put(tmp_path, files(kind)))
@@ -311,7 +311,7 @@ def test_too_large_a_file(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyP
         local(pack(tmp_path / "a.tar.gz", files(kind)))
 
 
-def test_tar_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tar_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A member of zeros, a header that claims a long name, and very many members."""
     monkeypatch.setattr(cifar10, "MAX_UNPACKED_BYTES", 4 * 2**20)
 
@@ -358,12 +358,12 @@ def test_members_are_files_of_fixed_names(tmp_path: Path) -> None:
     archive = pack(folder / cifar10.ARCHIVES[0], escaping | absolute, links)
     with pytest.raises(DataError, match="holds no cifar-10-batches-bin/test_batch"):
         local(folder, "test")
-    check(local(pack(archive, escaping | files(), links), "test"), "test")  # the true member behind the links
+    check(local(pack(archive, escaping | files(), links), "test"), "test")  # the real member follows the links
     assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["secret.bin", "data", archive.name])
 
 
 @pytest.mark.parametrize("cut", [1, 20, 600, 3000])
-def test_truncated_archives(tmp_path: Path, cut: int) -> None:
+def test_truncated_archives_are_refused(tmp_path: Path, cut: int) -> None:
     content = pack(tmp_path / "whole.tar.gz", files()).read_bytes()
     path = tmp_path / "cut.tar.gz"
     path.write_bytes(content[: len(content) // 2 - cut])

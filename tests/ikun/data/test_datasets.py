@@ -1,4 +1,4 @@
-"""Data sets by name: splits, subsets, coding."""
+"""Tests of data sets by name: splits, subsets and coding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ikun.data.encoding import encode
 # --- digits, splits and subsets
 
 
-def test_digits() -> None:
+def test_digits_keep_their_split() -> None:
     train, test = load_dataset("digits"), load_dataset("digits", "test")
     for dataset, count in ((train, 1437), (test, 360)):
         assert len(dataset) == count
@@ -65,12 +65,12 @@ def test_subset_depends_on_the_seed_and_may_be_everything() -> None:
 
 
 @pytest.mark.parametrize("subset", [-1, 0, 361])
-def test_impossible_subset(subset: int) -> None:
+def test_an_impossible_subset_is_refused(subset: int) -> None:
     with pytest.raises(DataError, match="from 1 to 360"):
         load_dataset("digits", "test", subset=subset)
 
 
-def test_unknown_words() -> None:
+def test_unknown_names_are_refused() -> None:
     with pytest.raises(DataError, match="unknown data set 'mnist': choose one of digits, fashion-mnist"):
         load_dataset("mnist")
     with pytest.raises(DataError, match="unknown split 'valid'"):
@@ -91,7 +91,7 @@ def test_direct_coding_changes_nothing() -> None:
     assert encode(images, 5, "direct", None) is images
 
 
-def test_poisson_rates() -> None:
+def test_poisson_spikes_have_the_rates_of_the_pixels() -> None:
     steps, pixels = 4000, torch.linspace(0, 1, 11).reshape(1, 1, 11).expand(2, 3, 11)
     spikes = encode(pixels, steps, "poisson", torch.Generator().manual_seed(0))
     assert spikes.shape == (2, steps, 3, 11)
@@ -140,7 +140,7 @@ def test_poisson_is_the_same_on_a_cuda_device() -> None:
         encode(images, 6, "poisson", torch.Generator("cuda"))
 
 
-def test_coding_refusals() -> None:
+def test_bad_codings_are_refused() -> None:
     images = torch.zeros(1, 1, 2, 2)
     with pytest.raises(DataError, match="unknown coding 'rate': choose one of direct, poisson"):
         encode(images, 4, "rate", None)

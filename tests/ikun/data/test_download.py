@@ -1,4 +1,4 @@
-"""Locks and temporaries of files that several processes write."""
+"""Tests of locks and temporary files that several processes share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEX = "0123456789abcdef" * 2
 COUNTER = """
 import sys
 from pathlib import Path
-from ikun.data.download import locked
+from hessian_tools.io.files import locked
 count = Path(sys.argv[1])
 for _ in range(60):
     with locked(count.with_name("lock"), wait=60):
@@ -28,7 +28,7 @@ for _ in range(60):
 """
 
 
-def test_one_at_a_time(tmp_path: Path) -> None:
+def test_one_process_holds_the_lock_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with locked(path) as held:
         assert held
@@ -45,7 +45,7 @@ def test_one_at_a_time(tmp_path: Path) -> None:
 
 
 def test_nothing_is_lost_where_many_wait(tmp_path: Path) -> None:
-    """Each counts up what it reads, holding a lock that the one before removes."""
+    """Every process increments the number that it reads, under a lock that the previous one removes."""
     count = tmp_path / "count"
     count.write_text("0")
     command = [sys.executable, "-c", COUNTER, str(count)]
@@ -72,8 +72,8 @@ def test_a_lock_removed_between_opening_and_locking_is_nobodys(tmp_path: Path, m
         assert calls == 2
 
 
-def test_without_locks_everyone_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on some network file systems; what may be another's temporary is left alone there."""
+def test_without_lock_support_processes_proceed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on some network file systems; temporary files that may belong to other processes are kept."""
     part = tmp_path / f".a.json.{HEX}.part"
     part.touch()
     for number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO):
@@ -92,8 +92,8 @@ def test_without_locks_everyone_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_half_written_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
-    """Those of its own outputs alone; and its lock holds nobody up."""
-    code = "import os, sys; from pathlib import Path; from ikun.data.download import alone\n"
+    """Only files of its own outputs are removed, and its lock blocks nobody."""
+    code = "import os, sys; from pathlib import Path; from hessian_tools.io.files import alone\n"
     code += "with alone(Path(sys.argv[1]), 'x'): os.kill(os.getpid(), 9)"
     command = [sys.executable, "-c", code, str(tmp_path / "new" / "a")]
     killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)})

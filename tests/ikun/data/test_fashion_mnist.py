@@ -1,4 +1,4 @@
-"""Fashion-MNIST: IDX files, downloads."""
+"""Tests of reading and downloading Fashion-MNIST."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("pack", [as_is, zipped])
 @settings(max_examples=60)
 @given(shape=st.lists(st.integers(0, 5), min_size=1, max_size=5), seed=st.integers(0, 2**32 - 1))
-def test_idx_round_trip(pack: Callable[[bytes], bytes], shape: list[int], seed: int) -> None:
+def test_an_idx_file_round_trips(pack: Callable[[bytes], bytes], shape: list[int], seed: int) -> None:
     array = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file"
@@ -128,7 +128,7 @@ def test_every_proper_prefix_is_refused(tmp_path: Path, pack: Callable[[bytes], 
 def test_trailing_bytes_are_refused(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "file"
     path.write_bytes(pack(idx_bytes(samples(2)[0]) + b"\0"))
-    with pytest.raises(DataError, match="goes on after the 40 data bytes"):
+    with pytest.raises(DataError, match="has more than the 40 data bytes"):
         read_idx(path)
 
 
@@ -194,7 +194,7 @@ def test_a_gzip_bomb_is_read_no_further_than_claimed(tmp_path: Path) -> None:
     path.write_bytes(zipped(idx_header(10) + bytes(32 * 2**20)))
     tracemalloc.start()
     try:
-        with pytest.raises(DataError, match="goes on"):
+        with pytest.raises(DataError, match="has more than"):
             read_idx(path)
         assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     finally:
@@ -202,7 +202,7 @@ def test_a_gzip_bomb_is_read_no_further_than_claimed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["none", ".", "x" * 300], ids=["missing", "folder", "long name"])
-def test_no_such_file(tmp_path: Path, name: str) -> None:
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="no file"):
         read_idx(tmp_path / name)
 
@@ -249,26 +249,28 @@ def test_hash_is_of_shape_pixels_and_labels(tmp_path: Path) -> None:
     ],
     ids=["counts", "label", "rank 2", "rank 4", "label rank", "empty"],
 )
-def test_files_that_do_not_fit(tmp_path: Path, images: UInt8Array, labels: UInt8Array, message: str) -> None:
+def test_files_that_do_not_fit_are_refused(
+    tmp_path: Path, images: UInt8Array, labels: UInt8Array, message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         local(put(tmp_path, images, labels))
 
 
-def test_missing_files_without_download(tmp_path: Path) -> None:
+def test_missing_files_are_named_if_nothing_may_be_downloaded(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no train-images-idx3-ubyte or .*\.gz in .*none") as caught:
         local(tmp_path / "none")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_data_dir_that_is_a_file(tmp_path: Path) -> None:
+def test_a_data_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"")
     with pytest.raises(DataError, match="is not a folder"):
         load_dataset("fashion-mnist", data_dir=path)
 
 
-def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_folder_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     put(tmp_path / "cache" / "ikun-hessian" / "fashion-mnist", *samples(4))
     assert len(load_dataset("fashion-mnist", download=False)) == 4
@@ -278,7 +280,7 @@ def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert files.default_data_dir("fashion-mnist") == tmp_path / ".cache" / "ikun-hessian" / "fashion-mnist"
 
 
-def test_real_fashion_mnist() -> None:
+def test_the_real_files_have_their_known_hash() -> None:
     beside = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "fashion-mnist-subset"
     folder = Path(os.environ.get("IKUN_FASHION_MNIST") or beside)
     if not folder.is_dir():
@@ -304,13 +306,15 @@ def test_download_fills_the_folder_once(served: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: content + b"\0"])
-def test_download_of_a_wrong_sum_leaves_nothing(served: Path, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_a_download_with_a_wrong_checksum_leaves_nothing(
+    served: Path, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
     bad = served / f"{STEMS[1]}.gz"
     bad.write_bytes(damage(bad.read_bytes()))
     target = tmp_path / "new"
     with pytest.raises(DataError, match="its MD5 is") as caught:
         load_dataset("fashion-mnist", data_dir=target, base_url=served.as_uri())
-    for part in (served.as_uri(), bad.name, str(target), "--data-dir", "by hand"):
+    for part in (served.as_uri(), bad.name, str(target), "data_dir=", "by hand"):
         assert part in str(caught.value)
     assert [path.name for path in target.iterdir()] == [f"{STEMS[0]}.gz"]  # the good one stays
 
@@ -324,7 +328,9 @@ def test_download_keeps_the_file_it_cannot_replace(served: Path, tmp_path: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "served"]
 
 
-def test_download_longer_than_the_limit(served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_longer_than_the_limit_is_refused(
+    served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "MAX_DOWNLOAD_BYTES", 10)
     with pytest.raises(DataError, match="longer than 10 bytes"):
         load_dataset("fashion-mnist", data_dir=tmp_path / "new", base_url=served.as_uri())
@@ -342,7 +348,7 @@ def test_interrupted_download_leaves_nothing(served: Path, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("url", ["file:///nowhere/at/all", "nonsense", "http://[broken", "http://white space/"])
-def test_unusable_address(tmp_path: Path, url: str) -> None:
+def test_an_unusable_address_is_refused(tmp_path: Path, url: str) -> None:
     with pytest.raises(DataError, match="cannot download") as caught:
         load_dataset("fashion-mnist", data_dir=tmp_path / "new", base_url=url)
     assert url in str(caught.value)
@@ -350,7 +356,7 @@ def test_unusable_address(tmp_path: Path, url: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unreachable_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_server_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
     with socket.socket() as taken:  # bound but not listening: a connection is refused
         taken.bind(("127.0.0.1", 0))
@@ -389,7 +395,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("split", "reason"), [("train", "its MD5 is|IncompleteRead"), ("test", "404")])
-def test_failing_server(tmp_path: Path, server: str, split: str, reason: str) -> None:
+def test_a_failing_server_is_reported(tmp_path: Path, server: str, split: str, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         load_dataset("fashion-mnist", split, data_dir=tmp_path, base_url=server)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Folders of images: what is decoded, when, and how it is described."""
+"""Tests of folders of images: decoding on demand, labels and hashes."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_modes_and_formats_become_rgb(tmp_path: Path, mode: str, name: str, expe
     assert np.abs(found.astype(int) - np.array(expected)).max() <= 4  # lossy formats
 
 
-def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = tmp_path / "good.png"
     Image.fromarray(picture(0, 50, 50)).save(good)
     content = good.read_bytes()
@@ -132,7 +132,7 @@ def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 # --- the folder
 
 
-def test_classes_labels_and_pixels(folder: Path) -> None:
+def test_folders_give_classes_labels_and_pixels(folder: Path) -> None:
     for split, count, blue in (("train", 13, 200), ("test", 4, 100)):
         found = local(folder, split)
         assert (len(found), found.classes, found.input_shape, found.timesteps) == (count, 3, (3, 4, 4), None)
@@ -209,19 +209,19 @@ def test_other_files_are_passed_over(folder: Path) -> None:
     assert len(local(folder, "test")) == 4
 
 
-def test_folders_that_are_not_as_they_should_be(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_malformed_folders_are_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     def refused(message: str, split: str = "train", where: Path | None = folder, size: int | None = 4) -> None:
         with pytest.raises(DataError, match=message) as caught:
             load_dataset("image-folder", split, data_dir=where, image_size=size)
         assert "\n" not in str(caught.value)
 
-    refused("give it as --data-dir", where=None)
+    refused("give it as data_dir=", where=None)
     for size in (None, 0, 4097):
-        refused(f"images of size {size}: give a number of pixels from 1 to 4096 as --image-size", size=size)
+        refused(f"images of size {size}: give a number of pixels from 1 to 4096 as image_size=", size=size)
     empty = tmp_path_factory.mktemp("empty")
-    refused("no folder train in .*--data-dir", where=empty)
+    refused("no folder train in .*data_dir=", where=empty)
     (empty / "train").mkdir()
-    refused("no folders of classes in .*train", where=empty)
+    refused("no class folders in .*train", where=empty)
     refused("no folder train", where=folder / "train")
     (folder / "train" / "dog").mkdir()
     refused(r"no images \(\.png, .*\) in .*dog: add some or remove")
@@ -232,7 +232,7 @@ def test_folders_that_are_not_as_they_should_be(folder: Path, tmp_path_factory: 
     os.rename(folder / "val", folder / "test")
     (folder / "test" / "ant" / "0.png").unlink()
     refused("no images .*ant", "test")
-    with pytest.raises(DataError, match="--image-size 4: digits has a size of its own"):
+    with pytest.raises(DataError, match="image_size=4: digits has images of a fixed size"):
         load_dataset("digits", image_size=4)
 
 
@@ -269,7 +269,7 @@ def test_poisson_spikes_of_a_sample_depend_on_its_position_alone(folder: Path, r
     assert encoded(images, 4, "direct", 0) is images
 
 
-def test_of_samples_in_memory_as_ever() -> None:
+def test_samples_in_memory_are_encoded_at_once() -> None:
     x = torch.rand(5, 1, 4, 4)
     assert encoded(x, 3, "direct", 1) is x
     expected = encode(x, 3, "poisson", torch.Generator().manual_seed(1))
@@ -281,7 +281,7 @@ def test_of_samples_in_memory_as_ever() -> None:
 
 
 @pytest.mark.parametrize("size", ["8", 8.0, True])
-def test_image_size_in_checkpoints(tmp_path: Path, size: object) -> None:
+def test_checkpoints_store_the_image_size(tmp_path: Path, size: object) -> None:
     network = Network(Spec("mlp", (3, 8, 8), 3, hidden=()))
     data = DataSpec("image-folder", image_size=8)
     save_checkpoint(Checkpoint(network.spec, data, "mse", network.state_dict(), {}, []), tmp_path / "a.pt")

@@ -1,4 +1,4 @@
-"""Spike trains: what the classes differ in, and what they do not."""
+"""Tests of the spike-time data set: classes differ in firing times and not in counts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def splits() -> tuple[Dataset, Dataset]:
     return load_dataset("spike-times"), load_dataset("spike-times", "test")
 
 
-def test_shapes_and_hashes(splits: tuple[Dataset, Dataset]) -> None:
+def test_shapes_are_those_asked_for_and_hashes_are_fixed(splits: tuple[Dataset, Dataset]) -> None:
     for found, count in zip(splits, (2000, 500), strict=True):
         assert found.images.shape == (count, STEPS, NEURONS, 1, 1)
         assert found.images[:].dtype == torch.float32
@@ -73,13 +73,13 @@ def test_times_tell_the_class_and_counts_do_not(splits: tuple[Dataset, Dataset])
     assert accuracy((), False) > 0.8
 
 
-def test_coding(splits: tuple[Dataset, Dataset]) -> None:
+def test_spike_trains_are_used_as_they_are(splits: tuple[Dataset, Dataset]) -> None:
     trains = splits[0].images[:3]
     assert encode(trains, STEPS, "spikes") is trains
-    with pytest.raises(DataError, match=r"have 30 steps of time, the network 4: give --timesteps 30"):
+    with pytest.raises(DataError, match=r"have 30 time steps, the network 4: give timesteps=30"):
         encode(trains, 4, "spikes")
     for coding in ("direct", "poisson"):
-        with pytest.raises(DataError, match="spike trains already: give --coding spikes"):
+        with pytest.raises(DataError, match="spike trains already: give coding='spikes'"):
             encode(trains, STEPS, coding)
-    with pytest.raises(DataError, match="images, not spike trains: give --coding direct or poisson"):
+    with pytest.raises(DataError, match="images, not spike trains: set coding= to direct or poisson"):
         encode(torch.zeros(2, 1, 4, 4), 4, "spikes")

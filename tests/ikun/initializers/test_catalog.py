@@ -1,4 +1,4 @@
-"""ikun.initializers.catalog: each rule against its formula, the fixed points against a measurement of their own."""
+"""Tests of the initializers against their formulas and against measured fixed points."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from draws import images, seeded
 from scipy import integrate, special
 from torch import Tensor
 
@@ -21,14 +22,6 @@ from ikun.networks import Network, Spec
 from ikun.surrogates import Surrogate
 
 BETA = 1 / float(np.mean(1 / (1 + np.linspace(-1, 1, 1000) ** 2)))
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def images(count: int = 64, shape: tuple[int, int, int] = (1, 8, 8)) -> Tensor:
-    return torch.rand(count, *shape, generator=generator(9))
 
 
 def wide(**fields: Any) -> Network:
@@ -53,7 +46,7 @@ def test_moments_are_the_formulas(name: str, shape: tuple[int, ...]) -> None:
     w = torch.empty(shape, dtype=torch.float64)
     area = math.prod(shape[2:])
     exact = VARIANCES[name](shape[1] * area, shape[0] * area)
-    FILLS[name](w, generator())
+    FILLS[name](w, seeded())
     count = w.numel()
     uniform = name in ("xavier", "kaiming")
     kurtosis = 1.8 if uniform else 3.0
@@ -71,9 +64,9 @@ def test_released_constant() -> None:
 
 
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20), (8, 3, 3, 3), (40, 2, 3, 3)])
-def test_orthogonal_rows_or_columns(shape: tuple[int, ...]) -> None:
+def test_orthogonal_weights_have_orthonormal_rows_or_columns(shape: tuple[int, ...]) -> None:
     w = torch.empty(shape, dtype=torch.float64)
-    FILLS["orthogonal"](w, generator())
+    FILLS["orthogonal"](w, seeded())
     m = w.flatten(1).numpy()
     small = m @ m.T if m.shape[0] <= m.shape[1] else m.T @ m
     np.testing.assert_allclose(small, np.eye(len(small)), atol=1e-12)
@@ -85,7 +78,7 @@ def test_a_seed_decides_every_weight(name: str) -> None:
     for seed in (5, 5, 6):
         torch.manual_seed(seed * len(found))  # the global stream does not matter, with dropout neither
         net = wide(model="rsnn", neuron="lif", hidden=(20,), norm="bn", dropout=0.5)
-        initialize(net, name, generator=generator(seed), x=images())
+        initialize(net, name, generator=seeded(seed), x=images())
         found.append(net.state_dict())
     assert all(torch.equal(v, found[1][k]) for k, v in found[0].items())
     assert all(not torch.equal(found[0][f"{n}.weight"], found[2][f"{n}.weight"]) for n in ("fc1", "rec1", "fc2"))
@@ -102,7 +95,7 @@ def test_formulas_without_a_law_draw_every_layer_and_need_no_batch(name: str) ->
     with torch.no_grad():
         for p in net.parameters():
             p.fill_(torch.nan)
-    assert initialize(net, name, generator=generator()) == Initialized((), 0)
+    assert initialize(net, name, generator=seeded()) == Initialized((), 0)
     assert all(torch.isfinite(w.weight).all() for _, w, *_ in net.stages())
     assert net.norm1.weight.isnan().all()
 
@@ -117,7 +110,7 @@ def test_rules_that_measure_draw_every_layer_and_count_their_passes(name: str, m
     with torch.no_grad():
         for _, w, *_ in net.stages():
             w.weight.fill_(torch.nan)
-    done = initialize(net, name, generator=generator(), x=images())
+    done = initialize(net, name, generator=seeded(), x=images())
     layers = [n for n, *_ in net.stages()]
     told = [n for n in layers if n.startswith("rec")] if name == "gradient_stable" else layers
     assert [s.layer for s in done.solutions] == told
@@ -142,7 +135,7 @@ def check_fixed_point(net: Network, x: Tensor, alpha: float, tolerance: float) -
 @pytest.mark.parametrize("alpha", [1.0, 0.3])
 def test_recurrent_weights_meet_the_theorem_with_their_own_fan_and_input(norm: str, alpha: float, neuron: str) -> None:
     net, x = wide(model="rsnn", hidden=(200, 150), norm=norm, neuron=neuron), images()
-    done = initialize(net, "ikun", generator=generator(1), x=x, alpha=alpha)
+    done = initialize(net, "ikun", generator=seeded(1), x=x, alpha=alpha)
     assert [s.layer for s in done.solutions] == ["fc1", "rec1", "fc2", "rec2", "fc3"]
     assert all(s.converged for s in done.solutions)
     check_fixed_point(net, x, alpha, 0.05)
@@ -153,7 +146,7 @@ def test_recurrent_weights_meet_the_theorem_with_their_own_fan_and_input(norm: s
 @pytest.mark.parametrize("alpha", [1.0, 0.3])
 def test_empirical_weights_meet_the_theorem_as_measured(norm: str, alpha: float, neuron: str) -> None:
     net, x = wide(norm=norm, neuron=neuron), images()
-    solutions = initialize(net, "ikun", generator=generator(1), x=x, alpha=alpha).solutions
+    solutions = initialize(net, "ikun", generator=seeded(1), x=x, alpha=alpha).solutions
     assert all(s.converged and s.passes < 30 for s in solutions)
     check_fixed_point(net, x, alpha, 0.04)
     for s, (name, weights, *_) in zip(solutions, net.stages(), strict=True):
@@ -166,7 +159,7 @@ def test_empirical_weights_meet_the_theorem_as_measured(norm: str, alpha: float,
 
 def test_empirical_weights_of_the_csnn() -> None:
     net, x = Network(Spec(channels=24, classes=100)), images(32)
-    solutions = initialize(net, "ikun", generator=generator(1), x=x).solutions
+    solutions = initialize(net, "ikun", generator=seeded(1), x=x).solutions
     assert [s.layer for s in solutions] == ["conv1", "conv2", "fc1", "fc2"]
     assert solutions[0].input_square == pytest.approx(float(x.square().mean()), rel=1e-6)
     y = torch.zeros(len(x), dtype=torch.long)
@@ -183,7 +176,7 @@ def test_alpha_scales_the_variance_where_the_law_does_not_move() -> None:
     variances = []
     for alpha in (1.0, 0.25):
         net = wide(norm="bn")
-        done = initialize(net, "ikun", generator=generator(), x=x, alpha=alpha)
+        done = initialize(net, "ikun", generator=seeded(), x=x, alpha=alpha)
         variances.append([s.variance for s in done.solutions])
     for one, quarter in zip(*(v[:2] for v in variances), strict=True):
         assert one / quarter == pytest.approx(4, rel=0.02)
@@ -191,8 +184,8 @@ def test_alpha_scales_the_variance_where_the_law_does_not_move() -> None:
 
 def test_coded_input_and_the_mode_do_not_matter_to_the_state() -> None:
     net = wide(norm="bn", coding="poisson", timesteps=3).eval()
-    x = torch.bernoulli(images()[:, None].expand(-1, 3, -1, -1, -1), generator=generator())
-    initialize(net, "ikun", generator=generator(), x=x)
+    x = torch.bernoulli(images()[:, None].expand(-1, 3, -1, -1, -1), generator=seeded())
+    initialize(net, "ikun", generator=seeded(), x=x)
     assert not net.training
     assert not any(m._forward_pre_hooks for m in net.modules())
     check_fixed_point(net, x, 1.0, 0.04)
@@ -230,7 +223,7 @@ def test_potential_scale_solves_its_equation(text: str, first: Callable[[float],
 
 @pytest.mark.parametrize("fixed", [0.25, 1.0, 9.0])
 @pytest.mark.parametrize("alpha", [1e-3, 0.3, 2.0])
-def test_potential_scale_beside_a_fixed_part(fixed: float, alpha: float) -> None:
+def test_potential_scale_solves_its_equation_with_a_fixed_part(fixed: float, alpha: float) -> None:
     s = potential_scale(Surrogate("triangle", 1), 1.0, alpha, fixed)
     moment = gaussian_moment(lambda x: max(0.0, 1 - abs(x)), -1.0, s)
     assert (s**2 - fixed) * moment == pytest.approx(alpha, rel=1e-6)
@@ -256,7 +249,7 @@ def test_potential_scale_without_a_solution_says_so() -> None:
 @pytest.mark.parametrize("norm", ["none", "bn"])
 def test_analytic_weights_are_the_closed_rule(norm: str) -> None:
     net, x = wide(norm=norm), images()
-    solutions = initialize(net, "ikun", generator=generator(), x=x, law="analytic", alpha=0.5).solutions
+    solutions = initialize(net, "ikun", generator=seeded(), x=x, law="analytic", alpha=0.5).solutions
     square = float(x.double().square().mean())
     for s, (_, weights, layer_norm, _, _) in zip(solutions, net.stages(), strict=True):
         scale = 1.0 if layer_norm is not None else potential_scale(Surrogate("atan", 2), 1.0, 0.5)
@@ -276,7 +269,7 @@ def test_gain_multiplies_the_variance_of_every_weight_and_nothing_else(name: str
     spec = Spec(model="rsnn", hidden=(20, 20), norm="bn", neuron="lif")
     plain, scaled = Network(spec), Network(spec)
     for net, gain in ((plain, 1.0), (scaled, 0.3)):
-        done = initialize(net, name, generator=generator(), x=images(), gain=gain)
+        done = initialize(net, name, generator=seeded(), x=images(), gain=gain)
         found = done.solutions if net is scaled else (before := done.solutions)
     assert [s.variance for s in found] == pytest.approx([0.3 * s.variance for s in before])
     for (key, a), b in zip(plain.named_parameters(), scaled.parameters(), strict=True):
@@ -304,7 +297,7 @@ def test_gain_multiplies_the_variance_of_every_weight_and_nothing_else(name: str
 )
 def test_refusals_say_why(name: str, options: dict[str, Any], part: str) -> None:
     with pytest.raises(ValueError, match=part) as caught:
-        initialize(wide(hidden=(5,)), name, generator=generator(), **{"x": images(8), **options})
+        initialize(wide(hidden=(5,)), name, generator=seeded(), **{"x": images(8), **options})
     assert "\n" not in str(caught.value)
 
 
@@ -322,8 +315,8 @@ def test_a_batch_that_nothing_can_be_measured_on_is_refused_before_anything(name
     before = net.state_dict()["fc1.weight"].clone()
     for part, x in spoiled.items():
         with pytest.raises(ValueError, match=part):
-            initialize(net, name, generator=generator(), x=x, law=law)
-        initialize(wide(hidden=(5,)), "kaiming", generator=generator(), x=x)  # measures nothing
+            initialize(net, name, generator=seeded(), x=x, law=law)
+        initialize(wide(hidden=(5,)), "kaiming", generator=seeded(), x=x)  # measures nothing
     assert torch.equal(net.fc1.weight, before)
 
 
@@ -331,7 +324,7 @@ def test_a_batch_that_nothing_can_be_measured_on_is_refused_before_anything(name
     ("values", "part"),
     [
         ((0.0, 1.0), "its input is zero"),
-        ((1.0, 0.0), "the surrogate derivative is zero there"),
+        ((1.0, 0.0), "the surrogate derivative is zero at its potentials"),
         ((math.nan, 1.0), "its input is not finite"),
         ((math.inf, 1.0), "its input is not finite"),
         ((1.0, math.nan), "its surrogate derivative is not finite"),
@@ -345,7 +338,7 @@ def test_a_rule_requires_finite_positive_moments(values: tuple[float, float], pa
 
 def test_lsuv_refuses_an_output_that_overflows() -> None:
     with pytest.raises(ValueError, match="layer fc1: its output is not finite"):
-        initialize(wide(hidden=(5,)), "lsuv", generator=generator(), x=images(8) * 3e38)
+        initialize(wide(hidden=(5,)), "lsuv", generator=seeded(), x=images(8) * 3e38)
 
 
 @pytest.mark.parametrize("name", ["ikun", "kaiming"])
@@ -353,41 +346,41 @@ def test_a_module_without_values_is_refused(name: str) -> None:
     with torch.device("meta"):
         net = wide(hidden=(5,))
     with pytest.raises(ValueError, match="on the meta device and has no values yet"):
-        initialize(net, name, generator=generator(), x=images(8))
+        initialize(net, name, generator=seeded(), x=images(8))
 
 
-def test_frozen_weights_of_a_network() -> None:
+def test_frozen_weights_stay_and_are_listed() -> None:
     net = wide(norm="bn")
     net.fc1.requires_grad_(False)
     net.norm1.requires_grad_(False)
     before = net.fc1.weight.clone()
-    done = initialize(net, "ikun", generator=generator(), x=images(), gain=2.0)
+    done = initialize(net, "ikun", generator=seeded(), x=images(), gain=2.0)
     assert torch.equal(net.fc1.weight, before)
     assert done.untouched == ("fc1.weight",)
     assert [s.layer for s in done.solutions] == ["fc2", "fc3"]
-    initialize(net, "tdbn", generator=generator(), alpha=0.5)
+    initialize(net, "tdbn", generator=seeded(), alpha=0.5)
     assert net.norm1.weight.eq(1).all()
     assert net.norm2.weight.eq(0.5).all()
-    with pytest.raises(ValueError, match="law 'analytic' takes all weights for drawn, and some are frozen"):
-        initialize(net, "ikun", generator=generator(), x=images(), law="analytic")
+    with pytest.raises(ValueError, match="law 'analytic' needs all weights to be drawn, but some are frozen"):
+        initialize(net, "ikun", generator=seeded(), x=images(), law="analytic")
     with pytest.raises(ValueError, match="all weights are frozen"):
-        initialize(net.requires_grad_(False), "kaiming", generator=generator())
+        initialize(net.requires_grad_(False), "kaiming", generator=seeded())
 
 
 @pytest.mark.parametrize("name", ["ikun", "firing"])
 def test_analytic_rules_refuse_branches(name: str) -> None:
-    with pytest.raises(ValueError, match="for a chain of layers, and this network adds branches: choose empirical"):
-        initialize(Network(Spec(model="resnet")), name, generator=generator(), x=images(8), law="analytic")
+    with pytest.raises(ValueError, match="for a chain of layers, but this network has branches: choose empirical"):
+        initialize(Network(Spec(model="resnet")), name, generator=seeded(), x=images(8), law="analytic")
 
 
 def test_analytic_rule_refuses_a_dead_input() -> None:
     with pytest.raises(ValueError, match="input is zero"):
-        initialize(wide(hidden=(5,)), "ikun", generator=generator(), x=torch.zeros(4, 1, 8, 8), law="analytic")
+        initialize(wide(hidden=(5,)), "ikun", generator=seeded(), x=torch.zeros(4, 1, 8, 8), law="analytic")
 
 
 def test_a_dead_layer_is_named() -> None:
     with pytest.raises(ValueError, match="layer fc2: its input is zero"):
-        initialize(wide(hidden=(5,)), "ikun", generator=generator(), x=images(8), alpha=1e-6)
+        initialize(wide(hidden=(5,)), "ikun", generator=seeded(), x=images(8), alpha=1e-6)
 
 
 def test_analytic_rule_refuses_what_underflows() -> None:
@@ -395,9 +388,9 @@ def test_analytic_rule_refuses_what_underflows() -> None:
     for surrogate, part in (("gaussian:0.1", "derivative is zero"), ("atan:2", "layer fc2: its input is zero")):
         net = wide(hidden=(5,), norm="bn", threshold=50.0, surrogate=surrogate)
         with pytest.raises(ValueError, match=part):
-            initialize(net, "ikun", generator=generator(), x=images(8), law="analytic")
+            initialize(net, "ikun", generator=seeded(), x=images(8), law="analytic")
 
 
 def test_a_derivative_of_zero_is_named() -> None:
     with pytest.raises(ValueError, match="layer fc1: the surrogate derivative is zero"):
-        initialize(wide(hidden=(5,), surrogate="rect:0.001"), "ikun", generator=generator(), x=images(1) * 1e-3)
+        initialize(wide(hidden=(5,), surrogate="rect:0.001"), "ikun", generator=seeded(), x=images(1) * 1e-3)

@@ -1,4 +1,4 @@
-"""ikun.initializers.foreign_neurons: other libraries' neurons against ikun's that stand for them, spike by spike."""
+"""Tests that neurons of other libraries are read correctly, against equivalent neurons of ikun."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Leaky(nn.Module):
     ],
     ids=str,
 )
-def test_what_is_read(neuron: nn.Module, rates: tuple[float, float], dynamics: Dynamics) -> None:
+def test_the_neurons_parameters_are_read(neuron: nn.Module, rates: tuple[float, float], dynamics: Dynamics) -> None:
     found = stand_in(neuron)
     assert found.rates() == pytest.approx(rates)
     assert found.dynamics.threshold == pytest.approx(dynamics.threshold)

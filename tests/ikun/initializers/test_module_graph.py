@@ -1,5 +1,4 @@
-"""module_graph and initialize_module: other libraries' modules, by look-alikes of their classes and, where installed,
-by the libraries themselves."""
+"""Tests of initializing other libraries' modules: on imitations of their classes, and on the libraries if installed."""
 
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from draws import seeded
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
@@ -54,7 +54,7 @@ class IFNode(BaseNode):
 
 
 class SpikingNeuron(nn.Module):
-    """As snnTorch's: the state is kept, `reset` is no method, reset_mem() is."""
+    """Like a neuron of snnTorch: it keeps its state and has a method reset_mem(), but no method reset()."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,12 +150,8 @@ class Recurrent(nn.Module):
         return total
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def images(count: int = 64) -> Tensor:
-    return torch.rand(count, 1, 8, 8, generator=generator(9))
+    return torch.rand(count, 1, 8, 8, generator=seeded(9))
 
 
 def weights(module: nn.Module) -> list[Tensor]:
@@ -165,8 +161,8 @@ def weights(module: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("name", [n for n in INITIALIZERS if n != "gradient_stable"])
 def test_a_look_alike_of_the_papers_network_gets_the_very_same_weights(name: str) -> None:
     ours, theirs = Network(Spec(channels=6, threshold=1.0)), MultiStep(6)
-    found = initialize(ours, name, generator=generator(3), x=images(), alpha=0.5)
-    other = initialize_module(theirs, name, generator=generator(3), x=images(), alpha=0.5)
+    found = initialize(ours, name, generator=seeded(3), x=images(), alpha=0.5)
+    other = initialize_module(theirs, name, generator=seeded(3), x=images(), alpha=0.5)
     assert other.forward_passes == found.forward_passes + 1
     for a, b in zip(found.solutions, other.solutions, strict=True):
         assert (a.passes, a.variance) == (b.passes, pytest.approx(b.variance, rel=1e-9))
@@ -179,21 +175,21 @@ def test_a_look_alike_of_the_papers_network_gets_the_very_same_weights(name: str
 @pytest.mark.parametrize("name", MEASURING)
 def test_one_call_a_step_and_one_call_for_all_steps_are_the_same(name: str) -> None:
     ours, theirs = Network(Spec(channels=6, norm="none")), single_step(6)
-    initialize(ours, name, generator=generator(3), x=images())
-    initialize_module(theirs, name, generator=generator(3), x=images())
+    initialize(ours, name, generator=seeded(3), x=images())
+    initialize_module(theirs, name, generator=seeded(3), x=images())
     for a, b in zip(weights(ours), weights(theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=0)  # round-off, stopped by a tolerance of 1%
 
 
 def test_ikuns_own_network_is_taken_as_it_is() -> None:
     one, two = (Network(Spec(model="rsnn", hidden=(20,))) for _ in range(2))
-    initialize(one, "ikun", generator=generator(), x=images())
-    initialize_module(two, "ikun", generator=generator(), x=images())
+    initialize(one, "ikun", generator=seeded(), x=images())
+    initialize_module(two, "ikun", generator=seeded(), x=images())
     assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(two), strict=True))
 
 
 def test_the_forward_pass_says_what_feeds_what() -> None:
-    net, x = Recurrent(), torch.rand(8, 6, generator=generator())
+    net, x = Recurrent(), torch.rand(8, 6, generator=seeded())
     found = stages_of_module(net, x, stand_in)
     assert [(s.name, s.neuron, s.recurrent) for s in found] == [
         ("fc1", net.lif1, False),
@@ -214,10 +210,10 @@ def test_the_forward_pass_says_what_feeds_what() -> None:
 
 
 def test_currents_include_what_comes_back_once() -> None:
-    net, x = Recurrent(), torch.rand(16, 6, generator=generator())
+    net, x = Recurrent(), torch.rand(16, 6, generator=seeded())
     with torch.no_grad():
         for p in net.parameters():
-            p.normal_(0, 1, generator=generator(1))
+            p.normal_(0, 1, generator=seeded(1))
     probe = Probe(net, stages_of_module(net, x, stand_in), x)
     reset_states(net)
     mems: list[list[Tensor]] = [[], []]
@@ -249,12 +245,12 @@ class Two(nn.Module):
 
 
 def test_layers_that_feed_the_same_neurons_are_solved_together() -> None:
-    net, x = Two(), torch.rand(64, 40, generator=generator())
+    net, x = Two(), torch.rand(64, 40, generator=seeded())
     square = float(x.square().mean())
-    done = initialize_module(net, "fluctuation", generator=generator(), x=x)
+    done = initialize_module(net, "fluctuation", generator=seeded(), x=x)
     constant = sum(t * t for t in range(1, STEPS + 1)) / STEPS
     assert [s.variance for s in done.solutions] == pytest.approx([0.5 / (40 * square * constant)] * 2)
-    done = initialize_module(net, "ikun", generator=generator(), x=x)
+    done = initialize_module(net, "ikun", generator=seeded(), x=x)
     (long, short), seen = done.solutions, Probe(net, stages_of_module(net, x, stand_in), x)
     assert [s.layer for s in done.solutions] == ["long", "short"]
     assert long.variance == short.variance
@@ -291,8 +287,8 @@ class Shortcut(nn.Module):
 
 
 def test_a_layer_comes_when_all_that_it_meets_is_there() -> None:
-    net, x = Shortcut(), torch.rand(64, 40, generator=generator())
-    done = initialize_module(net, "firing", generator=generator(), x=x)
+    net, x = Shortcut(), torch.rand(64, 40, generator=seeded())
+    done = initialize_module(net, "firing", generator=seeded(), x=x)
     assert [s.layer for s in done.solutions] == ["first", "short", "second"]
     with torch.no_grad():
         rate = float(net.node1(net.first(x).expand(STEPS, -1, -1)).mean())
@@ -305,15 +301,15 @@ def test_the_state_a_module_comes_with_does_not_matter() -> None:
         net = single_step(4)
         if dirty:
             net(torch.rand(5, 1, 8, 8))
-        initialize_module(net, "firing", generator=generator(), x=images())
+        initialize_module(net, "firing", generator=seeded(), x=images())
         found.append(weights(net))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("name", [n for n in INITIALIZERS if n not in ("gradient_stable", "tdbn")])
 def test_every_rule_serves_recurrence_and_a_readout(name: str) -> None:
-    net, x = Recurrent(), torch.rand(200, 6, generator=generator())
-    done = initialize_module(net, name, generator=generator(2), x=x)
+    net, x = Recurrent(), torch.rand(200, 6, generator=seeded())
+    done = initialize_module(net, name, generator=seeded(2), x=x)
     assert all(torch.isfinite(w).all() and w.abs().sum() > 0 for w in weights(net))
     if name in MEASURING:
         assert [s.layer for s in done.solutions] == ["fc1", "back", "fc2", "lif2.recurrent", "out"]
@@ -324,8 +320,8 @@ def test_every_rule_serves_recurrence_and_a_readout(name: str) -> None:
 
 
 def test_a_readout_of_lsuv_has_unit_variance() -> None:
-    net, x = Recurrent(), torch.rand(200, 6, generator=generator())
-    initialize_module(net, "lsuv", generator=generator(2), x=x)
+    net, x = Recurrent(), torch.rand(200, 6, generator=seeded())
+    initialize_module(net, "lsuv", generator=seeded(2), x=x)
     outs: list[Tensor] = []
     net.out.register_forward_hook(lambda m, a, out: outs.append(out.detach()))
     reset_states(net)
@@ -338,7 +334,7 @@ def test_the_module_is_left_as_it_was() -> None:
     net.layers[1].eval()
     modes = [m.training for m in net.modules()]
     statistics = {k: v.clone() for k, v in net.named_buffers()}
-    initialize_module(net, "ikun", generator=generator(), x=images())
+    initialize_module(net, "ikun", generator=seeded(), x=images())
     assert [m.training for m in net.modules()] == modes
     assert all(torch.equal(v, statistics[k]) for k, v in net.named_buffers())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
@@ -348,11 +344,11 @@ def test_the_module_is_left_as_it_was() -> None:
 def test_threshold_surrogate_and_alpha_reach_the_stand_in() -> None:
     solutions = []
     for options in ({}, {"threshold": 0.5}, {"surrogate": "sigmoid:4"}, {"alpha": 0.5}):
-        done = initialize_module(MultiStep(3), "ikun", generator=generator(), x=images(), **options)
+        done = initialize_module(MultiStep(3), "ikun", generator=seeded(), x=images(), **options)
         solutions.append(done.solutions[0].variance)
     assert len({round(v, 6) for v in solutions}) == 4
     net = MultiStep(3)
-    initialize_module(net, "tdbn", generator=generator(), threshold=0.5, alpha=0.5)
+    initialize_module(net, "tdbn", generator=seeded(), threshold=0.5, alpha=0.5)
     assert net.layers[1].weight.eq(0.25).all()
 
 
@@ -386,9 +382,9 @@ def forget(module: nn.Module) -> None:
 
 @pytest.mark.parametrize("kinds", [Cell, (Cell, Leaky)])
 def test_neurons_and_their_reset_can_be_named(kinds: Any) -> None:
-    x = 2 * torch.rand(32, 2, 9, generator=generator())
+    x = 2 * torch.rand(32, 2, 9, generator=seeded())
     net = Tiny()
-    done = initialize_module(net, "firing", generator=generator(), x=x, neurons=kinds, reset=forget)
+    done = initialize_module(net, "firing", generator=seeded(), x=x, neurons=kinds, reset=forget)
     assert [s.layer for s in done.solutions] == ["conv", "volume"]
     rate = float(x.square().mean())
     assert done.solutions[0].variance == pytest.approx(1 / (6 * rate), rel=1e-5)
@@ -405,21 +401,21 @@ def test_neurons_and_their_reset_can_be_named(kinds: Any) -> None:
     ("module", "name", "part"),
     [
         (nn.Sequential(nn.Flatten(), nn.ReLU()), "kaiming", "calls no convolution and no linear layer"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "ikun", "no spiking neurons found for ikun: name their class"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "ikun", "no spiking neurons found for ikun: pass their class"),
         (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "he", "unknown initializer 'he'"),
         (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "tdbn", "this network has no norm"),
         (MultiStep(2), "gradient_stable", "this network has none"),
     ],
 )
-def test_refusals(module: nn.Module, name: str, part: str) -> None:
+def test_modules_that_do_not_fit_are_refused(module: nn.Module, name: str, part: str) -> None:
     with pytest.raises(ValueError, match=part) as caught:
-        initialize_module(module, name, generator=generator(), x=images(4))
+        initialize_module(module, name, generator=seeded(), x=images(4))
     assert "\n" not in str(caught.value)
 
 
 def test_a_rule_that_measures_refuses_to_guess_the_batch() -> None:
     with pytest.raises(ValueError, match="the ikun initializer needs a batch"):
-        initialize_module(MultiStep(2), "ikun", generator=generator())
+        initialize_module(MultiStep(2), "ikun", generator=seeded())
 
 
 def test_layers_that_the_forward_pass_leaves_out_are_left_out() -> None:
@@ -430,7 +426,7 @@ def test_layers_that_the_forward_pass_leaves_out_are_left_out() -> None:
 
     net = Partly()
     before = net.unused.weight.clone()
-    done = initialize_module(net, "ikun", generator=generator(), x=images())
+    done = initialize_module(net, "ikun", generator=seeded(), x=images())
     assert torch.equal(net.unused.weight, before)
     assert done.untouched == ("unused.weight",)
 
@@ -451,7 +447,7 @@ class Odd(nn.Module):
 
 def test_all_weights_that_are_not_drawn_are_told() -> None:
     net = Odd()
-    done = initialize_module(net, "kaiming", generator=generator(), x=torch.rand(6, 4))
+    done = initialize_module(net, "kaiming", generator=seeded(), x=torch.rand(6, 4))
     assert done.untouched == (
         "embed.weight",
         "up.weight",
@@ -463,15 +459,15 @@ def test_all_weights_that_are_not_drawn_are_told() -> None:
         "lazy.weight",
         "lazy.bias",
     )
-    assert initialize_module(MultiStep(2), "kaiming", generator=generator(), x=images()).untouched == ()
+    assert initialize_module(MultiStep(2), "kaiming", generator=seeded(), x=images()).untouched == ()
 
 
 def test_frozen_layers_stay_and_are_seen() -> None:
-    net, x = Two(), torch.rand(64, 40, generator=generator())
+    net, x = Two(), torch.rand(64, 40, generator=seeded())
     net.long.requires_grad_(False)
     net.short.bias.requires_grad_(False)
     kept = {k: v.clone() for k, v in net.state_dict().items() if k != "short.weight"}
-    done = initialize_module(net, "ikun", generator=generator(), x=x)
+    done = initialize_module(net, "ikun", generator=seeded(), x=x)
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in kept.items())
     assert done.untouched == ("long.weight",)
     (short,) = done.solutions
@@ -481,9 +477,9 @@ def test_frozen_layers_stay_and_are_seen() -> None:
 
 
 def test_what_waits_for_a_frozen_layer_waits() -> None:
-    net, x = Shortcut(), torch.rand(64, 40, generator=generator())
+    net, x = Shortcut(), torch.rand(64, 40, generator=seeded())
     net.second.requires_grad_(False)
-    done = initialize_module(net, "firing", generator=generator(), x=x)
+    done = initialize_module(net, "firing", generator=seeded(), x=x)
     assert [s.layer for s in done.solutions] == ["first", "short"]
 
 
@@ -504,7 +500,7 @@ def test_computed_weights_are_refused(compute: Any, name: str) -> None:
     compute(net.layers[0])
     before = {k: v.clone() for k, v in net.state_dict().items() if "weight" in k}
     with pytest.raises(ValueError, match=r"layer layers\.0: its weight is computed \(weight_norm.*remove that first"):
-        initialize_module(net, name, generator=generator(), x=images(8))
+        initialize_module(net, name, generator=seeded(), x=images(8))
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items() if not k.endswith(("_u", "_v")))
 
 
@@ -514,7 +510,7 @@ def test_tied_weights_are_refused(name: str, view: bool) -> None:
     net = Two()
     net.short.weight = nn.Parameter(net.long.weight.data) if view else net.long.weight
     with pytest.raises(ValueError, match="layers long and short share one weight"):
-        initialize_module(net, name, generator=generator(), x=torch.rand(8, 40))
+        initialize_module(net, name, generator=seeded(), x=torch.rand(8, 40))
 
 
 class Stateless(nn.Module):
@@ -549,12 +545,12 @@ class Chain(nn.Module):
 @pytest.mark.parametrize("width", [40, 30])
 def test_neurons_shared_by_two_places_are_refused(kind: str, width: int) -> None:
     kinds = Stateless if kind == "stateless" else None
-    x = torch.rand(64, 40, generator=generator())
-    own = initialize_module(Chain(kind, False, width), "ikun", generator=generator(), x=x, neurons=kinds)
+    x = torch.rand(64, 40, generator=seeded())
+    own = initialize_module(Chain(kind, False, width), "ikun", generator=seeded(), x=x, neurons=kinds)
     assert [s.layer for s in own.solutions] == ["a", "b"]
     for name in ("ikun", "lsuv"):
-        with pytest.raises(ValueError, match=r"neurons n stand behind several layers \(a, b\): give each its own"):
-            initialize_module(Chain(kind, True, width), name, generator=generator(), x=x, neurons=kinds)
+        with pytest.raises(ValueError, match=r"neurons n follow several layers \(a, b\): give each layer its own"):
+            initialize_module(Chain(kind, True, width), name, generator=seeded(), x=x, neurons=kinds)
 
 
 class Late(nn.Module):
@@ -581,7 +577,7 @@ def test_recurrence_is_no_sharing(with_input: bool) -> None:
 
 def test_a_rule_that_does_not_measure_needs_no_statistics_of_the_batch() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.BatchNorm1d(128), IFNode())
-    done = initialize_module(net, "kaiming", generator=generator(), x=images(1))
+    done = initialize_module(net, "kaiming", generator=seeded(), x=images(1))
     assert (done.forward_passes, net.training, net[2].training) == (1, True, True)
     assert net[1].bias.eq(0).all()
 
@@ -593,18 +589,18 @@ def test_a_rule_that_does_not_measure_needs_no_statistics_of_the_batch() -> None
         (lambda: MultiStep(2).double(), {}, "x is torch.float32, the module's parameters are torch.float64"),
         (lambda: MultiStep(2).to("meta"), {}, "the module is on the meta device and has no values yet"),
         (lambda: MultiStep(2).to("meta"), {"x": None}, "the module is on the meta device and has no values yet"),
-        (lambda: MultiStep(2), {"threshold": math.nan}, "threshold must be positive, not nan"),
-        (lambda: MultiStep(2), {"threshold": 0.0}, "threshold must be positive, not 0.0"),
+        (lambda: MultiStep(2), {"threshold": math.nan}, "threshold must be positive and finite, not nan"),
+        (lambda: MultiStep(2), {"threshold": 0.0}, "threshold must be positive and finite, not 0.0"),
         (lambda: MultiStep(2).requires_grad_(False), {}, "all weights are frozen"),
     ],
 )
 def test_modules_that_cannot_be_drawn_are_refused(make: Any, options: dict[str, Any], part: str) -> None:
     with pytest.raises(ValueError, match=part) as caught:
-        initialize_module(make(), "kaiming", generator=generator(), **{"x": images(4), **options})
+        initialize_module(make(), "kaiming", generator=seeded(), **{"x": images(4), **options})
     assert "\n" not in str(caught.value)
 
 
-def test_what_counts_as_a_neuron() -> None:
+def test_modules_that_count_as_neurons_are_recognized() -> None:
     assert is_neuron(MODEL)
     assert is_neuron(IFNode())
     assert is_neuron(RLeaky(2))
@@ -614,7 +610,7 @@ def test_what_counts_as_a_neuron() -> None:
 
 # ---------------------------------------------------------------- the libraries themselves
 @pytest.mark.parametrize("lif", [False, True])
-def test_spikingjelly(lif: bool) -> None:
+def test_networks_of_spikingjelly_get_our_weights(lif: bool) -> None:
     """Leak, threshold and surrogate are read: the same weights as ours of that kind."""
     base = pytest.importorskip("spikingjelly.activation_based")
     layer = pytest.importorskip("spikingjelly.activation_based.layer")
@@ -638,13 +634,13 @@ def test_spikingjelly(lif: bool) -> None:
     dynamics: dict[str, Any] = {"neuron": "lif", "tau": 3.0, "threshold": 0.7} if lif else {}
     for name in ("ikun", "lsuv", "delta_orthogonal", "fluctuation"):
         ours, theirs = Network(Spec(channels=4, surrogate="sigmoid:4", **dynamics)), Theirs()
-        initialize(ours, name, generator=generator(3), x=images())
-        initialize_module(theirs, name, generator=generator(3), x=images())
+        initialize(ours, name, generator=seeded(3), x=images())
+        initialize_module(theirs, name, generator=seeded(3), x=images())
         for a, b in zip(weights(ours), weights(theirs), strict=True):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=0)
 
 
-def test_snntorch() -> None:
+def test_networks_of_snntorch_get_our_weights() -> None:
     snn = pytest.importorskip("snntorch")
 
     class Theirs(nn.Module):
@@ -662,6 +658,6 @@ def test_snntorch() -> None:
                 total = total + self.out(fired)
             return total
 
-    done = initialize_module(Theirs(), "ikun", generator=generator(), x=images())
+    done = initialize_module(Theirs(), "ikun", generator=seeded(), x=images())
     assert [s.layer for s in done.solutions] == ["fc1", "lif1.recurrent", "fc2", "out"]
     assert all(s.converged and math.isfinite(s.variance) for s in done.solutions)

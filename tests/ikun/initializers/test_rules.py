@@ -1,4 +1,4 @@
-"""ikun.initializers.rules: each rule against its formula, and against a simulation that does not share its code."""
+"""Tests of the initialization rules against their formulas and an independent simulation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import numpy.typing as npt
 import pytest
 import torch
 import torch.nn.functional as F
+from draws import images, seeded
 from torch import Tensor, nn
 
 from ikun.initializers.catalog import Initialized, initialize
-from ikun.initializers.rules import Solution, draw_delta_orthogonal, fluctuation_weights, kernel_moments
+from ikun.initializers.fluctuation import fluctuation_weights, kernel_moments
+from ikun.initializers.rules import Solution, draw_delta_orthogonal
 from ikun.layer_statistics import LayerStatistics, batch_norm_by_batch, observe
 from ikun.losses import LOSSES
 from ikun.networks import Network, Spec
@@ -22,16 +24,8 @@ from ikun.networks import Network, Spec
 Array = npt.NDArray[np.float64]
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def images(count: int = 64, shape: tuple[int, int, int] = (1, 8, 8)) -> Tensor:
-    return torch.rand(count, *shape, generator=generator(9))
-
-
 def trains(steps: int, rate: float, count: int = 64) -> Tensor:
-    return torch.bernoulli(torch.full((count, steps, 1, 8, 8), rate), generator=generator(9))
+    return torch.bernoulli(torch.full((count, steps, 1, 8, 8), rate), generator=seeded(9))
 
 
 def network(**fields: Any) -> Network:
@@ -39,8 +33,8 @@ def network(**fields: Any) -> Network:
 
 
 def run(name: str, net: Network, x: Tensor, **options: Any) -> tuple[dict[str, Solution], list[LayerStatistics]]:
-    """Initialize; the solutions by layer and what observe() sees, by hooks of its own."""
-    done = initialize(net, name, generator=generator(1), x=x, **options)
+    """Initialize and return the solutions by layer and the statistics that observe() measures."""
+    done = initialize(net, name, generator=seeded(1), x=x, **options)
     with batch_norm_by_batch(net):
         seen = observe(net, x, torch.zeros(len(x), dtype=torch.long), LOSSES["mse"])
     return {s.layer: s for s in done.solutions}, list(seen)
@@ -76,7 +70,7 @@ def circular(weights: nn.Module, side: int) -> Array:
 )
 def test_delta_orthogonal_kernels_keep_every_norm(layer: nn.Module) -> None:
     with torch.no_grad():
-        draw_delta_orthogonal(layer, generator())
+        draw_delta_orthogonal(layer, seeded())
     singular = np.linalg.svd(circular(layer, 4), compute_uv=False)
     np.testing.assert_allclose(singular, 1, atol=1e-6)
     nonzero = layer.weight.detach().flatten(2).abs().sum((0, 1)) > 0
@@ -97,8 +91,8 @@ def test_delta_orthogonal_gain_undoes_the_derivative() -> None:
 
 def test_delta_orthogonal_needs_as_many_outputs_as_inputs() -> None:
     net = Network(Spec(input_shape=(3, 8, 8), channels=2))
-    with pytest.raises(ValueError, match="as many output as input channels: layer conv1 has 2 for 3"):
-        initialize(net, "delta_orthogonal", generator=generator(), x=images(8, (3, 8, 8)))
+    with pytest.raises(ValueError, match="as many output as input channels: layer conv1 has 2 output and 3 input"):
+        initialize(net, "delta_orthogonal", generator=seeded(), x=images(8, (3, 8, 8)))
 
 
 # ---------------------------------------------------------------- lsuv
@@ -132,7 +126,7 @@ def test_lsuv_of_recurrent_weights_is_of_their_own_output() -> None:
 
 def test_lsuv_refuses_an_input_that_does_nothing() -> None:
     with pytest.raises(ValueError, match="layer fc1: its output does not vary"):
-        initialize(network(), "lsuv", generator=generator(), x=torch.zeros(4, 1, 8, 8))
+        initialize(network(), "lsuv", generator=seeded(), x=torch.zeros(4, 1, 8, 8))
 
 
 # ---------------------------------------------------------------- fluctuation
@@ -203,7 +197,7 @@ def test_fluctuation_of_a_repeated_image_is_its_spread() -> None:
 
 def test_fluctuation_names_a_dead_layer() -> None:
     with pytest.raises(ValueError, match="the fluctuation rule has no solution for layer fc1: its input is zero"):
-        initialize(network(), "fluctuation", generator=generator(), x=torch.zeros(4, 1, 8, 8))
+        initialize(network(), "fluctuation", generator=seeded(), x=torch.zeros(4, 1, 8, 8))
 
 
 # ---------------------------------------------------------------- firing
@@ -279,16 +273,16 @@ def test_gradient_stable_keeps_a_gradient_that_goes_back_a_step(detached: bool) 
 @pytest.mark.parametrize(
     ("fields", "part"),
     [
-        ({}, "about recurrent layers: this network has none"),
+        ({}, "for recurrent layers, and this network has none"),
         ({"model": "rsnn"}, r"layer rec1: decay\^2 .* is 1.\d+, not below 1; choose lif"),
         ({"model": "rsnn", "neuron": "lif", "tau": 400.0}, r"layer rec1: decay\^2 .* is 1.\d+, not below 1"),
         ({"model": "rsnn", "neuron": "lif", "surrogate": "rect:0.001"}, "layer rec1: the surrogate derivative is zero"),
     ],
 )
-def test_gradient_stable_refusals(fields: dict[str, Any], part: str) -> None:
+def test_gradient_stable_refuses_what_it_cannot_solve(fields: dict[str, Any], part: str) -> None:
     net = network(**{"hidden": (30,), **fields})
     with pytest.raises(ValueError, match=part) as caught:
-        initialize(net, "gradient_stable", generator=generator(), x=images(4) * 0.1)
+        initialize(net, "gradient_stable", generator=seeded(), x=images(4) * 0.1)
     assert "\n" not in str(caught.value)
 
 
@@ -296,8 +290,8 @@ def test_gradient_stable_refusals(fields: dict[str, Any], part: str) -> None:
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
 def test_tdbn_norms_start_at_alpha_thresholds_over_kaiming_weights(alpha: float) -> None:
     net, like = (Network(Spec(channels=4, threshold=0.6)) for _ in range(2))
-    assert initialize(net, "tdbn", generator=generator(3), alpha=alpha) == Initialized((), 0)
-    initialize(like, "kaiming", generator=generator(3))
+    assert initialize(net, "tdbn", generator=seeded(3), alpha=alpha) == Initialized((), 0)
+    initialize(like, "kaiming", generator=seeded(3))
     for (name, w, *_), (_, other, *_) in zip(net.stages(), like.stages(), strict=True):
         assert torch.equal(w.weight, other.weight), name
     for norm in (net.norm1, net.norm2):
@@ -308,7 +302,7 @@ def test_tdbn_norms_start_at_alpha_thresholds_over_kaiming_weights(alpha: float)
 def test_tdbn_leaves_a_network_with_that_norm_as_it_is() -> None:
     net = Network(Spec(model="resnet", channels=2, norm="tdbn", threshold=0.6))
     before = {k: v.clone() for k, v in net.state_dict().items() if "norm" in k}
-    initialize(net, "tdbn", generator=generator())
+    initialize(net, "tdbn", generator=seeded())
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
 
 
@@ -316,7 +310,7 @@ def test_tdbn_needs_a_norm() -> None:
     net = network()
     before = net.fc1.weight.clone()
     with pytest.raises(ValueError, match="this network has no norm"):
-        initialize(net, "tdbn", generator=generator())
+        initialize(net, "tdbn", generator=seeded())
     assert torch.equal(net.fc1.weight, before)
 
 
@@ -330,7 +324,7 @@ def test_analytic_law_of_recurrent_layers_is_that_of_both_currents(
     net = network(model="rsnn", hidden=(400, 30), norm=norm, threshold=threshold)
     x, rng = images(), np.random.default_rng(0)
     solutions = {
-        s.layer: s for s in initialize(net, name, generator=generator(), x=x, alpha=alpha, law="analytic").solutions
+        s.layer: s for s in initialize(net, name, generator=seeded(), x=x, alpha=alpha, law="analytic").solutions
     }
     first, back, second = (solutions[n] for n in ("fc1", "rec1", "fc2"))
     assert back.input_square == second.input_square
@@ -366,4 +360,4 @@ def test_analytic_law_behind_a_norm_has_its_weight_for_standard_deviation() -> N
 @pytest.mark.parametrize("name", ["delta_orthogonal", "lsuv", "fluctuation", "firing", "gradient_stable"])
 def test_rules_that_measure_need_a_batch(name: str) -> None:
     with pytest.raises(ValueError, match=f"the {name} initializer needs a batch of inputs"):
-        initialize(network(model="rsnn"), name, generator=generator())
+        initialize(network(model="rsnn"), name, generator=seeded())

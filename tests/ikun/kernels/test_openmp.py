@@ -1,4 +1,4 @@
-"""Functions on OpenMP's threads: results in order, what they raise, and where there is no such library."""
+"""Tests of running functions on OpenMP's threads: order, exceptions, and a missing library."""
 
 import os
 import sys
@@ -33,14 +33,14 @@ def test_torch_brings_the_library() -> None:
 
 
 @pytest.mark.usefixtures("anywhere")
-def test_they_run_at_the_same_time() -> None:
+def test_functions_run_at_the_same_time() -> None:
     barrier = threading.Barrier(3, timeout=30)
     assert sorted(side_by_side([barrier.wait] * 3)) == [0, 1, 2]
 
 
 @pytest.mark.usefixtures("anywhere")
 @pytest.mark.parametrize("error", [ValueError, IndexError, KeyboardInterrupt, SystemExit])
-def test_what_one_raises_is_raised(error: type[BaseException]) -> None:
+def test_an_exception_of_a_function_is_raised(error: type[BaseException]) -> None:
     def fail() -> float:
         raise error("this one")
 
@@ -50,7 +50,7 @@ def test_what_one_raises_is_raised(error: type[BaseException]) -> None:
     assert len(side_by_side([time.time] * 2)) == 2
 
 
-def test_an_interruption_before_anything_can_catch_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_early_interruption_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     class Library:
         """The calling thread's region ends at its first instruction; another thread does all the work."""
 
@@ -65,7 +65,7 @@ def test_an_interruption_before_anything_can_catch_it(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("anywhere")
-def test_from_other_threads_between_operations_of_torch() -> None:
+def test_calls_from_other_threads_work() -> None:
     x = torch.ones(200_000)
 
     def work(i: int) -> list[float]:
@@ -78,7 +78,7 @@ def test_from_other_threads_between_operations_of_torch() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_in_a_forked_process() -> None:
+def test_a_forked_process_works() -> None:
     side_by_side([time.time] * 2)
     if (child := os.fork()) == 0:
         os._exit(0 if side_by_side([partial(pow, 2, i) for i in range(3)]) == [1, 2, 4] else 1)

@@ -1,4 +1,4 @@
-"""The Triton scans against plain torch: on a CUDA device where there is one, else in Triton's interpreter."""
+"""Tests of the Triton scans against plain torch, on a CUDA device or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from hessian_tools.chain import second_order
 from hessian_tools.objective import make_objective
 from ikun import spiking_layers as spikes
 from ikun.kernels import dispatch as fused
+from ikun.kernels import scan as scan_module
 from ikun.kernels.scan import Number, Scan, torch_adjoint, torch_adjoint_tangent, torch_tangent
 from ikun.layers import MaxPool
 from ikun.losses import LOSSES
 from ikun.networks import Network, Spec
 from ikun.neurons import NEURONS, RESETS, Dynamics, Neuron
+from ikun.pooling import selection
 from ikun.surrogates import Surrogate
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -93,7 +95,7 @@ def test_spikes_are_the_plain_ones_to_the_bit(
     assert sum(0 < mean < 1 for mean in means) > 3
 
 
-def test_many_steps_of_a_few_neurons() -> None:
+def test_many_steps_of_a_few_neurons_agree() -> None:
     neuron = neuron_of("lif", "hard", torch.float32)
     x = torch.randn(100, 5, device=DEVICE)
     found = triton_scans.value(x, 100, rates_of(neuron), True, None, False, False)
@@ -133,7 +135,7 @@ def scan_of(dtype: torch.dtype, steps: int, learned: bool, pooled: bool, static:
 
     index, unit = None, 1
     if pooled:
-        index = spikes.selection(array().view(steps, 1, planes, height, width).sign(), "first").flatten(1).to(kind)
+        index = selection(array().view(steps, 1, planes, height, width).sign(), "first").flatten(1).to(kind)
         unit = height * width
     scan = Scan(array(), array(), 0.4, 0.6, static, index, unit, array(), reset=(0.7, -1.3), width=width)
     return replace(scan, u=array(), gh=array()) if learned else scan
@@ -238,8 +240,8 @@ def on_the_way(patch: pytest.MonkeyPatch) -> set[str]:
     scans = {name: partial(noted, name) for name in ("value", "tangent", "adjoint", "adjoint_tangent")}
     patch.setattr(fused, "on_device", lambda like: SimpleNamespace(**scans))
     patch.setattr(fused, "usable", lambda like: True)
-    for module in (fused, spikes):
-        patch.setattr(module, "number", number)
+    for module in (scan_module, spikes):
+        patch.setattr(module, "scalar", number)
     return used
 
 
@@ -253,7 +255,7 @@ interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="compiled here: tests/
 
 @interpreted
 @pytest.mark.parametrize("fields", NETWORKS)
-def test_products_and_gradients_of_a_network(fields: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_and_gradients_of_a_network_agree(fields: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     small = {"input_shape": (1, 5, 6), "channels": 2, "classes": 3, "timesteps": 3, "v_reset": -0.1, "threshold": 0.5}
     net = Network(Spec(**{**small, **fields})).to(torch.float64)  # type: ignore[arg-type]
@@ -304,7 +306,7 @@ def test_failing_triton_warns_once_and_falls_back(monkeypatch: pytest.MonkeyPatc
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from ikun import triton_scans as scans
+from ikun.kernels import triton_kernels as scans
 
 names = {"index": "*i64", "totals": "*fp64", "steps": "i32", "size": "i32", "outputs": "i32", "blocks": "i32"}
 for kernel in (scans._value, scans._tangent, scans._adjoint, scans._adjoint_tangent):

@@ -1,4 +1,4 @@
-"""ikun.training.loop: learning, determinism, resume, schedules, optimizers, early stopping, failures, the log."""
+"""Tests of training: learning, determinism, resumption, schedules, optimizers, early stopping, failures and the log."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def test_a_run_killed_in_its_first_epoch_is_resumed(out: Path) -> None:
     assert len(found.history) == len(log(out)) == 4
 
 
-def test_sigkill_in_the_middle_of_an_epoch(out: Path, whole: tuple[Checkpoint, Path]) -> None:
+def test_a_run_killed_in_the_middle_of_an_epoch_resumes_bit_for_bit(out: Path, whole: tuple[Checkpoint, Path]) -> None:
     """Another process, in its third epoch when the log has two lines."""
     code = SCRIPT.format(net=COUNTED, data=HELD, spec=LONG)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -562,7 +562,7 @@ def test_a_network_that_never_fires_comes_to_its_end(norm: str, out: Path, monke
 
 
 def diverge(monkeypatch: pytest.MonkeyPatch, epoch: int, batch: int = 1) -> None:
-    """Spoil one weight behind `batch` of `epoch`."""
+    """Spoil one weight after `batch` of `epoch`."""
     original = training._epoch
 
     def spoilt(net: Network, *rest: Any) -> Any:
@@ -652,7 +652,7 @@ def test_checkpoint_of_train_is_a_checkpoint(out: Path) -> None:
 AT_LOSS = dataclasses.replace(RUN, epochs=6, lr=5e-2, save_at_loss=(10.0, 0.17, 1e-9))
 
 
-def test_weights_of_the_first_epoch_at_a_loss(out: Path) -> None:
+def test_weights_of_the_first_epoch_at_a_loss_are_saved(out: Path) -> None:
     found = train(MLP, DATA, AT_LOSS, out)
     losses = [line["loss"] for line in log(out)]
     (first,) = [i for i, x in enumerate(losses, 1) if x <= 0.17][:1]
@@ -667,7 +667,7 @@ def test_weights_of_the_first_epoch_at_a_loss(out: Path) -> None:
     assert loss_path(out, 0.17).name == "run.loss0.17.pt"
 
 
-def test_at_a_loss_and_resumed_is_the_same(out: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_saves_the_same_weights_at_a_loss(out: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole.pt"
     train(MLP, DATA, AT_LOSS, whole)
     with pytest.raises(KeyboardInterrupt):
@@ -683,7 +683,7 @@ def test_another_runs_weights_at_a_loss_do_not_stay(out: Path) -> None:
     assert not loss_path(out, 1e-9).exists()
 
 
-def test_the_description_of_a_run(out: Path) -> None:
+def test_a_run_is_described(out: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(MLP, DATA, dataclasses.replace(RUN, init="lsuv"), out, progress=interrupt(4))
     path = run_paths(out)["run"]
@@ -705,7 +705,7 @@ def test_the_description_of_a_run(out: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "part"), [({"save_at_loss": (0.0,)}, "positive"), ({"save_at_loss": (0.1, 0.1)}, "twice")]
 )
-def test_losses_that_cannot_be_saved_at(fields: dict[str, Any], part: str) -> None:
+def test_losses_that_cannot_be_saved_at_are_refused(fields: dict[str, Any], part: str) -> None:
     with pytest.raises(ValueError, match=part):
         TrainingSpec(**fields)
 
@@ -737,7 +737,9 @@ def test_the_start_is_described_with_norms_by_the_batch(out: Path) -> None:
 
 
 @pytest.mark.parametrize(("schedule", "decay"), [("cosine", 0.0), ("step", 0.01)])
-def test_at_a_loss_with_early_stopping_schedules_and_decay(schedule: str, decay: float, out: Path) -> None:
+def test_weights_at_a_loss_are_saved_under_early_stopping_schedules_and_decay(
+    schedule: str, decay: float, out: Path
+) -> None:
     """The weights at a loss are those of their epoch, the final ones those of the best."""
     spec = TrainingSpec(epochs=12, batch_size=20, lr=0.3, patience=2, snapshots=12, save_at_loss=(0.1,))
     spec = dataclasses.replace(spec, schedule=schedule, weight_decay=decay)
@@ -788,5 +790,5 @@ def test_spike_trains_are_trained_on_as_they_are(out: Path) -> None:
     assert len(train(net, data, spec, out).history) == 2
     assert list(log(out)[0]["layers"]) == ["fc1", "rec1", "fc2"]
     assert len(log(out)[0]["layers"]["rec1"]["derivative_square_by_step"]) == found.timesteps
-    with pytest.raises(ValueError, match=f"--timesteps {found.timesteps}"):
+    with pytest.raises(ValueError, match=f"timesteps={found.timesteps}"):
         train(dataclasses.replace(net, timesteps=3), data, spec, out.with_name("other.pt"))

@@ -1,4 +1,4 @@
-"""The command compare: what it refuses, single spectra and runs of several seeds."""
+"""Tests of the command compare: refusals, single spectra and runs of several seeds."""
 
 from __future__ import annotations
 
@@ -44,23 +44,23 @@ def test_one_seed_a_level_is_the_table_of_spectra(analysed: Path, tmp_path: Path
     assert cli.run(["compare", *paths, "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "scale-free" in out
-    assert "against" not in out
+    assert "effect" not in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.eigenvalues.pdf", "compare.eigenvalues.png"]
     assert cli.run(["compare", *paths, "--by", "init", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "init: ikun against kaiming" in out
-    assert "1 pair at most" in out
+    assert "init: ikun to the reference kaiming" in out
+    assert "they need at least 5 pairs (here: 1)" in out
     assert (tmp_path / "compare.csv").exists()
 
 
-def test_runs_of_several_seeds(study: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_runs_of_several_seeds_are_compared_in_pairs(study: Path, tmp_path: Path, capsys: Capture) -> None:
     assert cli.run(["compare", str(study), "--out", str(tmp_path), "--tag", "x"]) == 0
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
     assert max(map(len, lines[:-1])) <= 80
-    assert lines[0] == "compared    init: ikun, xavier against kaiming (--reference)"
+    assert lines[0] == "compared    init: ikun, xavier to the reference kaiming (--reference)"
     assert "! xavier-adam-s3: NaN: the loss is not finite" in lines
-    assert "AT THE FIRST EPOCH OF TRAINING LOSS <= 0.02" in lines
+    assert "AT THE FIRST EPOCH WITH TRAINING LOSS <= 0.02" in lines
     assert lines[-1].endswith("compare.x.{csv,md}")
     assert shown.err == ""
     with (tmp_path / "compare.x.csv").open() as file:
@@ -91,11 +91,11 @@ def test_damaged_files_of_a_folder_are_named_and_left_out(tmp_path: Path, capsys
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert "ikun-adam-s0.spectrum.json: not a JSON file" in said[0]
-    assert said[0].endswith("(left out)")
+    assert said[0].endswith("(skipped)")
 
 
-def test_runs_trained_on_other_data(tmp_path: Path, capsys: Capture) -> None:
-    """Two folders of images under one name, nothing measured: told apart by the hash in NAME.train.json alone."""
+def test_runs_trained_on_other_data_are_refused(tmp_path: Path, capsys: Capture) -> None:
+    """Two folders of images with the same name and no results differ only in the hash in NAME.train.json."""
     images = {"a": {"name": "image-folder", "sha256": "a" * 64}, "b": {"name": "image-folder", "sha256": "b" * 64}}
     kaiming, ikun = (
         make_study((init,), (0, 1), (), moments=[], data=images[name])
@@ -112,21 +112,21 @@ def test_runs_trained_on_other_data(tmp_path: Path, capsys: Capture) -> None:
     [
         (["--by", "colour"], "no run has a condition 'colour': choose one of"),
         (["--by", "norm"], "at least two levels of norm: all runs have norm bn"),
-        (["--by", "seed"], "--by seed: runs pair by their seed: choose another condition"),
+        (["--by", "seed"], "--by seed: runs are paired by their seed: choose another condition"),
         (["--by", ""], "no run has a condition ''"),
-        (["--tag", "a/b"], "--tag a/b: give a part of a file's name, without a folder (--out)"),
-        (["--reference", "he"], "--reference he: no run has it"),
+        (["--tag", "a/b"], "--tag a/b: must be a part of a file name; use --out for a folder"),
+        (["--reference", "he"], "--reference he: no run has this init"),
         (["--accuracy", "90"], "--accuracy 90: give a share"),
         (["--margin", "1"], "--margin 1: give a ratio above 1"),
-        (["--moment", "loss9"], "--moment loss9: nothing was measured there: end, loss0.02"),
-        (["--where", "norm=none"], "--where norm=none: no such run: norm is bn"),
+        (["--moment", "loss9"], "--moment loss9: no results at it: choose one of end, loss0.02"),
+        (["--where", "norm=none"], "--where norm=none: no run matches: norm is bn"),
     ],
 )
-def test_mistakes_about_runs(study: Path, capsys: Capture, options: list[str], why: str) -> None:
+def test_mistakes_about_runs_get_one_line(study: Path, capsys: Capture, options: list[str], why: str) -> None:
     fails(capsys, 2, why, "compare", str(study), *options)
 
 
-def test_settings_apart(tmp_path: Path, capsys: Capture) -> None:
+def test_settings_are_compared_one_at_a_time(tmp_path: Path, capsys: Capture) -> None:
     """The words of train, a block on the screen and a part of the files for every setting."""
     for norm in ("bn", "none"):
         for size in (32, 64):
@@ -138,7 +138,7 @@ def test_settings_apart(tmp_path: Path, capsys: Capture) -> None:
     assert cli.run(["compare", str(tmp_path), *options, "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("setting")] == ["setting     bn", "setting     norm none"]
-    assert lines.count("compared    batch_size: 64 against 32 (--reference)") == 2
+    assert lines.count("compared    batch_size: 64 to the reference 32 (--reference)") == 2
     assert max(map(len, lines[:-1])) <= 80
     with (tmp_path / "compare.csv").open() as file:
         assert {(row["setting"], row["batch_size"]) for row in csv.DictReader(file)} == {
@@ -150,12 +150,12 @@ def test_settings_apart(tmp_path: Path, capsys: Capture) -> None:
     assert [part["setting"] for part in found] == ["bn", "norm none"]
 
 
-def test_settings_none_of_which_can_be_compared(tmp_path: Path, capsys: Capture) -> None:
+def test_settings_none_of_which_can_be_compared_are_refused(tmp_path: Path, capsys: Capture) -> None:
     for init, optimizer in (("ikun", "adam"), ("kaiming", "sgd")):
         write_study(tmp_path, make_study((init,), (0, 1), (), training={"optimizer": optimizer}, moments=()))
     fails(capsys, 2, "all runs have lr 0.01: choose --by init or optimizer", "compare", str(tmp_path), "--by", "lr")
     write_study(tmp_path, make_study(("ikun",), (0, 1), (), training={"optimizer": "sgd"}, moments=()))
-    fails(capsys, 2, "sgd: --reference he: no run has it", "compare", str(tmp_path), "--reference", "he")
+    fails(capsys, 2, "sgd: --reference he: no run has this init", "compare", str(tmp_path), "--reference", "he")
     assert not list(tmp_path.glob("compare*"))
 
 
@@ -170,7 +170,7 @@ def test_a_study_says_what_it_compares(tmp_path: Path, capsys: Capture) -> None:
     for folder in (tmp_path, tmp_path / "runs"):
         assert cli.run(["compare", str(folder), *out]) == 0
         shown = capsys.readouterr().out
-        assert shown.startswith("compared    alpha: 1 against 0.5 (--reference)")
+        assert shown.startswith("compared    alpha: 1 to the reference 0.5 (--reference)")
         assert "epochs to 80% test accuracy" in shown
     assert cli.run(["compare", str(tmp_path), "--accuracy", "0.7", *out]) == 0
     assert "epochs to 70% test accuracy" in capsys.readouterr().out

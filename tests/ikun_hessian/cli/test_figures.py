@@ -1,4 +1,4 @@
-"""The command figures: files, what is left out, and mistakes."""
+"""Tests of the command figures: files, skipped figures and mistakes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_figures_of_a_study(study: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_figures_of_a_study_are_written(study: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "figures"
     assert cli.run(["figures", str(study), "--out", str(out), "--width", "1"]) == 0
     shown = capsys.readouterr()
@@ -33,7 +33,7 @@ def test_figures_of_a_study(study: Path, tmp_path: Path, capsys: Capture) -> Non
     assert "ikun-adam-s1.spectrum.json: not a JSON file" in shown.err
     assert "ikun-adam-s1" not in (out / "ranks.csv").read_text()
     assert "ikun-adam-s2" in (out / "ranks.csv").read_text()
-    left = [line for line in shown.err.splitlines() if line.startswith("! no figure ")]
+    left = [line for line in shown.err.splitlines() if line.startswith("! skipped figure ")]
     assert [line.split(":")[0].split()[-1] for line in left] == [
         "gain",
         "one-image",
@@ -43,7 +43,7 @@ def test_figures_of_a_study(study: Path, tmp_path: Path, capsys: Capture) -> Non
     ]
 
 
-def test_only_some_figures_of_some_runs(study: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_figures_and_runs_can_be_selected(study: Path, tmp_path: Path, capsys: Capture) -> None:
     out = str(tmp_path / "a")
     arguments = [
         "figures",
@@ -97,8 +97,8 @@ def test_a_study_says_what_its_figures_compare(tmp_path: Path, capsys: Capture) 
 def test_mistakes_are_one_line(study: Path, tmp_path: Path, capsys: Capture) -> None:
     out = str(tmp_path / "none")
     rest = [str(study / "runs" / "kaiming-adam-s1.train.json"), "--out", out]
-    fails(capsys, 2, "--only layers: no run has spectra of its layers", "figures", *rest, "--only", "layers")
-    fails(capsys, 2, "no figure 'rank': choose of start", "figures", *rest, "--only", "rank")
+    fails(capsys, 2, "--only layers: no run has spectra of single layers", "figures", *rest, "--only", "layers")
+    fails(capsys, 2, "unknown figure 'rank': choose from start", "figures", *rest, "--only", "rank")
     fails(capsys, 2, "--by inti", "figures", *rest, "--by", "inti")
     fails(capsys, 2, "--where init", "figures", *rest, "--where", "init=none")
     fails(capsys, 2, "--accuracy 90: give a share of the test images", "figures", *rest, "--accuracy", "90")

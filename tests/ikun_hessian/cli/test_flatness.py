@@ -1,4 +1,4 @@
-"""The command flatness end to end."""
+"""Tests of the command flatness."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from command_tools import Capture, fails
+from result_tools import numbers
 
 import cli
 from hessian_tools.analysis.calibration import CalibrationSettings
@@ -24,11 +25,6 @@ from ikun_hessian.jobs.open import open_job
 from ikun_hessian.jobs.progress_bar import Bar
 
 QUICK = ["--samples", "6", "--draws", "4", "--batch-size", "6"]
-
-
-def numbers(path: Path) -> dict[str, Any]:
-    raw: dict[str, Any] = json.loads(path.read_text())
-    return {key: value for key, value in raw.items() if key != "seconds"}
 
 
 def changed(path: Path, target: Path, name: str, value: float) -> Path:
@@ -66,43 +62,43 @@ def test_flatness_leaves_its_result(measured: Path) -> None:
     assert not [m.note for m in result.main.values() if m.note]
 
 
-def test_two_checkpoints_side_by_side(trained: Path, both: tuple[Path, list[str]], capsys: Capture) -> None:
+def test_two_checkpoints_are_compared(trained: Path, both: tuple[Path, list[str]], capsys: Capture) -> None:
     out, screen = both
-    assert sum(line == "FLATNESS: WHAT A CLAIM CAN REST ON" for line in screen) == 2
+    assert sum(line == "FLATNESS: MAIN METRICS" for line in screen) == 2
     assert not [line for line in screen if len(line) > 80 and not line.startswith(("files", "checkpoint"))]
     assert f"files       {out}/b.flatness.json" in screen
     assert screen[screen.index("SIDE BY SIDE") + 1].split() == ["ikun", "kaiming"]
-    assert "kaiming less ikun:" in screen
-    assert "calibrated  no: --calibrate measures which operator predicts this network's loss" in screen
+    assert "kaiming minus ikun:" in screen
+    assert "calibrated  no (use --calibrate to measure which operator predicts this" in screen
     part = ["flatness", str(trained / "a.pt"), str(trained / "b.pt"), *QUICK, "--out", str(out), "--resume"]
     assert cli.run([*part, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == [json.loads((out / f"{name}.flatness.json").read_text()) for name in "ab"]
     assert cli.run(part) == 0
     again = capsys.readouterr().out.splitlines()
-    assert [line.removesuffix(" (as it was)") for line in again] == screen
+    assert [line.removesuffix(" (unchanged)") for line in again] == screen
 
 
 def test_other_settings_do_not_overwrite(trained: Path, measured: Path, capsys: Capture) -> None:
     part = ["flatness", str(trained / "a.pt"), *QUICK, "--out", str(measured)]
     before = (measured / "a.flatness.json").read_bytes()
     for change, message in (
-        (["--radius", "0.2"], "made with another settings radius"),
-        (["--operator", "smoothed"], "settings smoothed"),
-        (["--samples", "5"], "data s"),
-        (["--surrogate", "atan:4"], "network surrogate"),
-        (["--dtype", "float64"], "dtype"),
+        (["--radius", "0.2"], "made with radius 0.1; now 0.2."),
+        (["--operator", "smoothed"], "made with smoothed none; now 0.1."),
+        (["--samples", "5"], "made with 6 samples; now 5."),
+        (["--surrogate", "atan:4"], "surrogate atan:2; now atan:4."),
+        (["--dtype", "float64"], "dtype float32; now float64."),
         (["--params", "fc*"], "parameters"),
         (["--seed", "1"], "--tag NAME"),
     ):
         fails(capsys, 2, message, *part, *change)
     assert (measured / "a.flatness.json").read_bytes() == before
     (measured / "a.y.flatness.json").write_text("{}")
-    fails(capsys, 2, "no result of this version", *part, "--tag", "y")
+    fails(capsys, 2, "was not written by this version", *part, "--tag", "y")
     (measured / "a.y.flatness.json").unlink()
 
 
-def test_interrupted_and_resumed(
+def test_an_interrupted_run_resumes_to_the_same_file(
     trained: Path, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     part = ["flatness", str(trained / "a.pt"), *QUICK, "--out", str(tmp_path)]
@@ -117,16 +113,17 @@ def test_interrupted_and_resumed(
     with monkeypatch.context() as patch:
         patch.setattr(Bar, "update", stop)
         assert cli.run(part) == 130
-    assert "--resume goes on" in capsys.readouterr().err
+    assert "with --resume to continue" in capsys.readouterr().err
     assert not (tmp_path / "a.flatness.json").exists()
-    fails(capsys, 2, "an interrupted analysis lies at", *part)
+    fails(capsys, 2, "an interrupted analysis. Use --resume", *part)
     fails(capsys, 2, "the settings changed since", *part, "--seed", "3", "--resume")
     assert cli.run([*part, "--resume"]) == 0
     assert numbers(tmp_path / "a.flatness.json") == numbers(measured / "a.flatness.json")
     assert [path.name for path in tmp_path.iterdir()] == ["a.flatness.json"]
 
 
-def test_calibrate_and_the_verdict(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+@pytest.mark.slow
+def test_calibration_gives_the_verdict(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     part = ["flatness", str(trained / "a.pt"), *QUICK, "--out", str(tmp_path)]
     noise = ["--operator", "smoothed", "--noise", "0.2"]
     assert cli.run([*part, "--calibrate", *noise]) == 0
@@ -149,7 +146,7 @@ def test_calibrate_and_the_verdict(trained: Path, tmp_path: Path, capsys: Captur
     assert [line.split()[0] for line in verdict[2:]] == ["smoothed", "ggn", "hessian"]
     before = (tmp_path / "a.calibration.json").read_bytes()
     again = [*part, "--operator", "smoothed", "--calibrate", "--resume"]
-    fails(capsys, 2, "made with another settings s", *again, "--noise", "0.3", "--noise", "0.4")
+    fails(capsys, 2, "made with smoothed 0.2; now 0.3, 0.4.", *again, "--noise", "0.3", "--noise", "0.4")
     for change in ([], ["--calibrate"]):  # from the file
         assert cli.run([*part, *noise, "--resume", *change]) == 0
         later = capsys.readouterr().out.splitlines()
@@ -179,7 +176,7 @@ def test_only_its_own_calibration_judges_a_checkpoint(
     assert own_calibration(stem, here) is None
 
 
-def test_a_network_that_never_spikes(
+def test_a_network_that_never_spikes_is_reported(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
@@ -194,12 +191,12 @@ def test_a_network_that_never_spikes(
     assert "nan" not in text
     assert "no surrogate gradient reaches these weights" in text
     assert "adaptive average sharpness" in text
-    assert "! The noise changes no sample's loss" in text
+    assert "! The noise does not change the loss of any sample" in text
     assert "not calibrated: noise of scale 0.1 does not move the outputs" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dead.flatness.json", "dead.pt"]
 
 
-def test_weights_that_are_not_finite(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_weights_that_are_not_finite_are_refused(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     nan = changed(trained / "a.pt", tmp_path / "nan.pt", "conv1.weight", float("nan"))
     fails(capsys, 2, "NaN", "flatness", str(nan), *QUICK)
     assert not list(tmp_path.glob("*.json"))
@@ -213,7 +210,7 @@ def test_weights_that_are_not_finite(trained: Path, tmp_path: Path, capsys: Capt
         (["--rho", "nan"], "rho must be a positive number"),
         (["--draws", "5"], "antithetic pairs"),
         (["--damping", "0"], "damping must be a positive number"),
-        (["--noise", "0.1"], "--noise is the scale of --operator smoothed or of --calibrate"),
+        (["--noise", "0.1"], "--noise needs --operator smoothed or --calibrate"),
         (["--operator", "smoothed", "--noise", "0"], "noise must be a positive number"),
         (["--operator", "ggn"], "'ggn' is not 'smoothed'"),
         (["--calibrate", "--noise", "-1"], "noise"),
@@ -221,11 +218,22 @@ def test_weights_that_are_not_finite(trained: Path, tmp_path: Path, capsys: Capt
         (["--frobnicate"], "No such option"),
     ],
 )
-def test_bad_options(trained: Path, tmp_path: Path, capsys: Capture, options: list[str], message: str) -> None:
+def test_bad_options_are_refused(
+    trained: Path, tmp_path: Path, capsys: Capture, options: list[str], message: str
+) -> None:
     fails(capsys, 2, message, "flatness", str(trained / "a.pt"), "--out", str(tmp_path), *options)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_that_is_not_there(tmp_path: Path, capsys: Capture) -> None:
+def test_a_missing_checkpoint_is_refused(tmp_path: Path, capsys: Capture) -> None:
     fails(capsys, 2, "nothing.pt", "flatness", str(tmp_path / "nothing.pt"))
-    fails(capsys, 2, "the same result", "flatness", str(tmp_path / "x" / "a.pt"), str(tmp_path / "a.pt"), "--out", "x")
+    fails(
+        capsys,
+        2,
+        "two checkpoints would both write",
+        "flatness",
+        str(tmp_path / "x" / "a.pt"),
+        str(tmp_path / "a.pt"),
+        "--out",
+        "x",
+    )

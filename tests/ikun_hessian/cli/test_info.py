@@ -1,4 +1,4 @@
-"""The command info."""
+"""Tests of the command info."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("model", NETWORKS)
-def test_every_layer_of_every_network_is_told(model: str, tmp_path: Path, capsys: Capture) -> None:
+def test_every_layer_of_every_network_is_described(model: str, tmp_path: Path, capsys: Capture) -> None:
     path = str(tmp_path / "a.pt")
     assert cli.run(["train", *NETWORKS[model], "--epochs", "1", "--subset", "100", "--out", path]) == 0
     capsys.readouterr()
@@ -48,7 +48,7 @@ def test_every_layer_of_every_network_is_told(model: str, tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("coding", ["direct", "poisson"])
-def test_sequences_too_long_for_the_memory(
+def test_sequences_too_long_for_the_memory_are_refused(
     coding: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ikun_hessian.jobs.device.half_of_the_memory", lambda device: 1.0)
@@ -58,16 +58,17 @@ def test_sequences_too_long_for_the_memory(
         save_checkpoint(Checkpoint(spec, DataSpec(), "mse", Network(spec).state_dict(), {}, []), path)
         assert cli.run(["info", str(path)]) == (0 if fits else 2)
         said = capsys.readouterr().err
-        assert said == "" if fits else said.startswith(f"error: {path}: T = 10000: its passes would take some ")
+        assert said == "" if fits else said.startswith(f"error: {path}: T = 10000 needs about ")
         assert len(said.splitlines()) <= 1
 
 
 @pytest.mark.parametrize("command", [["info"], ["spectrum", "--samples", "8"], ["flatness", "--samples", "8"]])
-def test_labels_that_the_network_does_not_know(command: list[str], tmp_path: Path, capsys: Capture) -> None:
+def test_labels_outside_the_networks_classes_are_refused(command: list[str], tmp_path: Path, capsys: Capture) -> None:
     spec = Spec(channels=2, classes=3)
     save_checkpoint(Checkpoint(spec, DataSpec(), "mse", Network(spec).state_dict(), {}, []), tmp_path / "a.pt")
     assert cli.run([command[0], str(tmp_path / "a.pt"), *command[1:]]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == (
-        "error: this checkpoint's network has 3 classes, and the data digits 10: not data that it was trained on"
+        "error: the network of this checkpoint has 3 classes, but the data digits have 10: "
+        "the network was not trained on these data"
     )

@@ -1,14 +1,14 @@
-"""The command landscape end to end."""
+"""Tests of the command landscape."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from command_tools import Capture, fails
+from result_tools import numbers
 
 import cli
 from hessian_tools.io.json import load_result
@@ -16,11 +16,6 @@ from hessian_tools.results.landscape import LANDSCAPE_SCHEMA, LandscapeResult
 from ikun_hessian.jobs.progress_bar import Bar
 
 QUICK = ["--samples", "40", "--points", "5", "--plane-points", "3"]
-
-
-def numbers(path: Path) -> dict[str, Any]:
-    raw: dict[str, Any] = json.loads(path.read_text())
-    return {key: value for key, value in raw.items() if key != "seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +40,7 @@ def test_landscape_leaves_its_result_and_figure(drawn: Path) -> None:
     assert len(result.checkpoint["sha256"]) == 64
 
 
-def test_screen_and_json(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_the_screen_and_json_hold_the_result(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     part = ["landscape", str(trained / "a.pt"), str(trained / "b.pt"), *QUICK, "--out", str(tmp_path), "--accuracy"]
     part += ["--directions", "top1,random2", "--range", "0.1", "--tag", "x"]
     assert cli.run(part) == 0
@@ -62,7 +57,7 @@ def test_screen_and_json(trained: Path, tmp_path: Path, capsys: Capture) -> None
     assert {len(line["accuracy"]) for line in printed[0]["lines"]} == {5}
 
 
-def test_planes_asked_for(trained: Path, tmp_path: Path) -> None:
+def test_the_planes_asked_for_are_drawn(trained: Path, tmp_path: Path) -> None:
     part = ["landscape", str(trained / "a.pt"), *QUICK, "--out", str(tmp_path), "--directions", "gradient"]
     assert cli.run([*part, "--plane", "top1, gradient", "--plane", "random3,top2"]) == 0
     result = load_result(tmp_path / "a.landscape.json", LandscapeResult, LANDSCAPE_SCHEMA)
@@ -76,27 +71,27 @@ def test_other_settings_do_not_overwrite(trained: Path, drawn: Path, capsys: Cap
     part = ["landscape", str(trained / "a.pt"), *QUICK, "--out", str(drawn)]
     before = (drawn / "a.landscape.json").read_bytes()
     for change, message in (
-        (["--points", "7"], "made with another settings points"),
-        (["--range", "0.2"], "settings range"),
-        (["--no-planes"], "settings planes"),
+        (["--points", "7"], "made with points 5; now 7."),
+        (["--range", "0.2"], "made with range none; now 0.2."),
+        (["--no-planes"], "made with planes "),
         (["--samples", "39"], "--tag"),
-        (["--surrogate", "atan:4"], "network surrogate"),
+        (["--surrogate", "atan:4"], "surrogate atan:2; now atan:4."),
         (["--dtype", "float64"], "dtype"),
         (["--params", "fc*"], "parameters"),
-        (["--seed", "1"], "settings seed"),
+        (["--seed", "1"], "made with seed 0; now 1."),
     ):
         fails(capsys, 2, message, *part, *change)
     assert (drawn / "a.landscape.json").read_bytes() == before
     assert cli.run([*part, "--resume"]) == 0
     assert (drawn / "a.landscape.json").read_bytes() == before
-    assert "(as they were)" in capsys.readouterr().out
+    assert "(unchanged)" in capsys.readouterr().out
     (drawn / "b.landscape.json").write_text("{}")
-    fails(capsys, 2, "no result of this version", "landscape", str(trained / "b.pt"), *QUICK, "--out", str(drawn))
+    fails(capsys, 2, "was not written by this version", "landscape", str(trained / "b.pt"), *QUICK, "--out", str(drawn))
     (drawn / "b.landscape.json").unlink()
 
 
 @pytest.mark.parametrize("phase", ["line gradient", "plane top1,negative"])
-def test_interrupted_and_resumed(
+def test_an_interrupted_run_resumes_to_the_same_file(
     trained: Path, drawn: Path, tmp_path: Path, phase: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     part = ["landscape", str(trained / "a.pt"), *QUICK, "--out", str(tmp_path)]
@@ -111,9 +106,9 @@ def test_interrupted_and_resumed(
     with monkeypatch.context() as patch:
         patch.setattr(Bar, "update", stop)
         assert cli.run(part) == 130
-    assert "--resume goes on" in capsys.readouterr().err
+    assert "with --resume to continue" in capsys.readouterr().err
     assert not (tmp_path / "a.landscape.json").exists()
-    fails(capsys, 2, "an interrupted analysis lies at", *part)
+    fails(capsys, 2, "an interrupted analysis. Use --resume", *part)
     fails(capsys, 2, "the settings changed since", *part, "--seed", "3", "--resume")
     assert cli.run([*part, "--resume"]) == 0
     assert numbers(tmp_path / "a.landscape.json") == numbers(drawn / "a.landscape.json")
@@ -122,7 +117,7 @@ def test_interrupted_and_resumed(
     assert not list(tmp_path.glob("*.resume*"))
 
 
-def test_a_surrogate_without_a_relaxed_network(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_surrogate_without_a_relaxed_network_is_reported(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     part = ["landscape", str(trained / "a.pt"), *QUICK, "--out", str(tmp_path), "--surrogate", "fast_sigmoid:25"]
     assert cli.run([*part, "--directions", "random1,gradient"]) == 0
     screen = " ".join(capsys.readouterr().out.split())
@@ -131,7 +126,7 @@ def test_a_surrogate_without_a_relaxed_network(trained: Path, tmp_path: Path, ca
     assert {line.relaxed_loss for line in result.lines} == {()}
 
 
-def test_weights_that_are_not_finite(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_weights_that_are_not_finite_are_refused(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     saved = torch.load(trained / "a.pt", weights_only=True)
     states = [value for value in saved.values() if isinstance(value, dict) and "conv1.weight" in value]
     states[0]["conv1.weight"][0, 0, 0, 0] = float("nan")
@@ -150,8 +145,8 @@ def test_weights_that_are_not_finite(trained: Path, tmp_path: Path, capsys: Capt
         (["--plane-points", "1"], "plane points must be odd and at least 3"),
         (["--directions", "top1,sideways"], "unknown direction 'sideways'"),
         (["--directions", ","], "no direction chosen"),
-        (["--plane", "top1"], "--plane 'top1' is no pair"),
-        (["--plane", "top1,top2,top3"], "is no pair"),
+        (["--plane", "top1"], "--plane 'top1' is not a pair"),
+        (["--plane", "top1,top2,top3"], "is not a pair"),
         (["--plane", "top1,top1"], "two different directions"),
         (["--plane", "top1,east"], "unknown direction 'east'"),
         (["--plane", "top1,top2", "--no-planes"], "exclude each other"),
@@ -160,12 +155,23 @@ def test_weights_that_are_not_finite(trained: Path, tmp_path: Path, capsys: Capt
         (["--frobnicate"], "No such option"),
     ],
 )
-def test_bad_options(trained: Path, tmp_path: Path, capsys: Capture, options: list[str], message: str) -> None:
+def test_bad_options_are_refused(
+    trained: Path, tmp_path: Path, capsys: Capture, options: list[str], message: str
+) -> None:
     fails(capsys, 2, message, "landscape", str(trained / "a.pt"), "--out", str(tmp_path), *options)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_that_is_not_there(tmp_path: Path, capsys: Capture) -> None:
+def test_a_missing_checkpoint_is_refused(tmp_path: Path, capsys: Capture) -> None:
     fails(capsys, 2, "nothing.pt", "landscape", str(tmp_path / "nothing.pt"))
     trained = str(tmp_path / "x" / "a.pt")
-    fails(capsys, 2, "the same result", "landscape", trained, str(tmp_path / "a.pt"), "--out", str(tmp_path))
+    fails(
+        capsys,
+        2,
+        "two checkpoints would both write",
+        "landscape",
+        trained,
+        str(tmp_path / "a.pt"),
+        "--out",
+        str(tmp_path),
+    )

@@ -1,4 +1,4 @@
-"""Exit codes, error lines, and the ways to start the command line."""
+"""Tests of exit codes, error lines, and the ways to start the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from command_tools import FAST, ROOT, SHIPPED, Capture, fails
 import cli
 
 
-def test_places_that_cannot_be_written(trained: Path, capsys: Capture, tmp_path: Path) -> None:
+def test_places_that_cannot_be_written_are_refused(trained: Path, capsys: Capture, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     fails(
         capsys, 2, "choose another place", "spectrum", str(trained / "a.pt"), *FAST, "--out", str(tmp_path / "file/x")
@@ -47,7 +47,7 @@ def test_computation_failures_are_exit_code_1(monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.mark.parametrize("start", [["ikun-hessian"], ["python", "-m", "ikun_hessian"]])
-def test_files_of_the_same_names_where_it_is_started(tmp_path: Path, start: list[str]) -> None:
+def test_files_of_the_same_names_in_the_working_directory_are_not_imported(tmp_path: Path, start: list[str]) -> None:
     """A user's own modules, first on the path, shadow nothing of ours and are not run."""
     for name in ("cli", "commands", "main", "options", "opening", "screen", "train", "spectrum", "info", "compare"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(99)\n")

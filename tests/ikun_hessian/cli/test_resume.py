@@ -1,4 +1,4 @@
-"""The command spectrum interrupted, killed and out of space, and resumed."""
+"""Tests of the command spectrum when it is interrupted, killed or out of space, and resumed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PHASES = ["symmetry", "eigenvalues", "density", "trace", "error from the data", 
 @pytest.mark.parametrize(
     ("phase", "call"), [*((f"hessian: {p}", c) for p in PHASES for c in (1, 2)), ("ggn: density", 9)]
 )
-def test_interrupted_in_any_phase_and_resumed(
+def test_a_run_interrupted_in_any_phase_resumes_to_the_same_file(
     analysed: Path, tmp_path: Path, phase: str, call: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """Stopped at the beginning or in the middle of a phase, resumed: the same arrays as without the interruption."""
@@ -51,7 +51,9 @@ def test_interrupted_in_any_phase_and_resumed(
         ("ggn: trace", 2, "SIGKILL"),
     ],
 )
-def test_killed_and_resumed(analysed: Path, tmp_path: Path, phase: str, call: int, name: str) -> None:
+def test_a_killed_run_resumes_to_the_same_file(
+    analysed: Path, tmp_path: Path, phase: str, call: int, name: str
+) -> None:
     part = ["spectrum", str(analysed / "a.pt"), *FAST, "--out", str(tmp_path)]
     script = KILL.format(phase=phase, call=call, signal=name)
     one = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the run it is compared with
@@ -60,7 +62,7 @@ def test_killed_and_resumed(analysed: Path, tmp_path: Path, phase: str, call: in
         assert killed.returncode == -signal.SIGKILL
     else:
         assert killed.returncode == 130
-        assert killed.stderr.splitlines()[-1] == "interrupted: --resume goes on"
+        assert killed.stderr.splitlines()[-1] == "Interrupted. Run the same command with --resume to continue."
     assert (tmp_path / "a.spectrum.resume").exists()
     assert not (tmp_path / "a.spectrum.json").exists()
     assert cli.run([*part, "--resume"]) == 0
@@ -68,7 +70,7 @@ def test_killed_and_resumed(analysed: Path, tmp_path: Path, phase: str, call: in
     assert not list(tmp_path.glob("*.resume*"))
 
 
-def test_resuming_what_has_changed(
+def test_resuming_with_changed_settings_is_refused(
     analysed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     for file in ("a", "b"):
@@ -82,9 +84,9 @@ def test_resuming_what_has_changed(
     with monkeypatch.context() as patch:
         patch.setattr(Bar, "update", stop)
         assert cli.run(part) == 130
-    fails(capsys, 2, "an interrupted analysis lies at", *part)
+    fails(capsys, 2, "an interrupted analysis. Use --resume", *part)
     fails(capsys, 2, "the settings changed since", *part, "--seed", "3", "--resume")
-    fails(capsys, 2, "the data", *part, "--samples", "90", "--resume")
+    fails(capsys, 2, "(--resume with the same settings, or --force)", *part, "--samples", "90", "--resume")
     shutil.copy(tmp_path / "a.pt", tmp_path / "kept.pt")
     shutil.copy(tmp_path / "b.pt", tmp_path / "a.pt")
     fails(capsys, 2, "the checkpoint", *part, "--resume")
@@ -97,7 +99,7 @@ def test_resuming_what_has_changed(
 
 
 def test_a_full_disk_loses_nothing(analysed: Path, tmp_path: Path, capsys: Capture) -> None:
-    """Files may grow to 20 kB only: the run ends with one line, and goes on once there is room."""
+    """With files limited to 20 kB the run ends with one line, and it resumes once there is room."""
     part = ["spectrum", str(analysed / "a.pt"), *FAST, "--out", str(tmp_path)]
     script = (
         "import resource, signal, sys, cli\n"

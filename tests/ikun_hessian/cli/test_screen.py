@@ -1,4 +1,4 @@
-"""What the commands print."""
+"""Tests of the width of the screens and of JSON on standard output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_screen_fits_80_columns(analysed: Path, capsys: Capture) -> None:
     assert (analysed / "compare.eigenvalues.png").exists()
 
 
-def test_json_and_nothing_else_on_stdout(analysed: Path, capsys: Capture) -> None:
+def test_with_json_nothing_else_is_on_stdout(analysed: Path, capsys: Capture) -> None:
     capsys.readouterr()
     both = [str(analysed / "a.pt"), str(analysed / "b.pt")]
     assert cli.run(["spectrum", *both, *FAST, "--json"]) == 0

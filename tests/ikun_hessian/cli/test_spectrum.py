@@ -1,4 +1,4 @@
-"""The command spectrum end to end."""
+"""Tests of the command spectrum."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ def test_spectrum_leaves_results_and_figures(analysed: Path, capsys: Capture) ->
 def test_other_settings_do_not_overwrite(analysed: Path, capsys: Capture) -> None:
     path = str(analysed / "a.pt")
     before = (analysed / "a.spectrum.json").read_bytes()
-    fails(capsys, 2, "was made with another settings steps", "spectrum", path, *FAST, "--steps", "9")
-    fails(capsys, 2, "--tag", "spectrum", path, *FAST, "--samples", "95")
-    fails(capsys, 2, "network surrogate", "spectrum", path, *FAST, "--surrogate", "atan:4")
-    fails(capsys, 2, "dtype", "spectrum", path, *FAST, "--dtype", "float64")
+    message = "was made with steps 8; now 9. Keep both with --tag NAME, or replace it with --force."
+    fails(capsys, 2, message, "spectrum", path, *FAST, "--steps", "9")
+    fails(capsys, 2, "samples; now 95. Keep both", "spectrum", path, *FAST, "--samples", "95")
+    fails(capsys, 2, "was made with surrogate atan:2; now atan:4.", "spectrum", path, *FAST, "--surrogate", "atan:4")
+    fails(capsys, 2, "dtype float32; now float64", "spectrum", path, *FAST, "--dtype", "float64")
     fails(capsys, 2, "parameters", "spectrum", path, *FAST, "--params", "fc*")
     assert (analysed / "a.spectrum.json").read_bytes() == before
     quick = ["--no-density", "--operator", "ggn", "--samples", "20", "--params", "fc*", "--dtype", "float64"]
@@ -47,7 +48,7 @@ def test_other_settings_do_not_overwrite(analysed: Path, capsys: Capture) -> Non
     assert cli.run(["spectrum", path, *quick, "--top", "1", "--smallest", "0", "--tag", "fc", "--force"]) == 0
 
 
-def test_per_layer(trained: Path, tmp_path: Path) -> None:
+def test_blocks_of_every_layer_are_measured(trained: Path, tmp_path: Path) -> None:
     command = ["spectrum", str(trained / "a.pt"), *FAST, "--operator", "hessian", "--per-layer", "--out", str(tmp_path)]
     assert cli.run(command) == 0
     raw = json.loads((tmp_path / "a.spectrum.json").read_text())
@@ -55,7 +56,7 @@ def test_per_layer(trained: Path, tmp_path: Path) -> None:
     assert (tmp_path / "a.spectrum.layers.png").exists()
 
 
-def test_largest_by_magnitude_with_the_vectors(trained: Path, tmp_path: Path) -> None:
+def test_the_largest_by_magnitude_are_saved_with_their_vectors(trained: Path, tmp_path: Path) -> None:
     """The same eigenvalues as the two ends, and columns of the .npz that are their eigenvectors."""
     path, out = (
         str(trained / "a.pt"),
@@ -79,7 +80,7 @@ def test_largest_by_magnitude_with_the_vectors(trained: Path, tmp_path: Path) ->
     assert shares == pytest.approx(list(size.eigenvalues[0].layers.values()), abs=1e-5)
 
 
-def test_accuracy_damping_and_samples_curve(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_accuracy_damping_and_samples_curve_reach_the_analysis(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     command = [
         "spectrum",
         str(trained / "a.pt"),
@@ -113,7 +114,7 @@ def test_accuracy_damping_and_samples_curve(trained: Path, tmp_path: Path, capsy
     assert (tmp_path / "a.spectrum.samples.png").exists()
 
 
-def test_trajectory(tmp_path: Path, capsys: Capture) -> None:
+def test_a_trajectory_is_measured_and_drawn(tmp_path: Path, capsys: Capture) -> None:
     run = [
         "--channels",
         "2",
@@ -140,7 +141,7 @@ def test_trajectory(tmp_path: Path, capsys: Capture) -> None:
     )
 
 
-def test_pyhessian_beside_ours(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_pyhessian_agrees_with_ours(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     common = ["spectrum", str(trained / "a.pt"), "--samples", "40", "--top", "2", "--out", str(tmp_path)]
     assert cli.run([*common, "--tag", "ours", "--no-density", "--magnitude", "2"]) == 0
     assert (
@@ -167,12 +168,12 @@ def test_too_little_memory_is_refused_at_once(analysed: Path, tmp_path: Path, ca
 
 
 @pytest.mark.parametrize("curve", ["0,5", "5,1", "5,5", "a,b", "1,,2"])
-def test_a_samples_curve_that_is_none(analysed: Path, tmp_path: Path, capsys: Capture, curve: str) -> None:
+def test_a_malformed_samples_curve_is_refused(analysed: Path, tmp_path: Path, capsys: Capture, curve: str) -> None:
     command = ["spectrum", str(analysed / "a.pt"), *FAST, "--out", str(tmp_path), "--samples-curve", curve]
     fails(capsys, 2, f"--samples-curve '{curve}'", *command)
 
 
-def test_more_samples_on_the_curve_than_there_are(analysed: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_more_samples_on_the_curve_than_there_are_is_refused(analysed: Path, tmp_path: Path, capsys: Capture) -> None:
     command = ["spectrum", str(analysed / "a.pt"), *FAST, "--out", str(tmp_path), "--samples-curve", "8,97"]
     fails(capsys, 2, "at most 96 are here", *command)
 
@@ -183,7 +184,7 @@ def test_more_samples_on_the_curve_than_there_are(analysed: Path, tmp_path: Path
         (["--samples", "0"], "give a number from 1 to 200, or all"),
         (["--samples", "many"], "give a number from 1 to 200, or all"),
         (["--operator", "jacobian"], "unknown operator jacobian"),
-        (["--operator", "finite-differences"], "are no Hessian"),
+        (["--operator", "finite-differences"], "are not a Hessian"),
         (["--params", "conv9*"], "no parameter matches 'conv9*'"),
         (["--surrogate", "nothing"], "unknown surrogate"),
         (["--top", "0"], "at least 1"),
@@ -195,6 +196,8 @@ def test_more_samples_on_the_curve_than_there_are(analysed: Path, tmp_path: Path
         (["--frobnicate"], "No such option"),
     ],
 )
-def test_bad_spectrum_options(trained: Path, capsys: Capture, options: list[str], message: str, tmp_path: Path) -> None:
+def test_bad_options_are_refused(
+    trained: Path, capsys: Capture, options: list[str], message: str, tmp_path: Path
+) -> None:
     fails(capsys, 2, message, "spectrum", str(trained / "a.pt"), "--out", str(tmp_path), *options)
     assert list(tmp_path.iterdir()) == []

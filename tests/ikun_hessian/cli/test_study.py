@@ -1,4 +1,4 @@
-"""The command study: from a preset to tables and figures, stopped anywhere, with runs that fail."""
+"""Tests of the command study: from a preset to tables and figures, with interruptions and failing runs."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def same(folder: Path, studied: Path) -> None:
     assert (folder / "tables.md").read_text() == (studied / "tables.md").read_text()
 
 
-def test_from_nothing_to_tables_and_figures(studied: Path, preset: Path, capsys: Capture) -> None:
+def test_a_study_goes_from_a_preset_to_tables_and_figures(studied: Path, preset: Path, capsys: Capture) -> None:
     """All runs are there, what the library reads of them is what was asked for, and nothing is done twice."""
     for name in RUNS:
         assert {f"runs/{name}.{end}" for end in ("pt", "robustness.json", "spectrum.json", "train.json")} <= files(
@@ -139,7 +139,7 @@ def test_from_nothing_to_tables_and_figures(studied: Path, preset: Path, capsys:
     assert {path: path.stat().st_mtime_ns for path in (studied / "runs").iterdir()} == before
 
 
-def test_interrupted_after_a_run_and_gone_on_with(
+def test_a_study_interrupted_after_a_run_resumes(
     studied: Path, preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """Once at the end of a training, once among the analyses; then a result is cut off: the same files in the end."""
@@ -168,7 +168,7 @@ def test_interrupted_after_a_run_and_gone_on_with(
     with monkeypatch.context() as patch:
         patch.setattr(runner, "_analyse", stop)
         assert cli.run(study) == 130
-    assert "interrupted: the same command goes on" in capsys.readouterr().err
+    assert "Interrupted. Run the same command again to resume." in capsys.readouterr().err
     damaged = tmp_path / "s" / "runs" / "kaiming-s0.spectrum.json"
     damaged.write_text(damaged.read_text()[:500])
     assert cli.run([*study, "--dry-run"]) == 0
@@ -177,8 +177,8 @@ def test_interrupted_after_a_run_and_gone_on_with(
     same(tmp_path / "s", studied)
 
 
-def test_killed_with_its_workers_and_gone_on_with(studied: Path, preset: Path, tmp_path: Path) -> None:
-    """SIGKILL while two runs are at work: they do not go on beside the next study, which ends with the same files."""
+def test_a_study_killed_with_its_workers_resumes(studied: Path, preset: Path, tmp_path: Path) -> None:
+    """After SIGKILL during two runs, the runs end too, and the next study ends with the same files."""
     study = ["study", str(preset), "--out", str(tmp_path / "s"), "--jobs"]
     command = [sys.executable, "-m", "ikun_hessian", *study, "2"]
     with subprocess.Popen(command, cwd=ROOT, env=ONE_THREAD, stdout=PIPE, stderr=DEVNULL) as first:
@@ -192,7 +192,7 @@ def test_killed_with_its_workers_and_gone_on_with(studied: Path, preset: Path, t
     same(tmp_path / "s", studied)
 
 
-def test_killed_in_the_middle_of_a_figure(studied: Path, preset: Path, tmp_path: Path) -> None:
+def test_a_study_killed_while_it_draws_leaves_no_partial_figure(studied: Path, preset: Path, tmp_path: Path) -> None:
     """The next call draws all of them again and leaves nothing half-written."""
     folder = tmp_path / "s"
     shutil.copytree(studied, folder)
@@ -227,7 +227,7 @@ def test_other_settings_are_refused_in_a_folder_that_has_some(studied: Path, pre
         assert "runs        4, 0 done" in captured.out
         assert captured.out.splitlines()[-4:] == [f"other settings: --force  {name}" for name in RUNS]
         assert cli.run([*said, "--force"]) == 0
-        assert capsys.readouterr().out.splitlines()[-4:] == [f"again       {name}" for name in RUNS]
+        assert capsys.readouterr().out.splitlines()[-4:] == [f"redo        {name}" for name in RUNS]
     assert cli.run([*study, "--dry-run", "--seeds", "3"]) == 0
     out = capsys.readouterr().out
     assert "runs        6, 4 done" in out
@@ -236,12 +236,12 @@ def test_other_settings_are_refused_in_a_folder_that_has_some(studied: Path, pre
         capsys, 2, "analysis spectrum final had another top", *study, "--set", "init=lecun", "--set", "spectrum.top=2"
     )
     assert measured(studied) == before
-    # more seeds and other analyses are no other settings
+    # more seeds and other analyses do not count as other settings
     old = json.loads((studied / "study.json").read_text())
     assert changed(old, {**old, "runs": {**old["runs"], "new-s7": {"lr": 1}}}) == []
 
 
-def test_force_does_again_what_is_another(preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_force_repeats_what_differs(preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ikun_hessian.cli.study._finish", lambda *_: [])
     runs = tmp_path / "s" / "runs"
     study = ["study", str(preset), "--out", str(tmp_path / "s"), "--jobs", "1", "--seeds", "1", "--set", "init=kaiming"]
@@ -268,7 +268,7 @@ def test_a_run_that_fails_does_not_stop_the_others(preset: Path, tmp_path: Path,
     study[1] = str(own)
     assert cli.run(study) == 0
     out = capsys.readouterr().out
-    assert "! gradient_stable-s0 failed: train: the gradient_stable rule is about recurrent layers" in out
+    assert "! gradient_stable-s0 failed: train: the gradient_stable rule is for recurrent layers" in out
     failed = json.loads((tmp_path / "s" / "runs" / "gradient_stable-s0.failed.json").read_text())
     assert (failed["schema"], failed["step"]) == ("ikun-hessian/failed/1", "train")
     runs = {run.name: run for run in gather([tmp_path / "s" / "runs"])}
@@ -284,7 +284,7 @@ def test_a_run_that_fails_does_not_stop_the_others(preset: Path, tmp_path: Path,
     assert states == {"gradient_stable-s0": "failed", "kaiming-s0": "done", "lecun-s0": "done"}
 
 
-def test_a_failure_that_passes_is_forgotten(
+def test_a_failure_is_forgotten_once_the_run_succeeds(
     preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr("ikun_hessian.cli.study._finish", lambda *_: [])
@@ -302,7 +302,7 @@ def test_a_failure_that_passes_is_forgotten(
     assert fails_all == 1
     captured = capsys.readouterr()
     assert "! ikun-s0 failed: robustness ikun-s0: out of memory" in captured.out
-    assert captured.err.splitlines()[-1] == "error: all 2 runs failed: the same command tries them again"
+    assert captured.err.splitlines()[-1] == "error: all 2 runs failed. Run the same command again to retry them."
     assert (tmp_path / "s" / "runs" / "ikun-s0.spectrum.json").exists()  # the other analyses were done
     assert cli.run(study) == 0
     assert not list((tmp_path / "s" / "runs").glob("*.failed.json"))
@@ -329,7 +329,7 @@ def test_files_that_cannot_be_used_do_not_stop_the_tables(studied: Path, preset:
     assert _gathered(units[2:3], said.append) == []
 
 
-def test_a_worker_that_is_killed_is_said(
+def test_a_killed_worker_is_reported(
     preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     def broken(*_: object) -> None:
@@ -391,7 +391,7 @@ def test_a_worker_dies_with_its_study(tmp_path: Path) -> None:
 def test_one_study_at_a_time(studied: Path, preset: Path, capsys: Capture) -> None:
     study = ["study", str(preset), "--out", str(studied), "--jobs", "1"]
     with locked(studied / ".study.lock"):
-        fails(capsys, 2, "another study is at work here", *study)
+        fails(capsys, 2, "another study is running here", *study)
 
 
 def test_data_that_cannot_be_had_are_left_out_and_named(preset: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -400,9 +400,9 @@ def test_data_that_cannot_be_had_are_left_out_and_named(preset: Path, tmp_path: 
     study = ["study", str(own), "--data-dir", str(tmp_path), "--dry-run"]
     assert cli.run(study) == 0
     out = capsys.readouterr().out
-    assert "! image-folder is left out: " in out
+    assert "! data set image-folder is skipped: " in out
     assert "runs        4, 0 done" in out
-    fails(capsys, 2, "no run is left", *study, "--set", "data=image-folder")
+    fails(capsys, 2, "all runs are skipped", *study, "--set", "data=image-folder")
     own.write_text(preset.read_text().replace("[train]", "[train]\ndata = 'image-folder'"))
     fails(capsys, 2, "image-folder", *study)
 
@@ -416,55 +416,57 @@ def test_data_that_cannot_be_had_are_left_out_and_named(preset: Path, tmp_path: 
         (["TINY", "--set", "init=kaimng"], "init: no 'kaimng': did you mean 'kaiming'?"),
         (["TINY", "--set", "loss=msee"], "loss: no 'msee': did you mean 'mse'?"),
         (["TINY", "--set", "lr=-1"], "run kaiming-s0: lr, alpha and gain must be positive"),
-        (["TINY", "--set", "spectrum.samples=65"], "[spectrum] samples 65: digits train has 64 here"),
-        (["TINY", "--set", "robustness.samples=361"], "[robustness] samples 361: digits test has 360 here"),
+        (["TINY", "--set", "spectrum.samples=65"], "[spectrum] samples 65: digits train has 64 samples"),
+        (["TINY", "--set", "robustness.samples=361"], "[robustness] samples 361: digits test has 360 samples"),
         (["TINY", "--set", "spectrum.at=snapshots"], "[spectrum] at: no run has snapshots: give [train] snapshots = N"),
         (["TINY", "--set", "save-at-loss=[]"], "[spectrum] at: no run has a save-at-loss: give [train] save-at-loss"),
         (["TINY", "--set", "epochs=0"], "run kaiming-s0: epochs must be at least 1 in a study, not 0"),
-        (["TINY", "--set", "spectrum.top=593"], "run kaiming-s0: [spectrum] 593 eigenvalues of 592 parameters"),
-        (["TINY", "--set", "spectrum.scaled=593"], "run kaiming-s0: [spectrum] 593 eigenvalues of 592 parameters"),
-        (["TINY", "--set", "spectrum.params=fc3*"], "[spectrum] params: none matches 'fc3*': choose of fc1.weight, "),
+        (["TINY", "--set", "spectrum.top=593"], "kaiming-s0: [spectrum] 593 eigenvalues are more than the 592"),
+        (["TINY", "--set", "spectrum.scaled=593"], "kaiming-s0: [spectrum] 593 eigenvalues are more than the 592"),
+        (["TINY", "--set", "spectrum.params=fc3*"], "params: nothing matches 'fc3*': choose from fc1.weight, "),
         (["TINY", "--set", "spectrum.surrogate=atn:2"], "run kaiming-s0: [spectrum] unknown surrogate 'atn'"),
-        (["TINY", "--set", "spectrum.samples-curve=1,33"], "[spectrum] samples-curve goes to 33, samples to 32"),
-        (["TINY", "--set", "hidden=a,b"], "is no list of sizes"),
+        (["TINY", "--set", "spectrum.samples-curve=1,33"], "[spectrum] samples-curve needs 33 samples, of 32"),
+        (["TINY", "--set", "hidden=a,b"], "is not a list of sizes"),
         (["TINY", "--set", "figures=epoch"], "figures: no 'epoch': did you mean 'epochs'?"),
         (["TINY", "--set", "spectrum.operator=hesian"], "[spectrum] unknown operator hesian"),
-        (["TINY", "--set", "robustness.draws=3"], "[robustness] draws come in antithetic pairs"),
-        (["TINY", "--set", "robustness.noise=0.1"], "[robustness] noise must be a list"),
-        (["TINY", "--set", "robustness.corruptions=['fog']"], "no corruption 'fog'"),
+        (["TINY", "--set", "robustness.draws=3"], "[robustness] draws must be even and at least 4"),
+        (["TINY", "--set", "robustness.noise=loud"], "[robustness] noise: 'loud' is not a valid float"),
+        (["TINY", "--set", "robustness.corruptions=['fog']"], "[robustness] corruptions: no 'fog'"),
         (["TINY", "--set", "robustness.severity=1"], "has no option 'severity': did you mean 'severities'?"),
         (["TINY", "--seeds", "600"], "1200 runs"),
         (["TINY", "--jobs", "0"], "0 is not in the range"),
         (["TINY", "--out", "/dev/null/x"], "/dev/null"),
     ],
 )
-def test_mistakes(preset: Path, tmp_path: Path, capsys: Capture, arguments: list[str], message: str) -> None:
+def test_mistakes_get_one_line(
+    preset: Path, tmp_path: Path, capsys: Capture, arguments: list[str], message: str
+) -> None:
     given = [str(preset) if word == "TINY" else word for word in arguments]
     place = [] if "--out" in given else ["--out", str(tmp_path / "s")]
     fails(capsys, 2, message, "study", *given, *place)
     assert not (tmp_path / "s").exists()
 
 
-def test_a_memory_that_does_not_suffice_is_said_before_training(preset: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_insufficient_memory_is_reported_before_training(preset: Path, tmp_path: Path, capsys: Capture) -> None:
     study = ["study", str(preset), "--out", str(tmp_path / "s"), "--dry-run", "--memory"]
-    fails(capsys, 2, "run kaiming-s0: [spectrum] 1 eigenpairs and 0 steps of density for 592 para", *study, "1e-6")
+    fails(capsys, 2, "run kaiming-s0: [spectrum] 1 eigenpairs and 0 density steps for 592 para", *study, "1e-6")
     assert cli.run([*study, "0.1"]) == 0
 
 
-def test_more_levels_than_can_be_told_apart(preset: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_more_levels_than_can_be_told_apart_are_refused(preset: Path, tmp_path: Path, capsys: Capture) -> None:
     own = tmp_path / "own.toml"
     own.write_text(preset.read_text().replace("[vary]", "[vary]\ndropout = [0.1, 0.2]"))
     study = ["study", str(own), "--out", str(tmp_path / "s"), "--set", "by=dropout", "--dry-run", "--set"]
     assert cli.run([*study, f"dropout={[i / 32 for i in range(16)]}"]) == 0
-    fails(capsys, 2, "by = 'dropout' has 17 levels: at most 16", *study, f"dropout={[i / 32 for i in range(17)]}")
+    fails(capsys, 2, "has 17 levels: figures can show at most 16", *study, f"dropout={[i / 32 for i in range(17)]}")
 
 
-def test_one_level_is_said(preset: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_single_level_is_reported(preset: Path, tmp_path: Path, capsys: Capture) -> None:
     study = ["study", str(preset), "--out", str(tmp_path / "s"), "--dry-run"]
     assert cli.run([*study, "--set", "init=lecun"]) == 0
-    assert "! all runs have init lecun: nothing will be compared" in capsys.readouterr().out
+    assert "! all runs have init lecun: there is nothing to compare" in capsys.readouterr().out
     assert cli.run(study) == 0
-    assert "nothing will be compared" not in capsys.readouterr().out
+    assert "nothing to compare" not in capsys.readouterr().out
 
 
 def test_a_damaged_record_is_refused(preset: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -480,11 +482,11 @@ def test_the_published_spectrum_can_be_had_of_any_preset(preset: Path, tmp_path:
     assert "final published" not in capsys.readouterr().out
 
 
-def test_the_callers_backend_serves(preset: Path, tmp_path: Path, studied: Path, capsys: Capture) -> None:
+def test_the_callers_joblib_backend_is_used(preset: Path, tmp_path: Path, studied: Path, capsys: Capture) -> None:
     """joblib.parallel_config around the command: dask's and ray's backends come in this way."""
     import joblib
 
     with joblib.parallel_config("threading", n_jobs=2):
         assert cli.run(["study", str(preset), "--out", str(tmp_path / "s"), "--seeds", "1"]) == 0
-    assert "2 side by side" in capsys.readouterr().out
+    assert "2 in parallel" in capsys.readouterr().out
     assert measured(tmp_path / "s").items() <= measured(studied).items()

@@ -1,4 +1,4 @@
-"""Tests of ikun_hessian.experiments.grouping: levels, settings, moments, quartiles with infinite values, survival."""
+"""Tests of levels, settings, moments, quartiles with infinite values, and survival."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def test_levels_are_numbers_by_size_or_names_by_alphabet() -> None:
     runs = [make_run("ikun", training={"alpha": alpha}) for alpha in (10.0, 0.5, 2.0)]
     assert levels(runs, "alpha") == ["0.5", "2", "10"]
     assert levels(make_study(seeds=(0,)), "init") == ["ikun", "kaiming", "xavier"]
-    with pytest.raises(ValueError, match=r"--by inti: no run knows this condition: choose one of .*init"):
+    with pytest.raises(ValueError, match=r"--by inti: no run has this condition: choose one of .*init"):
         levels(runs, "inti")
-    with pytest.raises(ValueError, match="--by seed: 17 levels cannot be told apart: give at most 16"):
+    with pytest.raises(ValueError, match="--by seed: 17 levels are too many to distinguish: use at most 16"):
         levels([make_run(seed=seed) for seed in range(17)], "seed")
 
 
@@ -86,7 +86,7 @@ def test_a_setting_of_a_list_is_the_same_as_a_tuple() -> None:
         ("a\nb", ("", "a\nb")),
     ],
 )
-def test_moment_and_tag_of_a_key(key: str, expected: tuple[str, str]) -> None:
+def test_a_key_is_split_into_moment_and_tag(key: str, expected: tuple[str, str]) -> None:
     assert moment_of(key) == expected
 
 
@@ -132,7 +132,7 @@ def test_quartiles_with_infinite_values_are_the_limit_of_large_ones(values: list
             assert theirs == pytest.approx(ours, abs=1e-6)
 
 
-def test_quartiles_of_nothing_and_of_nan_are_nan() -> None:
+def test_quartiles_without_values_are_nan() -> None:
     assert all(math.isnan(q) for q in (*quartiles([]), *quartiles([math.nan])))
 
 
@@ -150,7 +150,7 @@ def test_survival_is_the_product_of_those_left() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=15))
-def test_survival_by_hand(runs: list[tuple[int, bool]]) -> None:
+def test_survival_is_that_computed_by_hand(runs: list[tuple[int, bool]]) -> None:
     steps, share = survival([t for t, _ in runs], [r for _, r in runs])
     for t in range(11):
         expected = math.prod(
@@ -160,7 +160,7 @@ def test_survival_by_hand(runs: list[tuple[int, bool]]) -> None:
         assert share[int(np.searchsorted(steps, t, side="right")) - 1] == pytest.approx(expected)
 
 
-def test_epochs_to_an_accuracy() -> None:
+def test_epochs_to_an_accuracy_are_counted_or_censored() -> None:
     run = make_run(training={"epochs": 10})
     there = dataclasses.replace(run, log=lines(0.5, None, 0.9, 0.95))
     assert epochs_to(there, 0.9) == (3, True)

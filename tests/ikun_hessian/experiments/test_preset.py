@@ -1,4 +1,4 @@
-"""Presets: what they say, what of it is refused, and the runs that they stand for."""
+"""Tests of presets: their runs, changes to them, and refusals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ikun.initializers.catalog import INITIALIZERS
-from ikun_hessian.experiments import plan, preset
+from ikun_hessian.experiments import grid, plan, preset
 from ikun_hessian.experiments.preset import PresetError
 
 TINY = """
@@ -47,8 +47,8 @@ def written(folder: Path, text: str = TINY) -> Path:
     return path
 
 
-def test_the_grid_its_names_and_what_holds_when(tmp_path: Path) -> None:
-    found = preset.run_grid(preset.read_preset(written(tmp_path)))
+def test_a_grid_expands_to_named_runs_under_its_conditions(tmp_path: Path) -> None:
+    found = grid.run_grid(preset.read_preset(written(tmp_path)))
     assert list(found) == [
         f"{init}-{optimizer}-s{seed}"
         for seed in (0, 1)
@@ -68,9 +68,9 @@ def test_the_quick_form_is_merged_key_by_key(tmp_path: Path) -> None:
         "flatness final",
     ]
     assert [str(a) for a in quick.analyses] == ["spectrum final", "spectrum loss", "spectrum final published"]
-    assert list(preset.run_grid(quick)) == ["ikun-adam-s0", "ikun-sgd-s0"]
-    assert preset.run_grid(quick)["ikun-sgd-s0"]["lr"] == 1.0
-    assert list(preset.run_grid(preset.read_preset(written(tmp_path), quick=True, seeds=3)))[-1] == "ikun-sgd-s2"
+    assert list(grid.run_grid(quick)) == ["ikun-adam-s0", "ikun-sgd-s0"]
+    assert grid.run_grid(quick)["ikun-sgd-s0"]["lr"] == 1.0
+    assert list(grid.run_grid(preset.read_preset(written(tmp_path), quick=True, seeds=3)))[-1] == "ikun-sgd-s2"
 
 
 def test_several_grids_take_what_they_lack_from_train(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_several_grids_take_what_they_lack_from_train(tmp_path: Path) -> None:
         init = ["ikun"]
         weight-decay = [1e-4, 0.25]
         """
-    found = preset.run_grid(preset.read_preset(written(tmp_path, text)))
+    found = grid.run_grid(preset.read_preset(written(tmp_path, text)))
     assert list(found) == [
         "ikun-s0",
         "ikun-schedulenone-s0",
@@ -114,9 +114,9 @@ def test_several_grids_take_what_they_lack_from_train(tmp_path: Path) -> None:
         ("save-at-loss=[0.1, 0.2]", "save-at-loss", [0.1, 0.2]),
     ],
 )
-def test_changes_from_the_command_line(tmp_path: Path, change: str, key: str, value: Any) -> None:
+def test_changes_from_the_command_line_are_applied(tmp_path: Path, change: str, key: str, value: Any) -> None:
     """Of all runs, those of a [when] too."""
-    found = preset.run_grid(preset.read_preset(written(tmp_path), changes=[change]))
+    found = grid.run_grid(preset.read_preset(written(tmp_path), changes=[change]))
     assert [options[key] for options in found.values()] == [value] * len(found)
 
 
@@ -126,7 +126,7 @@ def test_an_analysis_is_left_out(tmp_path: Path) -> None:
         assert {analysis.command for analysis in found.analyses} == {"spectrum", "flatness"} - {name}
 
 
-def test_changes_of_lists_and_of_analyses(tmp_path: Path) -> None:
+def test_lists_and_analyses_can_be_changed(tmp_path: Path) -> None:
     changes = ["init=lecun, ikun", "spectrum.top=7", "spectrum.published.samples=2", "spectrum.at=final", "seeds=3"]
     found = preset.read_preset(written(tmp_path), changes=[*changes, "accuracy=0.5"])
     assert (found.seeds, found.accuracy) == (3, 0.5)
@@ -141,22 +141,22 @@ def test_changes_of_lists_and_of_analyses(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('title = "T"', "", "lacks 'title'"),
+        ('title = "T"', "", "'title' is missing"),
         ('title = "T"', 'titel = "T"', "unknown key 'titel': did you mean 'title'?"),
         ("[flatness]", "[flatnes]", "unknown key 'flatnes': did you mean 'flatness'?"),
         ("[quick]\nseeds = 1", "[quick]\nsedes = 1", "unknown key 'quick.sedes': did you mean 'seeds'?"),
         ('by = "init"', 'by = "inits"', "by = 'inits' is not varied: did you mean 'init'?"),
         ("seeds = 2", "seeds = 0", "seeds must be at least 1"),
         ("seeds = 2", "seeds = true", "seeds must be a whole number"),
-        ("seeds = 2", "accuracy = 90", "accuracy must lie above 0"),
-        ("[when.optimizer.sgd]", "[when.optimizer.sdg]", "'sdg' is no value of optimizer: did you mean 'sgd'?"),
+        ("seeds = 2", "accuracy = 90", "accuracy must be above 0"),
+        ("[when.optimizer.sgd]", "[when.optimizer.sdg]", "optimizer is never 'sdg': did you mean 'sgd'?"),
         ("[when.optimizer.sgd]", "[when.optimiser.sgd]", "'optimiser' is not varied: did you mean 'optimizer'?"),
         ("[when.optimizer.sgd]\nlr", "[when.optimizer.sgd]\ninit", "sets 'init', which is varied itself"),
         ('["adam", "sgd"]', '"adam"', "[vary] optimizer must be a list"),
         ('["adam", "sgd"]', "[]", "[vary] optimizer must be a list"),
-        ("[vary]", "[vary]\nseed = [1]", "[vary] seed: give seeds = N"),
-        ("[train]", "[train]\nseed = 3", "[train] seed: give seeds = N at the top, or --seeds N"),
-        ("[when.optimizer.sgd]", "[when.optimizer.sgd]\nseed = 3", "[when.optimizer.sgd] seed: give seeds = N"),
+        ("[vary]", "[vary]\nseed = [1]", "[vary] seed: set seeds = N"),
+        ("[train]", "[train]\nseed = 3", "[train] seed: set seeds = N at the top level, or --seeds N"),
+        ("[when.optimizer.sgd]", "[when.optimizer.sgd]\nseed = 3", "[when.optimizer.sgd] seed: set seeds = N"),
         ('["adam", "sgd"]', '["adam", "sgd", "adam"]', "[vary] optimizer has 'adam' twice"),
         ('["adam", "sgd"]', "[1, 2.5, 1.0]", "[vary] optimizer has '1' twice"),
         ('by = "init"', 'by = "seed"', "by = 'seed' is not varied: choose one of init, optimizer"),
@@ -164,9 +164,9 @@ def test_changes_of_lists_and_of_analyses(tmp_path: Path) -> None:
         ('at = ["final", "loss"]', 'at = ["final", "lost"]', "no moment 'lost': did you mean 'loss'?"),
         ('at = ["final", "loss"]', 'at = "final"', "at must be a list"),
         ('tag = "published"', 'tag = "a b"', "tag must be a word"),
-        ('tag = "published"', "", "two [[spectrum]] for 'final'"),
-        ("[[spectrum]]\nat", "[[spectrum\nat", "no valid TOML"),
-        ("[quick]", "[quick]\n[quick.spectrum]\ntop = 1", "list of tables there: [[quick.spectrum]]"),
+        ('tag = "published"', "", "two [[spectrum]] for 'final' have tag"),
+        ("[[spectrum]]\nat", "[[spectrum\nat", "not valid TOML"),
+        ("[quick]", "[quick]\n[quick.spectrum]\ntop = 1", "list of tables: write [[quick.spectrum]]"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -183,15 +183,15 @@ def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) ->
     ("change", "message"),
     [
         ("lr", "give KEY=VALUE"),
-        ("quick.seeds=1", "no such place"),
+        ("quick.seeds=1", "unknown key"),
         ("spectrum.one.top=1", "has no [spectrum] with tag 'one'"),
         ("robustness.draws=2", "has no [robustness]"),
-        ("flatness=true", "give flatness=false to leave it out, or flatness.KEY=VALUE"),
-        ("seed=7", "give seeds = N at the top, or --seeds N"),
-        ("lrr.x=1", "no such place"),
+        ("flatness=true", "give flatness=false to remove it, or flatness.KEY=VALUE"),
+        ("seed=7", "set seeds = N at the top level, or --seeds N"),
+        ("lrr.x=1", "unknown key"),
     ],
 )
-def test_changes_that_cannot_be_made(tmp_path: Path, change: str, message: str) -> None:
+def test_changes_that_cannot_be_made_are_refused(tmp_path: Path, change: str, message: str) -> None:
     with pytest.raises(PresetError, match=message.replace("[", r"\[")):
         preset.read_preset(written(tmp_path), changes=[change])
 
@@ -207,13 +207,22 @@ def test_changes_that_cannot_be_made(tmp_path: Path, change: str, message: str) 
         ("train", {"epochs": 1.5}, "[train] epochs: '1.5' is not a valid integer"),
         ("train", {"detach-reset": 1}, "[train] detach-reset must be true or false"),
         ("spectrum", {"tops": 3}, "[spectrum] has no option 'tops': did you mean 'top'?"),
-        ("spectrum", {"split": "tset"}, "[spectrum] split: 'tset' is not one of"),
+        ("spectrum", {"split": "tset"}, "[spectrum] split: no 'tset': did you mean 'test'?"),
         ("flatness", {"calibrate": True}, "[flatness] has no option 'calibrate'"),
-        ("spectrum", {"loss": "ce"}, "[spectrum] has no option 'loss'"),  # of networks of the user's own alone
+        ("spectrum", {"loss": "ce"}, "[spectrum] has no option 'loss'"),  # only for networks of the user's own
         ("train", {"init": "foo"}, "[train] init: no 'foo': choose one of delta_orthogonal, firing,"),
+        ("train", {"hidden": {"a": 1}}, "[train] hidden must be a single value, not {'a': 1}"),
+        ("train", {"epochs": [1, 2]}, "[train] epochs: '1,2' is not a valid integer"),
+        ("spectrum", {"batch-size": 0}, "[spectrum] batch-size must be positive, not 0"),
+        ("spectrum", {"memory": 1.0}, "[spectrum] has no option 'memory'"),
+        ("robustness", {"severity": [1]}, "[robustness] has no option 'severity': did you mean 'severities'?"),
+        ("robustness", {"corruptions": ["blurr"]}, "[robustness] corruptions: no 'blurr': did you mean 'blur'?"),
+        ("robustness", {"noise": ["loud"]}, "[robustness] noise: 'loud' is not a valid float"),
+        ("robustness", {"severities": [True]}, "[robustness] severities: 'True' is not a valid integer"),
+        ("robustness", {"draws": [4, 6]}, "[robustness] draws: '4,6' is not a valid integer"),
     ],
 )
-def test_options_that_the_commands_do_not_have(table: str, options: dict[str, Any], message: str) -> None:
+def test_options_that_the_commands_lack_are_refused(table: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(PresetError) as error:
         plan.parse_options("my.toml", table, options)
     assert str(error.value).startswith("my.toml: ")
@@ -231,17 +240,17 @@ def test_options_are_those_of_the_command_line() -> None:
 def test_a_grid_too_large_is_refused_with_its_size(tmp_path: Path) -> None:
     found = preset.read_preset(written(tmp_path), seeds=251)
     with pytest.raises(PresetError, match="1004 runs"):
-        preset.run_grid(found)
-    assert len(preset.run_grid(found, force=True)) == 1004
+        grid.run_grid(found)
+    assert len(grid.run_grid(found, force=True)) == 1004
 
 
 def test_two_runs_of_one_name_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path, TINY.replace('["adam", "sgd"]', '["adam", "sgd"]\nsurrogate = ["atan:2", "atan2"]'))
     with pytest.raises(PresetError, match="two runs would be called kaiming-adam-atan2-s0"):
-        preset.run_grid(preset.read_preset(path))
+        grid.run_grid(preset.read_preset(path))
 
 
-def test_unknown_presets() -> None:
+def test_unknown_presets_are_refused() -> None:
     with pytest.raises(PresetError, match="no preset 'nosuch': choose one of datasets, depth, "):
         preset.find("nosuch")
     with pytest.raises(PresetError, match="no preset 'papr': did you mean 'paper'"):
@@ -252,10 +261,10 @@ def test_unknown_presets() -> None:
 
 @pytest.mark.parametrize("name", preset.names())
 @pytest.mark.parametrize("quick", [False, True])
-def test_the_presets_that_come_with_it(name: str, quick: bool) -> None:
+def test_the_shipped_presets_are_valid(name: str, quick: bool) -> None:
     """Every option is one of the commands', and a quick form is small and has seeds enough."""
     found = preset.read_preset(preset.find(name), quick=quick)
-    options = preset.run_grid(found)
+    options = grid.run_grid(found)
     for run in {str({k: v for k, v in o.items() if k != "seed"}): o for o in options.values()}.values():
         plan.parse_options(name, "train", {k: v for k, v in run.items() if k != "seed"})
     for analysis in found.analyses:

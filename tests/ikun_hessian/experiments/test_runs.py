@@ -1,4 +1,4 @@
-"""Gathering runs from the files that the commands leave: everything back as written, and what is damaged."""
+"""Tests of collecting runs from the files of the commands, complete and damaged."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_result_alone_says_what_was_trained(tmp_path: Path) -> None:
     assert "other" in [run.name for run in gather([tmp_path], none)]
 
 
-def test_names_with_dots(tmp_path: Path) -> None:
+def test_names_may_contain_dots(tmp_path: Path) -> None:
     for name in ("ikun-a0.5", "ikun-a0.5-s1", "ikun-a0.5.again"):
         write_run(dataclasses.replace(make_run(), name=name), tmp_path)
     found = gather([tmp_path], none)
@@ -104,7 +104,7 @@ def test_names_with_dots(tmp_path: Path) -> None:
     ]
 
 
-def test_two_folders_of_one_name(tmp_path: Path) -> None:
+def test_runs_of_one_name_get_their_folders(tmp_path: Path) -> None:
     for where in ("a/runs", "b/runs"):
         write_run(make_run(), tmp_path / where)
     write_run(make_run("ikun"), tmp_path / "b" / "runs")
@@ -112,7 +112,7 @@ def test_two_folders_of_one_name(tmp_path: Path) -> None:
     assert names == ["a/runs/kaiming-adam-s0", "b/runs/kaiming-adam-s0", "ikun-adam-s0"]
 
 
-def test_failed_and_unfinished(tmp_path: Path) -> None:
+def test_failed_and_unfinished_runs_say_so(tmp_path: Path) -> None:
     run = make_run(diverged=True)
     write_run(
         dataclasses.replace(run, failures=(*run.failures, "failed: spectrum: out of memory: 3 GiB"), finished=False),
@@ -139,7 +139,7 @@ def test_failed_and_unfinished(tmp_path: Path) -> None:
         ("train.json", '{"schema": "ikun-hessian/train/9"}', "schema 'ikun-hessian/train/9'"),
     ],
 )
-def test_damaged_files(tmp_path: Path, ending: str, text: str, why: str) -> None:
+def test_damaged_files_are_skipped_or_refused(tmp_path: Path, ending: str, text: str, why: str) -> None:
     """Kept out of a searched folder with one line; an error where the user named the file or its checkpoint."""
     write_run(make_run(), tmp_path)
     write_run(make_run("ikun"), tmp_path)
@@ -151,8 +151,8 @@ def test_damaged_files(tmp_path: Path, ending: str, text: str, why: str) -> None
     assert len(said) == 1
     assert str(damaged) in said[0]
     assert why in said[0]
-    assert said[0].endswith("(left out)")
-    with pytest.warns(UserWarning, match="left out"):
+    assert said[0].endswith("(skipped)")
+    with pytest.warns(UserWarning, match="skipped"):
         gather([tmp_path])
     for path in (damaged, tmp_path / "kaiming-adam-s0.pt"):
         with pytest.raises(ResultError, match=why):
@@ -168,7 +168,7 @@ def test_damaged_robustness_is_left_out_of_its_run(tmp_path: Path) -> None:
     assert (found.robustness, found.spectra.keys()) == (None, make_run().spectra.keys())
     assert len(said) == 1
     assert said[0].startswith(f"{damaged}: not a JSON file")
-    assert said[0].endswith("(left out)")
+    assert said[0].endswith("(skipped)")
 
 
 def test_a_half_written_line_ends_the_log(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_half_written_line_ends_the_log(tmp_path: Path) -> None:
 
 
 def test_a_log_with_a_gap_ends_there(tmp_path: Path) -> None:
-    """What stood in the lines that are missing is not known: nothing behind them can be the first."""
+    """The missing lines are unknown, so no later line can be the first to reach a loss."""
     run = make_run()
     write_run(run, tmp_path)
     log = tmp_path / f"{run.name}.train.jsonl"
@@ -195,17 +195,17 @@ def test_a_log_with_a_gap_ends_there(tmp_path: Path) -> None:
         said: list[str] = []
         (found,) = gather([tmp_path], said.append)
         assert (found.log, found.epochs_run) == (run.log[:left], 12)
-        assert [text.endswith("(left out with all that follow)") for text in said] == [True] * (len(kept) > left)
+        assert [text.endswith("(it and all later lines are skipped)") for text in said] == [True] * (len(kept) > left)
 
 
-def test_nothing_to_gather(tmp_path: Path) -> None:
+def test_paths_with_nothing_to_gather_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ResultError, match=r"no \*\.spectrum\.json, .* in this folder"):
         gather([tmp_path])
     with pytest.raises(ResultError, match=r"none\.spectrum\.json: cannot be read"):
         gather([tmp_path / "none.pt"])
     with pytest.raises(ResultError, match=r"gone\.spectrum\.json: cannot be read"):
         gather([tmp_path / "gone.spectrum.json"])
-    with pytest.raises(ResultError, match="no folder, checkpoint"):
+    with pytest.raises(ResultError, match="not a folder, a checkpoint"):
         gather([tmp_path / "x.png"])
     assert gather([]) == []
 

@@ -1,4 +1,4 @@
-"""Conditions as the user names them, and what a study compares."""
+"""Tests of conditions as the user writes them, and of what a study compares by default."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write(folder: Path, **changes: object) -> Path:
     return folder
 
 
-def test_words_of_train() -> None:
+def test_conditions_have_the_names_of_train_options() -> None:
     assert [parse_condition(word) for word in ("data", "batch-size", "init", "weight_decay")] == [
         "name", "batch_size", "init", "weight_decay",
     ]  # fmt: skip
@@ -26,7 +26,7 @@ def test_words_of_train() -> None:
     ]  # fmt: skip
 
 
-def test_defaults_of_studies(tmp_path: Path) -> None:
+def test_a_study_compares_what_it_varies(tmp_path: Path) -> None:
     one = write(tmp_path / "one")
     (one / "runs").mkdir()
     assert study_defaults([one]) == study_defaults([one / "runs"]) == ("batch_size", 0.8)
@@ -43,5 +43,5 @@ def test_a_damaged_record_says_nothing(tmp_path: Path, change: dict[str, object]
 
 
 @pytest.mark.parametrize("accuracy", [90, 0, None])
-def test_an_accuracy_that_cannot_be(tmp_path: Path, accuracy: float | None) -> None:
+def test_an_impossible_accuracy_is_refused(tmp_path: Path, accuracy: float | None) -> None:
     assert study_defaults([write(tmp_path, accuracy=accuracy)]) == ("batch_size", None)

@@ -1,4 +1,4 @@
-"""Checkpoints, good and bad, as the commands open them."""
+"""Tests of opening checkpoints, valid and damaged."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def damaged(folder: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("command", ["spectrum", "info"])
-def test_bad_checkpoints(tmp_path: Path, capsys: Capture, command: str) -> None:
+def test_bad_checkpoints_are_refused(tmp_path: Path, capsys: Capture, command: str) -> None:
     expected = {
         "empty": "not a checkpoint that can be loaded safely",
         "truncated": "not a checkpoint that can be loaded safely",
@@ -119,7 +119,7 @@ def test_long_sequences_are_cut_where_a_batch_does_not_fit() -> None:
     workers = torch.get_num_threads()
 
     def cut(timesteps: int, asked: int | None, fitting: float) -> tuple[int, bool]:
-        """Where so many samples fit into what a worker has."""
+        """Pretend that this many samples fit into a worker's memory."""
         net = Network(Spec(model="mlp", hidden=(50,), timesteps=timesteps))
         objective = make_objective(net, LOSSES["mse"], (torch.rand(300, 1, 8, 8), torch.arange(300) % 10))
         each = bytes_per_sample(objective) or 4 * 4 * 60 * timesteps
@@ -137,7 +137,7 @@ def test_long_sequences_are_cut_where_a_batch_does_not_fit() -> None:
 
 @pytest.fixture
 def from_folder(tmp_path: Path) -> Path:
-    """A checkpoint trained on a folder of images, beside it."""
+    """A checkpoint trained on a folder of images, in the same folder."""
     for split, each in (("train", 10), ("test", 2)):
         for name, shade in (("dark", 60), ("light", 180)):
             (tmp_path / split / name).mkdir(parents=True)
@@ -190,7 +190,7 @@ def test_only_the_samples_asked_for_are_decoded(from_folder: Path, monkeypatch: 
     assert len(found) == 4
 
 
-def test_commands_on_a_folder_of_images(from_folder: Path, capsys: Capture) -> None:
+def test_commands_run_on_a_folder_of_images(from_folder: Path, capsys: Capture) -> None:
     folder = ("--data-dir", str(from_folder.parent))
     assert cli.run(["spectrum", str(from_folder), *folder, *FAST[:-2]]) == 0
     assert cli.run(["info", str(from_folder), *folder]) == 0

@@ -1,4 +1,4 @@
-"""Networks of other libraries on the command line: their spectra, and one line for whatever is wrong."""
+"""Tests of networks of other libraries on the command line: their spectra, and one line for every mistake."""
 
 from __future__ import annotations
 
@@ -25,11 +25,9 @@ from hessian_tools.operators.base import dense
 from hessian_tools.operators.curvature import hessian
 from hessian_tools.results.spectrum import SpectrumResult, load_spectrum
 from ikun.adapters import adapt
-from ikun.adapters.adapt_network import LIBRARIES
-from ikun.adapters.time_loop import OUTPUTS, READOUTS
 from ikun.losses import LOSSES
 from ikun.networks import Network, Spec
-from ikun_hessian.cli import options
+from ikun_hessian.jobs.job import Own
 from ikun_hessian.jobs.open import open_job
 
 QUICK = ["--top", "2", "--smallest", "1", "--no-density", "--dtype", "float64", "--tol", "1e-7", "--batch-size", "16"]
@@ -190,7 +188,7 @@ def test_the_papers_network_has_the_spectrum_of_ours(capsys: Capture) -> None:
     close(list(result.sensitivity.values()), list(expected.sensitivity.values()))
     screen = " ".join(capsys.readouterr().out.split())
     assert "spikingjelly, IFNode neurons, hard reset, BatchNorm in evaluation mode" in screen
-    assert "T = 4, one call for all steps, spikes read out by their mean" in screen
+    assert "T = 4, one call for all steps, readout: mean of the spikes" in screen
     assert "ATan(alpha=2.0, spiking=True): exact" in screen
     network = result.network
     assert (network["timesteps"], network["readout"], network["norm"]) == (4, "mean", "bn")
@@ -210,7 +208,7 @@ def spectrum_of(job: Any) -> list[float]:
 def opened(model: str, data: str, surrogate: str | None = None, **facts: Any) -> Any:
     return open_job(
         Path("theirs.pt"),
-        own=options.Own(model, data, **facts),
+        own=Own(model, data, **facts),
         samples="all",
         split="train",
         batch_size=8,
@@ -268,7 +266,9 @@ NORSE = (
     ("library", "text", "steps", "more"),
     [("snntorch", SNN, None, {"output": "membrane", "readout": "max"}), ("norse", NORSE, 6, {})],
 )
-def test_other_libraries_end_to_end(library: str, text: str, steps: int | None, more: dict[str, Any]) -> None:
+def test_networks_of_other_libraries_are_analysed_end_to_end(
+    library: str, text: str, steps: int | None, more: dict[str, Any]
+) -> None:
     """Against the dense Hessian of what `adapt` makes (which its own tests hold against the equations)."""
     pytest.importorskip("snntorch" if library == "snntorch" else "norse.torch")
     theirs = write(text)
@@ -288,7 +288,7 @@ def test_other_libraries_end_to_end(library: str, text: str, steps: int | None, 
     assert [activity["firing_rate"] > 0 for activity in job.provenance["activity"].values()] == [True, True]
 
 
-def test_a_nir_file_needs_what_it_does_not_say(capsys: Capture) -> None:
+def test_a_nir_file_needs_options_for_what_it_lacks(capsys: Capture) -> None:
     nir = pytest.importorskip("nir")
     rng = np.random.default_rng(0)
     w1, w2 = (np.abs(rng.standard_normal(s)).astype(np.float32) for s in ((6, 12), (3, 6)))
@@ -305,8 +305,15 @@ def test_a_nir_file_needs_what_it_does_not_say(capsys: Capture) -> None:
     nir.write("theirs.nir", nir.NIRGraph(nodes, list(itertools.pairwise(names))))
     theirs = write(PLAIN)
     data = ["--data", "nets.py:samples", "--timesteps", "4"]
-    fails(capsys, 2, "no clock: give --timesteps, --dt, --surrogate and --reset", "spectrum", "theirs.nir", *data[:2])
-    message = "does not say dt, spike, reset: give --dt, --surrogate NAME:P, --reset"
+    fails(
+        capsys,
+        2,
+        "does not define time steps: give --timesteps, --dt, --surrogate and --reset",
+        "spectrum",
+        "theirs.nir",
+        *data[:2],
+    )
+    message = "does not define dt, spike, reset: give --dt, --surrogate NAME:P, --reset"
     fails(capsys, 2, message, "spectrum", "theirs.nir", *data)
     facts = [*data, "--dt", "0.001", "--reset", "hard", "--surrogate", "atan:2"]
     fails(capsys, 2, "leave out --model", "spectrum", "theirs.nir", *facts, "--model", "nets.py:mlp")
@@ -325,7 +332,7 @@ def test_a_nir_file_needs_what_it_does_not_say(capsys: Capture) -> None:
 
 # ---------------------------------------------------------------- plain torch
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
-def test_plain_networks_against_curvlinops_and_pyhessian(name: str) -> None:
+def test_plain_networks_agree_with_curvlinops_and_pyhessian(name: str) -> None:
     theirs = write(PLAIN)
     torch.manual_seed(0)
     net = theirs[name]()
@@ -384,7 +391,7 @@ LOSSES_TEXT = (
 )
 
 
-def test_a_loss_of_their_own(capsys: Capture) -> None:
+def test_a_user_loss_is_used(capsys: Capture) -> None:
     theirs = write(LOSSES_TEXT)
     torch.manual_seed(0)
     net = theirs["mlp"]()
@@ -395,10 +402,10 @@ def test_a_loss_of_their_own(capsys: Capture) -> None:
     assert job.objective.value_and_gradient()[0] == pytest.approx(float(expected), rel=1e-12)
     assert job.provenance["data"]["loss"] == "nets.py:smooth"
     for loss, message in {
-        "summed": "no mean over samples",
-        "each": "returned Tensor [8] of float64, and one number is needed",
-        "number": "returned a float, and one number is needed",
-        "detached": "does not depend on the outputs",
+        "summed": "not a mean over samples",
+        "each": "returned Tensor [8] of float64, but a tensor with one number and no axes is needed",
+        "number": "returned a float, but a tensor with one number and no axes is needed",
+        "detached": "torch finds no gradient with respect to the outputs",
         "broken": "nets.py, line 34)",
         "single": "in double precision: RuntimeError: expected scalar type",
         "endless": "returned ",
@@ -508,7 +515,7 @@ def plain() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["arrays", "dataset", "loader", "generator", "Singles", "Stream"])
-def test_samples_in_any_form_are_the_same(plain: dict[str, Any], name: str) -> None:
+def test_samples_in_any_form_give_the_same_result(plain: dict[str, Any], name: str) -> None:
     plainly = opened("nets.py:mlp", "nets.py:samples", loss="ce")
     job = opened("nets.py:mlp", f"nets.py:{name}", loss="ce")
     assert job.objective.value_and_gradient()[0] == plainly.objective.value_and_gradient()[0]
@@ -521,20 +528,20 @@ def test_shuffled_samples_are_the_same_every_time(plain: dict[str, Any]) -> None
     assert first == second != opened("nets.py:mlp", "nets.py:samples").provenance["data"]["sha256"]
 
 
-def test_data_that_cannot_be_used(plain: dict[str, Any], capsys: Capture) -> None:
+def test_data_that_cannot_be_used_are_refused(plain: dict[str, Any], capsys: Capture) -> None:
     for name, message in {
-        "nothing": "returned a NoneType: (inputs, targets), a data set of such samples, or batches of them are needed",
+        "nothing": "returned a NoneType, but (inputs, targets), a data set of such samples, or batches of them",
         "one": "returned Tensor [24, 1, 3, 4] of float32",
         "table": "returned a dict",
         "empty": "returned no samples",
-        "odd": "batch 1 is Tensor [24, 1, 3, 4] of float32: (inputs [N, ...], targets [N, ...]) are needed",
+        "odd": "batch 1 is Tensor [24, 1, 3, 4] of float32, but (inputs [N, ...], targets [N, ...]) are needed",
         "triples": "batch 1 is a tuple of 3",
         "ragged": "has inputs [24, 1, 3, 4] and targets [5]",
-        "mixed": "inputs of shapes [1, 3, 4] float32 and [1, 2, 4] float32",
-        "regression": "--loss mse needs labels [N], whole numbers, not Tensor [24] of float32",
-        "beyond": "labels must lie from 0 to 2, for 3 outputs: some are 3",
-        "negative": "labels must lie from 0 to 2, for 3 outputs: some are -1",
-        "infinite": "NaN or infinite entries",
+        "mixed": "inputs have shapes [1, 3, 4] float32 and [1, 2, 4] float32",
+        "regression": "--loss mse needs labels [N] of whole numbers, not Tensor [24] of float32",
+        "beyond": "labels must be from 0 to 2 for 3 outputs, but some are 3",
+        "negative": "labels must be from 0 to 2 for 3 outputs, but some are -1",
+        "infinite": "NaN or infinite values",
         "images": "the network fails on inputs of shape [3, 5]",
         "raises": "--data nets.py:raises: KeyError: 'train' (nets.py, line 99)",
         "missing": "nets.py has no 'missing'",
@@ -554,7 +561,16 @@ def test_data_that_cannot_be_used(plain: dict[str, Any], capsys: Capture) -> Non
     )
     fails(capsys, 2, "--samples 0: give a number, or all", "spectrum", "theirs.pt", *own("mlp"), "--samples", "0")
     fails(capsys, 2, "--data module:function is needed", "spectrum", "theirs.pt", "--model", "nets.py:mlp")
-    fails(capsys, 2, "--data says which samples", "spectrum", "theirs.pt", *own("mlp"), "--split", "test")
+    fails(
+        capsys,
+        2,
+        "--split and --data-dir are for checkpoints of ikun-hessian: use --data",
+        "spectrum",
+        "theirs.pt",
+        *own("mlp"),
+        "--split",
+        "test",
+    )
 
 
 # ---------------------------------------------------------------- their models
@@ -598,7 +614,7 @@ MODELS_TEXT = (
 )
 
 
-def test_models_that_cannot_be_used(capsys: Capture) -> None:
+def test_models_that_cannot_be_used_are_refused(capsys: Capture) -> None:
     theirs = write(MODELS_TEXT)
     torch.save(theirs["mlp"]().state_dict(), "theirs.pt")
     Path("breaks.py").write_text("x = 1\ny = nothing\n")
@@ -607,12 +623,12 @@ def test_models_that_cannot_be_used(capsys: Capture) -> None:
     for model, message in {
         "nets.py:raises": "--model nets.py:raises: OwnError: no weights here (nets.py, line 20)",
         "nets.py:leaves": "SystemExit: 3",
-        "nets.py:number": "returned a int, and a torch.nn.Module is needed",
+        "nets.py:number": "returned a int, but a torch.nn.Module is needed",
         "nets.py:wants": "TypeError: wants() missing 1 required positional argument: 'x'",
         "nets.py:other": "other shapes: 1.weight [6, 12] for [5, 12], 1.bias [6] for [5], 3.weight [3, 6] for [3, 5]",
         "nets.py:fails": "OwnError: inside (nets.py, line 36)",
         "nets.py:wrong": "'Tensor' object has no attribute 'no_such_thing' (nets.py, line 40)",
-        "nets.py:constant": "'constant' is a int, and no function",
+        "nets.py:constant": "'constant' is a int, not a function",
         "nets.py:mpl": "nets.py has no 'mpl' (mlp?)",
         "nets.py": "give module:function, or path/to/file.py:function",
         "nets:": "give module:function, or path/to/file.py:function",
@@ -651,21 +667,22 @@ def test_the_working_directory_is_importable_and_standard_output_stays_clean(
     assert "this goes to standard error" in said.err
 
 
-def test_files_and_options_that_do_not_fit(plain: dict[str, Any], capsys: Capture) -> None:
+def test_files_and_options_that_do_not_fit_are_refused(plain: dict[str, Any], capsys: Capture) -> None:
     fails(capsys, 2, "for a network of your own give --model module:function", "spectrum", "theirs.pt")
     shipped = str(SHIPPED / "digits-csnn-ikun.pt")
-    fails(capsys, 2, "--timesteps: for networks of your own", "spectrum", shipped, "--timesteps", "4")
-    fails(capsys, 2, "--time-first and --batch-first: for", "flatness", shipped, "--batch-first")
-    fails(capsys, 2, "--dt is for .nir files", "landscape", "theirs.pt", *own("mlp"), "--dt", "1")
-    fails(capsys, 2, "has none that could be replaced", "spectrum", "theirs.pt", *own("mlp"), "--surrogate", "atan")
+    fails(capsys, 2, "--timesteps: only for networks of your own", "spectrum", shipped, "--timesteps", "4")
+    fails(capsys, 2, "--time-first and --batch-first: only for", "flatness", shipped, "--batch-first")
+    fails(capsys, 2, "--dt is only for .nir files", "landscape", "theirs.pt", *own("mlp"), "--dt", "1")
+    fails(
+        capsys, 2, "has no surrogate that can be replaced", "spectrum", "theirs.pt", *own("mlp"), "--surrogate", "atan"
+    )
     fails(capsys, 2, "--sequences needs --timesteps", "spectrum", "theirs.pt", *own("mlp"), "--sequences")
-    fails(capsys, 2, "--trajectory needs the epochs", "spectrum", "theirs.pt", "b.pt", *own("mlp"), "--trajectory")
-    fails(capsys, 2, "has no other form (relaxed)", "spectrum", "theirs.pt", *own("mlp"), "--operator", "relaxed")
+    fails(capsys, 2, "--trajectory needs checkpoints", "spectrum", "theirs.pt", "b.pt", *own("mlp"), "--trajectory")
+    relaxed = ["--operator", "relaxed"]
+    fails(capsys, 2, "networks of your own do not support relaxed", "spectrum", "theirs.pt", *own("mlp"), *relaxed)
     fails(capsys, 2, "missing.pt: no such file", "spectrum", "missing.pt", *own("mlp"))
     torch.save({"net": {"1.weigth": torch.ones(6, 12)}}, "named.pt")
     fails(capsys, 2, "missing 1.weight (1.weigth?), 1.bias", "spectrum", "named.pt", *own("mlp"))
-    assert tuple(LIBRARIES) == options.LIBRARIES
-    assert (OUTPUTS, tuple(READOUTS)) == (options.OUTPUTS, options.READOUTS)
 
 
 def test_an_opaque_surrogate_is_refused_and_replaced(capsys: Capture) -> None:
@@ -693,7 +710,14 @@ def test_an_opaque_surrogate_is_refused_and_replaced(capsys: Capture) -> None:
     exact = torch.linalg.eigvalsh(adapted).flip(0).tolist()
     close(values(result), [*exact[:2], exact[-1]])
     fails(
-        capsys, 2, "made with another network surrogate", "spectrum", "theirs.pt", *QUICK, *spiking, *_reset("tanh:2")
+        capsys,
+        2,
+        "made with surrogate atan:2; now tanh:2",
+        "spectrum",
+        "theirs.pt",
+        *QUICK,
+        *spiking,
+        *_reset("tanh:2"),
     )
 
 
@@ -727,7 +751,7 @@ def _with_atan(theirs: dict[str, Any], net: nn.Module, x: Tensor) -> Tensor:
     return torch.autograd.functional.hessian(loss, flat)
 
 
-def test_flatness_calibration_and_landscape_of_their_network(capsys: Capture) -> None:
+def test_flatness_calibration_and_landscape_run_on_a_user_network(capsys: Capture) -> None:
     theirs = write(SPIKING)
     torch.manual_seed(0)
     torch.save(theirs["build"]().state_dict(), "theirs.pt")
@@ -742,5 +766,5 @@ def test_flatness_calibration_and_landscape_of_their_network(capsys: Capture) ->
     short = ["--directions", "gradient,random1", "--points", "5", "--no-planes"]
     assert cli.run(["landscape", "theirs.pt", *spiking[:-4], *short]) == 0
     drawn = json.loads(Path("theirs.landscape.json").read_text())
-    assert "has no other form" in drawn["refused"]["relaxed network"]
+    assert "do not support relaxed" in drawn["refused"]["relaxed network"]
     assert drawn["network"]["library"] == "none"

@@ -1,4 +1,4 @@
-"""Flatness by forward passes, against closed forms, what must leave it unchanged, and the coverage of its intervals."""
+"""Tests of average sharpness, PAC-Bayes sigma and critical sharpness: closed forms, invariances and coverage."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from objectives import objective_on, positive_definite, quadratic
 from scipy.optimize import brentq
 from scipy.stats import norm
 from torch import Tensor, nn
@@ -19,16 +20,15 @@ from torch import Tensor, nn
 from hessian_tools.analysis.flatness import average_sharpness as average
 from hessian_tools.analysis.flatness.average_sharpness import (
     NOISE_KINDS,
-    CriticalSharpness,
     NoiseEstimate,
     PacBayes,
     average_sharpness,
-    critical_sharpness,
     draw_losses,
     over_draws,
     pac_bayes_sigma,
     smoothed_loss,
 )
+from hessian_tools.analysis.flatness.critical_sharpness import CriticalSharpness, critical_sharpness
 from hessian_tools.io import json as results
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.perturbation import noise
@@ -37,38 +37,6 @@ from ikun.losses import LOSSES
 from ikun.networks import Network, Spec
 
 PLAIN = ("isotropic", "filter", "elementwise")
-
-
-class Itself(nn.Module):
-    """Outputs its weights [P] for every sample."""
-
-    def __init__(self, w: Tensor) -> None:
-        super().__init__()
-        self.w = nn.Parameter(w.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w.expand(len(x), *self.w.shape)
-
-
-def objective_on(w: Tensor, loss: Callable[[Tensor, Tensor], Tensor], y: Tensor | None = None) -> Objective:
-    y = torch.ones(1, dtype=w.dtype) if y is None else y
-    return make_objective(Itself(w), loss, (torch.zeros(len(y), 1, dtype=w.dtype), y))
-
-
-def quadratic(a: Tensor, w: Tensor, y: Tensor | None = None, scale: float = 1.0) -> Objective:
-    """Sample i loses scale y_i w'Aw / 2."""
-
-    def loss(o: Tensor, y: Tensor) -> Tensor:
-        return scale * (y * (o.flatten(1) @ a * o.flatten(1)).sum(1)).mean() / 2
-
-    return objective_on(w, loss, y)
-
-
-def problem(size: int = 20, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A positive definite A [P, P] and weights [P]."""
-    generator = torch.Generator().manual_seed(seed)
-    b = torch.randn(size, 2 * size, dtype=torch.float64, generator=generator)
-    return b @ b.T / size, torch.randn(size, dtype=torch.float64, generator=generator)
 
 
 def scales_of(kind: str, w: Tensor) -> Tensor:
@@ -89,8 +57,8 @@ def scales_of(kind: str, w: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", NOISE_KINDS)
-def test_average_sharpness_and_smoothed_loss_of_a_quadratic(kind: str) -> None:
-    a, flat = problem()
+def test_average_sharpness_and_smoothed_loss_of_a_quadratic_are_the_closed_form(kind: str) -> None:
+    a, flat = positive_definite()
     w, radius = flat.reshape(4, 5), 0.3
     exact = radius**2 / 2 * float(a.diagonal() @ scales_of(kind, w).flatten() ** 2)
     found = average_sharpness(quadratic(a, w), radius, kind=kind, draws=600)
@@ -106,13 +74,13 @@ def test_average_sharpness_and_smoothed_loss_of_a_quadratic(kind: str) -> None:
 
 
 def test_kinds_but_that_of_lpf_have_one_expected_norm() -> None:
-    w = problem()[1].reshape(4, 5)
+    w = positive_definite()[1].reshape(4, 5)
     norms = [float(NOISE_KINDS[kind](quadratic(torch.eye(20, dtype=torch.float64), w)).norm()) for kind in PLAIN]
     assert norms == pytest.approx([float(w.norm())] * 3)
 
 
 def test_smoothed_loss_is_smoothed_by_the_norms_of_filters() -> None:
-    a, flat = problem()
+    a, flat = positive_definite()
     w = flat.reshape(4, 5)
     exact = float(flat @ a @ flat) / 2 + 0.01**2 / 2 * 5 * float(a.diagonal() @ scales_of("filter", w).flatten() ** 2)
     found = smoothed_loss(quadratic(a, w))
@@ -121,13 +89,13 @@ def test_smoothed_loss_is_smoothed_by_the_norms_of_filters() -> None:
 
 def test_linear_terms_cancel_in_every_pair() -> None:
     slope = torch.linspace(-1, 1, 20, dtype=torch.float64)
-    found = average_sharpness(objective_on(problem()[1], lambda o, y: (o @ slope).mean()), 0.5, kind="filter")
+    found = average_sharpness(objective_on(positive_definite()[1], lambda o, y: (o @ slope).mean()), 0.5, kind="filter")
     assert abs(found.value) < 1e-14
     assert found.stderr < 1e-14
 
 
 def test_one_set_of_draws_serves_all_metrics() -> None:
-    a, w = problem()
+    a, w = positive_definite()
     target = quadratic(a, w, torch.rand(7, dtype=torch.float64))
     losses, at = draw_losses(target, 0.2, kind="filter", draws=8, seed=5)
     assert losses.shape == (8, 7)
@@ -140,8 +108,8 @@ def test_one_set_of_draws_serves_all_metrics() -> None:
     assert over_draws(losses) == smoothed_loss(target, 0.2, kind="filter", draws=8, seed=5)
 
 
-def test_coverage_of_the_interval_over_draws() -> None:
-    a, w = problem()
+def test_the_interval_over_draws_covers_the_truth() -> None:
+    a, w = positive_definite()
     target, exact = quadratic(a, w), 0.1**2 / 2 * float(a.trace()) * float(w.square().mean())
     hits = 0
     for seed in range(500):
@@ -150,7 +118,7 @@ def test_coverage_of_the_interval_over_draws() -> None:
     assert 0.92 <= hits / 500 <= 0.98
 
 
-def test_coverage_of_the_data_error() -> None:
+def test_the_data_error_covers_the_truth() -> None:
     """Samples of random curvature, 40 of them: the sharpness over all data has the mean curvature."""
     w = torch.ones(50, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -164,8 +132,8 @@ def test_coverage_of_the_data_error() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
-def test_scale(scale: float) -> None:
-    a, w = problem()
+def test_scaling_the_loss_scales_average_sharpness(scale: float) -> None:
+    a, w = positive_definite()
     y = torch.linspace(0.1, 1, 5, dtype=torch.float64)
     one, other = quadratic(a, w, y), quadratic(a, w, y, scale)
     x, z = (average_sharpness(o, kind="filter", draws=4) for o in (one, other))
@@ -247,7 +215,7 @@ def trained() -> Network:
     return net
 
 
-def spiking(surrogate: str) -> Objective:
+def trained_objective(surrogate: str) -> Objective:
     """The trained MLP, its spikes and weights the same whatever the surrogate."""
     data = load_dataset("digits", subset=60)
     net = Network(replace(trained().spec, surrogate=surrogate))
@@ -256,7 +224,7 @@ def spiking(surrogate: str) -> Objective:
 
 
 def test_the_surrogate_changes_the_direction_of_critical_sharpness_alone() -> None:
-    one, other = spiking("atan:2"), spiking("atan:5")
+    one, other = trained_objective("atan:2"), trained_objective("atan:5")
     for kind in NOISE_KINDS:
         found = average_sharpness(one, kind=kind, draws=8)
         assert found == average_sharpness(other, kind=kind, draws=8)
@@ -271,7 +239,7 @@ def test_the_surrogate_changes_the_direction_of_critical_sharpness_alone() -> No
 
 
 def test_permuted_neurons_are_as_flat(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = spiking("atan:2")
+    one = trained_objective("atan:2")
     model = Network(trained().spec)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
     index = dict(zip(one.parameters, one.split(torch.arange(one.size)), strict=True))
@@ -292,7 +260,7 @@ def test_permuted_neurons_are_as_flat(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_batches_and_threads_change_nothing() -> None:
-    one = spiking("atan:2")
+    one = trained_objective("atan:2")
     losses, at = draw_losses(one, kind="filter", draws=6)
     for target in (one.rebatched(7), one.rebatched(60)):
         torch.testing.assert_close(draw_losses(target, kind="filter", draws=6)[0], losses)
@@ -302,7 +270,7 @@ def test_batches_and_threads_change_nothing() -> None:
         assert draw_losses(one, kind="filter", draws=6)[0].equal(losses)
     finally:
         torch.set_num_threads(threads)
-    assert one.weights().equal(spiking("atan:2").weights())
+    assert one.weights().equal(trained_objective("atan:2").weights())
     assert at.mean().item() == pytest.approx(one.value_and_gradient()[0], rel=1e-6)
 
 
@@ -358,7 +326,7 @@ def test_sigma_lies_where_the_accuracy_drops_by_that_much() -> None:
     assert drop(0.98 * s) <= 0.15 < drop(1.02 * s)
 
 
-def test_coverage_of_the_interval_of_sigma() -> None:
+def test_the_interval_of_sigma_covers_the_truth() -> None:
     target = signs(torch.ones(40, dtype=torch.float64))
     exact, hits, flat = -1 / float(norm.ppf(0.1)), 0, 0
     for seed in range(500):
@@ -369,7 +337,7 @@ def test_coverage_of_the_interval_of_sigma() -> None:
     assert 0.92 <= hits / 500 <= 0.98
 
 
-def test_coverage_of_the_data_error_of_sigma() -> None:
+def test_the_data_error_of_sigma_covers_the_truth() -> None:
     """Margins of 100 samples, all moved by one weight, against sigma on 20,000 of them under the same draws."""
     generator = torch.Generator().manual_seed(0)
 
@@ -397,7 +365,7 @@ class Shifted(nn.Module):
         return torch.stack([-margins, margins], 1)
 
 
-def test_a_drop_that_never_comes_and_one_that_always_does() -> None:
+def test_sigma_is_infinite_if_accuracy_never_drops_and_small_if_it_always_does() -> None:
     one = make_objective(
         Signs(torch.ones(1, dtype=torch.float64)),
         nn.functional.cross_entropy,
@@ -434,7 +402,7 @@ def test_a_single_sample_has_no_data_error() -> None:
 
 
 @pytest.mark.parametrize(("margin", "samples"), [(1e-4, 1000), (1.05 * 1.2816 * 2**-6, 100)])
-def test_sigma_below_the_first_of_the_grid_or_its_interval(margin: float, samples: int) -> None:
+def test_sigma_below_the_grid_is_found(margin: float, samples: int) -> None:
     class Fine(Signs):
         def forward(self, x: Tensor) -> Tensor:
             margins = x @ (self.w - 1 + margin)
@@ -447,7 +415,7 @@ def test_sigma_below_the_first_of_the_grid_or_its_interval(margin: float, sample
     assert abs(found.value - exact) < 4 * found.stderr
 
 
-def test_the_smallest_of_several_crossings() -> None:
+def test_sigma_is_the_smallest_of_several_crossings() -> None:
     """Wrong where |w - 1| lies between 0.1 and 0.5, right beyond: the mean drop rises, falls, never to rise again."""
 
     class Ring(nn.Module):
@@ -467,7 +435,7 @@ def test_the_smallest_of_several_crossings() -> None:
 
 
 def test_targets_that_are_no_classes_have_no_sigma() -> None:
-    a, w = problem()
+    a, w = positive_definite()
     found = pac_bayes_sigma(quadratic(a, w))
     assert math.isnan(found.sigma.value)
     assert math.isnan(found.sharpness.value)
@@ -476,10 +444,10 @@ def test_targets_that_are_no_classes_have_no_sigma() -> None:
 # --- critical sharpness
 
 
-def test_critical_sharpness_of_a_quadratic() -> None:
+def test_critical_sharpness_of_a_quadratic_is_the_closed_form() -> None:
     for seed in range(5):
         for c in (1e-3, 1.0, 30.0):
-            a, w = problem(seed=seed)
+            a, w = positive_definite(seed=seed)
             target = quadratic(c * a, w)
             g = c * a @ w
             exact = float(g @ (c * a) @ g / (g @ g))
@@ -494,7 +462,7 @@ def test_critical_sharpness_of_a_quadratic() -> None:
 
 
 def test_critical_sharpness_of_a_spiking_network_is_where_its_loss_passes() -> None:
-    target = spiking("atan:2")
+    target = trained_objective("atan:2")
     loss, gradient = target.value_and_gradient()
     found = critical_sharpness(target, gradient)
     assert found.passes <= 14
@@ -509,7 +477,7 @@ def test_critical_sharpness_of_a_spiking_network_is_where_its_loss_passes() -> N
     assert at(2 / found.bounds[1]) <= loss < at(2 / found.bounds[0])
 
 
-def test_steps_that_never_or_always_raise_the_loss_and_no_gradient() -> None:
+def test_critical_sharpness_without_a_crossing_or_a_gradient_says_so() -> None:
     w = torch.ones(3, dtype=torch.float64)
     never = critical_sharpness(objective_on(w, lambda o, y: o.sum(1).mean()), torch.ones(3))
     assert (never.value, never.step) == (0, math.inf)
@@ -539,8 +507,8 @@ def test_steps_that_never_or_always_raise_the_loss_and_no_gradient() -> None:
         ({"kind": "layer"}, "'layer': choose from isotropic, filter, elementwise"),
     ],
 )
-def test_bad_input(arguments: dict[str, Any], message: str) -> None:
-    a, w = problem()
+def test_bad_input_is_refused(arguments: dict[str, Any], message: str) -> None:
+    a, w = positive_definite()
     target = quadratic(a, w)
     with pytest.raises(ValueError, match=message):
         average_sharpness(target, **{"kind": "filter", **arguments})
@@ -561,8 +529,8 @@ def every_metric(target: Objective) -> list[Callable[[], object]]:
     ]
 
 
-def test_bad_weights_and_losses() -> None:
-    a, w = problem()
+def test_bad_weights_and_losses_are_refused() -> None:
+    a, w = positive_definite()
     target = quadratic(a, w)
     with torch.no_grad():
         next(iter(target.parameters.values()))[3] = math.nan
@@ -583,8 +551,8 @@ def test_bad_weights_and_losses() -> None:
             critical_sharpness(quadratic(a, w), bad)
 
 
-def test_progress() -> None:
-    a, w = problem()
+def test_progress_is_reported_for_every_draw() -> None:
+    a, w = positive_definite()
     seen: list[tuple[int, int]] = []
 
     def progress(done: int, total: int) -> None:
@@ -616,7 +584,7 @@ class Kept:
 
 
 def test_results_can_be_kept(tmp_path: Path) -> None:
-    target = spiking("atan:2")
+    target = trained_objective("atan:2")
     kept = Kept(
         "ikun-hessian/kept/1",
         average_sharpness(target, kind="filter", draws=4),

@@ -1,7 +1,8 @@
-"""Fisher-Rao norm and relative flatness against closed forms, dense Hessian blocks, symmetries; coverage."""
+"""Tests of the Fisher-Rao norm and relative flatness: closed forms, dense Hessian blocks, symmetries and coverage."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from draws import normal
+from objectives import filled, filled_objective
 from torch import Tensor, nn
 
 from hessian_tools.analysis.flatness.relative import fisher_rao, matrices, relative_flatness
@@ -19,29 +22,17 @@ from hessian_tools.operators.base import Dense, dense, scaled
 from hessian_tools.operators.curvature import fisher, ggn, hessian
 from ikun.checkpoint import load_checkpoint
 from ikun.losses import LOSSES
-from ikun.networks import Network, Spec
-
-
-def draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def filled(model: nn.Module, gain: float = 1.0) -> nn.Module:
-    with torch.no_grad():
-        for i, p in enumerate(model.parameters()):
-            p.copy_(gain * draw(*p.shape, seed=10 + i) / p[0].numel() ** 0.5)
-    return model.double()
 
 
 def relu_network(bias: bool = False) -> nn.Module:
     """Two hidden layers of 7 and 6."""
     layers = (nn.Linear(5, 7, bias), nn.ReLU(), nn.Linear(7, 6, bias), nn.ReLU(), nn.Linear(6, 3, bias))
-    return filled(nn.Sequential(*layers), 1.5)
+    return filled(nn.Sequential(*layers), 1.5).double()
 
 
 def classes(model: nn.Module) -> Objective:
-    x = draw(30, 5, seed=1)
-    return make_objective(model, nn.functional.cross_entropy, (x, (x[:, :3] + draw(30, 3, seed=2)).argmax(1)))
+    x = normal(30, 5, seed=1)
+    return make_objective(model, nn.functional.cross_entropy, (x, (x[:, :3] + normal(30, 3, seed=2)).argmax(1)))
 
 
 def kappa(matrix: Tensor, objective: Objective, layer: str) -> float:
@@ -64,7 +55,7 @@ def kappa(matrix: Tensor, objective: Objective, layer: str) -> float:
 # --- Fisher-Rao
 
 
-def test_fisher_rao_of_a_relu_network() -> None:
+def test_fisher_rao_of_a_relu_network_is_its_closed_form() -> None:
     """Without biases and with L hidden layers, ||w||_fr^2 = (L + 1)^2 E <dl/df, f>^2 (Liang et al. 2019):
     over the labels of the data for the empirical Fisher, of the model for the GGN."""
     objective = classes(relu_network())
@@ -93,13 +84,13 @@ def test_fisher_rao_does_not_see_the_scale_of_layers() -> None:
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_fisher_rao_scales_as_a_root(scale: float) -> None:
-    b, w = draw(6, 3, seed=3), draw(6, seed=4)
+    b, w = normal(6, 3, seed=3), normal(6, seed=4)
     op = Dense(b @ b.T)
     assert fisher_rao(scaled(op, scale), w) == pytest.approx(math.sqrt(scale) * float((b.T @ w).norm()), rel=1e-12)
 
 
-def test_fisher_rao_of_bad_input() -> None:
-    w = draw(4, seed=5)
+def test_fisher_rao_refuses_bad_input() -> None:
+    w = normal(4, seed=5)
     with pytest.raises(ValueError, match=r"w'Aw = -.* is negative: a Fisher-Rao norm needs a Fisher matrix"):
         fisher_rao(Dense(-torch.eye(4).double()), w)
     with pytest.raises(ValueError, match="weights have NaN"):
@@ -128,26 +119,17 @@ class Convolutional(nn.Module):
 
 
 def convolutional() -> Objective:
-    x = draw(12, 2, 3, 3, seed=6)
-    return make_objective(filled(Convolutional()), nn.functional.cross_entropy, (x, torch.arange(12) % 5))
+    x = normal(12, 2, 3, 3, seed=6)
+    return make_objective(filled(Convolutional()).double(), nn.functional.cross_entropy, (x, torch.arange(12) % 5))
 
 
-def spiking(surrogate: str = "atan:2", threshold: float = 1.0) -> Objective:
-    spec = Spec(
-        model="mlp",
-        input_shape=(1, 3, 3),
-        classes=3,
-        hidden=(5,),
-        norm="none",
-        surrogate=surrogate,
-        threshold=threshold,
-    )
-    x = draw(10, 1, 3, 3, seed=7).abs()
-    return make_objective(filled(Network(spec), 2.0), LOSSES["ce"], (x, torch.arange(10) % 3))
+spiking = functools.partial(
+    filled_objective, 10, 2.0, samples=10, inputs_seed=7, classes=3, input_shape=(1, 3, 3), hidden=(5,)
+)
 
 
 @pytest.mark.parametrize("operator", [hessian, ggn])
-@pytest.mark.parametrize("make", [convolutional, spiking])
+@pytest.mark.parametrize("make", [convolutional, spiking], ids=["convolutional", "spiking"])
 def test_with_everything_deflated_it_is_the_definition(
     make: Callable[[], Objective], operator: Callable[[Objective], Any]
 ) -> None:
@@ -162,7 +144,7 @@ def test_with_everything_deflated_it_is_the_definition(
 
 @pytest.mark.parametrize("deflate", [0, 2])
 @pytest.mark.parametrize("layer", ["conv.weight", "wide.weight", "tall.weight"])
-def test_unbiased(layer: str, deflate: int) -> None:
+def test_the_estimate_is_unbiased(layer: str, deflate: int) -> None:
     """250 estimates, converged eigenvectors or not: their mean is the definition's within 4 standard errors, and their
     own standard errors are right."""
     objective = convolutional()
@@ -174,12 +156,12 @@ def test_unbiased(layer: str, deflate: int) -> None:
     assert np.sqrt(np.mean([e.stderr**2 for e in found])) == pytest.approx(estimates.std(), rel=0.2)
 
 
-def test_linear_regression() -> None:
+def test_linear_regression_has_the_closed_form() -> None:
     """Mean square over d outputs: H_{s,t} = (2 / d) E xx' for s = t, else 0, so kappa = (2 / d) ||W||_F^2 E ||x||^2,
     ridge regression's penalty (Petzka et al. 2021)."""
-    x = draw(40, 6, seed=8)
-    model = filled(nn.Linear(6, 4))
-    objective = make_objective(model, lambda o, y: (o - y).square().mean(), (x, draw(40, 4, seed=9)))
+    x = normal(40, 6, seed=8)
+    model = filled(nn.Linear(6, 4)).double()
+    objective = make_objective(model, lambda o, y: (o - y).square().mean(), (x, normal(40, 4, seed=9)))
     exact = 2 / 4 * float(objective.parameters["weight"].detach().square().sum() * x.square().sum(1).mean())
     found = relative_flatness(hessian(objective), objective, "weight", deflate=1000, probes=2)
     assert found.estimate == pytest.approx(exact, rel=1e-10)
@@ -190,7 +172,7 @@ def exact(model: nn.Module, layer: str) -> float:
     return relative_flatness(hessian(objective), objective, layer, deflate=1000, probes=2).estimate
 
 
-def test_rescaled_layers_of_a_relu_network() -> None:
+def test_rescaled_layers_of_a_relu_network_are_as_flat() -> None:
     """a -> ca, b -> b / c changes the trace of either block, not kappa; nor does rescaling each neuron apart change
     that of the layer before it."""
     model = relu_network()
@@ -210,7 +192,7 @@ def test_rescaled_layers_of_a_relu_network() -> None:
     assert exact(model, names[0]) == pytest.approx(before[0], rel=1e-9)
 
 
-def test_products_and_seeds() -> None:
+def test_products_are_counted_and_seeds_repeat() -> None:
     objective = convolutional()
     op = hessian(objective)
 
@@ -225,7 +207,7 @@ def test_products_and_seeds() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
-def test_scale_equivariance(scale: float) -> None:
+def test_scaling_the_loss_scales_relative_flatness(scale: float) -> None:
     objective = convolutional()
     op = Dense(dense(hessian(objective)))
     one, other = (relative_flatness(o, objective, "conv.weight", deflate=3) for o in (op, scaled(op, scale)))
@@ -233,18 +215,18 @@ def test_scale_equivariance(scale: float) -> None:
     assert other.ci95 == pytest.approx((scale * one.ci95[0], scale * one.ci95[1]), rel=1e-9)
 
 
-def test_a_network_that_never_spikes() -> None:
-    dead = spiking("triangle:1", 1e6)
+def test_a_network_that_never_spikes_is_flat() -> None:
+    dead = spiking(surrogate="triangle:1", threshold=1e6)
     found = relative_flatness(hessian(dead), dead, matrices(dead)[0])
     assert (found.estimate, found.stderr, found.ci95) == (0, 0, (0, 0))
     assert fisher_rao(fisher(dead), dead.weights()) == 0
 
 
-def test_bad_input() -> None:
+def test_bad_input_is_refused() -> None:
     objective = convolutional()
     op = hessian(objective)
     for layer in ("conv.bias", "fc9"):
-        with pytest.raises(ValueError, match=f"'{layer}' is no weight matrix: choose from conv.weight, wide.weight, t"):
+        with pytest.raises(ValueError, match=f"'{layer}' is not a weight matrix: choose from conv.weight, wide.weight"):
             relative_flatness(op, objective, layer)
     with pytest.raises(ValueError, match="the operator has size 3, the objective 74 parameters"):
         relative_flatness(Dense(torch.eye(3).double()), objective, "conv.weight")
@@ -262,7 +244,7 @@ def test_bad_input() -> None:
 
 
 @pytest.mark.parametrize("operator", [hessian, ggn])
-def test_coverage_on_a_real_network(operator: Callable[[Objective], Any]) -> None:
+def test_intervals_cover_the_exact_value_on_a_real_network(operator: Callable[[Objective], Any]) -> None:
     """Default probes and deflation: in 92 to 98% of 500 replicates the interval holds the definition's value."""
     checkpoint = load_checkpoint(Path(__file__).parents[4] / "checkpoints" / "digits-csnn-ikun.pt")
     data = checkpoint.data.load()

@@ -1,29 +1,31 @@
-"""Worst cases over balls against exact maxima: quadratics, corners, symmetries; what the surrogate must not touch."""
+"""Tests of worst-case sharpness against exact maxima over balls, and of its independence of the surrogate."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import objectives
 import pytest
 import torch
+from draws import normal
+from objectives import filled_objective
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from hessian_tools.analysis.flatness.worst_case import BALLS, at, m_sharpness, sam_sharpness, worst_case
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.seeding import stream
-from ikun.losses import LOSSES
-from ikun.networks import Network, Spec
 
 BALLS_IN_NORM = ("l2", "adaptive", "filter")
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-class Itself(nn.Module):
+class Remembering(nn.Module):
     """Outputs its weights for every sample, and remembers all weights it ever had, copies included."""
 
     visited: list[Tensor]
@@ -43,12 +45,10 @@ class Visited(list[Tensor]):
         return self
 
 
-def objective_on(w: Tensor, loss: Loss, y: Tensor | None = None) -> Objective:
-    y = torch.ones(1, dtype=w.dtype) if y is None else y
-    return make_objective(Itself(w), loss, (torch.zeros(len(y), 1, dtype=w.dtype), y))
+objective_on = functools.partial(objectives.objective_on, model=Remembering)
 
 
-def quadratic(a: Tensor, g: Tensor, w: Tensor, scale: float = 1.0) -> Objective:
+def expansion(a: Tensor, g: Tensor, w: Tensor, scale: float = 1.0) -> Objective:
     """L(w + d) = scale (2 + g'd + d'Ad / 2)."""
 
     def loss(o: Tensor, y: Tensor) -> Tensor:
@@ -59,13 +59,9 @@ def quadratic(a: Tensor, g: Tensor, w: Tensor, scale: float = 1.0) -> Objective:
 
 
 def matrix(eigenvalues: Tensor, seed: int = 0) -> Tensor:
-    q, _ = torch.linalg.qr(draw(len(eigenvalues), len(eigenvalues), seed=seed))
+    q, _ = torch.linalg.qr(normal(len(eigenvalues), len(eigenvalues), seed=seed))
     a: Tensor = q * eigenvalues @ q.T
     return a
-
-
-def draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def exact_maximum(a: Tensor, g: Tensor, radius: float) -> float:
@@ -86,8 +82,8 @@ def exact_maximum(a: Tensor, g: Tensor, radius: float) -> float:
 
 def test_at_a_stationary_point_the_worst_is_lambda_max() -> None:
     """No gradient at w: r^2 lambda_max / 2, r = rho ||w||."""
-    a, w = matrix(torch.linspace(0.1, 3.0, 25, dtype=torch.float64)), draw(25, seed=1)
-    found = worst_case(quadratic(a, 0 * w, w), 0.2, kind="l2", steps=150)
+    a, w = matrix(torch.linspace(0.1, 3.0, 25, dtype=torch.float64)), normal(25, seed=1)
+    found = worst_case(expansion(a, 0 * w, w), 0.2, kind="l2", steps=150)
     exact = 3.0 * (0.2 * float(w.norm())) ** 2 / 2
     assert found.radius == pytest.approx(0.2 * float(w.norm()), rel=1e-12)
     assert found.loss == 2
@@ -98,25 +94,25 @@ def test_at_a_stationary_point_the_worst_is_lambda_max() -> None:
 
 @pytest.mark.parametrize("kind", ["semidefinite", "indefinite", "mostly negative", "inner maximum"])
 @pytest.mark.parametrize("pull", [0.03, 1.0])
-def test_the_trust_region_solution(kind: str, pull: float) -> None:
+def test_the_ascent_finds_the_trust_region_solution(kind: str, pull: float) -> None:
     values = {
         "semidefinite": torch.linspace(0, 3, 12),
         "indefinite": torch.linspace(-3, 3, 12),
         "mostly negative": torch.linspace(-12, 2, 12),
         "inner maximum": torch.linspace(-8, -1, 12),
     }[kind].double()
-    w, rho = draw(12, seed=2), 0.4
-    a, g = matrix(values), pull * draw(12, seed=3)
+    w, rho = normal(12, seed=2), 0.4
+    a, g = matrix(values), pull * normal(12, seed=3)
     exact = exact_maximum(a, g, rho * float(w.norm()))
-    found = worst_case(quadratic(a, g, w), rho, kind="l2", steps=100)
+    found = worst_case(expansion(a, g, w), rho, kind="l2", steps=100)
     assert found.ascent == pytest.approx(exact, rel=1e-3)
     assert 0 < found.search <= exact * (1 + 1e-12)
 
 
 def test_balls_of_other_units_are_the_l2_ball_of_rescaled_weights() -> None:
     """max over ||d / s|| <= rho sqrt(P) of g'd + d'Ad / 2 is that of S g and S A S over ||u|| <= rho sqrt(P)."""
-    w = draw(4, 5, seed=4)
-    a, g = matrix(torch.linspace(0, 2, 20, dtype=torch.float64)), 0.1 * draw(20, seed=5)
+    w = normal(4, 5, seed=4)
+    a, g = matrix(torch.linspace(0, 2, 20, dtype=torch.float64)), 0.1 * normal(20, seed=5)
 
     def loss(o: Tensor, y: Tensor) -> Tensor:
         d = (o - w).flatten(1)
@@ -130,9 +126,9 @@ def test_balls_of_other_units_are_the_l2_ball_of_rescaled_weights() -> None:
         assert found.radius == pytest.approx(0.1 * 20**0.5)
 
 
-def test_keskar_in_a_corner() -> None:
+def test_the_worst_case_in_a_box_lies_in_a_corner() -> None:
     """L = sum a_i w_i^2 / 2, a >= 0: the worst d_i is eps (|w_i| + 1) away from 0."""
-    w, a = draw(30, seed=6), draw(30, seed=7).square()
+    w, a = normal(30, seed=6), normal(30, seed=7).square()
     w[:5] = 0
     a[20:] = 0
     found = worst_case(objective_on(w, lambda o, y: (a * o.square()).sum(1).mean() / 2), 1e-3, kind="keskar", steps=3)
@@ -145,7 +141,7 @@ def test_keskar_in_a_corner() -> None:
     assert found.radius == 1e-3
 
 
-def test_a_product_of_two_weights() -> None:
+def test_the_worst_case_of_a_product_of_two_weights_is_the_closed_form() -> None:
     """L = (ab - 1)^2 / 2 does not change under a -> ca, b -> b / c: nor does the adaptive ball's worst case."""
 
     def found(kind: str, c: float) -> list[float]:
@@ -161,10 +157,10 @@ def test_a_product_of_two_weights() -> None:
 
 def relu_network(c: float) -> Objective:
     model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6, eps=1e-30), nn.ReLU(), nn.Linear(6, 3)).double()
-    x = draw(40, 5, seed=8)
+    x = normal(40, 5, seed=8)
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
-            p.copy_(draw(*p.shape, seed=9 + i))
+            p.copy_(normal(*p.shape, seed=9 + i))
         norm = model[1]
         assert isinstance(norm, nn.BatchNorm1d)
         assert norm.running_mean is not None
@@ -179,7 +175,7 @@ def relu_network(c: float) -> Objective:
 
 
 @pytest.mark.parametrize("kind", BALLS)
-def test_filters_before_a_batch_norm(kind: str) -> None:
+def test_rescaled_filters_before_a_batch_norm_have_the_same_worst_case(kind: str) -> None:
     """Rescaled, they leave the function as it was: adaptive and filter balls do not notice, the others do."""
     one, other = (worst_case(relu_network(c), 0.05, kind=kind, steps=10, searches=30) for c in (1.0, 3.0))
     same = [one.ascent, one.search] == pytest.approx([other.ascent, other.search], rel=1e-7)
@@ -190,12 +186,12 @@ def test_filters_before_a_batch_norm(kind: str) -> None:
 @pytest.mark.parametrize("kind", BALLS)
 @pytest.mark.parametrize("steps", [1, 7])
 def test_every_point_lies_in_the_ball(kind: str, steps: int) -> None:
-    w = draw(30, seed=20)
+    w = normal(30, seed=20)
     w[:4] = 0
     a = matrix(torch.linspace(-1, 2, 30, dtype=torch.float64))
-    objective = quadratic(a, draw(30, seed=21), w)
+    objective = expansion(a, normal(30, seed=21), w)
     found = worst_case(objective, 0.1, kind=kind, steps=steps, searches=50)
-    assert isinstance(objective.model, Itself)
+    assert isinstance(objective.model, Remembering)
     points = torch.stack(objective.model.visited)
     assert len(points) == found.gradients + found.forwards == steps + 53
     scale = {"l2": torch.ones(30), "keskar": w.abs() + 1}.get(kind, w.abs()).double()
@@ -204,16 +200,16 @@ def test_every_point_lies_in_the_ball(kind: str, steps: int) -> None:
     u = d[:, scale != 0] / scale[scale != 0]
     sizes = u.abs().amax(1) if kind == "keskar" else u.norm(dim=1)
     assert sizes.max() == pytest.approx(found.radius, rel=1e-12)
-    losses = 2 + d @ draw(30, seed=21) + (d @ a * d).sum(1) / 2
+    losses = 2 + d @ normal(30, seed=21) + (d @ a * d).sum(1) / 2
     assert max(found.ascent, found.search) == pytest.approx(float(losses.max()) - 2, rel=1e-10)
     assert torch.equal(objective.weights(), w)
 
 
 @pytest.mark.parametrize("searches", [1, 2, 3, 20, 21, 22, 23, 45])
 def test_the_search_takes_what_passes_it_was_given(searches: int) -> None:
-    objective = quadratic(matrix(torch.ones(6).double()), draw(6, seed=1), draw(6, seed=2))
+    objective = expansion(matrix(torch.ones(6).double()), normal(6, seed=1), normal(6, seed=2))
     found = worst_case(objective, 0.1, kind="l2", steps=1, searches=searches)
-    assert isinstance(objective.model, Itself)
+    assert isinstance(objective.model, Remembering)
     assert len(objective.model.visited) == searches + 4
     again = worst_case(objective, 0.1, kind="l2", steps=1, searches=searches)
     assert found == again
@@ -222,9 +218,9 @@ def test_the_search_takes_what_passes_it_was_given(searches: int) -> None:
 
 def test_the_search_is_better_than_its_directions() -> None:
     a = matrix(torch.cat([torch.full((199,), 0.01), torch.ones(1)]).double())
-    objective = quadratic(a, 0 * a[0], draw(200, seed=30))
+    objective = expansion(a, 0 * a[0], normal(200, seed=30))
     radius = 0.1 * float(objective.weights().norm())
-    random = draw(210, 200, seed=31)
+    random = normal(210, 200, seed=31)
     random = radius * random / random.norm(dim=1, keepdim=True)
     found = worst_case(objective, 0.1, kind="l2", steps=1, searches=210)
     assert found.search > 3 * float((random @ a * random).sum(1).max()) / 2
@@ -232,18 +228,18 @@ def test_the_search_is_better_than_its_directions() -> None:
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 @pytest.mark.parametrize("kind", BALLS_IN_NORM)
-def test_scale_equivariance(kind: str, scale: float) -> None:
-    a, g, w = matrix(torch.linspace(-1, 2, 10, dtype=torch.float64)), draw(10, seed=1), draw(10, seed=2)
-    one, other = (worst_case(quadratic(a, g, w, c), 0.1, kind=kind, searches=30) for c in (1.0, scale))
+def test_scaling_the_loss_scales_the_worst_case(kind: str, scale: float) -> None:
+    a, g, w = matrix(torch.linspace(-1, 2, 10, dtype=torch.float64)), normal(10, seed=1), normal(10, seed=2)
+    one, other = (worst_case(expansion(a, g, w, c), 0.1, kind=kind, searches=30) for c in (1.0, scale))
     assert [other.ascent, other.search] == pytest.approx([scale * one.ascent, scale * one.search], rel=1e-9)
 
 
 # --- one step
 
 
-def test_sam_on_a_quadratic() -> None:
-    a, g, w = matrix(torch.linspace(-1, 2, 10, dtype=torch.float64)), draw(10, seed=1), draw(10, seed=2)
-    objective = quadratic(a, g, w)
+def test_sam_sharpness_of_a_quadratic_is_the_closed_form() -> None:
+    a, g, w = matrix(torch.linspace(-1, 2, 10, dtype=torch.float64)), normal(10, seed=1), normal(10, seed=2)
+    objective = expansion(a, g, w)
     found = sam_sharpness(objective, 0.3)
     assert found.value == pytest.approx(0.3 * float(g.norm()) + 0.3**2 / 2 * float(g @ a @ g / (g @ g)), rel=1e-12)
     assert (found.samples, found.batches, found.without_gradient) == (1, 1, 0)
@@ -258,8 +254,8 @@ def distances(w: Tensor, y: Tensor) -> Objective:
     return objective_on(w, lambda o, y: (o - y).square().sum(1).mean() / 2, y)
 
 
-def test_m_sharpness_of_single_samples() -> None:
-    w, y = draw(4, seed=1), draw(9, 4, seed=2)
+def test_m_sharpness_of_single_samples_is_the_mean_over_samples() -> None:
+    w, y = normal(4, seed=1), normal(9, 4, seed=2)
     y[3] = w  # no gradient
     lengths = (w - y).norm(dim=1)
     rises = (0.2 * lengths + 0.2**2 / 2) * (lengths > 0)
@@ -270,9 +266,9 @@ def test_m_sharpness_of_single_samples() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 11])
-def test_m_sharpness_of_batches(batch_size: int) -> None:
+def test_m_sharpness_of_batches_is_the_mean_over_batches(batch_size: int) -> None:
     """The mean over disjoint batches of 4, 4 and 3, whatever the objective's own batches are."""
-    w, y = draw(4, seed=1), draw(11, 4, seed=2)
+    w, y = normal(4, seed=1), normal(11, 4, seed=2)
     parts = torch.randperm(11, generator=stream(5)).split(4)
     rises = [0.2 * float((w - y[part].mean(0)).norm()) + 0.2**2 / 2 for part in parts]
     found = m_sharpness(distances(w, y).rebatched(batch_size), 0.2, 4, seed=5)
@@ -286,27 +282,29 @@ def test_m_sharpness_of_batches(batch_size: int) -> None:
 # --- spiking networks
 
 
-def spiking(surrogate: str, threshold: float = 1.0) -> Objective:
-    net = Network(
-        Spec(model="mlp", input_shape=(1, 4, 4), hidden=(12,), norm="none", surrogate=surrogate, threshold=threshold)
-    )
-    with torch.no_grad():
-        for i, p in enumerate(net.parameters()):
-            p.copy_(1.5 * draw(*p.shape, seed=40 + i) / p[0].numel() ** 0.5)
-    x = draw(32, 1, 4, 4, seed=50).abs().float()
-    return make_objective(net, LOSSES["ce"], (x, torch.arange(32) % 10), dtype=torch.float32, batch_size=10)
+spiking = functools.partial(
+    filled_objective,
+    40,
+    1.5,
+    samples=32,
+    inputs_seed=50,
+    batch_size=10,
+    dtype=torch.float32,
+    input_shape=(1, 4, 4),
+    hidden=(12,),
+)
 
 
-def test_the_search_does_not_know_the_surrogate() -> None:
-    one, other = (worst_case(spiking(s), 0.05, steps=8, searches=42) for s in ("atan:1", "atan:8"))
+def test_the_search_does_not_depend_on_the_surrogate() -> None:
+    one, other = (worst_case(spiking(surrogate=s), 0.05, steps=8, searches=42) for s in ("atan:1", "atan:8"))
     assert (one.loss, one.search) == (other.loss, other.search)
     assert one.ascent != other.ascent
     assert one.ascent > one.search > 0
 
 
-def test_a_network_that_never_spikes() -> None:
+def test_a_network_that_never_spikes_has_no_worst_case() -> None:
     """No gradient and no change of the loss anywhere in the ball: 0, and it says that nothing was found."""
-    dead = spiking("triangle:1", threshold=1e6)
+    dead = spiking(surrogate="triangle:1", threshold=1e6)
     for kind in BALLS:
         found = worst_case(dead, 0.05, kind=kind, steps=3, searches=10)
         assert (found.value, found.by, found.ascent, found.search) == (0, "neither", 0, 0)
@@ -315,7 +313,7 @@ def test_a_network_that_never_spikes() -> None:
     assert m_sharpness(dead, 0.05, 8).without_gradient == 4
 
 
-def test_where_the_surrogate_misleads_the_search_counts() -> None:
+def test_the_search_counts_if_the_surrogate_misleads_the_ascent() -> None:
     """A step whose surrogate gradient points down: ascent finds nothing, search does."""
 
     class Misled(nn.Module):
@@ -337,10 +335,10 @@ def test_where_the_surrogate_misleads_the_search_counts() -> None:
 
 
 def test_at_is_a_copy() -> None:
-    w = draw(5, seed=1)
-    a, g = matrix(torch.linspace(1, 2, 5, dtype=torch.float64)), draw(5, seed=2)
-    objective = quadratic(a, g, w)
-    d = draw(5, seed=3)
+    w = normal(5, seed=1)
+    a, g = matrix(torch.linspace(1, 2, 5, dtype=torch.float64)), normal(5, seed=2)
+    objective = expansion(a, g, w)
+    d = normal(5, seed=3)
     value, gradient = at(objective, w + d).value_and_gradient()
     torch.testing.assert_close(gradient, g + a @ d)
     assert value == pytest.approx(2 + float(g @ d + d @ a @ d / 2), rel=1e-12)
@@ -348,7 +346,7 @@ def test_at_is_a_copy() -> None:
     torch.testing.assert_close(objective.value_and_gradient()[1], g)
 
 
-def test_a_network_with_state() -> None:
+def test_state_left_by_a_gradient_is_ignored() -> None:
     """State that a gradient has left in the model neither counts nor hinders copying."""
 
     class Counting(nn.Module):
@@ -377,8 +375,8 @@ def test_a_network_with_state() -> None:
 
 
 @pytest.mark.parametrize("rho", [0.0, -1.0, math.nan, math.inf])
-def test_bad_radius(rho: float) -> None:
-    objective = distances(draw(4, seed=1), draw(3, 4, seed=2))
+def test_a_bad_radius_is_refused(rho: float) -> None:
+    objective = distances(normal(4, seed=1), normal(3, 4, seed=2))
     measures: list[Callable[[], Any]] = [
         lambda: worst_case(objective, rho),
         lambda: sam_sharpness(objective, rho),
@@ -389,9 +387,9 @@ def test_bad_radius(rho: float) -> None:
             measure()
 
 
-def test_bad_input() -> None:
-    w = draw(4, seed=1)
-    objective = distances(w, draw(3, 4, seed=2))
+def test_bad_input_is_refused() -> None:
+    w = normal(4, seed=1)
+    objective = distances(w, normal(3, 4, seed=2))
     with pytest.raises(ValueError, match="unknown ball 'l1': choose from l2, adaptive, filter, keskar"):
         worst_case(objective, 0.1, kind="l1")
     with pytest.raises(ValueError, match="at least 1, not 0 and 210"):
@@ -403,8 +401,8 @@ def test_bad_input() -> None:
             m_sharpness(objective, 0.1, m)
     for kind in BALLS_IN_NORM:
         with pytest.raises(ValueError, match=f"all weights are zero: the ball '{kind}'"):
-            worst_case(distances(0 * w, draw(3, 4, seed=2)), 0.1, kind=kind)
-    assert worst_case(distances(0 * w, draw(3, 4, seed=2)), 0.1, kind="keskar").value > 0
+            worst_case(distances(0 * w, normal(3, 4, seed=2)), 0.1, kind=kind)
+    assert worst_case(distances(0 * w, normal(3, 4, seed=2)), 0.1, kind="keskar").value > 0
     with pytest.raises(ValueError, match=r"1 \+ L: it needs a loss above -1, not -5"):
         worst_case(objective_on(w, lambda o, y: 0 * o.sum() - 5), 0.1, kind="keskar")
     broken = dataclasses.replace(objective, parameters={"w": torch.full((4,), math.nan, dtype=torch.float64)})
@@ -415,5 +413,5 @@ def test_bad_input() -> None:
             measure(objective_on(w, lambda o, y: (o * math.nan).sum()), 0.1)
         with pytest.raises(ValueError, match="its surrogate gradient is not finite"):
             measure(objective_on(w, lambda o, y: (0 * o).sqrt().sum()), 0.1)
-    with pytest.raises(ValueError, match="take a smaller rho"):
+    with pytest.raises(ValueError, match="use a smaller rho"):
         worst_case(objective_on(w, lambda o, y: (w.square().sum() * 1.1 - o.square().sum()).sqrt()), 0.9, kind="l2")

@@ -1,5 +1,4 @@
-"""Tests of the modules figures, panels, axes and chart of the experiments: what is drawn is what the table
-holds, and every figure can be read."""
+"""Tests of the figures of a study: the marks are those of the table, and every figure is legible."""
 
 from __future__ import annotations
 
@@ -8,15 +7,13 @@ import csv
 import dataclasses
 import itertools
 import math
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
-from figure_tools import collisions, said
+from figure_tools import caption_of, collisions, said
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from run_tools import make_run, make_study
@@ -38,14 +35,9 @@ from ikun_hessian.experiments.figures.figures import COLUMN_WIDTHS, FIGURE_NAMES
 from ikun_hessian.experiments.figures.panels import KNOWN, MARKERS, level_looks
 from ikun_hessian.experiments.runs import TrainingRun
 
+pytestmark = pytest.mark.usefixtures("warnings_are_errors")
+
 DRAWN = FIGURE_NAMES[:-1]
-
-
-@pytest.fixture(autouse=True)
-def _no_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +55,6 @@ def chart(*marks: Mark, x: str = "epoch", y: str = "log", **changes: Any) -> Cha
     return Chart((Panel("loss", "", Axis("x", x), Axis("y", y), marks, runs, **changes),), "init", "A caption.", runs)
 
 
-def caption(figure: Figure) -> str:
-    return said(figure).replace("\n", " ")
-
-
 def points(figure: Figure, label: str, panel: int = 0) -> np.ndarray:
     found = [line.get_xydata() for line in figure.axes[panel].lines if line.get_label() == label]
     return np.concatenate([np.asarray(xy, float) for xy in found])
@@ -82,7 +70,7 @@ def test_every_text_can_be_read(three: list[TrainingRun], name: str, width: int)
         assert figure.get_figheight() < 10.5
         assert min(t.get_fontsize() for ax in figure.axes for t in ax.get_xticklabels()) >= 7
         count = "18 runs: 3 levels of init, 6 seeds; 1 diverged or failed (xavier-adam-s3)"
-        assert (count if runs is three else "60 runs: 2 levels of init, 3 seeds.") in caption(figure)
+        assert (count if runs is three else "60 runs: 2 levels of init, 3 seeds.") in caption_of(figure)
 
 
 @pytest.mark.parametrize(("name", "width"), [("epochs", 1), ("ranks", 2), ("one-image", 2)])
@@ -166,7 +154,7 @@ def test_what_is_zero_or_too_small_lies_on_a_floor_that_the_caption_names() -> N
     assert shown[:2] == pytest.approx([1.0, 1e-3])
     assert shown[2:] == pytest.approx([1e-13, 1e-13])
     assert figure.axes[0].get_ylim()[0] < 1e-13
-    assert "On the floor (dotted) what is smaller still: y 1e-13." in said(figure).replace("\n", " ")
+    assert "Smaller values are drawn on the dotted floor: y 1e-13." in said(figure).replace("\n", " ")
     found = y_range("log", [Mark("a", "run", 0, v) for v in (2.0, 3.0)])
     assert found is not None
     assert math.isnan(found.floor)
@@ -181,7 +169,7 @@ def test_negative_values_of_a_signed_axis_stay_negative() -> None:
     low, high = figure.axes[0].get_ylim()
     assert low < -2 < 5 < high
     assert figure.axes[0].get_yscale() == "symlog"
-    assert "Axes linear within these bounds and logarithmic beyond: y ±0.005." in caption(figure)
+    assert "Axes that are linear within these bounds and logarithmic outside: y ±0.005." in caption_of(figure)
 
 
 def test_ranks_from_the_small_end_stand_behind_the_others(three: list[TrainingRun]) -> None:
@@ -267,12 +255,12 @@ def test_draw_all_writes_three_files_a_figure_and_says_what_it_leaves_out(tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"only": ("rank",)}, "no figure 'rank': choose of start, gain"),
+        ({"only": ("rank",)}, "unknown figure 'rank': choose from start, gain"),
         ({"width": 3}, "^--width 3: choose 1 or 2 columns$"),
         ({"accuracy": 90.0}, "^--accuracy 90: give a share of the test images, above 0 and at most 1$"),
         ({"accuracy": 0.0}, "--accuracy 0:"),
         ({"accuracy": math.nan}, "--accuracy nan:"),
-        ({"by": "colour"}, "no run knows this condition"),
+        ({"by": "colour"}, "no run has this condition"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(
@@ -280,7 +268,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         draw_all([make_run()], tmp_path / "new", **arguments)
-    with pytest.raises(ValueError, match="no run to draw"):
+    with pytest.raises(ValueError, match="there are no runs to draw"):
         draw_all([], tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -369,12 +357,12 @@ def test_the_caption_says_on_what_was_trained_and_on_what_the_curvature_was_meas
     runs = [measured(run, 256) for run in full_study(("ikun", "kaiming"), 2, moments=("", "epoch0004"), tags=())]
     for name in ("start", "epochs", "ranks", "gap", "robustness", "training", "layers"):
         for figure in chart_figures(charts("init", 0.9)[name](runs)):
-            spectral = name not in ("start", "epochs") and " layers. By epoch" not in caption(figure)
-            assert "digits, 1437 training images, mse;" in caption(figure)
-            assert ("curvature on 256 samples." in caption(figure)) == spectral, name
-            assert "all samples" not in caption(figure)
+            spectral = name not in ("start", "epochs") and " layers. By epoch" not in caption_of(figure)
+            assert "digits, 1437 training images, mse;" in caption_of(figure)
+            assert ("curvature on 256 samples." in caption_of(figure)) == spectral, name
+            assert "all samples" not in caption_of(figure)
     made = charts("init", 0.9)["robustness"]([dataclasses.replace(run, spectra={}) for run in runs])
-    assert "curvature on 256 samples" in caption(chart_figures(made)[0])  # of flatness
+    assert "curvature on 256 samples" in caption_of(chart_figures(made)[0])  # of flatness
     common = {"surrogate": "atan:2", "trained_surrogate": "superspike:10"}
     under = [
         dataclasses.replace(
@@ -384,9 +372,9 @@ def test_the_caption_says_on_what_was_trained_and_on_what_the_curvature_was_meas
         for run in runs
     ]
     (figure, *_) = chart_figures(charts("init", 0.9)["ranks"](under))
-    assert "curvature on 256 samples under surrogate atan:2." in caption(figure)
+    assert "curvature on 256 samples with surrogate atan:2." in caption_of(figure)
     bare = [dataclasses.replace(run, spectra={}, flatness={}) for run in runs]
-    assert "curvature on" not in caption(chart_figures(charts("init", 0.9)["training"](bare))[0])
+    assert "curvature on" not in caption_of(chart_figures(charts("init", 0.9)["training"](bare))[0])
 
 
 def test_provenance_of_spike_trains_of_parts_and_of_what_differs() -> None:
@@ -410,14 +398,14 @@ def test_a_page_is_about_the_runs_that_it_shows() -> None:
     ]
     for name, setting in (("gap", "adam, at the end"), ("training", "adam, layers")):
         figures = chart_figures(charts("init", 0.9)[name](runs))
-        text, last = caption(figures[0]), caption(figures[-1])
+        text, last = caption_of(figures[0]), caption_of(figures[-1])
         assert f"(1 of {len(figures)}) {setting}. " in text
         for shown, optimizer, rate in ((text, "adam", "0.01"), (last, "sgd", "2")):
             assert f"; {optimizer}, lr {rate}, cosine schedule" in shown
             assert ". 6 runs: 3 levels of init, 2 seeds" in shown
     (both,) = chart_figures(charts("init", 0.9)["ranks"](runs))
-    assert ". 12 runs: 3 levels of init, 2 seeds." in caption(both)
-    assert "adam, lr" not in caption(both)
+    assert ". 12 runs: 3 levels of init, 2 seeds." in caption_of(both)
+    assert "adam, lr" not in caption_of(both)
 
 
 def test_titles_above_four_columns_take_one_line() -> None:
@@ -464,5 +452,5 @@ def test_a_run_that_diverged_is_marked_as_the_legend_says() -> None:
     (cross,) = [line for line in drawn if line.get_marker() == sign.get_marker()]
     marks = [m for m in made.panels[0].marks if m.note == "diverged"]
     assert sorted(np.asarray(cross.get_ydata(), float)) == sorted(m.value for m in marks)
-    assert "×: of a run that diverged and is in no median" in caption(figure)
-    assert "hollow" not in caption(figure)
+    assert "×: diverged runs, not included in medians" in caption_of(figure)
+    assert "hollow" not in caption_of(figure)

@@ -1,20 +1,19 @@
-"""Tests of ikun_hessian.experiments.figures.minima and study_gap: every mark from the results, tau by SciPy."""
+"""Tests of the figures of minima: every mark is read from the results."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from run_tools import INITS, make_run, make_study
-from scipy import stats
-from study_tools import full_study
+from study_tools import full_study, marks, panel
 
 from hessian_tools.results.spectrum import SpectrumResult
-from ikun_hessian.experiments.figures.chart import Mark, NotEnoughError, Panel
+from ikun_hessian.experiments.figures.chart import NotEnoughError
 from ikun_hessian.experiments.figures.gap import gap_chart
 from ikun_hessian.experiments.figures.minima import layers_chart, one_image_chart, ranks_chart, samples_chart
 from ikun_hessian.experiments.runs import TrainingRun
@@ -25,15 +24,6 @@ RANKS = ("Hessian eigenvalue λ", "GGN eigenvalue λ")
 @pytest.fixture(scope="module")
 def runs() -> list[TrainingRun]:
     return full_study()
-
-
-def panel(panels: Sequence[Panel], row: str, column: str = "") -> Panel:
-    (found,) = [p for p in panels if (p.row, p.column) == (row, column)]
-    return found
-
-
-def marks(found: Panel, kind: str, level: str = "kaiming") -> list[Mark]:
-    return [m for m in found.marks if (m.kind, m.level) == (kind, level)]
 
 
 def changed(run: TrainingRun, change: Callable[[SpectrumResult], SpectrumResult]) -> TrainingRun:
@@ -111,7 +101,7 @@ def test_densities_are_means_over_runs_that_integrate_to_the_bulk(runs: list[Tra
     assert [p.row.split()[0] for p in found] == ["Hessian", "Hessian", "GGN", "GGN"]
     assert [p.column for p in found] == 2 * ["loss ≤ 0.02", "at the end"]
     assert {f"{p.x.linthresh:.2g}" for p in found} == {"0.00032"}
-    assert "eigenvalues linear within ±0.00032 and logarithmic" in chart.caption
+    assert "its axis is linear within ±0.00032 and logarithmic" in chart.caption
     for p in found:
         curve = marks(p, "curve")
         x, y = np.array([m.x for m in curve]), np.nan_to_num([m.value for m in curve])
@@ -136,14 +126,16 @@ def test_what_was_not_measured_alike_is_refused(runs: list[TrainingRun], chart: 
         return dataclasses.replace(result, data={**result.data, "samples": 50})
 
     with pytest.raises(
-        NotEnoughError, match=r"not measured alike \(loss ≤ 0.02\): the number of samples differs, 50, 1437"
+        NotEnoughError, match=r"measured differently \(loss ≤ 0.02\): the number of samples differs, 50, 1437"
     ):
         chart([changed(runs[0], fewer), *runs[1:]], "init")
-    with pytest.raises(NotEnoughError, match=r"run `ikun-hessian spectrum`|no three runs|no two levels"):
+    with pytest.raises(
+        NotEnoughError, match=r"run `ikun-hessian spectrum`|fewer than three runs|fewer than two levels"
+    ):
         chart([dataclasses.replace(run, spectra={}, flatness={}) for run in runs], "init")
 
 
-def test_one_image_ranks_and_values(runs: list[TrainingRun]) -> None:
+def test_ranks_and_values_of_one_image_are_drawn(runs: list[TrainingRun]) -> None:
     def sized(run: TrainingRun, whole: float, single: float) -> TrainingRun:
         def resized(result: SpectrumResult) -> SpectrumResult:
             value = single if result.data["samples"] == 1 else whole
@@ -167,12 +159,12 @@ def test_one_image_ranks_and_values(runs: list[TrainingRun]) -> None:
     assert {(m.x, m.value) for m in marks(values, "slope")} == {(0, 2.0), (1, 10.0)}
     assert sorted(m.value for m in marks(values, "path")) == [1, 2, 4, 5, 10, 20]
     assert ranks.x.ticks == ("1437 samples", "one image")
-    with pytest.raises(NotEnoughError, match="no two levels"):
+    with pytest.raises(NotEnoughError, match="fewer than two levels"):
         one_image_chart([r for r in made if r.value("init") == "ikun"], "init")
-    assert len(one_image_chart(runs, "init").panels) == 2  # the image was taken at the end alone
+    assert len(one_image_chart(runs, "init").panels) == 2  # the image was measured only at the end
 
 
-def test_layers_and_samples(runs: list[TrainingRun]) -> None:
+def test_layers_and_curves_over_samples_are_drawn(runs: list[TrainingRun]) -> None:
     found = layers_chart(runs, "init").panels
     assert [p.row for p in found] == ["conv1", "conv2", "fc1", "fc2"]
     values = [r.spectra[""].blocks["fc1"].eigenvalues[2].value for r in runs if r.value("init") == "kaiming"]
@@ -190,66 +182,3 @@ def test_layers_and_samples(runs: list[TrainingRun]) -> None:
     for chart, message in ((layers_chart, "--per-layer"), (samples_chart, "--samples-curve")):
         with pytest.raises(NotEnoughError, match=message):
             chart(make_study(), "init")
-
-
-def test_gap_has_every_run_and_kendalls_tau(runs: list[TrainingRun]) -> None:
-    found = gap_chart(runs, "init").panels
-    assert list(dict.fromkeys(p.page for p in found)) == ["loss ≤ 0.02", "at the end"]
-    assert len(found) == 16
-    columns = ["Hessian λ₁", "GGN λ₁", "GGN λ₁, norm-scaled", "adaptive average sharpness"]
-    assert list(dict.fromkeys(p.column for p in found)) == columns
-    (shown,) = [p for p in found if (p.row, p.column, p.page) == ("loss gap", "GGN λ₁", "at the end")]
-    known = [r for r in runs if not r.diverged]
-    x = [r.spectra[""].spectra["ggn"].eigenvalues[0].value for r in known]
-    y = [r.log[-1]["test_loss"] - r.log[-1]["loss"] for r in known]
-    assert [(m.run, m.x, m.value) for m in shown.marks] == [(r.name, *xy) for r, *xy in zip(known, x, y, strict=True)]
-    first, within = shown.foot.splitlines()
-    assert first.startswith(f"τ {stats.kendalltau(x, y).statistic:.2f} [".replace("-", "−"))
-    pairs = [
-        np.sign((x[i] - x[j]) * (y[i] - y[j]))
-        for i, a in enumerate(known)
-        for j, b in enumerate(known[:i])
-        if a.value("init") == b.value("init")
-    ]
-    assert within.startswith(f"within {np.mean(pairs):.2f} [".replace("-", "−"))
-    (accuracy,) = [p for p in found if (p.row, p.column, p.page) == ("accuracy gap", "GGN λ₁", "loss ≤ 0.02")]
-    for m in accuracy.marks:
-        log = next(r.log for r in runs if r.name == m.run)
-        at = next(line for line in log if line["loss"] <= 0.02)
-        assert m.value == pytest.approx(at["accuracy"] - at["test_accuracy"])
-
-
-def test_gap_from_flatness_alone(runs: list[TrainingRun]) -> None:
-    def alone(run: TrainingRun) -> TrainingRun:
-        if "" not in run.flatness:  # diverged
-            return dataclasses.replace(run, spectra={})
-        found = run.flatness[""]
-        scaled = dataclasses.replace(found.main["ggn lambda_max"], value=7 * found.main["ggn lambda_max"].value)
-        more = dataclasses.replace(found, main={**found.main, "ggn lambda_max scaled": scaled})
-        return dataclasses.replace(run, spectra={}, flatness={**run.flatness, "": more})
-
-    runs = [alone(run) for run in runs]
-    found = gap_chart(runs, "init").panels
-    measured = {
-        "Hessian λ₁": "hessian lambda_max",
-        "GGN λ₁": "ggn lambda_max",
-        "GGN λ₁, norm-scaled": "ggn lambda_max scaled",
-        "adaptive average sharpness": "adaptive average sharpness",
-    }
-    shown = [p for p in found if p.row == "accuracy gap" and "end" in p.page]
-    assert [p.column for p in shown] == list(measured)
-    for panel in shown:
-        metrics = {r.name: r.flatness[""].metrics[measured[panel.column]].value for r in runs if not r.diverged}
-        assert {m.run: m.x for m in panel.marks} == metrics
-
-
-def test_gap_needs_three_runs_with_a_log(runs: list[TrainingRun]) -> None:
-    with pytest.raises(NotEnoughError, match="no three runs"):
-        gap_chart(runs[:2], "init")
-    with pytest.raises(NotEnoughError, match="no three runs"):
-        gap_chart([dataclasses.replace(run, log=()) for run in runs], "init")
-    lost = [dataclasses.replace(run, failures=("NaN: x",)) for run in runs[:2]]
-    assert len(gap_chart([*lost, *runs[2:6]], "init").panels[0].marks) == 4
-    few = gap_chart(runs[:3], "init").panels[0].foot
-    assert "[" not in few  # no interval from three
-    assert math.isfinite(float(few.removeprefix("τ ").replace("−", "-")))

@@ -1,4 +1,4 @@
-"""Tests of ikun_hessian.experiments.figures.panels and study_axes: axes and labels as they are drawn."""
+"""Tests of panels and axes as they are drawn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of ikun_hessian.experiments.figures.training: every mark from the logs, by NumPy, and by ikun's rule."""
+"""Tests of the figures of training: every mark is computed from the logs."""
 
 from __future__ import annotations
 
@@ -11,23 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from run_tools import LAYERS, make_run, make_study
-from study_tools import full_study, gain_study
+from study_tools import full_study, gain_study, marks, panel
 
 from hessian_tools.results.spectrum import SpectrumResult
 from ikun_hessian.experiments.comparison import compare_runs
-from ikun_hessian.experiments.figures.chart import Mark, NotEnoughError, Panel
+from ikun_hessian.experiments.figures.chart import NotEnoughError
 from ikun_hessian.experiments.figures.training import epochs_chart, gain_chart, start_chart, training_chart
 from ikun_hessian.experiments.measures import SPEED
 from ikun_hessian.experiments.runs import TrainingRun
-
-
-def panel(panels: Sequence[Panel], row: str, column: str = "") -> Panel:
-    (found,) = [p for p in panels if (p.row, p.column) == (row, column)]
-    return found
-
-
-def marks(found: Panel, kind: str, level: str) -> list[Mark]:
-    return [m for m in found.marks if (m.kind, m.level) == (kind, level)]
 
 
 def logged(accuracies: Sequence[float], losses: Sequence[float | None], **changes: Any) -> TrainingRun:
@@ -131,7 +122,9 @@ def test_medians_of_epochs_are_those_of_the_comparison() -> None:
 
 def test_what_was_varied_instead_of_the_gain_is_named() -> None:
     old = [dataclasses.replace(make_run("ikun", 0, training={"alpha": a}), name=f"{a}") for a in (0.5, 1.0)]
-    with pytest.raises(NotEnoughError, match=r"vary gain \(alpha is varied here: --only epochs --by alpha\)$"):
+    with pytest.raises(
+        NotEnoughError, match=r"vary gain \(for runs that differ in alpha, use --only epochs --by alpha\)$"
+    ):
         gain_chart(old, "init", 0.9)
     with pytest.raises(NotEnoughError, match=r"vary gain$"):
         gain_chart(old[:1], "init", 0.9)
@@ -152,7 +145,7 @@ def test_arrivals_step_up_and_censored_runs_are_ticked() -> None:
     runs = [
         logged([0.5, 0.95], [1, 0.5]),
         logged([0.5, 0.6, 0.7, 0.9], [1, 0.5, 0.4, 0.3]),
-        logged([0.5, 0.6], [1, 0.5], finished=False),  # under way: censored at 2, behind the event there
+        logged([0.5, 0.6], [1, 0.5], finished=False),  # still running: censored at 2, after the event there
         logged([0.5, 0.6], [1, 0.5]),  # stopped early: never
     ]
     reached = panel(epochs_chart(runs, "init", 0.9).panels, "share at 90%")
@@ -162,7 +155,7 @@ def test_arrivals_step_up_and_censored_runs_are_ticked() -> None:
     assert [(m.x, m.value) for m in ticks] == [(2, pytest.approx(0.25)), (4, pytest.approx(0.625))]
     longer = [dataclasses.replace(r, training={**r.training, "epochs": 6}) for r in runs[:2]]
     (*_, last) = marks(panel(epochs_chart(longer, "init", 0.9).panels, "share at 90%"), "steps", "kaiming")
-    assert (last.x, last.value) == (6, 1.0)  # the line goes on to the end
+    assert (last.x, last.value) == (6, 1.0)  # the line continues to the end
 
 
 def test_curves_keep_what_stopped_and_count_what_diverged_as_worst() -> None:
@@ -184,7 +177,7 @@ def test_curves_keep_what_stopped_and_count_what_diverged_as_worst() -> None:
     for of, worst in ((loss, math.inf), (accuracy, -math.inf)):  # never measured: no median, a cross on the edge
         assert [m.value for m in marks(of, "median", "kaiming")] == [worst] * 4
         assert [(m.x, m.value) for m in marks(of, "diverged", "kaiming")] == [(1, worst)] * 2
-    assert "× on the edge: diverged before any measurement" in chart.caption
+    assert "× on the edge: runs that diverged before any measurement" in chart.caption
     assert "on the edge" not in epochs_chart(runs, "init", 0.9).caption
     way = [*runs[:1], dataclasses.replace(runs[1], finished=False)]
     assert [m.n for m in marks(panel(epochs_chart(way, "init", 0.9).panels, "training loss"), "median", "kaiming")] == [
@@ -226,7 +219,7 @@ def test_training_draws_of_layers_what_the_log_has() -> None:
     assert {p.row for p in found.panels} == {"E[f′(h)²], max/min over t"}
     ratios = {p.column: {m.value for m in p.marks} for p in found.panels}
     assert ratios == {"a": {4.0}, "b": set(), "c": set(), "d": set(), "e": set(), "f": set()}
-    assert "its largest over its smallest value over the time steps t (of layers, on" in found.caption
+    assert "its ratio of the largest to the smallest value over the time steps t (of layers, on" in found.caption
     assert "variance" not in found.caption
     some = with_layers(runs[:2], {"b": {"derivative_square_by_step": [0.0, 0.3]}})
     some += with_layers(runs[2:], {"b": {"derivative_square_by_step": [0.1, 0.3]}})

@@ -1,0 +1,338 @@
+"""The options of the commands, as tables: the one schema of the command line and of presets.
+
+The command line is generated from these tables (cli.options.options), and the tables of a preset are checked against
+them (read_options). This module does not import click, torch or NumPy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from ikun.adapters.choices import LIBRARIES, OUTPUTS, READOUTS
+
+_NUMBERS = {int: "integer", float: "float"}
+
+
+class OptionError(ValueError):
+    """An option that does not exist, or a value that it cannot have. A message about a value begins with its name."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a command.
+
+    Attributes:
+        name: Name on the command line, without dashes, and in presets.
+        kind: Type of the value: str, int, float, Path, or bool for a flag.
+        default: Value if the option is not given.
+        help: Help text.
+        renamed: Name of the parameter that takes the value, if it is not `name` with underscores.
+        multiple: Whether the option may be repeated. The value is then a tuple.
+        choices: The values allowed, or "module:NAMES" for a collection that takes long to import. The command line
+            leaves the check of such a collection to the library. NAMES may be followed by a parameter, as in atan:2.
+        opposite: Name of the flag that sets the value to False.
+        metavar: Placeholder of the value in the help.
+        positive: Whether the value must be larger than 0.
+        path: Which kind of existing path is accepted.
+        preset: Whether a preset may set the option. Studies set the others themselves.
+    """
+
+    name: str
+    kind: type[Any] = str
+    default: Any = None
+    help: str = ""
+    renamed: str = ""
+    multiple: bool = False
+    choices: tuple[str, ...] | str = ()
+    opposite: str = ""
+    metavar: str | None = None
+    positive: bool = False
+    path: Literal["any", "file", "folder"] = "any"
+    preset: bool = True
+
+    @property
+    def parameter(self) -> str:
+        """Name of the parameter that takes the value."""
+        return self.renamed or self.name.replace("-", "_")
+
+    def check(self, value: Any) -> None:
+        """Raise OptionError if a value that must be positive is not."""
+        if self.positive and value is not None and not value > 0:
+            raise OptionError(f"{self.name} must be positive, not {value:g}")
+
+
+def read_options(table: Iterable[Option], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the values of a preset's table, as the command line would read them.
+
+    Args:
+        table: The options of the command. Those that presets cannot set are ignored.
+        values: Values by option name: numbers, strings, booleans, or lists of them. A list for an option that takes
+            one value is joined by commas.
+
+    Returns:
+        The value of every option that a preset can set, by parameter name, with defaults for those that are not given.
+
+    Raises:
+        OptionError: One line that names the option, what is wrong, and the nearest valid name.
+    """
+    known = {option.name: option for option in table if option.preset}
+    found = {option.parameter: option.default for option in known.values()}
+    for name, value in values.items():
+        if name not in known:
+            raise OptionError(f"has no option '{name}'{meant(name, known)}")
+        found[known[name].parameter] = _read(known[name], value)
+    return found
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """End of an error message about an unknown word: the most similar known word, or all known words."""
+    nearest = difflib.get_close_matches(word, sorted(known), 1)
+    return f": did you mean '{nearest[0]}'?" if nearest else f": choose one of {', '.join(sorted(known))}"
+
+
+def _read(option: Option, value: Any) -> Any:
+    if option.kind is bool:
+        if not isinstance(value, bool):
+            raise OptionError(f"{option.name} must be true or false, not {value!r}")
+        return value
+    if option.multiple:
+        return tuple(_read_one(option, one) for one in (value if isinstance(value, list) else [value]))
+    return _read_one(option, ",".join(map(str, value)) if isinstance(value, list) else value)
+
+
+def _read_one(option: Option, value: Any) -> Any:
+    if isinstance(value, dict | list):
+        raise OptionError(f"{option.name} must be a single value, not {value!r}")
+    text = str(value)
+    if option.choices:
+        known, name = option.choices, text
+        if isinstance(known, str):
+            module, _, collection = known.partition(":")
+            known, name = tuple(getattr(import_module(module), collection)), text.partition(":")[0]
+        if name not in known:
+            raise OptionError(f"{option.name}: no '{text}'{meant(text, known)}")
+    try:
+        found = option.kind(text)
+    except ValueError:
+        raise OptionError(f"{option.name}: '{text}' is not a valid {_NUMBERS[option.kind]}") from None
+    option.check(found)
+    return found
+
+
+DATA_DIR = Option(
+    "data-dir", Path, None, "Folder with the files of the data set [default: the download cache].", preset=False
+)
+DEVICE = Option("device", str, "auto", "Device to compute on.", choices=("auto", "cpu", "cuda"), preset=False)
+JSON = Option("json", bool, False, "Print JSON to standard output, and nothing else.", renamed="as_json", preset=False)
+DAMPING = Option(
+    "damping", float, None, "Damping z of effective dimension and log-determinant [default: 1% of lambda_max]."
+)
+
+OPENING = (  # how to open a checkpoint, and on which data
+    Option("samples", str, "all", 'Number of samples, or "all".'),
+    Option("split", str, "train", "Split of the data set.", choices=("train", "test")),
+    Option(
+        "batch-size", int, None, "Samples per forward pass [default: as many as fit into a quarter of --memory].",
+        positive=True,
+    ),
+    Option("params", str, "*", "Pattern of parameter names, for example 'fc*'."),
+    Option("surrogate", str, None, "Analyse with this surrogate instead of the one used in training."),
+    Option("dtype", str, "float32", "Floating-point type of the computation.", choices=("float32", "float64")),
+    Option(
+        "memory", float, None,
+        "Memory in GiB for kept intermediate values and eigenvectors [default: half of the memory].",
+        positive=True, preset=False,
+    ),
+    DATA_DIR,
+    DEVICE,
+)  # fmt: skip
+OPENING_PARAMETERS = tuple(option.parameter for option in OPENING if option.preset)
+
+OWN = (  # a network of the user's own: the fields of jobs.job.Own
+    Option("model", help="Your network: a function that builds it. This runs your code.", metavar="MODULE:FUNCTION"),
+    Option(
+        "data", help="Your samples: a function that returns inputs and targets, a data set, or batches.",
+        metavar="MODULE:FUNCTION",
+    ),
+    Option("loss", help="mse (of one-hot rates), ce, or MODULE:FUNCTION, a mean over samples.", metavar="LOSS"),
+    Option("library", help="Library of your network [default: detected from its layers].", choices=LIBRARIES),
+    Option("timesteps", int, None, "Number of steps to run it for [default: it contains its own loop over time]."),
+    Option("sequences", bool, False, "Samples are sequences [T, ...], with one input per step."),
+    Option("time-first", bool, None, "Order of the axes of its inputs and outputs.", opposite="batch-first"),
+    Option("output", help="Which element of the returned tuple to use.", choices=OUTPUTS),
+    Option("readout", help="How to reduce the output over time.", choices=READOUTS),
+    Option(
+        "replace-surrogate", help="Use this surrogate in place of those that cannot be differentiated twice.",
+        metavar="NAME:P",
+    ),
+    Option(
+        "reset", help="MODULE:FUNCTION that clears the network's state; for a .nir file: hard or soft.",
+        metavar="RESET",
+    ),
+    Option("dt", float, None, "Time step of a .nir file, in the unit of its time constants."),
+)  # fmt: skip
+
+RESULTS = (  # where the results of an analysis go
+    Option("seed", int, 0, "Random seed.", preset=False),
+    Option("out", Path, None, "Folder for results [default: that of the checkpoint].", path="folder", preset=False),
+    Option("tag", help="Part of the names of the results, to keep results of several settings.", preset=False),
+    Option(
+        "force", bool, False, "Overwrite a result of other settings, or discard an interrupted analysis.", preset=False
+    ),
+    Option("resume", bool, False, "Resume an interrupted analysis, and keep finished results.", preset=False),
+    JSON,
+)
+
+TRAIN = (
+    Option(
+        "data", str, "digits", "digits, fashion-mnist, cifar10, image-folder, spike-times. Data set.",
+        renamed="data_name", choices="ikun.data.datasets:DATASETS",
+    ),
+    Option("image-size", int, None, "Side length in pixels to which images of image-folder are resized and cropped."),
+    Option(
+        "model", str, "csnn", "csnn, mlp, resnet, rsnn. csnn is the paper's network; rsnn is recurrent.",
+        choices="ikun.networks:MODELS",
+    ),
+    Option("depth", int, 2, "Number of convolutions (csnn) or of residual blocks (resnet)."),
+    Option(
+        "norm", str, "bn", "none, bn, tdbn. bn: BatchNorm; tdbn: BatchNorm whose scale starts at the threshold.",
+        choices="ikun.networks:NORMS",
+    ),
+    Option("dropout", float, 0.0, "Fraction of hidden neurons dropped during training."),
+    Option(
+        "init", str, "ikun",
+        "ikun, ikun_v1, ikun_v2, xavier, kaiming, lecun, normal, orthogonal, delta_orthogonal, lsuv, fluctuation, "
+        "firing, gradient_stable, tdbn. Initializer of the weights.",
+        choices="ikun.initializers.names:INITIALIZERS",
+    ),
+    Option("alpha", float, 1.0, "Parameter alpha of ikun and tdbn."),
+    Option("gain", float, 1.0, "Factor on the variance of the initial weights."),
+    Option(
+        "law", str, "empirical",
+        "empirical, analytic. Distribution of the membrane potential that ikun and firing assume.",
+        choices="ikun.initializers.names:LAWS",
+    ),
+    Option(
+        "surrogate", str, "atan:2",
+        "atan, sigmoid, tanh, triangle, linear, fast_sigmoid, superspike, softsign, piecewise_exp, erf, gaussian, "
+        "rect. Surrogate derivative, and its parameter P.",
+        choices="ikun.surrogates:FAMILIES", metavar="NAME[:P]",
+    ),
+    Option("neuron", str, "if", "if, lif, plif. Neuron model.", choices="ikun.neurons:NEURONS"),
+    Option("tau", float, 2.0, "Membrane time constant in steps (lif), or its initial value (plif)."),
+    Option("reset", str, "hard", "hard, soft. Reset after a spike.", choices="ikun.neurons:RESETS"),
+    Option("detach-reset", bool, False, "Do not differentiate through the reset."),
+    Option("timesteps", int, None, "Number of time steps T [default: 4, or that of the data for spike trains]."),
+    Option(
+        "coding", str, None,
+        "direct, poisson, spikes. Encoding of the inputs [default: direct, or spikes for spike trains].",
+        choices="ikun.data.encoding:CODINGS",
+    ),
+    Option("channels", int, 16, "Number of channels C (csnn, resnet)."),
+    Option("hidden", str, "128,128", "Sizes of the hidden layers (mlp, rsnn)."),
+    Option("loss", str, "mse", "mse, ce. mse is computed from firing rates.", choices="ikun.losses:LOSSES"),
+    Option("optimizer", str, "adam", "adam, sgd. Optimizer.", choices="ikun.training.spec:OPTIMIZERS"),
+    Option("momentum", float, 0.9, "Momentum of sgd."),
+    Option("lr", float, 1e-3, "Learning rate."),
+    Option(
+        "schedule", str, "cosine", "cosine, step, none. Schedule of the learning rate.",
+        choices="ikun.training.spec:SCHEDULES",
+    ),
+    Option("weight-decay", float, 0.0, "Weight decay."),
+    Option("epochs", int, 20, "Number of epochs."),
+    Option("batch-size", int, 128, "Samples per batch."),
+    Option("patience", int, 0, "Stop after this many epochs without a lower held-out loss; 0 trains all epochs."),
+    Option("held-out", int, 0, "Training samples held out for --patience [default with --patience: 10%]."),
+    Option("subset", int, None, "Number of training samples [default: all]."),
+    Option("seed", int, 42, "Random seed.", preset=False),
+    Option("snapshots", int, 0, "Number of checkpoints saved during training."),
+    Option(
+        "save-at-loss", float, (),
+        "Also save NAME.lossX.pt after the first epoch with a training loss of at most X. The loss is the one in the "
+        "log: the mean over the batches, with dropout. Repeatable.",
+        multiple=True, metavar="X",
+    ),
+    Option("resume", bool, False, "Resume an interrupted run.", preset=False),
+    Option("force", bool, False, "Overwrite an existing checkpoint or interrupted run.", preset=False),
+    Option("out", Path, Path("ckpt.pt"), "File of the checkpoint.", path="file", preset=False),
+    DATA_DIR,
+    DEVICE,
+)  # fmt: skip
+
+SPECTRUM = (
+    Option("top", int, 10, "Number of largest eigenvalues."),
+    Option("smallest", int, 5, "Number of smallest (most negative) eigenvalues."),
+    Option("scaled", int, 1, "Number of largest eigenvalues with the weights in units of their filters' norms."),
+    Option(
+        "magnitude", int, 0, "Compute the N eigenvalues largest in magnitude (replaces --top and --smallest).",
+        metavar="N",
+    ),
+    Option("method", str, "lanczos", "Eigenvalue algorithm.", choices=("lanczos", "power")),
+    Option("backend", str, "own", "Implementation: this package or PyHessian.", choices=("own", "pyhessian")),
+    Option(
+        "operator", str, (), "hessian, ggn, fisher, relaxed or smoothed. Repeatable [default: hessian and ggn].",
+        renamed="operators", multiple=True,
+    ),
+    Option("density", bool, True, "Whether to estimate the spectral density.", opposite="no-density"),
+    Option("steps", int, None, "Lanczos steps per density probe [default: 60, or chosen by --accuracy]."),
+    Option("probes", int, None, "Number of density probes [default: 4, or chosen by --accuracy]."),
+    Option(
+        "accuracy", float, None,
+        "Wasserstein accuracy of the density, relative to the range of the spectrum. Chooses --steps and --probes.",
+    ),
+    DAMPING,
+    Option(
+        "noise", float, 0.1,
+        "Standard deviation of the weight noise of operator smoothed, relative to each filter's RMS.",
+    ),
+    Option("tol", float, 1e-4, "Residual, relative to the norm, at which an eigenpair has converged."),
+    Option("per-layer", bool, False, "Also analyse the diagonal block of each layer, for the first operator."),
+    Option("save-vectors", bool, False, "Also save the eigenvectors in the .npz file.", renamed="vectors"),
+    Option(
+        "samples-curve", str, None, "Also measure eigenvalues and trace on subsets of these sizes.",
+        renamed="curve", metavar="N,N,...",
+    ),
+    Option("resamples", int, 5, "Number of random subsets of each size of --samples-curve."),
+    Option(
+        "trajectory", bool, False, "Treat the checkpoints as snapshots of one run, and plot them against the epoch.",
+        preset=False,
+    ),
+    *OPENING,
+)  # fmt: skip
+
+FLATNESS = (
+    Option(
+        "operator", str, (), "Also measure the noise-matched operator. The GGN and the Hessian are always measured.",
+        renamed="operators", multiple=True, choices=("smoothed",),
+    ),
+    Option(
+        "noise", float, (),
+        "Standard deviation of the weight noise of --operator smoothed and of --calibrate, relative to each filter's "
+        "RMS. Repeatable [default: 0.1; for --calibrate 0.05, 0.1, 0.2, 0.4].",
+        multiple=True,
+    ),
+    Option("radius", float, 0.1, "Radius of average sharpness, relative to the weight norm."),
+    Option("rho", float, 0.01, "Radius of SAM, m-sharpness and worst-case sharpness, relative to the weight norm."),
+    Option("draws", int, 32, "Number of noise samples, in antithetic pairs."),
+    DAMPING,
+    Option(
+        "calibrate", bool, False, "Also measure which operator predicts the true loss of this network.", preset=False
+    ),
+    *OPENING,
+)  # fmt: skip
+
+ROBUSTNESS = (  # not a command: a table of presets
+    Option(
+        "corruptions", str, ("gaussian_noise", "blur", "contrast", "occlusion"), multiple=True,
+        choices="ikun.data.corruptions:CORRUPTIONS",
+    ),
+    Option("severities", int, (1, 3, 5), multiple=True),
+    Option("noise", float, (0.1, 0.2, 0.4), multiple=True),
+    Option("draws", int, 16),
+    Option("samples", str, "all"),
+)  # fmt: skip

@@ -1,0 +1,80 @@
+"""The tables of options: their help, their defaults, and the parts of the package that they must agree with."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+import pytest
+from command_tools import ROOT
+
+from hessian_tools.analysis.flatness.settings import FlatnessSettings
+from hessian_tools.analysis.settings import SpectrumSettings
+from ikun.networks import Spec
+from ikun.training.spec import TrainingSpec
+from ikun_hessian.cli.main import cli
+from ikun_hessian.jobs.job import Own
+from ikun_hessian.jobs.options import (
+    FLATNESS,
+    OPENING_PARAMETERS,
+    OWN,
+    RESULTS,
+    ROBUSTNESS,
+    SPECTRUM,
+    TRAIN,
+    Option,
+    read_options,
+)
+
+TABLES = {"train": TRAIN, "spectrum": (*SPECTRUM, *OWN, *RESULTS), "flatness": (*FLATNESS, *OWN, *RESULTS)}
+
+
+def test_help_lists_the_choices_that_there_are() -> None:
+    listed = [option for option in TRAIN if isinstance(option.choices, str)]
+    assert len(listed) == 12
+    for option in listed:
+        module, name = str(option.choices).split(":")
+        assert option.help.startswith(f"{', '.join(getattr(import_module(module), name))}.")
+
+
+@pytest.mark.parametrize("command", TABLES)
+def test_the_command_line_has_the_options_of_the_table(command: str) -> None:
+    params = [p for p in cli.commands[command].params if isinstance(p, click.Option)]
+    assert [p.opts[0] for p in params] == [f"--{option.name}" for option in TABLES[command]]
+    assert all(option.help for option in TABLES[command])
+
+
+@pytest.mark.parametrize("table", [TRAIN, SPECTRUM, FLATNESS, ROBUSTNESS])
+def test_names_are_unique(table: tuple[Option, ...]) -> None:
+    assert len({option.name for option in table}) == len({option.parameter for option in table}) == len(table)
+
+
+@pytest.mark.parametrize(
+    ("table", "kinds"),
+    [(TRAIN, (Spec, TrainingSpec)), (SPECTRUM, (SpectrumSettings,)), (FLATNESS, (FlatnessSettings,))],
+)
+def test_defaults_are_those_of_the_libraries(table: tuple[Option, ...], kinds: tuple[Any, ...]) -> None:
+    defaults = {field.name: field.default for kind in kinds for field in dataclasses.fields(kind)}
+    found = read_options(table, {})
+    same = set(found) & set(defaults) - {"operators", "timesteps", "coding", "hidden"}  # chosen later, or parsed
+    assert len(same) >= 4
+    assert {name: found[name] for name in same} == {name: defaults[name] for name in same}
+
+
+def test_own_networks_have_the_options_of_their_table() -> None:
+    assert [option.parameter for option in OWN] == [field.name for field in dataclasses.fields(Own)]
+    assert [option.default for option in OWN] == [field.default for field in dataclasses.fields(Own)]
+
+
+def test_what_a_result_depends_on() -> None:
+    assert OPENING_PARAMETERS == ("samples", "split", "batch_size", "params", "surrogate", "dtype")
+
+
+def test_the_tables_load_without_heavy_modules() -> None:
+    heavy = {"torch", "numpy", "click"}
+    code = f"import sys, ikun_hessian.jobs.options; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
