@@ -242,6 +242,22 @@ def test_names_of_modules_and_functions_exist(page: Path) -> None:
             assert resolve(f"{module}.{member}").__doc__, f"{module}.{member} has no docstring"
 
 
+@pytest.mark.parametrize("package", ["hessian_tools", "ikun"])
+def test_public_names_are_in_the_reference(package: str) -> None:
+    """Every class and function of `__all__` is in a module that a page of docs/api takes the docstrings of."""
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
+    members: dict[str, list[str]] = {}  # by module; none: all of them
+    for module, listed in re.findall(r"^::: (\S+)\n(?:    options:\n      members: \[(.*)\]$)?", pages, re.MULTILINE):
+        members[module] = listed.split(", ") if listed else []
+    public = importlib.import_module(package)
+    for name in public.__all__:
+        value = getattr(public, name)
+        if callable(value):
+            module = value.__module__
+            assert module in members, f"{package}.{name}: no page of docs/api has {module}"
+            assert not members[module] or name in members[module], f"{package}.{name} is not among the members"
+
+
 def resolve(name: str) -> object:
     """The module of this name, or what is in one. Raises AssertionError."""
     words = name.split(".")

@@ -19,7 +19,7 @@ from hessian_tools.runtime import cuda
 from hessian_tools.runtime.cuda import Captured
 from ikun import spiking_layers as spikes
 from ikun.checkpoint import load_checkpoint
-from ikun.kernels import dispatch as fused
+from ikun.kernels import dispatch
 from ikun.layers import MaxPool
 from ikun.losses import LOSSES
 from ikun.networks import Network, Spec
@@ -100,7 +100,7 @@ def test_spikes_are_those_of_plain_torch_to_the_bit(
             with torch.no_grad():
                 found = spikes._value(neuron, 4 if shape[0] == 1 else shape[0], pool, x)
                 with monkeypatch.context() as patch:
-                    patch.setattr(fused, "usable", lambda like: False)
+                    patch.setattr(dispatch, "usable", lambda like: False)
                     expected = spikes._value(neuron, 4 if shape[0] == 1 else shape[0], pool, x)
             assert 0 < found[0].mean() < 1
             for f, e in zip(found, expected, strict=True):

@@ -70,7 +70,7 @@ def flatness_command(
     for path, stem in zip(checkpoints, stems, strict=True):
         click.echo(f"opening {path}", err=True)
         job = open_job(path, own=own, **opening, memory=memory, data_dir=data_dir, device=where)
-        beside = result_stem(path, out, tag, "calibration")
+        calibration_stem = result_stem(path, out, tag, "calibration")
         old = existing_result(
             stem, lambda path: load_result(path, FlatnessResult, FLATNESS_SCHEMA), settings, job, force, resume, locks
         )
@@ -78,7 +78,7 @@ def flatness_command(
         refusal = ""
         if calibrate:
             known = existing_result(
-                beside,
+                calibration_stem,
                 lambda path: load_result(path, CalibrationResult, CALIBRATION),
                 calibrating,
                 job,
@@ -87,7 +87,7 @@ def flatness_command(
                 locks,
             )
             if known is None:
-                known, refusal = analyse_calibration(job, calibrating, beside)
+                known, refusal = analyse_calibration(job, calibrating, calibration_stem)
         result = old or analyse_flatness(job, settings, stem)
         found.append(result)
         if as_json:
@@ -96,13 +96,13 @@ def flatness_command(
             continue
         if len(found) > 1:
             click.echo("-" * 80)
-        click.echo("\n".join(flatness_lines(result, known or own_calibration(beside, job))))
+        click.echo("\n".join(flatness_lines(result, known or own_calibration(calibration_stem, job))))
         click.echo(f"files       {stem}.json{' (unchanged)' if old else ''}")
         if calibrate:
             shown = calibration_lines(known) if known else [f"not calibrated: {refusal}"]
             click.echo("\n".join(["", *shown]))
         if known:
-            click.echo(f"files       {beside}.{{json,png,pdf}}")
+            click.echo(f"files       {calibration_stem}.{{json,png,pdf}}")
     if as_json:
         printed = [clean(dataclasses.asdict(result)) for result in found]
         click.echo(dumps(printed[0] if len(printed) == 1 else printed))

@@ -159,7 +159,7 @@ def _opening_lines(found: Preset, plan: StudyPlan, folder: Path, jobs: int) -> l
     levels = plan.levels(found.by)
     return [
         f"study       {found.title} ({found.source})",
-        *([f"asks        {found.question}"] if found.question else []),
+        *([f"question    {found.question}"] if found.question else []),
         f"runs        {len(plan.units)}, {done} done; {jobs} in parallel; in {folder}/runs",
         f"steps       {', '.join(['training', *map(str, found.analyses)])}",
         *(f"! data set {name} is skipped: {why}" for name, why in plan.skipped.items()),

@@ -109,10 +109,8 @@ class Unit:
         """Return the existing description and results that comparisons use."""
         from ikun_hessian.experiments.runs import FLATNESS, SPECTRUM, TRAIN
 
-        beside = self.runs.glob("*.json") if self.runs.is_dir() else []
-        return [
-            p for p in beside if p.name.startswith(f"{self.name}.") and p.name.endswith((TRAIN, SPECTRUM, FLATNESS))
-        ]
+        files = self.runs.glob("*.json") if self.runs.is_dir() else []
+        return [p for p in files if p.name.startswith(f"{self.name}.") and p.name.endswith((TRAIN, SPECTRUM, FLATNESS))]
 
     @property
     def failure(self) -> Path:

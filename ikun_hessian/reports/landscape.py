@@ -43,9 +43,9 @@ def _table(r: LandscapeResult) -> list[str]:
         step = line.around(line.loss)[0] / r.weight_norm
         lines.append(f"{line.name:<9}{x[-1]:>6.2g}{step:>6.2g}{numbers}  {rises(line):<5} {least}")
     lines += paragraph(
-        "Each line is w + t v with |v| = 1. range: largest |t| / |w|. step: e / |w|. v'Hv, v'Gv: curvature of the "
-        'Hessian and the GGN. true L", relaxed: (L(e) - 2 L(0) + L(-e)) / e^2 of the true loss and of the relaxed '
-        "network's loss. rises: sides on which the true loss is higher at e. lowest: t / |w| at its minimum."
+        'Lines: w + t v, |v| = 1. range: largest |t| / |w|. step: e / |w|. H: Hessian. G: GGN. true L", relaxed: '
+        "(L(e) - 2 L(0) + L(-e)) / e^2 of the true loss and of the relaxed network's loss. rises: sides on which the "
+        "true loss is higher at e. lowest: t / |w| at its minimum."
     )
     if len({line.name.startswith("random") for line in r.lines}) > 1 and r.settings.get("range") is None:
         lines += paragraph(
@@ -90,7 +90,7 @@ def landscape_cautions(r: LandscapeResult) -> Iterator[str]:
         yield f"Not converged: {', '.join(wrong)}. These directions only approximate the eigenvectors."
     if r.network.get("surrogate"):
         yield (
-            'The true loss is piecewise constant: its derivative is 0 almost everywhere, and true L" depends on the '
+            'The true loss is piecewise constant: its derivative is 0 almost everywhere, so true L" depends on the '
             "step. v'Hv and v'Gv are derivatives of the surrogate."
         )
     if math.isfinite(r.relaxed_loss):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ikun import spiking_layers as spikes
-from ikun.kernels import dispatch as fused
+from ikun.kernels import dispatch
 from ikun.kernels import scan as scan_module
 from ikun.kernels.scan import Scan, scatter, torch_slopes
 from ikun.layers import MaxPool
@@ -22,7 +22,7 @@ from ikun.surrogates import FAMILIES, Surrogate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-compiled = pytest.mark.skipif(fused.kernels() is None, reason="numba is missing")
+compiled = pytest.mark.skipif(dispatch.kernels() is None, reason="numba is missing")
 STEPS = 4
 
 
@@ -59,7 +59,7 @@ def test_spikes_are_the_plain_ones_to_the_bit(
             with torch.no_grad():
                 y, z, index, u = spikes._value(neuron, STEPS, pool, x)
                 with monkeypatch.context() as patch:
-                    patch.setattr(fused, "kernels", lambda: None)
+                    patch.setattr(dispatch, "kernels", lambda: None)
                     expected = spikes._value(neuron, STEPS, pool, x)
                 s = neuron(x.expand(STEPS, *x.shape[1:]))
             assert torch.equal(y, s if pool is None else pool(s))
@@ -118,7 +118,7 @@ def test_kept_coefficients_are_the_tables(
     plain: bool, detach_reset: bool, reset: str, pooled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if plain:
-        monkeypatch.setattr(fused, "kernels", lambda: None)
+        monkeypatch.setattr(dispatch, "kernels", lambda: None)
     monkeypatch.setattr(scan_module, "PIECE", 50)  # several pieces, the last one short
     neuron = neuron_of("plif", reset, torch.float64, detach_reset=detach_reset)
     x = torch.randn(STEPS * 2, 3, 4, 5, dtype=torch.float64)
@@ -216,7 +216,7 @@ def test_a_learned_decay_changed_before_backward_is_refused() -> None:
 @pytest.mark.parametrize("why", ["no numba", "relaxed", "half"])
 def test_elsewhere_the_plain_path_is_taken(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if why == "no numba":
-        monkeypatch.setattr(fused, "kernels", lambda: None)
+        monkeypatch.setattr(dispatch, "kernels", lambda: None)
     net, x, _ = trained(torch.bfloat16 if why == "half" else torch.float32, relaxed=why == "relaxed")
     found = net(x, once=True)
     assert torch.equal(found, net(x))
@@ -227,7 +227,7 @@ def at_the_edges(surrogate: Surrogate, dtype: torch.dtype) -> torch.Tensor:
     """z [5, M]: random ones, 0, both sides of every kink, far out; more than one thread's share."""
     width = surrogate.parameter
     far = torch.tensor([0.0, 1e-6, 0.49, 0.51, 0.99, 1.01, 1e3, 1e6], dtype=dtype) * width
-    random = torch.randn(5 * fused.GRAIN - 2 * len(far), dtype=dtype, generator=torch.Generator().manual_seed(0))
+    random = torch.randn(5 * dispatch.GRAIN - 2 * len(far), dtype=dtype, generator=torch.Generator().manual_seed(0))
     return torch.cat([far, -far, random]).view(5, -1)
 
 
@@ -249,12 +249,12 @@ def test_slopes_and_their_derivatives_are_the_formulas(
     g = torch.randn(z.shape, dtype=dtype)
     for known in (True, False):
         if not known:
-            monkeypatch.setattr(fused, "jet", lambda surrogate: None)
-        found = fused.slopes(d, z)
+            monkeypatch.setattr(dispatch, "jet", lambda surrogate: None)
+        found = dispatch.slopes(d, z)
         torch.testing.assert_close(found[0].double(), first, **near)
         torch.testing.assert_close(found[1].double(), c, rtol=near["rtol"], atol=5 * near["rtol"])
         scan = Scan(*found, 0.0, 1.0, False, None, 1, e=torch.empty_like(z), surrogate=surrogate)
-        fused.adjoint(scan, g, z)  # without memory: e = f'' gs
+        dispatch.adjoint(scan, g, z)  # without memory: e = f'' gs
         assert scan.e is not None
         expected = surrogate.second(exact) * g
         torch.testing.assert_close(scan.e.double(), expected, rtol=5 * near["rtol"], atol=1e-12)

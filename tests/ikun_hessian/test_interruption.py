@@ -28,9 +28,9 @@ import torch
 
 import cli
 from hessian_tools import resume as phases
+from hessian_tools.io import files
 from hessian_tools.io.files import alone, locked
 from ikun.checkpoint import load_checkpoint, read_plain, save_checkpoint
-from ikun.data import download as files
 from ikun_hessian.cli.signals import end_by_signals
 from ikun_hessian.experiments import runner
 from ikun_hessian.jobs import existing_results as earlier
@@ -70,7 +70,8 @@ COMMANDS = {
 MOST = 5  # writes of the longest attempt that is killed: more than a last one does
 # Imported once for all attempts
 HEAVY = ["fontTools.ttLib", "numba", "sklearn.datasets", "torch._dynamo", "ikun.training.loop"]
-HEAVY += [f"hessian_tools.{name}" for name in ("figures", "flatness", "landscape", "spectrum", "study_figures")]
+HEAVY += [f"hessian_tools.analysis.{name}" for name in ("flatness.flatness", "landscape", "spectrum")]
+HEAVY += ["hessian_tools.plots.style", "ikun_hessian.experiments.figures.figures"]
 # What each attempt ends by and at which of its writes; the last one goes through
 SIGNALS = [("SIGTERM", 2), ("SIGHUP", 3), ("SIGINT", 2), ("full", 1), ("full", 3), ("", 0)]
 
@@ -218,8 +219,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
 
     for work in ("ikun.training.loop.train", "ikun_hessian.experiments.runner.run_unit"):
         monkeypatch.setattr(work, never)
-    for kind in ("spectrum", "flatness", "landscape"):
-        monkeypatch.setattr(f"hessian_tools.{kind}.{kind}", never)
+    for work in ("spectrum.spectrum", "flatness.flatness.flatness", "landscape.landscape"):
+        monkeypatch.setattr(f"hessian_tools.analysis.{work}", never)
     monkeypatch.setattr(Path, "open", opening)
     said = one_line(capsys, arguments(name, data, tmp_path))
     out = tmp_path / "s" if name == "study" else tmp_path
@@ -249,7 +250,7 @@ def test_a_checkpoint_rewritten_while_it_is_read_is_not_analysed(
 
     monkeypatch.setattr("ikun.checkpoint.load_checkpoint", read)
     said = one_line(capsys, ["spectrum", str(path), "--samples", "8"])
-    assert said == f"error: {path} changed while it was read: run the same again"
+    assert said == f"error: {path} changed while it was read: run the same command again"
 
 
 def test_a_study_that_is_terminated_ends_its_workers(data: Path, tmp_path: Path) -> None:

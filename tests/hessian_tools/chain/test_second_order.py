@@ -18,7 +18,7 @@ from hessian_tools.chain import second_order, segments
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators import curvature as operators
 from hessian_tools.operators.base import dense
-from ikun.kernels import dispatch as fused
+from ikun.kernels import dispatch
 from ikun.kernels.scan import Scan, torch_adjoint, torch_adjoint_tangent, torch_tangent
 from ikun.losses import LOSSES
 from ikun.networks import Network
@@ -186,7 +186,7 @@ def test_torch_fallback_equals_numba(neuron: str, model: str, monkeypatch: pytes
         product = second_order.linearize(objective, objective.batches[0], kind)
         assert product is not None
         compiled[kind] = product(v)
-    monkeypatch.setattr(fused, "kernels", lambda: None)
+    monkeypatch.setattr(dispatch, "kernels", lambda: None)
     for kind, expected in compiled.items():
         product = second_order.linearize(objective, objective.batches[0], kind)
         assert product is not None
@@ -197,7 +197,7 @@ def test_torch_fallback_equals_numba(neuron: str, model: str, monkeypatch: pytes
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("static", [False, True])
 def test_kernels_give_the_same_over_several_blocks_and_threads(learned: bool, pooled: bool, static: bool) -> None:
-    if fused.kernels() is None:
+    if dispatch.kernels() is None:
         pytest.skip("numba is missing")
     torch.set_num_threads(3)
     torch.manual_seed(0)
@@ -213,10 +213,10 @@ def test_kernels_give_the_same_over_several_blocks_and_threads(learned: bool, po
         scan.u, scan.gh = array(), array()
     dx, g = array()[: 1 if static else steps], array()
     g = g if index is None else g[:, : index.shape[1]]
-    assert torch.allclose(fused.tangent(scan, dx, 0.3), torch_tangent(scan, dx, 0.3), rtol=1e-12)
+    assert torch.allclose(dispatch.tangent(scan, dx, 0.3), torch_tangent(scan, dx, 0.3), rtol=1e-12)
     for fast, slow in (
-        (fused.adjoint(scan, g), torch_adjoint(scan, g)),
-        (fused.adjoint_tangent(scan, g, dx, 0.3), torch_adjoint_tangent(scan, g, dx, 0.3)),
+        (dispatch.adjoint(scan, g), torch_adjoint(scan, g)),
+        (dispatch.adjoint_tangent(scan, g, dx, 0.3), torch_adjoint_tangent(scan, g, dx, 0.3)),
     ):
         assert torch.allclose(fast[0], slow[0], rtol=1e-12)
         assert fast[1] == pytest.approx(slow[1], rel=1e-9)
@@ -226,8 +226,8 @@ def test_failing_numba_warns_once_and_falls_back(monkeypatch: pytest.MonkeyPatch
     def fail(*arguments: object) -> float:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(fused, "_state", {"broken": False})
-    monkeypatch.setattr(fused, "_compiled", lambda: dict.fromkeys(fused.KERNELS, fail))
+    monkeypatch.setattr(dispatch, "_state", {"broken": False})
+    monkeypatch.setattr(dispatch, "_compiled", lambda: dict.fromkeys(dispatch.KERNELS, fail))
     with pytest.warns(UserWarning, match="no compiler"):
         assert error("hessian", firing_objective()) < 1e-12
     with warnings.catch_warnings():

@@ -20,8 +20,7 @@ from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators import curvature as operators
 from hessian_tools.operators.base import symmetry_error
 from ikun import spiking_layers as spikes
-from ikun.kernels import dispatch as fused
-from ikun.kernels import scan
+from ikun.kernels import dispatch, scan
 from ikun.layers import MaxPool
 from ikun.losses import LOSSES
 from ikun.neurons import Dynamics, Neuron
@@ -96,7 +95,7 @@ def test_products_agree_for_plain_torch_and_relaxed_networks(coding: str, monkey
     product = segments.linearize_in_segments(compiled, compiled.batches[0], "hessian")
     assert product is not None
     expected = product(v)
-    monkeypatch.setattr(fused, "kernels", lambda: None)
+    monkeypatch.setattr(dispatch, "kernels", lambda: None)
     assert (product(v) - expected).norm() < 1e-13 * expected.norm()
 
 
@@ -163,10 +162,10 @@ def test_scans_resume_from_their_state(
     kind: str, pooled: bool, static: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every pass over 3 and 4 steps, of several blocks in three threads, is bit for bit the pass over 7."""
-    if compiled and fused.kernels() is None:
+    if compiled and dispatch.kernels() is None:
         pytest.skip("numba is missing")
     if not compiled:
-        monkeypatch.setattr(fused, "kernels", lambda: None)
+        monkeypatch.setattr(dispatch, "kernels", lambda: None)
     torch.set_num_threads(3)
     torch.manual_seed(0)
     neuron = Neuron(kind, Dynamics(Surrogate.parse("atan:2"), 0.7, -0.3), tau=1.7).double()

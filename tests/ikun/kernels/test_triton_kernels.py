@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hessian_tools.chain import second_order
 from hessian_tools.objective import make_objective
 from ikun import spiking_layers as spikes
-from ikun.kernels import dispatch as fused
+from ikun.kernels import dispatch
 from ikun.kernels import scan as scan_module
 from ikun.kernels.scan import Number, Scan, torch_adjoint, torch_adjoint_tangent, torch_tangent
 from ikun.layers import MaxPool
@@ -76,7 +76,7 @@ def several_blocks(patch: pytest.MonkeyPatch) -> None:
 def test_spikes_are_the_plain_ones_to_the_bit(
     kind: str, reset: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "usable", lambda like: False)
+    monkeypatch.setattr(dispatch, "usable", lambda like: False)
     several_blocks(monkeypatch)
     means = []
     for case, (ties, v_reset) in enumerate(itertools.product((None, "first", "last"), (0.0, -0.3))):
@@ -104,7 +104,7 @@ def test_many_steps_of_a_few_neurons_agree() -> None:
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # by the interpreter's NumPy
 def test_values_that_are_not_finite_stay_visible(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "usable", lambda like: False)
+    monkeypatch.setattr(dispatch, "usable", lambda like: False)
     x = torch.zeros(3, 1, 2, 4, 6, device=DEVICE)
     x[1].view(-1)[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     x[1].view(-1)[[12, 15, 20]] = torch.nan  # first, second and third in their windows
@@ -238,8 +238,8 @@ def on_the_way(patch: pytest.MonkeyPatch) -> set[str]:
         return t.detach() if isinstance(t, Tensor) else float(t)
 
     scans = {name: partial(noted, name) for name in ("value", "tangent", "adjoint", "adjoint_tangent")}
-    patch.setattr(fused, "on_device", lambda like: SimpleNamespace(**scans))
-    patch.setattr(fused, "usable", lambda like: True)
+    patch.setattr(dispatch, "on_device", lambda like: SimpleNamespace(**scans))
+    patch.setattr(dispatch, "usable", lambda like: True)
     for module in (scan_module, spikes):
         patch.setattr(module, "scalar", number)
     return used
@@ -291,15 +291,15 @@ def test_failing_triton_warns_once_and_falls_back(monkeypatch: pytest.MonkeyPatc
 
     scan = scan_of(torch.float64, 3, False, True, False, torch.int32)
     state = {"broken": True, "triton broken": False}
-    monkeypatch.setattr(fused, "_state", state)
-    monkeypatch.setattr(fused, "on_device", lambda like: None if state["triton broken"] else triton_scans)
+    monkeypatch.setattr(dispatch, "_state", state)
+    monkeypatch.setattr(dispatch, "on_device", lambda like: None if state["triton broken"] else triton_scans)
     monkeypatch.setattr(triton_scans, "tangent", fail)
     with pytest.warns(UserWarning, match=r"Triton failed \(no C compiler\): spikes run in plain torch on CUDA, slower"):
-        found = fused.tangent(scan, scan.f1)
+        found = dispatch.tangent(scan, scan.f1)
     assert torch.equal(found, torch_tangent(scan, scan.f1, 0.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fused.tangent(scan, scan.f1)
+        dispatch.tangent(scan, scan.f1)
 
 
 # ---------------------------------------------------------------- compiled, though not run

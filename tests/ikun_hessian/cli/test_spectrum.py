@@ -175,7 +175,7 @@ def test_a_malformed_samples_curve_is_refused(analysed: Path, tmp_path: Path, ca
 
 def test_more_samples_on_the_curve_than_there_are_is_refused(analysed: Path, tmp_path: Path, capsys: Capture) -> None:
     command = ["spectrum", str(analysed / "a.pt"), *FAST, "--out", str(tmp_path), "--samples-curve", "8,97"]
-    fails(capsys, 2, "at most 96 are here", *command)
+    fails(capsys, 2, "but the objective has 96", *command)
 
 
 @pytest.mark.parametrize(

@@ -339,7 +339,7 @@ def test_a_killed_worker_is_reported(
     fails(
         capsys,
         1,
-        "killed, by the system if memory ran out: the same command",
+        "was killed, possibly because memory ran out. Run the same command again",
         "study",
         str(preset),
         "--out",

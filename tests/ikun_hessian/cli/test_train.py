@@ -77,7 +77,7 @@ def test_what_is_said_of_weights_kept_by_early_stopping_is_of_their_epoch(tmp_pa
         (["--save-at-loss", "0"], "save_at_loss must be positive"),
         (["--save-at-loss", ".1", "--save-at-loss", "0.1"], "save_at_loss has the same number twice"),
         (["--data", "spike-times", "--model", "rsnn", "--timesteps", "3"], "the network 3: give --timesteps "),
-        (["--data", "spike-times", "--model", "csnn"], "the csnn pools"),
+        (["--data", "spike-times", "--model", "csnn"], "this csnn needs at least"),
         (["--model", "rsnn", "--coding", "spikes"], "set --coding to direct or poisson"),
         (["--data", "fashion-mnist", "--data-dir", "/dev/null"], "/dev/null is not a folder"),
     ],

@@ -21,14 +21,12 @@ from scipy import stats
 from study_tools import TEN, full_run, full_study, gain_study
 
 from ikun.initializers import catalog as initializers
-from ikun_hessian.experiments import grouping as study_groups
-from ikun_hessian.experiments.figures import axes as study_axes
-from ikun_hessian.experiments.figures import chart as study_chart
-from ikun_hessian.experiments.figures import figures as study_figures
-from ikun_hessian.experiments.figures import gap as study_gap
-from ikun_hessian.experiments.figures import minima as study_minima
-from ikun_hessian.experiments.figures import panels as study_panels
-from ikun_hessian.experiments.figures import training as study_training
+from ikun_hessian.experiments import grouping
+from ikun_hessian.experiments.figures import axes as axes_module
+from ikun_hessian.experiments.figures import chart as chart_module
+from ikun_hessian.experiments.figures import figures as figures_module
+from ikun_hessian.experiments.figures import gap, minima, training
+from ikun_hessian.experiments.figures import panels as panels_module
 from ikun_hessian.experiments.figures.axes import Range, floors, y_range
 from ikun_hessian.experiments.figures.chart import Axis, Chart, Mark, Panel, chart_provenance, table
 from ikun_hessian.experiments.figures.figures import COLUMN_WIDTHS, FIGURE_NAMES, chart_figures, charts, draw_all
@@ -115,7 +113,7 @@ def test_robustness_shows_the_accuracy_lost_by_every_run(three: list[TrainingRun
     x, y = [m.x for m in first.marks], [m.value for m in first.marks]
     assert f"τ {stats.kendalltau(x, y).statistic:.2f}".replace("-", "−") in first.foot
     assert len(first.marks) == len(three) - 1  # without the run that diverged
-    with pytest.raises(study_chart.NotEnoughError, match="a study measures both"):
+    with pytest.raises(chart_module.NotEnoughError, match="a study measures both"):
         charts("init", 0.9)["robustness"]([dataclasses.replace(r, robustness=None) for r in three])
 
 
@@ -302,14 +300,14 @@ def test_all_runs_that_never_get_there_still_have_an_axis() -> None:
 
 def test_figures_need_no_model_and_no_global_state(three: list[TrainingRun]) -> None:
     modules = (
-        study_axes,
-        study_chart,
-        study_figures,
-        study_gap,
-        study_groups,
-        study_minima,
-        study_panels,
-        study_training,
+        axes_module,
+        chart_module,
+        figures_module,
+        gap,
+        grouping,
+        minima,
+        panels_module,
+        training,
     )
     for module in modules:
         tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
