@@ -2,7 +2,7 @@
 
 Reference job of width 16 (see product.py), 64 images in one batch and 256 in four, two threads: a block of k = 2, 4, 8
 vectors, cost a vector in single products; the batches' primal kept, and recomputed for every block. With fewer batches
-than threads the columns run side by side, one thread each (hessian_tools/runtime/threads.py): `in turn` is the same without it,
+than threads the columns run side by side, one thread each (runtime/threads.py): `in turn` is the same without it,
 every operation spread over all threads.
 """
 

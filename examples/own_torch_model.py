@@ -39,7 +39,8 @@ def main(folder: Path) -> None:
     result = spectrum(objective, SpectrumSettings(top=5, smallest=2))
 
     for name, found in result.spectra.items():
-        print(f"{name}: trace {found.trace.estimate:.4g}, 95% interval {found.trace.ci95}")
+        if found.trace is not None:
+            print(f"{name}: trace {found.trace.estimate:.4g}, 95% interval {found.trace.ci95}")
         for pair in found.eigenvalues:
             print(f"  {pair.value:11.4e}  residual {pair.residual:.0e}  data standard error {pair.data_stderr:.1e}")
     stem = folder / "digits-mlp.spectrum"

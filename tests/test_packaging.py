@@ -80,7 +80,7 @@ def started(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
     script.parent.mkdir()
     script.write_text(f"import sys\nfrom {entry[1]} import {entry[2]}\nsys.exit({entry[2]}())\n")
     stems = {path.stem for top in PACKAGES for path in (ROOT / top).rglob("*.py")} - {"__init__", "__main__"}
-    stems |= {"cli", "utils", "config", "models", "dataset", "commands", "adapters", "tests"}
+    stems |= {"cli", "utils", "config", "data", "models", "dataset", "commands", "adapters", "tests"}
     hostile.mkdir()
     for name in stems - sys.stdlib_module_names - OPTIONAL - {"cuda"}:  # torch asks for NVIDIA's cuda
         (hostile / f"{name}.py").write_text("raise SystemExit(99)\n")

@@ -79,7 +79,7 @@ def _groups(r: FlatnessResult) -> Iterator[tuple[str, dict[str, Metric]]]:
     surrogate = {name: m for name, m in r.main.items() if m.valid == SURROGATE}
     yield "curvature of the surrogate loss", {name: m for name, m in surrogate.items() if "scaled" not in name}
     yield (
-        "the same with the weights in units of their filter norm (invariant to rescaling)",
+        "the same with weights in units of filter norm (invariant to rescaling)",
         {name: m for name, m in surrogate.items() if "scaled" in name},
     )
     rest = {name: m for name, m in r.main.items() if m.valid not in (SURROGATE, MATCHED)}
@@ -101,7 +101,7 @@ def _title(name: str) -> str:
 
 def _row(name: str, m: Metric, text: str) -> list[str]:
     """Return the numbers of a metric, and below them what they mean or why they are missing."""
-    cost = " ".join(f"{n} {kind}" for n, kind in ((m.products, "p"), (m.gradients, "g"), (m.forwards, "f")) if n)
+    cost = " ".join(f"{n}{kind}" for n, kind in ((m.products, "p"), (m.gradients, "g"), (m.forwards, "f")) if n)
     line = f"{shortened(name, 27):<27}{_value(m.value):>11} {_ends(m.ci95):<21}{_error(m.data_stderr):>10}"
     line += f"{cost or '-':>10}"
     if "ascent" in m.parts and math.isfinite(m.value):
