@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ikun_hessian.cli.options import options
+from ikun_hessian.cli.click_options import options
 from ikun_hessian.cli.screen import dumps
 from ikun_hessian.experiments.selection import parse_condition, parse_conditions, study_defaults
 from ikun_hessian.jobs.options import JSON

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ikun_hessian.cli.options import options, own_options
+from ikun_hessian.cli.click_options import options, own_options
 from ikun_hessian.cli.screen import dumps
 from ikun_hessian.jobs.device import half_of_the_memory, pick
 from ikun_hessian.jobs.existing_results import existing_result

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ikun_hessian.cli.options import options
+from ikun_hessian.cli.click_options import options
 from ikun_hessian.cli.screen import FailedError
 from ikun_hessian.cli.signals import interrupted_by
 from ikun_hessian.experiments import preset

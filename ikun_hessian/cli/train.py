@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ikun_hessian.cli.options import options
+from ikun_hessian.cli.click_options import options
 from ikun_hessian.cli.screen import FailedError
 from ikun_hessian.jobs.device import pick
 from ikun_hessian.jobs.existing_results import hold

@@ -1,6 +1,6 @@
 """The options of the commands, as tables: the one schema of the command line and of presets.
 
-The command line is generated from these tables (cli.options.options), and the tables of a preset are checked against
+The command line is generated from these tables (cli.click_options), and the tables of a preset are checked against
 them (read_options). This module does not import click, torch or NumPy.
 """
 

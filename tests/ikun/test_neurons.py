@@ -130,7 +130,7 @@ def test_detached_reset_changes_the_derivative_and_not_the_value(reset: str) -> 
 @pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize("detach", [False, True])
 def test_gradient_is_the_adjoint_scan_of_the_notes(reset: str, detach: bool) -> None:
-    """MATHS.md, section 2, written out in NumPy: q = gs + gv (v_reset - h), gh = q f' + gv (1 - s)."""
+    """The adjoint of a scan, written out in NumPy: q = gs + gv (v_reset - h), gh = q f' + gv (1 - s)."""
     d = replace(ATAN, reset=reset, detach_reset=detach, v_reset=-0.2)
     x, decay, gain = drive().requires_grad_(), 0.8, 1.1
     gs = drive(1.0).numpy()

@@ -27,7 +27,7 @@ EVERY = [pytest.param(n, p, id=f"{n}:{p:g}") for n in FAMILIES for p in PARAMETE
 
 
 def derivative(name: str, p: float, x: Array) -> Array:
-    """f'(x) as MATHS.md writes it, in NumPy."""
+    """f'(x) by its formula, in NumPy."""
     z = np.abs(x)
     match name:
         case "atan":
@@ -306,7 +306,7 @@ def test_steeper_squeezes_the_shape(name: str) -> None:
 # ---------------------------------------------------------------- E[f'^2]
 @pytest.mark.parametrize(
     ("text", "off", "centred", "digits"),
-    [  # MATHS.md, section 3: mu = -1 and mu = 0, s = 1
+    [  # reference values for mu = -1 and mu = 0, s = 1
         ("atan:2", 0.12046, 0.19214, 5),
         ("sigmoid:4", 0.16104, 0.25595, 5),
         ("erf:2", 0.19289, 0.30881, 5),

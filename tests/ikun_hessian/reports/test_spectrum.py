@@ -1,0 +1,63 @@
+"""Tests of what the terminal shows of spectra."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from spectra import NAN, full, sample
+
+from hessian_tools.results.comparability import labelled
+from ikun_hessian.reports.spectrum import compare_lines, spectrum_lines
+
+
+def test_the_screen_says_how_sure_it_is() -> None:
+    screen = spectrum_lines(full())
+    assert max(map(len, screen)) <= 80
+    text = " ".join(" ".join(screen).split())
+    assert "hessian: with 95% probability, no eigenvalue is more than 0.02 outside the printed range" in text
+    assert "4 other starts found -0.4 to 1.5" in text
+    assert (
+        "gradient 25% of its squared norm is in the span of the converged hessian eigenvectors of rank 1 to 2" in text
+    )
+    assert "sum |negative| / sum |all| 0.3 [0.28, 0.32] 1e-03" in text
+    assert "effective dimension, z=0.05 3.5 [3.2, 3.8] 1e-03" in text
+    assert "4 probes" not in text  # the sample's density has two
+    assert "2 probes with at most 60 steps" in text
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
+def test_the_screen_fits_80_columns_and_holds_the_numbers(scale: float) -> None:
+    lines = spectrum_lines(sample(scale=scale))
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    for part in (
+        "checkpoint",
+        "hard",
+        "atan:2",
+        "BatchNorm in evaluation mode",
+        "seed 0",
+        "ikun initializer",
+        "90.00%",
+    ):
+        assert part in text
+    assert f"{3 * scale:.5g}" in text
+    assert "lambda_min" in text
+    assert "100 samples" in text
+    compared = compare_lines(labelled([sample("ikun", scale), sample("kaiming", 2 * scale)]))
+    assert max(map(len, compared)) <= 80
+
+
+def test_layers_are_listed_when_there_are_blocks() -> None:
+    result = sample()
+    lines = spectrum_lines(dataclasses.replace(result, blocks={"fc1": result.spectra["hessian"]}))
+    assert max(map(len, lines)) <= 80
+    row = next(line for line in lines if line.startswith("fc1"))
+    assert row.split()[:3] == ["fc1", "6", "3"]
+
+
+def test_a_plain_model_has_a_screen_too() -> None:
+    bare = sample(checkpoint={}, network={}, training={}, activity={}, data={"samples": 5}, accuracy=NAN)
+    assert max(map(len, spectrum_lines(bare))) <= 80
+    hessian = dataclasses.replace(bare.spectra["hessian"], smallest_eigenvalues=(), trace=None, density=None)
+    assert spectrum_lines(dataclasses.replace(bare, spectra={"hessian": hessian}, sensitivity={}))
