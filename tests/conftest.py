@@ -6,6 +6,9 @@ import os
 import warnings
 from collections.abc import Iterator
 
+# Before torch is imported: the same bits for any alignment of arrays, as the application has them (ikun_hessian).
+os.environ.setdefault("MKL_CBWR", "AUTO")
+
 import pytest
 import torch
 from hypothesis import settings
