@@ -54,6 +54,7 @@ from .analysis.spectrum import (
 from .analysis.spectrum import (
     spectrum as spectrum,
 )
+from .checks import ObjectiveError as ObjectiveError
 from .io.json import (
     ResultError as ResultError,
 )

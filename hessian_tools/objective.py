@@ -5,7 +5,7 @@ Every operator of this package measures the curvature of an `Objective`.
 
 from __future__ import annotations
 
-import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -13,8 +13,9 @@ from typing import Protocol, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from hessian_tools.checks import check as check_objective
+from hessian_tools.evaluation import copy_model, evaluation_mode, twice_differentiable
 from hessian_tools.runtime.cuda import full_precision
 from hessian_tools.runtime.distributed import Group
 
@@ -168,7 +169,8 @@ class Objective:
                 return segments.outputs(self, x)
             if self.reset is not None:
                 self.reset(self.model)
-            out: Tensor = self.model(x)
+            with twice_differentiable():
+                out: Tensor = self.model(x)
         return out
 
     def split(self, v: Tensor) -> list[Tensor]:
@@ -247,19 +249,37 @@ class Objective:
         return x, y
 
 
-def evaluation_mode(model: nn.Module) -> None:
-    """Put BatchNorm, InstanceNorm and Dropout modules in evaluation mode and all other modules in training mode.
+def loss_in_double(loss: Loss) -> Loss:
+    """Evaluate a loss in float64, whatever the dtype of the outputs.
 
-    `model.eval()` is not used, because some spiking libraries replace the surrogate gradient in evaluation mode, so
-    that no gradient is left. A module counts as Dropout if the name of its class, or of one of its base classes,
-    contains "Drop": spiking libraries define their own.
+    In float32, the second derivative of a cross-entropy cancels to noise once the network fits its data. A loss that
+    holds float32 tensors of its own, such as fixed weights, may refuse float64 outputs. It is then evaluated as it is.
+
+    Args:
+        loss: The function loss(outputs, targets).
+
+    Returns:
+        A function of the same outputs and targets. Its derivatives by float32 outputs are float32.
     """
-    model.train()
-    for module in model.modules():
-        if isinstance(module, _BatchNorm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d):
-            module.eval()
-        elif any("Drop" in c.__name__ for c in type(module).__mro__):
-            module.training = False  # not eval(), which would also change neurons inside the module
+    accepts: list[bool] = []
+
+    @functools.wraps(loss)
+    def wide(outputs: Tensor, targets: Tensor) -> Tensor:
+        if outputs.dtype == torch.float64 or not outputs.is_floating_point() or accepts == [False]:
+            return loss(outputs, targets)
+        double = outputs.double(), targets.double() if targets.is_floating_point() else targets
+        if accepts:
+            return loss(*double)
+        try:
+            value = loss(*double)
+        except (RuntimeError, TypeError, ValueError):
+            value = loss(outputs, targets)  # the loss's own error, if it has one
+            accepts.append(False)
+            return value
+        accepts.append(True)
+        return value
+
+    return wide
 
 
 def make_objective(
@@ -272,8 +292,9 @@ def make_objective(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     reset: Callable[[nn.Module], None] | None = None,
+    check: bool = True,
 ) -> Objective:
-    """Build an objective on a private copy of `model`.
+    """Build an objective on a private copy of `model`, in evaluation mode except for spiking neurons.
 
     Args:
         model: Any model with named parameters.
@@ -285,6 +306,8 @@ def make_objective(
         dtype: Converts the parameters and floating-point data. None keeps the model's dtype.
         device: Moves the model and the data. None keeps the model's device.
         reset: Called with the model before every forward pass.
+        check: Check on a few samples that the network is deterministic, that the output of a sample does not depend on
+            the other samples, and that the loss is a mean over samples (see `hessian_tools.checks`).
 
     Returns:
         The objective.
@@ -292,8 +315,9 @@ def make_objective(
     Raises:
         ValueError: If there are no samples, if no parameter matches `params`, if a selected weight is NaN or infinite,
             or if the number of inputs differs from the number of targets.
+        ObjectiveError: If a check fails.
     """
-    model = copy.deepcopy(model)
+    model = copy_model(model)
     if dtype is not None or device is not None:
         model = model.to(device=device, dtype=dtype)
     evaluation_mode(model)
@@ -311,9 +335,11 @@ def make_objective(
         if not torch.isfinite(tensor).all():
             raise ValueError(f"parameter '{name}' has NaN or infinite entries")
     first = next(iter(chosen.values()))
-    objective = Objective(model, loss, _batches(data, first), chosen, reset)
+    objective = Objective(model, loss_in_double(loss), _batches(data, first), chosen, reset)
     if not objective.samples:
         raise ValueError("no samples: the objective needs at least one batch with samples")
+    if check:
+        check_objective(objective)
     return objective if batch_size is None else objective.rebatched(batch_size)
 
 

@@ -8,6 +8,7 @@ rescaled before a BatchNorm leaves the function unchanged, and it is perturbed i
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from threading import local
 from typing import TypeVar
@@ -120,11 +121,30 @@ def sample_losses(objective: Objective, outputs: Tensor) -> Tensor:
 
 
 def accuracy(objective: Objective, outputs: Tensor) -> float:
-    """Return the fraction of samples whose largest output is the target class. NaN if targets are not classes."""
-    y = targets(objective)
-    if y.is_floating_point() or y.dim() != 1 or outputs.dim() != 2:
-        return float("nan")
-    return float((outputs.argmax(1) == y).double().mean())
+    """Return the fraction of samples that are classified correctly (see `count_correct`), or NaN."""
+    right = count_correct(outputs, targets(objective))
+    return math.nan if right is None else float(right) / len(outputs)
+
+
+def count_correct(outputs: Tensor, labels: Tensor) -> Tensor | None:
+    """Count the samples that are classified correctly.
+
+    Args:
+        outputs: Outputs [N, K], one per class, or logits [N, 1] or [N] of class 1 of two classes.
+        labels: Class labels [N] from 0 to K - 1.
+
+    Returns:
+        The number of correct samples, a scalar tensor; None if the targets are not such labels, or if a single output
+        could be a probability as well as a logit (all of them between 0 and 1).
+    """
+    if labels.is_floating_point() or labels.dim() != 1 or not len(labels):
+        return None
+    low, high = int(labels.min()), int(labels.max())
+    if outputs.dim() == 2 and outputs.shape[1] > 1:
+        return (outputs.argmax(1) == labels).sum() if 0 <= low and high < outputs.shape[1] else None
+    if outputs.numel() != len(labels) or low < 0 or high > 1 or bool(((outputs >= 0) & (outputs <= 1)).all()):
+        return None
+    return ((outputs.flatten() > 0) == labels.bool()).sum()
 
 
 def _wide(y: Tensor) -> Tensor:

@@ -140,6 +140,8 @@ class Phases:
     def _load(self, path: Path) -> _State | None:
         """Return on every rank what _save wrote to `path`, or None if the file does not exist."""
         there = self._first and path.exists()
+        if there and not path.is_file():  # opening a pipe would wait for ever
+            raise ResumeError(f"{path}: not a regular file. Remove it and start again.")
         if self._group is None:
             return _read(path, path.open("rb")) if there else None
         data = self._group.broadcast(path.read_bytes() if there else None)
@@ -293,6 +295,8 @@ class _Journaled(Operator):
 @contextlib.contextmanager
 def _opened(journal: Path) -> Iterator[io.BufferedRandom]:
     """Open the journal for reading from its beginning and appending at its end."""
+    if journal.exists() and not journal.is_file():
+        raise ResumeError(f"{journal}: not a regular file. Remove it and start again.")
     file = journal.open("a+b")
     file.seek(0)
     try:

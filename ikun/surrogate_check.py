@@ -8,8 +8,9 @@ kinks. It works with functions and neurons of any library.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def is_step(spike: Spike) -> bool:
     return bool((below == 0).all() and (above == 1).all())
 
 
-def check_surrogate(spike: Spike) -> Verdict:
+def check_surrogate(spike: Spike, parameters: Sequence[Tensor] = ()) -> Verdict:
     """Test a spike function of x = h - threshold.
 
     Surrogates with a width below 1e-4 are too narrow for this test. NaN is also looked for in single precision, and at
@@ -65,6 +66,7 @@ def check_surrogate(spike: Spike) -> Verdict:
 
     Args:
         spike: Maps x [...] to spikes [...], element by element.
+        parameters: Tensors inside the function that are trained, such as its width.
 
     Returns:
         The verdict.
@@ -74,10 +76,126 @@ def check_surrogate(spike: Spike) -> Verdict:
         grid = torch.arange(-10, 11, dtype=dtype) / 2
         if verdict := _not_finite(spike, torch.cat([grid, near.to(dtype), -near.to(dtype)])):
             return verdict
-    return _compared(spike, torch.zeros((), dtype=torch.float64), torch.cat([near, -near]))
+    origin = torch.zeros((), dtype=torch.float64)
+    verdict = _compared(spike, origin, torch.cat([near, -near]))
+    return check_parameters(spike, origin, parameters) if parameters and verdict.exact else verdict
 
 
-def check_neuron(neuron: Spike, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Verdict:
+def trained_parameters(spike: Spike) -> list[Tensor]:
+    """Return the tensors that require a gradient and on which a spike function depends, other than its argument."""
+    x = DISTANCES.float().requires_grad_()
+    try:
+        with torch.enable_grad():
+            y = spike(x)
+    except (RuntimeError, TypeError):
+        return []
+    found: dict[int, Tensor] = {}
+    seen: set[Any] = set()
+    todo: list[Any] = [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(leaf := getattr(node, "variable", None), Tensor) and leaf is not x:
+            found[id(leaf)] = leaf
+        todo += [following for following, _ in node.next_functions]
+    return list(found.values())
+
+
+def check_parameters(spike: Spike, origin: Tensor, parameters: Sequence[Tensor]) -> Verdict:
+    """Test the second derivatives of a spike function f(x; p) by its own trained parameters p.
+
+    A Hessian needs the derivatives by x and by p to be those of one function: the derivative of f_p by x and that of
+    f_x by p are equal, and double backward gives them and f_pp. The test uses one random direction in p.
+
+    Args:
+        spike: Maps x [...] to spikes [...], element by element.
+        origin: The threshold, a scalar.
+        parameters: The tensors p. They are changed during the test and restored.
+
+    Returns:
+        The verdict.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kept = [p.detach().clone() for p in parameters]
+    along = []
+    for p in kept:
+        factor = 0.5 + torch.rand(p.shape, generator=generator, dtype=torch.float64).to(p.device, p.dtype)
+        along.append(torch.where(p == 0, torch.ones_like(p), p) * factor)
+    errors = []
+    try:
+        for offset in torch.cat([DISTANCES, -DISTANCES]).to(origin):
+            near, far = (_mixed(spike, origin + offset, offset, parameters, kept, along, h) for h in (1e-3, 2e-3))
+            if near is None or far is None:
+                return Verdict("nan", "its derivatives by its own parameters are not finite")
+            (exact, numerical, size), (_, wide, _) = near, far
+            if size > 1e-6 and (numerical - wide).abs().max() < TOLERANCE * size:  # not at a jump of the derivative
+                errors.append(float((exact - numerical).abs().max() / size))
+    except RuntimeError as error:
+        return Verdict("opaque", f"its derivatives by its own parameters fail ({first_line(error)})")
+    finally:
+        with torch.no_grad():
+            for p, value in zip(parameters, kept, strict=True):
+                p.copy_(value)
+    if not errors:
+        return Verdict("unknown", "its derivatives by its own parameters are 0 or have jumps at all tested points")
+    if max(errors) <= TOLERANCE:
+        return Verdict("exact", error=max(errors))
+    return Verdict("wrong", "the second derivatives by its own parameters are not those of its gradient", max(errors))
+
+
+def _mixed(
+    spike: Spike,
+    at: Tensor,
+    offset: Tensor,
+    parameters: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    along: Sequence[Tensor],
+    step: float,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return f_xp, f_px and f_pp by double backward, the same numerically, and their size; p along one direction."""
+
+    def gradient(x: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            for p, value, direction in zip(parameters, kept, along, strict=True):
+                p.copy_(value + scale * direction)
+        x = x.detach().reshape(1).clone().requires_grad_()
+        with torch.enable_grad():
+            y = spike(x).sum()
+            fx, *fp = torch.autograd.grad(y, [x, *parameters], create_graph=True, allow_unused=True)
+            parts = [(g * d).sum() for g, d in zip(fp, along, strict=True) if g is not None]
+            return x, x.new_zeros(()) if fx is None else fx.sum(), sum(parts, x.new_zeros(()))
+
+    def second(value: Tensor, by: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
+        if not value.requires_grad:
+            return torch.zeros((), dtype=at.dtype)
+        found = torch.autograd.grad(value, list(by), retain_graph=True, allow_unused=True)
+        parts = [(g * d).sum().to(at) for g, d in zip(found, directions, strict=True) if g is not None]
+        return sum(parts, torch.zeros_like(at))
+
+    (_, up, up_p), (_, down, down_p) = gradient(at, step), gradient(at, -step)
+    shift = step * offset
+    (_, _, right), (_, _, left) = gradient(at + shift, 0.0), gradient(at - shift, 0.0)
+    x, fx, fp = gradient(at, 0.0)
+    one = [torch.ones_like(x)]
+    exact = torch.stack([second(fx, parameters, along), second(fp, [x], one), second(fp, parameters, along)])
+    mixed = (up - down) / (2 * step)
+    numerical = torch.stack([mixed, (right - left) / (2 * shift), (up_p - down_p) / (2 * step)]).detach()
+    # f_px must also equal f_xp: the field is a gradient
+    exact, numerical = torch.cat([exact, numerical[1:2]]), torch.cat([numerical, mixed.detach().reshape(1)])
+    size = numerical.abs().max() + fx.detach().abs() + (fp.detach() / offset).abs()
+    if not torch.isfinite(torch.cat([exact, numerical])).all():
+        return None
+    return exact.detach(), numerical, size
+
+
+def check_neuron(
+    neuron: Spike,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    parameters: Sequence[Tensor] = (),
+) -> Verdict:
     """Test the spikes of a neuron in its first time step from rest.
 
     The threshold, in units of the current, is searched between -1000 and 1000. The derivative is taken with respect to
@@ -88,6 +206,7 @@ def check_neuron(neuron: Spike, dtype: torch.dtype = torch.float32, device: torc
         neuron: Maps currents [B] to spikes [B, ...]. Every output must depend only on its own current.
         dtype: Data type of the currents.
         device: Device of the currents.
+        parameters: Tensors inside the neuron's spike function that are trained, such as its width.
 
     Returns:
         The verdict.
@@ -107,8 +226,23 @@ def check_neuron(neuron: Spike, dtype: torch.dtype = torch.float32, device: torc
                 return Verdict("unknown", "its outputs depend on the order of its inputs")
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         return Verdict("unknown", f"it could not be run on its own ({first_line(error)})")
+    if _coupled(spikes, threshold + offsets):
+        return Verdict("unknown", "its outputs depend on each other's inputs")
     at_rest = torch.stack([torch.zeros_like(threshold), threshold, 2 * threshold])
-    return _not_finite(spikes, torch.cat([at_rest, threshold + offsets])) or _compared(spikes, threshold, offsets)
+    verdict = _not_finite(spikes, torch.cat([at_rest, threshold + offsets])) or _compared(spikes, threshold, offsets)
+    return check_parameters(neuron, threshold.double(), parameters) if parameters and verdict.exact else verdict
+
+
+def _coupled(spikes: Spike, x: Tensor) -> bool:
+    """Whether an output has a derivative by the input of another, as in a layer that takes an axis for time."""
+    x = x.detach().requires_grad_()
+    try:
+        with torch.enable_grad():
+            y = spikes(x)
+            pairs = [(torch.autograd.grad(y[i::2].sum(), x, retain_graph=True)[0], 1 - i) for i in (0, 1)]
+    except RuntimeError:
+        return False  # the tests of the derivatives say what fails
+    return any(bool((g[other::2] != 0).any()) for g, other in pairs)
 
 
 def _threshold(spikes: Spike, dtype: torch.dtype, device: torch.device | None) -> Tensor | None:

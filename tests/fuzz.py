@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import importlib.util
 import io
 import json
@@ -26,7 +27,7 @@ import traceback
 import typing
 import warnings
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # before tests/hessian_tools, which is no package
 
 import click
+import numpy as np
 import run_tools
 import torch
 
@@ -95,6 +97,49 @@ def weights() -> bytes:
     file = io.BytesIO()
     torch.save({"net": net.state_dict(), "epoch": 3, "args": {"lr": 0.1, "name": "a"}}, file)
     return file.getvalue()
+
+
+def published_values() -> dict[str, Any]:
+    """What a training framework saves: weights with a prefix, and objects of many classes beside them."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    return {
+        "state_dict": {f"model.{name}": t for name, t in net.state_dict().items()},
+        "hyper_parameters": argparse.Namespace(lr=0.1, out=Path("runs"), device=torch.device("cpu")),
+        "callbacks": defaultdict(dict, {"best": {"score": np.float64(0.9), "table": np.ones((2, 3))}}),
+        "seen": {1, 2},
+        "names": frozenset({"a"}),
+        "date": datetime.datetime(2024, 1, 2),
+        "counts": Counter({"a": 3}),
+        "optimizer_states": [torch.optim.SGD(net.parameters(), 0.1, momentum=0.9).state_dict()],
+    }
+
+
+@cache
+def published(old: bool) -> bytes:
+    torch.manual_seed(0)
+    file = io.BytesIO()
+    torch.save(published_values(), file, _use_new_zipfile_serialization=not old)
+    return file.getvalue()
+
+
+def safetensors_file(tensors: dict[str, torch.Tensor]) -> bytes:
+    """The tensors in the format of the package safetensors."""
+    kinds = {torch.float32: "F32", torch.int64: "I64", torch.float16: "F16", torch.bool: "BOOL"}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    body = b""
+    for name, t in tensors.items():
+        raw = t.contiguous().numpy().tobytes()
+        offsets = [len(body), len(body) + len(raw)]
+        header[name] = {"dtype": kinds[t.dtype], "shape": list(t.shape), "data_offsets": offsets}
+        body += raw
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+@cache
+def safe_weights() -> bytes:
+    torch.manual_seed(0)
+    return safetensors_file(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).state_dict())
 
 
 @cache
@@ -365,6 +410,7 @@ def pickle_changed(data: bytes, rng: Rng) -> bytes:
             names = "builtins bytearray|os system|torch Tensor|torch.storage UntypedStorage|builtins eval|torch Size"
             names += "|collections Counter|_codecs encode|torch._utils _rebuild_sparse_tensor|torch DoubleStorage"
             names += "|torch.serialization _get_layout|torch._tensor _rebuild_from_type_v2|torch FloatStorage"
+            names += "|argparse Namespace|__builtin__ set|torch.nn Linear"
             word = rng.choice(names.split("|")).replace(" ", "\n").encode()
             data = data[:a] + b"c" + word + b"\n" + rng.choice([b"", b")R", b"J\0\0\0\x7f\x85R", b"}b"]) + data[b:]
         else:
@@ -404,9 +450,29 @@ def archive_changed(data: bytes, rng: Rng) -> bytes:
     return archived(parts)
 
 
+def legacy_changed(data: bytes, rng: Rng) -> bytes:
+    """Damage of a file of torch before 1.6, or of one of its pickles."""
+    if rng.random() < 0.4:
+        return damaged(data, rng)
+    ends = [0]
+    for _ in range(5):
+        ends.append([place for _, _, place in pickletools.genops(data[ends[-1] :])][-1] + 1 + ends[-1])
+    i = rng.choice([1, 2, 3, 3, 3, 4])
+    return data[: ends[i]] + pickle_changed(data[ends[i] : ends[i + 1]], rng) + data[ends[i + 1] :]
+
+
+def safetensors_changed(data: bytes, rng: Rng) -> bytes:
+    """Damage of a .safetensors file, or of its header, with a length that is right again."""
+    if rng.random() < 0.3:
+        return damaged(data, rng)
+    length = int.from_bytes(data[:8], "little")
+    text = json_changed(data[8 : 8 + length], rng)
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
 def values_changed(data: bytes, rng: Rng) -> bytes:
     """What the file says changed, and written by torch.save: an odd value or code in any place, a key left out."""
-    values = torch.load(io.BytesIO(data), weights_only=True)
+    values = published_values() if data == published(old=False) else torch.load(io.BytesIO(data), weights_only=True)
     places = [place for place in leaves(values) if place]
     if rng.random() < 0.6:  # what the file says of itself, and not of an epoch
         places = [place for place in places if place[0] != "history"] or places
@@ -517,8 +583,9 @@ def check_resume(path: Path) -> None:
 
 
 def check_weights(path: Path) -> None:
-    found = read_weights(path)
+    found = read_weights(path, say=lambda line: one_line(line, path))
     assert found
+    assert sum(t.untyped_storage().nbytes() for t in {t.data_ptr(): t for t in found.values()}.values()) <= 10**5
     assert all(type(k) is str and type(t) is torch.Tensor for k, t in found.items())
 
 
@@ -587,6 +654,9 @@ KINDS: dict[str, Kind] = {
     "checkpoint": Kind("a.pt", lambda: trained()["checkpoint"], archive_changed, check_checkpoint),
     "resume": Kind("a.pt.resume", lambda: trained()["resume"], archive_changed, check_resume),
     "weights": Kind("a.pth", weights, archive_changed, check_weights),
+    "published": Kind("a.ckpt", lambda: published(old=False), archive_changed, check_weights),
+    "legacy": Kind("a.pt", lambda: published(old=True), legacy_changed, check_weights),
+    "safetensors": Kind("a.safetensors", safe_weights, safetensors_changed, check_weights),
     "spectrum": Kind("a.spectrum.json", lambda: made_results()["spectrum"], json_changed, check_spectrum),
     "flatness": Kind("a.flatness.json", lambda: made_results()["flatness"], json_changed, check_flatness),
     "robustness": _result("robustness", robustness.RobustnessResult, robustness.ROBUSTNESS_SCHEMA),

@@ -99,6 +99,14 @@ def overlapping() -> bytes:
     return data[:start] + directory + struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 202, 202, len(directory), start, 0)
 
 
+def old(values: Any) -> bytes:
+    """A file of torch before 1.6."""
+    file = io.BytesIO()
+    torch.save(values, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+OLD = old({"a": torch.zeros(0)})  # ends with the number of elements
 # name: the file, and what its line says
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "compressed": (bomb_of_zeros, "compressed"),
@@ -119,6 +127,35 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         "",
     ),
     "nested zip": (lambda: fuzz.archived([("archive/data.pkl", fuzz.trained()["checkpoint"])]), "damaged"),
+    "a far memo": (lambda: pickled(b"\x80\x02Nr\xff\xff\xff\x7f."), "NoneType"),
+    "a slow key": (  # hashing it would take 2^40 steps
+        lambda: pickled(b"\x80\x02}NN\x86" + b"".join(b"q\0h\0\x86" for _ in range(40)) + b"Ns."),
+        "need code to load (builtins.tuple)",
+    ),
+    "keys of one hash": (
+        lambda: pickled(
+            b"\x80\x02}("
+            + b"".join(b"\x8a\x0c" + (i * (2**61 - 1)).to_bytes(12, "little") + b"N" for i in range(10**5))
+            + b"u."
+        ),
+        "need code to load (builtins.int)",
+    ),
+    "a large tensor": (
+        lambda: pickled(
+            b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((U\7storagectorch\nFloatStorage\nU\0010U\3cpuK\1tQ"
+            b"K\0J\xff\xff\xff\x7f\x85K\1\x85\x89NtR."
+        ),
+        "larger than its storage",
+    ),
+    "an old file that claims much": (
+        lambda: OLD[:-8] + b"\xff" * 8,
+        "too short or too long",
+    ),
+    "safetensors that claim much": (
+        lambda: struct.pack("<Q", 2**62) + b"{}" + b" " * 100,
+        "not a .pt file",
+    ),
+    "a long header": (lambda: struct.pack("<Q", 2**23) + b"{" * 2**23 + b" ", "with a header of more than"),
     "the old format": (lambda: b"\x80\x02" + b"]" * 100, "before 1.6"),
 }
 MEASURE = """

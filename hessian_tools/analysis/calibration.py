@@ -28,6 +28,7 @@ from torch import Tensor
 
 from hessian_tools.analysis.agreement import agreement
 from hessian_tools.analysis.context import SmoothedFactory
+from hessian_tools.io.errors import check_scale
 from hessian_tools.linalg.lanczos import eigenpairs
 from hessian_tools.linalg.lanczos_quadrature import quadrature, tridiagonal
 from hessian_tools.linalg.trace import estimate, probe_forms
@@ -73,6 +74,8 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         if not self.scales or not all(0 < s < math.inf for s in self.scales):
             raise ValueError(f"noise scales must be positive numbers, not {list(self.scales)}")
+        for scale in self.scales:
+            check_scale("noise", scale)
         if self.draws < 4 or self.draws % 2:
             raise ValueError(f"draws must be even and at least 4 (they form antithetic pairs), not {self.draws}")
         for name in ("eigenvectors", "random"):

@@ -40,6 +40,7 @@ from hessian_tools.results.landscape import (
 from hessian_tools.resume import Phases
 from hessian_tools.seeding import stream
 
+LEAST_RANGE, MOST_RANGE = 1e-6, 1e6  # relative to ||w||; nearer, the weights' round-off hides the loss
 TOL = 1e-4  # tolerance of the eigenvectors: residual relative to the norm of the operator
 S = TypeVar("S")
 Op = TypeVar("Op", bound=Operator)
@@ -88,8 +89,11 @@ class LandscapeSettings:
                 raise ValueError(
                     f"{name.replace('_', ' ')} must be odd and at least 3 (0 is a grid point), not {count}"
                 )
-        if self.range is not None and not 0 < self.range < math.inf:
-            raise ValueError(f"range must be a positive number (relative to the norm of the weights), not {self.range}")
+        if self.range is not None and not LEAST_RANGE <= self.range <= MOST_RANGE:
+            raise ValueError(
+                f"range must be a positive number from {LEAST_RANGE:g} to {MOST_RANGE:g} (relative to the norm of the "
+                f"weights), not {self.range:g}"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from hessian_tools.analysis.context import SYMMETRY_LIMIT, AnalysisContext, AnalysisError, Factory, budget
 from hessian_tools.analysis.eigenvectors import gradient_shares, layer_shares, participation
 from hessian_tools.analysis.pyhessian import pyhessian_eigenpairs, pyhessian_trace
+from hessian_tools.analysis.round_off import relative_round_off
 from hessian_tools.analysis.sampling_error import data_errors, grouped
 from hessian_tools.analysis.settings import PROBES, STEPS, SpectrumSettings
 from hessian_tools.linalg import spectral_functions as functions
@@ -129,15 +130,22 @@ def measure(
             scaled(op, filter_norms(objective)),
             lambda op: {"values": _largest(op, scales, settings, run.generator("scale", index), step_ranks)},
         )["values"]
+    ends_of = pairs.vectors[:, [int(pairs.values.argmax()), int(pairs.values.argmin())]]
+    known = factory in OPERATORS.values()  # another operator is random itself, or fixes its dtype
+    rounding = run.phases.keep(
+        f"{name}: round-off", lambda: {"relative": relative_round_off(objective, factory, ends_of) if known else 0.0}
+    )["relative"]
+    slack = rounding * pairs.values.abs()
     columns = zip(
         pairs.values.tolist(),
-        pairs.residuals.tolist(),
+        (pairs.residuals + slack).tolist(),
         spread["pairs"].tolist(),
         pairs.converged.tolist(),
         layer_shares(objective, pairs.vectors),
-        pairs.bounds.tolist(),
+        (pairs.bounds + slack).tolist(),
         gradient_shares(gradient, pairs.vectors).tolist(),
         participation(pairs.vectors).tolist(),
+        spread["pairs concentration"].tolist(),
         strict=True,
     )
     found = [Eigenvalue(*column) for column in columns]
@@ -148,7 +156,14 @@ def measure(
         hessian_vector_products=run.phases.products - before,
         eigenvalues=tuple(found[i] for i in upper),
         smallest_eigenvalues=tuple(found[i] for i in lower),
-        trace=Trace(probe_trace.estimate, probe_trace.stderr, probe_trace.ci95, probe_trace.probes, spread["trace"]),
+        trace=Trace(
+            probe_trace.estimate,
+            probe_trace.stderr,
+            probe_trace.ci95,
+            probe_trace.probes,
+            spread["trace"],
+            spread["trace concentration"],
+        ),
         frobenius_norm=frobenius(probed["squared"], exact),
         scale_free_lambda_max=free,
         scale_free=tuple(ranks),

@@ -65,7 +65,8 @@ def data_errors(
         generator: Random stream of the probes and the bootstrap.
 
     Returns:
-        Standard errors: "pairs", a tensor [k], and "trace", a number. They are NaN for a single group.
+        Standard errors: "pairs", a tensor [k], and "trace", a number. They are NaN for a single group. The keys
+        "pairs concentration" and "trace concentration" hold what `concentration` says of each.
     """
     probes, _ = orthogonalize(rademacher(groups, PROBES, generator), exact.vectors)
     (forms, probed), counts = groups.batch_forms(pairs.vectors, probes)
@@ -85,7 +86,32 @@ def data_errors(
     traces = diagonal[:, known].sum(1, keepdim=True) + probed
     covariance = _covariance(traces, counts)
     between = (covariance.sum() - covariance.trace()) / (PROBES * (PROBES - 1))
-    return {"pairs": errors, "trace": float(between.maximum(covariance.mean() / 4).sqrt())}
+    return {
+        "pairs": errors,
+        "trace": float(between.maximum(covariance.mean() / 4).sqrt()),
+        "pairs concentration": concentration(diagonal, counts),
+        "trace concentration": float(concentration(traces.mean(1, keepdim=True), counts)[0]),
+    }
+
+
+def concentration(values: Tensor, counts: Tensor) -> Tensor:
+    """Return the largest share of one batch in the variance between batches.
+
+    With 32 equal batches of light-tailed samples the share is about 0.17. If a few samples carry most of the variance,
+    the share is large, and a standard error from the batches is unreliable: it is often far too small, because other
+    such samples are not among those drawn.
+
+    Args:
+        values: Batch means [B, k].
+        counts: Number of samples in each batch [B].
+
+    Returns:
+        Shares [k]; NaN for a single batch, and where the batches do not differ.
+    """
+    centred = values - counts @ values / counts.sum()
+    squares = counts[:, None] * centred.square()
+    shares: Tensor = squares.amax(0) / squares.sum(0) if len(counts) > 1 else torch.full_like(values[0], torch.nan)
+    return shares
 
 
 def standard_error(values: Tensor, counts: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hessian_tools.linalg.trace import LEAST_PROBES
+from hessian_tools.io.errors import check_scale
+from hessian_tools.linalg.trace import LEAST_ACCURACY, LEAST_PROBES
 
 CURVATURES = ("hessian", "ggn", "fisher")  # keys of operators.curvature.OPERATORS, without its imports
 STEPS, PROBES = 60, 4  # defaults of the density if no accuracy is given
@@ -82,12 +83,11 @@ class SpectrumSettings:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name} must be at least {bound}, not {value}")
-        for name in ("tol", "accuracy"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
-                raise ValueError(f"{name} must lie between 0 and 1, not {value}")
-        if not 0 < self.noise < math.inf:
-            raise ValueError(f"noise must be a positive number, not {self.noise}")
+        if not 0 < self.tol < 1:
+            raise ValueError(f"tol must lie between 0 and 1, not {self.tol}")
+        if self.accuracy is not None and not LEAST_ACCURACY <= self.accuracy < 1:
+            raise ValueError(f"accuracy must lie between {LEAST_ACCURACY:g} and 1, not {self.accuracy}")
+        check_scale("noise", self.noise)
         if self.damping is not None and not 0 < self.damping < math.inf:
             raise ValueError(f"damping must be a positive number, not {self.damping}")
         if self.magnitude and self.method == "power":

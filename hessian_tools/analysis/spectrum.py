@@ -24,6 +24,7 @@ from hessian_tools.nonfinite import first_not_finite
 from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator
 from hessian_tools.operators.curvature import OPERATORS
+from hessian_tools.perturbation import count_correct
 from hessian_tools.progress import Meter, Show
 from hessian_tools.results.spectrum import SPECTRUM_SCHEMA, SamplePoint, Spectrum, SpectrumResult
 from hessian_tools.resume import Phases
@@ -192,11 +193,12 @@ def _expected(settings: SpectrumSettings, variants: Mapping[str, Objective]) -> 
 
 @torch.no_grad()
 def _accuracy(objective: Objective) -> float:
-    """Fraction of samples whose largest output is the target class; NaN if the targets are not class labels."""
-    y = objective.targets[0]
-    if y.is_floating_point() or y.dim() != 1 or objective.outputs(objective.first_inputs(1)).dim() != 2:
-        return float("nan")
+    """Return the fraction of samples that are classified correctly; NaN if the targets are not class labels."""
     right = torch.zeros((), dtype=torch.float64, device=objective.device)
     for (x, y), _ in objective.weighted_batches():
-        right += (objective.outputs(x).argmax(1) == y).sum()
+        found = count_correct(objective.outputs(x), y)
+        if found is None:
+            right += torch.nan  # on every process, so that all of them reach the sum
+        else:
+            right += found
     return float(objective.summed(right)) / objective.samples

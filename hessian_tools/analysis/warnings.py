@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from hessian_tools.results.spectrum import Spectrum, SpectrumResult
+
+CONCENTRATED = 0.3  # share of one group of samples in a variance: light tails exceed it in 2 to 9% of data sets
+CHANCE = 2.0  # an accuracy below this multiple of guessing counts as not learned
 
 
 def warnings_of(result: SpectrumResult) -> tuple[str, ...]:
@@ -20,8 +24,32 @@ def warnings_of(result: SpectrumResult) -> tuple[str, ...]:
     return tuple(_warnings(result))
 
 
+def learned_nothing(accuracy: float, loss: float, classes: int | None, activity: Mapping[str, Any]) -> str:
+    """Return one sentence that says that a network has not learned its task, or "" if it has.
+
+    Args:
+        accuracy: Fraction of the samples classified correctly, NaN if unknown.
+        loss: The loss on the same samples.
+        classes: Number of classes, None if unknown.
+        activity: For each layer of neurons, a mapping whose "dead" is the fraction of neurons that never fire.
+    """
+    dead = [v["dead"] for v in activity.values() if isinstance(v, Mapping) and "dead" in v]
+    if dead and any(share >= 1 for share in dead):
+        return "A whole layer of neurons never fires on these samples: the network is dead, and nothing is a minimum."
+    if not math.isfinite(loss):
+        return f"The loss is {loss}: the training diverged."
+    if classes is not None and classes > 1 and accuracy < CHANCE / classes:
+        return (
+            f"The accuracy on these samples is {accuracy:.1%}, and guessing gives {1 / classes:.1%}: the network has "
+            "not learned its task. Its curvature says nothing about minima."
+        )
+    return ""
+
+
 def _warnings(result: SpectrumResult) -> Iterator[str]:
     name, spectrum = result.main
+    if said := learned_nothing(result.accuracy, result.loss, result.network.get("classes"), result.activity):
+        yield said
     pairs = (*spectrum.eigenvalues, *spectrum.smallest_eigenvalues)
     if all(p.value == 0 for p in pairs):
         yield f"The {name} is zero: no surrogate gradient reaches these weights. A layer may be far from its threshold."
@@ -32,7 +60,8 @@ def _warnings(result: SpectrumResult) -> Iterator[str]:
                 f"{text}. Eigenvalues of the {kind} were missed. Repeat the analysis with another seed, or with a "
                 "larger top or smallest."
             )
-        if kind in ("ggn", "fisher") and s.search and s.search.smallest < -1e-5 * max(abs(p.value) for p in pairs):
+        size = max(abs(p.value) for p in (*s.eigenvalues, *s.smallest_eigenvalues))
+        if kind in ("ggn", "fisher") and s.search and s.search.smallest < -1e-5 * size:
             yield (
                 f"The {kind} has negative eigenvalues (down to {s.search.smallest:.2g}), so the loss is not convex in "
                 "the outputs. Results that assume a positive semidefinite operator do not hold."
@@ -49,9 +78,18 @@ def _warnings(result: SpectrumResult) -> Iterator[str]:
             f"lambda_max has a {percent_of(top.data_stderr, top.value)} standard error from the data{counted}. Use "
             "more samples before ranking networks by it."
         )
+    shares = {"lambda_max": top.data_concentration}
+    if spectrum.trace is not None:
+        shares["the trace"] = spectrum.trace.data_concentration
+    if heavy := {what: share for what, share in shares.items() if share > CONCENTRATED}:
+        carried = " and ".join(f"{share:.0%} of the variance of {what}" for what, share in heavy.items())
+        yield (
+            f"A few samples decide: one group of them carries {carried}. The standard errors from the data are "
+            "unreliable and probably too small. Use more samples."
+        )
     damping = result.settings.get("damping")
     for kind, s in result.spectra.items():
-        if damping and s.density is not None and s.effective_dimension is None:
+        if damping and s.density is not None and s.effective_dimension is None and s.density.probes > 1:
             low = min(p.value for p in (*s.eigenvalues, *s.smallest_eigenvalues))
             yield (
                 f"No effective dimension and log det of the {kind}: A + z I may not be positive definite at z = "
@@ -61,11 +99,16 @@ def _warnings(result: SpectrumResult) -> Iterator[str]:
     if name == "hessian" and negative and is_spiking(result):
         yield (
             f"Negative eigenvalues (magnitude up to {percent_of(min(p.value for p in negative), top.value)} of "
-            "lambda_max) belong to the surrogate's 2-jet. They are not evidence for saddle directions of the spiking "
-            "loss."
+            "lambda_max) belong to the surrogate's 2-jet. Whether the spiking loss curves down there depends on the "
+            "network: trained ones mostly curved up, untrained ones mostly down. A calibration measures it."
         )
-    drop = result.gradient_norm**2 / (2 * top.value) if top.value > 0 else math.inf
-    if drop > 0.01 * result.loss:
+    drop = result.gradient_norm**2 / (2 * top.value) if top.value > 0 else math.nan
+    if top.value <= 0 < result.gradient_norm:
+        yield (
+            f"lambda_max is not positive ({top.value:.3g}) and the gradient is not zero. These weights are not a "
+            "minimum of the surrogate loss in evaluation mode."
+        )
+    elif drop > 0.01 * result.loss:
         yield (
             f"The gradient is not small (||g||^2 / (2 lambda_max) is {percent_of(drop, result.loss)} of the loss). "
             "These weights are not a stationary point of the surrogate loss in evaluation mode."
@@ -86,8 +129,8 @@ def _warnings(result: SpectrumResult) -> Iterator[str]:
 
 
 def is_spiking(result: SpectrumResult) -> bool:
-    """Return whether the network spikes: False for a network of another library without a known surrogate."""
-    return bool("library" not in result.network or result.network.get("surrogate"))
+    """Return whether the network is known to spike: it has a surrogate."""
+    return bool(result.network.get("surrogate"))
 
 
 def _missed(s: Spectrum) -> str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+LEAST_SCALE, MOST_SCALE = 1e-12, 1e6  # of noise and radii, relative to the weights; beyond, squares are not normal
+
 
 def in_python(name: str, value: object) -> str:
     """Spell a parameter as a keyword argument: `steps=4`, or `steps=` if `value` is `...`."""
@@ -43,3 +45,9 @@ class ParameterError(ValueError):
             parts = [value.spelled(spell) if isinstance(value, ParameterError) else value for value in values]
             text = text.format(*parts, **{name: spell(name, value) for name, value in self.parameters.items()})
         return " ".join(str(text).splitlines())
+
+
+def check_scale(name: str, value: float) -> None:
+    """Check the scale of a noise or a radius. Raise ValueError if it is not from LEAST_SCALE to MOST_SCALE."""
+    if not LEAST_SCALE <= value <= MOST_SCALE:
+        raise ValueError(f"{name} must be a positive number from {LEAST_SCALE:g} to {MOST_SCALE:g}, not {value}")

@@ -15,13 +15,41 @@ from pathlib import Path
 from typing import IO, Any
 
 
+def without_control_codes(text: str) -> str:
+    """Replace control codes of terminals, and all other unprintable characters but newlines and tabs, by "?"."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
+def csv_cell(value: object) -> object:
+    """Return a value for a CSV file. Texts that a spreadsheet would run as a formula get an apostrophe in front."""
+    if not isinstance(value, str):
+        return value
+    text = without_control_codes(value)
+    if text[:1] in ("=", "+", "-", "@", "\t") and len(text) > 1 and not _is_number(text):
+        return f"'{text}"
+    return text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a CSV file with one line per row. Columns appear in the order in which the rows first name them."""
+    """Write a CSV file with one line per row. Columns appear in the order in which the rows first name them.
+
+    Control characters are replaced, and a text that a spreadsheet would take for a formula begins with an apostrophe.
+    """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([csv_cell(name) for name in columns])
+    writer.writerows([csv_cell(row.get(name, "")) for name in columns] for row in rows)
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
@@ -89,12 +117,7 @@ def locked(path: Path, *, shared: bool = False, wait: float = 0.0) -> Iterator[b
     """
     end = time.monotonic() + wait
     while True:
-        try:
-            file = path.open("ab")
-        except OSError as error:
-            error.filename = str(path.parent)
-            raise
-        with file:
+        with _lock_file(path) as file:
             held = _lock(file, shared)
             if held is None and time.monotonic() >= end:
                 raise BlockingIOError(errno.EAGAIN, "another process holds the lock", str(path))
@@ -107,6 +130,17 @@ def locked(path: Path, *, shared: bool = False, wait: float = 0.0) -> Iterator[b
                     if held and not shared:
                         _remove(path)
                 return
+
+
+def _lock_file(path: Path) -> IO[bytes]:
+    """Open a lock file. Opening a pipe of that name would wait for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "not a regular file, so it cannot be locked", str(path))
+    try:
+        return path.open("ab")
+    except OSError as error:
+        error.filename = str(path.parent)
+        raise
 
 
 def _lock(file: IO[bytes], shared: bool) -> bool | None:

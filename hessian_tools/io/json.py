@@ -62,6 +62,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if kind is float and (value is None or (isinstance(value, int | float) and not isinstance(value, bool))):
         return math.nan if value is None else float(value)
     if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        if isinstance(value, int) and value < 0:  # all whole numbers in results are counts or seeds
+            raise ResultError(f"field '{where}' must not be negative")
         return value
     raise ResultError(f"field '{where}' must be {getattr(kind, '__name__', kind)}")
 

@@ -1,81 +1,95 @@
-"""Read .pt files from untrusted sources without running code, in memory bounded by a small multiple of the file size.
+"""Read .pt and .safetensors files from untrusted sources without running code, in memory bounded by the file size.
 
-torch.load(weights_only=True) runs no code, but a file of a few bytes can still make it exhaust the memory: by
-compressed or overlapping entries, by calls such as bytearray(10**11), or by a million nested containers. The zip
-archive and its pickle are therefore checked first. A file is refused unless torch.save could have written it.
+A .pt file contains a pickle, and loading a pickle usually runs whatever code it names. Here the pickle is interpreted
+as data (see `hessian_tools.io.inert_pickle`): only tensors, numbers, texts and plain containers are built. Even then a
+file of a few bytes could exhaust the memory: by compressed or overlapping entries, by tensors that claim more than is
+stored, or by a million nested containers. Such files are refused.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-import re
 import struct
-import warnings
+import sys
 import zipfile
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from hessian_tools.io.inert_pickle import ArchiveError, CodeError, Foreign, InertUnpickler, as_key, count_steps
+from hessian_tools.io.safetensors_file import is_safetensors, read_safetensors
+
+__all__ = ["ArchiveError", "CodeError", "Foreign", "read_archive"]
+
 MOST_PICKLE = 2**26  # largest pickle in bytes
-MOST_STEPS = 10_000_000  # opcodes of the pickle; a log of 1,000 epochs with 40 layers takes 2 million
 MOST_DIRECTORY = 2**24  # largest table of contents of the zip archive, in bytes
 DEEPEST = 50  # largest nesting depth of containers
-# The names that a pickle may use. Others that weights_only allows can exhaust the memory or replace the methods of a
-# tensor.
-_PLAIN = re.compile(
-    r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v2|parameter)|torch\.[A-Z][A-Za-z0-9]*Storage"
-    r"|torch\.(Size|device|bool|u?int\d+|b?float\d+|complex\d+)"
-)
-# Number of argument bytes after each opcode of protocol 2 that torch.save writes and weights_only reads.
-# -1: preceded by a length of one byte; -4: preceded by a length of four bytes; -2: two lines of text.
-_BEHIND = {
-    **dict.fromkeys(b"RbasueNt()]}.Q\x85\x86\x87\x88\x89", 0),
-    **dict.fromkeys(b"Kqh", 1),
-    b"M"[0]: 2,
-    **dict.fromkeys(b"Jrj", 4),
-    b"G"[0]: 8,
-    **dict.fromkeys(b"U\x8a", -1),
-    b"X"[0]: -4,
-    b"c"[0]: -2,
+MOST_ELEMENTS = 2**62  # of a tensor, which can be larger than its storage if its strides are 0
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began its files before torch 1.6
+_LEGACY_PROTOCOL = 1001
+_STORAGES = {  # the storage classes and their dtypes
+    **{
+        f"torch.{name}Storage": dtype
+        for name, dtype in {
+            "Byte": torch.uint8,
+            "Char": torch.int8,
+            "Bool": torch.bool,
+            "Short": torch.int16,
+            "Half": torch.float16,
+            "BFloat16": torch.bfloat16,
+            "Int": torch.int32,
+            "Float": torch.float32,
+            "Long": torch.int64,
+            "Double": torch.float64,
+            "ComplexFloat": torch.complex64,
+            "ComplexDouble": torch.complex128,
+            "Untyped": torch.uint8,
+        }.items()
+    },
+    "torch.storage.UntypedStorage": torch.uint8,
 }
-_STOP = b"."[0]
-_SIZES = {  # bytes per element
-    f"{name}Storage": size
-    for size, names in {
-        1: ("Untyped", "Byte", "Char", "Bool"),
-        2: ("Short", "Half", "BFloat16"),
-        4: ("Int", "Float"),
-        8: ("Long", "Double", "ComplexFloat"),
-        16: ("ComplexDouble",),
-    }.items()
-    for name in names
-}
+_DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+_DAMAGED = "damaged, or not a .pt file"
+_Read = Callable[[str], bytes]  # the bytes of a storage
 
 
-class ArchiveError(ValueError):
-    """A file cannot be read. The message is a short reason without the name of the file."""
+@dataclass(frozen=True)
+class _Storage:
+    """Bytes outside the pickle: `count` elements."""
+
+    key: str
+    dtype: torch.dtype
+    count: int
 
 
-class CodeError(ArchiveError):
-    """The file contains an object that is neither a tensor nor a plain value."""
+@dataclass(frozen=True)
+class _View:
+    """A tensor that was not read yet: the elements of a storage that it consists of."""
+
+    storage: _Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
 
 
-def read_archive(path: str | Path) -> Any:
-    """Read a file that torch.save wrote.
+def read_archive(path: str | Path, foreign: bool = False) -> Any:
+    """Read a file that torch.save wrote, in its present or its old format, or a .safetensors file.
 
     Args:
         path: The file.
+        foreign: Accept objects of other types, such as `argparse.Namespace`. No code runs for them: a mapping becomes
+            a dict, and every other object becomes a `Foreign` object that only has its name.
 
     Returns:
-        Its contents. Dicts, lists and tuples are plain ones; tensors are on the CPU and detached.
+        Its contents. Dicts, lists and tuples are plain ones; tensors are on the CPU and detached. A torch.device is a
+        text.
 
     Raises:
-        CodeError: If the file contains objects of other types.
+        CodeError: If the file contains objects of other types, unless `foreign`.
         ArchiveError: If the file is damaged or would take too much memory.
         FileNotFoundError: If the file does not exist.
         PermissionError: If the file may not be read.
@@ -84,51 +98,223 @@ def read_archive(path: str | Path) -> Any:
     if path.exists() and not path.is_file():
         raise ArchiveError("not a regular file")
     with path.open("rb") as file:
-        pickled, sizes = _pickle(file)
-        steps = _check_pickle(pickled)
-        _check_storages(pickled, sizes)
-        file.seek(0)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a damaged file can cause warnings
-                values = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises many types on damaged files
-            raise ArchiveError("damaged, or not a .pt file") from error
-    return _plain(values, 0, iter(range(1000 + 10 * steps)))
+        head, size = file.read(len(_LEGACY)), file.seek(0, 2)
+        if is_safetensors(head[:9], size):
+            return read_safetensors(file, size)
+        if head == _LEGACY:
+            values, steps, read = _legacy(file, size, foreign)
+        elif head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5":
+            raise ArchiveError(
+                "a pickle, but neither the format of torch.save nor that of torch before 1.6: load it where it was "
+                "made and save model.state_dict() with torch.save"
+            )
+        else:
+            values, steps, read = _zipped(file, size, foreign)
+        return _Plain(read, foreign, iter(range(1000 + 10 * steps))).copy(values, 0)
 
 
-def _pickle(file: IO[bytes]) -> tuple[bytes, dict[str, int]]:
-    """Return the pickle of an archive, and the bytes of every storage by its key.
+# ---------------------------------------------------------------- the pickle
+class _TorchUnpickler(InertUnpickler):
+    """Recognizes the few names that torch.save uses for tensors. Everything else is refused or becomes `Foreign`."""
 
-    Every entry must occur once, be uncompressed and not overlap another, so that the zip readers of torch and Python
-    agree.
+    def __init__(self, data: bytes, place: int, foreign: bool) -> None:
+        super().__init__(data, place)
+        self.foreign = foreign
+        self.storages: dict[str, _Storage] = {}
+
+    def find(self, name: str) -> Any:
+        if name in _DTYPES:
+            return _DTYPES[name]
+        return Foreign(name) if name in _CALLS or name in _STORAGES else self.unknown(name)
+
+    def unknown(self, name: str) -> Foreign:
+        made = Foreign(name.replace("__builtin__.", "builtins."))
+        if not self.foreign:
+            raise CodeError(f"it contains objects that need code to load ({made.name})")
+        return made
+
+    def call(self, function: Foreign, arguments: tuple[Any, ...]) -> Any:
+        known = _CALLS.get(function.name)
+        return known(*arguments) if known else self.unknown(function.name)
+
+    def persistent(self, key: Any) -> Any:
+        if key[0] == "module" and len(key) == 4 and type(key[1]) is Foreign:  # a class with its source code
+            return key[1]
+        kind, cls, name, _, count, *view = key
+        if kind != "storage" or type(cls) is not Foreign or type(name) is not str or type(count) is not int:
+            raise ArchiveError(_DAMAGED)
+        if cls.name not in _STORAGES:
+            return self.unknown(cls.name)
+        made = _Storage(name, _STORAGES[cls.name], count)
+        if view not in ([], [None]) or count < 0 or self.storages.setdefault(name, made).dtype != made.dtype:
+            raise ArchiveError("a tensor shares a part of its data with others: save clones of the tensors")
+        return made
+
+
+def _tensor(
+    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any = False, _hooks: Any = None, metadata: Any = None
+) -> Any:
+    """Return the tensor of these arguments of `torch._utils._rebuild_tensor_v2`."""
+    if type(storage) is Foreign:  # quantized, for example
+        return Foreign(storage.name)
+    if metadata:
+        raise ArchiveError("it contains a tensor whose conjugation or negation is pending: save a clone of it")
+    return _view(storage, offset, size, stride, storage.dtype)
+
+
+def _tensor_of(
+    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, metadata: Any = None
+) -> Any:
+    """Return the tensor of these arguments of `torch._utils._rebuild_tensor_v3`, whose storage has no dtype."""
+    if storage.dtype is not torch.uint8 or not isinstance(dtype, torch.dtype) or metadata:
+        raise ArchiveError(_DAMAGED)
+    return _view(storage, offset, size, stride, dtype)
+
+
+def _view(storage: _Storage, offset: Any, size: Any, stride: Any, dtype: torch.dtype) -> _View:
+    """Return a tensor. Raises if it is not inside its storage."""
+    if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride) or len(size) > 64:
+        raise ArchiveError(_DAMAGED)
+    if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
+        raise ArchiveError(_DAMAGED)
+    elements, last = 1, offset
+    for n, step in zip(size, stride, strict=True):
+        elements *= n
+        last += (n - 1) * step
+    count = storage.count * storage.dtype.itemsize // dtype.itemsize
+    if (elements and last >= count) or elements > MOST_ELEMENTS:
+        raise ArchiveError("damaged: a tensor is larger than its storage")
+    return _View(storage, offset if elements else 0, size, stride, dtype)
+
+
+def _parameter(data: Any, *_: Any) -> Any:
+    if type(data) not in (_View, Foreign):
+        raise ArchiveError(_DAMAGED)
+    return data
+
+
+def _typed(function: Any, _cls: Any, arguments: Any, _state: Any) -> Any:
+    """Return a tensor with attributes, without the attributes."""
+    return _CALLS[function.name](*arguments) if function.name in _REBUILD else Foreign(function.name)
+
+
+def _dict(*arguments: Any) -> dict[Any, Any]:
+    """Return a dict of the arguments of OrderedDict, which can be a list of pairs in files from Python 2."""
+    pairs = arguments[0] if arguments else []
+    return {as_key(key): value for key, value in pairs}
+
+
+def _size(values: Any = ()) -> tuple[int, ...]:
+    if any(type(n) is not int for n in values):
+        raise ArchiveError(_DAMAGED)
+    return tuple(values)
+
+
+def _device(*words: Any) -> str:
+    if any(type(word) not in (str, int) for word in words):
+        raise ArchiveError(_DAMAGED)
+    return ":".join(map(str, words))
+
+
+_REBUILD: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_of,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+}
+_CALLS: dict[str, Callable[..., Any]] = {
+    **_REBUILD,
+    "torch._tensor._rebuild_from_type_v2": _typed,
+    "collections.OrderedDict": _dict,
+    "collections.defaultdict": lambda _factory=None: {},
+    "torch.Size": _size,
+    "torch.device": _device,
+}
+
+
+# ---------------------------------------------------------------- the file around it
+def _legacy(file: IO[bytes], size: int, foreign: bool) -> tuple[Any, int, _Read]:
+    """Return the contents of a file of torch before 1.6, the steps of its pickle, and how to read a storage.
+
+    The file consists of five pickles (a magic number, the protocol, the machine, the contents, the keys of the
+    storages), then of the storages: each is its number of elements and its bytes.
     """
-    if file.read(2) == b"\x80\x02":
-        raise ArchiveError(
-            "in the format of torch before 1.6: load it with torch.load(weights_only=True) and save it with torch.save"
-        )
-    size = file.seek(0, 2)
+    file.seek(0)
+    data = file.read(MOST_PICKLE)
+    protocol, place = _value(data, len(_LEGACY))
+    machine, place = _value(data, place)
+    if protocol != _LEGACY_PROTOCOL or type(machine) is not dict:
+        raise ArchiveError(_DAMAGED)
+    if machine.get("little_endian") is not (sys.byteorder == "little"):
+        raise ArchiveError("written on a machine with another order of bytes: save it again on this kind of machine")
+    steps, _ = count_steps(data, place)
+    unpickler = _TorchUnpickler(data, place, foreign)
+    values = unpickler.load()
+    keys, place = _value(data, unpickler.place)
+    if type(keys) is not list or not all(type(key) is str and key in unpickler.storages for key in keys):
+        raise ArchiveError("it contains tensors that are not dense: save the weights of the network only")
+    places: dict[str, tuple[int, int]] = {}
+    for key in keys:
+        file.seek(place)
+        count = int.from_bytes(file.read(8), "little")
+        length = count * unpickler.storages[key].dtype.itemsize
+        places[key] = (place + 8, length)
+        place += 8 + length
+        if place > size:
+            break
+    if place != size or len(places) < len(keys):
+        raise ArchiveError("damaged: the file is too short or too long for its tensors")
+
+    def read(key: str) -> bytes:
+        start, length = places[key]
+        file.seek(start)
+        return file.read(length)
+
+    return values, steps, read
+
+
+def _value(data: bytes, place: int) -> tuple[Any, int]:
+    """Return the value of a pickle of plain values, and the position after it."""
+    count_steps(data, place)
+    unpickler = InertUnpickler(data, place)
+    return unpickler.load(), unpickler.place
+
+
+def _zipped(file: IO[bytes], size: int, foreign: bool) -> tuple[Any, int, _Read]:
+    """Return the contents of a zip archive, the steps of its pickle, and how to read a storage.
+
+    Every entry must occur once, be uncompressed and not overlap another, so that all zip readers agree.
+    """
     try:
         _check_directory(file, size)
-        with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-            names = [entry.orig_filename for entry in entries]
-            if not names or len({name.lower() for name in names}) < len(names) or not all(map(str.isascii, names)):
-                raise ArchiveError("damaged: entries have no names or duplicate names")
-            if any(e.compress_type != zipfile.ZIP_STORED or e.compress_size != e.file_size for e in entries):
-                raise ArchiveError("its entries are compressed, but torch.save never compresses")
-            if sum(e.file_size for e in entries) > size:
-                raise ArchiveError("damaged: its entries claim more bytes than the file has")
-            top = names[0].partition("/")[0]
-            sizes = {name.removeprefix(f"{top}/data/"): e.file_size for name, e in zip(names, entries, strict=True)}
-            entry = archive.getinfo(f"{top}/data.pkl")
-            if entry.file_size > MOST_PICKLE:
-                raise ArchiveError(f"more than {MOST_PICKLE:,} bytes in addition to the weights")
-            return archive.read(entry), sizes
+        archive = zipfile.ZipFile(file)  # does not own the file
+        entries = archive.infolist()
+        names = [entry.orig_filename for entry in entries]
+        if not names or len({name.lower() for name in names}) < len(names) or not all(map(str.isascii, names)):
+            raise ArchiveError("damaged: entries have no names or duplicate names")
+        if any(e.compress_type != zipfile.ZIP_STORED or e.compress_size != e.file_size for e in entries):
+            raise ArchiveError("its entries are compressed, but torch.save never compresses")
+        if sum(e.file_size for e in entries) > size:
+            raise ArchiveError("damaged: its entries claim more bytes than the file has")
+        top = names[0].partition("/")[0]
+        entry = archive.getinfo(f"{top}/data.pkl")
+        if entry.file_size > MOST_PICKLE:
+            raise ArchiveError(f"more than {MOST_PICKLE:,} bytes in addition to the weights")
+        pickled = archive.read(entry)
+        order = archive.read(f"{top}/byteorder")[:10] if f"{top}/byteorder" in names else b"little"
     except ArchiveError:
         raise
-    except Exception as error:  # zipfile raises many types too, such as NotImplementedError
+    except Exception as error:  # zipfile raises many types, such as NotImplementedError
         raise ArchiveError("truncated or not a .pt file") from error
+    if order != sys.byteorder.encode():
+        raise ArchiveError("written on a machine with another order of bytes: save it again on this kind of machine")
+    if pickled[:1] != b"\x80" or pickled[1:2] not in (b"\2", b"\3", b"\4", b"\5"):
+        raise ArchiveError("damaged, or not written by torch.save")
+    steps, _ = count_steps(pickled)
+    unpickler = _TorchUnpickler(pickled, 0, foreign)
+    values = unpickler.load()
+    return values, steps, lambda key: archive.read(f"{top}/data/{key}")
 
 
 def _check_directory(file: IO[bytes], size: int) -> None:
@@ -148,102 +334,55 @@ def _check_directory(file: IO[bytes], size: int) -> None:
         raise ArchiveError("damaged: its table of contents is misplaced or too long")
 
 
-def _check_pickle(data: bytes) -> int:
-    """Count the steps of a pickle. Raises if it has too many values, or any but plain ones and tensors."""
-    place, steps, size = 2, 0, len(data)
-    if data[:2] != b"\x80\x02":
-        raise ArchiveError("damaged, or not written by torch.save")
-    try:
-        while True:
-            opcode = data[place]
-            behind = _BEHIND[opcode]
-            place += 1
-            if behind >= 0:
-                place += behind
-            elif behind == -1:
-                place += 1 + data[place]
-            elif behind == -4:
-                place += 4 + int.from_bytes(data[place : place + 4], "little")
-            else:
-                module, name, place = _lines(data, place)
-                if not _PLAIN.fullmatch(f"{module}.{name}"):
-                    raise CodeError(f"it contains objects that need code to load ({module}.{name})")
-            steps += 1
-            if opcode == _STOP or place > size:
-                return steps
-            if steps > MOST_STEPS:
-                raise ArchiveError(f"more than {MOST_STEPS:,} values in addition to the weights")
-    except (IndexError, KeyError):
-        raise ArchiveError("damaged, or not written by torch.save") from None
-
-
-class _Inert:
-    """Stands for every object that a pickle names. It accepts any arguments and does nothing."""
-
-    def __init__(self, *arguments: object) -> None: ...
-
-    def __call__(self, *arguments: object) -> _Inert:
-        return self
-
-    def __setitem__(self, key: object, value: object) -> None: ...
-
-    def __setstate__(self, state: object) -> None: ...
-
-
-class _Storages(pickle.Unpickler):
-    """Checks the sizes of the storages in a pickle that _check_pickle has passed.
-
-    Older versions of torch trust the sizes in the pickle and would read beyond the end of a storage.
-    """
-
-    def __init__(self, pickled: bytes, sizes: dict[str, int]) -> None:
-        super().__init__(io.BytesIO(pickled))
-        self.sizes = sizes
-
-    def find_class(self, module: str, name: str) -> Any:
-        return _SIZES[name] if module == "torch" and name in _SIZES else _Inert()
-
-    def persistent_load(self, pid: Any) -> _Inert:
-        _, each, key, _, count = pid
-        if not (type(count) is int and 0 <= count * each <= self.sizes[key]):
-            raise ArchiveError("damaged: a tensor claims more bytes than are stored")
-        return _Inert()
-
-
-def _check_storages(pickled: bytes, sizes: dict[str, int]) -> None:
-    """Raise if a tensor claims more bytes than the archive stores for it."""
-    try:
-        _Storages(pickled, sizes).load()
-    except ArchiveError:
-        raise
-    except Exception as error:  # pickle raises many types on damaged files
-        raise ArchiveError("damaged, or not a .pt file") from error
-
-
-def _lines(data: bytes, place: int) -> tuple[str, str, int]:
-    """Return the two lines that start at `place`, and the position after them."""
-    words = []
-    for _ in range(2):
-        end = data.find(b"\n", place)
-        if not 0 <= end - place <= 200:
-            raise IndexError
-        words.append(data[place:end].decode("ascii", "replace"))
-        place = end + 1
-    return words[0], words[1], place
-
-
-def _plain(value: Any, depth: int, left: Iterator[int]) -> Any:
-    """Copy a value into plain containers: an OrderedDict can carry its own methods, and a tensor hooks.
+# ---------------------------------------------------------------- the contents
+class _Plain:
+    """Copies values into plain containers and reads the tensors. Each storage is read once and stays shared.
 
     Containers can contain each other and can be shared a thousand times. `left` bounds the number of visits.
     """
-    if depth > DEEPEST or next(left, None) is None:
-        raise ArchiveError(f"containers nested more than {DEEPEST} levels deep, or repeated too many times")
-    kind = type(value)
-    if kind is dict or kind is OrderedDict:
-        return {key: _plain(item, depth + 1, left) for key, item in dict.items(value)}
-    if kind is list:
-        return [_plain(item, depth + 1, left) for item in value]
-    if kind is tuple:
-        return tuple(_plain(item, depth + 1, left) for item in value)
-    return value.detach() if isinstance(value, Tensor) else value
+
+    def __init__(self, read: _Read, foreign: bool, left: Iterator[int]) -> None:
+        self.read = read
+        self.foreign = foreign
+        self.left = left
+        self.storages: dict[str, Tensor] = {}
+
+    def copy(self, value: Any, depth: int) -> Any:
+        if depth > DEEPEST or next(self.left, None) is None:
+            raise ArchiveError(f"containers nested more than {DEEPEST} levels deep, or repeated too many times")
+        kind = type(value)
+        if kind is Foreign and value.content is not None:
+            kind, value = dict, value.content
+        if kind is dict:
+            return {self.alone(key): self.copy(item, depth + 1) for key, item in value.items()}
+        if kind is list:
+            return [self.copy(item, depth + 1) for item in value]
+        if kind is tuple:
+            return tuple(self.copy(item, depth + 1) for item in value)
+        return self.tensor(value) if kind is _View else self.alone(value)
+
+    def alone(self, value: Any) -> Any:
+        """Return a value that is neither a container nor a tensor."""
+        if type(value) is _Storage:
+            value = Foreign("torch.UntypedStorage")
+        if type(value) is Foreign:
+            if not self.foreign:
+                raise CodeError(f"it contains objects that need code to load ({value.name})")
+            return Foreign(value.name)
+        return value
+
+    def tensor(self, view: _View) -> Tensor:
+        key, needed = view.storage.key, view.storage.count * view.storage.dtype.itemsize
+        try:
+            if key not in self.storages:
+                raw = bytearray(self.read(key))
+                self.storages[key] = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0).byte()
+            stored = self.storages[key]
+            if needed > len(stored):
+                raise ArchiveError("damaged: a tensor claims more bytes than are stored")
+            whole = needed // view.dtype.itemsize * view.dtype.itemsize
+            return stored[:whole].view(view.dtype).as_strided(view.size, view.stride, view.offset)
+        except ArchiveError:
+            raise
+        except Exception as error:  # zipfile and torch raise many types on damaged files
+            raise ArchiveError(_DAMAGED) from error

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hessian_tools.linalg.error_bounds import random_start_bound, temple_bounds
 from hessian_tools.operators.base import Operator
 
 # (products done, products expected, worst residual of the wanted pairs relative to ||A||, NaN while unknown)
@@ -39,9 +40,9 @@ class Eigenpairs:
         tol: Relative tolerance.
         products: Number of operator products, including those for the residuals.
         bounds: Error bounds [k]: min(residual, residual^2 / gap + round-off of a product) for converged pairs (Kato
-            1949, Temple 1928), and the residual for the others. The gap is the distance to the nearest other Ritz
-            value, less its residual. An eigenvalue lies within the bound if the Ritz values represent all eigenvalues
-            nearby.
+            1949, Temple 1928), and the residual for the others. The gap ends where another eigenvalue can be, also one
+            that was not found; with probability 95% over the random start, an eigenvalue lies within the bound (see
+            `hessian_tools.linalg.error_bounds.temple_bounds`).
         steps: Dimension of the Krylov space built from the random start before the first restart. 0 if unknown.
         complete: Whether that space became invariant or all of R^P was spanned. Then, with probability 1, no eigenvalue
             was missed, although copies of a multiple eigenvalue can be missing.
@@ -102,6 +103,8 @@ def certified(
     norm: float | None = None,
     others: tuple[Tensor, Tensor] | None = None,
     report: Callable[[], None] | None = None,
+    steps: int = 0,
+    unit: float | None = None,
 ) -> Eigenpairs:
     """Compute Rayleigh quotients and explicit residuals of orthonormal vectors, one product per vector.
 
@@ -113,47 +116,55 @@ def certified(
         others: The remaining Ritz values [m] of the space that contains the vectors, and bounds on their residuals [m].
             Without them the gaps are unknown, and the error bounds are the residuals.
         report: Called after every product.
+        steps: Dimension of the Krylov space built from a random start, the size of the operator if no eigenvalue was
+            missed. 0 if unknown; then the error bounds are the residuals.
+        unit: Power of two that products are divided by (see `power_of_two`), if `norm` and `others` are in this unit.
 
     Returns:
         The pairs, in the order of the vectors.
     """
     before = op.products
+    if unit is None and norm:
+        unit = power_of_two(torch.tensor(norm))
+        norm /= unit
     values, residuals = torch.empty(2, vectors.shape[1], dtype=torch.float64)
     for i, v in enumerate(vectors.unbind(1)):
         image = (op @ v).double()
+        unit = power_of_two(image) if unit is None else unit
+        image = image if unit == 1 else image / unit
         values[i] = value = float(v @ image)
         residuals[i] = float((image - value * v).norm())
         if report is not None:
             report()
+    unit = unit or 1.0
     norm = max(float(values.abs().max()) if len(values) else 0.0, norm or 0.0)
     converged = residuals <= tol * norm
     bounds, ritz = residuals, values
     if others is not None:
-        sharp = temple_bounds(values, residuals, *others) + torch.finfo(op.dtype).eps * norm
-        bounds = torch.where(converged, residuals.minimum(sharp), residuals)
         ritz = torch.cat([values, others[0]])
-    pairs = Eigenpairs(values, vectors, residuals, converged, norm, tol, op.products - before, bounds)
-    return dataclasses.replace(pairs, low=float(ritz.min()), high=float(ritz.max())) if len(ritz) else pairs
+        if steps:
+            closed = 10 * BREAKDOWN * norm  # an invariant space does not tell eigenvalues apart that are closer
+            sharp = temple_bounds(values, residuals, others[0], others[1] + closed, steps, op.shape[0])
+            sharp = sharp + torch.finfo(op.dtype).eps * norm
+            bounds = torch.where(converged, residuals.minimum(sharp), residuals)
+    low, high = (float(ritz.min()) * unit, float(ritz.max()) * unit) if len(ritz) else (math.nan, math.nan)
+    if unit != 1:
+        values, residuals, bounds = unit * values, unit * residuals, unit * bounds
+    products = op.products - before
+    return Eigenpairs(values, vectors, residuals, converged, norm * unit, tol, products, bounds, low=low, high=high)
 
 
-def temple_bounds(values: Tensor, residuals: Tensor, others: Tensor, radii: Tensor) -> Tensor:
-    """Compute the error bounds min(residual, residual^2 / gap) of eigenpairs (Kato 1949, Temple 1928).
+def power_of_two(image: Tensor) -> float:
+    """Return a power of two near the size of a product whose squares could overflow or underflow, and 1 for any other.
 
-    The gap of a pair is the distance from its value to the nearest other value, less the residual of that value. If it
-    is not positive, or if no other value is known, the bound is the residual.
+    Divided by it, an operator gives the same numbers up to an exact factor.
 
     Args:
-        values: Values [k].
-        residuals: Their residuals [k].
-        others: Other Ritz values [m].
-        radii: Bounds on the residuals of `others` [m].
-
-    Returns:
-        The bounds [k].
+        image: A finite product [P], float64.
     """
-    gaps = (values[:, None] - torch.cat([values, others])).abs() - torch.cat([residuals, radii])
-    gap = gaps.fill_diagonal_(math.inf).min(1).values
-    return torch.where((gap > 0) & gap.isfinite(), residuals.minimum(residuals.square() / gap), residuals)
+    largest = float(image.abs().max()) if image.numel() else 0.0
+    exponent = math.frexp(largest)[1]
+    return 1.0 if largest == 0 or abs(exponent) < 300 or not math.isfinite(largest) else 2.0 ** min(exponent, 1000)
 
 
 def eigenpairs(
@@ -226,7 +237,7 @@ def eigenpairs(
     v = random_vector(op, generator) if start is None else start.to(op.device, torch.float64)
     basis[0] = v / v.norm()
     del v
-    before, scale, j, steps, complete = op.products, 0.0, 0, 0, False
+    before, scale, unit, j, steps, complete = op.products, 0.0, 1.0, 0, 0, False
     checks: list[tuple[int, float]] = []  # (products, worst relative residual)
     # Wanted values and products when the space was last invariant, and the products up to which the search continues.
     closed, opened, deadline = torch.empty(0), 0, 0
@@ -241,7 +252,9 @@ def eigenpairs(
         w = (op @ basis[j]).double()
         if not torch.isfinite(w).all():
             raise FloatingPointError("a product with the operator is not finite")
-        w, coefficients = orthogonalize(w, basis[: j + 1].T)
+        if not scale:
+            unit = power_of_two(w)
+        w, coefficients = orthogonalize(w if unit == 1 else w / unit, basis[: j + 1].T)
         t[j, : j + 1] = t[: j + 1, j] = coefficients.cpu()
         beta = float(w.norm())
         scale = max(scale, float(coefficients.abs().max()), beta)
@@ -272,13 +285,12 @@ def eigenpairs(
             vectors = (y[:, index].T.to(op.device) @ basis[:j]).T
             del basis
             rest = torch.ones(j, dtype=torch.bool).index_fill(0, index, False)
-            pairs = certified(op, vectors, tol, float(ritz.abs().max()), (ritz[rest], estimates[rest]), report)
-            return dataclasses.replace(
-                pairs,
-                products=op.products - before,
-                steps=0 if start is not None else steps or j,
-                complete=complete or j == size,
-            )
+            complete = complete or j == size
+            steps = 0 if start is not None else steps or j
+            seen = size if complete else steps
+            others = ritz[rest], estimates[rest]
+            pairs = certified(op, vectors, tol, float(ritz.abs().max()), others, report, seen, unit)
+            return dataclasses.replace(pairs, products=op.products - before, steps=steps, complete=complete)
         if j == room:
             kept = _survivors(ritz, largest, smallest, magnitude, room)
             _rotate(basis[:j], y[:, kept].to(op.device))
@@ -347,36 +359,6 @@ def expected_products(checks: Sequence[tuple[int, float]], target: float, done: 
     if not line.slope < 0:
         return most
     return min(most, max(done + 1, math.ceil((math.log(target) - line.intercept) / line.slope)))
-
-
-def random_start_bound(steps: int, size: int, failure: float = 0.05) -> float:
-    """Bound the relative error of the largest Ritz value from a random start.
-
-    With probability 1 - failure, the largest Ritz value is at most e (lambda_max - lambda_min) below lambda_max after
-    `steps` Lanczos steps. The bound is failure = 1.648 sqrt(size) exp(-sqrt(e) (2 steps - 1)) (Kuczynski & Wozniakowski
-    1992). It also holds for the smallest Ritz value; for both at once, the failure probabilities add up.
-
-    Args:
-        steps: Number of Lanczos steps (products).
-        size: Size P of the matrix.
-        failure: Failure probability.
-
-    Returns:
-        e, at most 1, and 0 if steps >= size.
-
-    Raises:
-        ValueError: If `failure` is not in (0, 1), `size` is not positive, or `steps` is negative.
-    """
-    if not 0 < failure < 1 or size < 1 or steps < 0:
-        raise ValueError(
-            f"the failure probability must lie between 0 and 1, size must be positive and steps not negative, but they "
-            f"are {failure}, {size} and {steps}"
-        )
-    if steps >= size:
-        return 0.0
-    if steps == 0:
-        return 1.0
-    return min(1.0, (math.log(1.648 * math.sqrt(size) / failure) / (2 * steps - 1)) ** 2)
 
 
 def excess(pairs: Eigenpairs, size: int, failure: float = 0.05) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hessian_tools.linalg.lanczos import BREAKDOWN, orthogonalize
+from hessian_tools.linalg.lanczos import BREAKDOWN, orthogonalize, power_of_two
 from hessian_tools.operators.base import Operator
 
 
@@ -57,6 +57,7 @@ def tridiagonals(
     bases = [torch.empty(steps, size, dtype=torch.float64, device=device) for _ in vectors]  # one vector per row
     alphas: list[list[float]] = [[] for _ in vectors]
     betas: list[list[float]] = [[] for _ in vectors]
+    units = [1.0 for _ in vectors]
     for j in range(steps):
         if not active:
             break
@@ -64,13 +65,17 @@ def tridiagonals(
         going = []
         for i, image in zip(active, images, strict=True):
             bases[i][j] = vectors[i]
-            w, coefficients = orthogonalize(image.contiguous().double(), bases[i][: j + 1].T)
+            image = image.contiguous().double()
+            units[i] = units[i] if j else power_of_two(image)
+            image = image if units[i] == 1 else image / units[i]
+            w, coefficients = orthogonalize(image, bases[i][: j + 1].T)
             w, _ = orthogonalize(w, fixed)
             b = float(w.norm())
             if not math.isfinite(b):
                 raise FloatingPointError("a product with the operator is not finite")
-            alphas[i].append(float(coefficients[-1]))
-            betas[i].append(b if b > BREAKDOWN * max(b, *map(abs, alphas[i]), *betas[i]) else 0.0)
+            alphas[i].append(float(coefficients[-1]) * units[i])
+            scale = max(b * units[i], *map(abs, alphas[i]), *betas[i])
+            betas[i].append(b * units[i] if b * units[i] > BREAKDOWN * scale else 0.0)
             stopped = stop is not None and stop(alphas[i], betas[i])
             if betas[i][-1] and not stopped:
                 vectors[i] = w / b

@@ -10,7 +10,14 @@ import dataclasses
 
 import torch
 
-from hessian_tools.linalg.lanczos import Eigenpairs, ProductProgress, certified, orthogonalize, random_vector
+from hessian_tools.linalg.lanczos import (
+    Eigenpairs,
+    ProductProgress,
+    certified,
+    orthogonalize,
+    power_of_two,
+    random_vector,
+)
 from hessian_tools.operators.base import Operator
 
 
@@ -43,7 +50,7 @@ def power_iteration(
     """
     if not 1 <= count <= op.shape[0] or max_iterations < 1:
         raise ValueError(f"cannot find {count} of {op.shape[0]} eigenvalues in {max_iterations} iterations each")
-    before, norm, finished = op.products, 0.0, 0.0
+    before, norm, finished, unit = op.products, 0.0, 0.0, 1.0
     basis = torch.empty(op.shape[0], count, dtype=torch.float64, device=op.device)
     for i in range(count):
         v, _ = orthogonalize(random_vector(op, generator), basis[:, :i])
@@ -52,6 +59,8 @@ def power_iteration(
             w = (op @ v).double()
             if not torch.isfinite(w).all():
                 raise FloatingPointError("a product with the operator is not finite")
+            unit = unit if norm else power_of_two(w)
+            w = w if unit == 1 else w / unit
             value = float(v @ w)
             residual = float((w - value * v).norm())
             norm = max(norm, abs(value))
@@ -65,5 +74,5 @@ def power_iteration(
             v = w / length
         basis[:, i] = v
         finished = max(finished, residual)
-    pairs = dataclasses.replace(certified(op, basis, tol, norm), products=op.products - before)
+    pairs = dataclasses.replace(certified(op, basis, tol, norm * unit), products=op.products - before)
     return pairs.take(torch.argsort(pairs.values.abs(), descending=True))

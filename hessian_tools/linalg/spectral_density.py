@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hessian_tools.linalg.lanczos import Eigenpairs, ProductProgress, orthogonalize
 from hessian_tools.linalg.lanczos_quadrature import quadrature, tridiagonals
-from hessian_tools.linalg.trace import rademacher
+from hessian_tools.linalg.trace import LEAST_ACCURACY, rademacher
 from hessian_tools.operators.base import Operator
 
 _MOST_PROBES = 64  # largest number of probes chosen by an accuracy
@@ -104,12 +104,12 @@ def density(
         The estimate.
 
     Raises:
-        ValueError: If `probes` or `steps` is below 1, `accuracy` is not between 0 and 1, or `max_vectors` cannot hold
-            the steps.
+        ValueError: If `probes` or `steps` is below 1, `accuracy` is not between LEAST_ACCURACY and 1, or `max_vectors`
+            cannot hold the steps.
         FloatingPointError: If a product is not finite.
     """
-    if accuracy is not None and not 0 < accuracy < 1:
-        raise ValueError(f"the accuracy of a density must lie between 0 and 1, but it is {accuracy}")
+    if accuracy is not None and not LEAST_ACCURACY <= accuracy < 1:
+        raise ValueError(f"the accuracy of a density must be from {LEAST_ACCURACY:g} to 1, but it is {accuracy}")
     size = op.shape[0]
     atoms = torch.empty(0, dtype=torch.float64) if deflate is None else deflate.values
     basis = None if deflate is None else deflate.vectors

@@ -2,7 +2,8 @@
 
 tr f(A) is the sum of f over the k deflated eigenvalues plus P - k times the quadrature of f by a probe on the
 complement (Ubaru, Chen & Saad 2017). Confidence intervals are over the probes. They do not contain the error from the
-number of Lanczos steps, which is reported separately as the change from half of the steps.
+number of Lanczos steps, which is reported separately as the change from half of the steps. With fewer than 10 probes
+there is a standard error but no interval.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ def effective_dimension(density: DensityEstimate, size: int, z: float, slack: fl
         slack: How far an eigenvalue can lie below the lowest node, such as the residual of lambda_min.
 
     Raises:
-        ValueError: If A + z I may not be positive definite, or if there are too few probes for an interval.
+        ValueError: If A + z I may not be positive definite, or if there is only one probe.
     """
     found = _definite(lambda x: x / (x + z), density, size, z, slack)
     nodes = torch.cat(density.nodes)
     least = 0.0 if nodes.min() >= -1e-6 * nodes.abs().max() else -math.inf  # up to round-off
-    return replace(found, ci95=(max(found.ci95[0], least), min(found.ci95[1], float(size))))
+    return replace(found, ci95=_clipped(found.ci95, least, float(size)))
 
 
 def log_determinant(density: DensityEstimate, size: int, z: float, slack: float = 0.0) -> Functional:
@@ -60,7 +61,7 @@ def negative_share(density: DensityEstimate, size: int) -> Functional:
         size: P, the number of eigenvalues.
 
     Raises:
-        ValueError: If there are too few probes for an interval.
+        ValueError: If there is only one probe.
     """
 
     def share(nodes: Sequence[Tensor], weights: Sequence[Tensor]) -> TraceEstimate:
@@ -71,8 +72,13 @@ def negative_share(density: DensityEstimate, size: int) -> Functional:
         return estimate((negative - ratio * both) / mean, ratio)
 
     fine, coarse = (share(*part) for part in _quadratures(density))
-    low, high = (min(max(end, 0.0), 1.0) for end in fine.ci95)
-    return _functional(density, fine, coarse, (low, high))
+    return _functional(density, fine, coarse, _clipped(fine.ci95, 0.0, 1.0))
+
+
+def _clipped(ci95: tuple[float, float], low: float, high: float) -> tuple[float, float]:
+    """Clip the ends of an interval to possible values. An end that is NaN stays NaN."""
+    first, last = (end if math.isnan(end) else min(max(end, low), high) for end in ci95)
+    return first, last
 
 
 def _definite(f: Callable[[Tensor], Tensor], density: DensityEstimate, size: int, z: float, slack: float) -> Functional:

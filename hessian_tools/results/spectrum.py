@@ -37,6 +37,8 @@ class Eigenvalue:
         gradient: Share of the squared norm of the gradient that lies along v.
         participation: Participation ratio 1 / (P sum v_i^4): 1 if all weights take part equally, 1/P for a single
             weight.
+        data_concentration: Largest share of one group of samples in the variance behind `data_stderr`. Above about
+            0.3, a few samples carry the variance, and `data_stderr` is unreliable.
     """
 
     value: float
@@ -47,6 +49,7 @@ class Eigenvalue:
     bound: float = math.nan
     gradient: float = math.nan
     participation: float = math.nan
+    data_concentration: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ class Trace:
         ci95: 95% confidence interval over the probes.
         probes: Number of probes.
         data_stderr: Standard error over the data.
+        data_concentration: Largest share of one group of samples in the variance behind `data_stderr`.
     """
 
     estimate: float
@@ -126,6 +130,7 @@ class Trace:
     ci95: tuple[float, float]
     probes: int
     data_stderr: float
+    data_concentration: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -278,6 +283,9 @@ def load_spectrum(path: str | Path) -> SpectrumResult:
     result = load_result(path, SpectrumResult, SPECTRUM_SCHEMA)
     if not result.spectra:
         raise ResultError(f"{path}: contains no spectrum")
+    for name, spectrum in (*result.spectra.items(), *result.blocks.items()):
+        if not spectrum.eigenvalues:
+            raise ResultError(f"{path}: the spectrum of {name} has no eigenvalues. Create the spectrum file again.")
     return result
 
 

@@ -66,6 +66,28 @@ class Group:
             dist.destroy_process_group()
 
 
+def environment_number(name: str, *, least: int, default: int) -> int:
+    """Return a whole number from an environment variable that torchrun sets.
+
+    Args:
+        name: The variable.
+        least: Smallest value allowed.
+        default: Value if the variable is not set.
+
+    Raises:
+        ValueError: If the variable holds anything else.
+    """
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
+        raise ValueError(
+            f"{name}={text} in the environment: it must be a whole number of at least {least}. torchrun sets it; "
+            "otherwise unset it"
+        )
+    return int(text)
+
+
 def initialize_group(device: torch.device | str) -> Group | None:
     """Join the run described by torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK).
 
@@ -77,13 +99,16 @@ def initialize_group(device: torch.device | str) -> Group | None:
 
     Raises:
         RankError: If a machine has more processes than GPUs, or if the other processes do not join.
+        ValueError: If one of these variables is not a valid number.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = environment_number("WORLD_SIZE", least=1, default=1)
     if size == 1 or "RANK" not in os.environ:
         return None
-    rank = int(os.environ["RANK"])
+    rank = environment_number("RANK", least=0, default=0)
+    if rank >= size:
+        raise ValueError(f"RANK={rank} with WORLD_SIZE={size} in the environment: ranks are from 0 to {size - 1}")
     if torch.device(device).type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", rank))
+        local = environment_number("LOCAL_RANK", least=0, default=rank)
         if local >= torch.cuda.device_count():
             raise RankError(
                 f"rank {rank} of {size}: no GPU is left for this process ({torch.cuda.device_count()} on this machine)."

@@ -6,7 +6,6 @@ unexpected shape, and surrogates or neurons whose second derivative is wrong.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,16 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessian_tools.objective import evaluation_mode
+from hessian_tools.evaluation import copy_model, evaluation_mode
 from ikun.adapters import choices
-from ikun.adapters.base import PLAIN, AdapterError, Library, origins
+from ikun.adapters.base import PLAIN, AdapterError, Library, Slot, origins, run_forward
 from ikun.adapters.norse import NORSE
 from ikun.adapters.snntorch import SNNTORCH
 from ikun.adapters.spikingjelly import SPIKINGJELLY
+from ikun.adapters.time_checks import check_independence, check_steps, time_axis_of
 from ikun.adapters.time_loop import InTime, TimePlan, clear_state
-from ikun.adapters.two_jet import Jet
-from ikun.adapters.validation import LEAK, found_functions, run_forward, try_function, try_network, try_neurons
-from ikun.surrogate_check import Spike, Verdict, check_surrogate, is_step
+from ikun.adapters.two_jet import Jet, Steeper
+from ikun.adapters.validation import (
+    detached,
+    found_functions,
+    try_function,
+    try_network,
+    try_neurons,
+)
+from ikun.surrogate_check import Spike, Verdict, check_surrogate, is_step, trained_parameters
 
 LIBRARIES: dict[str, Library] = dict(zip(choices.LIBRARIES, (SPIKINGJELLY, SNNTORCH, NORSE, PLAIN), strict=True))
 # Templates of messages, whose placeholders are parameters of `adapt`.
@@ -96,7 +102,9 @@ def adapt(
         sequences: Samples are sequences [N, T, ...]. Otherwise the same x is the input at every step.
         time_first: A network whose layers take all steps in one call gets inputs [T, N, ...] if True or None, and
             [N, T, ...] if False. It also says which axis of the outputs is time, if their shape does not.
-        output: The element to use if the network returns a tuple: "spikes" (the first) or "membrane" (the last).
+        output: What to use if the network returns several outputs: of a tuple "spikes" (the first), "membrane" (the
+            last) or a number from 0 as text; of a dict, a dataclass or a namedtuple a name. A dict or dataclass with
+            only one tensor needs no name.
         readout: How to reduce the outputs over time: "mean" (the firing rate), "sum", "last" or "max".
         surrogate: A function x = h - threshold -> spikes. Its derivatives replace those of every surrogate of the
             network. The spikes do not change.
@@ -110,38 +118,46 @@ def adapt(
     Raises:
         AdapterError: For anything that would make the Hessian wrong, with one line that says what to do.
     """
-    for name, value, known in (("output", output, choices.OUTPUTS), ("readout", readout, choices.READOUTS)):
-        if value not in known:
-            raise AdapterError(f"{{{name}}} is not one of {', '.join(known)}", **{name: value})
+    if readout not in choices.READOUTS:
+        raise AdapterError(f"{{readout}} is not one of {', '.join(choices.READOUTS)}", readout=readout)
     if steps is not None and steps < 1:
         raise AdapterError("{steps}: at least one time step is needed", steps=steps)
     if sequences and steps is None:
         raise AdapterError("{sequences} needs {steps}, the number of time steps of a sample", sequences=True, steps=...)
     if not isinstance(x, Tensor) or x.dim() < 2 or not len(x):
         raise AdapterError("x must be a batch of inputs [N, ...] with at least one sample")
-    network = _copied(bare(model))
+    network = copy_model(bare(model))
     name, kind = _library(network, library)
     if reset is not None:
         kind = replace(kind, clear=_both(kind.clear, reset))
     kind.prepare(network)
-    surrogates = tuple(_settled(network, kind, surrogate, replacement, steeper))
     by_step = steps is not None and time_first is None and kind.by_step(network)
     carries = by_step and name == "norse" and "state" in inspect.signature(network.forward).parameters
     plan = TimePlan(steps, sequences, by_step, time_first is not False, carries, output, None, readout)
     wrapped = InTime(network, plan, kind.clear, None if name == "none" else kind.neurons)
     evaluation_mode(wrapped)
     few = _few(x, network)
+    if not few.is_floating_point() and not few.is_complex() and _fails(wrapped, few):
+        wrapped.plan = plan = replace(plan, floats=True)
+        few = wrapped.converted(few)
+    surrogates = tuple(_settled(network, kind, surrogate, replacement, steeper, lambda: wrapped.forward_once(few)))
+    evaluation_mode(wrapped)
     if name != "none" or steps is not None:
-        wrapped.plan = plan = replace(plan, time_axis=_time_axis(wrapped, few, time_first))
+        wrapped.plan = plan = replace(plan, time_axis=time_axis_of(wrapped, few, time_first))
     if plan.time_axis is None and readout != "mean":
         raise AdapterError(
             "{readout} needs outputs over time, but the network returns one output per sample", readout=readout
         )
     result: nn.Module = wrapped
     clear: Callable[[nn.Module], None] | None = clear_state
-    if name == "none" and not surrogates and reset is None and plan == TimePlan():
+    plain = plan == TimePlan() and isinstance(_raw(network, few), Tensor)
+    if name == "none" and not surrogates and reset is None and plain:
         result, clear = network, None  # unchanged, so that hand-written derivatives remain usable
     y = try_network(wrapped, few)
+    if few.is_floating_point():
+        check_independence(wrapped, wrapped.converted(_few(x, network, 8)), time_first, by_step or name == "none")
+    if steps is None and name != "none":
+        check_steps(wrapped, kind, few)
     warnings = [*_hooks(bare(model)), *_tried(kind, wrapped, few, y)]
     return Adapted(result, clear, name, plan, surrogates, tuple(warnings))
 
@@ -167,21 +183,6 @@ def bare(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _copied(model: nn.Module) -> nn.Module:
-    """Copy a model, even if its state has an autograd graph, which copy.deepcopy does not accept."""
-    held = (t for module in model.modules() for t in _tensors(vars(module)) if t.grad_fn is not None)
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in held})
-
-
-def _tensors(thing: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested dicts, lists and tuples."""
-    if isinstance(thing, Tensor):
-        yield thing
-    elif isinstance(thing, dict | list | tuple):
-        for part in thing.values() if isinstance(thing, dict) else thing:
-            yield from _tensors(part)
-
-
 def _library(network: nn.Module, asked: str | None) -> tuple[str, Library]:
     """Return the library that was asked for, or the one whose classes the network uses."""
     if asked is not None and asked not in LIBRARIES:
@@ -195,9 +196,17 @@ def _library(network: nn.Module, asked: str | None) -> tuple[str, Library]:
 
 
 def _settled(
-    network: nn.Module, kind: Library, surrogate: Spike | None, replacement: Spike | None, steeper: float
+    network: nn.Module,
+    kind: Library,
+    surrogate: Spike | None,
+    replacement: Spike | None,
+    steeper: float,
+    forward: Callable[[], object],
 ) -> Iterator[Found]:
-    """Replace every surrogate in the network with a 2-jet, of its own derivatives or of those that were asked for."""
+    """Replace every surrogate in the network with a 2-jet, of its own derivatives or of those that were asked for.
+
+    A surrogate with trained parameters of its own is not replaced by a 2-jet, which holds them constant.
+    """
     for name, given in (("surrogate", surrogate), ("replacement", replacement)):
         if given is not None and not (verdict := check_surrogate(given)).exact:
             raise AdapterError(f"{{{name}}} cannot be used: {{}}", verdict.reason, **{name: ...})
@@ -210,58 +219,79 @@ def _settled(
         )
     verdicts: dict[Any, tuple[Verdict, bool]] = {}
     for slot in slots:
-        key = slot.function
+        function, trained = _called(slot, forward)
+        key: object = slot.name if slot.constants else slot.function
+        if function is None:
+            continue  # the network does not call it
         if key not in verdicts:
-            verdicts[key] = check_surrogate(slot.function), is_step(slot.function)
+            verdicts[key] = check_surrogate(function, trained), is_step(function)
         verdict, step = verdicts[key]
         other = replacement if surrogate is None and not verdict.exact else surrogate
         if not verdict.exact and other is None:
             raise AdapterError("surrogate {} ('{}'): {}; " + CURE, slot.label, slot.name, verdict.reason, **CURES)
         if other is not None and not step:
             raise AdapterError(f"surrogate {slot.label} ('{slot.name}') is not a step at 0, so it cannot be replaced")
-        if step:
+        if step and trained and other is None:
+            if steeper != 1:
+                slot.put(Steeper(slot.function, steeper))
+        elif step:
             slot.put(Jet(slot.function, other, steeper if other is None else 1.0))
         yield Found(slot.name, slot.label, verdict, other is not None)
 
 
-def _few(x: Tensor, network: nn.Module) -> Tensor:
-    """Return three samples, with repetitions if there are fewer, in the dtype and on the device of the network."""
-    few = x[torch.arange(3) % len(x)]
+def _called(slot: Slot, forward: Callable[[], object]) -> tuple[Spike | None, list[Tensor]]:
+    """Return a surrogate as a function of x with the constants that the network passes, and its trained tensors.
+
+    The function is None if the network does not call it.
+    """
+    if not slot.constants:
+        return slot.function, trained_parameters(slot.function)
+    tails: list[tuple[Any, ...]] = []
+    function: Callable[..., Tensor] = slot.function
+
+    def noted(*args: Any) -> Tensor:
+        tails.append(args[1:])
+        return function(*args)
+
+    slot.put(noted)
+    try:
+        forward()
+    finally:
+        slot.put(slot.function)
+    if not tails:
+        return None, []
+    constants, trained = detached(tails[0])
+    return lambda x: function(x, *constants), trained
+
+
+def _raw(network: nn.Module, x: Tensor) -> Any:
+    """Return what the network returns."""
+    with torch.no_grad():
+        return run_forward(network, x)
+
+
+def _fails(wrapped: InTime, x: Tensor) -> bool:
+    """Whether the network fails on inputs of their dtype but runs on them as floating-point numbers."""
+    plan = wrapped.plan
+    try:
+        wrapped.forward_once(x)
+        return False
+    except AdapterError:
+        wrapped.plan = replace(plan, floats=True)
+        try:
+            wrapped.forward_once(wrapped.converted(x))
+            return True
+        except AdapterError:
+            return False
+        finally:
+            wrapped.plan = plan
+
+
+def _few(x: Tensor, network: nn.Module, count: int = 3) -> Tensor:
+    """Return `count` samples, with repetitions if there are fewer, in the dtype and on the device of the network."""
+    few = x[torch.arange(count) % len(x)]
     like = next((p for p in network.parameters() if p.is_floating_point()), few)
     return few.to(like.device, like.dtype if few.is_floating_point() else few.dtype)
-
-
-def _time_axis(wrapped: InTime, few: Tensor, time_first: bool | None) -> int | None:
-    """Return the time axis of the network's outputs, or None. The axis of the samples is the one that grows with N."""
-    shapes = []
-    for n in (2, 3):
-        wrapped.clear(wrapped.network)
-        try:
-            with torch.no_grad():
-                shapes.append(list(run_forward(wrapped.over_time, few[:n]).shape))
-        except AdapterError as error:
-            if not shapes:
-                raise
-            raise AdapterError("the network runs on 2 samples, but not on 3 after that: " + LEAK, reset=...) from error
-    wrapped.clear(wrapped.network)
-    two, three = shapes
-    axes = [i for i, (a, b) in enumerate(zip(two, three, strict=False)) if (a, b) == (2, 3)]
-    if len(two) != len(three) or len(axes) != 1 or axes[0] > 1 or len(three) < 2:
-        raise AdapterError(f"3 samples gave outputs of shape {three}: [3, K], [T, 3, K] or [3, T, K] is needed")
-    if axes[0] == 1:
-        return 0 if len(three) > 2 else _no_classes(three)
-    if len(three) == 2:
-        return None
-    if time_first is False:
-        return 1
-    raise AdapterError(
-        "3 samples gave outputs of shape {}: if the second axis is time, give {time_first}", three, time_first=False
-    )
-
-
-def _no_classes(shape: list[int]) -> int:
-    """Raise AdapterError for outputs without an axis of classes."""
-    raise AdapterError(f"3 samples gave outputs of shape {shape}, which has no axis for classes: [3, K] is needed")
 
 
 def _hooks(model: nn.Module) -> Iterator[str]:

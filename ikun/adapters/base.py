@@ -9,14 +9,27 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hessian_tools.checks import ObjectiveError
 from hessian_tools.io.errors import ParameterError
-from ikun.surrogate_check import Spike
+from ikun.surrogate_check import Spike, first_line
+
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
 
 class AdapterError(ParameterError):
     """A model or file that cannot be adapted. The message is one line that says what to do."""
+
+
+def run_forward(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return call(x). An error in the network becomes an AdapterError with one line."""
+    try:
+        return call(x)
+    except (AdapterError, ObjectiveError):
+        raise
+    except FAILURES as error:
+        raise AdapterError(f"the network fails on inputs of shape {list(x.shape)}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -29,13 +42,15 @@ class Slot:
         function: The surrogate.
         put: Replaces the surrogate.
         label: The class and constants of the surrogate, in words.
+        constants: Whether the neuron calls the surrogate with more arguments than x, such as a width.
     """
 
     name: str
     neuron: nn.Module
     function: Spike
-    put: Callable[[Spike], None]
+    put: Callable[[Any], None]
     label: str
+    constants: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,13 +98,20 @@ def attribute_slots(model: nn.Module) -> Iterator[Slot]:
     for path, module in model.named_modules():
         for name, value in [*vars(module).items(), *module._modules.items()]:
             if (name in SURROGATES and callable(value)) or _is_function(value):
-                yield Slot(f"{path}.{name}".strip("."), module, value, _setter(module, name), _label(value))
+                many = _is_function(value) and arguments(value.__self__) != 1
+                yield Slot(f"{path}.{name}".strip("."), module, value, _setter(module, name), _label(value), many)
 
 
 def _is_function(value: Any) -> bool:
     """Whether a value is the `apply` of an autograd function."""
     owner = getattr(value, "__self__", None) if isinstance(value, MethodType) else None
     return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
+
+
+def arguments(function: Any) -> int:
+    """Return the number of arguments of an autograd function, of either style."""
+    own_context = function.setup_context is torch.autograd.Function.setup_context
+    return len(inspect.signature(function.forward).parameters) - own_context
 
 
 def _setter(module: nn.Module, name: str) -> Callable[[Spike], None]:

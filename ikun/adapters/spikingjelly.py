@@ -1,4 +1,4 @@
-"""SpikingJelly (Fang et al. 2023), versions 0.0.0.0.14 to 2.0.
+"""SpikingJelly (Fang et al. 2023), versions 0.0.0.0.12 to 2.0.
 
 `MemoryModule`s hold the state, and the attribute `surrogate_function` holds the surrogate.
 """
@@ -37,6 +37,9 @@ def _neurons(model: nn.Module) -> list[nn.Module]:
 
 
 def _takes_time(module: nn.Module) -> bool:
+    """Whether a module takes [T, N, ...]. Up to 0.0.0.0.12 such modules are classes of their own."""
+    if any(name.startswith("MultiStep") or name == "SeqToANNContainer" for name in bases(module)):
+        return getattr(module, "step_mode", "m") == "m"
     return getattr(module, "step_mode", "m" if "MultiStepModule" in bases(module) else "s") == "m"
 
 

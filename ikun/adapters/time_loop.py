@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ikun.adapters.base import AdapterError
-from ikun.adapters.choices import READOUTS
+from ikun.adapters.base import AdapterError, run_forward
+from ikun.adapters.choices import OUTPUTS, READOUTS
 
 _READ_OUT: dict[str, Callable[[Tensor, int], Tensor]] = dict(
     zip(
@@ -38,7 +39,8 @@ class TimePlan:
         by_step: One call of the network is one time step. Otherwise one call takes all steps.
         time_first: A call that takes all steps has inputs [T, N, ...]. Otherwise they are [N, T, ...].
         carries: The network takes its state as the second argument and returns it as the second output.
-        output: The element to use of a tuple (spikes, ..., membrane): "spikes" or "membrane".
+        output: What to use if the network returns several outputs (see `adapt`).
+        floats: Inputs of whole numbers or booleans are converted to the dtype of the parameters.
         time_axis: The time axis of the network's outputs; None if they have no time.
         readout: How to reduce the outputs over time, one of READOUTS.
     """
@@ -51,6 +53,7 @@ class TimePlan:
     output: str = "spikes"
     time_axis: int | None = None
     readout: str = "mean"
+    floats: bool = False
 
 
 class InTime(nn.Module):
@@ -95,6 +98,7 @@ class InTime(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.clear(self.network)
+        x = self.converted(x)
         try:
             with _default_dtype(x):
                 y = self.over_time(x)
@@ -107,6 +111,21 @@ class InTime(nn.Module):
                 f"{len(x)} samples gave outputs of shape {list(y.shape)}: samples must be the first axis"
             )
         return y
+
+    def forward_once(self, x: Tensor) -> Tensor:
+        """Return the outputs before the readout, from a cleared state, with errors of the network in one line."""
+        self.clear(self.network)
+        try:
+            with _default_dtype(x):
+                return run_forward(self.over_time, x)
+        finally:
+            self.clear(self.network)
+
+    def converted(self, x: Tensor) -> Tensor:
+        """Return inputs in the dtype that the network needs."""
+        if not self.plan.floats or x.is_floating_point():
+            return x
+        return x.to(next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype()))
 
     def over_time(self, x: Tensor) -> Tensor:
         """Return the network's outputs before the readout. Time is the first axis if the loop over time is here."""
@@ -129,18 +148,68 @@ class InTime(nn.Module):
 
     def _chosen(self, raw: Any) -> Tensor:
         """Return the output to use as one tensor."""
-        if isinstance(raw, tuple) and raw:
-            raw = raw[-1 if self.plan.output == "membrane" else 0]
-        elif self.plan.output == "membrane":
+        return chosen(raw, self.plan.output, series=self.live is not None or self.plan.steps is not None)
+
+
+def chosen(raw: Any, output: str, series: bool) -> Tensor:
+    """Return the output to use of those that a network returns, as one tensor.
+
+    Args:
+        raw: A tensor, or a tuple, list, dict or dataclass of outputs.
+        output: See `adapt`.
+        series: Whether a list is one tensor per time step.
+
+    Raises:
+        AdapterError: If there is no such output, or if it is not clear which is meant.
+    """
+    if isinstance(raw, tuple) and output in getattr(raw, "_fields", ()):
+        return chosen(getattr(raw, output), "spikes", series)
+    named = _named(raw)
+    if named is not None:
+        tensors = [name for name, value in named.items() if isinstance(value, Tensor)]
+        known = output if output in named else "spikes"
+        if output not in named and output not in OUTPUTS:
+            raise AdapterError("{output}: the network returns {}", ", ".join(named) or "nothing", output=output)
+        if output not in named and (len(tensors) != 1 or output != "spikes"):
+            raise AdapterError("the network returns {}: give {output}, one of them", ", ".join(named), output=...)
+        raw = named[known] if known in named else named[tensors[0]]
+    elif isinstance(raw, tuple | list) and raw and not (isinstance(raw, list) and series):
+        if not output.isdecimal() and output not in OUTPUTS:
             raise AdapterError(
-                "{output} needs a network that returns a tuple (spikes, ..., membrane), but it returns one output",
-                output="membrane",
+                "{output}: the network returns {} outputs: give a number from 0", len(raw), output=output
             )
-        if isinstance(raw, list) and raw and all(isinstance(part, Tensor) for part in raw):
-            raw = torch.stack(raw)  # one tensor per time step
-        if not isinstance(raw, Tensor):
-            raise AdapterError(f"the network returns {type(raw).__name__}: wrap it in a module that returns a tensor")
-        return raw
+        if isinstance(raw, list) and len(raw) > 1 and output == "spikes":
+            raise AdapterError(
+                "the network returns a list of {} outputs: give {output}, the number of one of them from 0; if they "
+                "are time steps, return torch.stack of them",
+                len(raw),
+                output=...,
+            )
+        index = int(output) if output.isdecimal() else -1 if output == "membrane" else 0
+        if index >= len(raw):
+            raise AdapterError("{output}: the network returns {} outputs", len(raw), output=output)
+        raw = raw[index]
+    elif output != "spikes":
+        raise AdapterError(
+            "{output} needs a network that returns a tuple (spikes, ..., membrane), but it returns one output",
+            output=output,
+        )
+    if isinstance(raw, list) and raw and all(isinstance(part, Tensor) for part in raw):
+        raw = torch.stack(raw)  # one tensor per time step
+    if not isinstance(raw, Tensor):
+        raise AdapterError(f"the network returns {type(raw).__name__}: wrap it in a module that returns a tensor")
+    return raw
+
+
+def _named(raw: Any) -> dict[str, Any] | None:
+    """Return the outputs by name that are not None, of a dict, a dataclass or a namedtuple; None for anything else."""
+    if isinstance(raw, Mapping):
+        found = {str(name): value for name, value in raw.items()}
+    elif dataclasses.is_dataclass(raw) and not isinstance(raw, type):
+        found = {field.name: getattr(raw, field.name) for field in dataclasses.fields(raw)}
+    else:
+        return None
+    return {name: value for name, value in found.items() if value is not None}
 
 
 _before: list[torch.dtype] = []  # the default dtypes that the threads in `_default_dtype` found

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,22 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from ikun.adapters.base import AdapterError, Library
+from hessian_tools.checks import ObjectiveError, refuse_randomness
+from ikun.adapters.base import FAILURES, AdapterError, Library, arguments, run_forward
+from ikun.adapters.two_jet import Jet, Steeper
 from ikun.surrogate_check import Verdict, check_neuron, first_line
 
-FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 LEAK = "the network keeps state between calls (give {reset}, a function of the model that clears it)"  # a template
 MOST_FEATURES = 4096  # larger layers of neurons are checked with one entry per channel
-
-
-def run_forward(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return call(x). An error in the network becomes an AdapterError with one line."""
-    try:
-        return call(x)
-    except AdapterError:
-        raise
-    except FAILURES as error:
-        raise AdapterError(f"the network fails on inputs of shape {list(x.shape)}: {first_line(error)}") from error
 
 
 def try_network(model: nn.Module, x: Tensor) -> Tensor:
@@ -38,6 +29,11 @@ def try_network(model: nn.Module, x: Tensor) -> Tensor:
     Raises:
         AdapterError: If a check fails.
     """
+    try:
+        with refuse_randomness(model), _refuse_autocast(model), torch.no_grad():
+            run_forward(model, x)
+    except ObjectiveError as error:
+        raise AdapterError(str(error)) from None
     y, again = run_forward(model, x), run_forward(model, x)
     if not torch.isfinite(y).all():
         raise AdapterError("the network's outputs are not finite")
@@ -45,7 +41,7 @@ def try_network(model: nn.Module, x: Tensor) -> Tensor:
         raise AdapterError(
             "two forward passes of the same inputs differ: "
             + LEAK
-            + " or draws random numbers (encode the data first)",
+            + " or draws random numbers outside torch (encode the data first)",
             reset=...,
         )
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -63,6 +59,26 @@ def try_network(model: nn.Module, x: Tensor) -> Tensor:
     if along:
         _derivatives(torch.stack(along).sum(), parameters, "second")
     return y
+
+
+@contextmanager
+def _refuse_autocast(model: nn.Module) -> Iterator[None]:
+    """Raise AdapterError if a layer runs in mixed precision, whose rounding hides second derivatives."""
+
+    def hook(module: nn.Module, args: Any) -> None:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                raise AdapterError(
+                    f"the forward pass runs in mixed precision (torch.autocast, {torch.get_autocast_dtype(kind)}): "
+                    "switch it off for the analysis"
+                )
+
+    handles = [m.register_forward_pre_hook(hook) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
@@ -131,7 +147,10 @@ def spiking(made: list[Call]) -> list[Call]:
     chosen = [
         call
         for call in made
-        if not type(call.module).__module__.startswith("torch.") and binary(call.outputs) and not binary(call.inputs)
+        if not type(call.module).__module__.startswith("torch.")
+        and call.inputs.shape == call.outputs.shape
+        and binary(call.outputs)
+        and not binary(call.inputs)
     ]
     inner = [{id(m) for m in call.module.modules()} - {id(call.module)} for call in chosen]
     return [c for c, below in zip(chosen, inner, strict=True) if not any(id(o.module) in below for o in chosen)]
@@ -173,6 +192,8 @@ def _try_neuron(library: Library, call: Call) -> tuple[Verdict, set[type]]:
     if shape.numel() > MOST_FEATURES:
         shape = torch.Size([shape[0], *(1 for _ in shape[1:])])
     functions: set[type] = set()
+    if reason := _not_one_step(library, call, timed):
+        return Verdict("unknown", reason), functions
 
     def alone(currents: Tensor) -> Tensor:
         inputs = currents.view(-1, *(1 for _ in shape)).expand(-1, *shape)
@@ -191,17 +212,82 @@ def _try_neuron(library: Library, call: Call) -> tuple[Verdict, set[type]]:
         library.clear(call.module)
 
 
+def _not_one_step(library: Library, call: Call, timed: bool) -> str:
+    """Return why a module is not a layer of unconnected neurons that takes one time step; empty if it is one."""
+    if call.inputs.shape != call.outputs.shape:
+        return "its outputs have another shape than its inputs"
+    uses = [0]
+
+    def count(*_: Any) -> None:
+        uses[0] += 1
+
+    handles = [m.register_forward_hook(count) for m in call.module.modules() if isinstance(m, Jet | Steeper)]
+    x = call.inputs[:1] if timed else call.inputs
+    x = (x.clone() if x.is_floating_point() else x.float()).requires_grad_()
+    library.clear(call.module)
+    try:
+        with torch.enable_grad():
+            out: Any = call.module(x * 1)
+        out = out[0] if isinstance(out, tuple) else out
+        nodes = _function_nodes(out)
+        if max(uses[0], *(sum(type(n) is kind for n in nodes) for kind in {type(n) for n in nodes}), 0) > 1:
+            return "one call takes several time steps, or has several layers"
+        flat = out.reshape(x.shape[0] * x.shape[1] if timed else x.shape[0], -1)
+        chosen = torch.zeros_like(flat)
+        chosen[:, ::2] = 1
+        (g,) = torch.autograd.grad((flat * chosen).sum(), x, allow_unused=True)
+        connected = g is not None and bool((g.reshape(flat.shape) * (1 - chosen)).any())
+        return "its neurons are connected, or one call takes several time steps" if connected else ""
+    except FAILURES as error:
+        return first_line(error)
+    finally:
+        for handle in handles:
+            handle.remove()
+        library.clear(call.module)
+
+
+def coupled(model: nn.Module, x: Tensor) -> bool:
+    """Whether an output of a sample has a derivative by the inputs of other samples of its batch.
+
+    This is seen where outputs are alike too, as those of silent neurons.
+
+    Args:
+        model: Maps inputs [N, ...] to outputs [N, ...].
+        x: Inputs [N, ...] with floating-point numbers.
+    """
+    half = len(x) // 2
+    x = x.detach().requires_grad_()
+    y = run_forward(model, x * 1)
+    if not half or len(y) != len(x) or not y.requires_grad:
+        return False
+    for ours, theirs in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
+        try:
+            (g,) = torch.autograd.grad(y[ours].sum(), x, retain_graph=True, allow_unused=True)
+        except RuntimeError:
+            return False  # the tests of the derivatives say what fails
+        if g is not None and bool((g[theirs] != 0).any()):
+            return True
+    return False
+
+
 # ---------------------------------------------------------------- autograd functions, wherever they are called
 def found_functions(y: Tensor) -> set[type]:
     """Return the classes of the nodes in the graph of y that are custom autograd functions."""
-    seen, todo, found = set(), [y.grad_fn], set()
+    return {type(node) for node in _function_nodes(y)}
+
+
+def _function_nodes(y: Tensor) -> list[Any]:
+    """Return the nodes in the graph of y that are custom autograd functions."""
+    seen: set[Any] = set()
+    todo: list[Any] = [y.grad_fn]
+    found: list[Any] = []
     while todo:
         node = todo.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if isinstance(node, BackwardCFunction) or "CppNode" in node.name():
-            found.add(type(node))
+            found.append(node)
         todo += [following for following, _ in node.next_functions]
     return found
 
@@ -224,17 +310,26 @@ def try_function(node: type, forward: Callable[[Tensor], Tensor], x: Tensor) -> 
     if tails is None:
         return function.__name__, Verdict("unknown", "it takes more than one argument")
 
+    tails, trained = detached(tails)
+
     def applied(currents: Tensor) -> Tensor:
         out: Tensor = function.apply(currents, *tails)
         return out[:, None]
 
-    return function.__name__, check_neuron(applied, x.dtype, x.device)
+    return function.__name__, check_neuron(applied, x.dtype, x.device, trained)
+
+
+def detached(constants: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """Return copies of arguments without their graph, and those of them that are trained."""
+    copies = tuple(
+        c.detach().clone().requires_grad_(c.requires_grad) if isinstance(c, Tensor) else c for c in constants
+    )
+    return copies, [c for c in copies if isinstance(c, Tensor) and c.requires_grad]
 
 
 def _constants(function: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Any, ...] | None:
     """Return the arguments of an autograd function after the first; None if its calls cannot be observed."""
-    own_context = function.setup_context is torch.autograd.Function.setup_context
-    if len(inspect.signature(function.forward).parameters) == 1 + own_context:
+    if arguments(function) == 1:
         return ()
     tails: list[tuple[Any, ...]] = []
     apply, defined = function.apply, "apply" in vars(function)

@@ -150,6 +150,8 @@ def decoded(path: Path, size: int) -> UInt8Array:
             if image.mode.startswith(("I", "F")):  # Pillow would clip the values at 255
                 raise ValueError(f"its pixels, of mode {image.mode}, have more than 8 bits")
             scaled = max(size, width * size // height), max(size, height * size // width)
+            if scaled[0] * scaled[1] > MAX_PIXELS:
+                raise ValueError(f"{width} x {height} pixels are too thin: crop it to a ratio nearer to 1")
             rgb = image.convert("RGB").resize(scaled, Image.Resampling.BILINEAR)
     except Exception as error:  # Pillow raises many types of errors for damaged files
         raise DataError(f"cannot decode {path} ({reason(error)}): replace or remove the file") from error

@@ -45,6 +45,7 @@ class Solution:
     converged: bool
 
 
+LEAST_VARIANCE = 1e-30  # of weights; their squares must be normal numbers of float32
 Draw = Callable[[Weights, torch.Generator], object]
 Update = Callable[[Stage, float, float], float]  # (stage, E[x^2], m) -> variance
 
@@ -109,7 +110,7 @@ def fixed_point(
         The solutions of the layers.
 
     Raises:
-        ValueError: If start or update finds no solution.
+        ValueError: If start or update finds no solution, or a variance is beyond the range of float32.
     """
     for s in group:
         draw(s.weights, generator)
@@ -127,6 +128,12 @@ def fixed_point(
         seen = probe.look(group)
         squares, m = [seen.input_square(i) for i in range(len(group))], seen.derivative_square()
         updates = [update(s, square, m) for s, square in zip(group, squares, strict=True)]
+        for s, u in zip(group, updates, strict=True):
+            if not LEAST_VARIANCE <= u <= 1 / LEAST_VARIANCE:
+                raise ValueError(
+                    f"the variance of the weights of layer {s.name} would be {u:.3g}, beyond the range of float32: "
+                    "choose an alpha nearer to 1, or another initializer"
+                )
         converged = all(abs(math.log(u / v)) < 0.01 for u, v in zip(updates, variances, strict=True))
         # half a step in the logarithm, because full steps can oscillate
         variances = [math.sqrt(v * u) for u, v in zip(updates, variances, strict=True)]

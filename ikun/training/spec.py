@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from ikun.initializers.names import INITIALIZERS, LAWS
 from ikun.losses import LOSSES
 
+LEAST_SCALE = 1e-12  # of alpha and gain, factors on the variance of float32 weights
+MOST_RATE = 1e30  # of the steps of float32 weights
 OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("cosine", "step", "none")
 
@@ -64,6 +66,14 @@ class TrainingSpec:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not '{getattr(self, name)}'")
         if not (all(0 < x < math.inf for x in (self.lr, self.alpha, self.gain)) and self.weight_decay >= 0):
             raise ValueError("lr, alpha and gain must be positive, and weight_decay must not be negative")
+        if max(self.lr, self.weight_decay) > MOST_RATE:
+            raise ValueError(f"lr and weight_decay must be at most {MOST_RATE:g}: the weights would be infinite")
+        for name in ("alpha", "gain"):
+            if not LEAST_SCALE <= getattr(self, name) <= 1 / LEAST_SCALE:
+                raise ValueError(
+                    f"{name} must be from {LEAST_SCALE:g} to {1 / LEAST_SCALE:g}, not {getattr(self, name):g}: the "
+                    "weights would be zero or infinite"
+                )
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, not {self.momentum}")
         if self.epochs < 0 or self.batch_size < 1 or min(self.seed, self.patience, self.snapshots) < 0:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ikun_hessian.cli.screen import only_ours
 from ikun_hessian.jobs.job import Own
 from ikun_hessian.jobs.options import OWN, Option
 
@@ -21,11 +22,15 @@ def options(*table: Option) -> Command:
 
 
 def own_options(command: Command) -> Command:
-    """Add the options that describe a network of the user's own. The command gets them as one argument `own`."""
+    """Add the options that describe a network of the user's own. The command gets them as one argument `own`.
+
+    While the command runs, what the user's code prints goes to standard error.
+    """
 
     @functools.wraps(command)
     def collected(**values: Any) -> Any:
-        return command(own=Own(**click.get_current_context().meta[Own.__qualname__]), **values)
+        with only_ours():
+            return command(own=Own(**click.get_current_context().meta[Own.__qualname__]), **values)
 
     add = _all([_click_option(option, callback=_keep, expose_value=False) for option in OWN])
     added: Command = add(collected)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from ikun_hessian.cli.click_options import options
-from ikun_hessian.cli.screen import dumps
+from ikun_hessian.cli.screen import dumps, echo
 from ikun_hessian.experiments.selection import parse_condition, parse_conditions, study_defaults
 from ikun_hessian.jobs.options import JSON
 
 if TYPE_CHECKING:
+    from hessian_tools.results.spectrum import SpectrumResult
     from ikun_hessian.experiments.comparison_result import Comparison
 
 
@@ -76,7 +77,7 @@ def compare_command(
     if tag and Path(tag).name != tag:
         raise click.UsageError(f"--tag {tag}: must be a part of a file name; use --out for a folder")
     stem = out / ".".join(["compare", *([tag] if tag else [])])
-    runs = gather(paths, report=lambda text: click.echo(f"! {text}", err=True))
+    runs = gather(paths, report=lambda text: echo(f"! {text}", err=True))
     runs = chosen_runs(runs, parse_conditions(where))
     asked = any(option is not None for option in (by, reference, accuracy, margin)) or moments or where
     usual = study_defaults(paths)
@@ -95,12 +96,12 @@ def compare_command(
     if as_json:
         from ikun_hessian.reports.comparison_files import settings_json
 
-        click.echo(dumps(settings_json(found)))
+        echo(dumps(settings_json(found)))
         return
     from ikun_hessian.reports.comparison import settings_lines
 
-    click.echo("\n".join(settings_lines(found)))
-    click.echo(f"files       {stem}.{{csv,md}}")
+    echo("\n".join(settings_lines(found)))
+    echo(f"files       {stem}.{{csv,md}}")
 
 
 def _write(found: Mapping[str, Comparison | str], stem: Path) -> None:
@@ -128,14 +129,27 @@ def _spectra(files: Sequence[Path], stem: Path, as_json: bool) -> None:
     from hessian_tools.plots.spectrum import rank_figure
     from hessian_tools.plots.style import save_figure
     from hessian_tools.results.comparability import comparable, labelled
-    from hessian_tools.results.spectrum import load_spectrum, to_json
+    from hessian_tools.results.spectrum import to_json
     from ikun_hessian.reports.spectrum import compare_lines
 
-    results = labelled([load_spectrum(f) for f in files])
+    results = labelled([result for file in files if (result := _fresh(file)) is not None])
     comparable(results)
     written = save_figure(rank_figure(results), f"{stem}.eigenvalues")
     if as_json:
-        click.echo(dumps({label: to_json(r) for label, r in results}))
+        echo(dumps({label: to_json(r) for label, r in results}))
         return
-    click.echo("\n".join(compare_lines(results)))
-    click.echo(f"files       {stem}.eigenvalues.{{{','.join(f.suffix[1:] for f in written)}}}")
+    echo("\n".join(compare_lines(results)))
+    echo(f"files       {stem}.eigenvalues.{{{','.join(f.suffix[1:] for f in written)}}}")
+
+
+def _fresh(file: Path) -> SpectrumResult | None:
+    """Load a spectrum, or return None if its checkpoint has other weights now, which was reported before."""
+    from hessian_tools.results.spectrum import load_spectrum
+    from ikun_hessian.experiments.staleness import StaleError, refuse_stale
+
+    result = load_spectrum(file)
+    try:
+        refuse_stale(file, result.checkpoint)
+    except StaleError:
+        return None
+    return result

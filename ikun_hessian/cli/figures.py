@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ikun_hessian.cli.screen import echo
 from ikun_hessian.experiments.selection import parse_condition, parse_conditions, study_defaults
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def figures_command(
     from ikun_hessian.experiments.runs import gather
 
     def report(text: str) -> None:
-        click.echo(f"! {text}", err=True)
+        echo(f"! {text}", err=True)
 
     results = [path for path in paths if not path.name.endswith(CALIBRATION)]
     runs = chosen_runs(gather(results, report=report), parse_conditions(where)) if results else []
@@ -76,17 +77,18 @@ def figures_command(
     calibrations = _calibrations(paths) if "calibration" in (only or ("calibration",)) else {}
     drawn = draw_all(runs, out, only, by=by, accuracy=accuracy, width=int(width), calibrations=calibrations)
     for path in drawn.written:
-        click.echo(path)
+        echo(path)
     if only and drawn.skipped:
         raise click.UsageError("; ".join(f"--only {name}: {why}" for name, why in drawn.skipped.items()))
     for name, why in drawn.skipped.items():
-        click.echo(f"! skipped figure {name}: {why}", err=True)
+        echo(f"! skipped figure {name}: {why}", err=True)
 
 
 def _calibrations(paths: Sequence[Path]) -> dict[str, CalibrationResult]:
     """Return the calibrations in the given folders, the given ones, and those of the given checkpoints, by name."""
     from hessian_tools.io.json import load_result
     from hessian_tools.results.calibration import CALIBRATION_SCHEMA, CalibrationResult
+    from ikun_hessian.experiments.staleness import StaleError, refuse_stale
 
     found: list[Path] = []
     for path in paths:
@@ -96,7 +98,13 @@ def _calibrations(paths: Sequence[Path]) -> dict[str, CalibrationResult]:
             found.append(path)
         elif path.suffix == ".pt" and path.with_suffix(CALIBRATION).is_file():
             found.append(path.with_suffix(CALIBRATION))
-    return {
-        str(file).removesuffix(CALIBRATION): load_result(file, CalibrationResult, CALIBRATION_SCHEMA)
-        for file in dict.fromkeys(found)
-    }
+    results = {file: load_result(file, CalibrationResult, CALIBRATION_SCHEMA) for file in dict.fromkeys(found)}
+    for file, result in list(results.items()):
+        try:
+            refuse_stale(file, result.checkpoint)
+        except StaleError as error:
+            if file in paths:
+                raise
+            echo(f"! {error} (skipped)", err=True)
+            del results[file]
+    return {str(file).removesuffix(CALIBRATION): result for file, result in results.items()}

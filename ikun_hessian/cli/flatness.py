@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ikun_hessian.cli.click_options import options, own_options
-from ikun_hessian.cli.screen import dumps
+from ikun_hessian.cli.screen import dumps, echo
 from ikun_hessian.jobs.calibration import analyse_calibration, own_calibration
 from ikun_hessian.jobs.device import half_of_the_memory, pick
 from ikun_hessian.jobs.existing_results import existing_result
@@ -68,7 +68,7 @@ def flatness_command(
     found: list[FlatnessResult] = []
     locks = click.get_current_context().with_resource(ExitStack())
     for path, stem in zip(checkpoints, stems, strict=True):
-        click.echo(f"opening {path}", err=True)
+        echo(f"opening {path}", err=True)
         job = open_job(path, own=own, **opening, memory=memory, data_dir=data_dir, device=where)
         calibration_stem = result_stem(path, out, tag, "calibration")
         old = existing_result(
@@ -92,19 +92,19 @@ def flatness_command(
         found.append(result)
         if as_json:
             if refusal:
-                click.echo(f"not calibrated: {refusal}", err=True)
+                echo(f"not calibrated: {refusal}", err=True)
             continue
         if len(found) > 1:
-            click.echo("-" * 80)
-        click.echo("\n".join(flatness_lines(result, known or own_calibration(calibration_stem, job))))
-        click.echo(f"files       {stem}.json{' (unchanged)' if old else ''}")
+            echo("-" * 80)
+        echo("\n".join(flatness_lines(result, known or own_calibration(calibration_stem, job))))
+        echo(f"files       {stem}.json{' (unchanged)' if old else ''}")
         if calibrate:
             shown = calibration_lines(known) if known else [f"not calibrated: {refusal}"]
-            click.echo("\n".join(["", *shown]))
+            echo("\n".join(["", *shown]))
         if known:
-            click.echo(f"files       {calibration_stem}.{{json,png,pdf}}")
+            echo(f"files       {calibration_stem}.{{json,png,pdf}}")
     if as_json:
         printed = [clean(dataclasses.asdict(result)) for result in found]
-        click.echo(dumps(printed[0] if len(printed) == 1 else printed))
+        echo(dumps(printed[0] if len(printed) == 1 else printed))
     elif len(found) > 1:
-        click.echo("\n".join(["-" * 80, *flatness_comparison_lines(found)]))
+        echo("\n".join(["-" * 80, *flatness_comparison_lines(found)]))

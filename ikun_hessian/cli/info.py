@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ikun_hessian.cli.click_options import options
-from ikun_hessian.cli.screen import dumps
+from ikun_hessian.cli.screen import dumps, echo
 from ikun_hessian.jobs.options import DATA_DIR, JSON
 
 if TYPE_CHECKING:
@@ -53,35 +53,31 @@ def info_command(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None
             for k, v in states.items()
         }
         told = {"network": dataclasses.asdict(found.network), "training": found.training, "layers": table}
-        click.echo(dumps({**told, "initializer_passes": fresh.forward_passes}))
+        echo(dumps({**told, "initializer_passes": fresh.forward_passes}))
         return
     n, t = found.network, {**dataclasses.asdict(spec), "epochs_run": "?", "samples": "?", **found.training}
-    click.echo(str(checkpoint))
-    click.echo(
-        f"{n.model}, {n.neuron} neurons, {n.reset} reset, surrogate {n.surrogate}, T = {n.timesteps}, norm {n.norm},"
-    )
-    click.echo(f"loss {found.loss}, {sum(p.numel() for p in found.build().parameters()):,} parameters")
+    echo(str(checkpoint))
+    echo(f"{n.model}, {n.neuron} neurons, {n.reset} reset, surrogate {n.surrogate}, T = {n.timesteps}, norm {n.norm},")
+    echo(f"loss {found.loss}, {sum(p.numel() for p in found.build().parameters()):,} parameters")
     gain = f", gain {t['gain']:g}" if t["gain"] != 1 else ""
-    click.echo(
-        f"{t['init']} initializer (alpha {t['alpha']:g}{gain}), {fresh.forward_passes} forward passes over a batch"
-    )
-    click.echo(
+    echo(f"{t['init']} initializer (alpha {t['alpha']:g}{gain}), {fresh.forward_passes} forward passes over a batch")
+    echo(
         f"{t['optimizer']} lr {t['lr']:g}, {t['epochs_run']} epochs on {found.data.name}, {t['samples']} samples, "
         f"seed {t['seed']}"
     )
     if t.get("best_epoch", t["epochs_run"]) != t["epochs_run"]:
-        click.echo(f"weights of epoch {t['best_epoch']}, the best or the last finite one")
+        echo(f"weights of epoch {t['best_epoch']}, the best or the last finite one")
     surrogate = Surrogate.parse(n.surrogate)
     if {"accuracy", "test_accuracy"} <= set(found.kept):
-        click.echo(f"train accuracy {found.kept['accuracy']:.1%}, test accuracy {found.kept['test_accuracy']:.1%}")
+        echo(f"train accuracy {found.kept['accuracy']:.1%}, test accuracy {found.kept['test_accuracy']:.1%}")
     for failure in found.training.get("failures", ()):
-        click.echo(f"! {failure}")
+        echo(f"! {failure}")
 
     def show(title: str, rows: Sequence[LayerStatistics]) -> None:
-        click.echo(f"\n{title}")
-        click.echo("layer    Var W   rule's  E[f'^2]  firing  dead  Var current  forward  backward")
+        echo(f"\n{title}")
+        echo("layer    Var W   rule's  E[f'^2]  firing  dead  Var current  forward  backward")
         for s in rows:
-            click.echo(
+            echo(
                 f"{s.name:<6}{s.weight_variance:>8.2g} {s.rule_variance(spec.alpha):>8.2g} {s.derivative_square:>8.3g} "
                 f"{s.firing_rate:>7.3f} {s.dead:>5.0%} {s.current_variance:>12.3g} {s.forward_gain:>8.3g} "
                 f"{s.backward_gain:>9.3g}"
@@ -89,7 +85,7 @@ def info_command(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None
 
     show("at initialization (BatchNorm, if any, by the batch)", before)
     show("as trained (BatchNorm, if any, by its running statistics)", after)
-    click.echo(
+    echo(
         f"\nrule's: alpha / (fan_in E[x^2] E[f'^2]), alpha = {spec.alpha:g}, from this layer's moments.\n"
         "forward: Var current, relative to that of the previous layer. backward: mean\n"
         "square of the loss gradient at the previous layer, relative to that at this one.\n"

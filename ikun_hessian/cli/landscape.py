@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ikun_hessian.cli.click_options import options, own_options
-from ikun_hessian.cli.screen import dumps
+from ikun_hessian.cli.screen import dumps, echo
 from ikun_hessian.jobs.device import half_of_the_memory, pick
 from ikun_hessian.jobs.existing_results import existing_result
 from ikun_hessian.jobs.landscape import analyse_landscape, write_landscape
@@ -108,7 +108,7 @@ def landscape_command(
     found: list[LandscapeResult] = []
     locks = click.get_current_context().with_resource(ExitStack())
     for path, stem in zip(checkpoints, stems, strict=True):
-        click.echo(f"opening {path}", err=True)
+        echo(f"opening {path}", err=True)
         job = open_job(path, memory=settings.memory, device=where, **opening)
         old = existing_result(
             stem, lambda path: load_result(path, LandscapeResult, LANDSCAPE_SCHEMA), settings, job, force, resume, locks
@@ -119,12 +119,12 @@ def landscape_command(
             write_landscape(result, stem)
         if not as_json:
             if len(found) > 1:
-                click.echo("-" * 80)
-            click.echo("\n".join(landscape_lines(result)))
-            click.echo(f"files       {stem}.{{json,png,pdf}}{' (unchanged)' if old else ''}")
+                echo("-" * 80)
+            echo("\n".join(landscape_lines(result)))
+            echo(f"files       {stem}.{{json,png,pdf}}{' (unchanged)' if old else ''}")
     if as_json:
         printed = [clean(dataclasses.asdict(result)) for result in found]
-        click.echo(dumps(printed[0] if len(printed) == 1 else printed))
+        echo(dumps(printed[0] if len(printed) == 1 else printed))
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
 from types import FrameType
 
 
@@ -33,3 +36,18 @@ def end_by_signals() -> None:
 def interrupted_by(error: BaseException) -> int:
     """Return the exit code of an interrupted command, as in shells: 128 plus the number of the signal."""
     return 128 + (error.number if isinstance(error, Ended) else signal.SIGINT)
+
+
+def end_with(parent: int) -> None:
+    """End this process soon after its parent process, whatever it does then: importing, working or waiting for work.
+
+    Args:
+        parent: Process ID of the parent.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

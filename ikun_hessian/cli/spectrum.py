@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ikun_hessian.cli.click_options import options, own_options
+from ikun_hessian.cli.screen import echo
 from ikun_hessian.jobs.device import half_of_the_memory, pick
 from ikun_hessian.jobs.existing_results import existing_result
 from ikun_hessian.jobs.job import Own
@@ -73,7 +74,7 @@ def spectrum_command(
     locks = click.get_current_context().with_resource(ExitStack())
     for path, stem in zip(checkpoints, stems, strict=True):
         if first:
-            click.echo(f"opening {path}", err=True)
+            echo(f"opening {path}", err=True)
         job = open_job(path, own=own, **opening, memory=settings.memory, data_dir=data_dir, device=where, group=group)
         old = existing_result(stem, load_spectrum, settings, job, force, resume, locks) if first else None
         old = old if group is None else group.broadcast(old)
@@ -84,17 +85,17 @@ def spectrum_command(
         files = [] if old else write_spectrum(result, stem)
         if not as_json:
             if len(found) > 1:
-                click.echo("-" * 80)
-            click.echo("\n".join(spectrum_lines(result)))
-            click.echo(f"files       {stem}.{{{','.join(files) or 'json,...'}}}{'' if files else ' (unchanged)'}")
+                echo("-" * 80)
+            echo("\n".join(spectrum_lines(result)))
+            echo(f"files       {stem}.{{{','.join(files) or 'json,...'}}}{'' if files else ' (unchanged)'}")
     if trajectory and first:
         stem = (out or checkpoints[0].parent) / ".".join([*([tag] if tag else []), "trajectory"])
         save_figure(trajectory_figure(found), stem)
         write_table(trajectory_rows(found), Path(f"{stem}.csv"))
         if not as_json:
-            click.echo(f"trajectory  {stem}.{{png,pdf,csv}}")
+            echo(f"trajectory  {stem}.{{png,pdf,csv}}")
     if as_json and first:
         printed = [to_json(result) for result in found]
-        click.echo(json.dumps(printed[0] if len(printed) == 1 else printed))
+        echo(json.dumps(printed[0] if len(printed) == 1 else printed))
     if group is not None:
         group.close()

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ikun_hessian.cli.click_options import options
-from ikun_hessian.cli.screen import FailedError
-from ikun_hessian.cli.signals import interrupted_by
+from ikun_hessian.cli.screen import FailedError, echo
+from ikun_hessian.cli.signals import end_with, interrupted_by
 from ikun_hessian.experiments import preset
 from ikun_hessian.experiments.grid import run_grid
 from ikun_hessian.experiments.preset import Analysis, Preset, PresetError
@@ -83,7 +83,7 @@ def study_command(
     --set are the options of `train`, spectrum.KEY, flatness.KEY, robustness.KEY, and the top-level keys of the preset.
     """
     if listed:
-        click.echo("\n".join(_list()))
+        echo("\n".join(_list()))
         return
     if name is None:
         raise click.UsageError("give the NAME of a preset (--list shows them), or a .toml file of your own")
@@ -94,9 +94,9 @@ def study_command(
     jobs = jobs or _jobs(where)
     memory = memory or round(half_of_the_memory(where) / jobs, 2)
     plan = _plan(found, folder, data_dir, where, memory, force)
-    click.echo("\n".join(_opening_lines(found, plan, folder, jobs)))
+    echo("\n".join(_opening_lines(found, plan, folder, jobs)))
     if dry_run:
-        click.echo("\n".join(_states(plan, force)))
+        echo("\n".join(_states(plan, force)))
         if plan.refusal and not force:
             raise PresetError(plan.refusal)
         return
@@ -108,7 +108,7 @@ def study_command(
             settle(plan.record, folder, force)
             failures = _work(plan.units, jobs)
             for run_unit, why in failures.items():
-                click.echo(f"! {run_unit} failed: {why}")
+                echo(f"! {run_unit} failed: {why}")
             written = _finish(found, plan, folder)
     except BrokenExecutor:
         raise FailedError(
@@ -116,9 +116,9 @@ def study_command(
             "fewer --jobs if memory is short."
         ) from None
     except KeyboardInterrupt as error:
-        click.echo("Interrupted. Run the same command again to resume.", err=True)
+        echo("Interrupted. Run the same command again to resume.", err=True)
         raise click.exceptions.Exit(interrupted_by(error)) from None
-    click.echo("\n".join(written))
+    echo("\n".join(written))
     if len(failures) == len(plan.units):
         raise FailedError(f"all {len(failures)} runs failed. Run the same command again to retry them.")
 
@@ -202,13 +202,16 @@ def _alone(folder: Path) -> Iterator[None]:
 def _work(units: Sequence[Unit], jobs: int) -> dict[str, str]:
     """Run all units that are not done. Return the reasons of those that failed, by name."""
     from joblib import Parallel, delayed
+    from joblib.parallel import get_active_backend
 
     left = [unit for unit in units if not unit.done()]
     failures: dict[str, str] = {}
     if not left:
         return failures
     with _bar(units, left) as say:
-        pool = Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch="all")
+        loky = type(get_active_backend()[0]).__name__ == "LokyBackend"  # its workers are children of this process
+        watched = {"initializer": end_with, "initargs": (os.getpid(),)} if loky else {}
+        pool = Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch="all", **watched)
         for name, why in pool(delayed(_named)(unit) for unit in left):
             if why:
                 failures[name] = why
@@ -230,6 +233,8 @@ def _bar(units: Sequence[Unit], left: Sequence[Unit]) -> Iterator[Callable[[str]
     """
     from tqdm import tqdm
 
+    from hessian_tools.io.text import one_line
+
     done = len(units) - len(left)
     form = "{desc}{percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
     start = done + sum(unit.progress() for unit in left)
@@ -246,7 +251,7 @@ def _bar(units: Sequence[Unit], left: Sequence[Unit]) -> Iterator[Callable[[str]
         if not bar.disable:
             thread.start()
         try:
-            yield lambda line: tqdm.write(line, file=sys.stderr)
+            yield lambda line: tqdm.write(one_line(line), file=sys.stderr)
         finally:
             over.set()
             if thread.is_alive():
@@ -256,17 +261,18 @@ def _bar(units: Sequence[Unit], left: Sequence[Unit]) -> Iterator[Callable[[str]
 def _tables(runs: Sequence[TrainingRun], by: str, found: Preset, folder: Path) -> list[str]:
     """Write tables.md, compare.csv and, if robustness was measured, robustness.csv. Return lines that name them."""
     from hessian_tools.io.files import write_atomically, write_table
+    from hessian_tools.io.text import markdown
     from ikun_hessian.experiments.comparison import compare_settings
     from ikun_hessian.reports.comparison_files import settings_markdown, settings_rows
     from ikun_hessian.reports.robustness import robustness_markdown, robustness_rows
 
     failed = [
-        f"- {run_unit.name}: {why}"
+        markdown(f"- {run_unit.name}: {why}")
         for run_unit in runs
         for why in run_unit.failures
         if why.startswith(("NaN", "failed"))
     ]
-    text = [f"# {found.title}", "", *([found.question, ""] if found.question else [])]
+    text = [f"# {markdown(found.title)}", "", *([markdown(found.question), ""] if found.question else [])]
     text += ["Diverged or failed:", "", *failed, ""] if failed else []
     compared = compare_settings(runs, by, accuracy=found.accuracy)
     text.append(settings_markdown(compared))
@@ -286,7 +292,7 @@ def _finish(found: Preset, plan: StudyPlan, folder: Path) -> list[str]:
     from hessian_tools.io.files import alone
     from ikun_hessian.experiments.figures.figures import draw_all
 
-    runs = _gathered(plan.units, partial(click.echo, err=True))
+    runs = _gathered(plan.units, partial(echo, err=True))
     if not runs:
         return ["! no tables or figures: no run has a usable file"]
     by = parse_condition(found.by)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ikun_hessian.cli.click_options import options
-from ikun_hessian.cli.screen import FailedError
+from ikun_hessian.cli.screen import FailedError, echo
 from ikun_hessian.jobs.device import pick
 from ikun_hessian.jobs.existing_results import hold
 from ikun_hessian.jobs.options import TRAIN
@@ -51,13 +51,13 @@ def train_command(resume: bool, force: bool, out: Path, data_dir: Path | None, d
     if kept := checkpoint.kept:
         run_all = checkpoint.training["epochs_run"]
         of = "" if kept["epoch"] == run_all else f", kept of {run_all}"
-        click.echo(
+        echo(
             f"epoch {kept['epoch']}{of}: train loss {kept['loss']:.4g}, accuracy {kept['accuracy']:.1%}; "
             f"test loss {kept['test_loss']:.4g}, accuracy {kept['test_accuracy']:.1%}"
         )
     for failure in checkpoint.training["failures"]:
-        click.echo(f"! {failure}")
-    click.echo(f"{out}  (log {run_paths(out)['log'].name})")
-    click.echo(f"next: ikun-hessian spectrum {out}")
+        echo(f"! {failure}")
+    echo(f"{out}  (log {run_paths(out)['log'].name})")
+    echo(f"next: ikun-hessian spectrum {out}")
     if any(f.startswith("NaN") for f in checkpoint.training["failures"]):
         raise FailedError("training diverged; the checkpoint holds the weights of the last finite epoch")

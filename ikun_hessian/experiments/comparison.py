@@ -21,12 +21,14 @@ import numpy.typing as npt
 from hessian_tools.io.json import ResultError
 from hessian_tools.results.comparability import Unlike, refuse_unlike
 from ikun_hessian.experiments import statistics as inference
+from ikun_hessian.experiments.censored import CensoredPairs, censored_pairs
 from ikun_hessian.experiments.comparison_result import Comparison, Correlation, Row, StartingCost
 from ikun_hessian.experiments.grouping import (
     at_moment,
     cut,
     display_name,
     epochs_to,
+    horizon,
     level,
     moment_of,
     plain,
@@ -306,12 +308,27 @@ def _against(
 ) -> Row:
     """Complete a row with the comparison to the reference.
 
-    Pairs in which both values are equally infinite or one is unknown are ignored.
+    Pairs in which both values are equally infinite or one is unknown are ignored. For numbers of epochs, a run that did
+    not reach the target is censored instead: if there is one, the estimate, its interval and the tests are those of
+    `censored`. The effect size of the other pairs would be biased, so it is left out.
     """
     both = [(values[a.name], values[b.name]) for a, b in pairs]
     known = [(x, y) for x, y in both if not (math.isnan(x) or math.isnan(y) or (math.isinf(x) and x == y))]
     d = _differences(known, row.ratio)
     bound = math.log(settings.margin) if row.ratio else NAN
+    logged = [(a, b) for a, b in pairs if a.log and b.log and min(horizon(a), horizon(b)) > 0]
+    times = _times(logged, settings.accuracy) if row.family == SPEED and row.ratio else None
+    if times is not None and times.censored.any():
+        row = replace(
+            row,
+            pairs=len(d),
+            shift=times.ratio(),
+            superiority=inference.superiority(d),
+            needed=sample_size(d, bound, settings.comparisons),
+        )
+        if len(logged) < inference.LEAST:
+            return row
+        return replace(row, p=times.p(), equivalence=times.equivalence(settings.margin))
     shift = inference.paired_shift(d)
     if row.ratio:
         shift = replace(shift, value=_exp(shift.value), low=_exp(shift.low), high=_exp(shift.high))
@@ -326,12 +343,18 @@ def _against(
     if len(d) < inference.LEAST:
         return row
     p = inference.signed_rank(d)
-    if row.family == SPEED:
-        times = [
-            (*epochs_to(a, settings.accuracy), *epochs_to(b, settings.accuracy)) for a, b in pairs if a.log and b.log
-        ]
-        p = inference.paired_log_rank(*zip(*times, strict=True))
     return replace(row, p=p, equivalence=inference.equivalence(d, bound) if row.ratio else NAN)
+
+
+def _times(pairs: Sequence[tuple[TrainingRun, TrainingRun]], accuracy: float) -> CensoredPairs:
+    """Return the numbers of epochs to an accuracy, with the horizon of every run."""
+    first, second = ([(*epochs_to(run, accuracy), horizon(run)) for run in runs] for runs in _columns(pairs))
+    return censored_pairs(first, second)
+
+
+def _columns(pairs: Sequence[tuple[TrainingRun, TrainingRun]]) -> tuple[list[TrainingRun], list[TrainingRun]]:
+    """Return the first and the second runs of the pairs."""
+    return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def _exp(x: float) -> float:

@@ -30,8 +30,10 @@ class Row:
         lost: Number of runs without a finite value.
         ratio: Whether levels are compared by ratio instead of difference.
         pairs: Number of pairs.
-        shift: Hodges-Lehmann estimate of the ratio or difference to the reference.
-        p: Exact p-value of the signed-rank test; for epochs, of the log-rank test stratified by pair.
+        shift: Hodges-Lehmann estimate of the ratio or difference to the reference. The interval holds the values that
+            the test of `p` does not reject.
+        p: Exact p-value of the signed-rank test. For epochs with censored runs, times are truncated to the window in
+            which both runs of a pair were observed (see `ikun_hessian.experiments.censored`).
         holm: p adjusted for the comparisons of the family by Holm's method.
         equivalence: p-value of the two one-sided tests that the ratio lies outside the margin, adjusted in the same
             way.

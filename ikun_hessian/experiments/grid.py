@@ -10,6 +10,7 @@ from typing import Any
 from ikun_hessian.experiments.preset import Preset, PresetError, text
 
 MOST_RUNS = 1000
+MOST_FORCED = 100_000  # more would not fit into memory
 
 
 def run_grid(preset: Preset, force: bool = False) -> dict[str, dict[str, Any]]:
@@ -19,7 +20,7 @@ def run_grid(preset: Preset, force: bool = False) -> dict[str, dict[str, Any]]:
 
     Args:
         preset: The study.
-        force: Whether more than MOST_RUNS runs are allowed.
+        force: Whether more than MOST_RUNS runs are allowed, up to MOST_FORCED.
 
     Returns:
         The options of `train` of every run, including the seed, by the name of the run, for example "ikun-sgd-s0". The
@@ -29,6 +30,8 @@ def run_grid(preset: Preset, force: bool = False) -> dict[str, dict[str, Any]]:
         PresetError: If there are too many runs, or if two runs have the same name.
     """
     count = sum(math.prod(map(len, grid.values())) for grid in preset.grids) * preset.seeds
+    if count > MOST_FORCED:
+        raise PresetError(f"{preset.source}: {count:,} runs, but a study has at most {MOST_FORCED:,}: reduce seeds")
     if count > MOST_RUNS and not force:
         raise PresetError(f"{preset.source}: {count} runs: shorten the lists of [vary], reduce seeds, or use --force")
     varied = list(dict.fromkeys([preset.by, *(key for grid in preset.grids for key in grid)]))

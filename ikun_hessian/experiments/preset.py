@@ -43,6 +43,7 @@ from ikun_hessian.jobs.options import meant
 
 FOLDER = Path(__file__).parent / "presets"
 LONGEST = 1000  # characters of an error message
+DEEPEST, MOST_VALUES = 30, 20_000  # nested tables and lists; keys and values of a file
 MOMENTS = ("final", "loss", "snapshots")
 ANALYSES = ("spectrum", "flatness", "robustness")
 _VALUE_KINDS = {str: "text", int: "a whole number", float: "a number", list: "a list"}
@@ -329,7 +330,7 @@ def _value(written: str, listed: bool = False) -> Any:
     def one(word: str) -> Any:
         try:
             return tomllib.loads(f"x = {word}")["x"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):  # TOMLDecodeError, or int() for a number with thousands of digits
             return word
 
     value = one(written.strip())
@@ -340,10 +341,25 @@ def _value(written: str, listed: bool = False) -> Any:
 
 def _odd(value: Any) -> str:
     """Return a description of a part that no option can have as its value, or ""."""
-    if isinstance(value, dict):
-        return next((odd for k, v in value.items() if (odd := _odd(k) or _odd(v))), "")
-    if isinstance(value, list):
-        return next((odd for v in value if (odd := _odd(v))), "")
+    left: list[tuple[Any, int]] = [(value, 0)]
+    for count in range(MOST_VALUES):
+        if not left:
+            return ""
+        part, depth = left.pop()
+        if depth > DEEPEST:
+            return f"a table or list nested more than {DEEPEST} levels deep"
+        if isinstance(part, dict | list):
+            inner = [*part, *part.values()] if isinstance(part, dict) else part
+            if len(left) + len(inner) + count > MOST_VALUES:
+                break
+            left += [(one, depth + 1) for one in reversed(inner)]
+        elif odd := _odd_value(part):
+            return odd
+    return f"more than {MOST_VALUES:,} keys and values"
+
+
+def _odd_value(value: Any) -> str:
+    """Return a description of a single value that no option can have, or ""."""
     if isinstance(value, str):
         return "" if value.replace("\n", "").isprintable() else f"the unprintable text {value!r}"
     if isinstance(value, int):

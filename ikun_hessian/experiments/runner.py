@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import threading
 import time
@@ -28,6 +29,7 @@ def run_unit(unit: Unit) -> str:
     A failure is stored in NAME.failed.json, and the unit is tried again the next time. Errors that do not concern the
     run end the study: KeyboardInterrupt, and OSError, which includes another process that writes the same files.
     """
+    _end_orphan(unit)
     import torch
 
     from ikun_hessian.jobs.device import pick
@@ -163,6 +165,13 @@ def _working(unit: Unit) -> Iterator[None]:
         if os.getppid() == unit.study:
             threading.Thread(target=_watch, args=(unit.study,), daemon=True).start()
         yield
+
+
+def _end_orphan(unit: Unit) -> None:
+    """End this worker process if the study that started it ended before the work began, as during imports."""
+    kind = type(multiprocessing.current_process())
+    if "loky" in kind.__module__ and unit.study not in (os.getpid(), os.getppid()):
+        os._exit(1)
 
 
 def _watch(parent: int) -> None:

@@ -23,6 +23,7 @@ from hessian_tools.results.flatness import FLATNESS_SCHEMA, FlatnessResult
 from hessian_tools.results.robustness import ROBUSTNESS_SCHEMA, RobustnessResult
 from hessian_tools.results.spectrum import SpectrumResult, load_spectrum
 from ikun.training.log import TRAINING_SCHEMA
+from ikun_hessian.experiments.staleness import StaleError, refuse_stale
 
 FAILED_SCHEMA = "ikun-hessian/failed/1"
 TRAIN, SPECTRUM, FLATNESS = ".train.json", ".spectrum.json", ".flatness.json"
@@ -92,24 +93,30 @@ def gather(paths: Sequence[Path], report: Report = _warn) -> list[TrainingRun]:
     Args:
         paths: Folders, which are searched recursively; results or `NAME.train.json` files, which bring along the log of
             their run; or checkpoints `NAME.pt`, which stand for all results of that name in the same folder.
-        report: Called with one line for each damaged or incomplete file in a searched folder, and for each log that
-            ends in an incomplete line. By default the line is issued as a warning.
+        report: Called with one line for each damaged, incomplete or stale file in a searched folder, for each stale
+            result of a checkpoint, and for each log that ends in an incomplete line. By default the line is issued as a
+            warning.
 
     Returns:
         The runs, sorted by name. If runs in different folders have the same name, the folder precedes the name.
 
     Raises:
-        ResultError: If a path contains no results, or a file given by name is missing or damaged.
+        ResultError: If a path contains no results, or a file given by name is missing, damaged or stale (its checkpoint
+            has other weights now), or all results of a checkpoint are stale.
     """
     files: dict[Path, bool] = {}  # True if the user gave the file by name
     given: dict[Path, Path] = {}  # the path as the user wrote it
+    standing: dict[Path, Path] = {}  # results that were not named themselves: the checkpoint that stands for them
     for path in paths:
         named = not path.is_dir()
         for file in _named(path) if named else _searched(path):
             key = Path(os.path.realpath(file))  # Path.resolve raises in a loop of links
             files[key] = files.get(key, False) or named
             given.setdefault(key, file)
+        if path.suffix == ".pt":
+            standing |= {Path(os.path.realpath(file)): path for file in _named(path) if not file.name.endswith(TRAIN)}
     parts: dict[tuple[Path, str], dict[str, Any]] = {}
+    stale: dict[Path, str] = {}
     names: dict[Path, list[str]] = {}
     for file, named in files.items():
         if file.parent not in names:
@@ -119,11 +126,17 @@ def gather(paths: Sequence[Path], report: Report = _warn) -> list[TrainingRun]:
             name, kind, value = _read(file, names[file.parent])
         except ResultError as error:
             line = str(error).replace(str(file), str(given[file]), 1)
-            if named:
+            if isinstance(error, StaleError):
+                stale[file] = line = line.replace(f"{file.parent}{os.sep}", str(given[file])[: -len(given[file].name)])
+            if named and not (file in stale and file in standing):
                 raise ResultError(line) from None
             report(f"{line} (skipped)")
             continue
         parts.setdefault((file.parent, name), {TRAIN: {}, SPECTRUM: {}, FLATNESS: {}})[kind].update(value)
+    for checkpoint in set(standing.values()):
+        lines = [stale.get(file, "") for file, path in standing.items() if path == checkpoint]
+        if lines and all(lines):
+            raise StaleError(lines[0])
     prefixes = _prefixes(list(parts))
     runs = [_run(folder, name, prefixes[folder, name], found, report) for (folder, name), found in parts.items()]
     return sorted(runs, key=lambda run: run.name)
@@ -172,6 +185,7 @@ def _read(file: Path, names: Sequence[str]) -> tuple[str, str, dict[str, Any]]:
         kind, found = SPECTRUM, load_spectrum(file)
     else:
         kind, found = FLATNESS, results.load_result(file, FlatnessResult, FLATNESS_SCHEMA)
+    refuse_stale(file, found.checkpoint)
     whole = file.name.removesuffix(kind)
     checkpoint = PurePath(str(found.checkpoint.get("path", ""))).stem
     own = re.sub(rf"\.{MOMENT}$", "", checkpoint)
@@ -224,10 +238,12 @@ def _beside(path: Path, kind: type[R], schema: str, report: Report) -> R | None:
     if not path.is_file():
         return None
     try:
-        return results.load_result(path, kind, schema)
+        found = results.load_result(path, kind, schema)
+        refuse_stale(path, getattr(found, "checkpoint", {}))
     except ResultError as error:
         report(f"{error} (skipped)")
         return None
+    return found
 
 
 def _from_result(result: SpectrumResult | FlatnessResult) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -25,7 +25,7 @@ LEVEL = 0.95
 LEAST = 5  # fewest values or pairs for an interval; with 4 the widest exact one covers only 87.5%
 ROUNDING = 1e-12  # a smaller standard error of tau counts as zero
 Values = Sequence[float] | npt.NDArray[np.float64]
-Array = npt.NDArray[np.float64]
+_Array = npt.NDArray[np.float64]
 NAN, INF = math.nan, math.inf
 
 
@@ -76,7 +76,7 @@ def median(values: Values) -> Interval:
     return Interval(_middle(x), _between(x[k], x[k + 1], weight), _between(x[-k - 1], x[-k - 2], weight), n)
 
 
-def _middle(x: Array) -> float:
+def _middle(x: _Array) -> float:
     """Return the median of sorted values; if the two middle ones are opposite infinities, the upper one."""
     return _between(x[(len(x) - 1) // 2], x[len(x) // 2], 0.5) if len(x) else NAN
 
@@ -131,17 +131,21 @@ def signed_rank(differences: Values, alternative: str = "two-sided") -> float:
     Raises:
         ValueError: If a difference is NaN.
     """
+    upper, lower = signed_rank_tails(differences)
+    return min(1.0, {"two-sided": 2 * min(upper, lower), "greater": upper, "less": lower}[alternative])
+
+
+def signed_rank_tails(differences: Values) -> tuple[float, float]:
+    """Compute the p-values of `signed_rank` for the alternatives "greater" and "less"."""
     d = known_values(differences)
     d = d[d != 0]
     ranks = np.rint(2 * stats.rankdata(np.abs(d))).astype(int)  # doubled, because ties have half-integer ranks
     chances = _null(ranks)
     found = int(ranks[d > 0].sum())
-    upper, lower = float(chances[found:].sum()), float(chances[: found + 1].sum())
-    p = {"two-sided": 2 * min(upper, lower), "greater": upper, "less": lower}[alternative]
-    return min(1.0, p)
+    return min(1.0, float(chances[found:].sum())), min(1.0, float(chances[: found + 1].sum()))
 
 
-def _null(ranks: npt.NDArray[np.int64]) -> Array:
+def _null(ranks: npt.NDArray[np.int64]) -> _Array:
     """Return P(sum of the positive ranks = 0, 1, ...) for random signs: the product of (1 + x^rank) / 2."""
     chances = np.ones(1)
     for rank in ranks:
@@ -167,7 +171,7 @@ def equivalence(differences: Values, bound: float) -> float:
 
 
 @cache
-def _cumulative(n: int) -> Array:
+def _cumulative(n: int) -> _Array:
     """Return P(signed-rank statistic <= 0, 1, ...) for n differences without ties."""
     return np.cumsum(_null(np.arange(1, n + 1)))
 
@@ -283,7 +287,7 @@ def survival_median(times: Values, reached: Sequence[bool] | npt.NDArray[np.bool
         warnings.simplefilter("ignore")  # the band is NaN where all or none survive; replaced below
         band = curve.confidence_interval(LEVEL, method="log-log")
 
-    def first(left: Array) -> float:
+    def first(left: _Array) -> float:
         """Return the first time at which the surviving fraction is at most one half."""
         hit = np.flatnonzero(left <= 0.5 + 1e-12)
         return float(curve.quantiles[hit[0]]) if len(hit) else INF
@@ -295,29 +299,6 @@ def survival_median(times: Values, reached: Sequence[bool] | npt.NDArray[np.bool
         np.where(np.isnan(b.probabilities), curve.probabilities, b.probabilities) for b in (band.low, band.high)
     )
     return Interval(value, first(low), first(high), n)
-
-
-def paired_log_rank(times: Values, reached: Sequence[bool], others: Values, reached_too: Sequence[bool]) -> float:
-    """Compute the exact p-value of the log-rank test stratified by pair.
-
-    A pair is informative if one member reached the event while the other was still observed and had not reached it.
-    Each informative pair has one event with expectation 1/2, so the test is a sign test of these pairs.
-
-    Args:
-        times: Event or censoring times of the first members [n].
-        reached: Whether the event was observed, for the first members [n].
-        others: Event or censoring times of the second members [n].
-        reached_too: Whether the event was observed, for the second members [n].
-
-    Returns:
-        The two-sided p-value; 1 without informative pairs.
-    """
-    pairs = list(zip(times, reached, others, reached_too, strict=True))
-    first = sum(
-        e and (a < b or (a == b and not f)) for a, e, b, f in pairs
-    )  # censoring follows events of the same time
-    second = sum(f and (b < a or (a == b and not e)) for a, e, b, f in pairs)
-    return float(stats.binomtest(first, first + second).pvalue) if first + second else 1.0
 
 
 def kendall(x: Values, y: Values, groups: Sequence[object] | None = None) -> Interval:
@@ -362,12 +343,12 @@ def kendall(x: Values, y: Values, groups: Sequence[object] | None = None) -> Int
     return Interval(value, max(-1.0, value - half), min(1.0, value + half), n)
 
 
-def _order(x: Array) -> Array:
+def _order(x: _Array) -> _Array:
     """Return the sign of x_i - x_j [n, n], also for infinite values."""
     return (x[:, None] > x).astype(np.float64) - (x[:, None] < x)
 
 
-def known_values(values: Values) -> Array:
+def known_values(values: Values) -> _Array:
     """Return the values as an array. Raise ValueError if one is NaN."""
     x = np.asarray(values, np.float64)
     if np.isnan(x).any():

@@ -33,8 +33,11 @@ def half_of_the_memory(device: str) -> float:
     """Return half of the memory of the device (on the CPU: of the machine) in GiB, divided by the local processes."""
     import torch
 
+    from hessian_tools.runtime.distributed import environment_number
+
     if device == "cuda":
         total = torch.cuda.mem_get_info()[1]
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return round(total / 2**31 / int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    processes = environment_number("LOCAL_WORLD_SIZE", least=1, default=1)
+    return max(0.1, round(total / 2**31 / processes, 1))

@@ -34,6 +34,8 @@ def in_options(error: BaseException) -> str:
 
 def _option(name: str, value: object) -> str:
     """Spell a parameter as an option. Flags, and parameters named without a value, have only the option's name."""
+    if name == "time_first" and value is True:
+        return "--time-first"
     if name not in OPTIONS:
         return in_python(name, value)
     return OPTIONS[name] if value is ... or isinstance(value, bool) else f"{OPTIONS[name]} {value}"

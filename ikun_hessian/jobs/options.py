@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from ikun.adapters.choices import LIBRARIES, OUTPUTS, READOUTS
+from ikun.adapters.choices import LIBRARIES, READOUTS
 
 _NUMBERS = {int: "integer", float: "float"}
 
@@ -164,7 +164,7 @@ OWN = (  # a network of the user's own: the fields of jobs.job.Own
     Option("timesteps", int, None, "Number of steps to run it for [default: it contains its own loop over time]."),
     Option("sequences", bool, False, "Samples are sequences [T, ...], with one input per step."),
     Option("time-first", bool, None, "Order of the axes of its inputs and outputs.", opposite="batch-first"),
-    Option("output", help="Which element of the returned tuple to use.", choices=OUTPUTS),
+    Option("output", help="Which output to use of several: spikes (the first), membrane (the last), a number or name."),
     Option("readout", help="How to reduce the output over time.", choices=READOUTS),
     Option(
         "replace-surrogate", help="Use this surrogate in place of those that cannot be differentiated twice.",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from hessian_tools.io.text import one_line
+
 
 class Bar:
     """A progress bar on standard error. It is hidden if standard error is not a terminal, or if `shown` is False."""
@@ -28,7 +30,7 @@ class Bar:
 
     def say(self, line: str) -> None:
         """Print a warning above the bar."""
-        self.bar.write(f"! {line}", file=sys.stderr)
+        self.bar.write(f"! {one_line(line)}", file=sys.stderr)
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
 import functools
@@ -9,18 +10,29 @@ import importlib
 import importlib.util
 import inspect
 import random
+import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ikun_hessian.jobs.errors import UsageError
 
-OURS = Path(__file__).parents[1]
+OURS = Path(__file__).parents[2]
+PACKAGES = ("ikun_hessian", "hessian_tools", "ikun")
 FORM = "give module:function, or path/to/file.py:function"
+
+
+_loaded = False  # whether this command has loaded code of the user's
+
+
+def forget() -> None:
+    """Begin a new command: no code of the user's is loaded."""
+    global _loaded
+    _loaded = False
 
 
 def load_function(option: str, text: str) -> Callable[..., Any]:
@@ -36,9 +48,11 @@ def load_function(option: str, text: str) -> Callable[..., Any]:
     Raises:
         UsageError: If there is no such function or its module fails. The message starts with the option.
     """
+    global _loaded
     place, _, name = text.rpartition(":")
     if not place or not name.isidentifier():
         raise UsageError(f"{option} {text}: {FORM}")
+    _loaded = True
     with readable(f"{option} {text}"):
         module = _from_file(Path(place).resolve()) if place.endswith(".py") else _imported(place)
     found = getattr(module, name, None)
@@ -111,13 +125,82 @@ def where(error: BaseException) -> str:
     return f" ({_short(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
 
 
-def sources(functions: list[Callable[..., Any]]) -> list[Path]:
-    """Return the source files of functions, without repetitions. Functions that have none are ignored."""
-    found = []
-    for function in functions:
+def users_error(error: BaseException) -> UsageError | None:
+    """Convert an error that the user's code raised during an analysis to one line with the user's file and line.
+
+    Args:
+        error: Any error of a command.
+
+    Returns:
+        The error to report, or None if `error` does not come from the user's code, is a message of this project, or
+        says that memory ran out.
+    """
+    ours = type(error).__module__.partition(".")[0] in PACKAGES
+    memory = isinstance(error, MemoryError) or re.search("out of memory|not enough memory|allocate memory", str(error))
+    if not _loaded or ours or memory or isinstance(error, KeyboardInterrupt) or not where(error):
+        return None
+    return UsageError(f"your code raised {told(error)}")
+
+
+def sources(parts: Iterable[Any]) -> list[Path]:
+    """Return the source files of functions and classes, and of all code of the user's that these files import.
+
+    Standard library, installed packages and this project are left out of the imports. Imports are found in the text of
+    the files, wherever they stand, and are followed if the module is loaded. A module that is loaded by its name in a
+    string is found if the string is the whole name.
+
+    Args:
+        parts: Functions and classes. Those that have no file are ignored, and so are classes of installed packages.
+
+    Returns:
+        The files, without repetitions.
+    """
+    modules = {name: file for name, module in list(sys.modules.items()) if (file := _users_file(module)) is not None}
+    names = {file: name for name, file in reversed(modules.items())}
+    found: dict[Path, None] = {}
+    left = []
+    for part in parts:
         with contextlib.suppress(TypeError, OSError):
-            found.append(Path(inspect.getsourcefile(inspect.unwrap(function)) or ""))
-    return [path for path in dict.fromkeys(found) if path.is_file()]
+            source = inspect.getsourcefile(inspect.unwrap(part)) or ""
+            left += [Path(source)] if _is_users(source) or not inspect.isclass(part) else []
+    while left:
+        file = left.pop()
+        if file in found or not file.is_file():
+            continue
+        found[file] = None
+        if file in names:
+            left += [modules[name] for name in _imports(file, names[file]) if name in modules]
+    return list(found)
+
+
+def _users_file(module: Any) -> Path | None:
+    """Return the source file of a module, if it is the user's."""
+    file = getattr(module, "__file__", None)
+    return Path(file) if isinstance(file, str) and file.endswith(".py") and _is_users(file) else None
+
+
+def _imports(file: Path, name: str) -> Iterator[str]:
+    """Yield the names of the modules that a file may import: more than it does, never fewer."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, RecursionError):  # the module was loaded from an older text
+        return
+    package = getattr(sys.modules.get(name), "__package__", None) or ""
+    for node in ast.walk(tree):
+        places: list[str] = []
+        if isinstance(node, ast.Import):
+            places = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            places = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+            if any(alias.name == "*" for alias in node.names):
+                places += [loaded for loaded in list(sys.modules) if loaded.startswith(f"{base}.")]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            places = [node.value]
+        for place in places:
+            parts = place.split(".")
+            yield from (".".join(parts[:i]) for i in range(1, len(parts) + 1))
 
 
 def _imported(place: str) -> ModuleType:
@@ -156,9 +239,16 @@ def _from_file(path: Path) -> ModuleType:
 
 def _is_users(filename: str) -> bool:
     """Whether a file is the user's: not part of this project, of Python or of an installed package."""
-    library = [OURS / "ikun_hessian", OURS / "hessian_tools", OURS / "ikun"]
-    library += [Path(sysconfig.get_path(key)) for key in ("stdlib", "purelib", "platlib")]
-    return not filename.startswith("<") and not any(Path(filename).is_relative_to(folder) for folder in library)
+    if filename.startswith("<") or {"site-packages", "dist-packages"} & set(Path(filename).parts):
+        return False
+    return not any(Path(filename).is_relative_to(folder) for folder in _libraries())
+
+
+@functools.cache
+def _libraries() -> list[Path]:
+    """Return the folders of this project, of Python and of the installed packages."""
+    installed = [Path(sysconfig.get_path(key)) for key in ("stdlib", "purelib", "platlib")]
+    return [*(OURS / name for name in PACKAGES), *installed]
 
 
 def _short(filename: str) -> str:

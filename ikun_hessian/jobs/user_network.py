@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 WHAT = "(inputs, targets), a data set of such samples, or batches of them"
+MOST_EMPTY = 1000  # batches without samples, one after the other
 GIVE_DATA = f"--data module:function is needed: a function that returns {WHAT}"
 
 
@@ -100,9 +101,12 @@ def open_own(path: Path, own: Own, *, samples: str, surrogate: str | None, memor
     stay = dict.fromkeys(str(instead) if f.replaced else f.label for f in first.surrogates)
     functions += [load_function("--model", own.model)] if own.model is not None else []
     threshold = network.pop("threshold")
+    classes = [type(module) for module in first.model.modules() if not type(module).__module__.startswith("torch.")]
     network = {
         "model": own.model or path.name,
-        "code": _digest([file.read_bytes() for file in sources([*functions, *([reset] if reset else [])])]),
+        "code": _digest(
+            sorted(file.read_bytes() for file in sources([*functions, *([reset] if reset else []), *classes]))
+        ),
         **network,
         "surrogate": (str(analysed) if analysed and trained else ", ".join(stay)) or None,
         "replacement": str(analysed or instead or "") or None,
@@ -160,15 +164,16 @@ def _built(path: Path, own: Own, model: str) -> Build:
     network = called("--model", model, load_function("--model", model))
     if not isinstance(network, nn.Module):
         raise UsageError(f"--model {model}: returned a {type(network).__name__}, but a torch.nn.Module is needed")
-    weights = read_weights(path)
+    notes: list[str] = []
+    weights = read_weights(path, notes.append)
     try:
-        load_weights(bare(network), weights)
+        load_weights(bare(network), weights, notes.append)
     except AdapterError as error:
         raise UsageError(f"{path}: {error}") from None
 
     def build(x: Tensor, surrogate: Any, replacement: Any, steeper: float, reset: Any) -> Adapted:
         with readable(f"--model {model}", AdapterError):
-            return adapt(
+            adapted = adapt(
                 network,
                 x,
                 library=own.library,
@@ -182,6 +187,7 @@ def _built(path: Path, own: Own, model: str) -> Build:
                 steeper=steeper,
                 reset=reset,
             )
+        return replace(adapted, warnings=(*notes, *adapted.warnings))
 
     return build
 
@@ -211,20 +217,30 @@ def _nir(path: Path, own: Own) -> Build:
 
 # ---------------------------------------------------------------- the loss
 def _targets(loss: str, y: Tensor, adapted: Adapted, x: Tensor) -> Tensor:
-    """Check that labels [N] fit the network's outputs, and convert them to long.
+    """Check that targets fit the network's outputs.
 
-    The targets of a loss of the user's are not checked.
+    Labels [N] are converted to long. Targets of the shape of the outputs, one-hot or of a regression, are converted to
+    floating point; for cross-entropy their rows must be probabilities. The targets of a loss of the user's are not
+    checked.
     """
     if loss not in ("mse", "ce"):
         return y
+    shape = [len(y), *_outputs(adapted, x[:3]).shape[1:]]
+    if loss == "mse" and y.is_floating_point() and y.dim() == 1 and shape == [len(y), 1]:
+        return y[:, None]
+    if list(y.shape) == shape and y.dim() > 1 and not y.is_complex():
+        y = y if y.is_floating_point() else y.float()
+        if loss == "ce" and (y.dim() != 2 or bool((y < 0).any() or ((y.sum(1) - 1).abs() > 1e-3).any())):
+            raise UsageError("--loss ce needs labels [N], or targets [N, K] whose rows are probabilities")
+        return y
     if y.dim() != 1 or y.is_floating_point() or y.is_complex() or str(y.dtype) == "torch.bool":
         raise UsageError(
-            f"--loss {loss} needs labels [N] of whole numbers, not {_kind(y)}: return such labels, or give "
-            "--loss module:function"
+            f"--loss {loss} needs labels [N] of whole numbers, not {_kind(y)}: return such labels, targets of the "
+            f"outputs' shape {shape}, or give --loss module:function"
         )
-    classes = _outputs(adapted, x[:3]).shape
+    classes = shape
     if len(classes) != 2:
-        raise UsageError(f"--loss {loss} needs outputs [N, K], but those of the network are {list(classes)}")
+        raise UsageError(f"--loss {loss} needs outputs [N, K], but those of the network are [N, {str(shape[1:])[1:]}")
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= classes[1]:
         raise UsageError(
@@ -248,7 +264,8 @@ def _outputs(adapted: Adapted, x: Tensor) -> Tensor:
 def _loss(loss: str, adapted: Adapted, x: Tensor, y: Tensor) -> tuple[Loss, list[Callable[..., Any]]]:
     """Return the loss, and the user's functions that it calls.
 
-    A loss of the user's is tried on a few samples. It must return one finite number that is a mean over samples.
+    A loss of the user's is tried on a few samples. It must return one finite number with a gradient. That it is a mean
+    over samples is checked over the data (`hessian_tools.checks`).
     """
     import torch
 
@@ -259,29 +276,16 @@ def _loss(loss: str, adapted: Adapted, x: Tensor, y: Tensor) -> tuple[Loss, list
     if ":" not in loss:
         raise UsageError(f"--loss {loss}: give mse, ce, or module:function")
     function, what = load_function("--loss", loss), f"--loss {loss} in double precision"
-    few = len(x[:8]) // 2 * 2 or 1
-    outputs = _outputs(adapted, x[:few]).double().requires_grad_()
-    targets = y[:few].to(outputs.device, torch.float64 if y.is_floating_point() else y.dtype)
-
-    def value(part: slice) -> Tensor:
-        with readable(what):
-            found = function(outputs[part], targets[part])
-        if not isinstance(found, torch.Tensor) or found.dim():
-            raise UsageError(f"{what}: returned {_kind(found)}, but a tensor with one number and no axes is needed")
-        if not found.requires_grad:
-            raise UsageError(f"{what}: torch finds no gradient with respect to the outputs")
-        if not torch.isfinite(found):
-            raise UsageError(f"{what}: returned {float(found)}")
-        return found
-
-    whole = value(slice(None))
-    if few > 1:
-        halves = (value(slice(few // 2)) + value(slice(few // 2, None))) / 2
-        if not torch.isclose(whole, halves, rtol=1e-4, atol=1e-10):
-            raise UsageError(
-                f"{what}: not a mean over samples: {float(whole):.5g} on {few} samples, but {float(halves):.5g} "
-                "as the mean over two halves"
-            )
+    outputs = _outputs(adapted, x[:8]).double().requires_grad_()
+    targets = y[:8].to(outputs.device, torch.float64 if y.is_floating_point() else y.dtype, copy=True)
+    with readable(what):
+        found = function(outputs, targets)
+    if not isinstance(found, torch.Tensor) or found.dim():
+        raise UsageError(f"{what}: returned {_kind(found)}, but a tensor with one number and no axes is needed")
+    if not found.requires_grad:
+        raise UsageError(f"{what}: torch finds no gradient with respect to the outputs")
+    if not torch.isfinite(found):
+        raise UsageError(f"{what}: returned {float(found)}")
     return function, [function]
 
 
@@ -307,13 +311,16 @@ def read_samples(text: str, samples: str, limit: float) -> tuple[Tensor, Tensor]
         raise UsageError(f"--samples {samples}: give a number, or all")
     wanted = None if samples == "all" else int(samples)
     found = called("--data", text, load_function("--data", text))
-    xs, ys, count, size = [], [], 0, 0
+    xs, ys, count, size, empty = [], [], 0, 0, 0
     with readable(what):
         for number, batch in enumerate(_batches(found, what), 1):
             x, y = _pair(batch, f"{what}: batch {number}")
             xs.append(x)
             ys.append(y)
             count, size = count + len(x), size + x.nbytes + y.nbytes
+            empty = 0 if len(x) else empty + 1
+            if empty > MOST_EMPTY:
+                raise UsageError(f"{what}: {empty} batches in a row have no samples: end the data, or yield samples")
             if wanted is not None and count >= wanted:
                 break
             if size > limit * 2**30:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hessian_tools.io.text import markdown
 from ikun_hessian.experiments.comparison_result import Comparison, Correlation, Row
 from ikun_hessian.experiments.statistics import Interval
 from ikun_hessian.reports.comparison_text import (
@@ -99,8 +100,8 @@ def settings_markdown(found: Mapping[str, Comparison | str]) -> str:
     """Return the comparisons of all settings in Markdown, with the reason where runs cannot be compared."""
     parts: list[str] = []
     for name, c in found.items():
-        lines = markdown_lines(c) if isinstance(c, Comparison) else [f"Not compared: {c}", ""]
-        parts += [*([f"## {name}", ""] if name else []), *lines]
+        lines = markdown_lines(c) if isinstance(c, Comparison) else [f"Not compared: {markdown(c)}", ""]
+        parts += [*([f"## {markdown(name)}", ""] if name else []), *lines]
     compared = compared_settings(found)
     return "\n".join([*parts, *([comparison_legend(compared)] if compared else []), ""])
 
@@ -108,10 +109,10 @@ def settings_markdown(found: Mapping[str, Comparison | str]) -> str:
 def markdown_lines(c: Comparison) -> list[str]:
     """Return one comparison in Markdown: remarks, a table for each moment and family, and the correlations."""
     levels = ", ".join(f"{name} ({count} runs)" for name, count in c.levels.items())
-    lines = [f"{c.by}: {levels}; reference {c.reference}. {trained(c)}.".replace(" .", ""), ""]
+    lines = [markdown(f"{c.by}: {levels}; reference {c.reference}. {trained(c)}.".replace(" .", "")), ""]
     # without seconds, so that repeating a study gives the same tables
-    lines += [f"- initialized: {text}" for text in [start_cost(c, seconds=False)] if text]
-    lines += [f"- {text}" for text in remarks(c)]
+    lines += [f"- initialized: {markdown(text)}" for text in [start_cost(c, seconds=False)] if text]
+    lines += [f"- {markdown(text)}" for text in remarks(c)]
     columns = [
         "",
         c.by,
@@ -132,13 +133,13 @@ def markdown_lines(c: Comparison) -> list[str]:
         if (note := moment_note(moment)) not in noted:
             lines += [f"({note})", ""]
             noted.add(note)
-        lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+        lines += [_row(columns), "|" + " --- |" * len(columns)]
         for name in dict.fromkeys(row.measure for row in rows):
             some = [row for row in rows if row.measure == name]
-            lines += ["| " + " | ".join(_cells(row, unit_of(some), row.level == c.reference)) + " |" for row in some]
+            lines += [_row(_cells(row, unit_of(some), row.level == c.reference)) for row in some]
     if c.correlations:
         head = ("", "moment", "runs", "tau, all runs", "95% interval", f"tau within {c.by}", "95% interval")
-        lines += ["", "### Rank correlation with the accuracy gap", "", "| " + " | ".join(head) + " |"]
+        lines += ["", "### Rank correlation with the accuracy gap", "", _row(head)]
         lines += ["|" + " --- |" * len(head), *(_tau_cells(row) for row in c.correlations)]
     return [*lines, ""]
 
@@ -157,4 +158,9 @@ def _cells(row: Row, unit: float, reference: bool) -> list[str]:
 def _tau_cells(row: Correlation) -> str:
     """Return the row of one correlation."""
     cells = [row.measure, row.moment or "end", str(row.overall.n), *tau_texts(row.overall), *tau_texts(row.within)]
-    return "| " + " | ".join(cells) + " |"
+    return _row(cells)
+
+
+def _row(cells: Sequence[str]) -> str:
+    """Return a row of a table. The cells are plain text."""
+    return "| " + " | ".join(map(markdown, cells)) + " |"

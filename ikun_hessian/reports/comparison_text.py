@@ -139,12 +139,13 @@ def comparison_legend(found: Sequence[Comparison]) -> str:
         "n (before the median): number of runs, + number of runs without a value. effect: ratio (x) or difference (+,"
         f" -) to {reference}, the Hodges-Lehmann estimate over pairs. Each interval contains the true value over seeds"
         " with a probability of 95% (93.75% for five values, which allow no more). p: p-value of the exact "
-        "signed-rank test (for epochs, of the log-rank test stratified by pair) after Holm's correction over the "
+        "signed-rank test (epochs of runs that did not reach the target are censored: each pair is compared within the "
+        "epochs in which both runs were observed) after Holm's correction over the "
         f"table; *: at most 0.05. ~: the ratio is between {low} and {margin:.3g}, by two one-sided tests at 0.05 with "
         "Holm's correction. pairs: estimated number of pairs with which a true effect of this size would be shown "
         "with probability 0.8. inf, never: for loss, accuracy and epochs, runs that diverged or did not reach the "
-        "target count as worse than all others; their curvatures are unknown and are left out together with their "
-        "pairs."
+        "target count as worse than all others in the median; their curvatures are unknown and are left out together "
+        "with their pairs."
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from hessian_tools.analysis.flatness.paired_differences import Difference, differences, incomparable, unlike
 from hessian_tools.results.calibration import CalibrationResult
 from hessian_tools.results.flatness import MATCHED, SURROGATE, FlatnessResult, Metric
-from ikun_hessian.reports.header import opened
+from ikun_hessian.reports.header import not_learned, opened
 from ikun_hessian.reports.text import field, paragraph, shortened, warning
 
 COLUMNS = f"{'':<27}{'value':>11} {'95% interval':<21}{'data error':>10}{'cost':>10}"
@@ -34,6 +34,7 @@ def flatness_lines(result: FlatnessResult, calibration: CalibrationResult | None
         The lines.
     """
     parts = (
+        not_learned(result),
         [*opened(result), ""],
         [*_state(result), ""],
         [*_main(result), ""],
@@ -232,7 +233,8 @@ def flatness_comparison_lines(found: Sequence[FlatnessResult]) -> list[str]:
     if why := incomparable(found):
         return field("compared", f"no: {why}. Measure all checkpoints with the same options")
     names, apart = labels(found), unlike(found)
-    lines = ["SIDE BY SIDE"]
+    lines = [line for name, r in zip(names, found, strict=True) if (s := not_learned(r)) for line in (f"{name}:", *s)]
+    lines += ["SIDE BY SIDE"]
     for start in range(0, len(found), PER_BLOCK):
         some = range(start, min(start + PER_BLOCK, len(found)))
         lines += [f"{'':<29}" + "".join(f"{shortened(names[i], COLUMN - 1):>{COLUMN}}" for i in some)]

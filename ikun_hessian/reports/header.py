@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from hessian_tools.analysis.warnings import learned_nothing
 from hessian_tools.io.json import ResultError
+from hessian_tools.results.flatness import FlatnessResult
 from hessian_tools.results.provenance import AnalysedParts
-from ikun_hessian.reports.text import field
+from hessian_tools.results.spectrum import SpectrumResult
+from ikun_hessian.reports.text import field, warning
+
+
+def not_learned(result: SpectrumResult | FlatnessResult) -> list[str]:
+    """Return the lines that say that a network has not learned its task; no lines if it has."""
+    text = learned_nothing(result.accuracy, result.loss, result.network.get("classes"), result.activity)
+    return [*warning(text), ""] if text else []
 
 
 def opened(r: AnalysedParts) -> list[str]:

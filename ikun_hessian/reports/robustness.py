@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from hessian_tools.io.text import markdown
 from hessian_tools.results.robustness import lost
 from ikun_hessian.experiments.grouping import settings_groups, show
 from ikun_hessian.experiments.runs import TrainingRun
@@ -82,7 +83,7 @@ def robustness_markdown(runs: Sequence[TrainingRun], by: str) -> str:
     """
     found = settings_groups([run for run in runs if run.robustness], by)
     return "\n".join(
-        f"### {name}\n\n{_tables(some, by)}" if name else _tables(some, by) for name, some in found.items()
+        f"### {markdown(name)}\n\n{_tables(some, by)}" if name else _tables(some, by) for name, some in found.items()
     )
 
 
@@ -119,7 +120,7 @@ def _head(cells: Sequence[str]) -> list[str]:
 
 def _row(cells: Sequence[str]) -> str:
     """Return a row of a table."""
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(markdown, cells))} |"
 
 
 def _interval(found: Interval) -> str:

@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from hessian_tools.analysis.warnings import is_spiking, percent_of
+from hessian_tools.linalg.mean_interval import LEAST_VALUES
 from hessian_tools.results.comparability import by_method, common_operators, method_of
-from hessian_tools.results.spectrum import Eigenvalue, SpectrumResult, Trace
-from ikun_hessian.reports.header import opened
+from hessian_tools.results.spectrum import Eigenvalue, Functional, SpectrumResult, Trace
+from ikun_hessian.reports.header import not_learned, opened
 from ikun_hessian.reports.text import field, paragraph, shortened, warning
 
 
 def spectrum_lines(result: SpectrumResult) -> list[str]:
     """Return the lines that `spectrum` and `info` print for a result."""
     sections = (opened, _state, _minimum, _table, _search, _blocks, _traces, _functionals, _scales, _warnings, _cost)
-    return [line for section in sections if (lines := section(result)) for line in [*lines, ""]][:-1]
+    lines = [line for section in sections if (part := section(result)) for line in [*part, ""]][:-1]
+    return [*not_learned(result), *lines]
 
 
 def _state(r: SpectrumResult) -> list[str]:
@@ -39,7 +41,9 @@ def _minimum(r: SpectrumResult) -> list[str]:
     if not s.smallest_eigenvalues:
         return field("minimum?", "unknown: the smallest eigenvalues were not computed (use --smallest)")
     top, low = s.eigenvalues[0], s.smallest_eigenvalues[0]
-    if low.value < -low.residual and not (low.converged is False and abs(low.value) < low.residual):
+    if top.value == 0 == low.value:
+        verdict = f"unknown: the {name} is zero"
+    elif low.value < -low.residual and not (low.converged is False and abs(low.value) < low.residual):
         verdict = f"no: lambda_min of the {name} is {low.value:.4g} and lambda_max is {top.value:.4g}"
         if top.value > 0:
             verdict += f" (|lambda_min| is {-low.value / top.value:.1%} of lambda_max)"
@@ -129,11 +133,13 @@ def _traces(r: SpectrumResult) -> list[str]:
     for name, s in r.spectra.items():
         if s.trace is not None:
             t = s.trace
-            interval = f"[{t.ci95[0]:.5g}, {t.ci95[1]:.5g}]"
+            interval = _interval(t.ci95)
             lines.append(
                 f"{name:<9}{t.estimate:>11.5g}  {interval:<24}{_error(t.data_stderr):>11}  "
                 f"{t.estimate / r.num_parameters:>9.2e}  {s.frobenius_norm:>9.4g}"
             )
+    if any(s.trace is not None and math.isnan(s.trace.ci95[0]) for s in r.spectra.values()):
+        lines.append(_FEW)
     traces: dict[str, Trace] = {k: s.trace for k, s in r.spectra.items() if s.trace is not None}
     if {"hessian", "ggn"} <= set(traces) and traces["ggn"].estimate:
         h, g = traces["hessian"].estimate, traces["ggn"].estimate
@@ -145,6 +151,7 @@ def _traces(r: SpectrumResult) -> list[str]:
     return lines
 
 
+_FEW = f"-: fewer than {LEAST_VALUES} probes give no 95% interval"
 _GGN = (
     " The GGN leaves them out and keeps only the curvature of the loss in the outputs; it has no negative eigenvalues "
     "if the loss is convex in the outputs."
@@ -159,6 +166,7 @@ _SMOOTH = f".{_GGN}"
 def _functionals(r: SpectrumResult) -> list[str]:
     """Return the table of functions of the spectrum."""
     rows = []
+    found: list[tuple[str, Functional | None]] = []
     for name, s in r.spectra.items():
         z = s.effective_dimension.damping if s.effective_dimension else math.nan
         kinds = (
@@ -166,12 +174,15 @@ def _functionals(r: SpectrumResult) -> list[str]:
             (f"effective dimension, z={z:.3g}", s.effective_dimension),
             (f"log det(A + z I), z={z:.3g}", s.log_determinant),
         )
+        found += kinds
         for label, f in kinds:
             if f is not None:
-                interval = f"[{f.ci95[0]:.5g}, {f.ci95[1]:.5g}]"
+                interval = _interval(f.ci95)
                 rows.append(f"{name:<9}{label:<31}{f.estimate:>9.5g}  {interval:<22} {f.quadrature_error:.0e}")
     legend = "error: change of the Lanczos quadrature from half of the steps to all of them"
-    return [f"{'':<51}{'95% interval (probes)':<22} error", *rows, legend] if rows else []
+    few = any(f is not None and math.isnan(f.ci95[0]) for *_, f in found)
+    notes = [legend, _FEW] if few else [legend]
+    return [f"{'':<51}{'95% interval (probes)':<22} error", *rows, *notes] if rows else []
 
 
 def _scales(r: SpectrumResult) -> list[str]:
@@ -213,7 +224,8 @@ def compare_lines(labelled: list[tuple[str, SpectrumResult]]) -> list[str]:
         was analysed with two methods, their eigenvalues side by side.
     """
     width = min(16, max(len(label) for label, _ in labelled))
-    lines = [f"{'':<{width}} {'loss':>9} {'accuracy':>8} {'weight norm':>11}"]
+    lines = [line for label, r in labelled if (said := not_learned(r)) for line in (f"{label}:", *said)]
+    lines += [f"{'':<{width}} {'loss':>9} {'accuracy':>8} {'weight norm':>11}"]
     for label, r in labelled:
         norm = math.sqrt(sum(v**2 for v in r.weight_norms.values()))
         accuracy = "-" if math.isnan(r.accuracy) else f"{r.accuracy:.1%}"
@@ -279,6 +291,11 @@ def _with_error(value: float, error: float) -> str:
 def _number(value: float) -> str:
     """Format an eigenvalue that may not have converged."""
     return "not converged" if math.isnan(value) else f"{value:.4g}"
+
+
+def _interval(ci95: tuple[float, float]) -> str:
+    """Format an interval, "-" if there is none."""
+    return "-" if math.isnan(ci95[0]) else f"[{ci95[0]:.5g}, {ci95[1]:.5g}]"
 
 
 def _error(value: float) -> str:

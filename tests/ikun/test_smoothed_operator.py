@@ -6,6 +6,7 @@ layer, and for any depth with the formulas of docs/calibration.md, written in Nu
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -333,7 +334,7 @@ def oracle(objective: Objective, scale: float, draws: int) -> Array:
     square = kernel(lambda c: (fires(spec, c)[0].mean(0) - outputs) ** 2, last)[1]
     n, classes = outputs.shape
     y = np.eye(classes)[labels.numpy()]
-    if objective.loss is LOSSES["mse"]:
+    if inspect.unwrap(objective.loss) is LOSSES["mse"]:
         slope, hessian = 2 * (outputs - y) / y.size, np.tile(2 * np.eye(classes) / y.size, (n, 1, 1))
     else:
         p = np.exp(outputs) / np.exp(outputs).sum(1, keepdims=True)

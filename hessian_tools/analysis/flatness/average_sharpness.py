@@ -54,7 +54,8 @@ class NoiseEstimate:
     Attributes:
         value: The mean.
         stderr: Standard error over the draws. An antithetic pair counts as one observation.
-        ci95: 95% confidence interval over the draws (Student's t).
+        ci95: 95% confidence interval over the draws, for means that may be skewed (see
+            `hessian_tools.linalg.mean_interval`). NaN for fewer than 20 draws (10 antithetic pairs).
         data_stderr: Standard error for other samples from the same distribution; NaN for a single sample.
         draws: Number of draws.
     """
@@ -227,7 +228,8 @@ def pac_bayes_sigma(
     result is the smallest s at which it exceeds `drop`. A grid of factor 2 from 2^-6 to 16 is searched first (with
     smaller values if 2^-6 costs too much already). Then log s is bisected to 2%, with linear interpolation at the end.
     An interval holds the s at which the bounds of the mean drop cross `drop`: for `ci95` the bounds over the draws, for
-    `data_stderr` one standard error over the data. This takes about 11 * draws forward passes.
+    `stderr` Student's t bounds, for `data_stderr` one standard error over the data. This takes about 11 * draws forward
+    passes.
 
     Args:
         objective: The network, its data and its weights.
@@ -277,11 +279,19 @@ def pac_bayes_sigma(
 
     bottom = top = START
     point = evaluate(START, TOP - START + HALVINGS)
-    while max(point.ci95[1], point.value + point.data_stderr) > drop and bottom > BOTTOM:
+    quantile = float(stats.t.ppf(0.975, draws // 2 - 1))
+
+    def ends(p: NoiseEstimate) -> list[float]:
+        """Return all known bounds of the mean drop."""
+        half = quantile * p.stderr
+        both = (*p.ci95, p.value - half, p.value + half, p.value - p.data_stderr, p.value + p.data_stderr)
+        return [end for end in both if not math.isnan(end)]
+
+    while max(ends(point)) > drop and bottom > BOTTOM:
         bottom -= 1
         point = evaluate(bottom, TOP - START + HALVINGS)
     point = curve[top]
-    while min(point.ci95[0], point.value - point.data_stderr) <= drop and top < TOP:
+    while min(ends(point)) <= drop and top < TOP:
         top += 1
         point = evaluate(top, TOP - top + HALVINGS)
     above = next((k for k in sorted(curve) if curve[k].value > drop), None)
@@ -297,18 +307,20 @@ def pac_bayes_sigma(
         progress(len(curve) * draws, len(curve) * draws)
 
     found = passed(lambda p: p.value)
-    draw_ends = passed(lambda p: p.ci95[1]), passed(lambda p: p.ci95[0])
+    draw_ends = (math.nan, math.nan)  # undefined for few draws
+    if not math.isnan(point.ci95[0]):
+        draw_ends = passed(lambda p: p.ci95[1]), passed(lambda p: p.ci95[0])
+    student = passed(lambda p: p.value + quantile * p.stderr), passed(lambda p: p.value - quantile * p.stderr)
     data_ends = (math.nan, math.nan)  # undefined for a single sample
     if len(y) > 1:
         data_ends = passed(lambda p: p.value + p.data_stderr), passed(lambda p: p.value - p.data_stderr)
-    quantile = float(stats.t.ppf(0.975, draws // 2 - 1))
 
     def estimate(power: int) -> NoiseEstimate:
         low, high = sorted(2.0 ** (power * k) for k in draw_ends)
+        first, last = sorted(2.0 ** (power * k) for k in student)
         data_low, data_high = sorted(2.0 ** (power * k) for k in data_ends)
-        return NoiseEstimate(
-            2.0 ** (power * found), (high - low) / (2 * quantile), (low, high), (data_high - data_low) / 2, draws
-        )
+        stderr, data = (last - first) / (2 * quantile), (data_high - data_low) / 2
+        return NoiseEstimate(2.0 ** (power * found), stderr, (low, high), data, draws)
 
     return PacBayes(drop, estimate(1), estimate(-2))
 

@@ -167,7 +167,7 @@ def _spectral(pairs: Eigenpairs, squared: Tensor) -> dict[str, Metric]:
         (first, fifth), (r, s) = pairs.values[[0, 4]].tolist(), pairs.residuals[[0, 4]].tolist()
         ratio = Metric(first / fifth, ci95=((first - r) / (fifth + s), (first + r) / (fifth - s)), over="residual")
     square = estimate(squared, float(pairs.values[pairs.converged].square().sum()))
-    norm, low, high = (math.sqrt(max(0.0, x)) for x in (square.estimate, *square.ci95))
+    norm, low, high = (math.sqrt(max(x, 0.0)) for x in (square.estimate, *square.ci95))  # NaN stays NaN
     frobenius = Metric(norm, square.stderr / (2 * norm) if norm else 0.0, (low, high), over="probes")
     meanings = "ratio of the first to the fifth eigenvalue", "Frobenius norm"
     return {

@@ -206,8 +206,9 @@ def critical_metric(work: Work, gradient: Tensor) -> dict[str, Metric]:
         if math.isnan(found.value):
             note = "the surrogate gradient is zero: there is no direction to step in"
         elif not 0 < found.step < math.inf:
-            note = "every step raises the loss" if found.step == 0 else "no step up to 16 ||w|| raises the loss"
+            note = "the smallest step (2^-23 ||w||) raises the loss" if found.step == 0 else ""
+            note = note or "no step up to 16 ||w|| raises the loss"
         return Metric(found.value, ci95=found.bounds, over="search", forwards=found.passes, gradients=1, note=note)
 
-    meaning = "2 / (smallest step along -gradient that raises L)"
+    meaning = "2 / (smallest step along -gradient that raises L, of a grid 2^(i/4))"
     return {name: work.measure(name, compute, MIXED, meaning)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hessian_tools.io.errors import check_scale
 from hessian_tools.linalg.trace import LEAST_PROBES
 
 RADIUS = 0.1
@@ -49,9 +50,12 @@ class FlatnessSettings:
     def __post_init__(self) -> None:
         positive = {name: getattr(self, name) for name in ("radius", "sigma", "rho", "epsilon", "memory")}
         positive |= {"damping": 1.0 if self.damping is None else self.damping}
-        for name, value in [*positive.items(), *(("noise", s) for s in self.smoothed)]:
+        for name, value in positive.items():
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, not {value}")
+        scales = [(name, getattr(self, name)) for name in ("radius", "sigma", "rho", "epsilon")]
+        for name, value in [*scales, *(("noise", s) for s in self.smoothed)]:
+            check_scale(name, value)
         if not 0 < self.drop < 1:
             raise ValueError(f"drop (of the accuracy) must lie between 0 and 1, not {self.drop}")
         if self.draws < 4 or self.draws % 2:

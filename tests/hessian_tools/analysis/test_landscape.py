@@ -254,6 +254,8 @@ def test_progress_ends_at_all_that_was_expected() -> None:
         ({"points": -3}, "points must be odd and at least 3"),
         ({"plane_points": 20}, "plane points must be odd"),
         ({"range": 0.0}, "range must be a positive number"),
+        ({"range": 1e-170}, "range must be a positive number from 1e-06 to 1e\\+06"),
+        ({"range": 1e160}, "range must be a positive number from 1e-06 to 1e\\+06"),
         ({"range": -1.0}, "range must be a positive number"),
         ({"range": math.nan}, "range must be a positive number"),
         ({"range": math.inf}, "range must be a positive number"),

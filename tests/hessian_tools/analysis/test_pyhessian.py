@@ -57,13 +57,13 @@ def test_the_dense_trace_lies_in_the_interval_of_its_values() -> None:
     target = spiking()
     exact = float(dense(hessian(target)).trace())
     found = [pyhessian_trace(target, seed=seed) for seed in range(12)]
-    intervals = [estimate(values).ci95 for values in found]
-    assert sum(low <= exact <= high for low, high in intervals) >= 10
+    low, high = estimate(torch.cat(found)).ci95  # one run stops after too few values for an interval
+    assert low <= exact <= high
     assert all(p.grad is None for p in target.model.parameters())
     assert sum(len(v) == 2 for v in found) >= 6  # it stops after a negative trace
     positive = spiking(norm="bn")
     values = pyhessian_trace(positive, seed=1)
-    low, high = estimate(values).ci95
+    low, high = estimate(torch.cat([pyhessian_trace(positive, seed=seed) for seed in range(1, 7)])).ci95
     assert 3 <= len(values) <= 100
     assert low <= float(dense(hessian(positive)).trace()) <= high
     assert len(pyhessian_trace(positive, seed=1, max_iterations=2)) <= 2

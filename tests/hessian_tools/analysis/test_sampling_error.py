@@ -13,7 +13,7 @@ from draws import seeded
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from hessian_tools.analysis.sampling_error import GROUPS, data_errors, grouped, standard_error
+from hessian_tools.analysis.sampling_error import GROUPS, concentration, data_errors, grouped, standard_error
 from hessian_tools.linalg.lanczos import Eigenpairs, certified
 from hessian_tools.objective import Batch, Objective, make_objective
 from hessian_tools.operators.base import Dense, dense
@@ -294,3 +294,37 @@ def test_two_processes_find_what_one_does() -> None:
     one, *_, both = (data_errors(on(part), pairs, pairs, seeded(2)) for part in (alone, *parts))
     torch.testing.assert_close(both["pairs"], one["pairs"])
     assert both["trace"] == pytest.approx(one["trace"])
+
+
+# --- when a few samples carry the variance
+
+
+TAILS: dict[str, tuple[Callable[[int], Tensor], bool]] = {
+    "uniform": (lambda n: torch.rand(n), False),
+    "logistic curvature": (lambda n: torch.sigmoid(3 * torch.randn(n) + 3) * torch.sigmoid(-3 * torch.randn(n)), False),
+    "lognormal": (lambda n: (2 * torch.randn(n)).exp(), True),
+    "Student 2.1": (lambda n: torch.distributions.StudentT(2.1).sample((n,)).square(), True),
+    "well-fitted cross-entropy": (lambda n: torch.sigmoid(-(20 * torch.randn(n) + 60).abs()), True),
+}
+
+
+@pytest.mark.parametrize("name", TAILS)
+def test_heavy_tails_show_in_the_largest_group(name: str) -> None:
+    """Where the standard error misses the truth by a factor of two or more, the share of one group is above 0.3."""
+    draw, heavy = TAILS[name]
+    torch.manual_seed(0)
+    flagged = []
+    for _ in range(200):
+        parts = draw(400).double().tensor_split(GROUPS)
+        means = torch.stack([p.mean() for p in parts])[:, None]
+        flagged.append(bool(concentration(means, torch.tensor([float(len(p)) for p in parts]).double())[0] > 0.3))
+    share = sum(flagged) / len(flagged)
+    assert share >= 0.6 if heavy else share <= 0.15
+
+
+def test_concentration_in_closed_form() -> None:
+    values = torch.tensor([[1.0, 3.0], [0.0, 3.0], [0.0, 3.0]], dtype=torch.float64)
+    found = concentration(values, torch.ones(3, dtype=torch.float64))
+    assert found[0] == pytest.approx(4 / 6)  # deviations 2/3, -1/3, -1/3
+    assert found[1].isnan()
+    assert concentration(values[:1], torch.ones(1, dtype=torch.float64)).isnan().all()

@@ -129,7 +129,6 @@ class Offers(nn.Sequential):
     [
         nn.Sequential(nn.Flatten(), nn.Linear(30, 4), nn.LayerNorm(4)),
         nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"), nn.Flatten(), nn.Linear(60, 4)),
-        nn.Sequential(nn.Flatten(), nn.Linear(30, 4), nn.BatchNorm1d(4, track_running_stats=False)),
         nn.Sequential(nn.Flatten(2), nn.Linear(30, 4), nn.BatchNorm1d(1), nn.Flatten()),
         nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(30, 4))),
         Offers(nn.Flatten(), nn.Linear(30, 4)),

@@ -16,13 +16,14 @@ from real_network import curvature
 from scipy import stats
 from torch import Tensor
 
+from hessian_tools.analysis.settings import SpectrumSettings
 from hessian_tools.linalg.lanczos import certified, eigenpairs
 from hessian_tools.linalg.lanczos_quadrature import quadrature, tridiagonal, tridiagonals
 from hessian_tools.linalg.spectral_density import DensityEstimate, density, wasserstein
-from hessian_tools.linalg.trace import LEAST_PROBES, estimate, frobenius, probe_forms, rademacher, trace
+from hessian_tools.linalg.trace import estimate, frobenius, probe_forms, rademacher, trace
 from hessian_tools.operators.base import Composed, Dense, Operator, projected, scaled
 
-COVERED = [("hessian", 1960, LEAST_PROBES), ("ggn", 1960, LEAST_PROBES), ("hessian", 320, 4), ("hessian", 320, 32)]
+COVERED = [("hessian", 1960, 10), ("ggn", 1960, 10), ("hessian", 320, 12), ("hessian", 320, 32)]
 
 
 def real_hessian() -> Dense:
@@ -115,7 +116,7 @@ def test_the_trace_and_norm_of_the_laplacian_are_estimated() -> None:
 
 @pytest.mark.parametrize(("name", "size", "probes"), COVERED)
 def test_the_interval_of_the_trace_covers_it(name: str, size: int, probes: int) -> None:
-    """500 replicates: the 95% interval holds the true trace in 92 to 98% of them."""
+    """500 replicates: the 95% interval holds the true trace in at least 92% of them."""
     op = Dense(curvature(name)[:size, :size])
     exact = float(op.matrix.trace())
     vectors = torch.linalg.eigh(op.matrix).eigenvectors
@@ -125,7 +126,49 @@ def test_the_interval_of_the_trace_covers_it(name: str, size: int, probes: int) 
     for values in forms.split(probes):
         found = estimate(values, float(pairs.values.sum()))
         hits += found.ci95[0] <= exact <= found.ci95[1]
-    assert 0.92 <= hits / 500 <= 0.98
+    assert hits / 500 >= 0.92
+
+
+def hostile(kind: str) -> Tensor:
+    """Matrices [40, 40] whose quadratic forms of signs are discrete or skewed, without any deflation."""
+    a = torch.diag(torch.linspace(1, 2, 40, dtype=torch.float64))
+    if kind == "coupling":
+        a[3, 7] = a[7, 3] = 5.0
+    elif kind == "rank one":
+        u = torch.randn(40, dtype=torch.float64, generator=seeded(2))
+        a += 5 * torch.outer(u, u)
+    else:
+        size = int(kind.split()[1])
+        a[:size, :size] += 5.0
+    return a
+
+
+@pytest.mark.parametrize("probes", [10, 11, 12, 13, 16, 24, 32])
+@pytest.mark.parametrize("kind", ["coupling", "rank one", "block 3", "block 5", "block 30", "block 40"])
+def test_the_interval_of_the_trace_covers_on_hostile_matrices(kind: str, probes: int) -> None:
+    """Student's t covers 87% for the coupling with 7 probes, 91% with 13, and 86% for rank one with 10."""
+    a = hostile(kind)
+    forms, _ = probe_forms(Dense(a), 1000 * probes, seeded(11))
+    found = [estimate(values).ci95 for values in forms.split(probes)]
+    assert sum(low - 1e-9 <= float(a.trace()) <= high + 1e-9 for low, high in found) / 1000 >= 0.92
+
+
+def test_a_block_of_four_needs_24_probes() -> None:
+    a = hostile("block 4")
+    for probes in (24, 32, 64):
+        forms, _ = probe_forms(Dense(a), 1000 * probes, seeded(11))
+        found = [estimate(values).ci95 for values in forms.split(probes)]
+        assert sum(low <= float(a.trace()) <= high for low, high in found) / 1000 >= 0.92
+
+
+@pytest.mark.parametrize("probes", [2, 3, 4, 6, 9])
+def test_few_probes_give_a_standard_error_and_no_interval(probes: int) -> None:
+    """Two probes covered the trace of the coupled pair in 48%, four in 88%."""
+    found = trace(Dense(hostile("coupling")), probes=probes, generator=seeded())
+    assert math.isfinite(found.estimate)
+    assert math.isfinite(found.stderr)
+    assert all(map(math.isnan, found.ci95))
+    assert all(map(math.isfinite, trace(Dense(hostile("coupling")), probes=10, generator=seeded()).ci95))
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
@@ -148,7 +191,7 @@ def test_bad_counts_are_refused() -> None:
         with pytest.raises(ValueError, match="at least one probe and one step"):
             density(op, **counts, generator=seeded())
     for accuracy in (0.0, 1.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="between 0 and 1"):
+        with pytest.raises(ValueError, match="from 1e-12 to 1"):
             density(op, accuracy=accuracy, generator=seeded())
     assert op.products == 0
 
@@ -335,3 +378,12 @@ def test_products_that_are_not_finite_are_refused() -> None:
     broken = Composed(5, torch.float64, torch.device("cpu"), lambda v: v * math.nan)
     with pytest.raises(FloatingPointError, match="not finite"):
         density(broken, generator=seeded())
+
+
+@pytest.mark.parametrize("accuracy", [5e-324, 1e-200, 1e-13, 0.0, -1.0, 1.0])
+def test_an_accuracy_that_cannot_be_reached_is_refused(accuracy: float) -> None:
+    op = Dense(torch.eye(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="accuracy of a density must be from 1e-12 to 1"):
+        density(op, accuracy=accuracy, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="accuracy must lie between 1e-12 and 1"):
+        SpectrumSettings(accuracy=accuracy)

@@ -34,7 +34,7 @@ def test_results_round_trip_and_carry_their_schema(tmp_path: Path) -> None:
     hessian = raw["spectra"]["hessian"]
     for key in ("value", "residual", "data_stderr", "converged"):
         assert key in hessian["eigenvalues"][0]
-    assert set(hessian["trace"]) == {"estimate", "stderr", "ci95", "probes", "data_stderr"}
+    assert set(hessian["trace"]) == {"estimate", "stderr", "ci95", "probes", "data_stderr", "data_concentration"}
     assert {"nodes", "weights", "probes", "steps"} <= set(hessian["density"])
     for key in ("checkpoint", "data", "num_parameters", "loss", "gradient_norm", "dtype", "device", "seed", "versions"):
         assert key in raw
@@ -211,3 +211,24 @@ def test_warnings_follow_from_the_numbers() -> None:
     assert "rect" in warned(network={**clean.network, "surrogate": "rect:1"})
     assert "never fire" in warned(activity={"spike2": {"firing_rate": 0.0, "dead": 0.9}})
     assert "Training reported: dead layer" in warned(training={**clean.training, "failures": ["dead layer: x"]})
+
+
+def test_a_spectrum_without_eigenvalues_is_refused(tmp_path: Path) -> None:
+    raw = to_json(sample())
+    raw["spectra"]["hessian"]["eigenvalues"] = []
+    (tmp_path / "a.spectrum.json").write_text(json.dumps(raw))
+    with pytest.raises(ResultError, match=r"a\.spectrum\.json: the spectrum of hessian has no eigenvalues"):
+        load_spectrum(tmp_path / "a.spectrum.json")
+
+
+@pytest.mark.parametrize("where", ["num_parameters", "seed", "hessian_vector_products", "probes", "fc1.weight"])
+def test_negative_counts_are_refused(where: str, tmp_path: Path) -> None:
+    raw = to_json(sample())
+    spectrum = raw["spectra"]["hessian"]
+    parts = {"hessian_vector_products": spectrum, "probes": spectrum["trace"], "fc1.weight": raw["parameters"]}
+    part = parts.get(where, raw)
+    name = where if where in part else next(iter(part))
+    part[name] = -1
+    (tmp_path / "a.spectrum.json").write_text(json.dumps(raw))
+    with pytest.raises(ResultError, match=f"{name}' must not be negative"):
+        load_spectrum(tmp_path / "a.spectrum.json")

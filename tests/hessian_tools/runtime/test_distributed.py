@@ -25,7 +25,7 @@ from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators.base import Composed, Operator
 from hessian_tools.operators.curvature import OPERATORS, hessian
 from hessian_tools.resume import Phases, ResumeError
-from hessian_tools.runtime.distributed import Group, RankError, initialize_group
+from hessian_tools.runtime.distributed import Group, RankError, environment_number, initialize_group
 
 RAGGED = (4, 3, 5, 1, 2)
 DIES_AT = 17  # products
@@ -266,3 +266,24 @@ if __name__ == "__main__":
         rank_of_a_run(Path(sys.argv[1]))
     else:
         rank_of_a_dying_run(Path(sys.argv[1]), int(sys.argv[2]))
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "x", "", "1.5", "1" * 30])
+def test_numbers_of_the_environment_are_checked(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", text)
+    with pytest.raises(ValueError, match=f"LOCAL_WORLD_SIZE={text} in the environment: it must be a whole number"):
+        environment_number("LOCAL_WORLD_SIZE", least=1, default=1)
+    monkeypatch.setenv("WORLD_SIZE", text)
+    with pytest.raises(ValueError, match="WORLD_SIZE="):
+        initialize_group("cpu")
+
+
+def test_numbers_of_the_environment_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert environment_number("LOCAL_WORLD_SIZE", least=1, default=1) == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert environment_number("LOCAL_WORLD_SIZE", least=1, default=1) == 4
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(ValueError, match="ranks are from 0 to 1"):
+        initialize_group("cpu")

@@ -293,3 +293,13 @@ def test_checkpoints_store_the_image_size(tmp_path: Path, size: object) -> None:
     older = {k: v for k, v in values["data"].items() if k != "image_size"}
     torch.save({**values, "data": {**older, "name": "digits"}}, tmp_path / "c.pt")
     assert load_checkpoint(tmp_path / "c.pt").data == DataSpec()
+
+
+@pytest.mark.parametrize("shape", [(1, 300_000), (300_000, 1)])
+def test_a_thin_image_is_refused_before_it_is_enlarged(shape: tuple[int, int], tmp_path: Path) -> None:
+    """Its shorter side resized to 64 pixels, it would have 1.2 billion of them."""
+    Image.new("L", shape).save(tmp_path / "thin.png")
+    with pytest.raises(DataError, match=r"cannot decode .*thin\.png \(.*pixels are too thin"):
+        decoded(tmp_path / "thin.png", 64)
+    Image.new("L", (300, 1) if shape[0] > 1 else (1, 300)).save(tmp_path / "thin.png")
+    assert decoded(tmp_path / "thin.png", 64).shape == (64, 64, 3)

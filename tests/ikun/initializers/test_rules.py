@@ -20,6 +20,7 @@ from ikun.initializers.rules import Solution, draw_delta_orthogonal
 from ikun.layer_statistics import LayerStatistics, batch_norm_by_batch, observe
 from ikun.losses import LOSSES
 from ikun.networks import Network, Spec
+from ikun.training.spec import TrainingSpec
 
 Array = npt.NDArray[np.float64]
 
@@ -361,3 +362,19 @@ def test_analytic_law_behind_a_norm_has_its_weight_for_standard_deviation() -> N
 def test_rules_that_measure_need_a_batch(name: str) -> None:
     with pytest.raises(ValueError, match=f"the {name} initializer needs a batch of inputs"):
         initialize(network(model="rsnn"), name, generator=seeded())
+
+
+@pytest.mark.parametrize("name", ["alpha", "gain"])
+@pytest.mark.parametrize("value", [1e-300, 5e-324, 1e-13, 1e13, 1e300])
+def test_factors_that_leave_no_weights_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be from 1e-12 to 1e\\+12"):
+        TrainingSpec(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("alpha", [1e-300, 5e-324, 1e300])
+def test_a_variance_beyond_float32_is_refused(alpha: float) -> None:
+    """From Python, without the settings of a training."""
+    torch.manual_seed(0)
+    net = Network(Spec(channels=2))
+    with pytest.raises(ValueError, match=r"the variance of the weights of layer .* would be|has no solution for layer"):
+        initialize(net, "ikun", generator=seeded(0), x=torch.rand(8, *net.spec.input_shape), alpha=alpha)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import pytest
 from command_tools import FAST, Capture
 
 import cli
@@ -33,3 +35,21 @@ def test_with_json_nothing_else_is_on_stdout(analysed: Path, capsys: Capture) ->
     assert {"rule_variance", "weight_variance", "derivative_square", "forward_gain", "backward_gain"} <= set(
         layers["trained"][1]
     )
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31m\x07.pt", "a\nb.pt", "a\udcff.pt"])
+def test_control_bytes_of_a_file_name_do_not_reach_the_terminal(
+    name: str, analysed: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    capsys.readouterr()
+    path = tmp_path / name
+    for command in ("info", "spectrum", "compare", "figures", "study"):
+        assert cli.run([command, str(path.with_suffix(".toml") if command == "study" else path)]) == 2
+        said = capsys.readouterr()
+        shown = said.out + said.err
+        assert "".join(c for c in shown if not c.isprintable() and c != "\n") == ""
+        assert len([line for line in said.err.splitlines() if not line.startswith("opening")]) == 1 or "\n" in name
+    shutil.copy(analysed / "a.pt", path)
+    assert cli.run(["spectrum", str(path), *FAST]) == 0
+    said = capsys.readouterr()
+    assert "".join(c for c in said.out + said.err if not c.isprintable() and c != "\n") == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +283,35 @@ def test_no_initializer_is_forgotten() -> None:
         "tdbn",
     }  # tdbn: kaiming where the threshold is 1
     assert any("gradient_stable" in grid["init"] for grid in preset.read_preset(preset.find("depth")).grids)
+
+
+LARGE = {
+    "dotted keys": ("a" + ".a" * 5000 + " = 1\n", "nested more than 30 levels deep"),
+    "tables": ("[a" + ".a" * 5000 + "]\nb = 1\n", "nested more than 30 levels deep"),
+    "lists": ("[vary]\ninit = " + "[" * 200 + "1" + "]" * 200 + "\n", "nested more than 30 levels deep"),
+    "deep lists": ("[vary]\ninit = " + "[" * 20_000 + "\n", "not valid TOML"),
+    "values": ("[vary]\ninit = [" + ", ".join(f"'v{i}'" for i in range(200_000)) + "]\n", "more than 20,000 keys"),
+    "keys": ("".join(f"k{i} = 1\n" for i in range(50_000)), "more than 20,000 keys"),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_files_that_are_too_large_are_refused_at_once(name: str, tmp_path: Path) -> None:
+    text, message = LARGE[name]
+    began = time.process_time()
+    with pytest.raises(PresetError, match=message) as caught:
+        preset.read_preset(written(tmp_path, text))
+    assert time.process_time() - began < 10
+    assert len(str(caught.value)) < 1100
+
+
+def test_a_number_of_seeds_that_does_not_fit_into_memory_is_refused(tmp_path: Path) -> None:
+    found = preset.read_preset(written(tmp_path), seeds=10**9)
+    for force in (False, True):
+        with pytest.raises(PresetError, match="4,000,000,000 runs, but a study has at most 100,000"):
+            grid.run_grid(found, force)
+
+
+def test_values_of_set_that_are_nested_too_deeply_are_texts(tmp_path: Path) -> None:
+    with pytest.raises(PresetError):
+        preset.read_preset(written(tmp_path), changes=["seeds=" + "[" * 5000 + "]" * 5000])

@@ -19,7 +19,6 @@ from ikun_hessian.experiments.statistics import (
     kendall,
     least_pairs,
     median,
-    paired_log_rank,
     paired_shift,
     signed_rank,
     superiority,
@@ -286,40 +285,6 @@ def test_survival_median_covers(shape: str, n: int, censored: bool) -> None:
         return survival_median(np.minimum(times, budget), times <= budget)
 
     assert 0.92 <= coverage(found, lambda: draw(rng, n), truth, 1000) <= 0.98
-
-
-def stratified(a: Array, e: npt.NDArray[np.bool_], b: Array, f: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """Observed less expected events of the first, and the hypergeometric variance, over pairs and event times."""
-    excess = variance = 0.0
-    for x, seen, y, too in zip(a, e, b, f, strict=True):
-        for time in {t for t, s in ((x, seen), (y, too)) if s}:
-            risk = [x >= time, y >= time]
-            events = [bool(seen and x == time), bool(too and y == time)]
-            n, d = sum(risk), sum(events)
-            excess += events[0] - d * risk[0] / n
-            variance += d * (n - d) * risk[0] * risk[1] / (n * n * (n - 1)) if n > 1 else 0.0
-    return excess, variance
-
-
-def test_paired_log_rank_is_the_stratified_one() -> None:
-    """The log-rank statistic over strata of two is that of the sign test whose exact p is given."""
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        a, b = rng.integers(1, 8, (2, 12)).astype(float)
-        e, f = rng.uniform(size=(2, 12)) < 0.7
-        excess, variance = stratified(a, e, b, f)
-        n = round(4 * variance)
-        found = paired_log_rank(a, e, b, f)
-        assert found == paired_log_rank(b, f, a, e)
-        expected = stats.binomtest(round(excess + n / 2), n).pvalue if n else 1.0
-        assert found == pytest.approx(expected)
-
-
-def test_paired_log_rank_handles_runs_that_never_got_there() -> None:
-    """Six of six got there, their partners never did within the budget."""
-    assert paired_log_rank([3.0] * 6, [True] * 6, [9.0] * 6, [False] * 6) == 2 / 64
-    assert paired_log_rank([9.0] * 6, [False] * 6, [9.0] * 6, [False] * 6) == 1.0
-    assert paired_log_rank([5.0] * 6, [True] * 6, [4.0] * 6, [False] * 6) == 1.0  # lost from sight before
 
 
 # --- rank correlation

@@ -768,3 +768,120 @@ def test_flatness_calibration_and_landscape_run_on_a_user_network(capsys: Captur
     drawn = json.loads(Path("theirs.landscape.json").read_text())
     assert "do not support relaxed" in drawn["refused"]["relaxed network"]
     assert drawn["network"]["library"] == "none"
+
+
+# ---------------------------------------------------------------- targets, events and time
+TARGETS_TEXT = (
+    PLAIN
+    + """
+    import torch.nn.functional as F
+
+    def hot():
+        x, y = samples()
+        return x, F.one_hot(y, 3).float()
+
+    def hot_int():
+        x, y = samples()
+        return x, F.one_hot(y, 3)
+
+    def regression():
+        x, y = samples()
+        return x, x.flatten(1)[:, :3]
+
+    def wrong():
+        x, y = samples()
+        return x, torch.rand(24, 2)
+
+    def odd_rows():
+        x, y = samples()
+        return x, torch.rand(24, 3) * 5
+
+    def sorted_samples():
+        x, y = samples()
+        return x, y.sort().values
+
+    def weighted(outputs, targets):
+        return F.cross_entropy(outputs, targets, weight=torch.tensor([1.0, 1.0, 4.0]).to(outputs))
+
+    def ignoring(outputs, targets):
+        return F.cross_entropy(outputs, targets, ignore_index=2)
+"""
+)
+
+
+def test_targets_of_the_outputs_shape_are_accepted(capsys: Capture) -> None:
+    theirs = write(TARGETS_TEXT)
+    torch.manual_seed(0)
+    net = theirs["mlp"]()
+    torch.save(net.state_dict(), "theirs.pt")
+
+    def exact(y: Tensor, loss: Any = F.mse_loss) -> list[float]:
+        model = net.double()
+        parameters = list(model.parameters())
+        value = loss(model(theirs["samples"]()[0].double()), y)
+        flat = torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters, create_graph=True)])
+        rows = [torch.autograd.grad(g, parameters, retain_graph=True, materialize_grads=True) for g in flat]
+        matrix = torch.stack([torch.cat([r.flatten() for r in row]) for row in rows])
+        return torch.linalg.eigvalsh(matrix).flip(0).tolist()
+
+    labels = spectrum_of(opened("nets.py:mlp", "nets.py:samples", loss="mse"))
+    for name in ("hot", "hot_int"):
+        close(spectrum_of(opened("nets.py:mlp", f"nets.py:{name}", loss="mse")), labels)
+    close(labels, exact(theirs["hot"]()[1].double()))
+    close(
+        spectrum_of(opened("nets.py:mlp", "nets.py:regression", loss="mse")), exact(theirs["regression"]()[1].double())
+    )
+    close(
+        spectrum_of(opened("nets.py:mlp", "nets.py:hot", loss="ce")),
+        exact(theirs["samples"]()[1], F.cross_entropy),
+    )
+    for data, loss, message in (
+        ("wrong", "mse", "targets of the outputs' shape [24, 3]"),
+        ("odd_rows", "ce", "rows are probabilities"),
+        ("sorted_samples", "nets.py:weighted", "the loss is not a mean over samples"),
+        ("sorted_samples", "nets.py:ignoring", "the loss is not a mean over samples"),
+    ):
+        fails(capsys, 2, message, "spectrum", "theirs.pt", *own("mlp", data, loss))
+
+
+TIME_TEXT = """
+    import torch
+    from torch import nn
+    from ikun.surrogates import Surrogate, spike
+
+    class Spiking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.surrogate_function = lambda v: spike(v, Surrogate.parse("atan:2"))
+
+        def forward(self, x):
+            v, out = torch.zeros_like(x[0]), []
+            for current in x:
+                v = 0.5 * v + current
+                s = self.surrogate_function(v - 1.0)
+                v = v - s
+                out.append(s)
+            return torch.stack(out)
+
+    def build():
+        return nn.Sequential(nn.Linear(5, 6), Spiking(), nn.Linear(6, 3))
+
+    def events():
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, 3, (12, 4, 5), generator=generator, dtype=torch.uint8), torch.arange(12) % 3
+
+    def floats():
+        x, y = events()
+        return x.float(), y
+"""
+
+
+def test_samples_taken_for_time_and_event_inputs(capsys: Capture) -> None:
+    theirs = write(TIME_TEXT)
+    torch.save(theirs["build"]().state_dict(), "theirs.pt")
+    time = ["--timesteps", "4", "--sequences"]
+    message = "takes samples for time steps: give --time-first"
+    fails(capsys, 2, message, "spectrum", "theirs.pt", *own("build", "events", "ce", *time))
+    facts: dict[str, Any] = {"loss": "ce", "timesteps": 4, "sequences": True, "time_first": True}
+    events, floats = (spectrum_of(opened("nets.py:build", f"nets.py:{n}", **facts)) for n in ("events", "floats"))
+    close(events, floats)

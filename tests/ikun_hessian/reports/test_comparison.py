@@ -161,3 +161,18 @@ def test_never_and_unknown_are_told_apart_in_json(found: Comparison) -> None:
 def test_the_legend_says_what_becomes_of_diverged_runs(found: Comparison) -> None:
     assert "their curvatures are unknown and are left out together with their pairs" in text(found)
     assert math.isnan(row(found, "ggn lambda_max", "xavier").values["xavier-adam-s3"])
+
+
+def test_levels_of_any_text_stay_in_their_cells(tmp_path: Path) -> None:
+    """A result file may name an initializer that would end a cell, or that a spreadsheet would run."""
+    odd = "=a|b<script>\n\x1b[31m"
+    compared = compare_settings(make_study((odd, "kaiming"), range(5), ()))
+    lines = settings_markdown(compared).splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert rows
+    assert {len(re.split(r"(?<!\\)\|", line)) for line in rows} == {9, 17}
+    assert any(r"=a\|b\<script> ?[31m" in line for line in rows)
+    write_table(comparison_rows(next(c for c in compared.values() if isinstance(c, Comparison))), tmp_path / "a.csv")
+    with (tmp_path / "a.csv").open(newline="") as file:
+        found = {row["init"] for row in csv.DictReader(file)}
+    assert found == {"kaiming", "'=a|b<script>\n?[31m"}

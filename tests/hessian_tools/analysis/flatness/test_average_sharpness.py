@@ -64,8 +64,9 @@ def test_average_sharpness_and_smoothed_loss_of_a_quadratic_are_the_closed_form(
     found = average_sharpness(quadratic(a, w), radius, kind=kind, draws=600)
     assert abs(found.value - exact) < 4 * found.stderr < 0.2 * exact
     low, high = found.ci95
-    assert (low + high) / 2 == pytest.approx(found.value)
-    assert (high - low) / 2 / found.stderr == pytest.approx(1.9679, abs=1e-3)  # Student's t, 299 degrees
+    half = 1.9679 * found.stderr  # Student's t, 299 degrees, widened for skewness
+    assert 0.999 * half <= min(found.value - low, high - found.value)
+    assert max(found.value - low, high - found.value) <= 1.15 * half
     assert found.draws == 600
     assert math.isnan(found.data_stderr)
     smooth = smoothed_loss(quadratic(a, w), radius, kind=kind, draws=600)
@@ -97,15 +98,15 @@ def test_linear_terms_cancel_in_every_pair() -> None:
 def test_one_set_of_draws_serves_all_metrics() -> None:
     a, w = positive_definite()
     target = quadratic(a, w, torch.rand(7, dtype=torch.float64))
-    losses, at = draw_losses(target, 0.2, kind="filter", draws=8, seed=5)
-    assert losses.shape == (8, 7)
+    losses, at = draw_losses(target, 0.2, kind="filter", draws=20, seed=5)
+    assert losses.shape == (20, 7)
     expected = [
         [float(y) * float(p @ a @ p) / 2 for y in target.batches[0][1]]
-        for p in (w + 0.2 * w.abs() * noise(target, 5, i) for i in range(8))
+        for p in (w + 0.2 * w.abs() * noise(target, 5, i) for i in range(20))
     ]
     torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64))
-    assert over_draws(losses - at) == average_sharpness(target, 0.2, kind="filter", draws=8, seed=5)
-    assert over_draws(losses) == smoothed_loss(target, 0.2, kind="filter", draws=8, seed=5)
+    assert over_draws(losses - at) == average_sharpness(target, 0.2, kind="filter", draws=20, seed=5)
+    assert over_draws(losses) == smoothed_loss(target, 0.2, kind="filter", draws=20, seed=5)
 
 
 def test_the_interval_over_draws_covers_the_truth() -> None:
@@ -113,9 +114,9 @@ def test_the_interval_over_draws_covers_the_truth() -> None:
     target, exact = quadratic(a, w), 0.1**2 / 2 * float(a.trace()) * float(w.square().mean())
     hits = 0
     for seed in range(500):
-        low, high = average_sharpness(target, kind="isotropic", draws=10, seed=seed).ci95
+        low, high = average_sharpness(target, kind="isotropic", draws=20, seed=seed).ci95
         hits += low <= exact <= high
-    assert 0.92 <= hits / 500 <= 0.98
+    assert 0.92 <= hits / 500 <= 0.985
 
 
 def test_the_data_error_covers_the_truth() -> None:
@@ -183,7 +184,7 @@ def test_filter_noise_is_blind_to_the_scale_of_filters_before_a_norm() -> None:
     def metrics() -> dict[str, NoiseEstimate]:
         target = make_objective(net, nn.functional.cross_entropy, data)
         found = {kind: average_sharpness(target, 0.5, kind=kind) for kind in NOISE_KINDS}
-        return found | {"lpf": smoothed_loss(target), "sigma": pac_bayes_sigma(target, draws=8).sigma}
+        return found | {"lpf": smoothed_loss(target), "sigma": pac_bayes_sigma(target, draws=20).sigma}
 
     before = metrics()
     c = torch.logspace(-1, 1, 6, dtype=torch.float64)
@@ -226,12 +227,12 @@ def trained_objective(surrogate: str) -> Objective:
 def test_the_surrogate_changes_the_direction_of_critical_sharpness_alone() -> None:
     one, other = trained_objective("atan:2"), trained_objective("atan:5")
     for kind in NOISE_KINDS:
-        found = average_sharpness(one, kind=kind, draws=8)
-        assert found == average_sharpness(other, kind=kind, draws=8)
+        found = average_sharpness(one, kind=kind, draws=20)
+        assert found == average_sharpness(other, kind=kind, draws=20)
         assert found.value > 0
-    assert smoothed_loss(one, draws=8) == smoothed_loss(other, draws=8)
-    found = pac_bayes_sigma(one, draws=4)
-    assert found == pac_bayes_sigma(other, draws=4)
+    assert smoothed_loss(one, draws=20) == smoothed_loss(other, draws=20)
+    found = pac_bayes_sigma(one, draws=20)
+    assert found == pac_bayes_sigma(other, draws=20)
     assert 0.02 < found.sigma.value < 2
     gradient = one.value_and_gradient()[1]
     assert critical_sharpness(one, gradient) == critical_sharpness(other, gradient)
@@ -306,7 +307,7 @@ def test_sigma_is_a_standard_deviation() -> None:
         assert found.sharpness.ci95 == pytest.approx((found.sigma.ci95[1] ** -2, found.sigma.ci95[0] ** -2))
         low, high = found.sigma.ci95
         assert low < found.sigma.value < high
-        assert (high - low) / 2 / found.sigma.stderr == pytest.approx(2.1314, abs=1e-4)  # 15 degrees of freedom
+        assert 2.13 < (high - low) / 2 / found.sigma.stderr < 3.2  # Student's t of 15 degrees, widened for skewness
     found = pac_bayes_sigma(signs(w), 0.2, kind="isotropic")
     size, margins = float(w.square().mean()) ** 0.5, w.abs().numpy()
     exact = brentq(lambda s: norm.cdf(-margins / (s * size)).mean() - 0.2, 0.01, 10)
@@ -330,11 +331,11 @@ def test_the_interval_of_sigma_covers_the_truth() -> None:
     target = signs(torch.ones(40, dtype=torch.float64))
     exact, hits, flat = -1 / float(norm.ppf(0.1)), 0, 0
     for seed in range(500):
-        found = pac_bayes_sigma(target, draws=8, seed=seed)
+        found = pac_bayes_sigma(target, draws=20, seed=seed)
         hits += found.sigma.ci95[0] <= exact <= found.sigma.ci95[1]
         flat += found.sharpness.ci95[0] <= exact**-2 <= found.sharpness.ci95[1]
     assert hits == flat
-    assert 0.92 <= hits / 500 <= 0.98
+    assert 0.92 <= hits / 500 <= 0.985
 
 
 def test_the_data_error_of_sigma_covers_the_truth() -> None:
@@ -371,7 +372,7 @@ def test_sigma_is_infinite_if_accuracy_never_drops_and_small_if_it_always_does()
         nn.functional.cross_entropy,
         (torch.zeros(4, 1, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)),
     )
-    found = pac_bayes_sigma(one, draws=4)  # the outputs do not depend on the weight
+    found = pac_bayes_sigma(one, draws=20)  # the outputs do not depend on the weight
     assert found.sigma.value == math.inf
     assert found.sigma.ci95 == (math.inf, math.inf)
     assert found.sharpness.value == 0
@@ -410,7 +411,7 @@ def test_sigma_below_the_grid_is_found(margin: float, samples: int) -> None:
 
     data = torch.eye(samples, dtype=torch.float64), torch.ones(samples, dtype=torch.int64)
     target = make_objective(Fine(torch.ones(samples).double()), nn.functional.cross_entropy, data, batch_size=500)
-    exact, found = -margin / float(norm.ppf(0.1)), pac_bayes_sigma(target, draws=8).sigma
+    exact, found = -margin / float(norm.ppf(0.1)), pac_bayes_sigma(target, draws=20).sigma
     assert 0.5 * exact < found.ci95[0] < found.value < found.ci95[1] < 2 * exact
     assert abs(found.value - exact) < 4 * found.stderr
 
@@ -457,7 +458,7 @@ def test_critical_sharpness_of_a_quadratic_is_the_closed_form() -> None:
             assert high / low == pytest.approx(2 ** (1 / 16))
             assert found.value == pytest.approx(exact, rel=0.022)
             assert found.step == pytest.approx(2 / found.value)
-            assert found.passes <= 20
+            assert found.passes <= 112
             assert exact <= float(torch.linalg.eigvalsh(c * a)[-1])
 
 
@@ -465,7 +466,7 @@ def test_critical_sharpness_of_a_spiking_network_is_where_its_loss_passes() -> N
     target = trained_objective("atan:2")
     loss, gradient = target.value_and_gradient()
     found = critical_sharpness(target, gradient)
-    assert found.passes <= 14
+    assert found.passes <= 112
 
     def at(step: float) -> float:
         other = make_objective(target.model, target.loss, list(target.batches))
@@ -475,6 +476,31 @@ def test_critical_sharpness_of_a_spiking_network_is_where_its_loss_passes() -> N
         return other.value_and_gradient()[0]
 
     assert at(2 / found.bounds[1]) <= loss < at(2 / found.bounds[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("start", "end"), [(0.02, 0.03), (0.11, 0.15), (0.4, 0.5)])
+def test_critical_sharpness_finds_a_rise_between_two_falls(start: float, end: float, dtype: torch.dtype) -> None:
+    """The loss is above its value at w = 1 for steps between start and end, and again from 1 on (value 2)."""
+
+    def loss(o: Tensor, _: Tensor) -> Tensor:
+        ridge = (o < 1 - 2 * start) & (o > 1 - 2 * end)
+        return (o.square() + 5 * ridge).mean()
+
+    found = critical_sharpness(objective_on(torch.ones(1, dtype=dtype), loss), torch.full((1,), 2.0, dtype=dtype))
+    assert 2 / found.bounds[1] <= start * (1 + 1e-6) <= 2 / found.bounds[0]
+    assert start <= found.step * 1.022
+
+
+@pytest.mark.parametrize("draws", [4, 8, 18])
+def test_few_draws_give_a_standard_error_and_no_interval(draws: int) -> None:
+    a, w = positive_definite()
+    sharp = average_sharpness(quadratic(a, w), kind="filter", draws=draws)
+    found = pac_bayes_sigma(signs(torch.linspace(-2, 2, 1000, dtype=torch.float64)), draws=draws)
+    for estimate in (sharp, found.sigma, found.sharpness):
+        assert math.isfinite(estimate.value)
+        assert math.isfinite(estimate.stderr)
+        assert all(map(math.isnan, estimate.ci95))
 
 
 def test_critical_sharpness_without_a_crossing_or_a_gradient_says_so() -> None:
@@ -587,8 +613,8 @@ def test_results_can_be_kept(tmp_path: Path) -> None:
     target = trained_objective("atan:2")
     kept = Kept(
         "ikun-hessian/kept/1",
-        average_sharpness(target, kind="filter", draws=4),
-        pac_bayes_sigma(target, draws=4),
+        average_sharpness(target, kind="filter", draws=20),
+        pac_bayes_sigma(target, draws=20),
         critical_sharpness(target, target.value_and_gradient()[1]),
     )
     results.save_result(kept, tmp_path / "kept.json")

@@ -68,7 +68,7 @@ FORWARD = (
     "average sharpness",
     "filter-normalized sharpness",
 )
-FEW = FlatnessSettings(draws=8, probes=4, memory=0.1)
+FEW = FlatnessSettings(draws=20, probes=4, memory=0.1)
 PROVENANCE: dict[str, Any] = {
     "checkpoint": {"path": "/somewhere/ckpt.pt", "sha256": "0123456789abcdef"},
     "data": {"name": "digits", "split": "train", "sha256": "1", "loss": "mse"},
@@ -232,7 +232,7 @@ def test_relative_metrics_and_critical_sharpness_of_a_quadratic_are_the_closed_f
 
 
 def test_pac_bayes_sigma_equals_that_of_pac_bayes_sigma(seen: FlatnessResult) -> None:
-    found, sigma = seen.others["PAC-Bayes sigma"], pac_bayes_sigma(spiking(), draws=8).sigma
+    found, sigma = seen.others["PAC-Bayes sigma"], pac_bayes_sigma(spiking(), draws=20).sigma
     assert 0 < found.value < 16
     assert (found.value, found.ci95, found.data_stderr) == (sigma.value, sigma.ci95, sigma.data_stderr)
     assert found.forwards > 8
@@ -329,23 +329,25 @@ def test_differences_use_the_same_draws() -> None:
 
 
 def test_a_difference_covers_the_truth() -> None:
-    """95% intervals over 4 pairs of draws, in 500 replicates."""
+    """95% intervals over 10 pairs of draws, in 500 replicates."""
     a, w = problem((2, 3))
     other = w * torch.linspace(0.8, 1.2, 6, dtype=torch.float64).reshape(2, 3)
     h = float(Y.mean()) * a.diagonal()
     exact = 0.1**2 / 2 * float(h @ (other.flatten().square() - w.flatten().square()))
-    name, few = "adaptive average sharpness", dataclasses.replace(FEW, draws=4)
+    name, few = "adaptive average sharpness", dataclasses.replace(FEW, draws=20)
     measured = [flatness(on_six_samples(a, weights), few) for weights in (w, other)]
-    losses = [draw_losses(on_six_samples(a, weights), 0.1, kind="elementwise", draws=4000)[0] for weights in (w, other)]
+    losses = [
+        draw_losses(on_six_samples(a, weights), 0.1, kind="elementwise", draws=10000)[0] for weights in (w, other)
+    ]
     ats = [float(Y.mean() * (v.flatten() @ a @ v.flatten())) / 2 for v in (w, other)]
-    pairs = [(rows.mean(1) - at).unflatten(0, (500, 4, 2)).mean(2) for rows, at in zip(losses, ats, strict=True)]
+    pairs = [(rows.mean(1) - at).unflatten(0, (500, 10, 2)).mean(2) for rows, at in zip(losses, ats, strict=True)]
     covered = 0
     for rows in zip(*pairs, strict=True):
         metrics = [dataclasses.replace(r.main[name], pairs=row.tolist()) for r, row in zip(measured, rows, strict=True)]
         first, second = (dataclasses.replace(r, main={name: m}) for r, m in zip(measured, metrics, strict=True))
         low, high = differences(first, second)[name].ci95
         covered += low <= exact <= high
-    assert 0.92 <= covered / 500 <= 0.98
+    assert 0.92 <= covered / 500 <= 0.985
 
 
 # --- what cannot be had
@@ -431,7 +433,7 @@ def test_metrics_that_need_positive_curvature_say_so_on_an_indefinite_quadratic(
         ({"sigma": -1.0}, "sigma must be"),
         ({"rho": math.inf}, "rho must be"),
         ({"epsilon": 0.0}, "epsilon must be"),
-        ({"smoothed": (0.1, 0.0)}, "noise must be a positive number, not 0"),
+        ({"smoothed": (0.1, 0.0)}, "noise must be a positive number from 1e-12 to 1e"),
         ({"damping": -1.0}, "damping must be"),
         ({"draws": 5}, "draws must be even and at least 4"),
         ({"draws": 2}, "antithetic pairs"),

@@ -1,0 +1,69 @@
+"""The error of float32 products: how far they are from the same products in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hessian_tools.checks import spread
+from hessian_tools.evaluation import copy_model
+from hessian_tools.objective import Objective
+from hessian_tools.operators.base import Operator
+
+SAMPLES = 256  # on which both products are computed
+AGREE = 1e-3  # relative difference of outputs above which a spike differs between the two
+SAFETY = 4.0
+
+
+def relative_round_off(objective: Objective, factory: Callable[[Objective, float], Operator], vectors: Tensor) -> float:
+    """Estimate the round-off of an operator's products, relative to the size of the product.
+
+    The products with each vector are computed in the objective's dtype and in float64, on at most 256 samples. Samples
+    for which a spike differs between the two are left out: that is not round-off of a product.
+
+    Args:
+        objective: The objective.
+        factory: Makes the operator of an objective, with the memory for kept primals in bytes.
+        vectors: Unit vectors [P, k], for example the outermost eigenvectors.
+
+    Returns:
+        Four times the largest relative error, at least the machine precision of the dtype; 0.0 in float64.
+    """
+    if objective.dtype == torch.float64:
+        return 0.0
+    least = float(torch.finfo(objective.dtype).eps)
+    try:
+        pair = _both(objective)
+    except (RuntimeError, TypeError, ValueError):  # a model that fixes its dtype
+        return least
+    if pair is None:
+        return least
+    narrow, wide = (factory(o, 0) @ vectors.to(o.device, o.dtype) for o in pair)
+    sizes = wide.norm(dim=0)
+    errors = (narrow.double() - wide).norm(dim=0)[sizes > 0] / sizes[sizes > 0]
+    return max(least, SAFETY * float(errors.max())) if len(errors) else least
+
+
+@torch.no_grad()
+def _both(objective: Objective) -> tuple[Objective, Objective] | None:
+    """Return the objective on a few samples in its own dtype and in float64; None if no sample is comparable."""
+    index = spread(objective.samples, SAMPLES)
+    part = replace(objective.regrouped([index]), group=None)
+    if objective.reset is not None:
+        objective.reset(objective.model)  # a state with an autograd graph belongs to another dtype
+    model = copy_model(objective.model).double()
+    named = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = {name: named[name] for name in objective.parameters}
+    (x, y), *_ = part.batches
+    batch = (x.double() if x.is_floating_point() else x, y.double() if y.is_floating_point() else y)
+    wide = replace(part, model=model, parameters=parameters, batches=(batch,))
+    outputs, exact = part.outputs(x), wide.outputs(batch[0])
+    gap = (outputs.double() - exact).abs().flatten(1).amax(1)
+    alike = gap <= AGREE * exact.abs().max()
+    if not alike.any():
+        return None
+    chosen = alike.nonzero().flatten().cpu()
+    return part.regrouped([chosen]), wide.regrouped([chosen])

@@ -1,0 +1,58 @@
+"""Find results of weights that their checkpoint does not have any more, because it was trained again or replaced."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from hessian_tools.io.json import ResultError
+
+
+class StaleError(ResultError):
+    """A result was measured at other weights than its checkpoint has now."""
+
+
+def refuse_stale(file: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Compare the SHA-256 that a result recorded with that of the checkpoint next to the result.
+
+    A result without a checkpoint next to it is accepted.
+
+    Args:
+        file: The file of the result.
+        checkpoint: The field `checkpoint` of the result, with "path" and "sha256".
+
+    Raises:
+        StaleError: If they differ.
+    """
+    recorded, path = checkpoint.get("sha256"), PurePath(str(checkpoint.get("path", "")))
+    if not path.name or not isinstance(recorded, str) or not re.fullmatch("[0-9a-f]{64}", recorded):
+        return
+    beside = file.parent / path.name
+    now = _digest_of(beside)
+    if now not in ("", recorded):
+        command = file.name.removesuffix(".json").rpartition(".")[2]
+        raise StaleError(
+            f"{file}: not of the weights that {beside} has now: it was trained again or replaced. Run `ikun-hessian "
+            f"{command}` on it again, or move this result elsewhere"
+        )
+
+
+def _digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file, or "" if there is no such file or it cannot be read."""
+    try:
+        if not path.is_file():
+            return ""
+        found = path.stat()
+        return _digest(path, found.st_ino, found.st_size, found.st_mtime_ns)
+    except OSError:
+        return ""
+
+
+@functools.lru_cache(4096)
+def _digest(path: Path, *_: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,114 @@
+"""Warnings of a spectrum: a network that learned nothing, few samples, and signs of the curvature."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hessian_tools.analysis.settings import SpectrumSettings
+from hessian_tools.analysis.spectrum import spectrum
+from hessian_tools.analysis.warnings import learned_nothing
+from hessian_tools.objective import make_objective
+from hessian_tools.perturbation import count_correct
+from hessian_tools.results.spectrum import SpectrumResult
+
+FIRING = {"spike1": {"dead": 0.2}, "spike2": {"dead": 0.0}}
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "loss", "classes", "activity", "words"),
+    [
+        (0.95, 0.1, 10, FIRING, ""),
+        (math.nan, 0.1, 10, FIRING, ""),
+        (0.11, 0.1, 10, FIRING, "guessing gives 10.0%"),
+        (0.19, 0.1, 10, {}, "not learned"),
+        (0.9, math.nan, 10, {}, "diverged"),
+        (0.5, 0.1, None, {}, ""),
+        (0.95, 0.1, 10, {"spike1": {"dead": 1.0}}, "never fires"),
+    ],
+)
+def test_a_network_that_learned_nothing_is_named(
+    accuracy: float, loss: float, classes: int | None, activity: dict[str, Any], words: str
+) -> None:
+    found = learned_nothing(accuracy, loss, classes, activity)
+    assert (words in found) if words else not found
+
+
+def analysed(**settings: Any) -> SpectrumResult:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    target = make_objective(net, F.cross_entropy, (torch.randn(96, 6), torch.randint(0, 3, (96,))))
+    return spectrum(target, SpectrumSettings(top=2, smallest=2, density=False, **settings))
+
+
+def test_a_smooth_network_is_not_said_to_have_a_surrogate() -> None:
+    result = analysed(operators=("hessian",))
+    assert result.spectra["hessian"].smallest_eigenvalues[0].value < -1e-3  # a true saddle
+    assert not any("surrogate's" in text or "spiking" in text for text in result.warnings)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "right"),
+    [
+        (torch.tensor([[2.0], [-1.0], [3.0]]), torch.tensor([1, 0, 0]), 2),  # logits of class 1
+        (torch.tensor([2.0, -1.0, 3.0]), torch.tensor([1, 1, 1]), 2),
+        (torch.tensor([[0.9], [0.1]]), torch.tensor([1, 0]), None),  # probabilities, or small logits
+        (torch.tensor([[2.0], [-1.0]]), torch.tensor([2, 0]), None),
+        (torch.eye(3), torch.tensor([0, 1, 0]), 2),
+        (torch.eye(3), torch.tensor([0, 1, 3]), None),
+        (torch.eye(3), torch.tensor([0.0, 1.0, 2.0]), None),
+        (torch.eye(3), torch.eye(3), None),
+    ],
+)
+def test_correct_samples_are_counted_or_unknown(outputs: torch.Tensor, labels: torch.Tensor, right: int | None) -> None:
+    found = count_correct(outputs, labels)
+    assert found is None if right is None else int(found) == right  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_residuals_hold_the_round_off_of_a_saturated_network(seed: int) -> None:
+    """In float32 with large logits, the distance to the true eigenvalue is many times the residual of the products."""
+    torch.manual_seed(seed)
+    x, y = torch.randn(64, 6), torch.randint(0, 3, (64,))
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    with torch.no_grad():
+        net[2].weight.mul_(200)
+    settings = SpectrumSettings(top=3, smallest=2, density=False, operators=("hessian",))
+    found = spectrum(make_objective(net, F.cross_entropy, (x, y)), settings).spectra["hessian"]
+    parameters = list(net.double().parameters())
+    gradient = torch.autograd.grad(F.cross_entropy(net(x.double()), y), parameters, create_graph=True)
+    flat = torch.cat([g.reshape(-1) for g in gradient])
+    rows = [torch.autograd.grad(g, parameters, retain_graph=True) for g in flat]
+    matrix = torch.stack([torch.cat([r.reshape(-1) for r in row]) for row in rows])
+    true = torch.linalg.eigvalsh(matrix)
+    for pair in (*found.eigenvalues, *found.smallest_eigenvalues):
+        assert float((true - pair.value).abs().min()) <= pair.residual
+        assert pair.residual <= 1e-4 * float(true.abs().max())
+
+
+def test_a_fitted_network_is_analysed_in_float32() -> None:
+    """At a cross-entropy of 1e-5 the second derivative of the loss cancels in float32, but not in float64."""
+    torch.manual_seed(0)
+    x = torch.randn(60, 6)
+    y = x[:, :3].argmax(1)
+    net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+    optimizer = torch.optim.Adam(net.parameters(), 0.05)
+    for _ in range(6000):
+        optimizer.zero_grad()
+        value = F.cross_entropy(net(x), y)
+        value.backward()
+        if value < 1e-5:
+            break
+        optimizer.step()
+    settings = SpectrumSettings(top=1, smallest=0, density=False)
+    narrow = spectrum(make_objective(net, F.cross_entropy, (x, y)), settings)
+    wide = spectrum(make_objective(net, F.cross_entropy, (x, y), dtype=torch.float64), settings)
+    for name in ("hessian", "ggn"):
+        a, b = (r.spectra[name].eigenvalues[0] for r in (narrow, wide))
+        assert abs(a.value - b.value) <= 1e-5 * b.value
+        assert narrow.spectra[name].symmetry_error < 1e-5

@@ -1,0 +1,284 @@
+"""Networks and losses that are not means over independent samples are refused, and those that are pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hessian_tools.checks import ObjectiveError, check
+from hessian_tools.objective import Objective, make_objective
+from hessian_tools.operators.base import dense
+from hessian_tools.operators.curvature import hessian
+from ikun.losses import LOSSES
+from ikun.networks import Network, Spec
+
+X = torch.randn(24, 5, generator=torch.Generator().manual_seed(3))
+Y = torch.arange(24) % 3
+
+
+class Core(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(torch.tanh(self.a(x)))
+        return out
+
+
+def changed(function: Callable[[Core, Tensor], Tensor]) -> nn.Module:
+    class Changed(Core):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(self, x)
+
+    return Changed()
+
+
+class OwnBatchNorm(nn.Module):
+    """A BatchNorm written by hand, which no class name gives away."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("variance", torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return (x - self.mean) / (self.variance + 1e-5).sqrt()
+        return (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+
+
+def reference(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The Hessian in float64 by double backward of the model in evaluation mode, on all samples at once."""
+    model = copy.deepcopy(model).double().eval()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradient = torch.autograd.grad(loss(model(X.double()), Y), parameters, create_graph=True)
+    flat = torch.cat([g.reshape(-1) for g in gradient])
+    rows = [torch.autograd.grad(g, parameters, retain_graph=True, allow_unused=True) for g in flat]
+    pairs = [zip(row, parameters, strict=True) for row in rows]
+    return torch.stack(
+        [torch.cat([(torch.zeros_like(p) if r is None else r).reshape(-1) for r, p in q]) for q in pairs]
+    )
+
+
+def objective(
+    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, y: Tensor = Y, size: int = 24
+) -> Objective:
+    return make_objective(model, loss, (X, y), batch_size=size)
+
+
+COUPLED = {
+    "batch mean": changed(lambda m, x: Core.forward(m, x - x.mean(0))),
+    "batch standard deviation": changed(lambda m, x: Core.forward(m, x) / (Core.forward(m, x).std() + 1e-6)),
+    "contrast": changed(lambda m, x: Core.forward(m, x) - 0.5 * Core.forward(m, x).mean(0, keepdim=True)),
+    "reversed": changed(lambda m, x: Core.forward(m, x).flip(0)),
+    "rolled": changed(lambda m, x: Core.forward(m, x.roll(1, 0))),
+    "sorted": changed(lambda m, x: Core.forward(m, x[x[:, 0].argsort()])),
+    "running sum": changed(lambda m, x: Core.forward(m, x.cumsum(0))),
+    "attention over samples": changed(lambda m, x: torch.softmax(x @ x.T, 1) @ Core.forward(m, x)),
+    "count": changed(lambda m, x: Core.forward(m, x) * len(x)),
+    "batch norm without statistics": nn.Sequential(
+        nn.Linear(5, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+@pytest.mark.parametrize("size", [24, 7])
+def test_coupling_between_samples_is_refused(name: str, size: int) -> None:
+    with pytest.raises(ObjectiveError, match="depends on"):
+        objective(COUPLED[name], size=size)
+
+
+def test_the_last_samples_count_too() -> None:
+    x = X.clone()
+    x[12:, 0] += 50
+    with pytest.raises(ObjectiveError, match="depends on"):  # coupled only where the inputs are large
+        make_objective(changed(lambda m, x: Core.forward(m, x) + (x[:, :1] > 20) * x.mean()), F.cross_entropy, (x, Y))
+
+
+RANDOM = {
+    "noise": changed(lambda m, x: Core.forward(m, x + 0.3 * torch.randn_like(x))),
+    "small noise": changed(lambda m, x: Core.forward(m, x) * (1 + 1e-9 * torch.randn(1))),
+    "dropout that is always on": changed(lambda m, x: Core.forward(m, F.dropout(x, 0.01, True))),
+    "bernoulli": changed(lambda m, x: Core.forward(m, x * torch.bernoulli(torch.full_like(x, 0.9)))),
+    "poisson": changed(lambda m, x: Core.forward(m, torch.poisson(x.abs()))),
+    "permutation": changed(lambda m, x: Core.forward(m, x[:, torch.randperm(5)])),
+    "seeded noise": changed(lambda m, x: (torch.manual_seed(0), Core.forward(m, x + torch.randn_like(x)))[1]),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_numbers_in_a_forward_are_refused_by_name(name: str) -> None:
+    with pytest.raises(ObjectiveError, match=r"draws random numbers \(\w+"):
+        objective(RANDOM[name])
+
+
+def test_the_layer_that_draws_is_named() -> None:
+    class Noise(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand_like(x)
+
+    with pytest.raises(ObjectiveError, match=r"\(rand_like in '1' \(Noise\)\)"):
+        objective(nn.Sequential(nn.Linear(5, 3), Noise()))
+
+
+def test_random_numbers_of_numpy_and_counters_are_refused() -> None:
+    calls = [0]
+
+    def counted(model: Core, x: Tensor) -> Tensor:
+        calls[0] += 1
+        return Core.forward(model, x) * calls[0]
+
+    with pytest.raises(ObjectiveError, match="two forward passes"):
+        objective(changed(counted))
+
+
+def test_a_forward_that_changes_its_weights_is_refused() -> None:
+    def shrink(model: Core, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            model.a.weight.mul_(1 - 2e-6)
+        return Core.forward(model, x)
+
+    with pytest.raises(ObjectiveError, match="changes the network's parameters"):
+        objective(changed(shrink))
+
+
+class StochasticDepth(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.empty(len(x), 1).bernoulli_(0.8) / 0.8 if self.training else x
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.r, self.o = nn.LSTM(1, 3, 2, dropout=0.5, batch_first=True), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.o(self.r(x[:, :, None])[0][:, -1])
+        return out
+
+
+EVALUATED = {
+    "functional dropout": changed(lambda m, x: Core.forward(m, F.dropout(x, 0.5, m.training))),
+    "stochastic depth": nn.Sequential(nn.Linear(5, 4), StochasticDepth(), nn.Tanh(), nn.Linear(4, 3)),
+    "rrelu": nn.Sequential(nn.Linear(5, 4), nn.RReLU(), nn.Linear(4, 3)),
+    "dropout in an LSTM": Recurrent(),
+    "own batch norm": nn.Sequential(nn.Linear(5, 4), OwnBatchNorm(4), nn.Tanh(), nn.Linear(4, 3)),
+    "spectral norm": nn.Sequential(nn.Linear(5, 4), torch.nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+@pytest.mark.parametrize("size", [24, 7])
+def test_everything_is_evaluated(name: str, size: int) -> None:
+    """In training mode each of these draws numbers, couples samples or iterates; the Hessian is the evaluated one."""
+    torch.manual_seed(0)
+    model = EVALUATED[name].train()
+    found = dense(hessian(make_objective(model, F.cross_entropy, (X, Y), batch_size=size, dtype=torch.float64)))
+    expected = reference(model, F.cross_entropy)
+    assert (found - expected).norm() <= 1e-10 * expected.norm()
+
+
+def test_spiking_neurons_stay_in_training_mode() -> None:
+    class BaseNode(nn.Module):  # by the name of the class, as SpikingJelly's
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+    model = nn.Sequential(nn.Linear(5, 4), BaseNode(), nn.Dropout())
+    made = make_objective(nn.Sequential(nn.Linear(5, 3), nn.Sequential()), F.cross_entropy, (X, Y)).model
+    assert not made.training
+    from hessian_tools.evaluation import evaluation_mode
+
+    evaluation_mode(model)
+    assert [m.training for m in (model[0], model[1], model[1].norm, model[2])] == [False, True, False, False]
+
+
+WEIGHTS = torch.tensor([0.1, 1.0, 5.0])
+PADDED = torch.where(torch.arange(24) < 20, Y, -100)
+LOSSES_THAT_ARE_NO_MEANS = {
+    "class weights": (lambda o, y: F.cross_entropy(o, y, WEIGHTS.to(o)), Y),
+    "class weights, sorted": (lambda o, y: F.cross_entropy(o, y, WEIGHTS.to(o)), Y.sort().values),
+    "ignored padding": (lambda o, y: F.cross_entropy(o, y), PADDED),
+    "sum": (lambda o, y: F.cross_entropy(o, y, reduction="sum"), Y),
+    "tiny sum": (lambda o, y: F.cross_entropy(o, y, reduction="sum") * 1e-12, Y),
+    "broadcast": (lambda o, y: F.mse_loss(o[:, 0], y[:, None].to(o)), Y),
+    "largest": (lambda o, y: F.cross_entropy(o, y, reduction="none").max(), Y),
+    "median": (lambda o, y: F.cross_entropy(o, y, reduction="none").median(), Y),
+    "root": (lambda o, y: F.mse_loss(o, F.one_hot(y, 3).to(o)).sqrt(), Y),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES_THAT_ARE_NO_MEANS)
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_losses_that_are_no_means_are_refused(name: str) -> None:
+    loss, y = LOSSES_THAT_ARE_NO_MEANS[name]
+    with pytest.raises(ObjectiveError, match="not a mean over samples"):
+        objective(Core(), loss, y)
+
+
+def test_a_silent_network_does_not_hide_class_weights() -> None:
+    model = Core()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    loss, y = LOSSES_THAT_ARE_NO_MEANS["class weights"]
+    with pytest.raises(ObjectiveError, match="not a mean over samples"):
+        objective(model, loss, y)
+
+
+def test_losses_that_change_targets_or_keep_state_are_refused() -> None:
+    def changing(o: Tensor, y: Tensor) -> Tensor:
+        y.fill_(0)
+        return F.cross_entropy(o, y)
+
+    calls = [0]
+
+    def counting(o: Tensor, y: Tensor) -> Tensor:
+        calls[0] += 1
+        return F.cross_entropy(o, y) * calls[0]
+
+    before = Y.clone()
+    with pytest.raises(ObjectiveError, match="changes its targets"):
+        objective(Core(), changing)
+    assert torch.equal(Y, before)
+    with pytest.raises(ObjectiveError, match="keeps state"):
+        objective(Core(), counting)
+
+
+MEANS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = {
+    "cross-entropy": (F.cross_entropy, Y),
+    "mean square on one-hot": (LOSSES["mse"], Y),
+    "regression": (lambda o, y: (o - y).square().mean(), torch.randn(24, 3)),
+    "label smoothing": (lambda o, y: F.cross_entropy(o, y, label_smoothing=0.1), Y),
+    "probabilities": (F.cross_entropy, torch.softmax(torch.randn(24, 3), 1)),
+    "binary": (lambda o, y: F.binary_cross_entropy(torch.sigmoid(o[:, 0]), (y > 0).to(o)), Y),
+    "poisson": (lambda o, y: F.poisson_nll_loss(o[:, 0], y.to(o)), Y),
+    "huber": (lambda o, y: F.huber_loss(o[:, 0], y.to(o)), Y),
+    "margin": (lambda o, y: F.multi_margin_loss(o, y), Y),
+    "with a constant": (lambda o, y: F.cross_entropy(o, y) + 3, Y),
+    "tiny": (lambda o, y: F.cross_entropy(o, y) * 1e-12, Y),
+}
+
+
+@pytest.mark.parametrize("name", MEANS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_means_over_samples_pass(name: str, dtype: torch.dtype) -> None:
+    loss, y = MEANS[name]
+    made = make_objective(Core(), loss, (X, y), batch_size=7, dtype=dtype)
+    check(made)  # twice changes nothing
+
+
+@pytest.mark.parametrize("spec", [{}, {"model": "mlp"}, {"model": "rsnn"}, {"model": "resnet"}, {"norm": "none"}])
+def test_our_networks_pass(spec: dict[str, str]) -> None:
+    torch.manual_seed(0)
+    size = {"channels": 3, "hidden": (6, 5), "timesteps": 3, "neuron": "lif"}
+    net = Network(Spec(**{"input_shape": (1, 8, 8), "classes": 10, **size, **spec}))  # type: ignore[arg-type]
+    make_objective(net, LOSSES["mse"], (torch.rand(9, 1, 8, 8), torch.arange(9)), batch_size=4)

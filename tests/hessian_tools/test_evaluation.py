@@ -1,0 +1,125 @@
+"""Copies of models, evaluation mode, and operations whose own second derivative is missing or wrong."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import spectral_norm as old_spectral_norm
+from torch.nn.utils import weight_norm as old_weight_norm
+
+from hessian_tools.evaluation import copy_model, evaluation_mode
+from hessian_tools.objective import make_objective
+from hessian_tools.operators.base import dense
+from hessian_tools.operators.curvature import hessian
+
+X = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(24) % 3
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.o = nn.Linear(2, 4), nn.Linear(4, 3)
+        self.e = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.o(self.e(self.i(x.view(len(x), 3, 2))).mean(1))
+        return out
+
+
+def by_double_backward(model: nn.Module) -> Tensor:
+    model = copy.deepcopy(model).double().eval()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = F.cross_entropy(model(X.double()), Y)
+    gradient = torch.autograd.grad(loss, parameters, create_graph=True)
+    flat = torch.cat([g.reshape(-1) for g in gradient])
+    rows = [torch.autograd.grad(g, parameters, retain_graph=True) for g in flat]
+    return torch.stack([torch.cat([r.reshape(-1) for r in row]) for row in rows])
+
+
+def test_attention_has_its_hessian() -> None:
+    torch.manual_seed(0)
+    model = Attention()
+    found = dense(hessian(make_objective(model, F.cross_entropy, (X, Y), dtype=torch.float64, batch_size=7)))
+    assert (found - by_double_backward(model)).norm() <= 1e-10 * found.norm()
+
+
+def composed(v: Tensor, g: Tensor) -> Tensor:
+    return v * (g / v.norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, old_weight_norm], ids=["parametrization", "hook"])
+@pytest.mark.filterwarnings("ignore")
+def test_weight_norm_has_its_hessian(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """Against the formula written out: torch's own kernel gives second derivatives that are not symmetric."""
+    torch.manual_seed(0)
+    model = nn.Sequential(wrap(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 3))
+    made = make_objective(model, F.cross_entropy, (X, Y), dtype=torch.float64)
+    names = list(made.parameters)
+    g = next(n for n in names if n.endswith(("original0", "weight_g")))
+    v = next(n for n in names if n.endswith(("original1", "weight_v")))
+
+    def loss(*values: Tensor) -> Tensor:
+        by = dict(zip(names, values, strict=True))
+        hidden = torch.tanh(F.linear(X.double(), composed(by[v], by[g]), by["0.bias"]))
+        return F.cross_entropy(F.linear(hidden, by["2.weight"], by["2.bias"]), Y)
+
+    values = [p.detach().clone() for p in made.parameters.values()]
+    blocks = torch.autograd.functional.hessian(loss, tuple(values))
+    expected = torch.cat(
+        [torch.cat([b.reshape(p.numel(), -1) for b in row], 1) for row, p in zip(blocks, values, strict=True)]
+    )
+    assert (dense(hessian(made)) - expected).norm() <= 1e-10 * expected.norm()
+
+
+def with_history(model: nn.Sequential) -> nn.Sequential:
+    model[0].kept = model[0](X)  # as neurons keep their state
+    return model
+
+
+def pruned(model: nn.Sequential) -> nn.Sequential:
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+def spectral(model: nn.Sequential) -> nn.Sequential:
+    model[0] = old_spectral_norm(model[0])
+    model(X)
+    return model
+
+
+@pytest.mark.parametrize("change", [with_history, pruned, spectral])
+@pytest.mark.filterwarnings("ignore")
+def test_modules_that_hold_tensors_with_a_graph_are_copied(change: Callable[[nn.Sequential], nn.Sequential]) -> None:
+    torch.manual_seed(0)
+    model = change(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)))
+    copied = copy_model(model)
+    assert torch.equal(copied(X), model(X))
+    found = dense(hessian(make_objective(model, F.cross_entropy, (X, Y), dtype=torch.float64)))
+    assert (found - found.T).abs().max() <= 1e-12
+    assert torch.isfinite(found).all()
+
+
+def test_evaluation_mode_leaves_spiking_neurons_in_training_mode() -> None:
+    class BaseNode(nn.Module):  # recognized by the name of the class, as SpikingJelly's neurons are
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.surrogate_function = torch.sigmoid
+
+    model = nn.Sequential(nn.Linear(5, 4), BaseNode(), Own(), nn.Dropout())
+    evaluation_mode(model)
+    modes = [m.training for m in (model[0], model[1], model[1].norm, model[2], model[3])]
+    assert modes == [False, True, False, True, False]
