@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -163,11 +164,24 @@ def save_atomically(values: dict[str, Any], path: Path) -> None:
 
     def write(file: IO[bytes]) -> None:
         try:
-            torch.save(values, file)
+            torch.save(_unshared(values), file)
         except RuntimeError as error:  # raise the original error (full disk, Ctrl-C) that torch replaced
             raise (error.__context__ or error) from None
 
     write_atomically(path, write)
+
+
+def _unshared(value: Any) -> Any:
+    """Copy all containers in `value`, and share equal texts.
+
+    A pickle stores an object that occurs twice only once. Without this, the bytes of a file would depend on where its
+    values come from: computed, or read from the state of an interrupted run.
+    """
+    if isinstance(value, dict):
+        return {_unshared(key): _unshared(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_unshared, value))
+    return sys.intern(value) if type(value) is str else value
 
 
 def sha256(path: str | Path) -> str:

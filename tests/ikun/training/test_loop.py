@@ -229,9 +229,8 @@ def check_same_run(found: Checkpoint, out: Path, whole: tuple[Checkpoint, Path])
     assert same(found.state, whole[0].state)
     assert (found.history, found.training) == (whole[0].history, whole[0].training)
     assert run_paths(out)["log"].read_bytes() == run_paths(whole[1])["log"].read_bytes()
-    for epoch in (2, 4):
-        ours, theirs = (load_checkpoint(snapshot_path(path, epoch)) for path in (out, whole[1]))
-        assert same(ours.state, theirs.state)
+    for ours, theirs in ((out, whole[1]), *((snapshot_path(out, e), snapshot_path(whole[1], e)) for e in (2, 4))):
+        assert ours.read_bytes() == theirs.read_bytes()
     assert not run_paths(out)["resume"].exists()
 
 
@@ -674,7 +673,8 @@ def test_a_resumed_run_saves_the_same_weights_at_a_loss(out: Path, tmp_path: Pat
         train(MLP, DATA, AT_LOSS, out, progress=interrupt(7))
     train(MLP, DATA, AT_LOSS, out, resume=True)
     for loss in (10.0, 0.17):
-        assert same(load_checkpoint(loss_path(out, loss)).state, load_checkpoint(loss_path(whole, loss)).state)
+        assert loss_path(out, loss).read_bytes() == loss_path(whole, loss).read_bytes()
+    assert out.read_bytes() == whole.read_bytes()
 
 
 def test_another_runs_weights_at_a_loss_do_not_stay(out: Path) -> None:
