@@ -42,6 +42,22 @@ class AnalysisError(RuntimeError):
     """The computation failed: an operator is not symmetric, or a number is not finite."""
 
 
+def require_symmetry(name: str, error: float, dtype: torch.dtype) -> None:
+    """Raise AnalysisError if the symmetry error of an operator is more than round-off.
+
+    Args:
+        name: Name of the operator.
+        error: Its symmetry error (see `hessian_tools.operators.base.symmetry_error`).
+        dtype: Data type of its products.
+    """
+    if not error <= SYMMETRY_LIMIT.get(dtype, 1e-4):
+        raise AnalysisError(
+            f"the {name} operator is not symmetric (|u'Hv - v'Hu| / ||Hu|| = {error:.1e}), so it cannot be a Hessian. "
+            "Likely causes: state carried over between forward passes, a random layer, or a surrogate without a "
+            "second derivative."
+        )
+
+
 @dataclass(frozen=True)
 class AnalysisContext:
     """State that all parts of one analysis share.

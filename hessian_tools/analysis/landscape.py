@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hessian_tools.analysis.context import SYMMETRY_LIMIT, AnalysisError, budget
+from hessian_tools.analysis.context import AnalysisError, budget, require_symmetry
 from hessian_tools.io.json import clean
 from hessian_tools.io.versions import versions
 from hessian_tools.linalg.lanczos import Eigenpairs, eigenpairs
@@ -332,12 +332,7 @@ def _eigenpairs(work: _Work, largest: int, smallest: int) -> tuple[Eigenpairs, f
     op = hessian(work.objectives[0], kept)
     random, start = (stream(work.settings.seed, 0, *name) for name in (b"symmetry", b"eigenvalues"))
     error: float = work.products("symmetry", op, lambda op: {"error": symmetry_error(op, random)})["error"]
-    if not error <= SYMMETRY_LIMIT.get(op.dtype, 1e-4):
-        raise AnalysisError(
-            f"the hessian operator is not symmetric (|u'Hv - v'Hu| / ||Hu|| = {error:.1e}), so it cannot be a Hessian. "
-            "Likely causes: state carried over between forward passes, a random layer, or a surrogate without a "
-            "second derivative."
-        )
+    require_symmetry("hessian", error, op.dtype)
     step = work.meter.phase("eigenvalues")
 
     def compute(op: Operator) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessian_tools.analysis.context import SYMMETRY_LIMIT, AnalysisContext, AnalysisError, Factory, budget
+from hessian_tools.analysis.context import AnalysisContext, Factory, budget, require_symmetry
 from hessian_tools.analysis.eigenvectors import gradient_shares, layer_shares, participation
 from hessian_tools.analysis.pyhessian import pyhessian_eigenpairs, pyhessian_trace
 from hessian_tools.analysis.round_off import relative_round_off
@@ -65,12 +65,7 @@ def measure(
         return run.phase(f"{name}: {part}", op, lambda op: compute(op, run.generator(part, index)))
 
     asymmetry: float = phase("symmetry", lambda op, random: {"error": symmetry_error(op, random)})["error"]
-    if not asymmetry <= SYMMETRY_LIMIT.get(op.dtype, 1e-4):
-        raise AnalysisError(
-            f"the {name} operator is not symmetric (|u'Hv - v'Hu| / ||Hu|| = {asymmetry:.1e}), so it cannot be a "
-            "Hessian. Likely causes: state carried over between forward passes, a random layer, or a surrogate without "
-            "a second derivative."
-        )
+    require_symmetry(name, asymmetry, op.dtype)
     step = run.meter.phase(f"{name}: eigenvalues")
     pairs = Eigenpairs(
         **phase(

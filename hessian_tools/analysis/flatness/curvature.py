@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hessian_tools.analysis.context import SYMMETRY_LIMIT, Factory, budget
+from hessian_tools.analysis.context import AnalysisError, Factory, budget, require_symmetry
 from hessian_tools.analysis.flatness.context import Work
 from hessian_tools.analysis.flatness.relative import fisher_rao, matrices, relative_flatness
 from hessian_tools.analysis.sampling_error import data_errors, grouped
@@ -74,17 +74,14 @@ def operator_metrics(work: Work, name: str, factory: Factory) -> dict[str, Metri
         op = factory(objective, kept)
         groups = factory(grouped(objective, run.generator("groups", 0)), 0)
         error: float = run.phase(f"{name}: symmetry", op, lambda op: {"error": symmetry_error(op, random)})["error"]
-        if not error <= SYMMETRY_LIMIT.get(op.dtype, 1e-4):
-            raise ValueError(
-                f"the operator is not symmetric (relative asymmetry {error:.1e}), so it cannot be a Hessian"
-            )
+        require_symmetry(name, error, op.dtype)
         pairs, squared = _ends_and_trace(work, name, op, groups, "", ends, room, valid, found)
         _ends_and_trace(work, name, _Scaled(op, scale), _Scaled(groups, scale), " scaled", ends, room, valid, found)
         if valid == SURROGATE:
             found |= _spectral(pairs, squared)
         if name == "ggn":
             found |= _functionals(work, op, pairs, room)
-    except (ValueError, FloatingPointError) as refusal:
+    except (AnalysisError, ValueError, FloatingPointError) as refusal:
         missing = (*PARTS, *(SPECTRAL if valid == SURROGATE else ()), *(FUNCTIONALS if name == "ggn" else ()))
         found = {part: Metric(valid=valid, note=str(refusal)) for part in missing} | found
     return found
