@@ -309,8 +309,9 @@ def _against(
     """Complete a row with the comparison to the reference.
 
     Pairs in which both values are equally infinite or one is unknown are ignored. For numbers of epochs, a run that did
-    not reach the target is censored instead: if there is one, the estimate, its interval and the tests are those of
-    `censored`. The effect size of the other pairs would be biased, so it is left out.
+    not reach the target is censored instead: if there is one, the estimate, its interval, the tests, the fraction of
+    larger values and the number of pairs needed are those of `censored`. The effect size would be biased by the
+    censoring, so it is left out.
     """
     both = [(values[a.name], values[b.name]) for a, b in pairs]
     known = [(x, y) for x, y in both if not (math.isnan(x) or math.isnan(y) or (math.isinf(x) and x == y))]
@@ -323,8 +324,8 @@ def _against(
             row,
             pairs=len(d),
             shift=times.ratio(),
-            superiority=inference.superiority(d),
-            needed=sample_size(d, bound, settings.comparisons),
+            superiority=inference.superiority(times.differences(0.0)),
+            needed=sample_size(times.differences(0.0), comparisons=settings.comparisons),
         )
         if len(logged) < inference.LEAST:
             return row

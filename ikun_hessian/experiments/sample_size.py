@@ -34,7 +34,11 @@ def sample_size(differences: Values, bound: float = NAN, comparisons: int = 1) -
     """Estimate the number of pairs needed, from the observed mean and spread of the differences.
 
     The power is that of the paired t test, corrected by the efficiency of the signed-rank test, 3/pi. The result is at
-    least `least_pairs`. The mean and the spread are themselves uncertain if n is small.
+    least `least_pairs`. The mean and the spread are themselves uncertain if n is small. The signed-rank test drops
+    differences of 0, so for the effect the pairs are planned from the others and then increased by the share of zeros.
+
+    For times to an event with censored runs, pass the differences of the test (`CensoredPairs.differences` at 0), and
+    no bound: censoring changes the differences at the bounds in a way that these do not determine.
 
     Args:
         differences: Differences [n]. Infinite ones are ignored.
@@ -52,7 +56,9 @@ def sample_size(differences: Values, bound: float = NAN, comparisons: int = 1) -
     spread = float(d.std(ddof=1)) if len(d) > 1 else 0.0
     if not spread > 0:
         return SampleSize()
-    alpha, shift = (1 - LEVEL) / comparisons, abs(float(d.mean())) / spread
+    alpha, kept = (1 - LEVEL) / comparisons, d[d != 0]
+    scatter = float(kept.std(ddof=1)) if len(kept) > 1 else 0.0
+    shift = abs(float(kept.mean())) / scatter if scatter > 0 else 0.0
 
     def shown(n: int) -> float:
         return float(stats.nct.sf(stats.t.isf(alpha / 2, n - 1), n - 1, min(shift * math.sqrt(n), SURE)))
@@ -62,8 +68,9 @@ def sample_size(differences: Values, bound: float = NAN, comparisons: int = 1) -
             2 * float(stats.nct.sf(stats.t.isf(1 - LEVEL, n - 1), n - 1, min(bound / spread * math.sqrt(n), SURE))) - 1
         )
 
+    effect = _least(shown, least_pairs(alpha)) * len(d) / len(kept) if shift > 0 else NAN
     return SampleSize(
-        _least(shown, least_pairs(alpha)) if shift > 0 else NAN,
+        float(math.ceil(effect)) if effect <= MOST_PAIRS else NAN,
         NAN if math.isnan(bound) else _least(bounded, LEAST),
     )
 
