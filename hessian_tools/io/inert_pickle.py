@@ -108,7 +108,7 @@ def count_steps(data: bytes, place: int = 0) -> tuple[int, int]:
 
 
 class InertUnpickler:
-    """Builds the plain values of a pickle. Override `find`, `call` and `persistent` to recognize more than those.
+    """Builds the plain values of a pickle. Override `find`, `call`, `set_state` and `persistent` to recognize more.
 
     Lists, tuples, dicts, numbers, texts and bytes are built. Sets become `Foreign`, as do all other objects. A key of
     a dict that is not text, a float, None or an integer below 2^61 becomes `Foreign` too, because hashing an
@@ -137,6 +137,11 @@ class InertUnpickler:
     def persistent(self, key: Any) -> Any:
         """Return what stands for an object that is stored outside the pickle."""
         raise ArchiveError(_DAMAGED)
+
+    def set_state(self, target: Any, state: Any) -> None:
+        """Set the state of an object: ignored here."""
+        if type(target) is not Foreign and type(target) is not dict:  # an OrderedDict can have attributes
+            raise ArchiveError(_DAMAGED)
 
     def load(self) -> Any:
         """Return the value of the pickle. Raises ArchiveError if the pickle is damaged."""
@@ -189,9 +194,8 @@ class InertUnpickler:
             target[as_key(key)] = value
 
     def build(self) -> None:
-        _, target = self.stack.pop(), self.stack[-1]
-        if type(target) is not Foreign and type(target) is not dict:  # an OrderedDict can have attributes
-            raise ArchiveError(_DAMAGED)
+        state, target = self.stack.pop(), self.stack[-1]
+        self.set_state(target, state)
 
     def reduce(self, count: int) -> None:
         function, arguments, *_ = self.popped(count)

@@ -12,68 +12,26 @@ import struct
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from hessian_tools.io.inert_pickle import ArchiveError, CodeError, Foreign, InertUnpickler, as_key, count_steps
+from hessian_tools.io import numpy_pickle
+from hessian_tools.io.inert_pickle import ArchiveError, CodeError, Foreign, InertUnpickler, count_steps
 from hessian_tools.io.safetensors_file import is_safetensors, read_safetensors
+from hessian_tools.io.torch_pickle import DAMAGED, Storage, TorchUnpickler, View, view_of
 
 __all__ = ["ArchiveError", "CodeError", "Foreign", "read_archive"]
 
 MOST_PICKLE = 2**26  # largest pickle in bytes
 MOST_DIRECTORY = 2**24  # largest table of contents of the zip archive, in bytes
 DEEPEST = 50  # largest nesting depth of containers
-MOST_ELEMENTS = 2**62  # of a tensor, which can be larger than its storage if its strides are 0
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began its files before torch 1.6
 _LEGACY_PROTOCOL = 1001
-_STORAGES = {  # the storage classes and their dtypes
-    **{
-        f"torch.{name}Storage": dtype
-        for name, dtype in {
-            "Byte": torch.uint8,
-            "Char": torch.int8,
-            "Bool": torch.bool,
-            "Short": torch.int16,
-            "Half": torch.float16,
-            "BFloat16": torch.bfloat16,
-            "Int": torch.int32,
-            "Float": torch.float32,
-            "Long": torch.int64,
-            "Double": torch.float64,
-            "ComplexFloat": torch.complex64,
-            "ComplexDouble": torch.complex128,
-            "Untyped": torch.uint8,
-        }.items()
-    },
-    "torch.storage.UntypedStorage": torch.uint8,
-}
-_DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-_DAMAGED = "damaged, or not a .pt file"
+_NUMPY = {numpy_pickle.Array: "numpy.ndarray", numpy_pickle.Kind: "numpy.dtype", numpy_pickle.Latin: "_codecs.encode"}
 _Read = Callable[[str], bytes]  # the bytes of a storage
-
-
-@dataclass(frozen=True)
-class _Storage:
-    """Bytes outside the pickle: `count` elements."""
-
-    key: str
-    dtype: torch.dtype
-    count: int
-
-
-@dataclass(frozen=True)
-class _View:
-    """A tensor that was not read yet: the elements of a storage that it consists of."""
-
-    storage: _Storage
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
 
 
 def read_archive(path: str | Path, foreign: bool = False) -> Any:
@@ -82,7 +40,8 @@ def read_archive(path: str | Path, foreign: bool = False) -> Any:
     Args:
         path: The file.
         foreign: Accept objects of other types, such as `argparse.Namespace`. No code runs for them: a mapping becomes
-            a dict, and every other object becomes a `Foreign` object that only has its name.
+            a dict, a NumPy array becomes a tensor, and every other object becomes a `Foreign` object that only has its
+            name.
 
     Returns:
         Its contents. Dicts, lists and tuples are plain ones; tensors are on the CPU and detached. A torch.device is a
@@ -113,126 +72,6 @@ def read_archive(path: str | Path, foreign: bool = False) -> Any:
         return _Plain(read, foreign, iter(range(1000 + 10 * steps))).copy(values, 0)
 
 
-# ---------------------------------------------------------------- the pickle
-class _TorchUnpickler(InertUnpickler):
-    """Recognizes the few names that torch.save uses for tensors. Everything else is refused or becomes `Foreign`."""
-
-    def __init__(self, data: bytes, place: int, foreign: bool) -> None:
-        super().__init__(data, place)
-        self.foreign = foreign
-        self.storages: dict[str, _Storage] = {}
-
-    def find(self, name: str) -> Any:
-        if name in _DTYPES:
-            return _DTYPES[name]
-        return Foreign(name) if name in _CALLS or name in _STORAGES else self.unknown(name)
-
-    def unknown(self, name: str) -> Foreign:
-        made = Foreign(name.replace("__builtin__.", "builtins."))
-        if not self.foreign:
-            raise CodeError(f"it contains objects that need code to load ({made.name})")
-        return made
-
-    def call(self, function: Foreign, arguments: tuple[Any, ...]) -> Any:
-        known = _CALLS.get(function.name)
-        return known(*arguments) if known else self.unknown(function.name)
-
-    def persistent(self, key: Any) -> Any:
-        if key[0] == "module" and len(key) == 4 and type(key[1]) is Foreign:  # a class with its source code
-            return key[1]
-        kind, cls, name, _, count, *view = key
-        if kind != "storage" or type(cls) is not Foreign or type(name) is not str or type(count) is not int:
-            raise ArchiveError(_DAMAGED)
-        if cls.name not in _STORAGES:
-            return self.unknown(cls.name)
-        made = _Storage(name, _STORAGES[cls.name], count)
-        if view not in ([], [None]) or count < 0 or self.storages.setdefault(name, made).dtype != made.dtype:
-            raise ArchiveError("a tensor shares a part of its data with others: save clones of the tensors")
-        return made
-
-
-def _tensor(
-    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any = False, _hooks: Any = None, metadata: Any = None
-) -> Any:
-    """Return the tensor of these arguments of `torch._utils._rebuild_tensor_v2`."""
-    if type(storage) is Foreign:  # quantized, for example
-        return Foreign(storage.name)
-    if metadata:
-        raise ArchiveError("it contains a tensor whose conjugation or negation is pending: save a clone of it")
-    return _view(storage, offset, size, stride, storage.dtype)
-
-
-def _tensor_of(
-    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, metadata: Any = None
-) -> Any:
-    """Return the tensor of these arguments of `torch._utils._rebuild_tensor_v3`, whose storage has no dtype."""
-    if storage.dtype is not torch.uint8 or not isinstance(dtype, torch.dtype) or metadata:
-        raise ArchiveError(_DAMAGED)
-    return _view(storage, offset, size, stride, dtype)
-
-
-def _view(storage: _Storage, offset: Any, size: Any, stride: Any, dtype: torch.dtype) -> _View:
-    """Return a tensor. Raises if it is not inside its storage."""
-    if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride) or len(size) > 64:
-        raise ArchiveError(_DAMAGED)
-    if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
-        raise ArchiveError(_DAMAGED)
-    elements, last = 1, offset
-    for n, step in zip(size, stride, strict=True):
-        elements *= n
-        last += (n - 1) * step
-    count = storage.count * storage.dtype.itemsize // dtype.itemsize
-    if (elements and last >= count) or elements > MOST_ELEMENTS:
-        raise ArchiveError("damaged: a tensor is larger than its storage")
-    return _View(storage, offset if elements else 0, size, stride, dtype)
-
-
-def _parameter(data: Any, *_: Any) -> Any:
-    if type(data) not in (_View, Foreign):
-        raise ArchiveError(_DAMAGED)
-    return data
-
-
-def _typed(function: Any, _cls: Any, arguments: Any, _state: Any) -> Any:
-    """Return a tensor with attributes, without the attributes."""
-    return _CALLS[function.name](*arguments) if function.name in _REBUILD else Foreign(function.name)
-
-
-def _dict(*arguments: Any) -> dict[Any, Any]:
-    """Return a dict of the arguments of OrderedDict, which can be a list of pairs in files from Python 2."""
-    pairs = arguments[0] if arguments else []
-    return {as_key(key): value for key, value in pairs}
-
-
-def _size(values: Any = ()) -> tuple[int, ...]:
-    if any(type(n) is not int for n in values):
-        raise ArchiveError(_DAMAGED)
-    return tuple(values)
-
-
-def _device(*words: Any) -> str:
-    if any(type(word) not in (str, int) for word in words):
-        raise ArchiveError(_DAMAGED)
-    return ":".join(map(str, words))
-
-
-_REBUILD: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_of,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-}
-_CALLS: dict[str, Callable[..., Any]] = {
-    **_REBUILD,
-    "torch._tensor._rebuild_from_type_v2": _typed,
-    "collections.OrderedDict": _dict,
-    "collections.defaultdict": lambda _factory=None: {},
-    "torch.Size": _size,
-    "torch.device": _device,
-}
-
-
 # ---------------------------------------------------------------- the file around it
 def _legacy(file: IO[bytes], size: int, foreign: bool) -> tuple[Any, int, _Read]:
     """Return the contents of a file of torch before 1.6, the steps of its pickle, and how to read a storage.
@@ -245,11 +84,11 @@ def _legacy(file: IO[bytes], size: int, foreign: bool) -> tuple[Any, int, _Read]
     protocol, place = _value(data, len(_LEGACY))
     machine, place = _value(data, place)
     if protocol != _LEGACY_PROTOCOL or type(machine) is not dict:
-        raise ArchiveError(_DAMAGED)
+        raise ArchiveError(DAMAGED)
     if machine.get("little_endian") is not (sys.byteorder == "little"):
         raise ArchiveError("written on a machine with another order of bytes: save it again on this kind of machine")
     steps, _ = count_steps(data, place)
-    unpickler = _TorchUnpickler(data, place, foreign)
+    unpickler = TorchUnpickler(data, place, foreign)
     values = unpickler.load()
     keys, place = _value(data, unpickler.place)
     if type(keys) is not list or not all(type(key) is str and key in unpickler.storages for key in keys):
@@ -312,7 +151,7 @@ def _zipped(file: IO[bytes], size: int, foreign: bool) -> tuple[Any, int, _Read]
     if pickled[:1] != b"\x80" or pickled[1:2] not in (b"\2", b"\3", b"\4", b"\5"):
         raise ArchiveError("damaged, or not written by torch.save")
     steps, _ = count_steps(pickled)
-    unpickler = _TorchUnpickler(pickled, 0, foreign)
+    unpickler = TorchUnpickler(pickled, 0, foreign)
     values = unpickler.load()
     return values, steps, lambda key: archive.read(f"{top}/data/{key}")
 
@@ -346,11 +185,14 @@ class _Plain:
         self.foreign = foreign
         self.left = left
         self.storages: dict[str, Tensor] = {}
+        self.kept: list[bytes | str] = []  # so that their ids stay theirs
 
     def copy(self, value: Any, depth: int) -> Any:
         if depth > DEEPEST or next(self.left, None) is None:
             raise ArchiveError(f"containers nested more than {DEEPEST} levels deep, or repeated too many times")
         kind = type(value)
+        if kind is numpy_pickle.Array and value.content is not None:
+            return self.array(value.content)
         if kind is Foreign and value.content is not None:
             kind, value = dict, value.content
         if kind is dict:
@@ -359,11 +201,13 @@ class _Plain:
             return [self.copy(item, depth + 1) for item in value]
         if kind is tuple:
             return tuple(self.copy(item, depth + 1) for item in value)
-        return self.tensor(value) if kind is _View else self.alone(value)
+        return self.tensor(value) if kind is View else self.alone(value)
 
     def alone(self, value: Any) -> Any:
         """Return a value that is neither a container nor a tensor."""
-        if type(value) is _Storage:
+        if type(value) in _NUMPY:
+            value = Foreign(_NUMPY[type(value)])
+        if type(value) is Storage:
             value = Foreign("torch.UntypedStorage")
         if type(value) is Foreign:
             if not self.foreign:
@@ -371,7 +215,22 @@ class _Plain:
             return Foreign(value.name)
         return value
 
-    def tensor(self, view: _View) -> Tensor:
+    def array(self, content: numpy_pickle.Content) -> Tensor:
+        """Return a NumPy array as a tensor. Its bytes are a storage, so that arrays with the same bytes share them."""
+        key = f"numpy {id(content.raw)}"
+        if key not in self.storages:
+            try:
+                raw = bytearray(content.raw.encode("latin1") if isinstance(content.raw, str) else content.raw)
+            except UnicodeEncodeError as error:
+                raise ArchiveError(DAMAGED) from error
+            self.storages[key] = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0).byte()
+            self.kept.append(content.raw)
+        count = len(self.storages[key]) // content.dtype.itemsize
+        return self.tensor(
+            view_of(Storage(key, content.dtype, count), 0, content.shape, content.strides, content.dtype)
+        )
+
+    def tensor(self, view: View) -> Tensor:
         key, needed = view.storage.key, view.storage.count * view.storage.dtype.itemsize
         try:
             if key not in self.storages:
@@ -385,4 +244,4 @@ class _Plain:
         except ArchiveError:
             raise
         except Exception as error:  # zipfile and torch raise many types on damaged files
-            raise ArchiveError(_DAMAGED) from error
+            raise ArchiveError(DAMAGED) from error

@@ -164,6 +164,16 @@ BESIDE = {
 }
 
 
+@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"state_dict": w, "epoch": 3}])
+def test_weights_that_are_arrays_are_read(wrap: Any, tmp_path: Path) -> None:
+    weights = {name: t.numpy() for name, t in model().state_dict().items()}
+    torch.save(wrap(weights), tmp_path / "a.pt")
+    target = model()
+    torch.nn.init.zeros_(next(target.parameters()))
+    load_weights(target, read_weights(tmp_path / "a.pt"))
+    assert all(np.array_equal(t.numpy(), weights[name]) for name, t in target.state_dict().items())
+
+
 @pytest.mark.parametrize("how", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}])
 @pytest.mark.parametrize("name", [*BESIDE, "all"])
 def test_objects_beside_the_weights_run_no_code(
