@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 12  # of the network's checks, spread evenly over the data
 LOSS_SAMPLES = 2048  # of the loss's check, spread evenly over the data
+HALF = (torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}  # relative to the largest output
 
 
@@ -37,14 +38,30 @@ def check(objective: Objective) -> None:
 
     Raises:
         ObjectiveError: If a forward pass draws random numbers or changes the weights, if two passes differ, if the
-            output of a sample depends on the other samples of its batch, or if the loss is not a mean over samples.
+            output of a sample depends on the other samples of its batch, if the loss is not a mean over samples, or if
+            the network computes in half precision.
     """
+    if objective.dtype in HALF:
+        raise ObjectiveError(
+            f"the parameters are {str(objective.dtype).removeprefix('torch.')}: half precision has too few digits for "
+            "second derivatives. Convert them, for instance with dtype=torch.float32"
+        )
     indices = spread(objective.samples, SAMPLES)
     x, y = objective.regrouped([indices]).batches[0]
     with torch.no_grad():
         outputs = _check_randomness(objective, x)
         _check_samples(objective, x, outputs)
     _check_loss(objective, outputs, y)
+
+
+def refuse_autocast(device: torch.device) -> None:
+    """Raise ObjectiveError inside `torch.autocast`: products would be rounded to half precision."""
+    if torch.is_autocast_enabled(device.type):
+        kind = str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
+        raise ObjectiveError(
+            f"torch.autocast is on ({kind}): half precision has too few digits for second derivatives. Compute outside "
+            "of torch.autocast"
+        )
 
 
 def spread(count: int, most: int) -> Tensor:
@@ -55,7 +72,10 @@ def spread(count: int, most: int) -> Tensor:
 
 # ---------------------------------------------------------------- randomness and state
 class _Refusing(TorchDispatchMode):
-    """Raise when an operation draws random numbers. `where` returns the name of the module at work."""
+    """Raise when an operation draws random numbers, or computes in half precision.
+
+    `where` returns the name of the module at work.
+    """
 
     def __init__(self, where: Callable[[], str]) -> None:
         super().__init__()
@@ -70,7 +90,14 @@ class _Refusing(TorchDispatchMode):
                 f"the forward pass draws random numbers ({name}{self.where()}): a Hessian needs a fixed function. "
                 "Switch that layer off in evaluation mode, or draw the numbers before and pass them as inputs"
             )
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype in HALF:
+            kind = str(result.dtype).removeprefix("torch.")
+            raise ObjectiveError(
+                f"the forward pass computes in {kind}{self.where()}: half precision has too few digits for second "
+                "derivatives. Switch off torch.autocast, and convert the network to float32"
+            )
+        return result
 
 
 def _is_constant(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

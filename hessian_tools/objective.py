@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hessian_tools.checks import check as check_objective
+from hessian_tools.checks import refuse_autocast
 from hessian_tools.evaluation import copy_model, evaluation_mode, twice_differentiable
 from hessian_tools.runtime.cuda import full_precision
 from hessian_tools.runtime.distributed import Group
@@ -107,6 +108,8 @@ class Objective:
             summed over the processes.
         segmentation: Runs a network of T time steps in about sqrt(T) segments where the model allows it. This takes
             less memory and more time (`hessian_tools.chain.segments`).
+        checked: Whether `hessian_tools.checks.check` is done with. If not, the first operator does it, and sets this.
+            Objectives that are made from this one (other batches, other parameters) are not checked again.
     """
 
     model: nn.Module
@@ -116,6 +119,17 @@ class Objective:
     reset: Callable[[nn.Module], None] | None = None
     group: Group | None = None
     segmentation: Segmentation | None = None
+    checked: bool = False
+
+    def check_once(self) -> None:
+        """Check the objective unless that is done (see `hessian_tools.checks.check`).
+
+        Raises:
+            ObjectiveError: If a check fails.
+        """
+        if not self.checked:
+            check_objective(self)
+            object.__setattr__(self, "checked", True)
 
     @property
     def segmented(self) -> bool:
@@ -162,7 +176,8 @@ class Objective:
         return next(iter(self.parameters.values())).device
 
     def outputs(self, x: Tensor) -> Tensor:
-        """Run a forward pass on inputs x from a reset state."""
+        """Run a forward pass on inputs x from a reset state. Raises ObjectiveError inside `torch.autocast`."""
+        refuse_autocast(self.device)
         with full_precision(self.device):
             segments = self.segmentation
             if segments is not None and not torch.is_grad_enabled() and segments.possible(self):
@@ -339,7 +354,8 @@ def make_objective(
     if not objective.samples:
         raise ValueError("no samples: the objective needs at least one batch with samples")
     if check:
-        check_objective(objective)
+        objective.check_once()
+    objective = replace(objective, checked=True)
     return objective if batch_size is None else objective.rebatched(batch_size)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hessian_tools.chain import second_order, segments
+from hessian_tools.checks import refuse_autocast
 from hessian_tools.objective import Batch, Objective, Streamed
 from hessian_tools.operators.base import Operator
 from hessian_tools.runtime.cuda import Captured, full_precision, side_stream
@@ -40,6 +41,8 @@ class CurvatureOperator(Operator):
         memory: Bytes for the kept primals.
 
     Raises:
+        ObjectiveError: If the objective was made without `make_objective` and a check fails (see
+            `hessian_tools.checks`), or from a product inside `torch.autocast`.
         FloatingPointError: From a product with the operator, if it is not finite.
     """
 
@@ -47,6 +50,7 @@ class CurvatureOperator(Operator):
         self, objective: Objective, linearize: Callable[[Objective, Batch], Map], memory: float = 4 * 2**30
     ) -> None:
         super().__init__(objective.size, objective.dtype, objective.device)
+        objective.check_once()
         self.objective = objective
         self._linearize = linearize
         self._memory = memory
@@ -102,6 +106,7 @@ class CurvatureOperator(Operator):
         return list((in_threads if self._threads else map)(product, block.unbind(1)))
 
     def _apply(self, block: Tensor) -> Tensor:
+        refuse_autocast(self.device)
         total = torch.zeros_like(block)
         with full_precision(self.device):
             for part in self._over_batches(lambda a, weight: weight * torch.stack(self._columns(a, block), 1)):
@@ -122,6 +127,7 @@ class CurvatureOperator(Operator):
         Returns:
             One tensor [B, k, k] per block, float64 on the CPU, and the number of samples [B] of each batch.
         """
+        refuse_autocast(self.device)
         self.products += sum(v.shape[1] for v in blocks)
         columns = max(1, 2**29 // (8 * self.shape[0]))
 

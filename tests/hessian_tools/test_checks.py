@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from hessian_tools.checks import ObjectiveError, check
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators.base import dense
-from hessian_tools.operators.curvature import hessian
+from hessian_tools.operators.curvature import CurvatureOperator, fisher, ggn, hessian
 from ikun.losses import LOSSES
 from ikun.networks import Network, Spec
 
@@ -282,3 +283,95 @@ def test_our_networks_pass(spec: dict[str, str]) -> None:
     size = {"channels": 3, "hidden": (6, 5), "timesteps": 3, "neuron": "lif"}
     net = Network(Spec(**{"input_shape": (1, 8, 8), "classes": 10, **size, **spec}))  # type: ignore[arg-type]
     make_objective(net, LOSSES["mse"], (torch.rand(9, 1, 8, 8), torch.arange(9)), batch_size=4)
+
+
+# ---------------------------------------------------------------- half precision
+class Mixed(nn.Module):
+    """A network whose forward pass runs under autocast, or converts to half precision by hand."""
+
+    def __init__(self, kind: torch.dtype, by_hand: bool) -> None:
+        super().__init__()
+        self.fc, self.kind, self.by_hand = nn.Linear(3, 2), kind, by_hand
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.by_hand:
+            return F.linear(x.to(self.kind), self.fc.weight.to(self.kind)).float()
+        with torch.autocast("cpu", self.kind):
+            return F.linear(x, self.fc.weight).float()
+
+
+HALF = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("kind", HALF)
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_forward_pass_in_half_precision_is_refused(kind: torch.dtype, by_hand: bool) -> None:
+    data = torch.randn(6, 3), torch.randint(2, (6,))
+    with pytest.raises(ObjectiveError, match=f"forward pass computes in {str(kind).removeprefix('torch.')}"):
+        make_objective(Mixed(kind, by_hand), F.cross_entropy, data)
+
+
+@pytest.mark.parametrize("kind", HALF)
+def test_parameters_in_half_precision_are_refused_and_convert(kind: torch.dtype) -> None:
+    data = torch.randn(6, 3), torch.randint(2, (6,))
+    model = nn.Linear(3, 2).to(kind)
+    with pytest.raises(ObjectiveError, match=f"parameters are {str(kind).removeprefix('torch.')}"):
+        make_objective(model, F.cross_entropy, data)
+    wide = make_objective(model, F.cross_entropy, data, dtype=torch.float64)
+    assert dense(hessian(wide)).isfinite().all()
+
+
+def test_products_inside_autocast_are_refused() -> None:
+    objective = make_objective(nn.Linear(3, 2), F.cross_entropy, (torch.randn(6, 3), torch.randint(2, (6,))))
+    op, v = hessian(objective), torch.randn(objective.size, 1)
+    exact = op @ v
+    with torch.autocast("cpu", torch.bfloat16):
+        for compute in (lambda: op @ v, lambda: op.batch_forms(v), objective.value_and_gradient):
+            with pytest.raises(ObjectiveError, match=r"torch.autocast is on \(bfloat16\)"):
+                compute()
+    assert (op @ v).equal(exact)
+
+
+# ---------------------------------------------------------------- objectives made by hand
+def by_hand(model: nn.Module, calls: list[int]) -> Objective:
+    """An objective without `make_objective`, whose loss counts its calls."""
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls.append(len(targets))
+        return F.cross_entropy(outputs, targets)
+
+    batches = ((torch.randn(9, 3), torch.randint(2, (9,))),)
+    return Objective(model, loss, batches, dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("factory", [hessian, ggn, fisher])
+def test_a_bare_operator_checks_its_objective(factory: Callable[[Objective], CurvatureOperator]) -> None:
+    class Centred(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - x.mean(0))
+
+    with pytest.raises(ObjectiveError, match="depends on the others"):
+        factory(by_hand(Centred(3, 2), []))
+
+
+def test_an_objective_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Objective] = []
+    monkeypatch.setattr("hessian_tools.objective.check_objective", checked.append)
+    objective = by_hand(nn.Linear(3, 2), [])
+    for factory in (hessian, hessian, ggn):
+        factory(objective)
+    ggn(objective.rebatched(4))
+    assert [id(each) for each in checked] == [id(objective)]
+    for wanted, count in ((True, 2), (False, 2)):
+        made = make_objective(nn.Linear(3, 2), F.cross_entropy, [*objective.batches], batch_size=4, check=wanted)
+        hessian(made)
+        assert len(checked) == count
+
+
+def test_an_objective_made_by_hand_has_the_same_hessian() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    objective = by_hand(model, [])
+    objective = replace(objective, batches=tuple((x.double(), y) for x, y in objective.batches))
+    made = make_objective(model, F.cross_entropy, [*objective.batches])
+    torch.testing.assert_close(dense(hessian(objective)), dense(hessian(made)))
