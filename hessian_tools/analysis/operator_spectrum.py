@@ -13,14 +13,14 @@ from hessian_tools.analysis.context import AnalysisContext, Factory, budget, req
 from hessian_tools.analysis.eigenvectors import gradient_shares, layer_shares, participation
 from hessian_tools.analysis.pyhessian import pyhessian_eigenpairs, pyhessian_trace
 from hessian_tools.analysis.round_off import relative_round_off
-from hessian_tools.analysis.sampling_error import data_errors, grouped
+from hessian_tools.analysis.sampling_error import data_errors, grouped, withheld
 from hessian_tools.analysis.settings import PROBES, STEPS, SpectrumSettings
 from hessian_tools.linalg import spectral_functions as functions
 from hessian_tools.linalg.lanczos import Eigenpairs, eigenpairs, excess, random_vector
 from hessian_tools.linalg.lanczos_quadrature import quadrature, tridiagonal
 from hessian_tools.linalg.power_iteration import power_iteration
 from hessian_tools.linalg.spectral_density import DensityEstimate, density
-from hessian_tools.linalg.trace import LEAST_PROBES, estimate, frobenius, probe_forms
+from hessian_tools.linalg.trace import LEAST_PROBES, estimate_forms, form_variance, frobenius, probe_moments
 from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator, scaled, symmetry_error
 from hessian_tools.operators.curvature import OPERATORS
@@ -103,7 +103,8 @@ def measure(
     probed = phase(
         "trace", lambda op, random: _trace_forms(objective, op, exact, spectral, settings, random, step_trace)
     )
-    probe_trace = estimate(probed["forms"], float(exact.values.sum()) if settings.backend == "own" else 0.0)
+    offset = float(exact.values.sum()) if settings.backend == "own" else 0.0
+    probe_trace = estimate_forms(probed["forms"], offset, probed.get("variance", float("nan")))
     groups = factory(grouped(objective, run.generator("groups", index)), 0)
     spread = run.phase(
         f"{name}: error from the data",
@@ -131,21 +132,26 @@ def measure(
         f"{name}: round-off", lambda: {"relative": relative_round_off(objective, factory, ends_of) if known else 0.0}
     )["relative"]
     slack = rounding * pairs.values.abs()
+    shares = spread["pairs concentration"].tolist()
+    overall = spread["trace concentration"]
+    errors = [withheld(e, share, overall) for e, share in zip(spread["pairs"].tolist(), shares, strict=True)]
     columns = zip(
         pairs.values.tolist(),
         (pairs.residuals + slack).tolist(),
-        spread["pairs"].tolist(),
+        (error for error, _ in errors),
         pairs.converged.tolist(),
         layer_shares(objective, pairs.vectors),
         (pairs.bounds + slack).tolist(),
         gradient_shares(gradient, pairs.vectors).tolist(),
         participation(pairs.vectors).tolist(),
-        spread["pairs concentration"].tolist(),
+        shares,
+        (least for _, least in errors),
         strict=True,
     )
     found = [Eigenvalue(*column) for column in columns]
     upper, lower = _two_ends(found, top, settings)
     lowest = min((e for e in found), key=lambda e: e.value)
+    error, least = withheld(spread["trace"], overall)
     record = Spectrum(
         symmetry_error=asymmetry,
         hessian_vector_products=run.phases.products - before,
@@ -156,8 +162,9 @@ def measure(
             probe_trace.stderr,
             probe_trace.ci95,
             probe_trace.probes,
-            spread["trace"],
-            spread["trace concentration"],
+            error,
+            overall,
+            least,
         ),
         frobenius_norm=frobenius(probed["squared"], exact),
         scale_free_lambda_max=free,
@@ -268,24 +275,30 @@ def _trace_forms(
     generator: torch.Generator,
     progress: Callable[[int, int, float], None],
 ) -> dict[str, Any]:
-    """Return z'Az (forms) and ||Az||^2 (squared) of `trace_probes` probes, including those of the density."""
+    """Return z'Az (forms) and ||Az||^2 (squared) of `trace_probes` probes, including those of the density.
+
+    "variance" is that of z'Az (see `form_variance`), from the probes that are not those of the density.
+    """
     if settings.backend == "pyhessian":  # its own estimator, without deflation
         forms = pyhessian_trace(objective, seed=settings.seed)
         op.products += len(forms)
         return {"forms": forms, "squared": torch.full((1,), torch.nan)}
-    quadratic, squared = [], []
+    quadratic, squared, entries, own = [], [], torch.zeros(op.shape[0], dtype=torch.float64), torch.empty(0)
     if spectral is not None:
         quadratic.append(spectral.quadratic)
         squared.append(spectral.squared)
     missing = first = max(0, settings.trace_probes - sum(len(q) for q in quadratic))
     while missing > 0:
         count = min(missing, 4)
-        q, s = probe_forms(op, count, generator, exact)
+        q, s, e = probe_moments(op, count, generator, exact)
         quadratic.append(q)
         squared.append(s)
+        entries += e
+        own = torch.cat([own, s])
         missing -= count
         progress(first - missing, first, float("nan"))
-    return {"forms": torch.cat(quadratic), "squared": torch.cat(squared)}
+    variance = form_variance(own, entries)
+    return {"forms": torch.cat(quadratic), "squared": torch.cat(squared), "variance": variance}
 
 
 def lambda_max(run: AnalysisContext, name: str, op: Operator, start: Tensor) -> float:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 GROUPS = 32  # groups of samples; a standard error is then accurate to 13%
 PROBES = 4  # probes for the trace on the complement
+CONCENTRATED = 0.3  # largest share of one group in a variance from which an interval may follow (see `concentration`)
 BOOTSTRAP_DRAWS = 400  # bootstrap samples of the groups; a standard error is then accurate to 4%
 
 
@@ -66,7 +67,8 @@ def data_errors(
 
     Returns:
         Standard errors: "pairs", a tensor [k], and "trace", a number. They are NaN for a single group. The keys
-        "pairs concentration" and "trace concentration" hold what `concentration` says of each.
+        "pairs concentration" and "trace concentration" hold what `concentration` says of each. Pass both to `withheld`
+        before an error is reported.
     """
     probes, _ = orthogonalize(rademacher(groups, PROBES, generator), exact.vectors)
     (forms, probed), counts = groups.batch_forms(pairs.vectors, probes)
@@ -98,8 +100,14 @@ def concentration(values: Tensor, counts: Tensor) -> Tensor:
     """Return the largest share of one batch in the variance between batches.
 
     With 32 equal batches of light-tailed samples the share is about 0.17. If a few samples carry most of the variance,
-    the share is large, and a standard error from the batches is unreliable: it is often far too small, because other
-    such samples are not among those drawn.
+    the share is large, and a standard error from the batches is often far too small, because other such samples are not
+    among those drawn. Few samples have few batches, whose shares are large too.
+
+    An interval of two standard errors is only right if it is withheld above `CONCENTRATED`. Measured on 15
+    distributions with 20 to 1,500 samples: an interval that is reported and misses the mean occurs in at most 8% of the
+    data sets (11 to 13% for two with infinite variance), whereas up to 94% of all intervals miss. It is withheld in 3%
+    of the data sets for normal and uniform values with 64 samples or more, 5 to 10% for exponential ones with 400 or
+    more, and nearly always for the curvature of a well-fitted cross-entropy.
 
     Args:
         values: Batch means [B, k].
@@ -112,6 +120,20 @@ def concentration(values: Tensor, counts: Tensor) -> Tensor:
     squares = counts[:, None] * centred.square()
     shares: Tensor = squares.amax(0) / squares.sum(0) if len(counts) > 1 else torch.full_like(values[0], torch.nan)
     return shares
+
+
+def withheld(error: float, *shares: float) -> tuple[float, float]:
+    """Separate standard errors that give an interval from those that are only lower limits.
+
+    Args:
+        error: Standard error over the data.
+        shares: Its concentration, NaN if the batches do not differ. For an eigenvalue also that of the trace: samples
+            that are not among those drawn can bring other eigenvectors.
+
+    Returns:
+        The standard error and the lower limit. One of them is NaN.
+    """
+    return (error, math.nan) if all(share <= CONCENTRATED for share in shares) else (math.nan, error)
 
 
 def standard_error(values: Tensor, counts: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hessian_tools.results.spectrum import Spectrum, SpectrumResult
 
-CONCENTRATED = 0.3  # share of one group of samples in a variance: light tails exceed it in 2 to 9% of data sets
+CONCENTRATED = 0.3  # share of one group in a variance, as in `sampling_error.CONCENTRATED` (this module needs no torch)
 CHANCE = 2.0  # an accuracy below this multiple of guessing counts as not learned
 
 
@@ -50,6 +50,11 @@ def _warnings(result: SpectrumResult) -> Iterator[str]:
     name, spectrum = result.main
     if said := learned_nothing(result.accuracy, result.loss, result.network.get("classes"), result.activity):
         yield said
+    if result.dtype in ("float16", "bfloat16"):
+        yield (
+            f"All numbers were computed in {result.dtype}, which has too few digits for second derivatives. Compute in "
+            "float32 or float64."
+        )
     pairs = (*spectrum.eigenvalues, *spectrum.smallest_eigenvalues)
     if all(p.value == 0 for p in pairs):
         yield f"The {name} is zero: no surrogate gradient reaches these weights. A layer may be far from its threshold."
@@ -69,7 +74,8 @@ def _warnings(result: SpectrumResult) -> Iterator[str]:
         if lost := sum(not p.converged for p in (*s.eigenvalues, *s.smallest_eigenvalues)):
             yield f"{lost} eigenvalue(s) of the {kind} did not converge. They are only accurate to their residual."
     top = spectrum.eigenvalues[0]
-    if math.isnan(top.data_stderr):
+    low = spectrum.smallest_eigenvalues[0] if spectrum.smallest_eigenvalues else None
+    if math.isnan(top.data_stderr) and math.isnan(top.data_stderr_least):
         yield "A single sample gives no standard error from the data. Use more samples before you draw conclusions."
     elif top.data_stderr > 0.1 * abs(top.value):
         samples = result.data.get("samples")
@@ -78,14 +84,12 @@ def _warnings(result: SpectrumResult) -> Iterator[str]:
             f"lambda_max has a {percent_of(top.data_stderr, top.value)} standard error from the data{counted}. Use "
             "more samples before ranking networks by it."
         )
-    shares = {"lambda_max": top.data_concentration}
-    if spectrum.trace is not None:
-        shares["the trace"] = spectrum.trace.data_concentration
-    if heavy := {what: share for what, share in shares.items() if share > CONCENTRATED}:
-        carried = " and ".join(f"{share:.0%} of the variance of {what}" for what, share in heavy.items())
+    numbers = {"lambda_max": top, "lambda_min": low, "the trace": spectrum.trace}
+    if heavy := {what: n for what, n in numbers.items() if n and n.data_concentration > CONCENTRATED}:
+        carried = _listed([f"{n.data_concentration:.0%} of the variance of {what}" for what, n in heavy.items()])
         yield (
-            f"A few samples decide: one group of them carries {carried}. The standard errors from the data are "
-            "unreliable and probably too small. Use more samples."
+            f"A few samples decide: one group of them carries {carried}. Standard errors from the data with > are only "
+            "lower limits, and no interval follows from them. Use more samples."
         )
     damping = result.settings.get("damping")
     for kind, s in result.spectra.items():
@@ -126,6 +130,11 @@ def _warnings(result: SpectrumResult) -> Iterator[str]:
             yield f"{values['dead']:.0%} of the neurons of {layer} never fire on these samples."
     if result.training.get("failures"):
         yield "Training reported: " + "; ".join(str(f) for f in result.training["failures"]) + "."
+
+
+def _listed(parts: list[str]) -> str:
+    """Join parts as in "a, b and c"."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def is_spiking(result: SpectrumResult) -> bool:

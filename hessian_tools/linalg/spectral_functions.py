@@ -2,7 +2,7 @@
 
 tr f(A) is the sum of f over the k deflated eigenvalues plus P - k times the quadrature of f by a probe on the
 complement (Ubaru, Chen & Saad 2017). Confidence intervals are over the probes. They do not contain the error from the
-number of Lanczos steps, which is reported separately as the change from half of the steps. With fewer than 10 probes
+number of Lanczos steps, which is reported separately as the change from half of the steps. With fewer than 24 probes
 there is a standard error but no interval.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hessian_tools.linalg.spectral_density import DensityEstimate
-from hessian_tools.linalg.trace import TraceEstimate, estimate
+from hessian_tools.linalg.trace import TraceEstimate, estimate_forms
 from hessian_tools.results.spectrum import Functional
 
 
@@ -69,7 +69,7 @@ def negative_share(density: DensityEstimate, size: int) -> Functional:
         both = _traces(torch.abs, nodes, weights, size)
         mean = float(both.mean()) or 1.0
         ratio = float(negative.mean()) / mean
-        return estimate((negative - ratio * both) / mean, ratio)
+        return estimate_forms((negative - ratio * both) / mean, ratio)
 
     fine, coarse = (share(*part) for part in _quadratures(density))
     return _functional(density, fine, coarse, _clipped(fine.ci95, 0.0, 1.0))
@@ -89,7 +89,7 @@ def _definite(f: Callable[[Tensor], Tensor], density: DensityEstimate, size: int
             f"A + zI may not be positive definite: the lowest eigenvalue found is {lowest:.3g}, with an uncertainty of "
             f"{slack:.3g}, so the damping z must exceed {slack - lowest:.3g}, but it is {z:.3g}"
         )
-    fine, coarse = (estimate(_traces(f, *part, size)) for part in _quadratures(density))
+    fine, coarse = (estimate_forms(_traces(f, *part, size)) for part in _quadratures(density))
     return _functional(density, fine, coarse, fine.ci95, z)
 
 

@@ -23,7 +23,9 @@ class Metric:
         stderr: Standard error over the random numbers named in `over`.
         ci95: 95% confidence interval over probes or draws. For `over` equal to "residual" or "search" it is an error
             bound instead.
-        data_stderr: Standard error over the data: for other samples from the same distribution.
+        data_stderr: Standard error over the data: for other samples from the same distribution. NaN where it is only
+            known from below.
+        data_stderr_least: Lower limit in place of `data_stderr`, where a few samples carry the variance.
         over: Source of the error in `stderr` and `ci95`: "residual", "probes", "draws" or "search".
         valid: Which loss the metric describes: SURROGATE, MATCHED, TRUE, BOUND or MIXED.
         meaning: Formula, with its radius or noise scale.
@@ -51,6 +53,7 @@ class Metric:
     parts: dict[str, float] = field(default_factory=dict)
     pairs: tuple[float, ...] = ()
     groups: tuple[float, ...] = ()
+    data_stderr_least: float = NAN
 
 
 FLATNESS_SCHEMA = "ikun-hessian/flatness/1"

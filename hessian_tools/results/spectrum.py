@@ -29,7 +29,9 @@ class Eigenvalue:
     Attributes:
         value: Ritz value. For the samples used, an eigenvalue lies within `residual` of it.
         residual: ||Av - value v||.
-        data_stderr: Standard error of `value` as an estimate for the whole data distribution.
+        data_stderr: Standard deviation of `value` over other sets of as many samples. It is NaN where it is only known
+            from below (see `data_stderr_least`), and for a single sample. The bias of an extreme eigenvalue is not in
+            it: those of few samples lie too far out on average.
         converged: Whether the residual meets the tolerance.
         layers: Share of each parameter tensor in the squared norm of v, by name.
         bound: Error bound by Kato and Temple, residual^2 / gap, if that is smaller than the residual. The gap is
@@ -37,8 +39,10 @@ class Eigenvalue:
         gradient: Share of the squared norm of the gradient that lies along v.
         participation: Participation ratio 1 / (P sum v_i^4): 1 if all weights take part equally, 1/P for a single
             weight.
-        data_concentration: Largest share of one group of samples in the variance behind `data_stderr`. Above about
-            0.3, a few samples carry the variance, and `data_stderr` is unreliable.
+        data_concentration: Largest share of one group of samples in the variance behind `data_stderr`.
+        data_stderr_least: The standard deviation over the data is at least about this. Given in place of `data_stderr`
+            if the share is above 0.3, here or for the trace: a few samples carry the variance, and an interval would
+            often miss.
     """
 
     value: float
@@ -50,6 +54,7 @@ class Eigenvalue:
     gradient: float = math.nan
     participation: float = math.nan
     data_concentration: float = math.nan
+    data_stderr_least: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,9 @@ class Trace:
         stderr: Standard error over the probes.
         ci95: 95% confidence interval over the probes.
         probes: Number of probes.
-        data_stderr: Standard error over the data.
+        data_stderr: Standard error over the data, NaN where it is only known from below.
         data_concentration: Largest share of one group of samples in the variance behind `data_stderr`.
+        data_stderr_least: Lower limit in place of `data_stderr`, as for an eigenvalue.
     """
 
     estimate: float
@@ -131,6 +137,7 @@ class Trace:
     probes: int
     data_stderr: float
     data_concentration: float = math.nan
+    data_stderr_least: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -304,7 +311,7 @@ def save_spectrum(result: SpectrumResult, stem: str | Path) -> list[Path]:
         for kind in ("eigenvalues", "smallest_eigenvalues"):
             pairs: tuple[Eigenvalue, ...] = getattr(spectrum, kind)
             arrays[f"{name}.{kind}"] = np.array([p.value for p in pairs])
-            for part in ("residual", "bound", "data_stderr", "gradient", "participation"):
+            for part in ("residual", "bound", "data_stderr", "data_stderr_least", "gradient", "participation"):
                 arrays[f"{name}.{kind}.{part}"] = np.array([getattr(p, part) for p in pairs])
             arrays[f"{name}.{kind}.layers"] = np.array([list(p.layers.values()) for p in pairs])
         if spectrum.vectors is not None:

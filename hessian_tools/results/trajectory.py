@@ -127,7 +127,12 @@ def epoch(result: SpectrumResult) -> int:
 
 
 def trace_error(trace: Trace) -> float:
-    """Return the standard error over data and probes combined, as far as both are known."""
+    """Return the standard error over data and probes combined, as far as both are known.
+
+    It is NaN if that over the data is only known from below.
+    """
+    if math.isfinite(trace.data_stderr_least):
+        return math.nan
     known = [e for e in (trace.stderr, trace.data_stderr) if math.isfinite(e)]
     return math.hypot(*known) if known else math.nan
 

@@ -16,7 +16,8 @@ COLUMNS = f"{'':<27}{'value':>11} {'95% interval':<21}{'data error':>10}{'cost':
 COLUMN, PER_BLOCK = 17, 3  # tables of several checkpoints: width of a column, checkpoints per block
 LEGEND = (
     "95% interval: from the residual for lambda_max and lambda_1/lambda_5, over random probes for traces and functions "
-    "of the spectrum, over draws of noise for the spiking loss. data error: standard error over the data. ascent: "
+    "of the spectrum, over draws of noise for the spiking loss. data error: standard error over the data; > if "
+    "only a lower limit is known, because a few samples carry it. ascent: "
     "along surrogate gradients. search: with forward passes only. cost: products with the operator (p), gradients (g) "
     "and forward passes (f) over all samples, in addition to those of the rows above."
 )
@@ -103,7 +104,7 @@ def _title(name: str) -> str:
 def _row(name: str, m: Metric, text: str) -> list[str]:
     """Return the numbers of a metric, and below them what they mean or why they are missing."""
     cost = " ".join(f"{n}{kind}" for n, kind in ((m.products, "p"), (m.gradients, "g"), (m.forwards, "f")) if n)
-    line = f"{shortened(name, 27):<27}{_value(m.value):>11} {_ends(m.ci95):<21}{_error(m.data_stderr):>10}"
+    line = f"{shortened(name, 27):<27}{_value(m.value):>11} {_ends(m.ci95):<21}{_data_error(m):>10}"
     line += f"{cost or '-':>10}"
     if "ascent" in m.parts and math.isfinite(m.value):
         found = ", ".join(f"{kind} {_value(m.parts[kind], 3)}" for kind in ("ascent", "search"))
@@ -121,6 +122,11 @@ def _value(x: float, digits: int = 5) -> str:
 def _error(x: float) -> str:
     """Format a standard error."""
     return _value(x, 3 if 100 <= x < 1000 else 2)
+
+
+def _data_error(m: Metric) -> str:
+    """Format the standard error over the data, or its lower limit as "> x"."""
+    return f"> {_error(m.data_stderr_least)}" if math.isfinite(m.data_stderr_least) else _error(m.data_stderr)
 
 
 def _ends(ci95: tuple[float, float]) -> str:
@@ -153,6 +159,11 @@ def flatness_cautions(r: FlatnessResult) -> Iterator[str]:
         yield (
             f"lambda_max of the GGN has a standard error over the data of {top.data_stderr / abs(top.value):.0%} "
             f"({r.data['samples']} samples). Use more samples before comparing networks by it."
+        )
+    if math.isfinite(top.data_stderr_least):
+        yield (
+            f"lambda_max of the GGN has a standard error over the data of at least {top.data_stderr_least:.2g}: a few "
+            f"of the {r.data['samples']} samples carry it, so no interval follows from it. Use more samples."
         )
     trace = r.main["hessian trace"]
     if trace.value < 0:
@@ -264,7 +275,7 @@ def _table(found: Sequence[FlatnessResult], apart: bool) -> Iterator[str]:
 def _cell(m: Metric) -> str:
     """Format a value and its standard error over data, draws and probes, with as many digits as fit."""
     errors = [e for e in (m.stderr, m.data_stderr) if math.isfinite(e)]
-    if not errors or not math.isfinite(m.value):
+    if not errors or not math.isfinite(m.value) or math.isfinite(m.data_stderr_least):
         return _value(m.value, 4)
     cells = [f"{_value(m.value, digits)} +- {math.hypot(*errors):.1g}" for digits in (3, 2, 1)]
     return next((cell for cell in cells if len(cell) < COLUMN), cells[-1])
@@ -313,6 +324,6 @@ def _confounds(found: Sequence[FlatnessResult], apart: Sequence[str]) -> Iterato
     if len({r.main["ggn lambda_max"].value for r in found}) > 1 and found[0].settings.get("damping") is None:
         yield "log det uses a damping of 1% of each network's lambda_max: set --damping to compare it."
     yield (
-        "+-: one standard error over the data and over draws or probes, for these weights. It does not include the "
-        "variation between seeds."
+        "+-: one standard error over the data and over draws or probes, for these weights. It is left out where a few "
+        "samples carry it. It does not include the variation between seeds."
     )

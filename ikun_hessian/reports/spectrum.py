@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from hessian_tools.analysis.warnings import is_spiking, percent_of
-from hessian_tools.linalg.mean_interval import LEAST_VALUES
+from hessian_tools.linalg.trace import LEAST_FORMS
 from hessian_tools.results.comparability import by_method, common_operators, method_of
 from hessian_tools.results.spectrum import Eigenvalue, Functional, SpectrumResult, Trace
 from ikun_hessian.reports.header import not_learned, opened
@@ -57,7 +57,7 @@ def _rows(pairs: tuple[Eigenvalue, ...], start: int, step: int, width: int) -> I
     for i, p in enumerate(pairs):
         layer, share = max(p.layers.items(), key=lambda item: item[1]) if p.layers else ("-", math.nan)
         yield (
-            f"{start + step * i:>{width}} {p.value:>11.5g} {p.residual:>8.1e} {_error(p.data_stderr):>10} "
+            f"{start + step * i:>{width}} {p.value:>11.5g} {p.residual:>8.1e} {_error(p):>10} "
             f"{'yes' if p.converged else 'NO':>9} {_percent(p.gradient):>8}  {shortened(layer, 22 - width)} {share:.0%}"
         )
 
@@ -75,7 +75,8 @@ def _table(r: SpectrumResult) -> list[str]:
             lines += ["  ..."]
             lines += _rows(s.smallest_eigenvalues, r.num_parameters, -1, width)
     legend = (
-        "data error: standard error over the data. gradient: squared cosine between the gradient and the eigenvector. "
+        "data error: standard error over the data; > if only a lower limit is known, because a few samples carry it. "
+        "gradient: squared cosine between the gradient and the eigenvector. "
         "main layer: the layer with the largest share of the eigenvector."
     )
     return [*lines, *paragraph(legend)]
@@ -120,9 +121,9 @@ def _blocks(r: SpectrumResult) -> list[str]:
     lines.append(f"{'layer':<14} {'P':>9} {'lambda_max':>19} {'lambda_min':>10} {'trace':>21}")
     for name, s in r.blocks.items():
         size = sum(n for parameter, n in r.parameters.items() if parameter.rpartition(".")[0] in (name, ""))
-        top = _with_error(s.eigenvalues[0].value, s.eigenvalues[0].data_stderr)
+        top = _with_error(s.eigenvalues[0].value, s.eigenvalues[0])
         low = f"{s.smallest_eigenvalues[0].value:.3g}" if s.smallest_eigenvalues else "-"
-        trace = _with_error(s.trace.estimate, s.trace.data_stderr) if s.trace else "-"
+        trace = _with_error(s.trace.estimate, s.trace) if s.trace else "-"
         lines.append(f"{shortened(name, 14):<14} {size:>9,} {top:>19} {low:>10} {trace:>21}")
     return lines
 
@@ -135,7 +136,7 @@ def _traces(r: SpectrumResult) -> list[str]:
             t = s.trace
             interval = _interval(t.ci95)
             lines.append(
-                f"{name:<9}{t.estimate:>11.5g}  {interval:<24}{_error(t.data_stderr):>11}  "
+                f"{name:<9}{t.estimate:>11.5g}  {interval:<24}{_error(t):>11}  "
                 f"{t.estimate / r.num_parameters:>9.2e}  {s.frobenius_norm:>9.4g}"
             )
     if any(s.trace is not None and math.isnan(s.trace.ci95[0]) for s in r.spectra.values()):
@@ -151,7 +152,7 @@ def _traces(r: SpectrumResult) -> list[str]:
     return lines
 
 
-_FEW = f"-: fewer than {LEAST_VALUES} probes give no 95% interval"
+_FEW = f"-: fewer than {LEAST_FORMS} probes give no 95% interval"
 _GGN = (
     " The GGN leaves them out and keeps only the curvature of the loss in the outputs; it has no negative eigenvalues "
     "if the loss is convex in the outputs."
@@ -237,8 +238,8 @@ def compare_lines(labelled: list[tuple[str, SpectrumResult]]) -> list[str]:
         for label, r in labelled:
             s = r.spectra[kind]
             low = f"{s.smallest_eigenvalues[0].value:.3g}" if s.smallest_eigenvalues else "-"
-            trace = _with_error(s.trace.estimate, s.trace.data_stderr) if s.trace else "-"
-            top = _with_error(s.eigenvalues[0].value, s.eigenvalues[0].data_stderr)
+            trace = _with_error(s.trace.estimate, s.trace) if s.trace else "-"
+            top = _with_error(s.eigenvalues[0].value, s.eigenvalues[0])
             lines.append(
                 f"{shortened(label, width):<{width}} {top:>19} {s.scale_free_lambda_max:>10.3g} {low:>10} {trace:>21}"
             )
@@ -253,7 +254,8 @@ def compare_lines(labelled: list[tuple[str, SpectrumResult]]) -> list[str]:
 
 
 _ERRORS = (
-    "+-: one standard error over the data for these weights. It does not include the variation between seeds. "
+    "+-: one standard error over the data for these weights, (>): at least that, because a few samples carry it. It "
+    "does not include the variation between seeds. "
     "scale-free: with the weights in units of their filter norm; use it if the weights are followed by a BatchNorm."
 )
 _METHODS = (
@@ -283,9 +285,11 @@ def _two_methods(ours: SpectrumResult, theirs: SpectrumResult, kinds: list[str])
     return lines
 
 
-def _with_error(value: float, error: float) -> str:
-    """Format a value and its standard error, if known."""
-    return f"{value:.3g}" if math.isnan(error) else f"{value:.3g} +- {error:.1g}"
+def _with_error(value: float, e: Eigenvalue | Trace) -> str:
+    """Format a value and its standard error over the data, if known, or the lower limit of that."""
+    if not math.isnan(e.data_stderr_least):
+        return f"{value:.3g} (> {e.data_stderr_least:.1g})"
+    return f"{value:.3g}" if math.isnan(e.data_stderr) else f"{value:.3g} +- {e.data_stderr:.1g}"
 
 
 def _number(value: float) -> str:
@@ -298,9 +302,11 @@ def _interval(ci95: tuple[float, float]) -> str:
     return "-" if math.isnan(ci95[0]) else f"[{ci95[0]:.5g}, {ci95[1]:.5g}]"
 
 
-def _error(value: float) -> str:
-    """Format a standard error, "-" if it is unknown."""
-    return "-" if math.isnan(value) else f"{value:.2g}"
+def _error(e: Eigenvalue | Trace) -> str:
+    """Format the standard error over the data, its lower limit as "> x", or "-" if it is unknown."""
+    if not math.isnan(e.data_stderr_least):
+        return f"> {e.data_stderr_least:.2g}"
+    return "-" if math.isnan(e.data_stderr) else f"{e.data_stderr:.2g}"
 
 
 def _percent(value: float) -> str:

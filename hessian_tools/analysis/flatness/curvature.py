@@ -14,12 +14,12 @@ from torch import Tensor
 from hessian_tools.analysis.context import AnalysisError, Factory, budget, require_symmetry
 from hessian_tools.analysis.flatness.context import Work
 from hessian_tools.analysis.flatness.relative import fisher_rao, matrices, relative_flatness
-from hessian_tools.analysis.sampling_error import data_errors, grouped
+from hessian_tools.analysis.sampling_error import data_errors, grouped, withheld
 from hessian_tools.analysis.settings import PROBES, STEPS
 from hessian_tools.linalg import spectral_functions as functions
 from hessian_tools.linalg.lanczos import Eigenpairs, eigenpairs
 from hessian_tools.linalg.spectral_density import DensityEstimate, density
-from hessian_tools.linalg.trace import estimate, probe_forms
+from hessian_tools.linalg.trace import estimate_forms, form_variance, probe_moments
 from hessian_tools.operators.base import Operator, symmetry_error
 from hessian_tools.operators.curvature import CurvatureOperator, fisher, hessian
 from hessian_tools.perturbation import filter_norms
@@ -129,30 +129,43 @@ def _ends_and_trace(
     report = work.report(f"{name}{kind}: trace")
 
     def forms(op: Operator, random: torch.Generator) -> dict[str, Any]:
-        rows = []
+        rows, entries = [], torch.zeros(op.shape[0], dtype=torch.float64)
         for done in range(0, work.settings.probes, 4):
-            rows.append(torch.stack(probe_forms(op, min(4, work.settings.probes - done), random, exact)))
+            *row, some = probe_moments(op, min(4, work.settings.probes - done), random, exact)
+            rows.append(torch.stack(row))
+            entries += some
             report(done + rows[-1].shape[1], work.settings.probes)
         both = torch.cat(rows, 1)
-        return {"forms": both[0], "squared": both[1]}
+        return {"forms": both[0], "squared": both[1], "variance": form_variance(both[1], entries)}
 
     probed = phase("trace", op, forms)
     value, residual = float(pairs.values[0]), float(pairs.residuals[0])
     note = "" if bool(pairs.converged[0]) else "not converged: an eigenvalue lies within the interval"
     if pairs.norm == 0:
         note = "the operator is zero: no surrogate gradient reaches these weights"
+    overall = spread["trace concentration"]
+    error, least = withheld(float(spread["pairs"][0]), float(spread["pairs concentration"][0]), overall)
     found[f"lambda_max{kind}"] = Metric(
         value,
         ci95=(value - residual, value + residual),
-        data_stderr=float(spread["pairs"][0]),
+        data_stderr=error,
         over="residual",
         valid=valid,
         products=products,
         note=note,
+        data_stderr_least=least,
     )
-    trace = estimate(probed["forms"], float(exact.values.sum()))
+    trace = estimate_forms(probed["forms"], float(exact.values.sum()), probed.get("variance", math.nan))
+    error, least = withheld(spread["trace"], overall)
     found[f"trace{kind}"] = Metric(
-        trace.estimate, trace.stderr, trace.ci95, spread["trace"], "probes", valid, products=work.settings.probes
+        trace.estimate,
+        trace.stderr,
+        trace.ci95,
+        error,
+        "probes",
+        valid,
+        products=work.settings.probes,
+        data_stderr_least=least,
     )
     return pairs, probed["squared"]
 
@@ -163,7 +176,7 @@ def _spectral(pairs: Eigenpairs, squared: Tensor) -> dict[str, Metric]:
     if len(pairs.values) >= 5 and float(pairs.values[4] - pairs.residuals[4]) > 0:
         (first, fifth), (r, s) = pairs.values[[0, 4]].tolist(), pairs.residuals[[0, 4]].tolist()
         ratio = Metric(first / fifth, ci95=((first - r) / (fifth + s), (first + r) / (fifth - s)), over="residual")
-    square = estimate(squared, float(pairs.values[pairs.converged].square().sum()))
+    square = estimate_forms(squared, float(pairs.values[pairs.converged].square().sum()))
     norm, low, high = (math.sqrt(max(x, 0.0)) for x in (square.estimate, *square.ci95))  # NaN stays NaN
     frobenius = Metric(norm, square.stderr / (2 * norm) if norm else 0.0, (low, high), over="probes")
     meanings = "ratio of the first to the fifth eigenvalue", "Frobenius norm"

@@ -169,7 +169,9 @@ def test_the_data_error_is_the_spread_over_disjoint_samples() -> None:
         trace_errors.append(found.trace.data_stderr)
     for values, errors in ((tops, top_errors), (traces, trace_errors)):
         spread = torch.tensor(values).std().item()
-        assert 0.5 <= torch.tensor(errors).mean().item() / spread <= 2
+        told = torch.tensor(errors)[torch.tensor(errors).isfinite()]  # with 96 samples some are withheld
+        assert len(told) >= 10
+        assert 0.5 <= told.mean().item() / spread <= 2
 
 
 def test_one_sample_has_no_error_and_says_so() -> None:

@@ -34,7 +34,8 @@ def test_results_round_trip_and_carry_their_schema(tmp_path: Path) -> None:
     hessian = raw["spectra"]["hessian"]
     for key in ("value", "residual", "data_stderr", "converged"):
         assert key in hessian["eigenvalues"][0]
-    assert set(hessian["trace"]) == {"estimate", "stderr", "ci95", "probes", "data_stderr", "data_concentration"}
+    data = {"data_stderr", "data_concentration", "data_stderr_least"}
+    assert set(hessian["trace"]) == {"estimate", "stderr", "ci95", "probes", *data}
     assert {"nodes", "weights", "probes", "steps"} <= set(hessian["density"])
     for key in ("checkpoint", "data", "num_parameters", "loss", "gradient_norm", "dtype", "device", "seed", "versions"):
         assert key in raw
