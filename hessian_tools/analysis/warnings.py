@@ -74,7 +74,6 @@ def _warnings(result: SpectrumResult) -> Iterator[str]:
         if lost := sum(not p.converged for p in (*s.eigenvalues, *s.smallest_eigenvalues)):
             yield f"{lost} eigenvalue(s) of the {kind} did not converge. They are only accurate to their residual."
     top = spectrum.eigenvalues[0]
-    low = spectrum.smallest_eigenvalues[0] if spectrum.smallest_eigenvalues else None
     if math.isnan(top.data_stderr) and math.isnan(top.data_stderr_least):
         yield "A single sample gives no standard error from the data. Use more samples before you draw conclusions."
     elif top.data_stderr > 0.1 * abs(top.value):
@@ -84,7 +83,8 @@ def _warnings(result: SpectrumResult) -> Iterator[str]:
             f"lambda_max has a {percent_of(top.data_stderr, top.value)} standard error from the data{counted}. Use "
             "more samples before ranking networks by it."
         )
-    numbers = {"lambda_max": top, "lambda_min": low, "the trace": spectrum.trace}
+    lowest = spectrum.smallest_eigenvalues[0] if spectrum.smallest_eigenvalues else None
+    numbers = {"lambda_max": top, "lambda_min": lowest, "the trace": spectrum.trace}
     if heavy := {what: n for what, n in numbers.items() if n and n.data_concentration > CONCENTRATED}:
         carried = _listed([f"{n.data_concentration:.0%} of the variance of {what}" for what, n in heavy.items()])
         yield (
