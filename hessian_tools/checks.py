@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hessian_tools.evaluation import copy_model
+from hessian_tools import nested
+from hessian_tools.evaluation import copy_model, observable, twice_differentiable
+from hessian_tools.io.errors import ParameterError
 
 if TYPE_CHECKING:
     from hessian_tools.objective import Objective
@@ -26,7 +28,7 @@ HALF = (torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}  # relative to the largest output
 
 
-class ObjectiveError(ValueError):
+class ObjectiveError(ParameterError):
     """The model or the loss does not define a mean over independent samples; one line that says why and what to do."""
 
 
@@ -49,7 +51,8 @@ def check(objective: Objective) -> None:
     indices = spread(objective.samples, SAMPLES)
     x, y = objective.regrouped([indices]).batches[0]
     with torch.no_grad():
-        outputs = _check_randomness(objective, x)
+        outputs = deterministic(objective.model, objective.outputs, x)
+        _check_shape(outputs, nested.sample_count(x))
         _check_samples(objective, x, outputs)
     _check_loss(objective, outputs, y)
 
@@ -121,7 +124,7 @@ def _module_names(model: nn.Module) -> Iterator[Callable[[], str]]:
     def entering(label: str) -> Callable[..., None]:
         return lambda *_: stack.append(label)
 
-    for name, module in model.named_modules():
+    for name, module in observable(model):
         label = f" in '{name}' ({type(module).__name__})" if name else ""
         handles.append(module.register_forward_pre_hook(entering(label)))
         handles.append(module.register_forward_hook(leave, always_call=True))
@@ -132,53 +135,65 @@ def _module_names(model: nn.Module) -> Iterator[Callable[[], str]]:
             handle.remove()
 
 
-@contextmanager
-def refuse_randomness(model: nn.Module) -> Iterator[None]:
-    """Raise ObjectiveError, with the layer's name, if the model draws random numbers inside the context."""
-    with _module_names(model) as where, _Refusing(where):
-        yield
+def deterministic(model: nn.Module, forward: Callable[[Any], Any], x: Any) -> Any:
+    """Check that a forward pass draws no random numbers, keeps no state and does not change the weights.
 
+    Args:
+        model: The model.
+        forward: Runs the model on inputs.
+        x: Inputs of a few samples.
 
-def _check_randomness(objective: Objective, x: Tensor) -> Tensor:
-    """Return the outputs at x; refuse random operations, changed weights, and two passes that differ."""
-    before = [p.detach().clone() for p in objective.model.parameters()]
-    with _module_names(objective.model) as where, _Refusing(where):
-        outputs = objective.outputs(x)
-    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
-        kind = f"{outputs.dtype} tensor" if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ObjectiveError(f"the network returns a {kind}: one floating-point tensor is needed")
-    if outputs.dim() < 1 or len(outputs) != len(x):
-        raise ObjectiveError(
-            f"the network returns outputs of shape {list(outputs.shape)} for {len(x)} samples: the first axis must "
-            "count the samples"
-        )
-    again = objective.outputs(x)
-    if any(not torch.equal(a, b) for a, b in zip(before, objective.model.parameters(), strict=True)):
+    Returns:
+        What the forward pass returns.
+
+    Raises:
+        ObjectiveError: If a check fails.
+    """
+    before = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        with _module_names(model) as where, _Refusing(where):
+            outputs = forward(x)
+        again = forward(x)
+    if any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)):
         raise ObjectiveError("a forward pass changes the network's parameters: the Hessian at fixed weights needs none")
-    if _distance(outputs, again) > 1e-5:
+    if isinstance(outputs, Tensor) and (again.shape != outputs.shape or _distance(outputs, again) > 1e-5):
         raise ObjectiveError(
-            "two forward passes on the same inputs give different outputs. The model keeps state between calls, or "
-            "draws random numbers outside torch: pass `reset`, which clears the state, and encode inputs beforehand"
+            "two forward passes on the same inputs give different outputs. The model keeps state between calls: give "
+            "{reset}, a function of the model that clears it. Or it draws random numbers outside torch: draw them "
+            "before and pass them as inputs",
+            reset=...,
         )
     return outputs
 
 
+def _check_shape(outputs: Any, count: int) -> None:
+    """Refuse outputs that are not one floating-point tensor with one entry per sample."""
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+        kind = f"{outputs.dtype} tensor" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ObjectiveError(f"the network returns a {kind}: one floating-point tensor is needed")
+    if outputs.dim() < 1 or len(outputs) != count:
+        raise ObjectiveError(
+            f"the network returns outputs of shape {list(outputs.shape)} for {count} samples: the first axis must "
+            "count the samples"
+        )
+
+
 # ---------------------------------------------------------------- independent samples
-def _check_samples(objective: Objective, x: Tensor, outputs: Tensor) -> None:
+def _check_samples(objective: Objective, x: Any, outputs: Tensor) -> None:
     """Refuse a network in which the output of a sample depends on the others: in other orders and other sizes."""
-    if len(x) < 2:
+    n = len(outputs)
+    if n < 2:
         return
     run, x, outputs = _in_double(objective, x, outputs)
     limit = TOLERANCE.get(outputs.dtype, 1e-2)
-    n = len(x)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(x.device)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(outputs.device)
     few, rest = order[: n // 3], order[n // 3 :]  # every sample once more, in smaller company
     groups = ((order, "their order"), (few, "the others"), (rest, "the others"), (order[:1], "the others"))
     for index, what in groups:
         if not len(index):
             continue
         try:
-            found = run(x[index])
+            found = run(nested.selected(x, index))
         except (RuntimeError, ValueError, IndexError):
             if len(index) > 1:
                 raise
@@ -192,7 +207,7 @@ def _check_samples(objective: Objective, x: Tensor, outputs: Tensor) -> None:
             )
 
 
-def _in_double(objective: Objective, x: Tensor, outputs: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
+def _in_double(objective: Objective, x: Any, outputs: Tensor) -> tuple[Callable[[Any], Tensor], Any, Tensor]:
     """Return (forward, inputs, outputs) in float64 where the model runs in it, so that round-off flips no spikes."""
     if outputs.dtype == torch.float64:
         return objective.outputs, x, outputs
@@ -200,12 +215,13 @@ def _in_double(objective: Objective, x: Tensor, outputs: Tensor) -> tuple[Callab
         if objective.reset is not None:
             objective.reset(objective.model)
         model = copy_model(objective.model).double()
-        wide = x.double() if x.is_floating_point() else x
+        wide = nested.converted(x, outputs.double())
 
-        def run(part: Tensor) -> Tensor:
+        def run(part: Any) -> Tensor:
             if objective.reset is not None:
                 objective.reset(model)
-            out: Tensor = model(part)
+            with twice_differentiable():
+                out: Tensor = nested.call(model, part)
             return out
 
         found = run(wide)

@@ -1,14 +1,21 @@
-"""Copy a model, evaluate it with the surrogate gradients of spiking neurons on, and give it second derivatives."""
+"""Copy a model, evaluate it with the surrogate gradients of spiking neurons on, and give it second derivatives.
+
+The loss is evaluated in float64.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 # Base classes of the spiking neurons of SpikingJelly, snnTorch and others, by name: no library is imported here.
 NEURON_CLASSES = frozenset({"BaseNode", "SpikingNeuron", "Neuron", "SNNCell", "SNN"})
@@ -41,9 +48,19 @@ def copy_model(model: nn.Module) -> nn.Module:
     """
     held = (t for module in model.modules() for t in _tensors(vars(module)) if t.grad_fn is not None)
     copied = copy.deepcopy(model, {id(t): t.detach().clone() for t in held})
+    fresh: dict[Any, nn.Parameter] = {}  # tied parameters stay tied
     for module in copied.modules():
         _compose_weight_norm(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            for name, p in list(module.named_parameters(recurse=False)):
+                made = fresh.setdefault((p.data_ptr(), p.shape), nn.Parameter(p.detach().clone(), p.requires_grad))
+                setattr(module, name, made)  # a copied one returns gradients in the dtype that it had before
     return copied
+
+
+def observable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the names and modules of a model that accept hooks: all but scripted and traced ones."""
+    return ((name, m) for name, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule))
 
 
 @contextlib.contextmanager
@@ -81,3 +98,66 @@ def _tensors(thing: Any) -> Iterator[Tensor]:
     elif isinstance(thing, dict | list | tuple):
         for part in thing.values() if isinstance(thing, dict) else thing:
             yield from _tensors(part)
+
+
+# ---------------------------------------------------------------- the loss
+def loss_in_double(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Evaluate a loss in float64, whatever the dtype of the outputs.
+
+    In float32, the second derivative of a cross-entropy cancels to noise once the network fits its data. Tensors that
+    the loss itself holds, such as weights of the positive class, are converted where it uses them. A loss that accepts
+    float64 in neither way, for example a scripted one, is evaluated as it is.
+
+    Args:
+        loss: The function loss(outputs, targets).
+
+    Returns:
+        A function of the same outputs and targets. Its derivatives by float32 outputs are float32.
+    """
+
+    def widened(outputs: Tensor, targets: Tensor) -> Tensor:
+        with _Widened():
+            return loss(outputs, targets)
+
+    chosen: list[Callable[[Tensor, Tensor], Tensor] | None] = []  # how float64 works; None: in no way
+
+    @functools.wraps(loss)
+    def wide(outputs: Tensor, targets: Tensor) -> Tensor:
+        if not outputs.is_floating_point() or chosen == [None]:
+            return loss(outputs, targets)
+        double = outputs.double(), targets.double() if targets.is_floating_point() else targets
+        if chosen and chosen[0] is not None:
+            return chosen[0](*double)
+        for way in (loss, widened):
+            try:
+                value = way(*double)
+            except (RuntimeError, TypeError, ValueError):
+                if way is widened and outputs.dtype == torch.float64:
+                    raise  # the loss's own error
+                continue
+            if way is widened or getattr(value, "dtype", torch.float64) == torch.float64:  # not converted by the loss
+                chosen[:] = [way]
+                return value
+        value = loss(outputs, targets)  # the loss's own error, if it has one
+        chosen[:] = [None]
+        return value
+
+    return wide
+
+
+class _Widened(TorchFunctionMode):
+    """Convert floating-point tensors to float64 where an operation uses them, unless it writes into them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        writes = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__")
+        if not writes and name not in ("double", "to", "type", "__get__"):
+            args, kwargs = pytree.tree_map_only(Tensor, _double, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _double(t: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunction():
+        return t.double() if t.is_floating_point() else t

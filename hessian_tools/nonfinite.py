@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessian_tools.evaluation import observable
 from hessian_tools.objective import Objective
 
 
@@ -33,7 +34,7 @@ def _output(objective: Objective) -> str | None:
 
         return hook
 
-    leaves = [(name, m) for name, m in objective.model.named_modules() if name and not list(m.children())]
+    leaves = [(name, m) for name, m in observable(objective.model) if name and not list(m.children())]
     handles = [m.register_forward_hook(note(name)) for name, m in leaves]
     try:
         with torch.no_grad():

@@ -5,22 +5,22 @@ Every operator of this package measures the curvature of an `Objective`.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Protocol, overload
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor, nn
 
+from hessian_tools import nested
 from hessian_tools.checks import check as check_objective
 from hessian_tools.checks import refuse_autocast
-from hessian_tools.evaluation import copy_model, evaluation_mode, twice_differentiable
+from hessian_tools.evaluation import copy_model, evaluation_mode, loss_in_double, twice_differentiable
 from hessian_tools.runtime.cuda import full_precision
 from hessian_tools.runtime.distributed import Group
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Any, Tensor]  # inputs, a tensor or a dict, tuple or list of tensors (see `nested`), and targets
 
 
 class Inputs(Protocol):
@@ -154,11 +154,11 @@ class Objective:
         """Number of samples in every batch."""
         return [len(y) for y in self.targets]
 
-    def first_inputs(self, count: int) -> Tensor:
+    def first_inputs(self, count: int) -> Any:
         """Return the inputs of the first `count` samples of the first batch. No other samples are read."""
         if isinstance(self.batches, Streamed):
             return replace(self.batches, parts=(self.batches.parts[0][:count],))[0][0]
-        return self.batches[0][0][:count]
+        return nested.selected(self.batches[0][0], slice(count))
 
     @property
     def size(self) -> int:
@@ -175,7 +175,7 @@ class Objective:
         """The device of the parameters."""
         return next(iter(self.parameters.values())).device
 
-    def outputs(self, x: Tensor) -> Tensor:
+    def outputs(self, x: Any) -> Tensor:
         """Run a forward pass on inputs x from a reset state. Raises ObjectiveError inside `torch.autocast`."""
         refuse_autocast(self.device)
         with full_precision(self.device):
@@ -185,7 +185,7 @@ class Objective:
             if self.reset is not None:
                 self.reset(self.model)
             with twice_differentiable():
-                out: Tensor = self.model(x)
+                out: Tensor = nested.call(self.model, x)
         return out
 
     def split(self, v: Tensor) -> list[Tensor]:
@@ -244,7 +244,8 @@ class Objective:
         if isinstance(self.batches, Streamed):
             return self.regrouped(torch.arange(self.samples).split(size))
         x, y = self._together()
-        return replace(self, batches=tuple(zip(x.split(size), y.split(size), strict=True)))
+        starts = range(0, self.samples, size)
+        return replace(self, batches=tuple((nested.selected(x, slice(i, i + size)), y[i : i + size]) for i in starts))
 
     def regrouped(self, parts: Sequence[Tensor]) -> Objective:
         """Return the objective on other batches of its samples.
@@ -255,46 +256,12 @@ class Objective:
         if isinstance(self.batches, Streamed):
             return replace(self, batches=self.batches.regrouped(parts))
         x, y = self._together()
-        return replace(self, batches=tuple((x[part.to(x.device)], y[part.to(y.device)]) for part in parts))
+        return replace(self, batches=tuple((nested.selected(x, part), y[part.to(y.device)]) for part in parts))
 
     def _together(self) -> Batch:
         if len(self.batches) == 1:
             return self.batches[0]
-        x, y = (torch.cat(part) for part in zip(*self.batches, strict=True))
-        return x, y
-
-
-def loss_in_double(loss: Loss) -> Loss:
-    """Evaluate a loss in float64, whatever the dtype of the outputs.
-
-    In float32, the second derivative of a cross-entropy cancels to noise once the network fits its data. A loss that
-    holds float32 tensors of its own, such as fixed weights, may refuse float64 outputs. It is then evaluated as it is.
-
-    Args:
-        loss: The function loss(outputs, targets).
-
-    Returns:
-        A function of the same outputs and targets. Its derivatives by float32 outputs are float32.
-    """
-    accepts: list[bool] = []
-
-    @functools.wraps(loss)
-    def wide(outputs: Tensor, targets: Tensor) -> Tensor:
-        if outputs.dtype == torch.float64 or not outputs.is_floating_point() or accepts == [False]:
-            return loss(outputs, targets)
-        double = outputs.double(), targets.double() if targets.is_floating_point() else targets
-        if accepts:
-            return loss(*double)
-        try:
-            value = loss(*double)
-        except (RuntimeError, TypeError, ValueError):
-            value = loss(outputs, targets)  # the loss's own error, if it has one
-            accepts.append(False)
-            return value
-        accepts.append(True)
-        return value
-
-    return wide
+        return nested.joined([x for x, _ in self.batches]), torch.cat(self.targets)
 
 
 def make_objective(
@@ -314,8 +281,10 @@ def make_objective(
     Args:
         model: Any model with named parameters.
         loss: The function loss(outputs, targets). It must be a mean over the samples of a batch.
-        data: A pair (inputs [N, ...], targets [N, ...]) or a sequence of such batches. Inputs that are not a tensor
-            (see `Inputs`) stay where they are, and each batch is read when it is used.
+        data: A pair (inputs [N, ...], targets [N, ...]) or a sequence of such batches. Inputs are a tensor, or a dict,
+            tuple or list of tensors, which the model gets as keyword arguments or arguments if its forward accepts
+            them, and otherwise as one argument. Any other inputs (see `Inputs`) stay where they are, and each batch is
+            read when it is used.
         batch_size: Number of samples in a batch. None keeps the given batches.
         params: Pattern of the parameter names to select, such as `fc*`; several patterns are separated by commas.
         dtype: Converts the parameters and floating-point data. None keeps the model's dtype.
@@ -361,10 +330,14 @@ def make_objective(
 
 def _batches(data: Batch | tuple[Inputs, Tensor] | Sequence[Batch], like: Tensor) -> Sequence[Batch]:
     """Return the batches that contain samples, on the device and in the dtype of `like`."""
-    if not isinstance(data, tuple):
-        return tuple((to(x, like), to(y, like)) for x, y in data if len(y))
+    if not (isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor)):
+        batches = tuple((nested.converted(x, like), to(y, like)) for x, y in data if len(y))
+        for x, y in batches:
+            if (count := nested.sample_count(x)) != len(y):
+                raise ValueError(f"{count} inputs but {len(y)} targets: give one target per input")
+        return batches
     inputs, targets = data
-    if isinstance(inputs, Tensor):
+    if isinstance(inputs, Tensor | Mapping | tuple | list):
         return _batches([(inputs, targets)], like)
     if len(inputs) != len(targets):
         raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets: give one target per input")

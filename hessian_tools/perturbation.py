@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from hessian_tools import nested
 from hessian_tools.objective import Objective
 from hessian_tools.runtime.cuda import full_precision
 from hessian_tools.runtime.threads import in_threads
@@ -92,7 +93,7 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
                 objective.reset(own.model)
             with full_precision(objective.device):
                 # the inputs are not bound to a name, so they are freed before the next batch is read
-                parts.append(own.forward(objective.batches[i][0]))
+                parts.append(nested.call(own.forward, objective.batches[i][0]))
         return torch.cat(parts)
 
     return in_threads(run, items) if objective.device.type == "cpu" else map(run, items)
@@ -131,12 +132,15 @@ def count_correct(outputs: Tensor, labels: Tensor) -> Tensor | None:
 
     Args:
         outputs: Outputs [N, K], one per class, or logits [N, 1] or [N] of class 1 of two classes.
-        labels: Class labels [N] from 0 to K - 1.
+        labels: Class labels [N] from 0 to K - 1, or the same in one-hot form [N, K] of any dtype.
 
     Returns:
         The number of correct samples, a scalar tensor; None if the targets are not such labels, or if a single output
         could be a probability as well as a logit (all of them between 0 and 1).
     """
+    if labels.shape == outputs.shape and labels.dim() == 2 and labels.shape[1] > 1 and not labels.is_complex():
+        one = labels == 1
+        labels = one.long().argmax(1) if bool((one | (labels == 0)).all() & (one.sum(1) == 1).all()) else labels
     if labels.is_floating_point() or labels.dim() != 1 or not len(labels):
         return None
     low, high = int(labels.min()), int(labels.max())

@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hessian_tools import nested
 from hessian_tools.checks import spread
 from hessian_tools.evaluation import copy_model
-from hessian_tools.objective import Objective
+from hessian_tools.objective import Objective, to
 from hessian_tools.operators.base import Operator
 
 SAMPLES = 256  # on which both products are computed
@@ -58,7 +59,8 @@ def _both(objective: Objective) -> tuple[Objective, Objective] | None:
     named = dict(model.named_parameters())
     parameters: dict[str, Tensor] = {name: named[name] for name in objective.parameters}
     (x, y), *_ = part.batches
-    batch = (x.double() if x.is_floating_point() else x, y.double() if y.is_floating_point() else y)
+    like = next(iter(parameters.values()))
+    batch = (nested.converted(x, like), to(y, like))
     wide = replace(part, model=model, parameters=parameters, batches=(batch,))
     outputs, exact = part.outputs(x), wide.outputs(batch[0])
     gap = (outputs.double() - exact).abs().flatten(1).amax(1)

@@ -13,6 +13,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from hessian_tools import nested
 from hessian_tools.chain import second_order, segments
 from hessian_tools.checks import refuse_autocast
 from hessian_tools.objective import Batch, Objective, Streamed
@@ -180,7 +181,7 @@ def batch_size_within(objective: Objective, memory: float, most: int = 2048) -> 
         return int(min(most, memory / each))
     x = objective.first_inputs(8)
     _, size = _measured(objective, (x, objective.targets[0][:8]), _linearize_hessian)
-    return int(max(1, min(most, memory * len(x) / max(size, 1))))
+    return int(max(1, min(most, memory * nested.sample_count(x) / max(size, 1))))
 
 
 def _zero(v: Tensor) -> Tensor:

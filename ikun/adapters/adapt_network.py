@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessian_tools import nested
+from hessian_tools.checks import ObjectiveError
 from hessian_tools.evaluation import copy_model, evaluation_mode
 from ikun.adapters import choices
 from ikun.adapters.base import PLAIN, AdapterError, Library, Slot, origins, run_forward
@@ -26,6 +28,8 @@ from ikun.adapters.two_jet import Jet, Steeper
 from ikun.adapters.validation import (
     detached,
     found_functions,
+    of_vectors,
+    takes_vectors,
     try_function,
     try_network,
     try_neurons,
@@ -79,7 +83,7 @@ class Adapted:
 
 def adapt(
     model: nn.Module,
-    x: Tensor,
+    x: Any,
     *,
     library: str | None = None,
     steps: int | None = None,
@@ -96,7 +100,8 @@ def adapt(
 
     Args:
         model: The network.
-        x: A few inputs [N, ...] to try the network on.
+        x: A few inputs [N, ...] to try the network on: a tensor, or a dict, tuple or list of tensors (see
+            `make_objective`) for a network that runs through time by itself or has no time.
         library: "spikingjelly", "snntorch", "norse" or "none". None: recognize it by the classes of the layers.
         steps: Number of time steps T to run the network for. None: the network runs through time by itself.
         sequences: Samples are sequences [N, T, ...]. Otherwise the same x is the input at every step.
@@ -124,8 +129,7 @@ def adapt(
         raise AdapterError("{steps}: at least one time step is needed", steps=steps)
     if sequences and steps is None:
         raise AdapterError("{sequences} needs {steps}, the number of time steps of a sample", sequences=True, steps=...)
-    if not isinstance(x, Tensor) or x.dim() < 2 or not len(x):
-        raise AdapterError("x must be a batch of inputs [N, ...] with at least one sample")
+    _check_inputs(x, steps)
     network = copy_model(bare(model))
     name, kind = _library(network, library)
     if reset is not None:
@@ -137,7 +141,7 @@ def adapt(
     wrapped = InTime(network, plan, kind.clear, None if name == "none" else kind.neurons)
     evaluation_mode(wrapped)
     few = _few(x, network)
-    if not few.is_floating_point() and not few.is_complex() and _fails(wrapped, few):
+    if isinstance(few, Tensor) and not few.is_floating_point() and not few.is_complex() and _fails(wrapped, few):
         wrapped.plan = plan = replace(plan, floats=True)
         few = wrapped.converted(few)
     surrogates = tuple(_settled(network, kind, surrogate, replacement, steeper, lambda: wrapped.forward_once(few)))
@@ -153,8 +157,11 @@ def adapt(
     plain = plan == TimePlan() and isinstance(_raw(network, few), Tensor)
     if name == "none" and not surrogates and reset is None and plain:
         result, clear = network, None  # unchanged, so that hand-written derivatives remain usable
-    y = try_network(wrapped, few)
-    if few.is_floating_point():
+    try:
+        y = try_network(wrapped, few)
+    except ObjectiveError as error:
+        raise AdapterError("{}", error) from None
+    if any(t.is_floating_point() for t in nested.tensors(few)):
         check_independence(wrapped, wrapped.converted(_few(x, network, 8)), time_first, by_step or name == "none")
     if steps is None and name != "none":
         check_steps(wrapped, kind, few)
@@ -244,30 +251,58 @@ def _called(slot: Slot, forward: Callable[[], object]) -> tuple[Spike | None, li
 
     The function is None if the network does not call it.
     """
-    if not slot.constants:
+    if not slot.constants and takes_vectors(slot.function):
         return slot.function, trained_parameters(slot.function)
-    tails: list[tuple[Any, ...]] = []
+    calls: list[tuple[Any, ...]] = []
     function: Callable[..., Tensor] = slot.function
+    if isinstance(function, nn.Module):
+        handle = function.register_forward_hook(lambda module, args, out: calls.append(args))
+        try:
+            forward()
+        finally:
+            handle.remove()
+    else:
 
-    def noted(*args: Any) -> Tensor:
-        tails.append(args[1:])
-        return function(*args)
+        def noted(*args: Any) -> Any:
+            calls.append(args)
+            return function(*args)
 
-    slot.put(noted)
-    try:
-        forward()
-    finally:
-        slot.put(slot.function)
-    if not tails:
+        slot.put(noted)
+        try:
+            forward()
+        finally:
+            slot.put(slot.function)
+    if not calls:
         return None, []
-    constants, trained = detached(tails[0])
-    return lambda x: function(x, *constants), trained
+    constants, trained = detached(calls[0][1:])
+    spike = of_vectors(lambda x: function(x, *constants), calls[0][0])
+    return spike, trained or trained_parameters(spike)
 
 
-def _raw(network: nn.Module, x: Tensor) -> Any:
+def _check_inputs(x: Any, steps: int | None) -> None:
+    """Raise AdapterError if x is not a batch of inputs."""
+    if isinstance(x, Tensor):
+        if x.dim() < 2 or not len(x):
+            raise AdapterError("x must be a batch of inputs [N, ...] with at least one sample")
+        return
+    try:
+        count = nested.sample_count(x)
+    except ValueError as error:
+        raise AdapterError("{}", error) from None
+    if not count:
+        raise AdapterError("x must be a batch of inputs [N, ...] with at least one sample")
+    if steps is not None:
+        raise AdapterError(
+            "{steps} needs inputs that are one tensor: wrap the network in a module that runs its steps and takes all "
+            "inputs",
+            steps=...,
+        )
+
+
+def _raw(network: nn.Module, x: Any) -> Any:
     """Return what the network returns."""
     with torch.no_grad():
-        return run_forward(network, x)
+        return run_forward(lambda inputs: nested.call(network, inputs), x)
 
 
 def _fails(wrapped: InTime, x: Tensor) -> bool:
@@ -287,11 +322,11 @@ def _fails(wrapped: InTime, x: Tensor) -> bool:
             wrapped.plan = plan
 
 
-def _few(x: Tensor, network: nn.Module, count: int = 3) -> Tensor:
+def _few(x: Any, network: nn.Module, count: int = 3) -> Any:
     """Return `count` samples, with repetitions if there are fewer, in the dtype and on the device of the network."""
-    few = x[torch.arange(count) % len(x)]
-    like = next((p for p in network.parameters() if p.is_floating_point()), few)
-    return few.to(like.device, like.dtype if few.is_floating_point() else few.dtype)
+    few = nested.selected(x, torch.arange(count) % nested.sample_count(x))
+    like = next((p for p in network.parameters() if p.is_floating_point()), None)
+    return few if like is None else nested.converted(few, like)
 
 
 def _hooks(model: nn.Module) -> Iterator[str]:
@@ -301,7 +336,7 @@ def _hooks(model: nn.Module) -> Iterator[str]:
         yield f"gradient hooks (of {', '.join(named)}) are not copied: the Hessian is that of the loss without hooks"
 
 
-def _tried(kind: Library, wrapped: InTime, few: Tensor, y: Tensor) -> Iterator[str]:
+def _tried(kind: Library, wrapped: InTime, few: Any, y: Tensor) -> Iterator[str]:
     """Yield a warning for every custom derivative that could not be checked. Raise AdapterError for a wrong one."""
     fine: set[type] = set()
     for call, verdict, functions in try_neurons(kind, wrapped.network, wrapped, few):
@@ -310,7 +345,10 @@ def _tried(kind: Library, wrapped: InTime, few: Tensor, y: Tensor) -> Iterator[s
         elif verdict.kind != "unknown":
             neuron = call.name, type(call.module).__name__
             raise AdapterError("neuron '{}' ({}): {}; " + CURE, *neuron, verdict.reason, **CURES)
+    checked = {getattr(slot.function, "__self__", None) for slot in kind.slots(wrapped.network)}  # those left in place
     for node in sorted(found_functions(y) - fine, key=lambda node: node.__name__):
+        if getattr(node, "_forward_cls", node) in checked:
+            continue
         name, verdict = try_function(node, wrapped, few)
         if verdict.kind == "unknown":
             yield f"the second derivative of the autograd function {name} could not be checked: {verdict.reason}"

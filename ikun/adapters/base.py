@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessian_tools import nested
 from hessian_tools.checks import ObjectiveError
+from hessian_tools.evaluation import twice_differentiable
 from hessian_tools.io.errors import ParameterError
 from ikun.surrogate_check import Spike, first_line
 
@@ -22,14 +24,16 @@ class AdapterError(ParameterError):
     """A model or file that cannot be adapted. The message is one line that says what to do."""
 
 
-def run_forward(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def run_forward(call: Callable[[Any], Tensor], x: Any) -> Tensor:
     """Return call(x). An error in the network becomes an AdapterError with one line."""
     try:
-        return call(x)
+        with twice_differentiable():
+            return call(x)
     except (AdapterError, ObjectiveError):
         raise
     except FAILURES as error:
-        raise AdapterError(f"the network fails on inputs of shape {list(x.shape)}: {first_line(error)}") from error
+        shapes = ", ".join(str(list(t.shape)) for t in nested.tensors(x))
+        raise AdapterError(f"the network fails on inputs of shape {shapes}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)

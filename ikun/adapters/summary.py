@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hessian_tools import nested
 from ikun.adapters.adapt_network import LIBRARIES, Adapted
 from ikun.adapters.nir import NirNeuron
 from ikun.adapters.two_jet import Jet
@@ -15,7 +16,7 @@ from ikun.adapters.two_jet import Jet
 RESETS = {"subtract": "soft", "zero": "hard"}  # name in snnTorch -> name here
 
 
-def described(adapted: Adapted, x: Tensor) -> dict[str, Any]:
+def described(adapted: Adapted, x: Any) -> dict[str, Any]:
     """Describe a network in plain values. A value is None if the library does not define it.
 
     Args:
@@ -63,13 +64,13 @@ def neurons_of(adapted: Adapted) -> list[nn.Module]:
     return known or [m for m in adapted.model.modules() if isinstance(m, NirNeuron) and m.kind != "LI"]
 
 
-def inputs_of(adapted: Adapted, x: Tensor) -> Tensor:
+def inputs_of(adapted: Adapted, x: Any) -> Any:
     """Move inputs to the device of the network's weights, and floating-point inputs to their dtype."""
-    like = next((p for p in adapted.model.parameters() if p.is_floating_point()), x)
-    return x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
+    like = next((p for p in adapted.model.parameters() if p.is_floating_point()), None)
+    return x if like is None else nested.converted(x, like)
 
 
-def firing_rates(adapted: Adapted, x: Tensor) -> dict[str, dict[str, float]]:
+def firing_rates(adapted: Adapted, x: Any) -> dict[str, dict[str, float]]:
     """Measure how often neurons fire.
 
     Args:
@@ -98,7 +99,7 @@ def firing_rates(adapted: Adapted, x: Tensor) -> dict[str, dict[str, float]]:
     handles = [m.register_forward_hook(hook(name, library.takes_time(m))) for name, m in named]
     try:
         with torch.no_grad():
-            adapted.model(inputs_of(adapted, x))
+            nested.call(adapted.model, inputs_of(adapted, x))
     finally:
         for handle in handles:
             handle.remove()
@@ -145,7 +146,7 @@ def _threshold(module: nn.Module) -> float | None:
 
 
 @torch.no_grad()
-def _steps(adapted: Adapted, x: Tensor) -> int | None:
+def _steps(adapted: Adapted, x: Any) -> int | None:
     """Return the number of time steps of a network that runs through time by itself, from its outputs."""
     axis, over_time = adapted.plan.time_axis, getattr(adapted.model, "over_time", None)
     if axis is None or over_time is None:

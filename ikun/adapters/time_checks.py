@@ -6,22 +6,23 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from hessian_tools import nested
 from ikun.adapters.base import AdapterError, Library, run_forward
 from ikun.adapters.time_loop import InTime
 from ikun.adapters.two_jet import Jet, Steeper
 from ikun.adapters.validation import LEAK, coupled
 
 
-def time_axis_of(wrapped: InTime, few: Tensor, time_first: bool | None) -> int | None:
+def time_axis_of(wrapped: InTime, few: Any, time_first: bool | None) -> int | None:
     """Return the time axis of the network's outputs, or None. The axis of the samples is the one that grows with N."""
     shapes = []
     for n in (2, 3):
         wrapped.clear(wrapped.network)
         try:
             with torch.no_grad():
-                shapes.append(list(run_forward(wrapped.over_time, few[:n]).shape))
+                shapes.append(list(run_forward(wrapped.over_time, nested.selected(few, slice(n))).shape))
         except AdapterError as error:
             if not shapes:
                 raise
@@ -56,7 +57,7 @@ def _no_classes(shape: list[int]) -> int:
     raise AdapterError(f"3 samples gave outputs of shape {shape}, which has no axis for classes: [3, K] is needed")
 
 
-def check_independence(wrapped: InTime, x: Tensor, time_first: bool | None, by_step: bool) -> None:
+def check_independence(wrapped: InTime, x: Any, time_first: bool | None, by_step: bool) -> None:
     """Raise AdapterError if the output of a sample depends on others, as if samples were taken for time steps."""
     if not coupled(wrapped, x):
         return
@@ -71,7 +72,7 @@ def check_independence(wrapped: InTime, x: Tensor, time_first: bool | None, by_s
             continue
         wrapped.plan = other
         try:
-            wrapped.plan = replace(other, time_axis=time_axis_of(wrapped, x[:3], first))
+            wrapped.plan = replace(other, time_axis=time_axis_of(wrapped, nested.selected(x, slice(3)), first))
             right = not coupled(wrapped, x)
         except AdapterError:
             right = False
@@ -85,7 +86,7 @@ def check_independence(wrapped: InTime, x: Tensor, time_first: bool | None, by_s
     )
 
 
-def check_steps(wrapped: InTime, kind: Library, few: Tensor) -> None:
+def check_steps(wrapped: InTime, kind: Library, few: Any) -> None:
     """Raise AdapterError if one call of the network runs every neuron for a single time step."""
     neurons = [m for m in kind.neurons(wrapped.network) if not isinstance(m, Jet | Steeper)]
     counts: dict[int, int] = {}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessian_tools import nested
 from ikun.adapters.base import AdapterError, run_forward
 from ikun.adapters.choices import OUTPUTS, READOUTS
 
@@ -96,7 +97,7 @@ class InTime(nn.Module):
             module.training = id(module) in neurons
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any, /) -> Tensor:
         self.clear(self.network)
         x = self.converted(x)
         try:
@@ -106,13 +107,12 @@ class InTime(nn.Module):
             self.clear(self.network)
         if self.plan.time_axis is not None:
             y = _READ_OUT[self.plan.readout](y, self.plan.time_axis)
-        if y.dim() == 0 or len(y) != len(x):
-            raise AdapterError(
-                f"{len(x)} samples gave outputs of shape {list(y.shape)}: samples must be the first axis"
-            )
+        count = nested.sample_count(x)
+        if y.dim() == 0 or len(y) != count:
+            raise AdapterError(f"{count} samples gave outputs of shape {list(y.shape)}: samples must be the first axis")
         return y
 
-    def forward_once(self, x: Tensor) -> Tensor:
+    def forward_once(self, x: Any) -> Tensor:
         """Return the outputs before the readout, from a cleared state, with errors of the network in one line."""
         self.clear(self.network)
         try:
@@ -121,17 +121,17 @@ class InTime(nn.Module):
         finally:
             self.clear(self.network)
 
-    def converted(self, x: Tensor) -> Tensor:
+    def converted(self, x: Any) -> Any:
         """Return inputs in the dtype that the network needs."""
-        if not self.plan.floats or x.is_floating_point():
+        if not self.plan.floats or not isinstance(x, Tensor) or x.is_floating_point():
             return x
         return x.to(next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype()))
 
-    def over_time(self, x: Tensor) -> Tensor:
+    def over_time(self, x: Any) -> Tensor:
         """Return the network's outputs before the readout. Time is the first axis if the loop over time is here."""
         plan = self.plan
         if plan.steps is None:
-            return self._chosen(self.network(x))
+            return self._chosen(nested.call(self.network, x))
         if plan.sequences and (x.dim() < 3 or x.shape[1] != plan.steps):
             raise AdapterError(f"samples of {plan.steps} steps are needed, [N, {plan.steps}, ...], not {list(x.shape)}")
         if not plan.by_step:
@@ -217,15 +217,15 @@ _lock = Lock()
 
 
 @contextmanager
-def _default_dtype(x: Tensor) -> Iterator[None]:
+def _default_dtype(x: Any) -> Iterator[None]:
     """Set torch's default dtype to that of the inputs, because some networks create their state without a dtype.
 
     The default dtype is global. It is restored when the last thread leaves.
     """
     with _lock:
         _before.append(torch.get_default_dtype())
-        if x.is_floating_point():
-            torch.set_default_dtype(x.dtype)
+        if (dtype := next((t.dtype for t in nested.tensors(x) if t.is_floating_point()), None)) is not None:
+            torch.set_default_dtype(dtype)
     try:
         yield
     finally:

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from hessian_tools.checks import ObjectiveError, refuse_randomness
+from hessian_tools import nested
+from hessian_tools.checks import deterministic
+from hessian_tools.evaluation import observable
 from ikun.adapters.base import FAILURES, AdapterError, Library, arguments, run_forward
 from ikun.adapters.two_jet import Jet, Steeper
-from ikun.surrogate_check import Verdict, check_neuron, first_line
+from ikun.surrogate_check import DISTANCES, Spike, Verdict, check_neuron, first_line, trained_parameters
 
 LEAK = "the network keeps state between calls (give {reset}, a function of the model that clears it)"  # a template
 MOST_FEATURES = 4096  # larger layers of neurons are checked with one entry per channel
 
 
-def try_network(model: nn.Module, x: Tensor) -> Tensor:
+def try_network(model: nn.Module, x: Any) -> Tensor:
     """Check that outputs and gradients are the same in two passes, and that derivatives exist and are finite.
 
     Returns:
@@ -28,22 +30,13 @@ def try_network(model: nn.Module, x: Tensor) -> Tensor:
 
     Raises:
         AdapterError: If a check fails.
+        ObjectiveError: If the model is not deterministic.
     """
-    try:
-        with refuse_randomness(model), _refuse_autocast(model), torch.no_grad():
-            run_forward(model, x)
-    except ObjectiveError as error:
-        raise AdapterError(str(error)) from None
+    with _refuse_autocast(model):
+        deterministic(model, lambda inputs: run_forward(model, inputs), x)
     y, again = run_forward(model, x), run_forward(model, x)
     if not torch.isfinite(y).all():
         raise AdapterError("the network's outputs are not finite")
-    if _differ(y, again):
-        raise AdapterError(
-            "two forward passes of the same inputs differ: "
-            + LEAK
-            + " or draws random numbers outside torch (encode the data first)",
-            reset=...,
-        )
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise AdapterError("the network has no parameter that requires a gradient")
@@ -73,7 +66,7 @@ def _refuse_autocast(model: nn.Module) -> Iterator[None]:
                     "switch it off for the analysis"
                 )
 
-    handles = [m.register_forward_pre_hook(hook) for m in model.modules()]
+    handles = [m.register_forward_pre_hook(hook) for _, m in observable(model)]
     try:
         yield
     finally:
@@ -116,7 +109,7 @@ class Call:
     outputs: Tensor
 
 
-def calls(network: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> list[Call]:
+def calls(network: nn.Module, forward: Callable[[Any], Tensor], x: Any) -> list[Call]:
     """Record the first call of every module of a network and of the network itself, in the order in which they end."""
     found: dict[int, Call] = {}
 
@@ -128,7 +121,7 @@ def calls(network: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) ->
 
         return hook
 
-    handles = [m.register_forward_hook(note(name)) for name, m in network.named_modules()]
+    handles = [m.register_forward_hook(note(name)) for name, m in observable(network)]
     try:
         with torch.no_grad():
             forward(x)
@@ -157,7 +150,7 @@ def spiking(made: list[Call]) -> list[Call]:
 
 
 def try_neurons(
-    library: Library, network: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor
+    library: Library, network: nn.Module, forward: Callable[[Any], Tensor], x: Any
 ) -> Iterator[tuple[Call, Verdict, set[type]]]:
     """Check the derivatives of every neuron of a network separately.
 
@@ -246,26 +239,28 @@ def _not_one_step(library: Library, call: Call, timed: bool) -> str:
         library.clear(call.module)
 
 
-def coupled(model: nn.Module, x: Tensor) -> bool:
+def coupled(model: nn.Module, x: Any) -> bool:
     """Whether an output of a sample has a derivative by the inputs of other samples of its batch.
 
     This is seen where outputs are alike too, as those of silent neurons.
 
     Args:
         model: Maps inputs [N, ...] to outputs [N, ...].
-        x: Inputs [N, ...] with floating-point numbers.
+        x: Inputs [N, ...]. Those that are not floating-point numbers are constants.
     """
-    half = len(x) // 2
-    x = x.detach().requires_grad_()
-    y = run_forward(model, x * 1)
-    if not half or len(y) != len(x) or not y.requires_grad:
+    count = nested.sample_count(x)
+    half = count // 2
+    x = nested.mapped(lambda t: t.detach().requires_grad_(t.is_floating_point()), x)
+    leaves = [t for t in nested.tensors(x) if t.requires_grad]
+    y = run_forward(model, nested.mapped(lambda t: t * 1 if t.requires_grad else t, x))
+    if not half or not leaves or len(y) != count or not y.requires_grad:
         return False
     for ours, theirs in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
         try:
-            (g,) = torch.autograd.grad(y[ours].sum(), x, retain_graph=True, allow_unused=True)
+            found = torch.autograd.grad(y[ours].sum(), leaves, retain_graph=True, allow_unused=True)
         except RuntimeError:
             return False  # the tests of the derivatives say what fails
-        if g is not None and bool((g[theirs] != 0).any()):
+        if any(g is not None and bool((g[theirs] != 0).any()) for g in found):
             return True
     return False
 
@@ -292,7 +287,7 @@ def _function_nodes(y: Tensor) -> list[Any]:
     return found
 
 
-def try_function(node: type, forward: Callable[[Tensor], Tensor], x: Tensor) -> tuple[str, Verdict]:
+def try_function(node: type, forward: Callable[[Any], Tensor], x: Any) -> tuple[str, Verdict]:
     """Check an autograd function, with the constants that the network passes to it.
 
     Args:
@@ -306,17 +301,54 @@ def try_function(node: type, forward: Callable[[Tensor], Tensor], x: Tensor) -> 
     function: Any = getattr(node, "_forward_cls", None)
     if function is None:
         return node.__name__, Verdict("unknown", "it is not written in Python")
-    tails = _constants(function, forward, x)
-    if tails is None:
+    seen = _arguments(function, forward, x)
+    if seen is None and arguments(function) != 1:
         return function.__name__, Verdict("unknown", "it takes more than one argument")
+    floating = [t for t in nested.tensors(x) if t.is_floating_point()]
+    like = seen[0] if seen else floating[0] if floating else torch.zeros(1)
+    tails, trained = detached(seen[1:] if seen else ())
+    applied = of_vectors(lambda currents: function.apply(currents, *tails), like)
+    return function.__name__, check_neuron(lambda c: applied(c)[:, None], like.dtype, like.device, trained)
 
-    tails, trained = detached(tails)
 
-    def applied(currents: Tensor) -> Tensor:
-        out: Tensor = function.apply(currents, *tails)
-        return out[:, None]
+def takes_vectors(spike: Spike) -> bool:
+    """Whether a surrogate accepts x of any shape. One with a width per channel needs an axis of channels."""
+    if not all(_accepts(spike, DISTANCES[:count].float()) for count in (5, 7)):
+        return False
+    return all(p.numel() == 1 for p in trained_parameters(spike))
 
-    return function.__name__, check_neuron(applied, x.dtype, x.device, trained)
+
+def _accepts(spike: Spike, x: Tensor) -> bool:
+    """Whether a surrogate and its derivative can be computed at x. Constants may be used in the derivative only."""
+    x = x.detach().requires_grad_()
+    try:
+        with torch.enable_grad():
+            torch.autograd.grad(spike(x).sum(), x)
+    except FAILURES:
+        return False
+    return True
+
+
+def of_vectors(spike: Spike, like: Tensor) -> Spike:
+    """Return a surrogate as a function of x [B], for the tests of `ikun.surrogate_check`.
+
+    Args:
+        spike: The surrogate.
+        like: What the network calls it with, [N, ...]. The surrogate gets x in this shape, the same number for all
+            entries of a sample, if it has constants or parameters of more than one entry.
+
+    Returns:
+        A function of x [B], which returns the mean over the entries of every sample.
+    """
+    if takes_vectors(spike) or like.dim() < 2:
+        return spike
+    inner = like.shape[1:]
+    if inner.numel() > MOST_FEATURES:
+        few = torch.Size([*inner[:-2], 1, 1])  # one pixel, if the surrogate does not differ between them
+        inner = few if _accepts(spike, like.new_zeros(1, *few)) else inner
+    return lambda x: (
+        spike(x.to(like.device).reshape(-1, *(1 for _ in inner)).expand(-1, *inner)).flatten(1).mean(1).to(x.device)
+    )
 
 
 def detached(constants: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
@@ -327,15 +359,13 @@ def detached(constants: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]]
     return copies, [c for c in copies if isinstance(c, Tensor) and c.requires_grad]
 
 
-def _constants(function: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Any, ...] | None:
-    """Return the arguments of an autograd function after the first; None if its calls cannot be observed."""
-    if arguments(function) == 1:
-        return ()
-    tails: list[tuple[Any, ...]] = []
+def _arguments(function: Any, forward: Callable[[Any], Tensor], x: Any) -> tuple[Any, ...] | None:
+    """Return the arguments of the first call of an autograd function; None if its calls cannot be observed."""
+    calls: list[tuple[Any, ...]] = []
     apply, defined = function.apply, "apply" in vars(function)
 
     def noted(*args: Any) -> Any:
-        tails.append(args[1:])
+        calls.append(args)
         return apply(*args)
 
     function.apply = staticmethod(noted)
@@ -346,4 +376,4 @@ def _constants(function: Any, forward: Callable[[Tensor], Tensor], x: Tensor) ->
             function.apply = apply
         else:
             del function.apply
-    return tails[0] if tails else None
+    return calls[0] if calls else None

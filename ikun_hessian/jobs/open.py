@@ -34,7 +34,7 @@ class _Source:
     Attributes:
         network: Function (steeper=1.0, **changes) that returns the model, and a function that resets its state.
         loss: The loss.
-        x: Inputs [N, ...].
+        x: Inputs [N, ...]; for a network of the user's own also a dict, tuple or list of tensors.
         y: Targets [N, ...].
         variants: See Job.
         threshold: See Job.
@@ -44,7 +44,7 @@ class _Source:
 
     network: Callable[..., tuple[nn.Module, Callable[[nn.Module], None] | None]]
     loss: Loss
-    x: Images
+    x: Any
     y: Tensor
     variants: dict[str, dict[str, Any]]
     threshold: float | None
@@ -186,6 +186,7 @@ def _ours(path: Path, samples: str, split: str, surrogate: str | None, data_dir:
 
 def _own(path: Path, own: Own, samples: str, surrogate: str | None, memory: float) -> _Source:
     """Open a network of the user's own."""
+    from hessian_tools import nested
     from ikun.adapters.summary import firing_rates
     from ikun_hessian.jobs.user_network import located, open_own
 
@@ -206,7 +207,7 @@ def _own(path: Path, own: Own, samples: str, surrogate: str | None, memory: floa
         dict(SLOPES) if found.spiking else {},
         found.threshold,
         {"data": found.data, "network": found.network, "training": {}},
-        lambda few: firing_rates(found.adapted(), found.x[:few]),
+        lambda few: firing_rates(found.adapted(), nested.selected(found.x, slice(few))),
     )
 
 

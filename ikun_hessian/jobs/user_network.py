@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ikun_hessian.jobs.errors import UsageError
 from ikun_hessian.jobs.job import Own
 from ikun_hessian.jobs.user_code import called, load_function, readable, sources, where
+from ikun_hessian.jobs.user_samples import WHAT, kind_text, read_samples
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from ikun.surrogate_check import Spike
 
 
-WHAT = "(inputs, targets), a data set of such samples, or batches of them"
-MOST_EMPTY = 1000  # batches without samples, one after the other
 GIVE_DATA = f"--data module:function is needed: a function that returns {WHAT}"
 
 
@@ -34,7 +33,7 @@ class Opened:
         adapted: Function (steeper=1.0, surrogate=None) that returns the network with steeper surrogates, or with
             another surrogate. It returns the same object whenever it is called with the defaults.
         loss: The loss.
-        x: Inputs [N, ...].
+        x: Inputs [N, ...], a tensor, or a dict, tuple or list of tensors.
         y: Targets [N, ...].
         network: Description of the network, as plain values.
         data: Description of the samples, as plain values.
@@ -44,7 +43,7 @@ class Opened:
 
     adapted: Callable[..., Adapted]
     loss: Loss
-    x: Tensor
+    x: Any
     y: Tensor
     network: dict[str, Any]
     data: dict[str, Any]
@@ -71,6 +70,7 @@ def open_own(path: Path, own: Own, *, samples: str, surrogate: str | None, memor
     """
     import torch
 
+    from hessian_tools import nested
     from ikun.adapters.summary import described
     from ikun.surrogates import Surrogate
 
@@ -94,7 +94,7 @@ def open_own(path: Path, own: Own, *, samples: str, surrogate: str | None, memor
 
     with located():
         first = build(x, analysed, instead, 1.0, reset)
-        network = described(first, x[:3])
+        network = described(first, nested.selected(x, slice(3)))
     y = _targets(own.loss or "mse", y, first, x)
     loss, functions = _loss(own.loss or "mse", first, x, y)
     trained = network.pop("trained_surrogate") or (str(analysed) if own.model is None and network["neuron"] else None)
@@ -113,8 +113,9 @@ def open_own(path: Path, own: Own, *, samples: str, surrogate: str | None, memor
         "trained_surrogate": trained,
         "dt": own.dt,
     }
-    parts = [t.contiguous().flatten().view(torch.uint8).numpy() for t in (x, y)]
-    shapes = f"{x.dtype} {list(x.shape)} {y.dtype} {list(y.shape)}".encode()
+    leaves = [*nested.tensors(x), y]
+    parts = [t.contiguous().flatten().view(torch.uint8).numpy() for t in leaves]
+    shapes = " ".join(f"{t.dtype} {list(t.shape)}" for t in leaves).encode()
     data = {"name": own.data, "split": "", "sha256": _digest([shapes, *parts]), "loss": own.loss or "mse"}
     spiking = trained is not None
     return Opened(adapted, loss, x, y, network, data, spiking, threshold if spiking else None)
@@ -216,7 +217,7 @@ def _nir(path: Path, own: Own) -> Build:
 
 
 # ---------------------------------------------------------------- the loss
-def _targets(loss: str, y: Tensor, adapted: Adapted, x: Tensor) -> Tensor:
+def _targets(loss: str, y: Tensor, adapted: Adapted, x: Any) -> Tensor:
     """Check that targets fit the network's outputs.
 
     Labels [N] are converted to long. Targets of the shape of the outputs, one-hot or of a regression, are converted to
@@ -225,7 +226,7 @@ def _targets(loss: str, y: Tensor, adapted: Adapted, x: Tensor) -> Tensor:
     """
     if loss not in ("mse", "ce"):
         return y
-    shape = [len(y), *_outputs(adapted, x[:3]).shape[1:]]
+    shape = [len(y), *_outputs(adapted, x, 3).shape[1:]]
     if loss == "mse" and y.is_floating_point() and y.dim() == 1 and shape == [len(y), 1]:
         return y[:, None]
     if list(y.shape) == shape and y.dim() > 1 and not y.is_complex():
@@ -235,7 +236,7 @@ def _targets(loss: str, y: Tensor, adapted: Adapted, x: Tensor) -> Tensor:
         return y
     if y.dim() != 1 or y.is_floating_point() or y.is_complex() or str(y.dtype) == "torch.bool":
         raise UsageError(
-            f"--loss {loss} needs labels [N] of whole numbers, not {_kind(y)}: return such labels, targets of the "
+            f"--loss {loss} needs labels [N] of whole numbers, not {kind_text(y)}: return such labels, targets of the "
             f"outputs' shape {shape}, or give --loss module:function"
         )
     classes = shape
@@ -250,18 +251,19 @@ def _targets(loss: str, y: Tensor, adapted: Adapted, x: Tensor) -> Tensor:
     return y.long()
 
 
-def _outputs(adapted: Adapted, x: Tensor) -> Tensor:
-    """Return the outputs [n, ...] for a few samples."""
+def _outputs(adapted: Adapted, x: Any, count: int) -> Tensor:
+    """Return the outputs [n, ...] for the first `count` samples."""
     import torch
 
+    from hessian_tools import nested
     from ikun.adapters.summary import inputs_of
 
     with torch.no_grad():
-        out: Tensor = adapted.model(inputs_of(adapted, x))
+        out: Tensor = nested.call(adapted.model, inputs_of(adapted, nested.selected(x, slice(count))))
     return out
 
 
-def _loss(loss: str, adapted: Adapted, x: Tensor, y: Tensor) -> tuple[Loss, list[Callable[..., Any]]]:
+def _loss(loss: str, adapted: Adapted, x: Any, y: Tensor) -> tuple[Loss, list[Callable[..., Any]]]:
     """Return the loss, and the user's functions that it calls.
 
     A loss of the user's is tried on a few samples. It must return one finite number with a gradient. That it is a mean
@@ -269,6 +271,7 @@ def _loss(loss: str, adapted: Adapted, x: Tensor, y: Tensor) -> tuple[Loss, list
     """
     import torch
 
+    from hessian_tools.evaluation import loss_in_double
     from ikun.losses import LOSSES
 
     if loss in LOSSES:
@@ -276,112 +279,15 @@ def _loss(loss: str, adapted: Adapted, x: Tensor, y: Tensor) -> tuple[Loss, list
     if ":" not in loss:
         raise UsageError(f"--loss {loss}: give mse, ce, or module:function")
     function, what = load_function("--loss", loss), f"--loss {loss} in double precision"
-    outputs = _outputs(adapted, x[:8]).double().requires_grad_()
+    wide = loss_in_double(function)
+    outputs = _outputs(adapted, x, 8).double().requires_grad_()
     targets = y[:8].to(outputs.device, torch.float64 if y.is_floating_point() else y.dtype, copy=True)
     with readable(what):
-        found = function(outputs, targets)
+        found = wide(outputs, targets)
     if not isinstance(found, torch.Tensor) or found.dim():
-        raise UsageError(f"{what}: returned {_kind(found)}, but a tensor with one number and no axes is needed")
+        raise UsageError(f"{what}: returned {kind_text(found)}, but a tensor with one number and no axes is needed")
     if not found.requires_grad:
         raise UsageError(f"{what}: torch finds no gradient with respect to the outputs")
     if not torch.isfinite(found):
         raise UsageError(f"{what}: returned {float(found)}")
     return function, [function]
-
-
-# ---------------------------------------------------------------- the samples
-def read_samples(text: str, samples: str, limit: float) -> tuple[Tensor, Tensor]:
-    """Read samples from a function of the user's.
-
-    Args:
-        text: The function, as "module:function" or "path/to/file.py:function".
-        samples: Number of samples, or "all".
-        limit: Largest size of the samples in GiB.
-
-    Returns:
-        Inputs x [N, ...] and targets y [N, ...].
-
-    Raises:
-        UsageError: If the function fails, returns something else, or returns too few or too many samples.
-    """
-    import torch
-
-    what = f"--data {text}"
-    if samples != "all" and not (samples.isdecimal() and int(samples) >= 1):
-        raise UsageError(f"--samples {samples}: give a number, or all")
-    wanted = None if samples == "all" else int(samples)
-    found = called("--data", text, load_function("--data", text))
-    xs, ys, count, size, empty = [], [], 0, 0, 0
-    with readable(what):
-        for number, batch in enumerate(_batches(found, what), 1):
-            x, y = _pair(batch, f"{what}: batch {number}")
-            xs.append(x)
-            ys.append(y)
-            count, size = count + len(x), size + x.nbytes + y.nbytes
-            empty = 0 if len(x) else empty + 1
-            if empty > MOST_EMPTY:
-                raise UsageError(f"{what}: {empty} batches in a row have no samples: end the data, or yield samples")
-            if wanted is not None and count >= wanted:
-                break
-            if size > limit * 2**30:
-                raise UsageError(f"{what}: more than {limit:.2g} GiB of samples: give --samples N, or more --memory")
-        if not count:
-            raise UsageError(f"{what}: returned no samples")
-        if wanted is not None and count < wanted:
-            raise UsageError(f"--samples {samples}: give a number from 1 to {count}, or all")
-        for name, parts in (("inputs", xs), ("targets", ys)):
-            shapes = list(dict.fromkeys((tuple(t.shape[1:]), t.dtype) for t in parts))
-            if len(shapes) > 1:
-                raise UsageError(
-                    f"{what}: {name} have shapes {_sample(shapes[0])} and {_sample(shapes[1])}: all must be the same"
-                )
-        x, y = torch.cat(xs)[:wanted], torch.cat(ys)[:wanted]
-    if not torch.isfinite(x).all() or not torch.isfinite(y).all():
-        raise UsageError(f"{what}: NaN or infinite values")
-    return x, y
-
-
-def _sample(kind: tuple[tuple[int, ...], Any]) -> str:
-    """Describe the shape and dtype of one sample."""
-    return f"{list(kind[0])} {str(kind[1]).removeprefix('torch.')}"
-
-
-def _batches(found: Any, what: str) -> Iterator[Any]:
-    """Yield the batches in what the user's function returned."""
-    from torch.utils.data import DataLoader, Dataset
-
-    if isinstance(found, tuple | list) and len(found) == 2 and all(_is_array(part) for part in found):
-        yield found
-    elif isinstance(found, Dataset):
-        yield from DataLoader(found, batch_size=256)
-    elif isinstance(found, dict | str | bytes) or _is_array(found) or not hasattr(found, "__iter__"):
-        raise UsageError(f"{what}: returned {_kind(found)}, but {WHAT} are needed")
-    else:
-        yield from found
-
-
-def _is_array(value: Any) -> bool:
-    """Whether a value is an array or a tensor."""
-    return hasattr(value, "shape") and hasattr(value, "dtype")
-
-
-def _pair(batch: Any, what: str) -> tuple[Tensor, Tensor]:
-    """Check a batch and return its inputs and targets as tensors on the CPU."""
-    import torch
-
-    if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(_is_array(part) for part in batch)):
-        raise UsageError(f"{what} is {_kind(batch)}, but (inputs [N, ...], targets [N, ...]) are needed")
-    x, y = (torch.as_tensor(part).detach().cpu() for part in batch)
-    if x.dim() < 2 or y.dim() < 1 or len(x) != len(y):
-        raise UsageError(
-            f"{what} has inputs {list(x.shape)} and targets {list(y.shape)}, but [N, ...] and [N, ...] are needed"
-        )
-    return x, y
-
-
-def _kind(value: Any) -> str:
-    """Describe a value by its class, and arrays by their shape and dtype."""
-    if _is_array(value):
-        return f"{type(value).__name__} {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
-    inner = f" of {len(value)}" if isinstance(value, tuple | list) else ""
-    return f"a {type(value).__name__}{inner}"

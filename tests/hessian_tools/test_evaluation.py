@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 
-from hessian_tools.evaluation import copy_model, evaluation_mode
+from hessian_tools.evaluation import copy_model, evaluation_mode, loss_in_double
 from hessian_tools.objective import make_objective
 from hessian_tools.operators.base import dense
 from hessian_tools.operators.curvature import hessian
@@ -123,3 +123,60 @@ def test_evaluation_mode_leaves_spiking_neurons_in_training_mode() -> None:
     evaluation_mode(model)
     modes = [m.training for m in (model[0], model[1], model[1].norm, model[2], model[3])]
     assert modes == [False, True, False, True, False]
+
+
+# ---------------------------------------------------------------- losses with tensors of their own
+WEIGHTS = torch.tensor([0.5, 2.0, 3.0])
+MATRIX = torch.randn(3, 3, generator=torch.Generator().manual_seed(6))
+HOT = F.one_hot(torch.arange(8) % 3, 3).float()
+OWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "positive weights": nn.BCEWithLogitsLoss(pos_weight=WEIGHTS),
+    "weights of classes": lambda o, y: F.cross_entropy(o, y.argmax(1), weight=WEIGHTS, reduction="sum") / len(o),
+    "matrix": lambda o, y: ((o @ MATRIX) - y).square().mean(),
+    "einsum": lambda o, y: torch.einsum("ni,ij,nj->n", o, MATRIX, o).square().mean(),
+    "where": lambda o, y: torch.where(o > 0, WEIGHTS * o, o.exp()).mean(),
+    "linear": lambda o, y: F.linear(o, MATRIX).square().mean(),
+    "in place": lambda o, y: (o @ MATRIX).square_().mean(),
+    "new tensors": lambda o, y: (
+        (torch.zeros(len(o)).index_add(0, torch.arange(len(o)), (o @ MATRIX).sum(1))).exp().mean()
+    ),
+    "cast": lambda o, y: F.binary_cross_entropy_with_logits(o.float(), y.float(), pos_weight=WEIGHTS),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", OWN)
+def test_tensors_of_the_loss_are_converted_where_they_are_used(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(7)).to(dtype).requires_grad_()
+    value = loss_in_double(OWN[name])(outputs, HOT)
+    found = torch.autograd.functional.hessian(lambda o: loss_in_double(OWN[name])(o, HOT), outputs.detach())
+    assert found.dtype == dtype
+    for tensor in ("WEIGHTS", "MATRIX", "HOT"):
+        monkeypatch.setitem(globals(), tensor, globals()[tensor].double())
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        wide = nn.BCEWithLogitsLoss(pos_weight=WEIGHTS) if name in ("positive weights", "cast") else OWN[name]
+        exact = torch.autograd.functional.hessian(lambda o: wide(o, HOT), outputs.detach().double())
+        expected = float(wide(outputs.detach().double(), HOT))
+    finally:
+        torch.set_default_dtype(default)
+    assert float(value.detach()) == pytest.approx(expected, rel=1e-6 if name == "cast" else 1e-13)
+    tolerance = 1e-6 if dtype == torch.float32 or name == "cast" else 1e-12
+    torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_a_loss_that_fits_well_is_curved_in_float64_with_tensors_of_its_own() -> None:
+    """In float32, the second derivative of this loss cancels to noise of more than its size."""
+    outputs = 20 * HOT
+    weighted = nn.CrossEntropyLoss(weight=torch.ones(3))
+    found = torch.autograd.functional.hessian(lambda o: loss_in_double(weighted)(o, HOT.argmax(1)), outputs)
+    exact = torch.autograd.functional.hessian(lambda o: F.cross_entropy(o, HOT.argmax(1)), outputs.double())
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-14)
+
+
+def test_the_error_of_a_loss_is_its_own() -> None:
+    with pytest.raises(RuntimeError, match="weight tensor should be defined"):
+        loss_in_double(nn.CrossEntropyLoss(weight=torch.ones(4)))(torch.zeros(8, 3), torch.zeros(8).long())

@@ -62,7 +62,16 @@ def test_a_smooth_network_is_not_said_to_have_a_surrogate() -> None:
         (torch.eye(3), torch.tensor([0, 1, 0]), 2),
         (torch.eye(3), torch.tensor([0, 1, 3]), None),
         (torch.eye(3), torch.tensor([0.0, 1.0, 2.0]), None),
-        (torch.eye(3), torch.eye(3), None),
+        (torch.eye(3), torch.eye(3), 3),  # one-hot, of any dtype
+        (torch.eye(3), torch.eye(3)[[0, 2, 1]], 1),
+        (torch.eye(3), torch.eye(3)[[0, 2, 1]].long(), 1),
+        (torch.eye(3), torch.eye(3)[[0, 2, 1]].bool(), 1),
+        (torch.eye(3), 0.9 * torch.eye(3), None),  # a regression
+        (torch.eye(3), torch.eye(3) + 1e-6, None),
+        (torch.eye(3), torch.ones(3, 3), None),  # several labels per sample
+        (torch.eye(3), torch.zeros(3, 3), None),
+        (torch.eye(3), torch.eye(3)[:, :2], None),
+        (torch.ones(3, 1), torch.ones(3, 1), None),
     ],
 )
 def test_correct_samples_are_counted_or_unknown(outputs: torch.Tensor, labels: torch.Tensor, right: int | None) -> None:

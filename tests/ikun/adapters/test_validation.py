@@ -121,6 +121,65 @@ def test_a_trained_width_keeps_its_derivatives(how: str) -> None:
     torch.testing.assert_close(dense(hessian(objective)), expected, rtol=1e-8, atol=1e-12)
 
 
+class PerChannel(Slope):
+    """The slope a has any shape that broadcasts to that of v."""
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        v, a = ctx.saved_tensors
+        s = torch.sigmoid(a * v)
+        return g * a * s * (1 - s), (g * v * s * (1 - s)).sum_to_size(a.shape) if a.requires_grad else None
+
+
+class PerChannelWrong(PerChannel):
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        first, by_a = PerChannel.backward(ctx, g)
+        return first, None if by_a is None else 1.5 * by_a
+
+
+class Flat(PerChannel):
+    """f'' is taken as 0."""
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        v, a = ctx.saved_tensors
+        s = torch.sigmoid(a * v).detach()
+        return g * a.detach() * s * (1 - s), None
+
+
+def with_widths(how: str, function: Any, shape: tuple[int, ...], trained: bool = True) -> nn.Sequential:
+    net = network(how, function)
+    owner: Any = net[1].surrogate_function if how == "module" else net[1]
+    widths = 1 + 2 * torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    owner.alpha = nn.Parameter(widths, requires_grad=trained)
+    if len(shape) == 4:  # a convolution: 2 channels of 3 x 1
+        net[0] = nn.Sequential(nn.Linear(5, 6), nn.Unflatten(1, (2, 3, 1)))
+        net[2] = nn.Sequential(nn.Flatten(), nn.Linear(6, 3))
+    return net
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (1, 1), (1, 2, 1, 1), (1, 2, 3, 1)])
+@pytest.mark.parametrize("how", ["module", "attribute", "name"])
+def test_widths_per_channel_keep_their_derivatives(how: str, shape: tuple[int, ...], trained: bool) -> None:
+    expected = reference(with_widths(how, PerChannel, shape, trained))
+    adapted = adapt(with_widths(how, PerChannel, shape, trained), X)
+    assert [f.verdict.kind for f in adapted.surrogates] == ["exact"] * (how != "name")
+    assert not adapted.warnings
+    objective = found(with_widths(how, PerChannel, shape, trained))
+    torch.testing.assert_close(dense(hessian(objective)), expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 2, 1, 1)])
+@pytest.mark.parametrize("how", ["module", "attribute", "name"])
+def test_wrong_derivatives_by_widths_per_channel_are_refused(how: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(AdapterError, match="second derivatives by its own parameters are not those of its gradient"):
+        adapt(with_widths(how, PerChannelWrong, shape), X)
+    with pytest.raises(AdapterError, match="f'' would be taken as 0"):
+        adapt(with_widths(how, Flat, shape, trained=False), X)
+
+
 @pytest.mark.parametrize("how", ["module", "attribute"])
 def test_a_steeper_surrogate_keeps_the_names_and_derivatives_of_its_width(how: str) -> None:
     class Scaled(Slope):

@@ -383,7 +383,7 @@ LOSSES_TEXT = (
         return outputs @ targets
 
     def single(outputs, targets):
-        return F.cross_entropy(outputs, targets, weight=torch.ones(3))
+        return F.cross_entropy(outputs, targets, weight=torch.ones(4))
 
     def endless(outputs, targets):
         return outputs.sum() / 0
@@ -407,7 +407,7 @@ def test_a_user_loss_is_used(capsys: Capture) -> None:
         "number": "returned a float, but a tensor with one number and no axes is needed",
         "detached": "torch finds no gradient with respect to the outputs",
         "broken": "nets.py, line 34)",
-        "single": "in double precision: RuntimeError: expected scalar type",
+        "single": "in double precision: RuntimeError: weight tensor should be defined",
         "endless": "returned ",
     }.items():
         fails(capsys, 2, message, "spectrum", "theirs.pt", *own("mlp", "samples", f"nets.py:{loss}"))
@@ -534,7 +534,7 @@ def test_data_that_cannot_be_used_are_refused(plain: dict[str, Any], capsys: Cap
         "one": "returned Tensor [24, 1, 3, 4] of float32",
         "table": "returned a dict",
         "empty": "returned no samples",
-        "odd": "batch 1 is Tensor [24, 1, 3, 4] of float32, but (inputs [N, ...], targets [N, ...]) are needed",
+        "odd": "batch 1 is Tensor [24, 1, 3, 4] of float32, but (inputs [N, ...], targets [N, ...]), or a dict with",
         "triples": "batch 1 is a tuple of 3",
         "ragged": "has inputs [24, 1, 3, 4] and targets [5]",
         "mixed": "inputs have shapes [1, 3, 4] float32 and [1, 2, 4] float32",

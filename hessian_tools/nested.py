@@ -1,0 +1,81 @@
+"""Inputs of a batch that are not one tensor: dicts, tuples and lists of tensors, all with the samples first."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def tensors(x: Any) -> list[Tensor]:
+    """Return the tensors in nested inputs; [x] for a tensor."""
+    return [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
+
+
+def mapped(change: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """Return nested inputs with every tensor changed. Mappings of other classes become dicts.
+
+    Values that are not tensors, such as None or a flag, stay as they are.
+    """
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, Mapping) and type(x) is not dict:
+        x = dict(x)
+    return pytree.tree_map_only(Tensor, change, x)
+
+
+def converted(x: Any, like: Tensor) -> Any:
+    """Move nested inputs to the device of `like`, and those that are floating-point to its dtype."""
+    return mapped(lambda t: t.to(like.device, like.dtype if t.is_floating_point() else t.dtype), x)
+
+
+def sample_count(x: Any) -> int:
+    """Return the number of samples: the first axis of every tensor.
+
+    Raises:
+        ValueError: If there is no tensor, or if the tensors differ in the number of samples.
+    """
+    counts = {len(t) if t.dim() else None for t in tensors(x)}
+    count = counts.pop() if len(counts) == 1 else None
+    if count is None:
+        found = ", ".join(str(list(t.shape)) for t in tensors(x)) or "no tensor"
+        raise ValueError(f"every tensor of the inputs must have the samples as its first axis, not {found}")
+    return count
+
+
+def selected(x: Any, index: Tensor | slice) -> Any:
+    """Return the samples of nested inputs at an index tensor [n] or a slice."""
+    return mapped(lambda t: t[index.to(t.device) if isinstance(index, Tensor) else index], x)
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """Concatenate nested inputs of the same structure. Values that are not tensors are those of the first part."""
+    flat, specs = zip(*(pytree.tree_flatten(part) for part in parts), strict=True)
+    if any(spec != specs[0] for spec in specs):
+        raise ValueError("all batches must have inputs of the same structure")
+    leaves = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*flat, strict=True)]
+    return pytree.tree_unflatten(leaves, specs[0])
+
+
+def call(model: Callable[..., Any], x: Any) -> Any:
+    """Call a model on the inputs of a batch.
+
+    The entries of a dict become keyword arguments and those of a tuple or list become arguments, if the model's forward
+    accepts them. Otherwise, and for a tensor, x is the only argument.
+    """
+    if isinstance(x, Tensor):
+        return model(x)
+    positional, named = (), {}
+    if isinstance(x, Mapping) and all(isinstance(name, str) for name in x):
+        named = dict(x)
+    elif isinstance(x, tuple | list):
+        positional = tuple(x)
+    try:
+        inspect.signature(getattr(model, "forward", model)).bind(*positional, **named)
+    except (TypeError, ValueError):  # other arguments, or a forward that is not written in Python
+        return model(x)
+    return model(*positional, **named) if positional or named else model(x)
