@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Protocol, overload
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,7 @@ class Objective:
             summed over the processes.
         segmentation: Runs a network of T time steps in about sqrt(T) segments where the model allows it. This takes
             less memory and more time (`hessian_tools.chain.segments`).
+        programs: The traced products of the model, one per kind and shape of a batch (`hessian_tools.engine`).
     """
 
     model: nn.Module
@@ -116,6 +117,7 @@ class Objective:
     reset: Callable[[nn.Module], None] | None = None
     group: Group | None = None
     segmentation: Segmentation | None = None
+    programs: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def segmented(self) -> bool:

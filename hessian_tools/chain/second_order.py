@@ -161,10 +161,12 @@ class Linearized:
     Attributes:
         product: The product.
         nbytes: Memory that it holds.
+        parallel: Whether it can run in several threads at once, and be captured as a CUDA graph.
     """
 
     product: Callable[[Tensor], Tensor]
     nbytes: int
+    parallel: bool = True
 
     def __call__(self, v: Tensor) -> Tensor:
         with torch.no_grad():

@@ -2,18 +2,26 @@
 
 Products are computed by backpropagation through time over the objective's samples. Where every layer of the model
 provides the passes of `hessian_tools.chain.second_order`, those are used, in segments of time if the objective asks for
-it. Otherwise the products use double backward.
+it. Otherwise the product is traced once and replayed (`hessian_tools.engine`). A model that cannot be traced uses double
+backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hessian_tools.chain import second_order, segments
+from hessian_tools.chain.second_order import Linearized
+from hessian_tools.engine.product import linearize as linearize_traced
 from hessian_tools.objective import Batch, Objective, Streamed
 from hessian_tools.operators.base import Operator
 from hessian_tools.runtime.cuda import Captured, full_precision, side_stream
@@ -44,7 +52,7 @@ class CurvatureOperator(Operator):
     """
 
     def __init__(
-        self, objective: Objective, linearize: Callable[[Objective, Batch], Map], memory: float = 4 * 2**30
+        self, objective: Objective, linearize: Callable[[Objective, Batch], Linearized], memory: float = 4 * 2**30
     ) -> None:
         super().__init__(objective.size, objective.dtype, objective.device)
         self.objective = objective
@@ -64,20 +72,22 @@ class CurvatureOperator(Operator):
         batch = batches[index]
         if self._used >= self._memory:
             return self._linearize(self.objective, batch)
-        product, size = _measured(self.objective, batch, self._linearize)
+        with side_stream(self.device):
+            product = self._linearize(self.objective, batch)
+        size = product.nbytes
         if isinstance(batches, Streamed):  # a kept product also holds the inputs that were read
             size = max(size, batch[0].nbytes)
         with self._lock:
-            if self._used + size <= self._memory:
-                self._used += size
-                self._kept[index] = product = self._captured(product, size)
-            else:
+            if self._used + size > self._memory:
                 self._used = float(self._memory)  # full: later batches are not smaller
-        return product
+                return product
+            self._used += size
+            self._kept[index] = kept = self._captured(product, size)
+        return kept
 
-    def _captured(self, product: Map, size: int) -> Map:
+    def _captured(self, product: Linearized, size: int) -> Map:
         """Return a CUDA graph of a kept product if the device is CUDA and there is memory for it."""
-        if self.device.type != "cuda" or not isinstance(product, second_order.Linearized) or not product.nbytes:
+        if self.device.type != "cuda" or not product.parallel or not product.nbytes:
             return product
         if not self._graphs and self._used + size <= self._memory:
             self._graphs = True
@@ -93,8 +103,8 @@ class CurvatureOperator(Operator):
 
         items = list(self.objective.batch_weights().items())
         if self._threads is None:
-            hand_written = bool(items) and isinstance(self._map(items[0][0]), second_order.Linearized)
-            self._threads = hand_written and self.device.type == "cpu"
+            first = self._map(items[0][0]) if items else None
+            self._threads = isinstance(first, Linearized) and first.parallel and self.device.type == "cpu"
         return in_threads(run, items) if self._threads else map(run, items)
 
     def _columns(self, product: Map, block: Tensor) -> list[Tensor]:
@@ -143,17 +153,32 @@ class CurvatureOperator(Operator):
         return [part.reshape(-1, k, k).mT for part, k in zip(parts, shapes, strict=True)], counts
 
 
-def _measured(objective: Objective, batch: Batch, linearize: Callable[[Objective, Batch], Map]) -> tuple[Map, int]:
-    """Return the product of a batch and the number of bytes that it holds."""
-    saved: dict[int, int] = {}
+class _Storages(TorchDispatchMode):
+    """Records the storages that are created, without keeping them alive."""
 
-    def note(t: Tensor) -> Tensor:
-        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), side_stream(objective.device):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                storage = t.untyped_storage()
+                self._found[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return out
+
+    def alive(self, but: Iterable[Tensor]) -> int:
+        """Return the bytes of the storages that still exist, except those of some tensors."""
+        others = {t.untyped_storage()._cdata for t in but}
+        return sum(size for key, (ref, size) in self._found.items() if not ref.expired() and key not in others)
+
+
+def _by_autograd(linearize: Callable[[Objective, Batch], Map], objective: Objective, batch: Batch) -> Linearized:
+    """Return the product of a batch by double backward, with the memory that its graph holds."""
+    with _Storages() as storages:
         product = linearize(objective, batch)
-    return product, getattr(product, "nbytes", 0) or sum(saved.values())
+    return Linearized(product, storages.alive([*objective.model.parameters(), *batch]), parallel=False)
 
 
 def batch_size_within(objective: Objective, memory: float, most: int = 2048) -> int:
@@ -173,7 +198,7 @@ def batch_size_within(objective: Objective, memory: float, most: int = 2048) -> 
     if each := segments.bytes_per_sample(objective):
         return int(min(most, memory / each))
     x = objective.first_inputs(8)
-    _, size = _measured(objective, (x, objective.targets[0][:8]), _linearize_hessian)
+    size = _linearize_hessian(objective, (x, objective.targets[0][:8])).nbytes
     return int(max(1, min(most, memory * len(x) / max(size, 1))))
 
 
@@ -258,22 +283,21 @@ def _autograd_fisher(objective: Objective, batch: Batch) -> Map:
     return lambda v: backward(forward(v) / len(y))
 
 
-def _by_hand(objective: Objective, batch: Batch, kind: str) -> Map | None:
-    """Return the product from the layers' own passes, or None if the model does not provide them."""
+def _linearize(
+    kind: str, autograd: Callable[[Objective, Batch], Map], objective: Objective, batch: Batch
+) -> Linearized:
+    """Return the product of a batch: from the layers' own passes, from the traced network, or else by autograd."""
     found = segments.linearize_in_segments(objective, batch, kind) if objective.segmented else None
-    return found or second_order.linearize(objective, batch, kind)
+    found = found or second_order.linearize(objective, batch, kind)
+    if found is None:
+        traced = linearize_traced(objective, batch, kind)
+        found = traced if isinstance(traced, Linearized) else _by_autograd(autograd, objective, batch)
+    return found
 
 
-def _linearize_hessian(objective: Objective, batch: Batch) -> Map:
-    return _by_hand(objective, batch, "hessian") or _autograd_hessian(objective, batch)
-
-
-def _linearize_ggn(objective: Objective, batch: Batch) -> Map:
-    return _by_hand(objective, batch, "ggn") or _autograd_ggn(objective, batch)
-
-
-def _linearize_fisher(objective: Objective, batch: Batch) -> Map:
-    return _by_hand(objective, batch, "fisher") or _autograd_fisher(objective, batch)
+_linearize_hessian = partial(_linearize, "hessian", _autograd_hessian)
+_linearize_ggn = partial(_linearize, "ggn", _autograd_ggn)
+_linearize_fisher = partial(_linearize, "fisher", _autograd_fisher)
 
 
 def hessian(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator:

@@ -1,0 +1,124 @@
+"""The curvature product of one batch of any network that can be traced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hessian_tools.chain.second_order import Linearized, output_form
+from hessian_tools.engine.graph import Rule
+from hessian_tools.engine.rewriting import Rewriting
+from hessian_tools.engine.trace import Program, UntraceableError, run, trace
+from hessian_tools.evaluation import copy_model
+
+if TYPE_CHECKING:
+    from hessian_tools.objective import Batch, Objective
+
+ROUNDING = 100  # outputs of the traced network may differ by this many units of rounding
+_lock = Lock()
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """How networks with a certain kind of module are traced. Such modules have it as their attribute `tracing`.
+
+    Attributes:
+        rewriting: The mode in which the forward pass runs.
+        rules: Rules by which the traced graph is simplified.
+    """
+
+    rewriting: type[Rewriting] = Rewriting
+    rules: tuple[Rule, ...] = ()
+
+
+def linearize(objective: Objective, batch: Batch, kind: str) -> Linearized | str:
+    """Return the curvature product of one batch, or why the network cannot be traced.
+
+    Args:
+        objective: The objective.
+        batch: Inputs and targets.
+        kind: "hessian", "ggn" or "fisher".
+    """
+    x, y = batch
+    state = _state(objective.model)
+    program = _program(objective, state, x, kind == "hessian")
+    if isinstance(program, str):
+        return program
+    values = dict(zip(program.values, [*state.values(), x], strict=True))
+    with torch.no_grad():
+        (outputs,) = run(program, 0, values)
+    form = output_form(kind, objective.loss, outputs, y)
+    if form is None:
+        return Linearized(torch.zeros_like, 0)
+    values[program.slope], curve = form
+    with torch.no_grad():
+        run(program, 1, values)
+    needed = {name for part in program.parts[2:] for name in part.inputs}
+    kept = {name: value for name, value in values.items() if name in needed}
+
+    def product(v: Tensor) -> Tensor:
+        here = dict(kept)
+        here.update(zip(program.vector, objective.split(v), strict=True))
+        (tangent,) = run(program, 2, here)
+        here[program.tangent] = curve(tangent)
+        return objective.flatten(run(program, 3, here))
+
+    return Linearized(product, _nbytes(kept, [*state.values(), x]))
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model by name."""
+    return {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def _nbytes(kept: dict[str, Tensor], others: list[Tensor]) -> int:
+    """Return the bytes of the kept values in addition to those of the weights and the batch."""
+    own = {t.untyped_storage().data_ptr() for t in others}
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept.values()}
+    return sum(size for key, size in found.items() if key not in own)
+
+
+def _program(objective: Objective, state: dict[str, Tensor], x: Tensor, second: bool) -> Program | str:
+    """Return the traced product for the shape of x. It is traced at the first call."""
+    model = objective.model
+    key = (model, tuple(objective.parameters), second, x.shape, x.dtype, x.device)
+    with _lock:
+        found = objective.programs.get(key)
+        if found is None:
+            found = _traced(objective, state, x, second)
+            objective.programs[key] = found
+    return found
+
+
+def _traced(objective: Objective, state: dict[str, Tensor], x: Tensor, second: bool) -> Program | str:
+    """Trace the product. The outputs must be those of the network."""
+    offered = [t for m in objective.model.modules() if isinstance(t := getattr(m, "tracing", None), Tracing)]
+    tracing = offered[0] if offered else Tracing()
+    with torch.no_grad():
+        expected = objective.outputs(x)
+    model = copy_model(objective.model)
+    for hoist in (True, False):
+        if objective.reset is not None:
+            objective.reset(model)
+        try:
+            program = trace(model, state, list(objective.parameters), x, expected, second, partial(tracing.rewriting, hoist), tracing.rules)
+        except UntraceableError as error:
+            return str(error)
+        values = dict(zip(program.values, [*state.values(), x], strict=True))
+        with torch.no_grad():
+            (outputs,) = run(program, 0, values)
+        if _same(outputs, expected):
+            return program
+    return "the traced network gives other outputs"
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two outputs are the same up to rounding, in which no spike differs."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool((a - b).abs().max() <= ROUNDING * torch.finfo(a.dtype).eps * b.abs().max())

@@ -1,0 +1,127 @@
+"""Trace the curvature product of one batch into a graph of tensor operations, and replay it.
+
+For outputs o = f(w) of a batch and a fixed slope g of the loss by the outputs, reverse mode gives the gradient
+J^T g. Differentiated once more, it gives for a vector v and any t
+
+    J v   and   (d/dw v^T J^T g) + J^T t
+
+The Hessian product is the second with t = H_out J v, where H_out is the second derivative of the loss. The
+Gauss-Newton product is J^T t. All of it is traced once per shape of the inputs. What does not depend on v is computed
+once per batch and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from hessian_tools.engine.graph import Part, Rule, simplify, split
+from hessian_tools.engine.rewriting import Rewriting
+from hessian_tools.evaluation import twice_differentiable
+
+
+class UntraceableError(Exception):
+    """The network cannot be traced. The message is one line that says why."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """The traced product of a batch.
+
+    Attributes:
+        parts: One function per stage (see `graph.STAGES`).
+        values: Names of the inputs for the weights, buffers and the batch.
+        slope: Name of the input g.
+        vector: Names of the inputs v, one per selected parameter.
+        tangent: Name of the input t.
+    """
+
+    parts: list[Part]
+    values: tuple[str, ...]
+    slope: str
+    vector: tuple[str, ...]
+    tangent: str
+
+
+def _program(model: nn.Module, names: list[str], chosen: list[str], second: bool, rewriting: Callable[[], Rewriting]) -> Any:
+    """Return the function of (values, x, g, v, t) that is traced."""
+
+    def program(values: list[Tensor], x: Tensor, g: Tensor, v: list[Tensor], t: Tensor) -> Any:
+        state = {name: value.detach() for name, value in zip(names, values, strict=True)}
+        w = [state[name].requires_grad_() for name in chosen]
+        g = g.detach().requires_grad_()
+        with torch.enable_grad(), twice_differentiable():
+            with rewriting():
+                o = functional_call(model, state, (x,))
+            first = torch.autograd.grad(o, w, g, create_graph=True, allow_unused=True)
+            live = [(a, b) for a, b in zip(first, v, strict=True) if a is not None and a.requires_grad]
+            slopes, directions = [a for a, _ in live], [b for _, b in live]
+            if second:
+                *image, tangent = torch.autograd.grad([o, *slopes], [*w, g], [t, *directions], allow_unused=True)
+            else:
+                (tangent,) = torch.autograd.grad(slopes, g, directions, retain_graph=True)
+                image = list(torch.autograd.grad(o, w, t, allow_unused=True))
+        filled = [torch.zeros_like(p) if r is None else r for r, p in zip(image, w, strict=True)]
+        return o, tangent, filled
+
+    return program
+
+
+def trace(
+    model: nn.Module, state: dict[str, Tensor], chosen: list[str], x: Tensor, outputs: Tensor, second: bool,
+    rewriting: Callable[[], Rewriting], rules: Sequence[Rule],
+) -> Program:  # fmt: skip
+    """Trace the product of a batch.
+
+    Args:
+        model: The model. Its state may change.
+        state: Its parameters and buffers by name.
+        chosen: Names of the selected parameters.
+        x: Inputs of the batch. Their values do not matter.
+        outputs: Outputs of the batch. Their values do not matter.
+        second: Whether the product contains the second derivatives of the model, as that of the Hessian does.
+        rewriting: Makes the mode in which the forward pass runs.
+        rules: Rules by which the graph is simplified.
+
+    Raises:
+        UntraceableError: If the model cannot be traced, as with a branch on the values of a tensor.
+    """
+    program = _program(model, list(state), chosen, second, rewriting)
+    vector = [torch.zeros_like(state[name]) for name in chosen]
+    try:
+        module = make_fx(program, tracing_mode="fake", _allow_non_fake_inputs=True)(
+            list(state.values()), x, torch.zeros_like(outputs), vector, torch.zeros_like(outputs)
+        )
+    except Exception as error:
+        raise UntraceableError(str(error).strip().partition("\n")[0]) from error
+    graph = module.graph
+    holders = [n for n in graph.nodes if n.op == "placeholder"]
+    count = len(state) + 1
+    groups = [holders[:count], holders[count : count + 1], holders[count + 1 : -1], holders[-1:]]
+    for stage, group in enumerate(groups):
+        for node in group:
+            node.meta["stage"] = stage
+    simplify(graph, rules)
+    o, tangent, *image = next(n for n in graph.nodes if n.op == "output").args[0]
+    parts = split(module, [[o], [], [tangent], image])
+    values, slope, v, t = (tuple(n.name for n in group) for group in groups)
+    return Program(parts, values, slope[0], v, t[0])
+
+
+def run(program: Program, stage: int, values: dict[str, Tensor]) -> list[Tensor]:
+    """Run one stage. Its kept values are added to `values`.
+
+    Returns:
+        The outputs of the stage.
+    """
+    part = program.parts[stage]
+    found = part.run(*(values[name] for name in part.inputs))
+    count = len(found) - len(part.kept)
+    values.update(zip(part.kept, found[count:], strict=True))
+    return list(found[:count])
