@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hessian_tools.evaluation import copy_model, evaluation_mode
 from ikun.adapters import choices
 from ikun.adapters.base import PLAIN, AdapterError, Library, Slot, origins, run_forward
+from ikun.adapters.node_choices import replace_neurons
 from ikun.adapters.norse import NORSE
 from ikun.adapters.snntorch import SNNTORCH
 from ikun.adapters.spikingjelly import SPIKINGJELLY
@@ -67,6 +68,7 @@ class Adapted:
         plan: How the network is run through time.
         surrogates: The surrogates that were found.
         warnings: Warnings, one line each.
+        nodes: Why a neuron was not replaced by a node of the traced graph, by its path; empty if it was.
     """
 
     model: nn.Module
@@ -75,6 +77,7 @@ class Adapted:
     plan: TimePlan
     surrogates: tuple[Found, ...] = ()
     warnings: tuple[str, ...] = ()
+    nodes: dict[str, str] = field(default_factory=dict)
 
 
 def adapt(
@@ -159,7 +162,8 @@ def adapt(
     if steps is None and name != "none":
         check_steps(wrapped, kind, few)
     warnings = [*_hooks(bare(model)), *_tried(kind, wrapped, few, y)]
-    return Adapted(result, clear, name, plan, surrogates, tuple(warnings))
+    nodes = replace_neurons(name, kind, wrapped, few)
+    return Adapted(result, clear, name, plan, surrogates, tuple(warnings), nodes)
 
 
 def _both(first: Callable[[nn.Module], None], second: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:

@@ -32,12 +32,14 @@ class SpikingRewriting(Rewriting):
             return y
         return super().__torch_function__(func, types, args, kwargs)
 
-    def _neurons(self, x: Tensor, spec: Spec, v0: Any = None, gain: Any = None, jet: Any = None) -> Any:
+    def _neurons(
+        self, x: Tensor, spec: Spec, v0: Any = None, gain: Any = None, jet: Any = None, values: Any = None
+    ) -> Any:
         once = self.once(x)
         if len(once) < len(x):
             spec = replace(spec, static=True, steps=len(x))
-        y, end = neurons(once, spec, v0, gain, jet)
-        self._fired[id(y)] = once, spec, (v0, gain, jet)
+        y, end = neurons(once, spec, v0, gain, jet, values)
+        self._fired[id(y)] = once, spec, (v0, gain, jet, values)
         self._alive += [y, once]
         return y, end
 
@@ -49,10 +51,10 @@ class SpikingRewriting(Rewriting):
         plain = _pair(kernel_size) == (2, 2) and stride in (None, [], ()) or _pair(stride or kernel_size) == _pair(kernel_size) == (2, 2)
         if fired is None or not plain or _pair(padding) != (0, 0) or _pair(dilation) != (1, 1) or ceil_mode or return_indices:
             return None
-        current, spec, (v0, gain, jet) = fired
+        current, spec, others = fired
         if current.dim() < 4 or x.shape[-2:] != current.shape[-2:] or min(x.shape[-2:]) < 2:
             return None
-        y, _ = neurons(current, replace(spec, height=x.shape[-2], width=x.shape[-1]), v0, gain, jet)
+        y, _ = neurons(current, replace(spec, height=x.shape[-2], width=x.shape[-1]), *others)
         flat = y.reshape(*x.shape[:-2], *y.shape[-2:])
         self._origin[id(flat)] = y
         self._alive += [y, flat]
