@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,9 @@ STAGES = ("values", "slope", "vector", "tangent")
 
 
 def simplify(graph: fx.Graph, rules: Sequence[Rule]) -> None:
-    """Remove detachments, repeated computations and unused values, and apply the rules."""
+    """Remove copies, repeated computations and unused values, and apply the rules. The graph must be functional."""
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in (aten.detach.default, aten.alias.default):
+        if node.op == "call_function" and (node.target in (aten.detach.default, aten.alias.default) or _copies(node)):
             _replace(graph, node, node.args[0])
     _merge_views(graph)
     _merge_equal(graph)
@@ -32,6 +33,14 @@ def simplify(graph: fx.Graph, rules: Sequence[Rule]) -> None:
 def _replace(graph: fx.Graph, node: fx.Node, other: Any) -> None:
     node.replace_all_uses_with(other)
     graph.erase_node(node)
+
+
+def _copies(node: fx.Node) -> bool:
+    """Return whether a node only copies a value, in the same order of memory."""
+    if node.target is not aten.clone.default:
+        return False
+    before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
+    return before is not None and after is not None and before.stride() == after.stride()
 
 
 def _merge_views(graph: fx.Graph) -> None:
@@ -69,6 +78,36 @@ def _key(value: Any) -> Hashable:
     return type(value), repr(value)
 
 
+ALLOCATING = {aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.add.Tensor}
+
+
+def _fresh(node: Any) -> bool:
+    """Return whether a value is in memory of its own, which nothing else reads."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or len(node.users) != 1:
+        return False
+    if node.target is operator.getitem:
+        return node.args[0].target is aten.convolution_backward.default
+    return node.target in ALLOCATING
+
+
+def reuse_memory(graph: fx.Graph) -> None:
+    """Add matrix products to what they are added to, and add in place where a summand is not needed again."""
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target is not aten.add.Tensor or len(node.args) != 2 or node.kwargs:
+            continue
+        a, b = node.args
+        if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
+            continue
+        shapes = {tuple(n.meta["val"].shape) for n in (node, a, b) if "val" in n.meta}
+        types = {n.meta["val"].dtype for n in (node, a, b) if "val" in n.meta}
+        if len(shapes) != 1 or len(types) != 1 or any("val" not in n.meta for n in (a, b)):
+            continue
+        for one, other in ((a, b), (b, a)):
+            if _fresh(one):
+                node.target, node.args = aten.add_.Tensor, (one, other)
+                break
+
+
 def stages_of(graph: fx.Graph) -> dict[fx.Node, int]:
     """Return the stage of every node. Placeholders have theirs in `meta["stage"]`."""
     found: dict[fx.Node, int] = {}
@@ -95,16 +134,18 @@ class Part:
     kept: tuple[str, ...]
 
 
-def split(module: fx.GraphModule, results: list[list[fx.Node]]) -> list[Part]:
+def split(module: fx.GraphModule, results: Sequence[Sequence[fx.Node | None]]) -> list[Part]:
     """Split a graph into one function per stage.
 
     Args:
         module: The graph. Its placeholders have their stage in `meta["stage"]`.
         results: The values of every stage that are outputs, which are the first outputs of the stage's function.
+            None stands for an output that is zero.
     """
     stage = stages_of(module.graph)
     parts = []
-    for k, wanted in enumerate(results):
+    for k, outputs in enumerate(results):
+        wanted = [w for w in outputs if w is not None]
         mine = [n for n in module.graph.nodes if n.op in ("call_function", "get_attr") and stage[n] == k]
         part, inside, inputs = fx.Graph(), {}, []
 
@@ -119,7 +160,9 @@ def split(module: fx.GraphModule, results: list[list[fx.Node]]) -> list[Part]:
             fetch(node)
         for node in mine:
             inside[node] = part.node_copy(node, fetch)
-        kept = [n for n in mine if any(u.op != "output" and stage[u] > k for u in n.users)]
-        part.output(tuple(fetch(n) for n in [*wanted, *kept]))
+        later = {w for some in results[k + 1 :] for w in some}
+        kept = [n for n in mine if n in later or any(u.op != "output" and stage[u] > k for u in n.users)]
+        part.output(tuple(None if n is None else fetch(n) for n in [*outputs, *kept]))
+        reuse_memory(part)
         parts.append(Part(fx.GraphModule(module, part), tuple(inputs), tuple(n.name for n in kept)))
     return parts

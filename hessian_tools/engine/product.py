@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from hessian_tools.chain.second_order import Linearized, output_form
 from hessian_tools.engine.graph import Rule
 from hessian_tools.engine.rewriting import Rewriting
-from hessian_tools.engine.trace import Program, UntraceableError, run, trace
+from hessian_tools.engine.reasons import UntraceableError
+from hessian_tools.engine.trace import Program, run, trace
 from hessian_tools.evaluation import copy_model
+from hessian_tools.runtime.storages import Storages
 
 if TYPE_CHECKING:
     from hessian_tools.objective import Batch, Objective
@@ -49,17 +51,23 @@ def linearize(objective: Objective, batch: Batch, kind: str) -> Linearized | str
     program = _program(objective, state, x, kind == "hessian")
     if isinstance(program, str):
         return program
-    values = dict(zip(program.values, [*state.values(), x], strict=True))
+    if program.constant:
+        return Linearized(torch.zeros_like, 0, path="traced")
+    values: dict[str, Any] = dict(zip(program.values, [*state.values(), x], strict=True))
     with torch.no_grad():
         (outputs,) = run(program, 0, values)
-    form = output_form(kind, objective.loss, outputs, y)
+    with Storages() as storages:
+        form = output_form(kind, objective.loss, outputs, y)
     if form is None:
-        return Linearized(torch.zeros_like, 0)
+        return Linearized(torch.zeros_like, 0, path="traced")
     values[program.slope], curve = form
+    del outputs, form
     with torch.no_grad():
         run(program, 1, values)
     needed = {name for part in program.parts[2:] for name in part.inputs}
     kept = {name: value for name, value in values.items() if name in needed}
+    del values
+    storages.add(kept.values())
 
     def product(v: Tensor) -> Tensor:
         here = dict(kept)
@@ -68,19 +76,12 @@ def linearize(objective: Objective, batch: Batch, kind: str) -> Linearized | str
         here[program.tangent] = curve(tangent)
         return objective.flatten(run(program, 3, here))
 
-    return Linearized(product, _nbytes(kept, [*state.values(), x]))
+    return Linearized(product, storages.alive([*state.values(), x, y]), path="traced")
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers of a model by name."""
     return {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
-
-
-def _nbytes(kept: dict[str, Tensor], others: list[Tensor]) -> int:
-    """Return the bytes of the kept values in addition to those of the weights and the batch."""
-    own = {t.untyped_storage().data_ptr() for t in others}
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept.values()}
-    return sum(size for key, size in found.items() if key not in own)
 
 
 def _program(objective: Objective, state: dict[str, Tensor], x: Tensor, second: bool) -> Program | str:
@@ -101,24 +102,31 @@ def _traced(objective: Objective, state: dict[str, Tensor], x: Tensor, second: b
     tracing = offered[0] if offered else Tracing()
     with torch.no_grad():
         expected = objective.outputs(x)
-    model = copy_model(objective.model)
+    if not isinstance(expected, Tensor):
+        return f"the network returns a {type(expected).__name__}, not a tensor"
+    model = copy_model(objective.model, share=True)
     for hoist in (True, False):
         if objective.reset is not None:
             objective.reset(model)
+        rewriting = partial(tracing.rewriting, hoist)
         try:
-            program = trace(model, state, list(objective.parameters), x, expected, second, partial(tracing.rewriting, hoist), tracing.rules)
+            program = trace(model, state, list(objective.parameters), x, expected, second, rewriting, tracing.rules)
         except UntraceableError as error:
             return str(error)
-        values = dict(zip(program.values, [*state.values(), x], strict=True))
+        values: dict[str, Any] = dict(zip(program.values, [*state.values(), x], strict=True))
         with torch.no_grad():
             (outputs,) = run(program, 0, values)
         if _same(outputs, expected):
             return program
-    return "the traced network gives other outputs"
+    return "the traced network gives other outputs than the network"
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """Return whether two outputs are the same up to rounding, in which no spike differs."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return bool((a - b).abs().max() <= ROUNDING * torch.finfo(a.dtype).eps * b.abs().max())
+    if not b.is_floating_point() and not b.is_complex():
+        return torch.equal(a, b)
+    size = b.abs()[b.isfinite()]
+    error = ROUNDING * torch.finfo(b.dtype).eps * float(size.max()) if len(size) else 0.0
+    return torch.allclose(a, b, rtol=0, atol=error, equal_nan=True)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from hessian_tools.engine.nodes import convolution, valued
 
-Linear = tuple[Callable[[Tensor], Tensor], Tensor, Tensor | None]  # w -> B(x, w), w, bias
+Linear = tuple[Callable[[Tensor, Tensor | None], Tensor], Tensor, Tensor | None]  # (w, b) -> B(x, w) + b, w, b
 RESHAPES = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, Tensor.unflatten, torch.unflatten}
 CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 SAMPLEWISE = {F.linear, F.batch_norm, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, torch.relu, F.relu} | CONVOLUTIONS
@@ -116,14 +116,12 @@ class Rewriting(TorchFunctionMode):
             y: Tensor = func(x, w, bias, stride, padding, dilation, groups)
             return y
         geometry = (*(_tuple(v, n) for v in (stride, padding, dilation)), False, [0] * n, groups)
-        y = convolution(x, w, geometry)
-        if bias is not None:
-            y = valued(func, y + _channels(bias, y), x, w, bias, stride, padding, dilation, groups)
-        return self._known(y, (lambda other: convolution(x, other, geometry), w, bias))
+        y = convolution(x, w, bias, geometry)
+        return self._known(y, (lambda other, shift: convolution(x, other, shift, geometry), w, bias))
 
     def _linear_map(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = F.linear(input, weight, bias)
-        return self._known(y, (lambda other: F.linear(input, other), weight, bias)) if input.dim() == 2 else y
+        return self._known(y, (lambda other, shift: F.linear(input, other, shift), weight, bias)) if input.dim() == 2 else y
 
     def _norm(
         self, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
@@ -133,18 +131,14 @@ class Rewriting(TorchFunctionMode):
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         a = (running_var + eps).rsqrt()
         a = a if weight is None else a * weight
-        shift = -running_mean
-        known = self._linear.get(id(input))
-        if known is None:
-            y = input * _channels(a, input)
-        else:
-            through, w, b = known
-            shift = shift if b is None else shift + b
-            y = through(w * a.reshape(-1, *(1,) * (w.dim() - 1)))
-        shift = shift * a
+        through, w, b = self._linear.get(id(input), (None, None, None))
+        shift = a * (-running_mean if b is None else b - running_mean)
         shift = shift if bias is None else shift + bias
-        args = (input, running_mean, running_var, weight, bias, False, momentum, eps)
-        return valued(F.batch_norm, y + _channels(shift, y), *args)
+        if through is None:
+            y = input * _channels(a, input) + _channels(shift, input)
+        else:
+            y = through(w * a.reshape(-1, *(1,) * (w.dim() - 1)), shift)
+        return valued(F.batch_norm, y, input, running_mean, running_var, weight, bias, False, momentum, eps)
 
 
 def _tuple(value: int | Sequence[int], n: int) -> list[int]:

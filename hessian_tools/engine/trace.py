@@ -22,12 +22,9 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hessian_tools.engine.graph import Part, Rule, simplify, split
+from hessian_tools.engine.reasons import UntraceableError, reason_of
 from hessian_tools.engine.rewriting import Rewriting
 from hessian_tools.evaluation import twice_differentiable
-
-
-class UntraceableError(Exception):
-    """The network cannot be traced. The message is one line that says why."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,7 @@ class Program:
         slope: Name of the input g.
         vector: Names of the inputs v, one per selected parameter.
         tangent: Name of the input t.
+        constant: Whether the outputs do not depend on the selected parameters. There is only the first part then.
     """
 
     parts: list[Part]
@@ -47,6 +45,7 @@ class Program:
     slope: str
     vector: tuple[str, ...]
     tangent: str
+    constant: bool = False
 
 
 def _program(model: nn.Module, names: list[str], chosen: list[str], second: bool, rewriting: Callable[[], Rewriting]) -> Any:
@@ -59,16 +58,21 @@ def _program(model: nn.Module, names: list[str], chosen: list[str], second: bool
         with torch.enable_grad(), twice_differentiable():
             with rewriting():
                 o = functional_call(model, state, (x,))
+            if not isinstance(o, Tensor):
+                raise UntraceableError(f"the network returns a {type(o).__name__}, not a tensor")
+            if not o.requires_grad:
+                return o, None, None
             first = torch.autograd.grad(o, w, g, create_graph=True, allow_unused=True)
             live = [(a, b) for a, b in zip(first, v, strict=True) if a is not None and a.requires_grad]
             slopes, directions = [a for a, _ in live], [b for _, b in live]
+            if not live:
+                return o, None, None
             if second:
                 *image, tangent = torch.autograd.grad([o, *slopes], [*w, g], [t, *directions], allow_unused=True)
             else:
                 (tangent,) = torch.autograd.grad(slopes, g, directions, retain_graph=True)
                 image = list(torch.autograd.grad(o, w, t, allow_unused=True))
-        filled = [torch.zeros_like(p) if r is None else r for r, p in zip(image, w, strict=True)]
-        return o, tangent, filled
+        return o, tangent, image
 
     return program
 
@@ -94,12 +98,13 @@ def trace(
     """
     program = _program(model, list(state), chosen, second, rewriting)
     vector = [torch.zeros_like(state[name]) for name in chosen]
+    inputs = (list(state.values()), x, torch.zeros_like(outputs), vector, torch.zeros_like(outputs))
     try:
-        module = make_fx(program, tracing_mode="fake", _allow_non_fake_inputs=True)(
-            list(state.values()), x, torch.zeros_like(outputs), vector, torch.zeros_like(outputs)
-        )
+        module = _graph_of(program, inputs)
+    except UntraceableError:
+        raise
     except Exception as error:
-        raise UntraceableError(str(error).strip().partition("\n")[0]) from error
+        raise UntraceableError(reason_of(error)) from error
     graph = module.graph
     holders = [n for n in graph.nodes if n.op == "placeholder"]
     count = len(state) + 1
@@ -109,9 +114,36 @@ def trace(
             node.meta["stage"] = stage
     simplify(graph, rules)
     o, tangent, *image = next(n for n in graph.nodes if n.op == "output").args[0]
-    parts = split(module, [[o], [], [tangent], image])
+    parts = split(module, [[o], [], [tangent], image] if tangent is not None else [[o]])
     values, slope, v, t = (tuple(n.name for n in group) for group in groups)
-    return Program(parts, values, slope[0], v, t[0])
+    return Program(parts, values, slope[0], v, t[0], tangent is None)
+
+
+def _graph_of(program: Callable[..., Any], inputs: tuple[Any, ...]) -> fx.GraphModule:
+    """Trace a function with fake tensors into a graph without operations in place.
+
+    Raises:
+        UntraceableError: If the function draws random numbers.
+    """
+    module: fx.GraphModule = make_fx(program, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+    ops = [n.target for n in module.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    for op in ops:
+        if torch.Tag.nondeterministic_seeded in op.tags:
+            raise UntraceableError(f"the forward pass draws random numbers ({op})")
+    if any(op._schema.is_mutable for op in ops):
+        with torch.no_grad():
+            functional = torch.func.functionalize(module)
+            module = make_fx(functional, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+        _keep_inputs(module.graph)
+    return module
+
+
+def _keep_inputs(graph: fx.Graph) -> None:
+    """Remove the last writes into the inputs, with which the network changes its buffers."""
+    for node in reversed(graph.nodes):
+        if node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder":
+            node.replace_all_uses_with(node.args[1])
+            graph.erase_node(node)
 
 
 def run(program: Program, stage: int, values: dict[str, Tensor]) -> list[Tensor]:
