@@ -34,15 +34,25 @@ def evaluation_mode(model: nn.Module) -> None:
             module.training = True  # not train(), which would also change the modules inside
 
 
-def copy_model(model: nn.Module) -> nn.Module:
+def copy_model(model: nn.Module, share: bool = False) -> nn.Module:
     """Copy a model. Unlike copy.deepcopy, this accepts modules that hold tensors with an autograd graph.
 
-    Examples are neurons that keep their state, and pruned or weight-normalized layers.
+    Examples are neurons that keep their state, and pruned or weight-normalized layers. Modules that were compiled by
+    `torch.compile` run as they were written, because compiled code has no second derivative.
+
+    Args:
+        model: The model.
+        share: Whether the copy has the parameters and buffers of the model itself.
     """
     held = (t for module in model.modules() for t in _tensors(vars(module)) if t.grad_fn is not None)
-    copied = copy.deepcopy(model, {id(t): t.detach().clone() for t in held})
+    known = {id(t): t.detach().clone() for t in held}
+    if share:
+        known |= {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    copied = copy.deepcopy(model, known)
     for module in copied.modules():
         _compose_weight_norm(module)
+        if type(module).__name__ == "OptimizedModule":
+            module.forward = module._orig_mod.forward  # type: ignore[union-attr]
     return copied
 
 

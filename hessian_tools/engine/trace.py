@@ -38,6 +38,8 @@ class Program:
         vector: Names of the inputs v, one per selected parameter.
         tangent: Name of the input t.
         constant: Whether the outputs do not depend on the selected parameters. There is only the first part then.
+        module: The whole graph, from which `segments` makes other parts.
+        results: Its outputs: those of the network, their tangent, and the entries of the product.
     """
 
     parts: list[Part]
@@ -46,6 +48,8 @@ class Program:
     vector: tuple[str, ...]
     tangent: str
     constant: bool = False
+    module: fx.GraphModule | None = None
+    results: tuple[fx.Node, ...] = ()
 
 
 def _program(model: nn.Module, names: list[str], chosen: list[str], second: bool, rewriting: Callable[[], Rewriting]) -> Any:
@@ -116,7 +120,7 @@ def trace(
     o, tangent, *image = next(n for n in graph.nodes if n.op == "output").args[0]
     parts = split(module, [[o], [], [tangent], image] if tangent is not None else [[o]])
     values, slope, v, t = (tuple(n.name for n in group) for group in groups)
-    return Program(parts, values, slope[0], v, t[0], tangent is None)
+    return Program(parts, values, slope[0], v, t[0], tangent is None, module, (o, tangent, *image))
 
 
 def _graph_of(program: Callable[..., Any], inputs: tuple[Any, ...]) -> fx.GraphModule:

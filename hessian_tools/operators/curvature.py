@@ -8,16 +8,11 @@ backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from threading import Lock
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hessian_tools.chain import second_order, segments
 from hessian_tools.chain.second_order import Linearized
@@ -25,9 +20,11 @@ from hessian_tools.engine.product import linearize as linearize_traced
 from hessian_tools.objective import Batch, Objective, Streamed
 from hessian_tools.operators.base import Operator
 from hessian_tools.runtime.cuda import Captured, full_precision, side_stream
+from hessian_tools.runtime.storages import Storages
 from hessian_tools.runtime.threads import in_threads
 
 Map = Callable[[Tensor], Tensor]  # one batch's product: [P] -> [P]
+_unknown_model = Lock()  # a model that cannot be traced may keep state, so that it runs in one thread at a time
 
 
 class CurvatureOperator(Operator):
@@ -47,6 +44,11 @@ class CurvatureOperator(Operator):
         linearize: Maps (objective, batch) to the product v [P] -> A_b v [P] of that batch.
         memory: Bytes for the kept primals.
 
+    Attributes:
+        path: How the products are computed, known after the first one: by the "layers" of the model, "traced", or by
+            "autograd", which takes more time and memory, and one thread for all batches. Empty before.
+        reason: Why the model could not be traced, in one line. Empty if it was.
+
     Raises:
         FloatingPointError: From a product with the operator, if it is not finite.
     """
@@ -63,6 +65,7 @@ class CurvatureOperator(Operator):
         self._graphs = False  # whether the working memory of graphs is counted in `_used`
         self._lock = Lock()  # guards the three attributes above
         self._threads: bool | None = None
+        self.path = self.reason = ""
 
     def _map(self, index: int) -> Map:
         """Return the product of a batch, kept if there is memory for it."""
@@ -71,9 +74,9 @@ class CurvatureOperator(Operator):
         batches = self.objective.batches
         batch = batches[index]
         if self._used >= self._memory:
-            return self._linearize(self.objective, batch)
+            return self._linearized(batch)
         with side_stream(self.device):
-            product = self._linearize(self.objective, batch)
+            product = self._linearized(batch)
         size = product.nbytes
         if isinstance(batches, Streamed):  # a kept product also holds the inputs that were read
             size = max(size, batch[0].nbytes)
@@ -84,6 +87,12 @@ class CurvatureOperator(Operator):
             self._used += size
             self._kept[index] = kept = self._captured(product, size)
         return kept
+
+    def _linearized(self, batch: Batch) -> Linearized:
+        product = self._linearize(self.objective, batch)
+        if not self.path or product.reason:
+            self.path, self.reason = product.path, product.reason
+        return product
 
     def _captured(self, product: Linearized, size: int) -> Map:
         """Return a CUDA graph of a kept product if the device is CUDA and there is memory for it."""
@@ -153,32 +162,14 @@ class CurvatureOperator(Operator):
         return [part.reshape(-1, k, k).mT for part, k in zip(parts, shapes, strict=True)], counts
 
 
-class _Storages(TorchDispatchMode):
-    """Records the storages that are created, without keeping them alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._found: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor):
-                storage = t.untyped_storage()
-                self._found[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return out
-
-    def alive(self, but: Iterable[Tensor]) -> int:
-        """Return the bytes of the storages that still exist, except those of some tensors."""
-        others = {t.untyped_storage()._cdata for t in but}
-        return sum(size for key, (ref, size) in self._found.items() if not ref.expired() and key not in others)
-
-
-def _by_autograd(linearize: Callable[[Objective, Batch], Map], objective: Objective, batch: Batch) -> Linearized:
+def _by_autograd(
+    linearize: Callable[[Objective, Batch], Map], objective: Objective, batch: Batch, reason: str
+) -> Linearized:
     """Return the product of a batch by double backward, with the memory that its graph holds."""
-    with _Storages() as storages:
+    with _unknown_model, Storages() as storages:
         product = linearize(objective, batch)
-    return Linearized(product, storages.alive([*objective.model.parameters(), *batch]), parallel=False)
+    size = storages.alive([*objective.model.parameters(), *objective.model.buffers(), *batch])
+    return Linearized(product, size, parallel=False, path="autograd", reason=reason)
 
 
 def batch_size_within(objective: Objective, memory: float, most: int = 2048) -> int:
@@ -261,7 +252,10 @@ def _autograd_ggn(objective: Objective, batch: Batch) -> Map:
         return _zero
     forward, backward = _pushforward(objective, outputs)
     leaf = outputs.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(objective.loss(leaf, y), leaf, create_graph=True)
+    loss = objective.loss(leaf, y)
+    if not loss.requires_grad:
+        return _zero
+    (slope,) = torch.autograd.grad(loss, leaf, create_graph=True)
     if not slope.requires_grad:
         return _zero
 
@@ -279,6 +273,8 @@ def _autograd_fisher(objective: Objective, batch: Batch) -> Map:
     if not outputs.requires_grad:
         return _zero
     losses = torch.func.vmap(lambda o, t: objective.loss(o[None], t[None]))(outputs, y)
+    if not losses.requires_grad:
+        return _zero
     forward, backward = _pushforward(objective, losses)
     return lambda v: backward(forward(v) / len(y))
 
@@ -291,7 +287,7 @@ def _linearize(
     found = found or second_order.linearize(objective, batch, kind)
     if found is None:
         traced = linearize_traced(objective, batch, kind)
-        found = traced if isinstance(traced, Linearized) else _by_autograd(autograd, objective, batch)
+        found = _by_autograd(autograd, objective, batch, traced) if isinstance(traced, str) else traced
     return found
 
 
