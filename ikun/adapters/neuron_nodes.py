@@ -11,7 +11,7 @@ that it gets in a forward pass. All others stay as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +44,13 @@ class Plan:
         spec: The parameters of the neurons.
         jet: The function z -> (f'(z), f''(z)); None: the surrogate of `spec`.
         exact: Whether the kernels compute the values. Otherwise the library's own operations do.
+        more: What else the node of a library needs.
     """
 
     spec: Spec
     jet: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     exact: bool = False
+    more: Any = None
 
 
 class LibraryNode(nn.Module):
@@ -71,6 +73,26 @@ class LibraryNode(nn.Module):
             return out, surrogate.heard
         finally:
             surrogate.heard = None
+
+
+def library_class(module: nn.Module, names: Collection[str], steps: Collection[str]) -> str:
+    """Return which of the classes `names` of a library a neuron belongs to.
+
+    Args:
+        module: The neuron.
+        names: The classes.
+        steps: Methods that compute a step, which a class of the user must not replace.
+
+    Raises:
+        UnfitError: If it belongs to none of them, or replaces a method.
+    """
+    classes = type(module).__mro__
+    own = next((c for c in classes if c.__name__ in names), None)
+    if own is None:
+        raise UnfitError("its equations are not those of the kernels")
+    if changed := sorted({name for c in classes[: classes.index(own)] for name in vars(c)} & set(steps)):
+        raise UnfitError(f"its class replaces {changed[0]} of {own.__name__}")
+    return own.__name__
 
 
 def surrogate_of(module: nn.Module) -> Jet:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ikun.adapters.neuron_nodes import LibraryNode, Plan, UnfitError, surrogate_of, surrogate_plan
+from ikun.adapters.neuron_nodes import LibraryNode, Plan, UnfitError, library_class, surrogate_of, surrogate_plan
 from ikun.adapters.spikingjelly import takes_time
 from ikun.nodes.autograd import neurons
 from ikun.nodes.passes import Spec
@@ -64,14 +64,9 @@ def fit(module: nn.Module) -> tuple[type[LibraryNode], Plan]:
     Raises:
         UnfitError: If its equations are not those of the kernels.
     """
-    own = next((c for c in type(module).__mro__ if c.__name__ in NAMES), None)
-    if own is None:
-        raise UnfitError("its equations are not those of IF, LIF or PLIF neurons")
-    before = type(module).__mro__[: type(module).__mro__.index(own)]
-    if changed := sorted({name for c in before for name in vars(c)} & STEPS):
-        raise UnfitError(f"its class replaces {changed[0]} of {own.__name__}")
+    own = library_class(module, NAMES, STEPS)
     m: Any = module
-    kind, threshold, reset = NAMES[own.__name__], m.v_threshold, m.v_reset
+    kind, threshold, reset = NAMES[own], m.v_threshold, m.v_reset
     if not isinstance(threshold, int | float) or not isinstance(reset, int | float | None):
         raise UnfitError("its threshold or reset is a tensor")
     if getattr(m, "store_v_seq", False) or getattr(m, "_neuron_precision", None) is not None:

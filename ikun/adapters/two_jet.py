@@ -38,6 +38,9 @@ class _Slope(torch.autograd.Function):
         return a * f1, a * g * f2 if ctx.needs_input_grad[1] else None, None, None
 
 
+FUNCTIONS: set[Any] = {getattr(function, "_backward_cls") for function in (_Step, _Slope)}  # noqa: B009
+
+
 class Jet(nn.Module):
     """A surrogate as its spikes and the constants f' and f'' at each of its arguments.
 

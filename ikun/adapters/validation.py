@@ -13,7 +13,7 @@ from torch.autograd.function import BackwardCFunction
 
 from hessian_tools.checks import ObjectiveError, refuse_randomness
 from ikun.adapters.base import FAILURES, AdapterError, Library, arguments, run_forward
-from ikun.adapters.two_jet import Jet, Steeper
+from ikun.adapters.two_jet import FUNCTIONS, Jet, Steeper
 from ikun.surrogate_check import Verdict, check_neuron, first_line
 
 LEAK = "the network keeps state between calls (give {reset}, a function of the model that clears it)"  # a template
@@ -277,7 +277,7 @@ def found_functions(y: Tensor) -> set[type]:
 
 
 def _function_nodes(y: Tensor) -> list[Any]:
-    """Return the nodes in the graph of y that are custom autograd functions."""
+    """Return the nodes in the graph of y that are custom autograd functions, except those of `Jet`."""
     seen: set[Any] = set()
     todo: list[Any] = [y.grad_fn]
     found: list[Any] = []
@@ -286,7 +286,7 @@ def _function_nodes(y: Tensor) -> list[Any]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, BackwardCFunction) or "CppNode" in node.name():
+        if type(node) not in FUNCTIONS and (isinstance(node, BackwardCFunction) or "CppNode" in node.name()):
             found.append(node)
         todo += [following for following, _ in node.next_functions]
     return found

@@ -99,7 +99,7 @@ class Learned(nn.Module):
         (neuron.LIFNode, {"store_v_seq": True}, "it stores its potentials"),
         (Clamped, {}, "its class replaces single_step_functional_forward of LIFNode"),
         (neuron.LIFNode, {"surrogate_function": Learned()}, "its surrogate is learned, or is not a step at 0"),
-        (neuron.QIFNode, {}, "its equations are not those of IF, LIF or PLIF neurons"),
+        (neuron.QIFNode, {}, "its equations are not those of the kernels"),
     ],
 )
 def test_other_neurons_stay_as_they_are(cls: Any, settings: dict[str, Any], reason: str) -> None:
