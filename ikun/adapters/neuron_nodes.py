@@ -59,13 +59,17 @@ class LibraryNode(nn.Module):
     tracing = TRACING
     plan: Plan
 
+    def surrogate(self) -> Jet:
+        """Return the surrogate."""
+        return surrogate_of(self)
+
     def heard(self, *args: Any, **kwargs: Any) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
         """Run the library's forward pass without derivatives.
 
         Returns:
             What it returns, and the arguments and spikes of all calls of the surrogate.
         """
-        surrogate = surrogate_of(self)
+        surrogate = self.surrogate()
         surrogate.heard = []
         try:
             with torch.no_grad():
@@ -103,9 +107,8 @@ def surrogate_of(module: nn.Module) -> Jet:
     raise UnfitError("its surrogate is learned, or is not a step at 0")
 
 
-def surrogate_plan(module: nn.Module) -> dict[str, Any]:
-    """Return the fields of `Spec` and `Plan` for the surrogate of a neuron."""
-    jet = surrogate_of(module)
+def surrogate_plan(jet: Jet) -> dict[str, Any]:
+    """Return the fields of `Spec` and `Plan` for a surrogate."""
     family = family_of(jet.slopes)
     return {"surrogate": family, "jet": None} if family else {"surrogate": "", "jet": jet.slopes}
 

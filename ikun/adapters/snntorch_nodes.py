@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hessian_tools.engine.nodes import valued
-from ikun.adapters.neuron_nodes import LibraryNode, Plan, UnfitError, library_class, surrogate_plan
+from ikun.adapters.neuron_nodes import LibraryNode, Plan, UnfitError, library_class, surrogate_of, surrogate_plan
 from ikun.nodes.autograd import neurons
 from ikun.nodes.passes import Spec
 
@@ -99,7 +99,7 @@ def fit(module: nn.Module) -> tuple[type[LibraryNode], Plan]:
             raise UnfitError(f"{setting} is on")
     if "graded_spikes_factor" in m._parameters or bool((m.graded_spikes_factor != 1).any()):
         raise UnfitError("its spikes are graded")
-    surrogate = surrogate_plan(module)
+    surrogate = surrogate_plan(surrogate_of(module))
     rates = (m.threshold, m.time_step, m.R, m.C) if name == "Lapicque" else (m.threshold, m.beta)
     fixed = all(t.numel() == 1 and not t.requires_grad for t in rates)
     if name == "Lapicque" and not fixed:

@@ -73,7 +73,7 @@ def fit(module: nn.Module) -> tuple[type[LibraryNode], Plan]:
         raise UnfitError("it stores its potentials" if m.store_v_seq else "it has a precision of its own")
     rate = 1.0 if kind == "IF" else None if kind == "ParametricLIF" else 1 / float(m.tau)
     decays = kind == "IF" or getattr(m, "decay_input", True)
-    surrogate = surrogate_plan(module)
+    surrogate = surrogate_plan(surrogate_of(module))
     fires = bool(surrogate_of(module)(torch.zeros(1)))
     if not fires and reset is not None:
         raise UnfitError("its surrogate does not fire at the threshold")
