@@ -98,7 +98,7 @@ def reuse_memory(graph: fx.Graph) -> None:
         a, b = node.args
         if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
             continue
-        shapes = {tuple(n.meta["val"].shape) for n in (node, a, b) if "val" in n.meta}
+        shapes = {str(n.meta["val"].shape) for n in (node, a, b) if "val" in n.meta}
         types = {n.meta["val"].dtype for n in (node, a, b) if "val" in n.meta}
         if len(shapes) != 1 or len(types) != 1 or any("val" not in n.meta for n in (a, b)):
             continue

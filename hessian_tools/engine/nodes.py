@@ -61,7 +61,7 @@ class _Convolution(torch.autograd.Function):
 class _Valued(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, equal: Tensor) -> Tensor:
-        return value.view_as(value)
+        return value.clone()  # a view could not be changed in place; simplifying removes the copy
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]

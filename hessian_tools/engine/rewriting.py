@@ -40,12 +40,12 @@ class Rewriting(TorchFunctionMode):
         self._origin: dict[int, Tensor] = {}  # of a reshaped tensor
         self._repeated: dict[int, tuple[Tensor, int]] = {}  # base [N, ...] and T of a tensor [T, N, ...] or [T N, ...]
         self._alive: list[Tensor] = []  # ids are of living tensors
+        self._versions: dict[int, list[tuple[Tensor, int]]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         x = args[0] if args else None
-        if func in (F.max_pool2d, torch.max_pool2d) and isinstance(x, Tensor):
-            pass
+        self._forget_changed(x)
         if self.hoist and isinstance(x, Tensor) and id(x) in self._repeated and func in SAMPLEWISE:
             base, steps = self._repeated[id(x)]
             if len(x) == steps * len(base):
@@ -63,6 +63,17 @@ class Rewriting(TorchFunctionMode):
             self._note_repeat(x, y)
         return y
 
+    def _remember(self, y: Tensor, *others: Tensor) -> None:
+        """Keep what is known of y until y or one of the others is changed in place."""
+        self._alive.append(y)
+        self._versions[id(y)] = [(t, t._version) for t in (y, *others)]
+
+    def _forget_changed(self, y: Any) -> None:
+        """Forget what is known of a tensor if it was changed in place."""
+        if any(t._version != version for t, version in self._versions.get(id(y), ())):
+            for known in (self._linear, self._origin, self._repeated, self._versions):
+                known.pop(id(y), None)  # type: ignore[attr-defined]
+
     # ---------------------------------------------------------------- shapes and repetitions
     def _reshaped(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y, or the tensor that x was reshaped from if it has the shape of y."""
@@ -78,19 +89,19 @@ class Rewriting(TorchFunctionMode):
                 self._repeated[id(y)] = base.reshape(len(base), *y.shape[1:]), steps
             elif y.shape[:2] == (steps, len(base)):
                 self._repeated[id(y)] = base.reshape(len(base), *y.shape[2:]), steps
-        self._alive.append(y)
+        self._remember(y, origin, *(found or ())[:1])
         return y
 
     def _note_repeat(self, x: Tensor, y: Tensor) -> None:
         if y.dim() == x.dim() > 1 and len(x) == 1 and y.shape[1:] == x.shape[1:] and len(y) > 1:
             self._repeated[id(y)] = x[0], len(y)
-            self._alive.append(y)
+            self._remember(y, x)
 
     def _repeat(self, base: Tensor, steps: int) -> Tensor:
         """Return base [N, ...] repeated to [T N, ...]."""
         y = base.expand(steps, *base.shape).reshape(-1, *base.shape[1:])
         self._repeated[id(y)] = base, steps
-        self._alive.append(y)
+        self._remember(y, base)
         return y
 
     def once(self, x: Tensor) -> Tensor:
@@ -101,9 +112,9 @@ class Rewriting(TorchFunctionMode):
         return found[0][None]
 
     # ---------------------------------------------------------------- linear maps and norms
-    def _known(self, y: Tensor, linear: Linear) -> Tensor:
+    def _known(self, y: Tensor, linear: Linear, x: Tensor) -> Tensor:
         self._linear[id(y)] = linear
-        self._alive.append(y)
+        self._remember(y, x)
         return y
 
     def _convolution(
@@ -117,16 +128,19 @@ class Rewriting(TorchFunctionMode):
             return y
         geometry = (*(_tuple(v, n) for v in (stride, padding, dilation)), False, [0] * n, groups)
         y = convolution(x, w, bias, geometry)
-        return self._known(y, (lambda other, shift: convolution(x, other, shift, geometry), w, bias))
+        return self._known(y, (lambda other, shift: convolution(x, other, shift, geometry), w, bias), x)
 
     def _linear_map(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = F.linear(input, weight, bias)
-        return self._known(y, (lambda other, shift: F.linear(input, other, shift), weight, bias)) if input.dim() == 2 else y
+        if input.dim() != 2:
+            return y
+        return self._known(y, (lambda other, shift: F.linear(input, other, shift), weight, bias), input)
 
     def _norm(
         self, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
         bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
     ) -> Tensor:  # fmt: skip
+        self._forget_changed(input)
         if training or running_mean is None or running_var is None:
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         a = (running_var + eps).rsqrt()
