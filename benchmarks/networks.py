@@ -60,7 +60,7 @@ from hessian_tools.objective import Objective  # noqa: E402
 
 MEMORY = 2**34
 CLOSE = 1e-2  # a peer whose product differs by more computes something else
-RATIOS = ("Hessian", "GGN", "from scratch", "double backward")
+RATIOS: tuple[str, ...] = ("Hessian", "GGN", "from scratch", "double backward")
 RATIOS += ("PyHessian, kept", "PyHessian, loader", "hessian-eigenthings", "curvlinops", "GEMMs")
 GEMMS = {"convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "addbmm"}
 Entry = dict[str, Any]
