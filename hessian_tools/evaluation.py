@@ -45,15 +45,24 @@ def copy_model(model: nn.Module, share: bool = False) -> nn.Module:
         share: Whether the copy has the parameters and buffers of the model itself.
     """
     held = (t for module in model.modules() for t in _tensors(vars(module)) if t.grad_fn is not None)
-    known = {id(t): t.detach().clone() for t in held}
+    known: dict[int, Any] = {id(t): t.detach().clone() for t in held}
     if share:
         known |= {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    for module in reversed(list(model.modules())):
+        if _copies_itself(module):
+            known[id(module)] = twin = type(module).__new__(type(module))
+            vars(twin).update(copy.deepcopy(vars(module), known))
     copied = copy.deepcopy(model, known)
     for module in copied.modules():
         _compose_weight_norm(module)
         if type(module).__name__ == "OptimizedModule":
             module.forward = module._orig_mod.forward  # type: ignore[union-attr]
     return copied
+
+
+def _copies_itself(module: nn.Module) -> bool:
+    """Whether a class outside torch says how it is copied. Those of Sinabs lose `requires_grad`, mode and hooks."""
+    return any("__deepcopy__" in vars(c) for c in type(module).__mro__ if not c.__module__.startswith("torch."))
 
 
 @contextlib.contextmanager

@@ -52,7 +52,9 @@ class Program:
     results: tuple[fx.Node, ...] = ()
 
 
-def _program(model: nn.Module, names: list[str], chosen: list[str], second: bool, rewriting: Callable[[], Rewriting]) -> Any:
+def _program(
+    model: nn.Module, names: list[str], chosen: list[str], second: bool, rewriting: Callable[[], Rewriting]
+) -> Any:
     """Return the function of (values, x, g, v, t) that is traced."""
 
     def program(values: list[Tensor], x: Tensor, g: Tensor, v: list[Tensor], t: Tensor) -> Any:
@@ -110,6 +112,7 @@ def trace(
     except Exception as error:
         raise UntraceableError(reason_of(error)) from error
     graph = module.graph
+    _refuse_aliases(module, state)
     holders = [n for n in graph.nodes if n.op == "placeholder"]
     count = len(state) + 1
     groups = [holders[:count], holders[count : count + 1], holders[count + 1 : -1], holders[-1:]]
@@ -140,6 +143,20 @@ def _graph_of(program: Callable[..., Any], inputs: tuple[Any, ...]) -> fx.GraphM
             module = make_fx(functional, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         _keep_inputs(module.graph)
     return module
+
+
+def _refuse_aliases(module: fx.GraphModule, state: dict[str, Tensor]) -> None:
+    """Raise UntraceableError if a parameter or buffer is used in another way than as an attribute of its module.
+
+    The graph would contain it as a constant, without a derivative.
+    """
+    names = {t.untyped_storage()._cdata: name for name, t in state.items()}
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and isinstance(held := getattr(module, node.target), Tensor):
+            if name := names.get(held.untyped_storage()._cdata):
+                raise UntraceableError(
+                    f"the model uses '{name}' through a list, or another place outside of its module"
+                )
 
 
 def _keep_inputs(graph: fx.Graph) -> None:
