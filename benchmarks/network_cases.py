@@ -348,7 +348,12 @@ def csnn_ikun(small: bool) -> Case:
     c, steps, n, size = (2, 2, 4, 8) if small else (16, 4, 64, 28)
     net = Network(Spec(input_shape=(1, size, size), channels=c, timesteps=steps))
     about = f"C = {c}, T = {steps}, {n} images {size} x {size}"
-    return _spiking(Case(about, net, torch.rand(n, 1, size, size), options=None), 4)
+
+    def plain(net: nn.Module, x: Tensor) -> Tensor:
+        y: Tensor = net(x, plain=True)
+        return y
+
+    return _spiking(Case(f"{about}, plain torch", net, torch.rand(n, 1, size, size), run=plain, options=None), 4)
 
 
 CASES: dict[str, tuple[str, Callable[[bool], Case]]] = {
