@@ -133,6 +133,8 @@ def _graph_of(program: Callable[..., Any], inputs: tuple[Any, ...]) -> fx.GraphM
         UntraceableError: If the function draws random numbers.
     """
     module: fx.GraphModule = make_fx(program, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+    _name_dtypes(module.graph)
+    module.recompile()
     ops = [n.target for n in module.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
     for op in ops:
         if torch.Tag.nondeterministic_seeded in op.tags:
@@ -143,6 +145,14 @@ def _graph_of(program: Callable[..., Any], inputs: tuple[Any, ...]) -> fx.GraphM
             module = make_fx(functional, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         _keep_inputs(module.graph)
     return module
+
+
+def _name_dtypes(graph: fx.Graph) -> None:
+    """Give new tensors the dtype that they had while traced, because torch's default is another one at other times."""
+    for node in graph.nodes:
+        new = isinstance(node.target, torch._ops.OpOverload) and not any(isinstance(a, fx.Node) for a in node.args)
+        if new and any(a.name == "dtype" for a in node.target._schema.arguments) and node.kwargs.get("dtype") is None:
+            node.update_kwarg("dtype", node.meta["val"].dtype)
 
 
 def _refuse_aliases(module: fx.GraphModule, state: dict[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from ikun.adapters import choices
 from ikun.adapters.base import PLAIN, AdapterError, Library, Slot, origins, run_forward
 from ikun.adapters.node_choices import replace_neurons
 from ikun.adapters.norse import NORSE
+from ikun.adapters.sinabs import SINABS
 from ikun.adapters.snntorch import SNNTORCH
 from ikun.adapters.spikingjelly import SPIKINGJELLY
 from ikun.adapters.time_checks import check_independence, check_steps, time_axis_of
@@ -33,7 +34,7 @@ from ikun.adapters.validation import (
 )
 from ikun.surrogate_check import Spike, Verdict, check_surrogate, is_step, trained_parameters
 
-LIBRARIES: dict[str, Library] = dict(zip(choices.LIBRARIES, (SPIKINGJELLY, SNNTORCH, NORSE, PLAIN), strict=True))
+LIBRARIES: dict[str, Library] = dict(zip(choices.LIBRARIES, (SPIKINGJELLY, SNNTORCH, NORSE, SINABS, PLAIN), strict=True))
 # Templates of messages, whose placeholders are parameters of `adapt`.
 CURE = "give {replacement}, a spike function that can be differentiated twice, or {surrogate} to replace all surrogates"
 CURES = {"replacement": ..., "surrogate": ...}
@@ -100,11 +101,11 @@ def adapt(
     Args:
         model: The network.
         x: A few inputs [N, ...] to try the network on.
-        library: "spikingjelly", "snntorch", "norse" or "none". None: recognize it by the classes of the layers.
+        library: "spikingjelly", "snntorch", "norse", "sinabs" or "none". None: recognize it by the classes of the layers.
         steps: Number of time steps T to run the network for. None: the network runs through time by itself.
         sequences: Samples are sequences [N, T, ...]. Otherwise the same x is the input at every step.
-        time_first: A network whose layers take all steps in one call gets inputs [T, N, ...] if True or None, and
-            [N, T, ...] if False. It also says which axis of the outputs is time, if their shape does not.
+        time_first: A network whose layers take all steps in one call gets inputs [T, N, ...] if True and [N, T, ...]
+            if False. None: as the library has it. It also says which axis of the outputs is time, if their shape does not.
         output: What to use if the network returns several outputs: of a tuple "spikes" (the first), "membrane" (the
             last) or a number from 0 as text; of a dict, a dataclass or a namedtuple a name. A dict or dataclass with
             only one tensor needs no name.
@@ -134,6 +135,7 @@ def adapt(
     if reset is not None:
         kind = replace(kind, clear=_both(kind.clear, reset))
     kind.prepare(network)
+    time_first = time_first if kind.time_first or time_first is not None else False
     by_step = steps is not None and time_first is None and kind.by_step(network)
     carries = by_step and name == "norse" and "state" in inspect.signature(network.forward).parameters
     plan = TimePlan(steps, sequences, by_step, time_first is not False, carries, output, None, readout)

@@ -161,8 +161,8 @@ def use_nodes(network: nn.Module, library: Library, fit: Fit, forward: Callable[
             try:
                 plans[path] = (module, *fit(module))
                 found[path] = ""
-            except UnfitError as error:
-                found[path] = str(error)
+            except (UnfitError, *FAILURES) as error:
+                found[path] = first_line(error)
     calls = _calls({path: module for path, (module, *_) in plans.items()}, forward)
     for path, (module, base, plan) in list(plans.items()):
         found[path] = _differs(module, base, plan, calls[path], library)

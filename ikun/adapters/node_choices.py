@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ikun.adapters import norse_nodes, snntorch_nodes, spikingjelly_nodes
+from ikun.adapters import norse_nodes, sinabs_nodes, snntorch_nodes, spikingjelly_nodes
 from ikun.adapters.base import Library
 from ikun.adapters.neuron_nodes import Fit, use_nodes
 from ikun.adapters.time_loop import InTime
 
-FITS: dict[str, Fit] = {"spikingjelly": spikingjelly_nodes.fit, "snntorch": snntorch_nodes.fit, "norse": norse_nodes.fit}
+FITS: dict[str, Fit] = {
+    "spikingjelly": spikingjelly_nodes.fit, "snntorch": snntorch_nodes.fit, "norse": norse_nodes.fit, "sinabs": sinabs_nodes.fit,
+}  # fmt: skip
 
 
 def replace_neurons(name: str, library: Library, wrapped: InTime, few: Tensor) -> dict[str, str]:

@@ -38,7 +38,10 @@ class _Slope(torch.autograd.Function):
         return a * f1, a * g * f2 if ctx.needs_input_grad[1] else None, None, None
 
 
-FUNCTIONS: set[Any] = {getattr(function, "_backward_cls") for function in (_Step, _Slope)}  # noqa: B009
+def two_jet(x: Tensor, value: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Return `value` with the derivatives `first` and `second` by x, which are constants."""
+    y: Tensor = _Step.apply(x, value, first, second)
+    return y
 
 
 class Jet(nn.Module):
@@ -70,8 +73,7 @@ class Jet(nn.Module):
             self.heard.append((c, value))
         if not (torch.is_grad_enabled() and x.requires_grad):
             return value
-        y: Tensor = _Step.apply(x, value, *self.slopes(c, *constants))
-        return y
+        return two_jet(x, value, *self.slopes(c, *constants))
 
     def slopes(self, c: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
         """Return f' and f'' at c."""

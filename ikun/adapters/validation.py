@@ -13,7 +13,7 @@ from torch.autograd.function import BackwardCFunction
 
 from hessian_tools.checks import ObjectiveError, refuse_randomness
 from ikun.adapters.base import FAILURES, AdapterError, Library, arguments, run_forward
-from ikun.adapters.two_jet import FUNCTIONS, Jet, Steeper
+from ikun.adapters.two_jet import Jet, Steeper
 from ikun.surrogate_check import Verdict, check_neuron, first_line
 
 LEAK = "the network keeps state between calls (give {reset}, a function of the model that clears it)"  # a template
@@ -229,7 +229,7 @@ def _not_one_step(library: Library, call: Call, timed: bool) -> str:
         with torch.enable_grad():
             out: Any = call.module(x * 1)
         out = out[0] if isinstance(out, tuple) else out
-        nodes = _function_nodes(out)
+        nodes = _function_nodes(out, every=True)
         if max(uses[0], *(sum(type(n) is kind for n in nodes) for kind in {type(n) for n in nodes}), 0) > 1:
             return "one call takes several time steps, or has several layers"
         flat = out.reshape(x.shape[0] * x.shape[1] if timed else x.shape[0], -1)
@@ -276,8 +276,14 @@ def found_functions(y: Tensor) -> set[type]:
     return {type(node) for node in _function_nodes(y)}
 
 
-def _function_nodes(y: Tensor) -> list[Any]:
-    """Return the nodes in the graph of y that are custom autograd functions, except those of `Jet`."""
+def _own(node: Any) -> bool:
+    """Whether a node of a graph is an autograd function of this project."""
+    function = getattr(node, "_forward_cls", None)
+    return function is not None and function.__module__.partition(".")[0] in ("ikun", "hessian_tools")
+
+
+def _function_nodes(y: Tensor, every: bool = False) -> list[Any]:
+    """Return the nodes in the graph of y that are custom autograd functions, with or without those of this project."""
     seen: set[Any] = set()
     todo: list[Any] = [y.grad_fn]
     found: list[Any] = []
@@ -286,7 +292,7 @@ def _function_nodes(y: Tensor) -> list[Any]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if type(node) not in FUNCTIONS and (isinstance(node, BackwardCFunction) or "CppNode" in node.name()):
+        if (every or not _own(node)) and (isinstance(node, BackwardCFunction) or "CppNode" in node.name()):
             found.append(node)
         todo += [following for following, _ in node.next_functions]
     return found
