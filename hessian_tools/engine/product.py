@@ -71,7 +71,7 @@ def linearize(objective: Objective, batch: Batch, kind: str) -> Linearized | str
 
     def product(v: Tensor) -> Tensor:
         here = dict(kept)
-        here.update(zip(program.vector, objective.split(v), strict=True))
+        here.update(zip(program.vector, (part.clone() for part in objective.split(v)), strict=True))
         (tangent,) = run(program, 2, here)
         here[program.tangent] = curve(tangent)
         return objective.flatten(run(program, 3, here))

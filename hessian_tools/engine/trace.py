@@ -52,6 +52,17 @@ class Program:
     results: tuple[fx.Node, ...] = ()
 
 
+class _Inside(nn.Module):
+    """Calls a function. A checkpointed part of the model runs again in the backward pass, with the traced weights."""
+
+    def __init__(self, model: nn.Module, function: Callable[[], Any]) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self) -> Any:
+        return self.function()
+
+
 def _program(
     model: nn.Module, names: list[str], chosen: list[str], second: bool, rewriting: Callable[[], Rewriting]
 ) -> Any:
@@ -61,9 +72,10 @@ def _program(
         state = {name: value.detach() for name, value in zip(names, values, strict=True)}
         w = [state[name].requires_grad_() for name in chosen]
         g = g.detach().requires_grad_()
-        with torch.enable_grad(), twice_differentiable():
+
+        def product() -> Any:
             with rewriting():
-                o = functional_call(model, state, (x,))
+                o = model(x)
             if not isinstance(o, Tensor):
                 raise UntraceableError(f"the network returns a {type(o).__name__}, not a tensor")
             if not o.requires_grad:
@@ -78,7 +90,11 @@ def _program(
             else:
                 (tangent,) = torch.autograd.grad(slopes, g, directions, retain_graph=True)
                 image = list(torch.autograd.grad(o, w, t, allow_unused=True))
-        return o, tangent, image
+            return o, tangent, image
+
+        inside = {f"model.{name}": t for name, t in state.items()}
+        with torch.enable_grad(), twice_differentiable():
+            return functional_call(_Inside(model, product), inside, ())
 
     return program
 

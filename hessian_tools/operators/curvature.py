@@ -21,7 +21,7 @@ from hessian_tools.objective import Batch, Objective, Streamed
 from hessian_tools.operators.base import Operator
 from hessian_tools.runtime.cuda import Captured, full_precision, side_stream
 from hessian_tools.runtime.storages import Storages
-from hessian_tools.runtime.threads import in_threads
+from hessian_tools.runtime.threads import as_in_threads, in_threads
 
 Map = Callable[[Tensor], Tensor]  # one batch's product: [P] -> [P]
 _unknown_model = Lock()  # a model that cannot be traced may keep state, so that it runs in one thread at a time
@@ -112,7 +112,8 @@ class CurvatureOperator(Operator):
 
         items = list(self.objective.batch_weights().items())
         if self._threads is None:
-            first = self._map(items[0][0]) if items else None
+            with as_in_threads(len(items)):
+                first = self._map(items[0][0]) if items else None
             self._threads = isinstance(first, Linearized) and first.parallel and self.device.type == "cpu"
         return in_threads(run, items) if self._threads else map(run, items)
 
