@@ -42,7 +42,15 @@ def plainly(model: nn.Module, x: Tensor = X, **options: Any) -> Adapted:
         return adapt(model, x, **options)
 
 
-def compare(model: nn.Module, x: Tensor = X, y: Tensor = Y, *, rates: tuple[float, float] = (0.02, 0.98), error: float = 1e-10, **options: Any) -> dict[str, str]:
+def compare(
+    model: nn.Module,
+    x: Tensor = X,
+    y: Tensor = Y,
+    *,
+    rates: tuple[float, float] = (0.02, 0.98),
+    error: float = 1e-10,
+    **options: Any,
+) -> dict[str, str]:
     """Check outputs to the last bit in both precisions, the Hessian product to 1e-10, and that it was traced.
 
     Args:

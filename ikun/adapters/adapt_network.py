@@ -34,7 +34,9 @@ from ikun.adapters.validation import (
 )
 from ikun.surrogate_check import Spike, Verdict, check_surrogate, is_step, trained_parameters
 
-LIBRARIES: dict[str, Library] = dict(zip(choices.LIBRARIES, (SPIKINGJELLY, SNNTORCH, NORSE, SINABS, PLAIN), strict=True))
+LIBRARIES: dict[str, Library] = dict(
+    zip(choices.LIBRARIES, (SPIKINGJELLY, SNNTORCH, NORSE, SINABS, PLAIN), strict=True)
+)
 # Templates of messages, whose placeholders are parameters of `adapt`.
 CURE = "give {replacement}, a spike function that can be differentiated twice, or {surrogate} to replace all surrogates"
 CURES = {"replacement": ..., "surrogate": ...}
@@ -101,11 +103,13 @@ def adapt(
     Args:
         model: The network.
         x: A few inputs [N, ...] to try the network on.
-        library: "spikingjelly", "snntorch", "norse", "sinabs" or "none". None: recognize it by the classes of the layers.
+        library: "spikingjelly", "snntorch", "norse", "sinabs" or "none". None: recognize it by the
+            classes of the layers.
         steps: Number of time steps T to run the network for. None: the network runs through time by itself.
         sequences: Samples are sequences [N, T, ...]. Otherwise the same x is the input at every step.
         time_first: A network whose layers take all steps in one call gets inputs [T, N, ...] if True and [N, T, ...]
-            if False. None: as the library has it. It also says which axis of the outputs is time, if their shape does not.
+            if False. None: as the library has it. It also says which axis of the outputs is time, if their shape
+            does not.
         output: What to use if the network returns several outputs: of a tuple "spikes" (the first), "membrane" (the
             last) or a number from 0 as text; of a dict, a dataclass or a namedtuple a name. A dict or dataclass with
             only one tensor needs no name.

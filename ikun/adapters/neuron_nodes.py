@@ -25,7 +25,7 @@ from ikun.adapters.two_jet import Jet
 from ikun.nodes.passes import Spec
 from ikun.nodes.rewriting import TRACING
 from ikun.surrogate_check import DISTANCES, first_line
-from ikun.surrogates import FAMILIES, Surrogate
+from ikun.surrogates import FAMILIES
 
 SAME = 1e-12  # relative difference of f' and f'' to those of a family
 CLOSE = 1e-8  # relative difference of derivatives in float64
@@ -184,7 +184,9 @@ def _turn(module: nn.Module, base: type[LibraryNode], plan: Plan) -> None:
     own = type(module)
     key = base, own
     if key not in _classes:
-        _classes[key] = type(own.__name__, (base, own), {"__module__": own.__module__, "__qualname__": own.__qualname__})
+        _classes[key] = type(
+            own.__name__, (base, own), {"__module__": own.__module__, "__qualname__": own.__qualname__}
+        )
     module.__class__ = _classes[key]
     vars(module)["plan"] = plan
 

@@ -10,8 +10,11 @@ from ikun.adapters.neuron_nodes import Fit, use_nodes
 from ikun.adapters.time_loop import InTime
 
 FITS: dict[str, Fit] = {
-    "spikingjelly": spikingjelly_nodes.fit, "snntorch": snntorch_nodes.fit, "norse": norse_nodes.fit, "sinabs": sinabs_nodes.fit,
-}  # fmt: skip
+    "spikingjelly": spikingjelly_nodes.fit,
+    "snntorch": snntorch_nodes.fit,
+    "norse": norse_nodes.fit,
+    "sinabs": sinabs_nodes.fit,
+}
 
 
 def replace_neurons(name: str, library: Library, wrapped: InTime, few: Tensor) -> dict[str, str]:

@@ -62,7 +62,7 @@ class NorseNode(LibraryNode):
         kind, own = self.plan.more, self
         timed = takes_time(self)
         before: Any = own.state_fallback(input_tensor) if state is None else state  # type: ignore[operator]
-        (spikes, after), calls = self.heard(input_tensor, state)
+        (_, after), calls = self.heard(input_tensor, state)
         steps = input_tensor if timed else input_tensor[None]
         zs, ys = (torch.stack(parts) for parts in zip(*calls, strict=True))
         zs = torch.where(ys > 0, zs, zs.clamp_max(-torch.finfo(zs.dtype).tiny))  # Norse does not fire at 0
@@ -95,7 +95,9 @@ class NorseNode(LibraryNode):
     def _run(self, x: Tensor, z: Tensor, y: Tensor, v: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
         spec = self.plan.spec
         h = z + spec.threshold
-        after = torch.where(y > 0, torch.full_like(h, spec.v_reset), h) if spec.reset == "hard" else h - spec.threshold * y
+        after = (
+            torch.where(y > 0, torch.full_like(h, spec.v_reset), h) if spec.reset == "hard" else h - spec.threshold * y
+        )
         values = after if last is None else torch.cat([after[:-1], last[None].to(after)])
         x = x + self.plan.more.shift if self.plan.more.shift else x
         return neurons(x, spec, v, None, self.plan.jet, (y, z, values))
@@ -119,7 +121,9 @@ def fit(module: nn.Module) -> tuple[type[LibraryNode], Plan]:
     if not isinstance(jet, Jet):
         raise UnfitError("its surrogate is learned, or is not a step at 0")
     for value in p:
-        if isinstance(value, Tensor) and (isinstance(value, nn.Parameter) or value.grad_fn is not None or value.numel() != 1):
+        if isinstance(value, Tensor) and (
+            isinstance(value, nn.Parameter) or value.grad_fn is not None or value.numel() != 1
+        ):
             raise UnfitError("its parameters are learned, or differ between neurons")
     method = getattr(getattr(p, "reset_method", None), "__name__", "reset_value")
     if method not in ("reset_value", "reset_subtract"):

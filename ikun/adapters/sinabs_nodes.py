@@ -1,7 +1,7 @@
 """Sinabs' LIF and IAF layers with single spikes as nodes of the traced graph.
 
-    i = alpha_syn (i + x)                  only with tau_syn; otherwise i = x
-    h = alpha v + (1 - alpha) i            norm_input; otherwise h = alpha v + i
+i = alpha_syn (i + x)                  only with tau_syn; otherwise i = x
+h = alpha v + (1 - alpha) i            norm_input; otherwise h = alpha v + i
 """
 
 from __future__ import annotations

@@ -112,4 +112,6 @@ def fit(module: nn.Module) -> tuple[type[LibraryNode], Plan]:
             decay, gain = 1 - dt / (r * c), dt / c
         spec = Spec(surrogate["surrogate"], decay, gain, float(m.threshold), reset="soft", detach_reset=True)
     at_once = not getattr(m, "reset_delay", True)
-    return SnnTorchNode, Plan(spec, surrogate["jet"], more=Kind(name, RESETS[int(m.reset_mechanism_val)], at_once, fixed))
+    return SnnTorchNode, Plan(
+        spec, surrogate["jet"], more=Kind(name, RESETS[int(m.reset_mechanism_val)], at_once, fixed)
+    )

@@ -1,7 +1,7 @@
 """SpikingJelly's IF, LIF and PLIF neurons as nodes of the traced graph.
 
-These are IFNode, LIFNode and ParametricLIFNode, SimpleIFNode and SimpleLIFNode, and MultiStepIFNode, MultiStepLIFNode and
-MultiStepParametricLIFNode of version 0.0.0.0.12.
+These are IFNode, LIFNode and ParametricLIFNode, SimpleIFNode and SimpleLIFNode, and of version 0.0.0.0.12
+MultiStepIFNode, MultiStepLIFNode and MultiStepParametricLIFNode.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from ikun.surrogate_check import Spike
 
 
 class _Step(torch.autograd.Function):
-    """(x, value, f1, f2) -> value, with the derivatives f1 and f2 by x. In reverse mode it takes the fewest operations."""
+    """(x, value, f1, f2) -> value, with the derivatives f1 and f2 by x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, f1: Tensor, f2: Tensor) -> Tensor:
@@ -49,8 +49,8 @@ class Jet(nn.Module):
 
     f' and f'' come from the surrogate's own backward pass, in a separate graph. The network's graph then contains only
     an autograd function that can be differentiated twice by reverse mode. Fused kernels that support only their
-    library's surrogates are not used. A surrogate that always returns float32 does not reduce the precision of a float64
-    network.
+    library's surrogates are not used. A surrogate that always returns float32 does not reduce the precision of a
+    float64 network.
 
     Args:
         spikes: The surrogate. Further arguments of a call are passed to it.

@@ -38,7 +38,11 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("LIF", {"tau_mem": 4.0, "spike_threshold": torch.tensor(0.4)}, ""),
     ("LIF", {"tau_mem": 4.0, "tau_syn": 3.0, "norm_input": False, "train_alphas": True}, ""),
     ("LIF", {"tau_mem": 4.0, "surrogate_grad_fn": activation.Gaussian(), "spike_threshold": torch.tensor(0.3)}, ""),
-    ("LIF", {"tau_mem": 4.0, "spike_fn": activation.MultiSpike, "norm_input": False}, "it fires several spikes in a step"),
+    (
+        "LIF",
+        {"tau_mem": 4.0, "spike_fn": activation.MultiSpike, "norm_input": False},
+        "it fires several spikes in a step",
+    ),
     ("LIF", {"tau_mem": 4.0, "norm_input": False, "min_v_mem": -1.0}, "its potential is bounded, or recorded"),
     ("LIFRecurrent", {"tau_mem": 4.0, "norm_input": False}, NODE),
     ("ALIF", {"tau_mem": 4.0, "tau_adapt": 4.0, "spike_threshold": 0.2}, NODE),

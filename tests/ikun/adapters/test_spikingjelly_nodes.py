@@ -68,7 +68,10 @@ def test_names_state_and_settings_stay() -> None:
 def test_surrogates_that_were_asked_for_act() -> None:
     ours = Surrogate.parse("sigmoid:5")
     for options in ({"surrogate": lambda h: spike(h, ours)}, {"steeper": 2.0}):
-        assert compare(network(neuron.LIFNode, "m", v_threshold=0.4, surrogate_function=ATAN), **options) == {"1": "", "3": ""}
+        assert compare(network(neuron.LIFNode, "m", v_threshold=0.4, surrogate_function=ATAN), **options) == {
+            "1": "",
+            "3": "",
+        }
     net = adapt(network(neuron.LIFNode, "m", surrogate_function=ATAN), X, steps=4, steeper=2.0).model
     assert net.get_submodule("1").plan.spec.surrogate == "atan:4.0"
 
@@ -120,7 +123,11 @@ class MultiStepLIFNode(neuron.BaseNode):
             self.v = torch.full_like(x_seq[0], self.v)
         for x in x_seq:
             rest = 0.0 if self.v_reset is None else self.v_reset
-            self.v = self.v + (x - (self.v - rest)) / self.tau if self.decay_input else self.v - (self.v - rest) / self.tau + x
+            self.v = (
+                self.v + (x - (self.v - rest)) / self.tau
+                if self.decay_input
+                else self.v - (self.v - rest) / self.tau + x
+            )
             s = self.surrogate_function(self.v - self.v_threshold)
             z = s.detach() if self.detach_reset else s
             self.v = self.v - z * self.v_threshold if self.v_reset is None else (1 - z) * self.v + z * self.v_reset
