@@ -168,10 +168,16 @@ def use_nodes(network: nn.Module, library: Library, fit: Fit, forward: Callable[
         found[path] = _differs(module, base, plan, calls[path], library)
         if found[path]:
             del plans[path]
+    if not plans:
+        return found
     before = _whole(network, forward)
     for module, base, plan in plans.values():
         _turn(module, base, plan)
-    if plans and (reason := _compare(before, _whole(network, forward))):
+    try:
+        reason = _compare(before, _whole(network, forward))
+    except FAILURES as error:
+        reason = first_line(error)
+    if reason:
         for path, (module, *_) in plans.items():
             module.__class__ = type(module).__bases__[1]
             del module.plan

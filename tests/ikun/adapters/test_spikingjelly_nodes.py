@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from node_oracle import X, compare
 from torch import Tensor, nn
 
-from ikun.adapters import adapt
+from ikun.adapters import adapt, node_choices, spikingjelly_nodes
 from ikun.surrogates import Surrogate, spike
 
 functional, layer, neuron, surrogate, base = (
@@ -178,3 +179,26 @@ def test_pooling_and_one_image_for_all_steps() -> None:
 
     images = torch.rand(6, 1, 5, 5, generator=torch.Generator().manual_seed(0))
     assert compare(Net(), images, torch.arange(6) % 3, steps=None) == {"layers.2": "", "layers.6": ""}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"decay": 0.6}, "its first derivative differs"),
+        ({"reset": "soft"}, "its first derivative differs"),
+        ({"surrogate": "sigmoid:4.1"}, "its first derivative differs"),
+        ({"exact": True}, "its outputs differ"),
+    ],
+)
+def test_a_node_with_other_equations_is_not_used(
+    change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(module: nn.Module) -> Any:
+        base, plan = spikingjelly_nodes.fit(module)
+        exact = change.get("exact", False)
+        spec = replace(plan.spec, **({"threshold": 0.3} if exact else change))
+        return base, replace(plan, spec=spec, exact=exact)
+
+    monkeypatch.setitem(node_choices.FITS, "spikingjelly", wrong)
+    nodes = compare(network(neuron.LIFNode, "m", v_threshold=0.4))
+    assert nodes == {"1": reason, "3": reason}
