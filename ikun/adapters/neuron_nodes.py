@@ -73,7 +73,7 @@ class LibraryNode(nn.Module):
         surrogate.heard = []
         try:
             with torch.no_grad():
-                out = super().forward(*args, **kwargs)  # type: ignore[misc]
+                out = super().forward(*args, **kwargs)
             return out, surrogate.heard
         finally:
             surrogate.heard = None
@@ -234,7 +234,7 @@ def _differs(module: nn.Module, base: type[LibraryNode], plan: Plan, calls: list
                     _turn(twin, base, plan)
                 library.clear(twin)
                 results.append(_derivatives(twin, calls, dtype))
-            if reason := _compare(*results, derivatives=dtype == torch.float64):
+            if reason := _compare(results[0], results[1], derivatives=dtype == torch.float64):
                 return reason
     except FAILURES as error:
         return first_line(error)

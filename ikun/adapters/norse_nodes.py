@@ -67,8 +67,9 @@ class NorseNode(LibraryNode):
         zs, ys = (torch.stack(parts) for parts in zip(*calls, strict=True))
         zs = torch.where(ys > 0, zs, zs.clamp_max(-torch.finfo(zs.dtype).tiny))  # Norse does not fire at 0
         shape, like = zs.shape[1:], zs[0]
-        v, i, z = (getattr(before, name, None) for name in ("v", "i", "z"))
-        v = v.to(like).expand(shape)  # type: ignore[union-attr]
+        i: Any = getattr(before, "i", None)
+        z: Any = getattr(before, "z", None)
+        v: Tensor = before.v.to(like).expand(shape)
         if not kind.recurrent:
             currents = []
             for x in steps:

@@ -40,12 +40,13 @@ class SpikeFunction:
         level = threshold.detach() if isinstance(threshold, Tensor) else threshold
         c = v_mem.detach()
         with torch.no_grad():
-            value = self.own.apply(c, level, gradient).to(c.dtype)
+            value: Tensor = self.own.apply(c, level, gradient).to(c.dtype)
         if self.heard is not None:
             self.heard.append((c - level, value))
         if not (torch.is_grad_enabled() and v_mem.requires_grad):
             return value
-        return two_jet(v_mem, value, *(slopes(c, level, gradient) if self.jet is None else self.jet.slopes(c - level)))
+        found = slopes(c, level, gradient) if self.jet is None else self.jet.slopes(c - level)
+        return two_jet(v_mem, value, *found)
 
 
 def slopes(v: Tensor, threshold: Any, gradient: Any) -> tuple[Tensor, Tensor]:

@@ -45,16 +45,16 @@ class SinabsNode(LibraryNode):
             for current in currents:
                 i = alpha * (current if i is None else i + current)
                 found.append(i)
-            after = self._buffers["i_syn"]
-            self._buffers["i_syn"] = valued(lambda: after, i)  # type: ignore[arg-type]
+            after = self.get_buffer("i_syn")
+            self._buffers["i_syn"] = valued(lambda: after, i)
             currents = torch.stack(found)
         gain = None
         if self.plan.more:
             gain = 1 - own.alpha_mem_calculated
             currents = currents if own.norm_input else currents / gain
         spikes, end = neurons(currents.contiguous(), spec, before["v_mem"], gain, self.plan.jet, (y, z, v))
-        last = self._buffers["v_mem"]
-        self._buffers["v_mem"] = valued(lambda: last, end)  # type: ignore[arg-type]
+        last = self.get_buffer("v_mem")
+        self._buffers["v_mem"] = valued(lambda: last, end)
         return spikes.transpose(0, 1).reshape(out.shape)
 
 

@@ -44,7 +44,8 @@ class SpikingJellyNode(LibraryNode):
             v = torch.where(spikes > 0, plan.spec.v_reset, h) if hard else h - plan.spec.threshold * spikes
             last = self.v.detach()[None]
             values = spikes, z, torch.cat([v[:-1], last]) if len(v) > 1 else last
-        gain = self.w.sigmoid() if "w" in self._parameters else None
+        w = self._parameters.get("w")
+        gain = None if w is None else w.sigmoid()
         if gain is not None and not self.decay_input:
             steps = steps / gain
         y, self.v = neurons(steps, plan.spec, start, gain, plan.jet, values)

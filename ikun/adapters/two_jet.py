@@ -20,7 +20,7 @@ class _Step(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         return _Slope.apply(g, *ctx.saved_tensors), None, None, None
 
 
@@ -33,7 +33,7 @@ class _Slope(torch.autograd.Function):
         return g * f1
 
     @staticmethod
-    def backward(ctx: Any, a: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, a: Tensor) -> Any:
         g, f1, f2 = ctx.saved_tensors
         return a * f1, a * g * f2 if ctx.needs_input_grad[1] else None, None, None
 
