@@ -149,7 +149,9 @@ def split(module: fx.GraphModule, results: Sequence[Sequence[fx.Node | None]]) -
         mine = [n for n in module.graph.nodes if n.op in ("call_function", "get_attr") and stage[n] == k]
         part, inside, inputs = fx.Graph(), {}, []
 
-        def fetch(node: fx.Node, inside: dict[fx.Node, fx.Node] = inside, inputs: list[str] = inputs, part: fx.Graph = part) -> fx.Node:  # noqa: E501
+        def fetch(
+            node: fx.Node, inside: dict[fx.Node, fx.Node] = inside, inputs: list[str] = inputs, part: fx.Graph = part
+        ) -> fx.Node:  # noqa: E501
             if node not in inside:
                 inside[node] = part.placeholder(node.name)
                 inputs.append(node.name)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Geometry = tuple[Any, ...]  # stride, padding, dilation, transposed, output padding, groups, as aten.convolution has them
+Geometry = tuple[
+    Any, ...
+]  # stride, padding, dilation, transposed, output padding, groups, as aten.convolution has them
 _convolve = torch.ops.aten.convolution
 _backward = torch.ops.aten.convolution_backward
 
@@ -75,7 +77,7 @@ def convolution(x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry) -
 
 
 def valued(compute: Callable[..., Tensor], equal: Tensor, *args: Any) -> Tensor:
-    """Return compute(*args), without its derivatives, with the derivatives of `equal`, which is the same up to rounding.
+    """Return compute(*args), without its derivatives, with those of `equal`, the same up to rounding.
 
     The value of `equal` is not used, so that a traced graph does not compute it.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from hessian_tools.chain.second_order import Linearized, output_form
+from hessian_tools.engine import segments
 from hessian_tools.engine.graph import Rule
-from hessian_tools.engine.rewriting import Rewriting
 from hessian_tools.engine.reasons import UntraceableError
+from hessian_tools.engine.rewriting import Rewriting
 from hessian_tools.engine.trace import Program, run, trace
 from hessian_tools.evaluation import copy_model
 from hessian_tools.runtime.storages import Storages
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from hessian_tools.objective import Batch, Objective
 
 ROUNDING = 100  # outputs of the traced network may differ by this many units of rounding
+MOST_SEGMENTS = 64  # of a product; every segment is a function of its own
 _lock = Lock()
 
 
@@ -38,13 +41,15 @@ class Tracing:
     rules: tuple[Rule, ...] = ()
 
 
-def linearize(objective: Objective, batch: Batch, kind: str) -> Linearized | str:
+def linearize(objective: Objective, batch: Batch, kind: str, memory: float = 0) -> Linearized | str:
     """Return the curvature product of one batch, or why the network cannot be traced.
 
     Args:
         objective: The objective.
         batch: Inputs and targets.
         kind: "hessian", "ggn" or "fisher".
+        memory: If the values that the product keeps take more bytes, it keeps none and runs in segments
+            (`hessian_tools.engine.segments`). 0: it never does.
     """
     x, y = batch
     state = _state(objective.model)
@@ -53,6 +58,8 @@ def linearize(objective: Objective, batch: Batch, kind: str) -> Linearized | str
         return program
     if program.constant:
         return Linearized(torch.zeros_like, 0, path="traced")
+    if 0 < memory < program.nbytes:
+        return _in_segments(objective, batch, kind, program, math.ceil(2 * program.nbytes / memory))
     values: dict[str, Any] = dict(zip(program.values, [*state.values(), x], strict=True))
     with torch.no_grad():
         (outputs,) = run(program, 0, values)
@@ -77,6 +84,34 @@ def linearize(objective: Objective, batch: Batch, kind: str) -> Linearized | str
         return objective.flatten(run(program, 3, here))
 
     return Linearized(product, storages.alive([*state.values(), x, y]), path="traced")
+
+
+def _in_segments(objective: Objective, batch: Batch, kind: str, program: Program, count: int) -> Linearized:
+    """Return a product that keeps nothing and runs in `count` segments, or at most in as many as pay off."""
+    x, y = batch
+    key = (program, count)
+    with _lock:
+        if (cut := objective.programs.get(key)) is None:
+            assert program.module is not None
+            outputs, tangent, *image = program.results
+            cut = segments.segmented(program.module, outputs, tangent, image, min(count, MOST_SEGMENTS))
+            objective.programs[key] = cut
+
+    def product(v: Tensor) -> Tensor:
+        values: dict[str, Any] = dict(zip(program.values, [*_state(objective.model).values(), x], strict=True))
+        values.update(zip(program.vector, (part.clone() for part in objective.split(v)), strict=True))
+
+        def close(outputs: Tensor, tangent: Tensor, here: dict[str, Tensor]) -> bool:
+            form = output_form(kind, objective.loss, outputs, y)
+            if form is not None:
+                here[program.slope], curve = form
+                here[program.tangent] = curve(tangent)
+            return form is not None
+
+        found = segments.product(cut, values, close)
+        return objective.flatten(found) if found else torch.zeros_like(v)
+
+    return Linearized(product, 0, path="traced")
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -21,9 +21,25 @@ from torch.overrides import TorchFunctionMode
 from hessian_tools.engine.nodes import convolution, valued
 
 Linear = tuple[Callable[[Tensor, Tensor | None], Tensor], Tensor, Tensor | None]  # (w, b) -> B(x, w) + b, w, b
-RESHAPES = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, Tensor.unflatten, torch.unflatten}
+RESHAPES = {
+    Tensor.view,
+    Tensor.reshape,
+    torch.reshape,
+    Tensor.flatten,
+    torch.flatten,
+    Tensor.unflatten,
+    torch.unflatten,
+}
 CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
-SAMPLEWISE = {F.linear, F.batch_norm, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, torch.relu, F.relu} | CONVOLUTIONS
+SAMPLEWISE = {
+    F.linear,
+    F.batch_norm,
+    F.max_pool2d,
+    F.avg_pool2d,
+    F.adaptive_avg_pool2d,
+    torch.relu,
+    F.relu,
+} | CONVOLUTIONS
 
 
 class Rewriting(TorchFunctionMode):

@@ -27,7 +27,7 @@ from hessian_tools.engine.rewriting import Rewriting
 from hessian_tools.evaluation import twice_differentiable
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """The traced product of a batch.
 
@@ -50,6 +50,15 @@ class Program:
     constant: bool = False
     module: fx.GraphModule | None = None
     results: tuple[fx.Node, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """About how many bytes a batch's kept values take, known without running it."""
+        if self.module is None or self.constant:
+            return 0
+        needed = {name for part in self.parts[2:] for name in part.inputs}
+        found = [n.meta.get("val") for n in self.module.graph.nodes if n.name in needed and n.op == "call_function"]
+        return sum(t.numel() * t.element_size() for t in found if isinstance(t, Tensor))
 
 
 class _Inside(nn.Module):
@@ -179,7 +188,8 @@ def _refuse_aliases(module: fx.GraphModule, state: dict[str, Tensor]) -> None:
     names = {t.untyped_storage()._cdata: name for name, t in state.items()}
     for node in module.graph.nodes:
         if node.op == "get_attr" and isinstance(held := getattr(module, node.target), Tensor):
-            if name := names.get(held.untyped_storage()._cdata):
+            name = names.get(held.untyped_storage()._cdata)
+            if name is not None:
                 raise UntraceableError(
                     f"the model uses '{name}' through a list, or another place outside of its module"
                 )

@@ -2,8 +2,8 @@
 
 Products are computed by backpropagation through time over the objective's samples. Where every layer of the model
 provides the passes of `hessian_tools.chain.second_order`, those are used, in segments of time if the objective asks for
-it. Otherwise the product is traced once and replayed (`hessian_tools.engine`). A model that cannot be traced uses double
-backward.
+it. Otherwise the product is traced once and replayed (`hessian_tools.engine`). A model that cannot be traced uses
+double backward.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from threading import Lock
+
 import torch
 from torch import Tensor
 
@@ -90,7 +91,7 @@ class CurvatureOperator(Operator):
 
     def _linearized(self, batch: Batch) -> Linearized:
         product = self._linearize(self.objective, batch)
-        if not self.path or product.reason:
+        if isinstance(product, Linearized) and (not self.path or product.reason):
             self.path, self.reason = product.path, product.reason
         return product
 
@@ -281,13 +282,13 @@ def _autograd_fisher(objective: Objective, batch: Batch) -> Map:
 
 
 def _linearize(
-    kind: str, autograd: Callable[[Objective, Batch], Map], objective: Objective, batch: Batch
+    kind: str, autograd: Callable[[Objective, Batch], Map], objective: Objective, batch: Batch, memory: float = 0
 ) -> Linearized:
     """Return the product of a batch: from the layers' own passes, from the traced network, or else by autograd."""
     found = segments.linearize_in_segments(objective, batch, kind) if objective.segmented else None
     found = found or second_order.linearize(objective, batch, kind)
     if found is None:
-        traced = linearize_traced(objective, batch, kind)
+        traced = linearize_traced(objective, batch, kind, memory)
         found = _by_autograd(autograd, objective, batch, traced) if isinstance(traced, str) else traced
     return found
 
@@ -307,7 +308,7 @@ def hessian(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperato
         objective: The objective.
         memory: Bytes for the kept primals (see `CurvatureOperator`).
     """
-    return CurvatureOperator(objective, _linearize_hessian, memory)
+    return CurvatureOperator(objective, partial(_linearize_hessian, memory=memory), memory)
 
 
 def ggn(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator:
@@ -319,7 +320,7 @@ def ggn(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator:
         objective: The objective.
         memory: Bytes for the kept primals (see `CurvatureOperator`).
     """
-    return CurvatureOperator(objective, _linearize_ggn, memory)
+    return CurvatureOperator(objective, partial(_linearize_ggn, memory=memory), memory)
 
 
 def fisher(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator:
@@ -329,7 +330,7 @@ def fisher(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator
         objective: The objective.
         memory: Bytes for the kept primals (see `CurvatureOperator`).
     """
-    return CurvatureOperator(objective, _linearize_fisher, memory)
+    return CurvatureOperator(objective, partial(_linearize_fisher, memory=memory), memory)
 
 
 OPERATORS: dict[str, Callable[[Objective, float], CurvatureOperator]] = {
