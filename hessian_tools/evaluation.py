@@ -41,21 +41,40 @@ def evaluation_mode(model: nn.Module) -> None:
             module.training = True  # not train(), which would also change the modules inside
 
 
-def copy_model(model: nn.Module) -> nn.Module:
+def copy_model(model: nn.Module, share: bool = False) -> nn.Module:
     """Copy a model. Unlike copy.deepcopy, this accepts modules that hold tensors with an autograd graph.
 
-    Examples are neurons that keep their state, and pruned or weight-normalized layers.
+    Examples are neurons that keep their state, and pruned or weight-normalized layers. Modules that were compiled by
+    `torch.compile` run as they were written, because compiled code has no second derivative.
+
+    Args:
+        model: The model.
+        share: Whether the copy has the parameters and buffers of the model itself.
     """
     held = (t for module in model.modules() for t in _tensors(vars(module)) if t.grad_fn is not None)
-    copied = copy.deepcopy(model, {id(t): t.detach().clone() for t in held})
+    known: dict[int, Any] = {id(t): t.detach().clone() for t in held}
+    if share:
+        known |= {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    for module in reversed(list(model.modules())):
+        if _copies_itself(module):
+            known[id(module)] = twin = type(module).__new__(type(module))
+            vars(twin).update(copy.deepcopy(vars(module), known))
+    copied = copy.deepcopy(model, known)
     fresh: dict[Any, nn.Parameter] = {}  # tied parameters stay tied
     for module in copied.modules():
         _compose_weight_norm(module)
-        if isinstance(module, torch.jit.ScriptModule):
+        if type(module).__name__ == "OptimizedModule":
+            module.forward = module._orig_mod.forward  # type: ignore[union-attr]
+        if isinstance(module, torch.jit.ScriptModule) and not share:
             for name, p in list(module.named_parameters(recurse=False)):
                 made = fresh.setdefault((p.data_ptr(), p.shape), nn.Parameter(p.detach().clone(), p.requires_grad))
                 setattr(module, name, made)  # a copied one returns gradients in the dtype that it had before
     return copied
+
+
+def _copies_itself(module: nn.Module) -> bool:
+    """Whether a class outside torch says how it is copied. Those of Sinabs lose `requires_grad`, mode and hooks."""
+    return any("__deepcopy__" in vars(c) for c in type(module).__mro__ if not c.__module__.startswith("torch."))
 
 
 def observable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,21 @@ def mapped(change: Callable[[Tensor], Tensor], x: Any) -> Any:
     if isinstance(x, Mapping) and type(x) is not dict:
         x = dict(x)
     return pytree.tree_map_only(Tensor, change, x)
+
+
+def flattened(x: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any], Hashable]:
+    """Return the tensors of nested inputs, a function that puts others in their place, and a key of the structure."""
+    leaves, spec = pytree.tree_flatten(mapped(lambda t: t, x))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    rest = tuple(None if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+
+    def rebuilt(others: Sequence[Tensor]) -> Any:
+        filled = list(leaves)
+        for i, t in zip(places, others, strict=True):
+            filled[i] = t
+        return pytree.tree_unflatten(filled, spec)
+
+    return [leaves[i] for i in places], rebuilt, (str(spec), rest)
 
 
 def converted(x: Any, like: Tensor) -> Any:

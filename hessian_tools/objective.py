@@ -6,7 +6,7 @@ Every operator of this package measures the curvature of an `Objective`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, overload
 
@@ -110,6 +110,7 @@ class Objective:
             less memory and more time (`hessian_tools.chain.segments`).
         checked: Whether `hessian_tools.checks.check` is done with. If not, the first operator does it, and sets this.
             Objectives that are made from this one (other batches, other parameters) are not checked again.
+        programs: The traced products of the model, one per kind and shape of a batch (`hessian_tools.engine`).
     """
 
     model: nn.Module
@@ -130,6 +131,7 @@ class Objective:
         if not self.checked:
             check_objective(self)
             object.__setattr__(self, "checked", True)
+    programs: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def segmented(self) -> bool:

@@ -161,10 +161,16 @@ class Linearized:
     Attributes:
         product: The product.
         nbytes: Memory that it holds.
+        parallel: Whether it can run in several threads at once, and be captured as a CUDA graph.
+        path: How it is computed: by the "layers" of the model, "traced", or by "autograd".
+        reason: Why the model could not be traced. Empty if it was.
     """
 
     product: Callable[[Tensor], Tensor]
     nbytes: int
+    parallel: bool = True
+    path: str = "layers"
+    reason: str = ""
 
     def __call__(self, v: Tensor) -> Tensor:
         with torch.no_grad():
@@ -278,7 +284,7 @@ def output_form(kind: str, loss: Loss, outputs: Tensor, y: Tensor) -> tuple[Tens
         return slope.detach(), lambda do: curved(slope, outputs, do)
 
     def along(do: Tensor) -> Tensor:
-        dot = (slope * do).flatten(1).sum(1) * len(y)
+        dot = (slope * do).reshape(len(y), -1).sum(1) * len(y)
         return slope * dot.reshape(-1, *(1,) * (slope.dim() - 1))
 
     return slope, along

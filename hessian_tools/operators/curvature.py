@@ -2,12 +2,14 @@
 
 Products are computed by backpropagation through time over the objective's samples. Where every layer of the model
 provides the passes of `hessian_tools.chain.second_order`, those are used, in segments of time if the objective asks for
-it. Otherwise the products use double backward.
+it. Otherwise the product is traced once and replayed (`hessian_tools.engine`). A model that cannot be traced uses
+double backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from threading import Lock
 
 import torch
@@ -15,13 +17,17 @@ from torch import Tensor
 
 from hessian_tools import nested
 from hessian_tools.chain import second_order, segments
+from hessian_tools.chain.second_order import Linearized
 from hessian_tools.checks import refuse_autocast
+from hessian_tools.engine.product import linearize as linearize_traced
 from hessian_tools.objective import Batch, Objective, Streamed
 from hessian_tools.operators.base import Operator
 from hessian_tools.runtime.cuda import Captured, full_precision, side_stream
-from hessian_tools.runtime.threads import in_threads
+from hessian_tools.runtime.storages import Storages
+from hessian_tools.runtime.threads import as_in_threads, in_threads
 
 Map = Callable[[Tensor], Tensor]  # one batch's product: [P] -> [P]
+_unknown_model = Lock()  # a model that cannot be traced may keep state, so that it runs in one thread at a time
 
 
 class CurvatureOperator(Operator):
@@ -41,6 +47,11 @@ class CurvatureOperator(Operator):
         linearize: Maps (objective, batch) to the product v [P] -> A_b v [P] of that batch.
         memory: Bytes for the kept primals.
 
+    Attributes:
+        path: How the products are computed, known after the first one: by the "layers" of the model, "traced", or by
+            "autograd", which takes more time and memory, and one thread for all batches. Empty before.
+        reason: Why the model could not be traced, in one line. Empty if it was.
+
     Raises:
         ObjectiveError: If the objective was made without `make_objective` and a check fails (see
             `hessian_tools.checks`), or from a product inside `torch.autocast`.
@@ -48,7 +59,7 @@ class CurvatureOperator(Operator):
     """
 
     def __init__(
-        self, objective: Objective, linearize: Callable[[Objective, Batch], Map], memory: float = 4 * 2**30
+        self, objective: Objective, linearize: Callable[[Objective, Batch], Linearized], memory: float = 4 * 2**30
     ) -> None:
         super().__init__(objective.size, objective.dtype, objective.device)
         objective.check_once()
@@ -60,6 +71,7 @@ class CurvatureOperator(Operator):
         self._graphs = False  # whether the working memory of graphs is counted in `_used`
         self._lock = Lock()  # guards the three attributes above
         self._threads: bool | None = None
+        self.path = self.reason = ""
 
     def _map(self, index: int) -> Map:
         """Return the product of a batch, kept if there is memory for it."""
@@ -68,21 +80,29 @@ class CurvatureOperator(Operator):
         batches = self.objective.batches
         batch = batches[index]
         if self._used >= self._memory:
-            return self._linearize(self.objective, batch)
-        product, size = _measured(self.objective, batch, self._linearize)
+            return self._linearized(batch)
+        with side_stream(self.device):
+            product = self._linearized(batch)
+        size = product.nbytes
         if isinstance(batches, Streamed):  # a kept product also holds the inputs that were read
             size = max(size, batch[0].nbytes)
         with self._lock:
-            if self._used + size <= self._memory:
-                self._used += size
-                self._kept[index] = product = self._captured(product, size)
-            else:
+            if self._used + size > self._memory:
                 self._used = float(self._memory)  # full: later batches are not smaller
+                return product
+            self._used += size
+            self._kept[index] = kept = self._captured(product, size)
+        return kept
+
+    def _linearized(self, batch: Batch) -> Linearized:
+        product = self._linearize(self.objective, batch)
+        if isinstance(product, Linearized) and (not self.path or product.reason):
+            self.path, self.reason = product.path, product.reason
         return product
 
-    def _captured(self, product: Map, size: int) -> Map:
+    def _captured(self, product: Linearized, size: int) -> Map:
         """Return a CUDA graph of a kept product if the device is CUDA and there is memory for it."""
-        if self.device.type != "cuda" or not isinstance(product, second_order.Linearized) or not product.nbytes:
+        if self.device.type != "cuda" or not product.parallel or not product.nbytes:
             return product
         if not self._graphs and self._used + size <= self._memory:
             self._graphs = True
@@ -98,8 +118,9 @@ class CurvatureOperator(Operator):
 
         items = list(self.objective.batch_weights().items())
         if self._threads is None:
-            hand_written = bool(items) and isinstance(self._map(items[0][0]), second_order.Linearized)
-            self._threads = hand_written and self.device.type == "cpu"
+            with as_in_threads(len(items)):
+                first = self._map(items[0][0]) if items else None
+            self._threads = isinstance(first, Linearized) and first.parallel and self.device.type == "cpu"
         return in_threads(run, items) if self._threads else map(run, items)
 
     def _columns(self, product: Map, block: Tensor) -> list[Tensor]:
@@ -150,17 +171,14 @@ class CurvatureOperator(Operator):
         return [part.reshape(-1, k, k).mT for part, k in zip(parts, shapes, strict=True)], counts
 
 
-def _measured(objective: Objective, batch: Batch, linearize: Callable[[Objective, Batch], Map]) -> tuple[Map, int]:
-    """Return the product of a batch and the number of bytes that it holds."""
-    saved: dict[int, int] = {}
-
-    def note(t: Tensor) -> Tensor:
-        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), side_stream(objective.device):
+def _by_autograd(
+    linearize: Callable[[Objective, Batch], Map], objective: Objective, batch: Batch, reason: str
+) -> Linearized:
+    """Return the product of a batch by double backward, with the memory that its graph holds."""
+    with _unknown_model, Storages() as storages:
         product = linearize(objective, batch)
-    return product, getattr(product, "nbytes", 0) or sum(saved.values())
+    size = storages.alive([*objective.model.parameters(), *objective.model.buffers(), *nested.tensors(batch)])
+    return Linearized(product, size, parallel=False, path="autograd", reason=reason)
 
 
 def batch_size_within(objective: Objective, memory: float, most: int = 2048) -> int:
@@ -180,7 +198,7 @@ def batch_size_within(objective: Objective, memory: float, most: int = 2048) -> 
     if each := segments.bytes_per_sample(objective):
         return int(min(most, memory / each))
     x = objective.first_inputs(8)
-    _, size = _measured(objective, (x, objective.targets[0][:8]), _linearize_hessian)
+    size = _linearize_hessian(objective, (x, objective.targets[0][:8])).nbytes
     return int(max(1, min(most, memory * nested.sample_count(x) / max(size, 1))))
 
 
@@ -243,7 +261,10 @@ def _autograd_ggn(objective: Objective, batch: Batch) -> Map:
         return _zero
     forward, backward = _pushforward(objective, outputs)
     leaf = outputs.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(objective.loss(leaf, y), leaf, create_graph=True)
+    loss = objective.loss(leaf, y)
+    if not loss.requires_grad:
+        return _zero
+    (slope,) = torch.autograd.grad(loss, leaf, create_graph=True)
     if not slope.requires_grad:
         return _zero
 
@@ -261,26 +282,27 @@ def _autograd_fisher(objective: Objective, batch: Batch) -> Map:
     if not outputs.requires_grad:
         return _zero
     losses = torch.func.vmap(lambda o, t: objective.loss(o[None], t[None]))(outputs, y)
+    if not losses.requires_grad:
+        return _zero
     forward, backward = _pushforward(objective, losses)
     return lambda v: backward(forward(v) / len(y))
 
 
-def _by_hand(objective: Objective, batch: Batch, kind: str) -> Map | None:
-    """Return the product from the layers' own passes, or None if the model does not provide them."""
+def _linearize(
+    kind: str, autograd: Callable[[Objective, Batch], Map], objective: Objective, batch: Batch, memory: float = 0
+) -> Linearized:
+    """Return the product of a batch: from the layers' own passes, from the traced network, or else by autograd."""
     found = segments.linearize_in_segments(objective, batch, kind) if objective.segmented else None
-    return found or second_order.linearize(objective, batch, kind)
+    found = found or second_order.linearize(objective, batch, kind)
+    if found is None:
+        traced = linearize_traced(objective, batch, kind, memory)
+        found = _by_autograd(autograd, objective, batch, traced) if isinstance(traced, str) else traced
+    return found
 
 
-def _linearize_hessian(objective: Objective, batch: Batch) -> Map:
-    return _by_hand(objective, batch, "hessian") or _autograd_hessian(objective, batch)
-
-
-def _linearize_ggn(objective: Objective, batch: Batch) -> Map:
-    return _by_hand(objective, batch, "ggn") or _autograd_ggn(objective, batch)
-
-
-def _linearize_fisher(objective: Objective, batch: Batch) -> Map:
-    return _by_hand(objective, batch, "fisher") or _autograd_fisher(objective, batch)
+_linearize_hessian = partial(_linearize, "hessian", _autograd_hessian)
+_linearize_ggn = partial(_linearize, "ggn", _autograd_ggn)
+_linearize_fisher = partial(_linearize, "fisher", _autograd_fisher)
 
 
 def hessian(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator:
@@ -293,7 +315,7 @@ def hessian(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperato
         objective: The objective.
         memory: Bytes for the kept primals (see `CurvatureOperator`).
     """
-    return CurvatureOperator(objective, _linearize_hessian, memory)
+    return CurvatureOperator(objective, partial(_linearize_hessian, memory=memory), memory)
 
 
 def ggn(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator:
@@ -305,7 +327,7 @@ def ggn(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator:
         objective: The objective.
         memory: Bytes for the kept primals (see `CurvatureOperator`).
     """
-    return CurvatureOperator(objective, _linearize_ggn, memory)
+    return CurvatureOperator(objective, partial(_linearize_ggn, memory=memory), memory)
 
 
 def fisher(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator:
@@ -315,7 +337,7 @@ def fisher(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator
         objective: The objective.
         memory: Bytes for the kept primals (see `CurvatureOperator`).
     """
-    return CurvatureOperator(objective, _linearize_fisher, memory)
+    return CurvatureOperator(objective, partial(_linearize_fisher, memory=memory), memory)
 
 
 OPERATORS: dict[str, Callable[[Objective, float], CurvatureOperator]] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
 
@@ -22,6 +23,17 @@ T = TypeVar("T")
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Return the thread pool. Operations in a worker use one thread."""
     return ThreadPoolExecutor(threads, "batch", initializer=torch.set_num_threads, initargs=(1,))
+
+
+@contextmanager
+def as_in_threads(count: int) -> Iterator[None]:
+    """Compute with as many threads per operation as `in_threads` uses for this number of items, for the same bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if count < threads else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def in_threads(function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:

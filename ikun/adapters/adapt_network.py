@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from hessian_tools.checks import ObjectiveError
 from hessian_tools.evaluation import copy_model, evaluation_mode
 from ikun.adapters import choices
 from ikun.adapters.base import PLAIN, AdapterError, Library, Slot, origins, run_forward
+from ikun.adapters.node_choices import replace_neurons
 from ikun.adapters.norse import NORSE
+from ikun.adapters.sinabs import SINABS
 from ikun.adapters.snntorch import SNNTORCH
 from ikun.adapters.spikingjelly import SPIKINGJELLY
 from ikun.adapters.time_checks import check_independence, check_steps, time_axis_of
@@ -36,7 +38,9 @@ from ikun.adapters.validation import (
 )
 from ikun.surrogate_check import Spike, Verdict, check_surrogate, is_step, trained_parameters
 
-LIBRARIES: dict[str, Library] = dict(zip(choices.LIBRARIES, (SPIKINGJELLY, SNNTORCH, NORSE, PLAIN), strict=True))
+LIBRARIES: dict[str, Library] = dict(
+    zip(choices.LIBRARIES, (SPIKINGJELLY, SNNTORCH, NORSE, SINABS, PLAIN), strict=True)
+)
 # Templates of messages, whose placeholders are parameters of `adapt`.
 CURE = "give {replacement}, a spike function that can be differentiated twice, or {surrogate} to replace all surrogates"
 CURES = {"replacement": ..., "surrogate": ...}
@@ -71,6 +75,7 @@ class Adapted:
         plan: How the network is run through time.
         surrogates: The surrogates that were found.
         warnings: Warnings, one line each.
+        nodes: Why a neuron was not replaced by a node of the traced graph, by its path; empty if it was.
     """
 
     model: nn.Module
@@ -79,6 +84,7 @@ class Adapted:
     plan: TimePlan
     surrogates: tuple[Found, ...] = ()
     warnings: tuple[str, ...] = ()
+    nodes: dict[str, str] = field(default_factory=dict)
 
 
 def adapt(
@@ -102,11 +108,13 @@ def adapt(
         model: The network.
         x: A few inputs [N, ...] to try the network on: a tensor, or a dict, tuple or list of tensors (see
             `make_objective`) for a network that runs through time by itself or has no time.
-        library: "spikingjelly", "snntorch", "norse" or "none". None: recognize it by the classes of the layers.
+        library: "spikingjelly", "snntorch", "norse", "sinabs" or "none". None: recognize it by the
+            classes of the layers.
         steps: Number of time steps T to run the network for. None: the network runs through time by itself.
         sequences: Samples are sequences [N, T, ...]. Otherwise the same x is the input at every step.
-        time_first: A network whose layers take all steps in one call gets inputs [T, N, ...] if True or None, and
-            [N, T, ...] if False. It also says which axis of the outputs is time, if their shape does not.
+        time_first: A network whose layers take all steps in one call gets inputs [T, N, ...] if True and [N, T, ...]
+            if False. None: as the library has it. It also says which axis of the outputs is time, if their shape
+            does not.
         output: What to use if the network returns several outputs: of a tuple "spikes" (the first), "membrane" (the
             last) or a number from 0 as text; of a dict, a dataclass or a namedtuple a name. A dict or dataclass with
             only one tensor needs no name.
@@ -135,6 +143,7 @@ def adapt(
     if reset is not None:
         kind = replace(kind, clear=_both(kind.clear, reset))
     kind.prepare(network)
+    time_first = time_first if kind.time_first or time_first is not None else False
     by_step = steps is not None and time_first is None and kind.by_step(network)
     carries = by_step and name == "norse" and "state" in inspect.signature(network.forward).parameters
     plan = TimePlan(steps, sequences, by_step, time_first is not False, carries, output, None, readout)
@@ -166,7 +175,8 @@ def adapt(
     if steps is None and name != "none":
         check_steps(wrapped, kind, few)
     warnings = [*_hooks(bare(model)), *_tried(kind, wrapped, few, y)]
-    return Adapted(result, clear, name, plan, surrogates, tuple(warnings))
+    nodes = replace_neurons(name, kind, wrapped, few)
+    return Adapted(result, clear, name, plan, surrogates, tuple(warnings), nodes)
 
 
 def _both(first: Callable[[nn.Module], None], second: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:

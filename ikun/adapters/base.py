@@ -69,6 +69,7 @@ class Library:
         neurons: Returns the spiking modules, which must stay in training mode.
         by_step: Whether one call of the network is one time step.
         takes_time: Whether the input of a neuron has time as its first axis.
+        time_first: Whether a network that takes all steps in one call has inputs [T, N, ...] instead of [N, T, ...].
     """
 
     package: str
@@ -78,6 +79,7 @@ class Library:
     neurons: Callable[[nn.Module], list[nn.Module]]
     by_step: Callable[[nn.Module], bool]
     takes_time: Callable[[nn.Module], bool]
+    time_first: bool = True
 
 
 def nothing(model: nn.Module) -> None:

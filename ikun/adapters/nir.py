@@ -2,7 +2,8 @@
 
 A NIR file holds a graph of neurons as differential equations in continuous time. A Hessian also needs the time step dt
 (of the forward Euler method), the first and second derivative of the spike, and the reset after a spike, which the
-caller gives. Only feed-forward graphs are supported: no recurrent connections and no delays.
+caller gives. A recurrent connection reads the spikes of the time step before; at the first step they are 0. Delays are
+not supported.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from ikun.adapters.two_jet import Jet
 from ikun.surrogate_check import Spike, first_line
 
 RESETS = ("hard", "soft")
+SPIKING = ("IF", "LIF", "CubaLIF")
 MOST_BYTES = 2**26  # largest size of a file's arrays, plus a hundred times the size of the file
 State = tuple[Tensor, ...]
 
@@ -105,7 +108,7 @@ def from_nir(
     Raises:
         AdapterError: If a needed argument is missing or not valid, or the graph cannot be built.
     """
-    spikes = any(kind_of(node) in ("IF", "LIF", "CubaLIF") for node in graph.nodes.values())
+    spikes = any(kind_of(node) in SPIKING for node in graph.nodes.values())
     missing = [
         name
         for name, value in (("dt", dt), ("spike", spike), ("reset", reset))
@@ -143,10 +146,8 @@ class NirNetwork(nn.Module):
         before: dict[str, list[str]] = {name: [] for name in graph.nodes}
         for source, target in graph.edges:
             before[target].append(source)
-        try:
-            order = list(TopologicalSorter(before).static_order())
-        except CycleError as error:
-            raise AdapterError(f"recurrent connections are not supported: {' -> '.join(error.args[1])}") from None
+        spiking = {n for n, node in graph.nodes.items() if kind_of(node) in SPIKING}
+        order, late = _order(before, spiking)
         ends = {kind: [name for name in order if kind_of(graph.nodes[name]) == kind] for kind in ("Input", "Output")}
         for kind, found in ends.items():
             if len(found) != 1:
@@ -154,6 +155,7 @@ class NirNetwork(nn.Module):
         self._input, self._output = names[ends["Input"][0]], names[ends["Output"][0]]
         self._order = [names[name] for name in order]
         self._before = {names[name]: [names[source] for source in sources] for name, sources in before.items()}
+        self._late = {(names[source], names[target]) for source, target in late}
         for name, node in graph.nodes.items():
             if kind_of(node) not in ends:
                 self.add_module(names[name], _module(name, node, dt, spike, soft))
@@ -166,10 +168,12 @@ class NirNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         states: dict[str, State | None] = dict.fromkeys(self._order)
         outputs = []
+        last = {source: self._rest(source, x[0]) for source, _ in self._late}
         for current in x:
             values = {self._input: current}
             for name in self._order:
-                sources = [values[source] for source in self._before[name] if source in values]
+                given = {source: (last if (source, name) in self._late else values) for source in self._before[name]}
+                sources = [known[source] for source, known in given.items() if source in known]
                 if not sources:
                     continue  # the input node, or a node without inputs
                 value = torch.stack(sources).sum(0)
@@ -180,7 +184,44 @@ class NirNetwork(nn.Module):
                     value = layer(value)
                 values[name] = value
             outputs.append(values[self._output])
+            last = {source: values[source] for source in last}
         return torch.stack(outputs)
+
+    def _rest(self, name: str, x: Tensor) -> Tensor:
+        """Return the spikes [N, ...] of a layer before the first step."""
+        return x.new_zeros(len(x), *self.get_submodule(name).get_buffer("threshold").shape)
+
+
+def _order(before: dict[str, list[str]], spiking: set[str]) -> tuple[list[str], set[tuple[str, str]]]:
+    """Return an order of the nodes, and the edges that take the value of the time step before.
+
+    In every cycle this is the edge that leaves the spiking neurons with the longest way from the input.
+
+    Raises:
+        AdapterError: For a cycle without spiking neurons.
+    """
+    late: set[tuple[str, str]] = set()
+    depth = _depth(before)
+    while True:
+        rest = {name: [s for s in sources if (s, name) not in late] for name, sources in before.items()}
+        try:
+            return list(TopologicalSorter(rest).static_order()), late
+        except CycleError as error:
+            cycle: list[str] = error.args[1]
+            edges = [(a, b) for a, b in pairwise(cycle) if a in spiking]
+            if not edges:
+                raise AdapterError(f"a recurrent connection without spiking neurons: {' -> '.join(cycle)}") from None
+            late.add(max(edges, key=lambda edge: depth.get(edge[0], 0)))
+
+
+def _depth(before: dict[str, list[str]]) -> dict[str, int]:
+    """Return the number of edges from the nodes without inputs to every node."""
+    found = {name: 0 for name, sources in before.items() if not sources}
+    edge = set(found)
+    while edge:
+        edge = {n for n, sources in before.items() if n not in found and edge & set(sources)}
+        found |= {n: 1 + max(found[s] for s in before[n] if s in found) for n in edge}
+    return found
 
 
 class NirNeuron(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -37,6 +38,23 @@ def _slots(model: nn.Module) -> Iterator[Slot]:
         yield Slot(f"{path}.activation".strip("."), module, function, put, f"{p.method}, alpha {float(p.alpha):g}")
 
 
+@dataclass(frozen=True)
+class Threshold:
+    """A function `threshold` of Norse that calls a given surrogate."""
+
+    spike: Spike
+
+    def __call__(self, x: Any, method: Any, alpha: Any) -> Any:
+        return self.spike(x)
+
+
+def surrogate_in(step: FunctionType) -> Spike | None:
+    """Return the surrogate that replaces `threshold` in a step function, directly or in functions that it calls."""
+    if isinstance(found := step.__globals__.get("threshold"), Threshold) and "threshold" in step.__code__.co_names:
+        return found.spike
+    return next((inner for f in _called(step).values() if (inner := surrogate_in(f)) is not None), None)
+
+
 def _called(step: FunctionType) -> dict[str, FunctionType]:
     """Return the functions of Norse that a step function calls by name."""
     named = {name: step.__globals__.get(name) for name in step.__code__.co_names}
@@ -56,7 +74,7 @@ def _found(step: FunctionType) -> FunctionType | None:
 def _rebound(step: FunctionType, spike: Spike) -> FunctionType:
     """Copy a step function with another `threshold`, also in the functions that it calls."""
     others: dict[str, Any] = {
-        name: (lambda x, method, alpha: spike(x)) if name == "threshold" else _rebound(function, spike)
+        name: Threshold(spike) if name == "threshold" else _rebound(function, spike)
         for name, function in _called(step).items()
     }
     scope = {**step.__globals__, **others}
@@ -74,7 +92,7 @@ def _with_method(p: Any) -> Any:
     return next((value for value in inner if value is not None), None)
 
 
-def _takes_time(module: nn.Module) -> bool:
+def takes_time(module: nn.Module) -> bool:
     return bool(WITH_TIME & bases(module))
 
 
@@ -84,6 +102,6 @@ NORSE = Library(
     prepare=nothing,
     slots=_slots,
     neurons=_neurons,
-    by_step=lambda model: not any(_takes_time(m) for m in model.modules()),
-    takes_time=_takes_time,
+    by_step=lambda model: not any(takes_time(m) for m in model.modules()),
+    takes_time=takes_time,
 )

@@ -36,7 +36,7 @@ def _neurons(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if callable(getattr(m, "surrogate_function", None))]
 
 
-def _takes_time(module: nn.Module) -> bool:
+def takes_time(module: nn.Module) -> bool:
     """Whether a module takes [T, N, ...]. Up to 0.0.0.0.12 such modules are classes of their own."""
     if any(name.startswith("MultiStep") or name == "SeqToANNContainer" for name in bases(module)):
         return getattr(module, "step_mode", "m") == "m"
@@ -49,6 +49,6 @@ SPIKINGJELLY = Library(
     prepare=_prepare,
     slots=attribute_slots,
     neurons=_neurons,
-    by_step=lambda model: not any(_takes_time(m) for m in model.modules()),
-    takes_time=_takes_time,
+    by_step=lambda model: not any(takes_time(m) for m in model.modules()),
+    takes_time=takes_time,
 )

@@ -101,7 +101,7 @@ class InTime(nn.Module):
         self.clear(self.network)
         x = self.converted(x)
         try:
-            with _default_dtype(x):
+            with default_dtype(x):
                 y = self.over_time(x)
         finally:
             self.clear(self.network)
@@ -116,7 +116,7 @@ class InTime(nn.Module):
         """Return the outputs before the readout, from a cleared state, with errors of the network in one line."""
         self.clear(self.network)
         try:
-            with _default_dtype(x):
+            with default_dtype(x):
                 return run_forward(self.over_time, x)
         finally:
             self.clear(self.network)
@@ -212,12 +212,12 @@ def _named(raw: Any) -> dict[str, Any] | None:
     return {name: value for name, value in found.items() if value is not None}
 
 
-_before: list[torch.dtype] = []  # the default dtypes that the threads in `_default_dtype` found
+_before: list[torch.dtype] = []  # the default dtypes that the threads in `default_dtype` found
 _lock = Lock()
 
 
 @contextmanager
-def _default_dtype(x: Any) -> Iterator[None]:
+def default_dtype(x: Any) -> Iterator[None]:
     """Set torch's default dtype to that of the inputs, because some networks create their state without a dtype.
 
     The default dtype is global. It is restored when the last thread leaves.

@@ -11,13 +11,46 @@ from torch import Tensor, nn
 from ikun.surrogate_check import Spike
 
 
-class Jet(nn.Module):
-    """A surrogate as s(c) + e (f'(c) + e f''(c) / 2), where c is the value of x as a constant and e = x - c.
+class _Step(torch.autograd.Function):
+    """(x, value, f1, f2) -> value, with the derivatives f1 and f2 by x."""
 
-    It has the spikes s and the derivatives f' and f'' of the surrogate. f' and f'' come from the surrogate's own
-    backward pass, in a separate graph. This has three advantages. The network's graph contains no autograd functions,
-    which fail in torch.func and lose f'' in a jvp of a jvp. Fused kernels that support only their library's surrogates
-    are not used. A surrogate that always returns float32 does not reduce the precision of a float64 network.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, f1: Tensor, f2: Tensor) -> Tensor:
+        ctx.save_for_backward(x, f1, f2)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return _Slope.apply(g, *ctx.saved_tensors), None, None, None
+
+
+class _Slope(torch.autograd.Function):
+    """(g, x, f1, f2) -> g f1."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, f1: Tensor, f2: Tensor) -> Tensor:
+        ctx.save_for_backward(g, f1, f2)
+        return g * f1
+
+    @staticmethod
+    def backward(ctx: Any, a: Tensor) -> Any:
+        g, f1, f2 = ctx.saved_tensors
+        return a * f1, a * g * f2 if ctx.needs_input_grad[1] else None, None, None
+
+
+def two_jet(x: Tensor, value: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Return `value` with the derivatives `first` and `second` by x, which are constants."""
+    y: Tensor = _Step.apply(x, value, first, second)
+    return y
+
+
+class Jet(nn.Module):
+    """A surrogate as its spikes and the constants f' and f'' at each of its arguments.
+
+    f' and f'' come from the surrogate's own backward pass, in a separate graph. The network's graph then contains only
+    an autograd function that can be differentiated twice by reverse mode. Fused kernels that support only their
+    library's surrogates are not used. A surrogate that always returns float32 does not reduce the precision of a
+    float64 network.
 
     Args:
         spikes: The surrogate. Further arguments of a call are passed to it.
@@ -30,31 +63,33 @@ class Jet(nn.Module):
         self.spikes = spikes
         self.derivatives = derivatives
         self.steeper = steeper
+        self.heard: list[tuple[Tensor, Tensor]] | None = None  # if a list, arguments and spikes of calls are noted
 
     def forward(self, x: Tensor, *constants: Any) -> Tensor:
         c = x.detach()
         with torch.no_grad():
             value: Tensor = self.spikes(c, *constants).to(x.dtype)
+        if self.heard is not None:
+            self.heard.append((c, value))
         if not (torch.is_grad_enabled() and x.requires_grad):
             return value
-        first, second = self._slopes(c, constants)
-        e = x - c
-        return value + e * (first + 0.5 * e * second)
+        return two_jet(x, value, *self.slopes(c, *constants))
 
-    def _slopes(self, c: Tensor, constants: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    def slopes(self, c: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
         """Return f' and f'' at c."""
-        c = c.detach().requires_grad_()
-        scaled = self.steeper * c
-        y = self.spikes(scaled, *constants) if self.derivatives is None else self.derivatives(scaled)
-        (first,) = torch.autograd.grad(y.sum(), c, create_graph=True)
-        second = None
-        if first.requires_grad:
-            (second,) = torch.autograd.grad(first.sum(), c, allow_unused=True)
-        return first.detach(), torch.zeros_like(first) if second is None else second
+        with torch.enable_grad():
+            c = c.detach().requires_grad_()
+            scaled = self.steeper * c
+            y = self.spikes(scaled, *constants) if self.derivatives is None else self.derivatives(scaled)
+            (first,) = torch.autograd.grad(y.sum(), c, create_graph=True)
+            second = None
+            if first.requires_grad:
+                (second,) = torch.autograd.grad(first.sum(), c, allow_unused=True)
+        return first.detach(), torch.zeros_like(first) if second is None else second.detach()
 
     def __getattr__(self, name: str) -> Any:
         """Return attributes of the original surrogate, such as `spiking` and `alpha`, which neurons may read."""
-        own = name in ("spikes", "derivatives") or name.startswith("_")
+        own = name in ("spikes", "derivatives", "heard") or name.startswith("_")
         return super().__getattr__(name) if own else getattr(self.spikes, name)
 
 

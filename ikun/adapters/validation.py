@@ -222,7 +222,7 @@ def _not_one_step(library: Library, call: Call, timed: bool) -> str:
         with torch.enable_grad():
             out: Any = call.module(x * 1)
         out = out[0] if isinstance(out, tuple) else out
-        nodes = _function_nodes(out)
+        nodes = _function_nodes(out, every=True)
         if max(uses[0], *(sum(type(n) is kind for n in nodes) for kind in {type(n) for n in nodes}), 0) > 1:
             return "one call takes several time steps, or has several layers"
         flat = out.reshape(x.shape[0] * x.shape[1] if timed else x.shape[0], -1)
@@ -271,8 +271,14 @@ def found_functions(y: Tensor) -> set[type]:
     return {type(node) for node in _function_nodes(y)}
 
 
-def _function_nodes(y: Tensor) -> list[Any]:
-    """Return the nodes in the graph of y that are custom autograd functions."""
+def _own(node: Any) -> bool:
+    """Whether a node of a graph is an autograd function of this project."""
+    function = getattr(node, "_forward_cls", None)
+    return function is not None and function.__module__.partition(".")[0] in ("ikun", "hessian_tools")
+
+
+def _function_nodes(y: Tensor, every: bool = False) -> list[Any]:
+    """Return the nodes in the graph of y that are custom autograd functions, with or without those of this project."""
     seen: set[Any] = set()
     todo: list[Any] = [y.grad_fn]
     found: list[Any] = []
@@ -281,7 +287,7 @@ def _function_nodes(y: Tensor) -> list[Any]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, BackwardCFunction) or "CppNode" in node.name():
+        if (every or not _own(node)) and (isinstance(node, BackwardCFunction) or "CppNode" in node.name()):
             found.append(node)
         todo += [following for following, _ in node.next_functions]
     return found

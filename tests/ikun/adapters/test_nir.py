@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapted_networks import X, Y, products
+from node_oracle import compare
 from torch import Tensor
 
 from hessian_tools.objective import make_objective
@@ -194,15 +195,53 @@ def test_missing_facts_of_a_graph_are_asked_for(facts: dict[str, Any], message: 
         from_nir(graph_of(nir.Linear(weights(3, 5)), lif(3)), **facts)
 
 
+def test_recurrent_connections_read_the_step_before() -> None:
+    """Two layers with recurrent weights of their own, and feedback from the second to the first."""
+    w = {name: weights(4, 4 if name != "in" else 5) for name in ("in", "self", "up", "down")}
+    for name, factor in (("self", -0.3), ("down", -0.6), ("up", 0.3), ("in", 0.5)):
+        w[name] *= factor
+    bias = full(4, 0.2)
+    nodes = {
+        "input": nir.Input({"input": np.array([5])}),
+        "in": nir.Linear(w["in"]),
+        "a": nir.IF(r=full(4, 1), v_threshold=full(4, 1)),
+        "self": nir.Affine(w["self"], bias),
+        "up": nir.Linear(w["up"]),
+        "b": nir.IF(r=full(4, 1), v_threshold=full(4, 1)),
+        "down": nir.Linear(w["down"]),
+        "output": nir.Output({"output": np.array([4])}),
+    }
+    edges = [
+        ("input", "in"), ("in", "a"), ("a", "self"), ("self", "a"), ("a", "up"), ("up", "b"), ("b", "down"),
+        ("down", "a"), ("b", "output"),
+    ]  # fmt: skip
+    network = from_nir(nir.NIRGraph(nodes, edges), dt=1.0, spike=atan, reset="soft")
+    found = network(X.expand(STEPS, -1, -1))
+    x = X.numpy()
+    a = b = u = v = np.zeros((6, 4))
+    series = []
+    for _ in range(STEPS):
+        u = u + x @ w["in"].T + a @ w["self"].T + bias + b @ w["down"].T
+        a = (u > 1).astype(float)
+        u = u - a
+        v = v + a @ w["up"].T
+        b = (v > 1).astype(float)
+        v = v - b
+        series.append(b)
+    assert 0.05 < np.mean(series) < 0.95
+    np.testing.assert_array_equal(found.detach().numpy(), np.stack(series))
+    compare(network, X, torch.arange(6) % 4, time_first=True, rates=(0.01, 0.99))
+
+
 def test_graphs_that_cannot_be_built_are_refused() -> None:
     nodes = {
         "input": nir.Input({"input": np.array([5])}),
-        "lif": lif(5),
+        "to": nir.Linear(weights(5, 5)),
         "back": nir.Linear(weights(5, 5)),
         "output": nir.Output({"output": np.array([5])}),
     }
-    edges = [("input", "lif"), ("lif", "back"), ("back", "lif"), ("lif", "output")]
-    with pytest.raises(AdapterError, match="recurrent connections are not supported: "):
+    edges = [("input", "to"), ("to", "back"), ("back", "to"), ("to", "output")]
+    with pytest.raises(AdapterError, match="a recurrent connection without spiking neurons: "):
         from_nir(nir.NIRGraph(nodes, edges), **FACTS)
     with pytest.raises(AdapterError, match="node 'n0': Delay is not supported"):
         from_nir(graph_of(nir.Delay(full(5, 1)), outputs=(5,)), **FACTS)

@@ -1,0 +1,170 @@
+"""The curvature product of one batch of any network that can be traced."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hessian_tools import nested
+from hessian_tools.chain.second_order import Linearized, output_form
+from hessian_tools.engine import segments
+from hessian_tools.engine.graph import Rule
+from hessian_tools.engine.reasons import UntraceableError
+from hessian_tools.engine.rewriting import Rewriting
+from hessian_tools.engine.trace import Program, run, trace
+from hessian_tools.evaluation import copy_model
+from hessian_tools.runtime.storages import Storages
+
+if TYPE_CHECKING:
+    from hessian_tools.objective import Batch, Objective
+
+ROUNDING = 100  # outputs of the traced network may differ by this many units of rounding
+MOST_SEGMENTS = 64  # of a product; every segment is a function of its own
+_lock = Lock()
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """How networks with a certain kind of module are traced. Such modules have it as their attribute `tracing`.
+
+    Attributes:
+        rewriting: The mode in which the forward pass runs.
+        rules: Rules by which the traced graph is simplified.
+    """
+
+    rewriting: type[Rewriting] = Rewriting
+    rules: tuple[Rule, ...] = ()
+
+
+def linearize(objective: Objective, batch: Batch, kind: str, memory: float = 0) -> Linearized | str:
+    """Return the curvature product of one batch, or why the network cannot be traced.
+
+    Args:
+        objective: The objective.
+        batch: Inputs and targets.
+        kind: "hessian", "ggn" or "fisher".
+        memory: If the values that the product keeps take more bytes, it keeps none and runs in segments
+            (`hessian_tools.engine.segments`). 0: it never does.
+    """
+    x, y = batch
+    state = _state(objective.model)
+    program = _program(objective, state, x, kind == "hessian")
+    if isinstance(program, str):
+        return program
+    if program.constant:
+        return Linearized(torch.zeros_like, 0, path="traced")
+    if 0 < memory < program.nbytes:
+        return _in_segments(objective, batch, kind, program, math.ceil(2 * program.nbytes / memory))
+    values: dict[str, Any] = dict(zip(program.values, [*state.values(), *nested.tensors(x)], strict=True))
+    with torch.no_grad():
+        (outputs,) = run(program, 0, values)
+    with Storages() as storages:
+        form = output_form(kind, objective.loss, outputs, y)
+    if form is None:
+        return Linearized(torch.zeros_like, 0, path="traced")
+    values[program.slope], curve = form
+    del outputs, form
+    with torch.no_grad():
+        run(program, 1, values)
+    needed = {name for part in program.parts[2:] for name in part.inputs}
+    kept = {name: value for name, value in values.items() if name in needed}
+    del values
+    storages.add(kept.values())
+
+    def product(v: Tensor) -> Tensor:
+        here = dict(kept)
+        here.update(zip(program.vector, (part.clone() for part in objective.split(v)), strict=True))
+        (tangent,) = run(program, 2, here)
+        here[program.tangent] = curve(tangent)
+        return objective.flatten(run(program, 3, here))
+
+    return Linearized(product, storages.alive([*state.values(), *nested.tensors(x), y]), path="traced")
+
+
+def _in_segments(objective: Objective, batch: Batch, kind: str, program: Program, count: int) -> Linearized:
+    """Return a product that keeps nothing and runs in `count` segments, or at most in as many as pay off."""
+    x, y = batch
+    key = (program, count)
+    with _lock:
+        if (cut := objective.programs.get(key)) is None:
+            assert program.module is not None
+            outputs, tangent, *image = program.results
+            cut = segments.segmented(program.module, outputs, tangent, image, min(count, MOST_SEGMENTS))
+            objective.programs[key] = cut
+
+    def product(v: Tensor) -> Tensor:
+        values: dict[str, Any] = dict(zip(program.values, [*_state(objective.model).values(), *nested.tensors(x)], strict=True))
+        values.update(zip(program.vector, (part.clone() for part in objective.split(v)), strict=True))
+
+        def close(outputs: Tensor, tangent: Tensor, here: dict[str, Tensor]) -> bool:
+            form = output_form(kind, objective.loss, outputs, y)
+            if form is not None:
+                here[program.slope], curve = form
+                here[program.tangent] = curve(tangent)
+            return form is not None
+
+        found = segments.product(cut, values, close)
+        return objective.flatten(found) if found else torch.zeros_like(v)
+
+    return Linearized(product, 0, path="traced")
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model by name."""
+    return {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def _program(objective: Objective, state: dict[str, Tensor], x: Any, second: bool) -> Program | str:
+    """Return the traced product for the shape of x. It is traced at the first call."""
+    model = objective.model
+    leaves, _, structure = nested.flattened(x)
+    kinds = tuple((t.shape, t.dtype, t.device) for t in leaves)
+    key = (model, tuple(objective.parameters), second, kinds, structure)
+    with _lock:
+        found = objective.programs.get(key)
+        if found is None:
+            found = _traced(objective, state, x, second)
+            objective.programs[key] = found
+    return found
+
+
+def _traced(objective: Objective, state: dict[str, Tensor], x: Any, second: bool) -> Program | str:
+    """Trace the product. The outputs must be those of the network."""
+    offered = [t for m in objective.model.modules() if isinstance(t := getattr(m, "tracing", None), Tracing)]
+    tracing = offered[0] if offered else Tracing()
+    with torch.no_grad():
+        expected = objective.outputs(x)
+    if not isinstance(expected, Tensor):
+        return f"the network returns a {type(expected).__name__}, not a tensor"
+    model = copy_model(objective.model, share=True)
+    for hoist in (True, False):
+        if objective.reset is not None:
+            objective.reset(model)
+        rewriting = partial(tracing.rewriting, hoist)
+        try:
+            program = trace(model, state, list(objective.parameters), x, expected, second, rewriting, tracing.rules)
+        except UntraceableError as error:
+            return str(error)
+        values: dict[str, Any] = dict(zip(program.values, [*state.values(), *nested.tensors(x)], strict=True))
+        with torch.no_grad():
+            (outputs,) = run(program, 0, values)
+        if _same(outputs, expected):
+            return program
+    return "the traced network gives other outputs than the network"
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two outputs are the same up to rounding, in which no spike differs."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not b.is_floating_point() and not b.is_complex():
+        return torch.equal(a, b)
+    size = b.abs()[b.isfinite()]
+    error = ROUNDING * torch.finfo(b.dtype).eps * float(size.max()) if len(size) else 0.0
+    return torch.allclose(a, b, rtol=0, atol=error, equal_nan=True)

@@ -1,0 +1,248 @@
+"""The passes of a layer of spiking neurons as operators of torch, over the scans of `ikun.kernels`.
+
+A traced graph contains each pass as one operation. The notation is that of `ikun.kernels.dispatch`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ikun.kernels import dispatch as fused
+from ikun.kernels.scan import Scan, reset_slope, scalar
+from ikun.neurons import Dynamics, step
+from ikun.pooling import selection
+from ikun.surrogates import Surrogate
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The fixed parameters of a layer of neurons.
+
+    Attributes:
+        surrogate: The surrogate as text (see `Surrogate.parse`). Empty: f' and f'' are given.
+        decay: Factor of the previous potential. It is 1 - gain if the gain is learned.
+        gain: Factor of the input current.
+        threshold: The neuron fires where h >= threshold.
+        v_reset: Potential at rest and after a hard reset.
+        reset: "hard" or "soft".
+        detach_reset: Whether derivatives ignore the spike in the reset.
+        relaxed: Whether spikes are F(h - threshold) instead of 0 or 1.
+        steps: Number of time steps T.
+        static: Whether the input is the same at all steps, so that x is [1, M].
+        height: Height of the planes that a 2 x 2 max-pooling behind the neurons reads. 0 without pooling.
+        width: Their width.
+        ties: Which of several equal entries max-pooling selects, "first" or "last".
+    """
+
+    surrogate: str = "atan:2"
+    decay: float = 1.0
+    gain: float = 1.0
+    threshold: float = 1.0
+    v_reset: float = 0.0
+    reset: str = "hard"
+    detach_reset: bool = False
+    relaxed: bool = False
+    steps: int = 1
+    static: bool = False
+    height: int = 0
+    width: int = 0
+    ties: str = "first"
+
+    @property
+    def dynamics(self) -> Dynamics:
+        """The parameters of one time step."""
+        surrogate = Surrogate.parse(self.surrogate or "atan:2")
+        return Dynamics(surrogate, self.threshold, self.v_reset, self.reset, self.detach_reset, self.relaxed)
+
+    @property
+    def plane(self) -> tuple[int, int] | None:
+        """Height and width of the pooled planes, or None without pooling."""
+        return (self.height, self.width) if self.height else None
+
+    def outputs(self, size: int) -> int:
+        """Return the number of outputs per step of `size` neurons."""
+        return size // (self.height * self.width) * (self.height // 2) * (self.width // 2) if self.height else size
+
+
+@lru_cache(4096)
+def decode(text: str) -> Spec:
+    return Spec(**json.loads(text))
+
+
+def encode(spec: Spec) -> str:
+    return json.dumps(asdict(spec))
+
+
+def _given(t: Tensor) -> Tensor | None:
+    """Operators of torch return tensors only: an empty one stands for None."""
+    return t if t.numel() else None
+
+
+def _scan(
+    spec: Spec, f1: Tensor, c: Tensor, index: Tensor, u: Tensor, gain: Tensor | None, e: Tensor | None = None, gh: Tensor | None = None, known: bool = False
+) -> Scan:
+    d = spec.dynamics
+    rates = (spec.decay, spec.gain) if gain is None else (scalar(1 - gain), scalar(gain))
+    return Scan(
+        f1, c, *rates, spec.static, _given(index), max(1, spec.height * spec.width), e=e, u=_given(u), gh=gh,
+        reset=reset_slope(d), width=max(1, spec.width), surrogate=d.surrogate if spec.surrogate and known else None,
+    )  # fmt: skip
+
+
+def _state(like: Tensor, start: Tensor | None) -> Tensor:
+    return torch.zeros_like(like[:1]) if start is None else start.clone()
+
+
+def _total(value: Any, like: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(())
+
+
+# ---------------------------------------------------------------- the passes
+def spikes(x: Tensor, v0: Tensor | None, gain: Tensor | None, spec: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run the neurons.
+
+    Args:
+        x: Input currents [T or 1, M].
+        v0: Potential before the first step [1, M]; None: v_reset.
+        gain: A learned gain [], or None.
+        spec: The encoded `Spec`.
+
+    Returns:
+        The spikes [T, Q], z = h - threshold [T, M], the last potential [1, M], the entries that pooling selects [T, Q],
+        and u [T, M] for a learned gain. The last two are empty if they are not used.
+    """
+    s = decode(spec)
+    d = s.dynamics
+    state = torch.full_like(x[:1], s.v_reset) if v0 is None else v0.clone()
+    decay, rate = (s.decay, s.gain) if gain is None else (scalar(1 - gain), scalar(gain))
+    none = x.new_empty(0)
+    if not s.relaxed and fused.usable(x):
+        rates = (decay, rate, scalar((1 - decay) * s.v_reset), s.threshold, s.v_reset)
+        found = fused.value(x, s.steps, rates, s.reset == "hard", s.plane, s.ties == "last", gain is not None, state)
+        if found is not None:
+            y, z, index, u = found
+            return y, z, state, torch.empty(0, dtype=torch.int32) if index is None else index, none if u is None else u
+    v, zs, ss, us = state[0], [], [], []
+    for t in range(s.steps):
+        current = x[0 if len(x) == 1 else t]
+        us.append(current - v + s.v_reset)
+        h, spike, v = step(current, v, decay, rate, d)
+        zs.append(h - s.threshold)
+        ss.append(spike)
+    y, index = torch.stack(ss), torch.empty(0, dtype=torch.int32, device=x.device)
+    if s.plane is not None:
+        planes = y.view(s.steps, -1, *s.plane)
+        index = selection(planes, s.ties).flatten(1)
+        y = y.gather(1, index.long())
+    return y, torch.stack(zs), v[None].clone(), index, torch.stack(us) if gain is not None else none
+
+
+def slopes(z: Tensor, spec: str) -> tuple[Tensor, Tensor]:
+    """Return f1 = f'(z) and c = dv/dh [T, M]."""
+    return fused.slopes(decode(spec).dynamics, z)
+
+
+def reset_slopes(z: Tensor, f1: Tensor, spec: str) -> Tensor:
+    """Return c = dv/dh [T, M] for given f'."""
+    d = decode(spec).dynamics
+    a, b = reset_slope(d)
+    k = torch.ones_like(z) if d.reset == "soft" else (z < 0).to(z)
+    return k.addcmul_(a + b * z, f1)
+
+
+def tangent(
+    dx: Tensor, dv: Tensor | None, dgain: Tensor | None, f1: Tensor, c: Tensor, index: Tensor, u: Tensor, gain: Tensor | None, spec: str
+) -> tuple[Tensor, Tensor]:
+    """Return the tangents of the spikes [T, Q] and of the last potential [1, M]."""
+    state = _state(f1, dv)
+    rate = 0.0 if dgain is None else scalar(dgain)
+    return fused.tangent(_scan(decode(spec), f1, c, index, u, gain), dx, rate, state), state
+
+
+def adjoint(
+    g: Tensor, gv: Tensor | None, f1: Tensor, c: Tensor, index: Tensor, u: Tensor, gain: Tensor | None, spec: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the adjoints of the input [T or 1, M], of the first potential [1, M] and of the gain []."""
+    state = _state(f1, gv)
+    gx, total = fused.adjoint(_scan(decode(spec), f1, c, index, u, gain), g, None, state)
+    return gx, state, _total(total, f1)
+
+
+def adjoint_kept(
+    g: Tensor, gv: Tensor | None, z: Tensor, f2: Tensor | None, f1: Tensor, c: Tensor, index: Tensor, u: Tensor, gain: Tensor | None, spec: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return what `adjoint` does, and e and gh [T, M], of which gh is empty without a learned gain."""
+    state = _state(f1, gv)
+    e = torch.empty_like(z) if f2 is None else f2.clone()
+    gh = None if gain is None else torch.empty_like(z)
+    gx, total = fused.adjoint(_scan(decode(spec), f1, c, index, u, gain, e, gh, f2 is None), g, z, state)
+    return gx, state, _total(total, f1), e, f1.new_empty(0) if gh is None else gh
+
+
+def adjoint_tangent(
+    dg: Tensor | None, dgv: Tensor | None, dx: Tensor, dv: Tensor | None, dgain: Tensor | None,
+    f1: Tensor, c: Tensor, e: Tensor, gh: Tensor, index: Tensor, u: Tensor, gain: Tensor | None, spec: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the tangents of what `adjoint` returns. A tangent that is None is zero."""
+    state = _state(f1, dgv)
+    scan = _scan(decode(spec), f1, c, index, u, gain, e, _given(gh))
+    rate = 0.0 if dgain is None else scalar(dgain)
+    dg = f1.new_zeros((index if index.numel() else f1).shape) if dg is None else dg
+    gx, total = fused.adjoint_tangent(scan, dg, dx, rate, dv, state)
+    return gx, state, _total(total, f1)
+
+
+PASSES = (spikes, slopes, reset_slopes, tangent, adjoint, adjoint_kept, adjoint_tangent)
+_ops = {p.__name__: torch.library.custom_op(f"ikun::{p.__name__}", p, mutates_args=()) for p in PASSES}
+OPS = {name: getattr(torch.ops.ikun, name).default for name in _ops}
+
+
+@_ops["spikes"].register_fake
+def _(x: Tensor, v0: Any, gain: Any, spec: str) -> Any:
+    s, m = decode(spec), x.shape[1]
+    q = s.outputs(m)
+    return (
+        x.new_empty(s.steps, q), x.new_empty(s.steps, m), x.new_empty(1, m),
+        x.new_empty((s.steps, q) if s.height else (0,), dtype=torch.int32), x.new_empty((0,) if gain is None else (s.steps, m)),
+    )  # fmt: skip
+
+
+@_ops["slopes"].register_fake
+def _(z: Tensor, spec: str) -> Any:
+    return torch.empty_like(z), torch.empty_like(z)
+
+
+@_ops["reset_slopes"].register_fake
+def _(z: Tensor, f1: Tensor, spec: str) -> Any:
+    return torch.empty_like(z)
+
+
+@_ops["tangent"].register_fake
+def _(dx: Any, dv: Any, dgain: Any, f1: Tensor, c: Any, index: Tensor, u: Any, gain: Any, spec: str) -> Any:
+    return f1.new_empty((index if index.numel() else f1).shape), torch.empty_like(f1[:1])
+
+
+def _like_adjoint(f1: Tensor, spec: str) -> tuple[Tensor, Tensor, Tensor]:
+    s = decode(spec)
+    return f1.new_empty(1 if s.static else s.steps, f1.shape[1]), torch.empty_like(f1[:1]), f1.new_empty(())
+
+
+@_ops["adjoint"].register_fake
+def _(g: Any, gv: Any, f1: Tensor, c: Any, index: Any, u: Any, gain: Any, spec: str) -> Any:
+    return _like_adjoint(f1, spec)
+
+
+@_ops["adjoint_kept"].register_fake
+def _(g: Any, gv: Any, z: Any, f2: Any, f1: Tensor, c: Any, index: Any, u: Any, gain: Any, spec: str) -> Any:
+    return *_like_adjoint(f1, spec), torch.empty_like(f1), f1.new_empty((0,) if gain is None else f1.shape)
+
+
+@_ops["adjoint_tangent"].register_fake
+def _(dg: Any, dgv: Any, dx: Any, dv: Any, dgain: Any, f1: Tensor, c: Any, e: Any, gh: Any, index: Any, u: Any, gain: Any, spec: str) -> Any:
+    return _like_adjoint(f1, spec)
