@@ -131,13 +131,16 @@ def count_correct(outputs: Tensor, labels: Tensor) -> Tensor | None:
     """Count the samples that are classified correctly.
 
     Args:
-        outputs: Outputs [N, K], one per class, or logits [N, 1] or [N] of class 1 of two classes.
+        outputs: Outputs [N, K], one per class, or logits [N, 1] or [N] of class 1 of two classes. Outputs over time
+            [N, T, K] are averaged over T, for one label per sample.
         labels: Class labels [N] from 0 to K - 1, or the same in one-hot form [N, K] of any dtype.
 
     Returns:
         The number of correct samples, a scalar tensor; None if the targets are not such labels, or if a single output
         could be a probability as well as a logit (all of them between 0 and 1).
     """
+    if outputs.dim() == 3 and (labels.dim() == 1 or labels.shape == outputs[:, 0].shape):
+        outputs = outputs.mean(1)
     if labels.shape == outputs.shape and labels.dim() == 2 and labels.shape[1] > 1 and not labels.is_complex():
         one = labels == 1
         labels = one.long().argmax(1) if bool((one | (labels == 0)).all() & (one.sum(1) == 1).all()) else labels

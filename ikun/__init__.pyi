@@ -59,6 +59,12 @@ from .losses import (
 from .losses import (
     mean_square as mean_square,
 )
+from .losses import (
+    tet as tet,
+)
+from .losses import (
+    time_first as time_first,
+)
 from .networks import (
     Network as Network,
 )

@@ -272,11 +272,7 @@ def output_form(kind: str, loss: Loss, outputs: Tensor, y: Tensor) -> tuple[Tens
     """
     with torch.enable_grad():
         outputs = outputs.detach().requires_grad_()
-        if kind == "fisher":
-            losses = torch.func.vmap(lambda o, t: loss(o[None], t[None]))(outputs, y)
-            value = losses.sum() / len(y)
-        else:
-            value = loss(outputs, y)
+        value = loss(outputs, y)  # a mean over samples, so that its gradient holds that of every sample's loss
         if not value.requires_grad:
             return None
         (slope,) = torch.autograd.grad(value, outputs, create_graph=kind != "fisher")

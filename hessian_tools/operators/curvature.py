@@ -281,7 +281,10 @@ def _autograd_fisher(objective: Objective, batch: Batch) -> Map:
     outputs = objective.outputs(x)
     if not outputs.requires_grad:
         return _zero
-    losses = torch.func.vmap(lambda o, t: objective.loss(o[None], t[None]))(outputs, y)
+    try:
+        losses = torch.func.vmap(lambda o, t: objective.loss(o[None], t[None]))(outputs, y)
+    except RuntimeError:  # the loss reads values or writes in place, which vmap does not allow
+        losses = torch.stack([objective.loss(o[None], t[None]) for o, t in zip(outputs, y, strict=True)])
     if not losses.requires_grad:
         return _zero
     forward, backward = _pushforward(objective, losses)

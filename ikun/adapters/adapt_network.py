@@ -21,6 +21,7 @@ from ikun.adapters import choices
 from ikun.adapters.base import PLAIN, AdapterError, Library, Slot, origins, run_forward
 from ikun.adapters.node_choices import replace_neurons
 from ikun.adapters.norse import NORSE
+from ikun.adapters.readout import check_valid, parted
 from ikun.adapters.sinabs import SINABS
 from ikun.adapters.snntorch import SNNTORCH
 from ikun.adapters.spikingjelly import SPIKINGJELLY
@@ -96,7 +97,8 @@ def adapt(
     sequences: bool = False,
     time_first: bool | None = None,
     output: str = "spikes",
-    readout: str = "mean",
+    readout: str | None = None,
+    valid: str | None = None,
     surrogate: Spike | None = None,
     replacement: Spike | None = None,
     steeper: float = 1.0,
@@ -118,7 +120,12 @@ def adapt(
         output: What to use if the network returns several outputs: of a tuple "spikes" (the first), "membrane" (the
             last) or a number from 0 as text; of a dict, a dataclass or a namedtuple a name. A dict or dataclass with
             only one tensor needs no name.
-        readout: How to reduce the outputs over time: "mean" (the firing rate), "sum", "last" or "max".
+        readout: How to reduce the outputs over time: "mean" (the firing rate, the default), "sum", "last" or "max".
+            "none": the loss gets the outputs over time, with the samples first, [N, T, K]. Outputs of a network of
+            plain torch that runs through time by itself are read out only if this or `time_first` is given.
+        valid: For padded sequences: which entry of the inputs is a mask [N, T] of the valid steps, or the lengths [N].
+            The key of a dict, or the number from 0, as text, of an entry of a tuple. Only valid steps are read out.
+            The network gets the other entries, and this one if it is a named argument of its forward.
         surrogate: A function x = h - threshold -> spikes. Its derivatives replace those of every surrogate of the
             network. The spikes do not change.
         replacement: The same, but only for surrogates that cannot be differentiated twice.
@@ -131,35 +138,49 @@ def adapt(
     Raises:
         AdapterError: For anything that would make the Hessian wrong, with one line that says what to do.
     """
-    if readout not in choices.READOUTS:
+    if readout is not None and readout not in choices.READOUTS:
         raise AdapterError(f"{{readout}} is not one of {', '.join(choices.READOUTS)}", readout=readout)
     if steps is not None and steps < 1:
         raise AdapterError("{steps}: at least one time step is needed", steps=steps)
     if sequences and steps is None:
         raise AdapterError("{sequences} needs {steps}, the number of time steps of a sample", sequences=True, steps=...)
-    _check_inputs(x, steps)
     network = copy_model(bare(model))
+    _check_inputs(x, parted(x, valid, network)[0], steps)
+    check_valid(x, valid, network)
+    if valid is not None and readout == "none":
+        raise AdapterError(
+            "{valid} selects the steps of a readout: with {readout} the loss gets all steps, so mark the padded ones in "
+            "the targets",
+            valid=...,
+            readout=readout,
+        )
     name, kind = _library(network, library)
     if reset is not None:
         kind = replace(kind, clear=_both(kind.clear, reset))
     kind.prepare(network)
-    time_first = time_first if kind.time_first or time_first is not None else False
-    by_step = steps is not None and time_first is None and kind.by_step(network)
+    first = time_first if kind.time_first or time_first is not None else False
+    by_step = steps is not None and first is None and kind.by_step(network)
     carries = by_step and name == "norse" and "state" in inspect.signature(network.forward).parameters
-    plan = TimePlan(steps, sequences, by_step, time_first is not False, carries, output, None, readout)
+    timed = readout is not None or time_first is not None or valid is not None or name != "none" or steps is not None
+    plan = TimePlan(
+        steps, sequences, by_step, first is not False, carries, output, None, readout or "mean", valid=valid
+    )
     wrapped = InTime(network, plan, kind.clear, None if name == "none" else kind.neurons)
     evaluation_mode(wrapped)
     few = _few(x, network)
-    if isinstance(few, Tensor) and not few.is_floating_point() and not few.is_complex() and _fails(wrapped, few):
+    frames, _ = parted(few, valid, network)
+    whole = isinstance(frames, Tensor) and not frames.is_floating_point() and not frames.is_complex()
+    if whole and _fails(wrapped, few):
         wrapped.plan = plan = replace(plan, floats=True)
         few = wrapped.converted(few)
     surrogates = tuple(_settled(network, kind, surrogate, replacement, steeper, lambda: wrapped.forward_once(few)))
     evaluation_mode(wrapped)
-    if name != "none" or steps is not None:
-        wrapped.plan = plan = replace(plan, time_axis=time_axis_of(wrapped, few, time_first))
-    if plan.time_axis is None and readout != "mean":
+    if timed:
+        wrapped.plan = plan = replace(plan, time_axis=time_axis_of(wrapped, few, first))
+    if plan.time_axis is None and (valid is not None or readout not in (None, "mean")):
+        given: dict[str, Any] = {"readout": readout} if valid is None else {"valid": valid}
         raise AdapterError(
-            "{readout} needs outputs over time, but the network returns one output per sample", readout=readout
+            f"{{{next(iter(given))}}} needs outputs over time, but the network returns one output per sample", **given
         )
     result: nn.Module = wrapped
     clear: Callable[[nn.Module], None] | None = clear_state
@@ -171,7 +192,7 @@ def adapt(
     except ObjectiveError as error:
         raise AdapterError("{}", error) from None
     if any(t.is_floating_point() for t in nested.tensors(few)):
-        check_independence(wrapped, wrapped.converted(_few(x, network, 8)), time_first, by_step or name == "none")
+        check_independence(wrapped, wrapped.converted(_few(x, network, 8)), first, by_step or name == "none")
     if steps is None and name != "none":
         check_steps(wrapped, kind, few)
     warnings = [*_hooks(bare(model)), *_tried(kind, wrapped, few, y)]
@@ -289,8 +310,8 @@ def _called(slot: Slot, forward: Callable[[], object]) -> tuple[Spike | None, li
     return spike, trained or trained_parameters(spike)
 
 
-def _check_inputs(x: Any, steps: int | None) -> None:
-    """Raise AdapterError if x is not a batch of inputs."""
+def _check_inputs(x: Any, inputs: Any, steps: int | None) -> None:
+    """Raise AdapterError if x is not a batch of inputs, or if those of the network are not one tensor for `steps`."""
     if isinstance(x, Tensor):
         if x.dim() < 2 or not len(x):
             raise AdapterError("x must be a batch of inputs [N, ...] with at least one sample")
@@ -301,7 +322,7 @@ def _check_inputs(x: Any, steps: int | None) -> None:
         raise AdapterError("{}", error) from None
     if not count:
         raise AdapterError("x must be a batch of inputs [N, ...] with at least one sample")
-    if steps is not None:
+    if steps is not None and not isinstance(inputs, Tensor):
         raise AdapterError(
             "{steps} needs inputs that are one tensor: wrap the network in a module that runs its steps and takes all "
             "inputs",
@@ -315,7 +336,7 @@ def _raw(network: nn.Module, x: Any) -> Any:
         return run_forward(lambda inputs: nested.call(network, inputs), x)
 
 
-def _fails(wrapped: InTime, x: Tensor) -> bool:
+def _fails(wrapped: InTime, x: Any) -> bool:
     """Whether the network fails on inputs of their dtype but runs on them as floating-point numbers."""
     plan = wrapped.plan
     try:

@@ -2,4 +2,4 @@
 
 LIBRARIES = ("spikingjelly", "snntorch", "norse", "sinabs", "none")  # none: plain torch
 OUTPUTS = ("spikes", "membrane")
-READOUTS = ("mean", "sum", "last", "max")
+READOUTS = ("mean", "sum", "last", "max", "none")  # none: the loss gets the outputs over time

@@ -43,6 +43,7 @@ def described(adapted: Adapted, x: Any) -> dict[str, Any]:
         "one call": None if plan.steps is None else "one step" if plan.by_step else "all steps",
         "output": plan.output,
         "readout": None if plan.time_axis is None else plan.readout,
+        "valid": plan.valid,
         "trained_surrogate": ", ".join(dict.fromkeys(f.label for f in adapted.surrogates)) or None,
         "surrogates": [
             {

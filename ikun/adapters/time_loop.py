@@ -14,20 +14,8 @@ from torch import Tensor, nn
 
 from hessian_tools import nested
 from ikun.adapters.base import AdapterError, run_forward
-from ikun.adapters.choices import OUTPUTS, READOUTS
-
-_READ_OUT: dict[str, Callable[[Tensor, int], Tensor]] = dict(
-    zip(
-        READOUTS,
-        (
-            lambda y, axis: y.mean(axis),
-            lambda y, axis: y.sum(axis),
-            lambda y, axis: y.select(axis, -1),
-            lambda y, axis: y.amax(axis),
-        ),
-        strict=True,
-    )
-)
+from ikun.adapters.choices import OUTPUTS
+from ikun.adapters.readout import parted, read_out
 
 
 @dataclass(frozen=True)
@@ -42,6 +30,7 @@ class TimePlan:
         carries: The network takes its state as the second argument and returns it as the second output.
         output: What to use if the network returns several outputs (see `adapt`).
         floats: Inputs of whole numbers or booleans are converted to the dtype of the parameters.
+        valid: Entry of the inputs that is a mask [N, T] or lengths [N] of padded sequences (see `adapt`).
         time_axis: The time axis of the network's outputs; None if they have no time.
         readout: How to reduce the outputs over time, one of READOUTS.
     """
@@ -55,10 +44,13 @@ class TimePlan:
     time_axis: int | None = None
     readout: str = "mean"
     floats: bool = False
+    valid: str | None = None
 
 
 class InTime(nn.Module):
     """A module that maps inputs x [N, ...] to the outputs [N, K] of a network, with the state cleared before and after.
+
+    With the readout "none" the outputs are [N, T, K].
 
     Parameters and layers keep their names in the network. `train()` and `eval()` have no effect if the library is
     known: spiking neurons stay in training mode, because some use their surrogate only there, and all other modules
@@ -106,10 +98,13 @@ class InTime(nn.Module):
         finally:
             self.clear(self.network)
         if self.plan.time_axis is not None:
-            y = _READ_OUT[self.plan.readout](y, self.plan.time_axis)
+            y = read_out(y, self.plan.time_axis, self.plan.readout, parted(x, self.plan.valid, self.network)[1])
         count = nested.sample_count(x)
         if y.dim() == 0 or len(y) != count:
-            raise AdapterError(f"{count} samples gave outputs of shape {list(y.shape)}: samples must be the first axis")
+            text = f"{count} samples gave outputs of shape {list(y.shape)}: samples must be the first axis"
+            if y.dim() > 2 and y.shape[1] == count:
+                raise AdapterError(text + "; if the first axis is time, give {readout}", readout=...)
+            raise AdapterError(text)
         return y
 
     def forward_once(self, x: Any) -> Tensor:
@@ -123,13 +118,15 @@ class InTime(nn.Module):
 
     def converted(self, x: Any) -> Any:
         """Return inputs in the dtype that the network needs."""
-        if not self.plan.floats or not isinstance(x, Tensor) or x.is_floating_point():
+        if not self.plan.floats:
             return x
-        return x.to(next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype()))
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        return nested.mapped(lambda t: t if t.is_floating_point() else t.to(dtype), x)
 
     def over_time(self, x: Any) -> Tensor:
         """Return the network's outputs before the readout. Time is the first axis if the loop over time is here."""
         plan = self.plan
+        x, _ = parted(x, plan.valid, self.network)
         if plan.steps is None:
             return self._chosen(nested.call(self.network, x))
         if plan.sequences and (x.dim() < 3 or x.shape[1] != plan.steps):

@@ -20,6 +20,7 @@ OPTIONS = {  # parameter of a function in ikun -> option of the command line
     "surrogate": "--surrogate",
     "time_first": "--batch-first",
     "timesteps": "--timesteps",
+    "valid": "--valid",
 }
 
 

@@ -28,6 +28,8 @@ class Own:
         time_first: Whether time is the first axis of inputs and outputs.
         output: Which element of a returned tuple to use.
         readout: How to reduce the output over time.
+        valid: Entry of the inputs with the mask or the lengths of padded sequences.
+        time_first_data: Whether the batches of `data` have time as the first axis.
         replace_surrogate: Surrogate for those that cannot be differentiated twice.
         reset: "module:function" that clears the state; for a .nir file: hard or soft.
         dt: Time step of a .nir file, in the unit of its time constants.
@@ -42,6 +44,8 @@ class Own:
     time_first: bool | None = None
     output: str | None = None
     readout: str | None = None
+    valid: str | None = None
+    time_first_data: bool = False
     replace_surrogate: str | None = None
     reset: str | None = None
     dt: float | None = None

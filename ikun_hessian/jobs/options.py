@@ -159,13 +159,23 @@ OWN = (  # a network of the user's own: the fields of jobs.job.Own
         "data", help="Your samples: a function that returns inputs and targets, a data set, or batches.",
         metavar="MODULE:FUNCTION",
     ),
-    Option("loss", help="mse (of one-hot rates), ce, or MODULE:FUNCTION, a mean over samples.", metavar="LOSS"),
+    Option(
+        "loss", help="mse (of one-hot rates), ce, tet[:WEIGHT] (over time), or MODULE:FUNCTION, a mean over samples.",
+        metavar="LOSS",
+    ),
     Option("library", help="Library of your network [default: detected from its layers].", choices=LIBRARIES),
     Option("timesteps", int, None, "Number of steps to run it for [default: it contains its own loop over time]."),
     Option("sequences", bool, False, "Samples are sequences [T, ...], with one input per step."),
     Option("time-first", bool, None, "Order of the axes of its inputs and outputs.", opposite="batch-first"),
     Option("output", help="Which output to use of several: spikes (the first), membrane (the last), a number or name."),
-    Option("readout", help="How to reduce the output over time.", choices=READOUTS),
+    Option(
+        "readout", help="How to reduce the output over time; none: the loss gets [N, T, K].", choices=READOUTS
+    ),
+    Option(
+        "valid", help="Entry of the inputs with the mask [N, T] or the lengths [N] of padded sequences.",
+        metavar="NAME",
+    ),
+    Option("time-first-data", bool, False, "The batches of --data have time as the first axis, [T, N, ...]."),
     Option(
         "replace-surrogate", help="Use this surrogate in place of those that cannot be differentiated twice.",
         metavar="NAME:P",

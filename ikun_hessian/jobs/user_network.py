@@ -84,7 +84,7 @@ def open_own(path: Path, own: Own, *, samples: str, surrogate: str | None, memor
     if analysed and instead:
         raise UsageError("--surrogate replaces every surrogate: leave out --replace-surrogate")
     build = _nir(path, own) if own.model is None else _built(path, own, own.model)
-    x, y = read_samples(own.data, samples, memory / 4)
+    x, y = read_samples(own.data, samples, memory / 4, own.time_first_data)
 
     def adapted(steeper: float = 1.0, surrogate: str | None = None) -> Adapted:
         if steeper == 1 and surrogate is None:
@@ -182,7 +182,8 @@ def _built(path: Path, own: Own, model: str) -> Build:
                 sequences=own.sequences,
                 time_first=own.time_first,
                 output=own.output or "spikes",
-                readout=own.readout or "mean",
+                readout=own.readout,
+                valid=own.valid,
                 surrogate=_spike(surrogate),
                 replacement=_spike(replacement),
                 steeper=steeper,
@@ -211,7 +212,7 @@ def _nir(path: Path, own: Own) -> Build:
     def build(x: Tensor, surrogate: Any, replacement: Any, steeper: float, reset: Any) -> Adapted:
         network = read_nir(path, dt=own.dt, spike=_spike(surrogate), reset=own.reset)
         options: dict[str, Any] = {"steps": own.timesteps, "sequences": own.sequences, "time_first": True}
-        return adapt(network, x, **options, readout=own.readout or "mean")
+        return adapt(network, x, **options, readout=own.readout, valid=own.valid)
 
     return build
 
@@ -224,12 +225,17 @@ def _targets(loss: str, y: Tensor, adapted: Adapted, x: Any) -> Tensor:
     floating point; for cross-entropy their rows must be probabilities. The targets of a loss of the user's are not
     checked.
     """
-    if loss not in ("mse", "ce"):
+    if _weight(loss) is not None:
+        loss = "tet"
+    if loss not in ("mse", "ce", "tet"):
         return y
     shape = [len(y), *_outputs(adapted, x, 3).shape[1:]]
+    over_time = _over_time(adapted)
+    if over_time and loss == "ce":
+        raise UsageError("--loss ce needs one output per sample: with --readout none give tet or module:function")
     if loss == "mse" and y.is_floating_point() and y.dim() == 1 and shape == [len(y), 1]:
         return y[:, None]
-    if list(y.shape) == shape and y.dim() > 1 and not y.is_complex():
+    if list(y.shape) == shape and y.dim() > 1 and not y.is_complex() and loss != "tet":
         y = y if y.is_floating_point() else y.float()
         if loss == "ce" and (y.dim() != 2 or bool((y < 0).any() or ((y.sum(1) - 1).abs() > 1e-3).any())):
             raise UsageError("--loss ce needs labels [N], or targets [N, K] whose rows are probabilities")
@@ -239,16 +245,33 @@ def _targets(loss: str, y: Tensor, adapted: Adapted, x: Any) -> Tensor:
             f"--loss {loss} needs labels [N] of whole numbers, not {kind_text(y)}: return such labels, targets of the "
             f"outputs' shape {shape}, or give --loss module:function"
         )
-    classes = shape
-    if len(classes) != 2:
-        raise UsageError(f"--loss {loss} needs outputs [N, K], but those of the network are [N, {str(shape[1:])[1:]}")
-    low, high = int(y.min()), int(y.max())
-    if low < 0 or high >= classes[1]:
+    if len(shape) != (3 if loss == "tet" else 2):
+        needed = "[N, T, K]" if loss == "tet" else "[N, K]"
+        cure = "give --readout none" if loss == "tet" else "give targets of that shape" if over_time else ""
         raise UsageError(
-            f"labels must be from 0 to {classes[1] - 1} for {classes[1]} outputs, but some are "
-            f"{low if low < 0 else high}"
+            f"--loss {loss} needs outputs {needed}, but those of the network are [N, {str(shape[1:])[1:]}"
+            f"{cure and ': ' + cure}"
+        )
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= shape[-1]:
+        raise UsageError(
+            f"labels must be from 0 to {shape[-1] - 1} for {shape[-1]} outputs, but some are {low if low < 0 else high}"
         )
     return y.long()
+
+
+def _over_time(adapted: Adapted) -> bool:
+    """Whether the loss gets the outputs over time."""
+    return adapted.plan.time_axis is not None and adapted.plan.readout == "none"
+
+
+def _weight(loss: str) -> float | None:
+    """Return the weight of the square error of "tet" or "tet:WEIGHT"; None for another loss."""
+    name, _, weight = loss.partition(":")
+    try:
+        return None if name != "tet" else float(weight or 0.05)
+    except ValueError:
+        return None  # a function in a module of that name
 
 
 def _outputs(adapted: Adapted, x: Any, count: int) -> Tensor:
@@ -272,15 +295,27 @@ def _loss(loss: str, adapted: Adapted, x: Any, y: Tensor) -> tuple[Loss, list[Ca
     import torch
 
     from hessian_tools.evaluation import loss_in_double
-    from ikun.losses import LOSSES
+    from ikun.losses import LOSSES, tet, time_first
 
     if loss in LOSSES:
         return LOSSES[loss], []
+    if (weight := _weight(loss)) is not None:
+        with readable(f"--loss {loss}"):
+            return tet(weight), []
     if ":" not in loss:
-        raise UsageError(f"--loss {loss}: give mse, ce, or module:function")
+        raise UsageError(f"--loss {loss}: give mse, ce, tet, or module:function")
     function, what = load_function("--loss", loss), f"--loss {loss} in double precision"
-    wide = loss_in_double(function)
     outputs = _outputs(adapted, x, 8).double().requires_grad_()
+    if _over_time(adapted):
+        what += f" on outputs {list(outputs.shape)}, the samples first"
+    if isinstance(function, type):
+        function = called("--loss", loss, function)
+    code = [function if hasattr(function, "__code__") else type(function)]
+    if type(function).__module__.startswith("snntorch.functional"):  # these take outputs [T, N, K]
+        if outputs.dim() < 3:
+            raise UsageError(f"--loss {loss} needs the outputs over time: give --readout none")
+        function = time_first(function)
+    wide = loss_in_double(function)
     targets = y[:8].to(outputs.device, torch.float64 if y.is_floating_point() else y.dtype, copy=True)
     with readable(what):
         found = wide(outputs, targets)
@@ -290,4 +325,4 @@ def _loss(loss: str, adapted: Adapted, x: Any, y: Tensor) -> tuple[Loss, list[Ca
         raise UsageError(f"{what}: torch finds no gradient with respect to the outputs")
     if not torch.isfinite(found):
         raise UsageError(f"{what}: returned {float(found)}")
-    return function, [function]
+    return function, code

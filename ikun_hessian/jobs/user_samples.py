@@ -16,13 +16,15 @@ LABELS = ("labels", "label", "targets", "target")  # keys of the targets in a ba
 MOST_EMPTY = 1000  # batches without samples, one after the other
 
 
-def read_samples(text: str, samples: str, limit: float) -> tuple[Any, Tensor]:
+def read_samples(text: str, samples: str, limit: float, time_first: bool = False) -> tuple[Any, Tensor]:
     """Read samples from a function of the user's.
 
     Args:
         text: The function, as "module:function" or "path/to/file.py:function".
         samples: Number of samples, or "all".
         limit: Largest size of the samples in GiB.
+        time_first: Whether batches have time as the first axis: inputs [T, N, ...] with two axes or more, and targets
+            [T, N, ...] with three axes or more. Others have the samples first.
 
     Returns:
         Inputs x [N, ...], a tensor, or a dict, tuple or list of tensors, and targets y [N, ...].
@@ -42,7 +44,7 @@ def read_samples(text: str, samples: str, limit: float) -> tuple[Any, Tensor]:
     xs, ys, count, size, empty = [], [], 0, 0, 0
     with readable(what):
         for number, batch in enumerate(_batches(found, what), 1):
-            x, y = _pair(batch, f"{what}: batch {number}")
+            x, y = _pair(batch, f"{what}: batch {number}", time_first)
             xs.append(x)
             ys.append(y)
             count, size = count + len(y), size + sum(t.nbytes for t in [*nested.tensors(x), y])
@@ -106,8 +108,8 @@ def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
-def _pair(batch: Any, what: str) -> tuple[Any, Tensor]:
-    """Check a batch and return its inputs and targets as tensors on the CPU. A dict can hold both."""
+def _pair(batch: Any, what: str, time_first: bool) -> tuple[Any, Tensor]:
+    """Check a batch and return its inputs and targets as tensors on the CPU, samples first. A dict can hold both."""
     import torch
 
     from hessian_tools import nested
@@ -119,11 +121,20 @@ def _pair(batch: Any, what: str) -> tuple[Any, Tensor]:
         raise UsageError(f"{what} is {kind_text(batch)}, but {needed} are needed")
     y = torch.as_tensor(batch[1]).detach().cpu()
     x = _tensors(batch[0])
-    shapes = [t.shape for t in nested.tensors(x)]
-    if (isinstance(x, torch.Tensor) and x.dim() < 2) or y.dim() < 1 or any(s[:1] != y.shape[:1] for s in shapes):
+    shapes, given = [t.shape for t in nested.tensors(x)], y.shape
+    if time_first:
+        x = nested.mapped(lambda t: t.transpose(0, 1) if t.dim() > 1 else t, x)
+        y = y.transpose(0, 1) if y.dim() > 2 else y
+    elif y.dim() and all(s[:1] != y.shape[:1] and s[1:2] == y.shape[:1] for s in shapes):
         raise UsageError(
-            f"{what} has inputs {', '.join(str(list(s)) for s in shapes)} and targets {list(y.shape)}, but [N, ...] "
-            "and [N, ...] are needed"
+            f"{what} has inputs {', '.join(str(list(s)) for s in shapes)} for {len(y)} targets: if the first axis is "
+            "time, give --time-first-data"
+        )
+    fits = y.dim() > 0 and all(t.shape[:1] == y.shape[:1] for t in nested.tensors(x))
+    if (isinstance(x, torch.Tensor) and x.dim() < 2) or not fits:
+        raise UsageError(
+            f"{what} has inputs {', '.join(str(list(s)) for s in shapes)} and targets {list(given)}, but "
+            f"{'[T, N, ...] and [N]' if time_first else '[N, ...] and [N, ...]'} are needed"
         )
     return x, y
 

@@ -90,7 +90,8 @@ def _own(n: dict[str, Any]) -> Iterator[tuple[str, str]]:
     calls = f"one call for {n['one call']}" if n["one call"] else "run by the network itself"
     if n["timesteps"] is not None:
         read = f", readout: {n['readout']} of the {n['output']}" if n["readout"] else ""
-        yield "time", f"T = {n['timesteps']}, {calls}{read}"
+        padded = f", valid steps: {n['valid']}" if n.get("valid") else ""
+        yield "time", f"T = {n['timesteps']}, {calls}{read}{padded}"
     places: dict[str, list[str]] = {}
     for s in n["surrogates"]:
         verdict = f"{s['kind']}{f' ({reason})' if (reason := s['reason']) else ''}"
