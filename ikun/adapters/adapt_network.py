@@ -149,8 +149,8 @@ def adapt(
     check_valid(x, valid, network)
     if valid is not None and readout == "none":
         raise AdapterError(
-            "{valid} selects the steps of a readout: with {readout} the loss gets all steps, so mark the padded ones in "
-            "the targets",
+            "{valid} selects the steps of a readout: with {readout} the loss gets all steps, so mark the padded ones "
+            "in the targets",
             valid=...,
             readout=readout,
         )

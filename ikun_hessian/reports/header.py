@@ -89,7 +89,8 @@ def _own(n: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "network", f"{n['model']}, {library}{neurons}, {norm}"
     calls = f"one call for {n['one call']}" if n["one call"] else "run by the network itself"
     if n["timesteps"] is not None:
-        read = f", readout: {n['readout']} of the {n['output']}" if n["readout"] else ""
+        readout = "none (the loss gets all steps)" if n["readout"] == "none" else n["readout"]
+        read = f", readout: {readout} of the {n['output']}" if readout else ""
         padded = f", valid steps: {n['valid']}" if n.get("valid") else ""
         yield "time", f"T = {n['timesteps']}, {calls}{read}{padded}"
     places: dict[str, list[str]] = {}
