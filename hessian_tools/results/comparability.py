@@ -27,6 +27,7 @@ CONDITIONS = (
     ("network", "ties", "pooling tie rule"),
     ("network", "output", "output that is read"),
     ("network", "readout", "readout over time"),
+    ("network", "valid", "valid steps of padded sequences"),
 )
 
 

@@ -30,7 +30,7 @@ class Difference:
     data_stderr: float
 
 
-ALWAYS = ("timesteps", "coding", "output", "readout")  # conditions of the network that every metric depends on
+ALWAYS = ("timesteps", "coding", "output", "readout", "valid")  # conditions of the network that every metric depends on
 
 
 def incomparable(found: Sequence[FlatnessResult]) -> str:
