@@ -411,7 +411,7 @@ def test_a_user_loss_is_used(capsys: Capture) -> None:
         "endless": "returned ",
     }.items():
         fails(capsys, 2, message, "spectrum", "theirs.pt", *own("mlp", "samples", f"nets.py:{loss}"))
-    fails(capsys, 2, "give mse, ce, or module:function", "spectrum", "theirs.pt", *own("mlp", "samples", "bce"))
+    fails(capsys, 2, "give mse, ce, tet, or module:function", "spectrum", "theirs.pt", *own("mlp", "samples", "bce"))
 
 
 # ---------------------------------------------------------------- their data
