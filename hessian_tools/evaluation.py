@@ -6,7 +6,6 @@ The loss is evaluated in float64.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+from hessian_tools.rebinding import deep_copy
 
 # Base classes of the spiking neurons of SpikingJelly, snnTorch and others, by name: no library is imported here.
 NEURON_CLASSES = frozenset({"BaseNode", "SpikingNeuron", "Neuron", "SNNCell", "SNN"})
@@ -42,12 +43,13 @@ def evaluation_mode(model: nn.Module) -> None:
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """Copy a model. Unlike copy.deepcopy, this accepts modules that hold tensors with an autograd graph.
+    """Copy a model. Unlike copy.deepcopy, this copies functions, and accepts tensors with an autograd graph.
 
-    Examples are neurons that keep their state, and pruned or weight-normalized layers.
+    Lambdas and hooks that refer to the model refer to the copy afterwards. Modules that hold tensors with a graph are
+    neurons that keep their state, and pruned or weight-normalized layers.
     """
     held = (t for module in model.modules() for t in _tensors(vars(module)) if t.grad_fn is not None)
-    copied = copy.deepcopy(model, {id(t): t.detach().clone() for t in held})
+    copied: nn.Module = deep_copy(model, {id(t): t.detach().clone() for t in held})
     fresh: dict[Any, nn.Parameter] = {}  # tied parameters stay tied
     for module in copied.modules():
         _compose_weight_norm(module)

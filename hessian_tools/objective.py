@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hessian_tools import nested
 from hessian_tools.checks import check as check_objective
 from hessian_tools.checks import refuse_autocast
+from hessian_tools.copy_check import check_copy
 from hessian_tools.evaluation import copy_model, evaluation_mode, loss_in_double, twice_differentiable
 from hessian_tools.runtime.cuda import full_precision
 from hessian_tools.runtime.distributed import Group
@@ -301,7 +302,7 @@ def make_objective(
             or if the number of inputs differs from the number of targets.
         ObjectiveError: If a check fails.
     """
-    model = copy_model(model)
+    original, model = model, copy_model(model)
     if dtype is not None or device is not None:
         model = model.to(device=device, dtype=dtype)
     evaluation_mode(model)
@@ -323,6 +324,7 @@ def make_objective(
     if not objective.samples:
         raise ValueError("no samples: the objective needs at least one batch with samples")
     if check:
+        check_copy(original, model, lambda: objective.outputs(objective.first_inputs(2)))
         objective.check_once()
     objective = replace(objective, checked=True)
     return objective if batch_size is None else objective.rebatched(batch_size)

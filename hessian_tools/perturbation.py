@@ -7,7 +7,6 @@ rescaled before a BatchNorm leaves the function unchanged, and it is perturbed i
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from threading import local
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hessian_tools import nested
+from hessian_tools.evaluation import copy_model
 from hessian_tools.objective import Objective
 from hessian_tools.runtime.cuda import full_precision
 from hessian_tools.runtime.threads import in_threads
@@ -80,7 +80,7 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
     @torch.no_grad()
     def run(item: S) -> Tensor:
         if not hasattr(own, "model"):
-            own.model = copy.deepcopy(objective.model)
+            own.model = copy_model(objective.model)
             named = dict(own.model.named_parameters())
             own.parameters = [named[name] for name in objective.parameters]
             ours = hasattr(own.model, "second_order_chain")  # in any other model, `value` may mean something else

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hessian_tools import nested
 from hessian_tools.checks import ObjectiveError
+from hessian_tools.copy_check import check_copy
 from hessian_tools.evaluation import copy_model, evaluation_mode
 from ikun.adapters import choices
 from ikun.adapters.base import PLAIN, AdapterError, Library, Slot, origins, run_forward
@@ -158,6 +159,7 @@ def adapt(
     if name == "none" and not surrogates and reset is None and plain:
         result, clear = network, None  # unchanged, so that hand-written derivatives remain usable
     try:
+        check_copy(bare(model), network, lambda: wrapped.forward_once(few))
         y = try_network(wrapped, few)
     except ObjectiveError as error:
         raise AdapterError("{}", error) from None
