@@ -386,6 +386,16 @@ def test_pipes_among_the_files_of_a_run_do_not_hang_a_study(
         assert unit.checkpoints("snapshots") == [p for p in unit.checkpoints("snapshots") if p.is_file()]
 
 
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_a_study_without_standard_streams(closed: str, tmp_path: Path) -> None:
+    """Its workers are processes of their own, which inherit the streams."""
+    (tmp_path / "t.toml").write_text(TINY.replace("seeds = 2", "seeds = 1"))
+    words = f"{sys.executable} {ROOT / 'cli.py'} study t.toml --out s --jobs 2"
+    done = subprocess.run(["sh", "-c", f"{words} {closed}"], stdout=DEVNULL, cwd=tmp_path)
+    assert done.returncode == 0
+    assert (tmp_path / "s" / "tables.md").is_file()
+
+
 def test_a_worker_dies_with_its_study(tmp_path: Path) -> None:
     """Whose lock it holds: the next study waits for it."""
     (tmp_path / "runs").mkdir()
