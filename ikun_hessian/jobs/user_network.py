@@ -220,9 +220,9 @@ def _nir(path: Path, own: Own) -> Build:
 def _targets(loss: str, y: Tensor, adapted: Adapted, x: Any) -> Tensor:
     """Check that targets fit the network's outputs.
 
-    Labels [N] are converted to long. Targets of the shape of the outputs, one-hot or of a regression, are converted to
-    floating point; for cross-entropy their rows must be probabilities. The targets of a loss of the user's are not
-    checked.
+    Labels [N] are converted to long, and so are labels [N, ...] of outputs [N, K, ...] for cross-entropy. Targets of
+    the shape of the outputs, one-hot or of a regression, are converted to floating point; for cross-entropy they must
+    be probabilities along K. The targets of a loss of the user's are not checked.
     """
     if loss not in ("mse", "ce"):
         return y
@@ -231,22 +231,25 @@ def _targets(loss: str, y: Tensor, adapted: Adapted, x: Any) -> Tensor:
         return y[:, None]
     if list(y.shape) == shape and y.dim() > 1 and not y.is_complex():
         y = y if y.is_floating_point() else y.float()
-        if loss == "ce" and (y.dim() != 2 or bool((y < 0).any() or ((y.sum(1) - 1).abs() > 1e-3).any())):
+        if loss == "ce" and bool((y < 0).any() or ((y.sum(1) - 1).abs() > 1e-3).any()):
             raise UsageError("--loss ce needs labels [N], or targets [N, K] whose rows are probabilities")
         return y
-    if y.dim() != 1 or y.is_floating_point() or y.is_complex() or str(y.dtype) == "torch.bool":
+    labels = [shape[0], *shape[2:]] if loss == "ce" and len(shape) > 1 else shape[:1]  # one per pixel or step
+    wrong = y.is_floating_point() or y.is_complex() or str(y.dtype) == "torch.bool"
+    if wrong or list(y.shape) not in (labels, shape[:1]):
         raise UsageError(
-            f"--loss {loss} needs labels [N] of whole numbers, not {kind_text(y)}: return such labels, targets of the "
-            f"outputs' shape {shape}, or give --loss module:function"
+            f"--loss {loss} needs labels {'[N]' if len(labels) == 1 else labels} of whole numbers, not {kind_text(y)}: "
+            f"return such labels, targets of the outputs' shape {shape}, or give --loss module:function"
         )
-    classes = shape
-    if len(classes) != 2:
-        raise UsageError(f"--loss {loss} needs outputs [N, K], but those of the network are [N, {str(shape[1:])[1:]}")
-    low, high = int(y.min()), int(y.max())
-    if low < 0 or high >= classes[1]:
+    if len(shape) == 1 or (len(shape) > 2 and y.dim() == 1):
+        needed = f", or labels {labels}" if len(labels) > 1 else ""
         raise UsageError(
-            f"labels must be from 0 to {classes[1] - 1} for {classes[1]} outputs, but some are "
-            f"{low if low < 0 else high}"
+            f"--loss {loss} needs outputs [N, K]{needed}, but those of the network are [N, {str(shape[1:])[1:]}"
+        )
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= shape[1]:
+        raise UsageError(
+            f"labels must be from 0 to {shape[1] - 1} for {shape[1]} outputs, but some are {low if low < 0 else high}"
         )
     return y.long()
 
