@@ -51,7 +51,7 @@ from torch import Tensor
 from hessian_tools.chain.affine import Affine
 from hessian_tools.chain.layers import Layer, Tangents, Want
 from hessian_tools.chain.second_order import Linearized, chain_of, curved, layers_at
-from hessian_tools.evaluation import copy_model
+from hessian_tools.evaluation import copy_model, differentiable
 from hessian_tools.objective import Batch, Objective
 from hessian_tools.operators.curvature import CurvatureOperator
 from hessian_tools.perturbation import noise, noise_scales
@@ -82,6 +82,7 @@ class SpikingLayer(Layer, Protocol):
     def responding(self, response: Tensor, alone: Tensor | None) -> Layer: ...
 
 
+@differentiable
 def smoothed(
     objective: Objective, memory: float = 4 * 2**30, *, scale: float = 0.1, draws: int = SMOOTHED_DRAWS, seed: int = 0
 ) -> CurvatureOperator:

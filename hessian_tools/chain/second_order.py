@@ -278,7 +278,7 @@ def output_form(kind: str, loss: Loss, outputs: Tensor, y: Tensor) -> tuple[Tens
         return slope.detach(), lambda do: curved(slope, outputs, do)
 
     def along(do: Tensor) -> Tensor:
-        dot = (slope * do).flatten(1).sum(1) * len(y)
+        dot = (slope * do).reshape(len(y), -1).sum(1) * len(y)
         return slope * dot.reshape(-1, *(1,) * (slope.dim() - 1))
 
     return slope, along

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from hessian_tools import nested
 from hessian_tools.checks import ObjectiveError
 from hessian_tools.copy_check import check_copy
-from hessian_tools.evaluation import copy_model, evaluation_mode
+from hessian_tools.evaluation import copy_model, differentiable, evaluation_mode
+from hessian_tools.function_check import found_functions
 from ikun.adapters import choices
 from ikun.adapters.base import PLAIN, AdapterError, Library, Slot, origins, run_forward
 from ikun.adapters.norse import NORSE
@@ -28,7 +29,6 @@ from ikun.adapters.time_loop import InTime, TimePlan, clear_state
 from ikun.adapters.two_jet import Jet, Steeper
 from ikun.adapters.validation import (
     detached,
-    found_functions,
     of_vectors,
     takes_vectors,
     try_function,
@@ -82,6 +82,7 @@ class Adapted:
     warnings: tuple[str, ...] = ()
 
 
+@differentiable
 def adapt(
     model: nn.Module,
     x: Any,
@@ -131,7 +132,7 @@ def adapt(
     if sequences and steps is None:
         raise AdapterError("{sequences} needs {steps}, the number of time steps of a sample", sequences=True, steps=...)
     _check_inputs(x, steps)
-    network = copy_model(bare(model))
+    network = copy_model(bare(model)).eval()
     name, kind = _library(network, library)
     if reset is not None:
         kind = replace(kind, clear=_both(kind.clear, reset))
@@ -140,13 +141,17 @@ def adapt(
     carries = by_step and name == "norse" and "state" in inspect.signature(network.forward).parameters
     plan = TimePlan(steps, sequences, by_step, time_first is not False, carries, output, None, readout)
     wrapped = InTime(network, plan, kind.clear, None if name == "none" else kind.neurons)
-    evaluation_mode(wrapped)
     few = _few(x, network)
     if isinstance(few, Tensor) and not few.is_floating_point() and not few.is_complex() and _fails(wrapped, few):
         wrapped.plan = plan = replace(plan, floats=True)
         few = wrapped.converted(few)
+
+    def run(tried: nn.Module) -> Tensor:
+        return InTime(tried, plan, wrapped.clear, wrapped.live).forward_once(few)
+
+    evaluation_mode(network, run)
     surrogates = tuple(_settled(network, kind, surrogate, replacement, steeper, lambda: wrapped.forward_once(few)))
-    evaluation_mode(wrapped)
+    evaluation_mode(network, run)
     if name != "none" or steps is not None:
         wrapped.plan = plan = replace(plan, time_axis=time_axis_of(wrapped, few, time_first))
     if plan.time_axis is None and readout != "mean":

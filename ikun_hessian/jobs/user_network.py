@@ -71,6 +71,7 @@ def open_own(path: Path, own: Own, *, samples: str, surrogate: str | None, memor
     import torch
 
     from hessian_tools import nested
+    from hessian_tools.perturbation import class_count
     from ikun.adapters.summary import described
     from ikun.surrogates import Surrogate
 
@@ -112,6 +113,7 @@ def open_own(path: Path, own: Own, *, samples: str, surrogate: str | None, memor
         "replacement": str(analysed or instead or "") or None,
         "trained_surrogate": trained,
         "dt": own.dt,
+        "classes": class_count(y),
     }
     leaves = [*nested.tensors(x), y]
     parts = [t.contiguous().flatten().view(torch.uint8).numpy() for t in leaves]
@@ -162,7 +164,10 @@ def _built(path: Path, own: Own, model: str) -> Build:
 
     if own.dt is not None:
         raise UsageError("--dt is only for .nir files: leave it out")
-    network = called("--model", model, load_function("--model", model))
+    function = load_function("--model", model)
+    if isinstance(function, nn.Module):
+        raise UsageError(f"--model {model}: it is a network: give a function or class without arguments that makes one")
+    network = called("--model", model, function)
     if not isinstance(network, nn.Module):
         raise UsageError(f"--model {model}: returned a {type(network).__name__}, but a torch.nn.Module is needed")
     notes: list[str] = []
@@ -229,7 +234,9 @@ def _targets(loss: str, y: Tensor, adapted: Adapted, x: Any) -> Tensor:
     shape = [len(y), *_outputs(adapted, x, 3).shape[1:]]
     if loss == "mse" and y.is_floating_point() and y.dim() == 1 and shape == [len(y), 1]:
         return y[:, None]
-    if list(y.shape) == shape and y.dim() > 1 and not y.is_complex():
+    if loss == "mse" and y.is_floating_point() and list(y.shape) == [*shape, 1]:
+        return y[:, 0]
+    if list(y.shape) == shape and (y.dim() > 1 or loss == "mse") and not y.is_complex():
         y = y if y.is_floating_point() else y.float()
         if loss == "ce" and bool((y < 0).any() or ((y.sum(1) - 1).abs() > 1e-3).any()):
             raise UsageError("--loss ce needs labels [N], or targets [N, K] whose rows are probabilities")

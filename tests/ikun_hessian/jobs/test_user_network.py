@@ -800,6 +800,17 @@ TARGETS_TEXT = (
         x, y = samples()
         return x, y.sort().values
 
+    def flat():
+        return nn.Sequential(mlp(), nn.Linear(3, 1), nn.Flatten(0))
+
+    def numbers():
+        x, y = samples()
+        return x, x.flatten(1)[:, 0]
+
+    def column():
+        x, y = samples()
+        return x, x.flatten(1)[:, :1]
+
     def weighted(outputs, targets):
         return F.cross_entropy(outputs, targets, weight=torch.tensor([1.0, 1.0, 4.0]).to(outputs))
 
@@ -842,6 +853,18 @@ def test_targets_of_the_outputs_shape_are_accepted(capsys: Capture) -> None:
         ("sorted_samples", "nets.py:ignoring", "the loss is not a mean over samples"),
     ):
         fails(capsys, 2, message, "spectrum", "theirs.pt", *own("mlp", data, loss))
+
+
+def test_outputs_of_one_axis_have_numbers_as_targets() -> None:
+    theirs = write(TARGETS_TEXT)
+    torch.manual_seed(0)
+    net = theirs["flat"]()
+    torch.save(net.state_dict(), "theirs.pt")
+    x, y = theirs["numbers"]()
+    matrix = dense(hessian(make_objective(net, F.mse_loss, (x, y), dtype=torch.float64)))
+    wanted = torch.linalg.eigvalsh(matrix).flip(0).tolist()
+    for name in ("numbers", "column"):
+        close(spectrum_of(opened("nets.py:flat", f"nets.py:{name}", loss="mse")), wanted)
 
 
 PIXELS_TEXT = """
@@ -910,6 +933,12 @@ def test_cross_entropy_takes_a_label_for_every_pixel_or_step(net: str, data: str
     job = opened(f"nets.py:{net}", f"nets.py:{data}", loss="ce")
     assert job.objective.value_and_gradient()[0] == pytest.approx(float(value.detach()), rel=1e-6)
     close(spectrum_of(job), wanted.tolist())
+
+
+def test_a_network_in_place_of_a_function_is_named(capsys: Capture) -> None:
+    theirs = write(PIXELS_TEXT + "\n    made = pixels()\n")
+    torch.save(theirs["pixels"]().state_dict(), "theirs.pt")
+    fails(capsys, 2, "nets.py:made: it is a network: give", "spectrum", "theirs.pt", *own("made", "image", "ce"))
 
 
 def test_labels_that_do_not_fit_the_pixels_are_refused(capsys: Capture) -> None:
