@@ -6,10 +6,9 @@ The loss is evaluated in float64.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from hessian_tools.rebinding import deep_copy
+
 # Base classes of the spiking neurons of SpikingJelly, snnTorch and others, by name: no library is imported here.
 NEURON_CLASSES = frozenset({"BaseNode", "SpikingNeuron", "Neuron", "SNNCell", "SNN"})
 SURROGATE_ATTRIBUTES = ("surrogate_function", "spike_grad", "surrogate")
+
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def differentiable(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Decorate a function that differentiates, so that it also works inside `torch.no_grad` and `inference_mode`."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with torch.inference_mode(False), torch.enable_grad():
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def is_spiking_neuron(module: nn.Module) -> bool:
@@ -29,23 +45,98 @@ def is_spiking_neuron(module: nn.Module) -> bool:
     return any(callable(getattr(module, name, None)) for name in SURROGATE_ATTRIBUTES)
 
 
-def evaluation_mode(model: nn.Module) -> None:
-    """Put every module in evaluation mode except the spiking neurons, which stay in training mode.
+def evaluation_mode(model: nn.Module, forward: Callable[[nn.Module], object]) -> None:
+    """Put every module in evaluation mode, except spiking neurons whose surrogate gradient is switched off there.
 
-    Some spiking libraries replace the surrogate gradient in evaluation mode, so that no gradient is left. Modules
-    inside a neuron, such as a BatchNorm on its membrane, are put in evaluation mode.
+    Some spiking libraries replace the surrogate in evaluation mode, so that no gradient is left. Every module that
+    looks like a neuron (see `is_spiking_neuron`) is tried in both modes, those inside others first. It stays in
+    training mode only if more of its outputs then depend on its inputs. Modules inside a neuron, such as a BatchNorm on
+    its membrane, are put in evaluation mode.
+
+    Args:
+        model: The model.
+        forward: Runs a copy of the model on a few inputs, from a cleared state.
     """
     model.eval()
-    for module in model.modules():
-        if is_spiking_neuron(module):
-            module.training = True  # not train(), which would also change the modules inside
+    named = dict(model.named_modules())
+    todo = [name for name, module in observable(model) if is_spiking_neuron(module)]
+    for name in todo:
+        named[name].training = False  # not train(), which would also change the modules inside
+    if not todo:
+        return
+    copied = copy_model(model)
+    copies = dict(copied.named_modules())
+    inside = {name: {id(m) for m in copies[name].modules()} - {id(copies[name])} for name in todo}
+    while todo:
+        level = [name for name in todo if not any(id(copies[other]) in inside[name] for other in todo)]
+        todo = [name for name in todo if name not in level]
+        modules = {name: copies[name] for name in level}
+        evaluated = _dependent(copied, modules, forward)
+        for module in modules.values():
+            module.training = True
+        trained = _dependent(copied, modules, forward)
+        for name, module in modules.items():
+            module.training = named[name].training = bool(trained[name] - evaluated[name])
+
+
+def _dependent(
+    model: nn.Module, modules: dict[str, nn.Module], forward: Callable[[nn.Module], object]
+) -> dict[str, set[int]]:
+    """Return which outputs of the first call of each module, by position, have a derivative by its inputs."""
+    found: dict[str, set[int]] = {name: set() for name in modules}
+    leaves: dict[str, list[Tensor]] = {}
+    done: set[str] = set()
+    handles = []
+
+    def entering(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if name in leaves:
+                return None
+            own = leaves[name] = []
+
+            def fresh(t: Tensor) -> Tensor:
+                if not t.is_floating_point():
+                    return t
+                own.append(t.detach().requires_grad_())
+                return own[-1] * 1  # which the module may write into
+
+            return pytree.tree_map_only(Tensor, fresh, (args, kwargs))
+
+        return hook
+
+    def leaving(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            if name in done:
+                return
+            done.add(name)
+            outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+            for i, t in enumerate(outputs):
+                if t.requires_grad and t.is_floating_point() and leaves.get(name):
+                    slopes = torch.autograd.grad(t.sum(), leaves[name], retain_graph=True, allow_unused=True)
+                    if any(slope is not None for slope in slopes):
+                        found[name].add(i)
+
+        return hook
+
+    for name, module in modules.items():
+        handles.append(module.register_forward_pre_hook(entering(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(leaving(name)))
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices), contextlib.suppress(Exception):
+            forward(model)  # an error is raised where the model is used
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def copy_model(model: nn.Module, share: bool = False) -> nn.Module:
-    """Copy a model. Unlike copy.deepcopy, this accepts modules that hold tensors with an autograd graph.
+    """Copy a model. Unlike copy.deepcopy, this copies functions, and accepts tensors with an autograd graph.
 
-    Examples are neurons that keep their state, and pruned or weight-normalized layers. Modules that were compiled by
-    `torch.compile` run as they were written, because compiled code has no second derivative.
+    Lambdas and hooks that refer to the model refer to the copy afterwards. Modules that hold tensors with a graph are
+    neurons that keep their state, and pruned or weight-normalized layers. Modules that were compiled by `torch.compile`
+    run as they were written, because compiled code has no second derivative.
 
     Args:
         model: The model.
@@ -59,12 +150,14 @@ def copy_model(model: nn.Module, share: bool = False) -> nn.Module:
         if _copies_itself(module):
             known[id(module)] = twin = type(module).__new__(type(module))
             vars(twin).update(copy.deepcopy(vars(module), known))
-    copied = copy.deepcopy(model, known)
+    copied: nn.Module = deep_copy(model, known)
     fresh: dict[Any, nn.Parameter] = {}  # tied parameters stay tied
     for module in copied.modules():
         _compose_weight_norm(module)
         if type(module).__name__ == "OptimizedModule":
             module.forward = module._orig_mod.forward  # type: ignore[union-attr]
+        if isinstance(module, nn.Embedding):
+            module.sparse = False  # sparse gradients have no second derivative
         if isinstance(module, torch.jit.ScriptModule) and not share:
             for name, p in list(module.named_parameters(recurse=False)):
                 made = fresh.setdefault((p.data_ptr(), p.shape), nn.Parameter(p.detach().clone(), p.requires_grad))
@@ -75,6 +168,12 @@ def copy_model(model: nn.Module, share: bool = False) -> nn.Module:
 def _copies_itself(module: nn.Module) -> bool:
     """Whether a class outside torch says how it is copied. Those of Sinabs lose `requires_grad`, mode and hooks."""
     return any("__deepcopy__" in vars(c) for c in type(module).__mro__ if not c.__module__.startswith("torch."))
+
+
+def converted_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Convert the floating-point tensors of a model, in place. Complex ones stay complex, unlike in Module.to."""
+    model._apply(lambda t: t.to(dtype if t.is_floating_point() else dtype.to_complex() if t.is_complex() else t.dtype))
+    return model
 
 
 def observable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

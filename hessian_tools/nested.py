@@ -45,7 +45,12 @@ def flattened(x: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any], 
 
 def converted(x: Any, like: Tensor) -> Any:
     """Move nested inputs to the device of `like`, and those that are floating-point to its dtype."""
-    return mapped(lambda t: t.to(like.device, like.dtype if t.is_floating_point() else t.dtype), x)
+    return mapped(lambda t: _moved(t, like), x)
+
+
+def _moved(t: Tensor, like: Tensor) -> Tensor:
+    t = t.clone() if t.is_inference() and not torch.is_inference_mode_enabled() else t  # else no graph can hold it
+    return t.to(like.device, like.dtype if t.is_floating_point() else t.dtype)
 
 
 def sample_count(x: Any) -> int:
@@ -94,3 +99,42 @@ def call(model: Callable[..., Any], x: Any) -> Any:
     except (TypeError, ValueError):  # other arguments, or a forward that is not written in Python
         return model(x)
     return model(*positional, **named) if positional or named else model(x)
+
+
+# ---------------------------------------------------------------- batches of inputs and targets
+def picked(batches: Sequence[tuple[Any, Tensor]], ends: Tensor, part: Tensor) -> list[tuple[Any, Tensor]]:
+    """Return the samples of a part in its order, as one batch per shape.
+
+    Args:
+        batches: Batches (inputs, targets).
+        ends: The number of samples in the first 1, 2, ... batches.
+        part: Indices of samples [n], numbered from 0 in the order of the batches.
+    """
+    owner = torch.bucketize(part, ends, right=True)
+    alike: dict[Any, list[tuple[Tensor, tuple[Any, Tensor]]]] = {}
+    for i in owner.unique().tolist():
+        places = (owner == i).nonzero().flatten()
+        index = part[places] - (int(ends[i - 1]) if i else 0)
+        x, y = batches[i]
+        alike.setdefault(signature((x, y)), []).append((places, (selected(x, index), y[index.to(y.device)])))
+    found = []
+    for pieces in alike.values():
+        if len(pieces) == 1:
+            found.append(pieces[0][1])
+            continue
+        x, y = joined_batches([batch for _, batch in pieces])
+        order = torch.cat([places for places, _ in pieces]).argsort()
+        found.append((selected(x, order), y[order.to(y.device)]))
+    return found
+
+
+def joined_batches(batches: Sequence[tuple[Any, Tensor]]) -> tuple[Any, Tensor]:
+    """Return several batches of samples of the same shape as one."""
+    if len(batches) == 1:
+        return batches[0]
+    return joined([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+
+def signature(batch: tuple[Any, Tensor]) -> tuple[Any, ...]:
+    """Return the shapes of the inputs and targets of a sample."""
+    return tuple((tuple(t.shape[1:]), t.dtype) for t in (*tensors(batch[0]), batch[1]))

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessian_tools.evaluation import observable
+from hessian_tools.evaluation import differentiable, observable
 from hessian_tools.objective import Objective
 
 
+@differentiable
 def first_not_finite(objective: Objective) -> str | None:
     """Describe where values stop being finite.
 

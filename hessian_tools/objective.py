@@ -14,9 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from hessian_tools import nested
+from hessian_tools.checks import ObjectiveError, refuse_autocast
 from hessian_tools.checks import check as check_objective
-from hessian_tools.checks import refuse_autocast
-from hessian_tools.evaluation import copy_model, evaluation_mode, loss_in_double, twice_differentiable
+from hessian_tools.copy_check import check_copy
+from hessian_tools.evaluation import (
+    converted_model,
+    copy_model,
+    differentiable,
+    evaluation_mode,
+    loss_in_double,
+    twice_differentiable,
+)
 from hessian_tools.runtime.cuda import full_precision
 from hessian_tools.runtime.distributed import Group
 
@@ -74,7 +82,8 @@ class Streamed(Sequence[Batch]):
 
 def to(t: Tensor, like: Tensor) -> Tensor:
     """Move `t` to the device of `like`, and to its dtype if `t` is floating-point."""
-    return t.to(device=like.device, dtype=like.dtype if t.is_floating_point() else t.dtype)
+    moved: Tensor = nested.converted(t, like)
+    return moved
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> mean over the batch's samples
@@ -111,6 +120,7 @@ class Objective:
         checked: Whether `hessian_tools.checks.check` is done with. If not, the first operator does it, and sets this.
             Objectives that are made from this one (other batches, other parameters) are not checked again.
         programs: The traced products of the model, one per kind and shape of a batch (`hessian_tools.engine`).
+        parts: Number of consecutive batches of each part that `regrouped` made; empty if each batch is a part.
     """
 
     model: nn.Module
@@ -121,6 +131,7 @@ class Objective:
     group: Group | None = None
     segmentation: Segmentation | None = None
     checked: bool = False
+    parts: tuple[int, ...] = ()
 
     def check_once(self) -> None:
         """Check the objective unless that is done (see `hessian_tools.checks.check`).
@@ -160,7 +171,8 @@ class Objective:
         """Return the inputs of the first `count` samples of the first batch. No other samples are read."""
         if isinstance(self.batches, Streamed):
             return replace(self.batches, parts=(self.batches.parts[0][:count],))[0][0]
-        return nested.selected(self.batches[0][0], slice(count))
+        x, y = self.batches[0]
+        return nested.selected(x, torch.arange(min(count, len(y))))  # a copy
 
     @property
     def size(self) -> int:
@@ -186,8 +198,11 @@ class Objective:
                 return segments.outputs(self, x)
             if self.reset is not None:
                 self.reset(self.model)
+            before = _versions(self.model)
             with twice_differentiable():
                 out: Tensor = nested.call(self.model, x)
+            if _versions(self.model) != before:
+                raise ObjectiveError("a forward pass changes the network's parameters: a Hessian needs fixed weights")
         return out
 
     def split(self, v: Tensor) -> list[Tensor]:
@@ -214,6 +229,7 @@ class Objective:
         """Return the sum of `t` over the processes that share the batches; `t` itself without a group."""
         return t if self.group is None else self.group.sum(t)
 
+    @differentiable
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """Return L and its gradient [P] (the surrogate gradient, for a spiking network)."""
         both = torch.zeros(self.size + 1, dtype=torch.float64, device=self.device)
@@ -242,30 +258,38 @@ class Objective:
         return {i: sizes[i] / total for i in self.share}
 
     def rebatched(self, size: int) -> Objective:
-        """Return the same objective with its samples in batches of `size`. The last batch may be smaller."""
+        """Return the same objective with its samples in batches of `size`. The last batch may be smaller.
+
+        Batches whose inputs or targets differ in shape are not joined. Each is divided, so more batches can be smaller.
+        """
         if isinstance(self.batches, Streamed):
             return self.regrouped(torch.arange(self.samples).split(size))
-        x, y = self._together()
-        starts = range(0, self.samples, size)
-        return replace(self, batches=tuple((nested.selected(x, slice(i, i + size)), y[i : i + size]) for i in starts))
+        alike = len({nested.signature(batch) for batch in self.batches}) == 1
+        whole = (nested.joined_batches(self.batches),) if alike else self.batches
+        cut = [(x, y, slice(i, i + size)) for x, y in whole for i in range(0, len(y), size)]
+        return replace(self, batches=tuple((nested.selected(x, part), y[part]) for x, y, part in cut), parts=())
 
     def regrouped(self, parts: Sequence[Tensor]) -> Objective:
         """Return the objective on other batches of its samples.
 
         Args:
             parts: One index tensor [n] per new batch. Samples are numbered from 0 in the order of the current batches.
+                A part whose samples differ in shape becomes several batches, one per shape.
         """
         if isinstance(self.batches, Streamed):
             return replace(self, batches=self.batches.regrouped(parts))
-        x, y = self._together()
-        return replace(self, batches=tuple((nested.selected(x, part), y[part.to(y.device)]) for part in parts))
-
-    def _together(self) -> Batch:
-        if len(self.batches) == 1:
-            return self.batches[0]
-        return nested.joined([x for x, _ in self.batches]), torch.cat(self.targets)
+        ends = torch.tensor(self.sizes).cumsum(0)
+        found = [nested.picked(self.batches, ends, part.cpu()) for part in parts]
+        counts = tuple(len(batches) for batches in found)
+        return replace(self, batches=tuple(batch for batches in found for batch in batches), parts=counts)
 
 
+def _versions(model: nn.Module) -> list[int]:
+    """Return how often each parameter was written."""
+    return [0 if p.is_inference() else p._version for p in model.parameters()]
+
+
+@differentiable
 def make_objective(
     model: nn.Module,
     loss: Loss,
@@ -303,14 +327,15 @@ def make_objective(
             or if the number of inputs differs from the number of targets.
         ObjectiveError: If a check fails.
     """
-    model = copy_model(model)
-    if dtype is not None or device is not None:
-        model = model.to(device=device, dtype=dtype)
-    evaluation_mode(model)
+    original, model = model, copy_model(model)
+    model = model.to(device=device)
+    if dtype is not None:
+        converted_model(model, dtype)
     patterns = params.split(",")
     chosen: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
         wanted = p.requires_grad and any(fnmatchcase(name, pattern.strip()) for pattern in patterns)
+        wanted = wanted and p.numel() > 0
         p.requires_grad_(wanted)
         if wanted:
             chosen[name] = p
@@ -324,10 +349,13 @@ def make_objective(
     objective = Objective(model, loss_in_double(loss), _batches(data, first), chosen, reset)
     if not objective.samples:
         raise ValueError("no samples: the objective needs at least one batch with samples")
+    evaluation_mode(model, lambda tried: replace(objective, model=tried).outputs(objective.first_inputs(2)))
+    if batch_size is not None:
+        objective = objective.rebatched(batch_size)
     if check:
+        check_copy(original, model, lambda: objective.outputs(objective.first_inputs(2)))
         objective.check_once()
-    objective = replace(objective, checked=True)
-    return objective if batch_size is None else objective.rebatched(batch_size)
+    return replace(objective, checked=True)
 
 
 def _batches(data: Batch | tuple[Inputs, Tensor] | Sequence[Batch], like: Tensor) -> Sequence[Batch]:

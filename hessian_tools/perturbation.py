@@ -7,7 +7,6 @@ rescaled before a BatchNorm leaves the function unchanged, and it is perturbed i
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from threading import local
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from hessian_tools import nested
+from hessian_tools.evaluation import copy_model
+from hessian_tools.io.errors import ObjectiveError
 from hessian_tools.objective import Objective
 from hessian_tools.runtime.cuda import full_precision
 from hessian_tools.runtime.threads import in_threads
@@ -31,7 +32,7 @@ def filter_norms(objective: Objective) -> Tensor:
     norms = []
     for p in objective.parameters.values():
         p = p.detach()
-        rows = p.reshape(p.shape[0], -1).norm(dim=1) if p.dim() > 1 else p.abs()
+        rows = p.flatten(1).norm(dim=1) if p.dim() > 1 else p.abs()
         norms.append(rows.reshape(rows.shape + (1,) * (p.dim() - rows.dim())).expand_as(p))
     return objective.flatten(norms)
 
@@ -41,7 +42,7 @@ S = TypeVar("S")
 
 def noise_scales(objective: Objective) -> Tensor:
     """Return the root mean square of the filter of every weight [P] (see `filter_norms`)."""
-    sizes = [p.new_full(p.shape, p[0].numel() if p.dim() > 1 else 1) for p in objective.parameters.values()]
+    sizes = [p.new_full(p.shape, p.shape[1:].numel() if p.dim() > 1 else 1) for p in objective.parameters.values()]
     return filter_norms(objective) / objective.flatten(sizes).sqrt()
 
 
@@ -80,12 +81,13 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
     @torch.no_grad()
     def run(item: S) -> Tensor:
         if not hasattr(own, "model"):
-            own.model = copy.deepcopy(objective.model)
+            own.model = copy_model(objective.model)
             named = dict(own.model.named_parameters())
             own.parameters = [named[name] for name in objective.parameters]
             ours = hasattr(own.model, "second_order_chain")  # in any other model, `value` may mean something else
             own.forward = getattr(own.model, "value", own.model) if ours else own.model
-        for p, value in zip(own.parameters, objective.split(point(item)), strict=True):
+        values = objective.split(point(item))
+        for p, value in zip(own.parameters, values, strict=True):
             p.copy_(value)
         parts = []
         for i in range(len(objective.batches)):
@@ -94,13 +96,21 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
             with full_precision(objective.device):
                 # the inputs are not bound to a name, so they are freed before the next batch is read
                 parts.append(nested.call(own.forward, objective.batches[i][0]))
+        if not all(torch.equal(p, value.to(p)) for p, value in zip(own.parameters, values, strict=True)):
+            raise ObjectiveError("a forward pass changes the network's parameters: a Hessian needs fixed weights")
         return torch.cat(parts)
 
     return in_threads(run, items) if objective.device.type == "cpu" else map(run, items)
 
 
 def targets(objective: Objective) -> Tensor:
-    """Return the targets [N, ...] of all samples, in the order of `outputs_at`."""
+    """Return the targets [N, ...] of all samples, in the order of `outputs_at`.
+
+    Raises:
+        ValueError: If the targets of the batches differ in shape.
+    """
+    if len({y.shape[1:] for y in objective.targets}) > 1:
+        raise ValueError("the batches have targets of different shapes: pad all samples to one length")
     return torch.cat(objective.targets)
 
 
@@ -152,6 +162,15 @@ def count_correct(outputs: Tensor, labels: Tensor) -> Tensor | None:
     if outputs.numel() != len(labels) or low < 0 or high > 1 or bool(((outputs >= 0) & (outputs <= 1)).all()):
         return None
     return ((outputs.flatten() > 0) == labels.bool()).sum()
+
+
+def class_count(labels: Tensor) -> int | None:
+    """Return the number of classes of labels [N], their largest plus one, or of one-hot ones [N, K]; else None."""
+    if labels.is_complex() or not labels.numel():
+        return None
+    if labels.dim() == 2 and bool(((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all()):
+        return labels.shape[1]
+    return None if labels.dim() != 1 or labels.is_floating_point() or int(labels.min()) < 0 else int(labels.max()) + 1
 
 
 def _wide(y: Tensor) -> Tensor:

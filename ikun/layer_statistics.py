@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hessian_tools.evaluation import differentiable
 from ikun.layers import Recurrent
 from ikun.neurons import Neuron
 
@@ -75,6 +76,7 @@ def fans(weight: Tensor) -> tuple[int, int]:
     return weight.shape[1] * area, weight.shape[0] * area
 
 
+@differentiable
 def observe(
     network: Network, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[LayerStatistics, ...]:

@@ -39,7 +39,6 @@ and shrunk to keep the variance (smoothed bootstrap). Derivatives act on this Ga
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,6 +51,7 @@ from torch import Tensor
 from hessian_tools.chain.affine import Affine
 from hessian_tools.chain.layers import Layer, Tangents, Want
 from hessian_tools.chain.second_order import Linearized, chain_of, curved, layers_at
+from hessian_tools.evaluation import copy_model, differentiable
 from hessian_tools.objective import Batch, Objective
 from hessian_tools.operators.curvature import CurvatureOperator
 from hessian_tools.perturbation import noise, noise_scales
@@ -82,6 +82,7 @@ class SpikingLayer(Layer, Protocol):
     def responding(self, response: Tensor, alone: Tensor | None) -> Layer: ...
 
 
+@differentiable
 def smoothed(
     objective: Objective, memory: float = 4 * 2**30, *, scale: float = 0.1, draws: int = SMOOTHED_DRAWS, seed: int = 0
 ) -> CurvatureOperator:
@@ -227,7 +228,7 @@ def _perturbed(
     objective: Objective, x: Tensor, scale: float, draws: int, seed: int
 ) -> Iterator[tuple[Tensor, list[tuple[Tensor, Layer]]]]:
     """Yield the outputs and the layers of the network with perturbed weights, once per draw."""
-    model = copy.deepcopy(objective.model)
+    model = copy_model(objective.model)
     named = dict(model.named_parameters())
     weights, unit = objective.weights(), scale * noise_scales(objective)
     for index in range(draws):

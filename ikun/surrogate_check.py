@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hessian_tools.evaluation import differentiable
+
 VERDICTS = ("exact", "zero", "opaque", "nan", "wrong", "unknown")
 Spike = Callable[[Tensor], Tensor]  # element-wise: x = h - threshold [...] -> spikes [...]
 DISTANCES = torch.tensor([0.0371, 0.0917, 0.213, 0.437, 0.871, 1.37, 2.71], dtype=torch.float64)
@@ -58,6 +60,7 @@ def is_step(spike: Spike) -> bool:
     return bool((below == 0).all() and (above == 1).all())
 
 
+@differentiable
 def check_surrogate(spike: Spike, parameters: Sequence[Tensor] = ()) -> Verdict:
     """Test a spike function of x = h - threshold.
 
@@ -190,6 +193,7 @@ def _mixed(
     return exact.detach(), numerical, size
 
 
+@differentiable
 def check_neuron(
     neuron: Spike,
     dtype: torch.dtype = torch.float32,

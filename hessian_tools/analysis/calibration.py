@@ -28,6 +28,7 @@ from torch import Tensor
 
 from hessian_tools.analysis.agreement import agreement
 from hessian_tools.analysis.context import SmoothedFactory
+from hessian_tools.evaluation import differentiable
 from hessian_tools.io.errors import check_scale
 from hessian_tools.linalg.lanczos import eigenpairs
 from hessian_tools.linalg.lanczos_quadrature import quadrature, tridiagonal
@@ -85,6 +86,7 @@ class CalibrationSettings:
             raise ValueError(f"step must be a positive number, not {self.step}")
 
 
+@differentiable
 def calibrate(
     objective: Objective,
     settings: CalibrationSettings,

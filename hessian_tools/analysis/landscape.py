@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hessian_tools.analysis.context import AnalysisError, budget, require_symmetry
+from hessian_tools.evaluation import differentiable
 from hessian_tools.io.json import clean
 from hessian_tools.io.versions import versions
 from hessian_tools.linalg.lanczos import Eigenpairs, eigenpairs
@@ -123,6 +124,7 @@ def random_direction(objective: Objective, seed: int, number: int) -> Tensor:
     return d
 
 
+@differentiable
 def landscape(
     objective: Objective,
     settings: LandscapeSettings | None = None,

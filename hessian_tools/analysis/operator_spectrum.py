@@ -126,12 +126,12 @@ def measure(
             scaled(op, filter_norms(objective)),
             lambda op: {"values": _largest(op, scales, settings, run.generator("scale", index), step_ranks)},
         )["values"]
-    ends_of = pairs.vectors[:, [int(pairs.values.argmax()), int(pairs.values.argmin())]]
     known = factory in OPERATORS.values()  # another operator is random itself, or fixes its dtype
     rounding = run.phases.keep(
-        f"{name}: round-off", lambda: {"relative": relative_round_off(objective, factory, ends_of) if known else 0.0}
-    )["relative"]
-    slack = rounding * pairs.values.abs()
+        f"{name}: round-off",
+        lambda: {"of pairs": relative_round_off(objective, factory, pairs.vectors) if known else [0.0]},
+    )["of pairs"]
+    slack = torch.tensor(rounding).to(pairs.values) * pairs.values.abs().max()
     shares = spread["pairs concentration"].tolist()
     overall = spread["trace concentration"]
     errors = [withheld(e, share, overall) for e, share in zip(spread["pairs"].tolist(), shares, strict=True)]

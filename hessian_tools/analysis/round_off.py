@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hessian_tools import nested
 from hessian_tools.checks import spread
-from hessian_tools.evaluation import copy_model
+from hessian_tools.evaluation import converted_model, copy_model
 from hessian_tools.objective import Objective, to
 from hessian_tools.operators.base import Operator
 
@@ -19,8 +19,10 @@ AGREE = 1e-3  # relative difference of outputs above which a spike differs betwe
 SAFETY = 4.0
 
 
-def relative_round_off(objective: Objective, factory: Callable[[Objective, float], Operator], vectors: Tensor) -> float:
-    """Estimate the round-off of an operator's products, relative to the size of the product.
+def relative_round_off(
+    objective: Objective, factory: Callable[[Objective, float], Operator], vectors: Tensor
+) -> list[float]:
+    """Estimate the round-off of an operator's products, relative to the size of the operator.
 
     The products with each vector are computed in the objective's dtype and in float64, on at most 256 samples. Samples
     for which a spike differs between the two are left out: that is not round-off of a product.
@@ -28,24 +30,28 @@ def relative_round_off(objective: Objective, factory: Callable[[Objective, float
     Args:
         objective: The objective.
         factory: Makes the operator of an objective, with the memory for kept primals in bytes.
-        vectors: Unit vectors [P, k], for example the outermost eigenvectors.
+        vectors: Unit vectors [P, k], for example eigenvectors. The largest of their products is the operator's size.
 
     Returns:
-        Four times the largest relative error, at least the machine precision of the dtype; 0.0 in float64.
+        For each vector four times the error of its product relative to the largest product, at least the machine
+        precision of the dtype. All are 0.0 in float64.
     """
+    count = vectors.shape[1]
     if objective.dtype == torch.float64:
-        return 0.0
+        return [0.0] * count
     least = float(torch.finfo(objective.dtype).eps)
     try:
         pair = _both(objective)
     except (RuntimeError, TypeError, ValueError):  # a model that fixes its dtype
-        return least
+        return [least] * count
     if pair is None:
-        return least
+        return [least] * count
     narrow, wide = (factory(o, 0) @ vectors.to(o.device, o.dtype) for o in pair)
-    sizes = wide.norm(dim=0)
-    errors = (narrow.double() - wide).norm(dim=0)[sizes > 0] / sizes[sizes > 0]
-    return max(least, SAFETY * float(errors.max())) if len(errors) else least
+    size = float(wide.norm(dim=0).max())
+    if size == 0:
+        return [least] * count
+    errors = (narrow.double() - wide).norm(dim=0) / size
+    return [max(least, SAFETY * float(error)) for error in errors]
 
 
 @torch.no_grad()
@@ -55,15 +61,16 @@ def _both(objective: Objective) -> tuple[Objective, Objective] | None:
     part = replace(objective.regrouped([index]), group=None)
     if objective.reset is not None:
         objective.reset(objective.model)  # a state with an autograd graph belongs to another dtype
-    model = copy_model(objective.model).double()
+    model = converted_model(copy_model(objective.model), torch.float64)
     named = dict(model.named_parameters())
     parameters: dict[str, Tensor] = {name: named[name] for name in objective.parameters}
-    (x, y), *_ = part.batches
+    x, y = part.batches[0]
+    part = replace(part, batches=part.batches[:1])  # those of the first shape, if shapes differ
     like = next(iter(parameters.values()))
     batch = (nested.converted(x, like), to(y, like))
     wide = replace(part, model=model, parameters=parameters, batches=(batch,))
     outputs, exact = part.outputs(x), wide.outputs(batch[0])
-    gap = (outputs.double() - exact).abs().flatten(1).amax(1)
+    gap = (outputs.double() - exact).abs().reshape(len(exact), -1).amax(1)
     alike = gap <= AGREE * exact.abs().max()
     if not alike.any():
         return None

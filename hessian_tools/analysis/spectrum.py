@@ -17,6 +17,8 @@ from hessian_tools.analysis.operator_spectrum import lambda_max, measure
 from hessian_tools.analysis.sample_curve import samples_curve
 from hessian_tools.analysis.settings import PROBES, STEPS, SpectrumSettings
 from hessian_tools.analysis.warnings import warnings_of
+from hessian_tools.evaluation import differentiable
+from hessian_tools.io.errors import ObjectiveError
 from hessian_tools.io.json import clean
 from hessian_tools.io.versions import versions
 from hessian_tools.linalg.lanczos import random_vector
@@ -24,12 +26,13 @@ from hessian_tools.nonfinite import first_not_finite
 from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator
 from hessian_tools.operators.curvature import OPERATORS
-from hessian_tools.perturbation import count_correct
+from hessian_tools.perturbation import class_count, count_correct
 from hessian_tools.progress import Meter, Show
 from hessian_tools.results.spectrum import SPECTRUM_SCHEMA, SamplePoint, Spectrum, SpectrumResult
 from hessian_tools.resume import Phases
 
 
+@differentiable
 def spectrum(
     objective: Objective,
     settings: SpectrumSettings | None = None,
@@ -68,7 +71,7 @@ def spectrum(
         raise ValueError(
             f"samples_curve needs {max(settings.samples_curve)} samples, but the objective has {objective.samples}"
         )
-    began = time.perf_counter()
+    began, weights = time.perf_counter(), objective.weights()
     run = AnalysisContext(settings, phases or Phases(), Meter(_expected(settings, variants or {}), progress), smoothed)
     sources: dict[str, Objective] = {}
     for name in settings.operators:
@@ -101,6 +104,9 @@ def spectrum(
         )
     known = {"checkpoint": {}, "data": {}, "network": {}, "training": {}, "activity": {}, **(provenance or {})}
     known["data"] = {**known["data"], "samples": objective.samples}
+    labels = [class_count(y) for y in objective.targets]
+    if classes := max((n for n in labels if n is not None), default=None):
+        known["data"]["classes"] = classes
     result = SpectrumResult(
         schema=SPECTRUM_SCHEMA,
         **known,
@@ -122,6 +128,8 @@ def spectrum(
         seconds=time.perf_counter() - began + run.phases.seconds,
         versions=versions(),
     )
+    if not torch.equal(weights, objective.weights()):
+        raise ObjectiveError("a forward pass changes the network's parameters: a Hessian needs fixed weights")
     return dataclasses.replace(result, warnings=warnings_of(result))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from hessian_tools.results.spectrum import Spectrum, SpectrumResult
 
 CONCENTRATED = 0.3  # share of one group in a variance, as in `sampling_error.CONCENTRATED` (this module needs no torch)
-CHANCE = 2.0  # an accuracy below this multiple of guessing counts as not learned
+CHANCE = 2.0  # an accuracy below this multiple of guessing, or nearer to guessing than to 1, counts as not learned
 
 
 def warnings_of(result: SpectrumResult) -> tuple[str, ...]:
@@ -38,7 +38,7 @@ def learned_nothing(accuracy: float, loss: float, classes: int | None, activity:
         return "A whole layer of neurons never fires on these samples: the network is dead, and nothing is a minimum."
     if not math.isfinite(loss):
         return f"The loss is {loss}: the training diverged."
-    if classes is not None and classes > 1 and accuracy < CHANCE / classes:
+    if classes is not None and classes > 1 and accuracy < min(CHANCE / classes, (1 + 1 / classes) / 2):
         return (
             f"The accuracy on these samples is {accuracy:.1%}, and guessing gives {1 / classes:.1%}: the network has "
             "not learned its task. Its curvature says nothing about minima."
@@ -48,7 +48,8 @@ def learned_nothing(accuracy: float, loss: float, classes: int | None, activity:
 
 def _warnings(result: SpectrumResult) -> Iterator[str]:
     name, spectrum = result.main
-    if said := learned_nothing(result.accuracy, result.loss, result.network.get("classes"), result.activity):
+    classes = result.network.get("classes") or result.data.get("classes")
+    if said := learned_nothing(result.accuracy, result.loss, classes, result.activity):
         yield said
     if result.dtype in ("float16", "bfloat16"):
         yield (

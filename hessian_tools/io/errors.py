@@ -47,6 +47,10 @@ class ParameterError(ValueError):
         return " ".join(str(text).splitlines())
 
 
+class ObjectiveError(ParameterError):
+    """The model or the loss does not define a mean over independent samples; one line that says why and what to do."""
+
+
 def check_scale(name: str, value: float) -> None:
     """Check the scale of a noise or a radius. Raise ValueError if it is not from LEAST_SCALE to MOST_SCALE."""
     if not LEAST_SCALE <= value <= MOST_SCALE:

@@ -15,6 +15,12 @@ from hessian_tools.io.files import write_atomically
 MOST_BYTES = 2**25  # largest text file; parsing one that is all brackets takes 25 times as much memory
 LONGEST = 1000  # largest number of characters in an error message
 DEEPEST = 30  # largest nesting depth of lists and objects
+# Fields of any result that are counts, errors, norms or times, and those that are shares.
+_NOT_NEGATIVE = {
+    *("samples", "epochs_run", "best_epoch", "seconds", "forward_passes", "residual", "bound", "stderr", "data_stderr"),
+    *("data_stderr_least", "symmetry_error", "gradient_norm", "frobenius_norm", "num_parameters"),
+}
+_SHARES = {"accuracy", "test_accuracy", "held_out_accuracy", "firing_rate", "dead"}
 
 
 class ResultError(ValueError):
@@ -146,6 +152,10 @@ def _legal(value: Any, depth: int) -> Any:
     if depth > DEEPEST:
         raise ResultError(f"JSON nested more than {DEEPEST} levels deep")
     if isinstance(value, dict):
+        for name in value.keys() & (_NOT_NEGATIVE | _SHARES):
+            number = value[name] if isinstance(value[name], int | float) else 0
+            if number < 0 or (number > 1 and name in _SHARES):
+                raise ResultError(f"field '{name}' must not be {'negative' if number < 0 else 'larger than 1'}")
         return {_legal(k, depth + 1): _legal(v, depth + 1) for k, v in value.items()}
     if isinstance(value, list):
         return [_legal(v, depth + 1) for v in value]

@@ -8,6 +8,7 @@ stored, or by a million nested containers. Such files are refused.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import sys
 import zipfile
@@ -28,7 +29,7 @@ __all__ = ["ArchiveError", "CodeError", "Foreign", "read_archive"]
 MOST_PICKLE = 2**26  # largest pickle in bytes
 MOST_DIRECTORY = 2**24  # largest table of contents of the zip archive, in bytes
 DEEPEST = 50  # largest nesting depth of containers
-_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began its files before torch 1.6
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in the files of torch before 1.6
 _LEGACY_PROTOCOL = 1001
 _NUMPY = {numpy_pickle.Array: "numpy.ndarray", numpy_pickle.Kind: "numpy.dtype", numpy_pickle.Latin: "_codecs.encode"}
 _Read = Callable[[str], bytes]  # the bytes of a storage
@@ -57,10 +58,10 @@ def read_archive(path: str | Path, foreign: bool = False) -> Any:
     if path.exists() and not path.is_file():
         raise ArchiveError("not a regular file")
     with path.open("rb") as file:
-        head, size = file.read(len(_LEGACY)), file.seek(0, 2)
+        head, size = file.read(32), file.seek(0, 2)
         if is_safetensors(head[:9], size):
             return read_safetensors(file, size)
-        if head == _LEGACY:
+        if _is_legacy(head):
             values, steps, read = _legacy(file, size, foreign)
         elif head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5":
             raise ArchiveError(
@@ -73,6 +74,13 @@ def read_archive(path: str | Path, foreign: bool = False) -> Any:
 
 
 # ---------------------------------------------------------------- the file around it
+def _is_legacy(head: bytes) -> bool:
+    """Whether a file begins with the magic number of torch before 1.6, in any protocol of pickle."""
+    with contextlib.suppress(ArchiveError):
+        return head[:1] == b"\x80" and _value(head, 0)[0] == _LEGACY_MAGIC
+    return False
+
+
 def _legacy(file: IO[bytes], size: int, foreign: bool) -> tuple[Any, int, _Read]:
     """Return the contents of a file of torch before 1.6, the steps of its pickle, and how to read a storage.
 
@@ -81,7 +89,8 @@ def _legacy(file: IO[bytes], size: int, foreign: bool) -> tuple[Any, int, _Read]
     """
     file.seek(0)
     data = file.read(MOST_PICKLE)
-    protocol, place = _value(data, len(_LEGACY))
+    _, place = _value(data, 0)
+    protocol, place = _value(data, place)
     machine, place = _value(data, place)
     if protocol != _LEGACY_PROTOCOL or type(machine) is not dict:
         raise ArchiveError(DAMAGED)

@@ -358,7 +358,7 @@ def expected_products(checks: Sequence[tuple[int, float]], target: float, done: 
     )
     if not line.slope < 0:
         return most
-    return min(most, max(done + 1, math.ceil((math.log(target) - line.intercept) / line.slope)))
+    return min(most, max(done + 1, math.ceil((math.log(max(target, 1e-300)) - line.intercept) / line.slope)))
 
 
 def excess(pairs: Eigenpairs, size: int, failure: float = 0.05) -> float:

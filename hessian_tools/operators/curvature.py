@@ -20,6 +20,7 @@ from hessian_tools.chain import second_order, segments
 from hessian_tools.chain.second_order import Linearized
 from hessian_tools.checks import refuse_autocast
 from hessian_tools.engine.product import linearize as linearize_traced
+from hessian_tools.evaluation import differentiable
 from hessian_tools.objective import Batch, Objective, Streamed
 from hessian_tools.operators.base import Operator
 from hessian_tools.runtime.cuda import Captured, full_precision, side_stream
@@ -58,6 +59,7 @@ class CurvatureOperator(Operator):
         FloatingPointError: From a product with the operator, if it is not finite.
     """
 
+    @differentiable
     def __init__(
         self, objective: Objective, linearize: Callable[[Objective, Batch], Linearized], memory: float = 4 * 2**30
     ) -> None:
@@ -127,6 +129,7 @@ class CurvatureOperator(Operator):
         """Apply a product to every column. With fewer batches than threads, the columns run in parallel."""
         return list((in_threads if self._threads else map)(product, block.unbind(1)))
 
+    @differentiable
     def _apply(self, block: Tensor) -> Tensor:
         refuse_autocast(self.device)
         total = torch.zeros_like(block)
@@ -138,8 +141,9 @@ class CurvatureOperator(Operator):
             raise FloatingPointError("a product with the operator is not finite")
         return total
 
+    @differentiable
     def batch_forms(self, *blocks: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Compute the quadratic forms V^T A_b V of every batch b.
+        """Compute the quadratic forms V^T A_b V of every batch b, or of every part of `Objective.regrouped`.
 
         Every batch multiplies each column once. Columns are processed in groups of at most half a GiB.
 
@@ -166,7 +170,16 @@ class CurvatureOperator(Operator):
         with full_precision(self.device):
             for i, row in zip(self.objective.share, self._over_batches(forms), strict=True):
                 rows[i] = row
-        parts = self.objective.summed(rows.to(self.device)).cpu().split([v.shape[1] ** 2 for v in blocks], 1)
+        whole = self.objective.summed(rows.to(self.device)).cpu()
+        if not torch.isfinite(whole).all():
+            raise FloatingPointError("a product with the operator is not finite")
+        if several := self.objective.parts:  # a part whose samples differ in shape is several batches
+            owner = torch.repeat_interleave(torch.arange(len(several)), torch.tensor(several))
+            sums = torch.zeros(len(several), whole.shape[1], dtype=torch.float64)
+            sums.index_add_(0, owner, counts[:, None] * whole)
+            counts = torch.zeros(len(several), dtype=torch.float64).index_add_(0, owner, counts)
+            whole = sums / counts[:, None]
+        parts = whole.split([v.shape[1] ** 2 for v in blocks], 1)
         shapes = [v.shape[1] for v in blocks]
         return [part.reshape(-1, k, k).mT for part, k in zip(parts, shapes, strict=True)], counts
 
@@ -181,6 +194,7 @@ def _by_autograd(
     return Linearized(product, size, parallel=False, path="autograd", reason=reason)
 
 
+@differentiable
 def batch_size_within(objective: Objective, memory: float, most: int = 2048) -> int:
     """Return how many samples the primal of one batch can hold within `memory` bytes, measured on 8 samples.
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from hessian_tools import nested
 from hessian_tools.checks import ObjectiveError
-from hessian_tools.evaluation import copy_model, evaluation_mode
+from hessian_tools.copy_check import check_copy
+from hessian_tools.evaluation import copy_model, differentiable, evaluation_mode
+from hessian_tools.function_check import found_functions
 from ikun.adapters import choices
 from ikun.adapters.base import PLAIN, AdapterError, Library, Slot, origins, run_forward
 from ikun.adapters.node_choices import replace_neurons
@@ -30,7 +32,6 @@ from ikun.adapters.time_loop import InTime, TimePlan, clear_state
 from ikun.adapters.two_jet import Jet, Steeper
 from ikun.adapters.validation import (
     detached,
-    found_functions,
     of_vectors,
     takes_vectors,
     try_function,
@@ -88,6 +89,7 @@ class Adapted:
     nodes: dict[str, str] = field(default_factory=dict)
 
 
+@differentiable
 def adapt(
     model: nn.Module,
     x: Any,
@@ -144,7 +146,7 @@ def adapt(
         raise AdapterError("{steps}: at least one time step is needed", steps=steps)
     if sequences and steps is None:
         raise AdapterError("{sequences} needs {steps}, the number of time steps of a sample", sequences=True, steps=...)
-    network = copy_model(bare(model))
+    network = copy_model(bare(model)).eval()
     _check_inputs(x, parted(x, valid, network)[0], steps)
     check_valid(x, valid, network)
     if valid is not None and readout == "none":
@@ -166,15 +168,19 @@ def adapt(
         steps, sequences, by_step, first is not False, carries, output, None, readout or "mean", valid=valid
     )
     wrapped = InTime(network, plan, kind.clear, None if name == "none" else kind.neurons)
-    evaluation_mode(wrapped)
     few = _few(x, network)
     frames, _ = parted(few, valid, network)
     whole = isinstance(frames, Tensor) and not frames.is_floating_point() and not frames.is_complex()
     if whole and _fails(wrapped, few):
         wrapped.plan = plan = replace(plan, floats=True)
         few = wrapped.converted(few)
+
+    def run(tried: nn.Module) -> Tensor:
+        return InTime(tried, plan, wrapped.clear, wrapped.live).forward_once(few)
+
+    evaluation_mode(network, run)
     surrogates = tuple(_settled(network, kind, surrogate, replacement, steeper, lambda: wrapped.forward_once(few)))
-    evaluation_mode(wrapped)
+    evaluation_mode(network, run)
     if timed:
         wrapped.plan = plan = replace(plan, time_axis=time_axis_of(wrapped, few, first))
     if plan.time_axis is None and (valid is not None or readout not in (None, "mean")):
@@ -188,6 +194,7 @@ def adapt(
     if name == "none" and not surrogates and reset is None and plain:
         result, clear = network, None  # unchanged, so that hand-written derivatives remain usable
     try:
+        check_copy(bare(model), network, lambda: wrapped.forward_once(few))
         y = try_network(wrapped, few)
     except ObjectiveError as error:
         raise AdapterError("{}", error) from None

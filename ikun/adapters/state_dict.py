@@ -61,8 +61,9 @@ def state_dict_of(loaded: Any, say: Say = warn) -> dict[str, Tensor]:
     """Find the weights in the contents of a file.
 
     Args:
-        loaded: A dict of tensors, or a dict that holds one: under a key in KEYS, otherwise under one in EMA_KEYS,
-            otherwise as the only dict of tensors.
+        loaded: A dict of tensors, which may have numbers and texts beside them, or a dict that holds one: under a key
+            in KEYS, otherwise under one in EMA_KEYS, otherwise as the only dict of tensors, or the only one with such
+            a key.
         say: Called with a line about weights that are not used. The default emits a Python warning.
 
     Returns:
@@ -88,15 +89,21 @@ def _found(value: Any, say: Say, deepest: int) -> dict[str, Tensor] | None:
     """Return the weights in a value, or None. Raises if there are several."""
     if not isinstance(value, dict) or not value or not deepest:
         return None
-    if weights := _weights(value):
-        if len(weights) < len(value):
-            say(f"ignored the extra state of modules: {_some([name for name in value if name not in weights])}")
+    noted = [name for name, item in value.items() if item is None or type(item) in (bool, int, float, str)]
+    if weights := _weights({name: item for name, item in value.items() if name not in noted}):
+        if noted:
+            say(f"ignored what is not a tensor beside the weights: {_some(noted)}")
+        if extra := [name for name in value if name not in weights and name not in noted]:
+            say(f"ignored the extra state of modules: {_some(extra)}")
         return weights
     inner = {key: _found(value.get(key), say, deepest - 1) for key in KEYS + EMA_KEYS}
     plain = {key: found for key in KEYS if (found := inner[key]) is not None}
     averaged = {key: found for key in EMA_KEYS if (found := inner[key]) is not None}
     if not plain and not averaged:
-        plain = {key: found for key, item in value.items() if isinstance(key, str) and (found := _weights(item))}
+        items = [(key, item) for key, item in value.items() if isinstance(key, str) and isinstance(item, dict)]
+        keyed = {key for key, item in items if any(inner in item for inner in KEYS + EMA_KEYS)}
+        every = ((key, _found(item, say, deepest - 1) if key in keyed else _weights(item)) for key, item in items)
+        plain = {key: found for key, found in every if found}
     chosen = plain or averaged
     if len(chosen) > 1:
         raise AdapterError(f"several sets of weights, under {_some(list(chosen))}: save only one of them")

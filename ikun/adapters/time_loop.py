@@ -53,8 +53,7 @@ class InTime(nn.Module):
     With the readout "none" the outputs are [N, T, K].
 
     Parameters and layers keep their names in the network. `train()` and `eval()` have no effect if the library is
-    known: spiking neurons stay in training mode, because some use their surrogate only there, and all other modules
-    stay in evaluation mode.
+    known: the modes stay as `hessian_tools.evaluation.evaluation_mode` sets them.
 
     Args:
         network: The network.
@@ -77,16 +76,19 @@ class InTime(nn.Module):
         vars(self)["network"] = network  # not registered as a submodule, which would prefix all names
         self._parameters, self._buffers, self._modules = network._parameters, network._buffers, network._modules
         self._non_persistent_buffers_set = network._non_persistent_buffers_set
-        self.train(network.training)
+
+    @property
+    def training(self) -> bool:
+        return bool(self.network.training)
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "network" in vars(self):  # not yet in the constructor of nn.Module
+            self.network.training = mode
 
     def train(self, mode: bool = True) -> InTime:
-        if self.live is None:  # the neurons are not known: obey, as `evaluation_mode` expects
+        if self.live is None:  # the neurons are not known: obey
             super().train(mode)
-            self.network.training = mode
-            return self
-        neurons = {id(m) for m in self.live(self.network)}
-        for module in [*self.modules(), self.network]:
-            module.training = id(module) in neurons
         return self
 
     def forward(self, x: Any, /) -> Tensor:

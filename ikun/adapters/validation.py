@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 
 from hessian_tools import nested
 from hessian_tools.checks import deterministic
 from hessian_tools.evaluation import observable
+from hessian_tools.function_check import found_functions, function_nodes
 from ikun.adapters.base import FAILURES, AdapterError, Library, arguments, run_forward
 from ikun.adapters.two_jet import Jet, Steeper
 from ikun.surrogate_check import DISTANCES, Spike, Verdict, check_neuron, first_line, trained_parameters
@@ -42,6 +42,8 @@ def try_network(model: nn.Module, x: Any) -> Tensor:
         raise AdapterError("the network has no parameter that requires a gradient")
     if not y.requires_grad:
         raise AdapterError("the outputs depend on no parameter: is a surrogate switched off, or a tensor detached?")
+    if y.is_complex():
+        raise AdapterError(f"the network's outputs are complex ({y.dtype}): return real numbers, such as their .abs()")
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(y.shape, generator=generator).to(y)
     directions = [torch.randn(p.shape, generator=generator).to(p) for p in parameters]
@@ -222,7 +224,7 @@ def _not_one_step(library: Library, call: Call, timed: bool) -> str:
         with torch.enable_grad():
             out: Any = call.module(x * 1)
         out = out[0] if isinstance(out, tuple) else out
-        nodes = _function_nodes(out, every=True)
+        nodes = function_nodes(out, every=True)
         if max(uses[0], *(sum(type(n) is kind for n in nodes) for kind in {type(n) for n in nodes}), 0) > 1:
             return "one call takes several time steps, or has several layers"
         flat = out.reshape(x.shape[0] * x.shape[1] if timed else x.shape[0], -1)
@@ -260,39 +262,12 @@ def coupled(model: nn.Module, x: Any) -> bool:
             found = torch.autograd.grad(y[ours].sum(), leaves, retain_graph=True, allow_unused=True)
         except RuntimeError:
             return False  # the tests of the derivatives say what fails
-        if any(g is not None and bool((g[theirs] != 0).any()) for g in found):
+        if any(g is not None and bool((g[theirs].nan_to_num(0.0) != 0).any()) for g in found):
             return True
     return False
 
 
 # ---------------------------------------------------------------- autograd functions, wherever they are called
-def found_functions(y: Tensor) -> set[type]:
-    """Return the classes of the nodes in the graph of y that are custom autograd functions."""
-    return {type(node) for node in _function_nodes(y)}
-
-
-def _own(node: Any) -> bool:
-    """Whether a node of a graph is an autograd function of this project."""
-    function = getattr(node, "_forward_cls", None)
-    return function is not None and function.__module__.partition(".")[0] in ("ikun", "hessian_tools")
-
-
-def _function_nodes(y: Tensor, every: bool = False) -> list[Any]:
-    """Return the nodes in the graph of y that are custom autograd functions, with or without those of this project."""
-    seen: set[Any] = set()
-    todo: list[Any] = [y.grad_fn]
-    found: list[Any] = []
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if (every or not _own(node)) and (isinstance(node, BackwardCFunction) or "CppNode" in node.name()):
-            found.append(node)
-        todo += [following for following, _ in node.next_functions]
-    return found
-
-
 def try_function(node: type, forward: Callable[[Any], Tensor], x: Any) -> tuple[str, Verdict]:
     """Check an autograd function, with the constants that the network passes to it.
 

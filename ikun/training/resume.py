@@ -27,7 +27,9 @@ def read_resume(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: If there is no such file, it is not a state, or the interrupted run had other settings.
     """
-    if not path.is_file():
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise CheckpointError(f"{path}: not a regular file: remove it and start again")
+    if not path.exists():
         raise CheckpointError(f"{path}: no interrupted run to resume: start a new one")
     state = read_plain(path)
     known = state.get("settings")

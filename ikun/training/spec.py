@@ -9,6 +9,7 @@ from ikun.initializers.names import INITIALIZERS, LAWS
 from ikun.losses import LOSSES
 
 LEAST_SCALE = 1e-12  # of alpha and gain, factors on the variance of float32 weights
+MOST_SNAPSHOTS = 100_000
 MOST_RATE = 1e30  # of the steps of float32 weights
 OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("cosine", "step", "none")
@@ -78,6 +79,8 @@ class TrainingSpec:
             raise ValueError(f"momentum must be at least 0 and below 1, not {self.momentum}")
         if self.epochs < 0 or self.batch_size < 1 or min(self.seed, self.patience, self.snapshots) < 0:
             raise ValueError("epochs, seed, patience and snapshots must be at least 0, and batch_size at least 1")
+        if self.seed >= 2**63 or self.snapshots > MOST_SNAPSHOTS:
+            raise ValueError(f"seed must be below 2^63, and snapshots at most {MOST_SNAPSHOTS:,}")
         if not all(loss > 0 and math.isfinite(loss) for loss in self.save_at_loss):
             raise ValueError(f"save_at_loss must be positive numbers, not {self.save_at_loss}")
         if len({f"{loss:g}" for loss in self.save_at_loss}) < len(self.save_at_loss):

@@ -97,6 +97,7 @@ def keep_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number
+            os.set_inheritable(number, True)  # for the workers of a study
     if sys.stdout is None:
         sys.stdout = _stream(1)
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"

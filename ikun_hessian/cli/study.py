@@ -23,7 +23,7 @@ from ikun_hessian.experiments.grid import run_grid
 from ikun_hessian.experiments.preset import Analysis, Preset, PresetError
 from ikun_hessian.experiments.selection import parse_condition
 from ikun_hessian.jobs.device import half_of_the_memory, pick
-from ikun_hessian.jobs.options import DATA_DIR, DEVICE
+from ikun_hessian.jobs.options import DATA_DIR, DEVICE, MOST_MEMORY, Option
 
 if TYPE_CHECKING:
     from ikun_hessian.experiments.plan import StudyPlan
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 PUBLISHED = Analysis(
     "spectrum", "final", "published", {"samples": 1, "split": "test", "density": False, "magnitude": 50}
 )
+MEMORY = Option(
+    "memory", float, None, "Memory per run in GiB [default: half of the memory, divided by --jobs].", positive=True,
+    most=MOST_MEMORY,
+)  # fmt: skip
 TEMPORARIES = r"study\.json|tables\.md|(compare|robustness)\.csv"
 DRAWN = r".+\.(png|pdf|csv)"
 
@@ -52,11 +56,7 @@ DRAWN = r".+\.(png|pdf|csv)"
     default=None,
     help="Also compute the spectrum on one test image, as the paper's code does [default: what the preset says].",
 )
-@click.option(
-    "--memory",
-    type=click.FloatRange(0, min_open=True),
-    help="Memory per run in GiB [default: half of the memory, divided by --jobs].",
-)
+@options(MEMORY)
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change a key of the preset. Repeatable.")
 @click.option("--dry-run", is_flag=True, help="Show what would run and what is already done.")
 @click.option("--force", is_flag=True, help="Redo results of other settings, and allow more than 1000 runs.")

@@ -71,8 +71,8 @@ class Unit:
         from ikun.training.log import loss_path
 
         if moment == "loss":
-            return [p for p in (loss_path(self.checkpoint, x) for x in self.training.save_at_loss) if p.exists()]
-        return sorted(self.runs.glob(f"{self.name}.epoch[0-9][0-9][0-9][0-9].pt"))
+            return [p for p in (loss_path(self.checkpoint, x) for x in self.training.save_at_loss) if p.is_file()]
+        return sorted(p for p in self.runs.glob(f"{self.name}.epoch[0-9][0-9][0-9][0-9].pt") if p.is_file())
 
     def stems(self) -> Iterator[tuple[Step, Path, Path]]:
         """Yield every analysis with its checkpoint and the path of its result without ending."""
@@ -93,7 +93,7 @@ class Unit:
         return found if isinstance(found, dict) else {}
 
     def trained(self) -> bool:
-        return self.checkpoint.exists() and self.description().get("finished") is True
+        return self.checkpoint.is_file() and self.description().get("finished") is True
 
     def diverged(self) -> bool:
         """Return whether the training ended in NaN. The last finite weights are then not a minimum to measure."""
@@ -119,9 +119,11 @@ class Unit:
     def progress(self) -> float:
         """Return the fraction of finished work according to the files. Training and analyses count half each."""
         if not self.trained():
+            from hessian_tools.io.json import ResultError, read_text
+
             try:
-                epochs = self.checkpoint.with_suffix(".train.jsonl").read_bytes().count(b"\n")
-            except OSError:
+                epochs = read_text(self.checkpoint.with_suffix(".train.jsonl")).count("\n")
+            except ResultError:
                 return 0.0
             return 0.5 * min(1.0, epochs / max(1, self.training.epochs))
         results = [Path(f"{stem}.json").exists() for _, _, stem in self.stems()]

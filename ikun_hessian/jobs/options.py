@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from ikun.adapters.choices import LIBRARIES, READOUTS
 
+LARGEST = 2**63 - 1  # the largest integer that torch and the result files hold
+MOST_MEMORY = 2.0**30  # GiB
 _NUMBERS = {int: "integer", float: "float"}
 
 
@@ -38,6 +40,8 @@ class Option:
         opposite: Name of the flag that sets the value to False.
         metavar: Placeholder of the value in the help.
         positive: Whether the value must be larger than 0.
+        least: Smallest value that is accepted; None for any.
+        most: Largest value that is accepted; None for any.
         path: Which kind of existing path is accepted.
         preset: Whether a preset may set the option. Studies set the others themselves.
     """
@@ -52,6 +56,8 @@ class Option:
     opposite: str = ""
     metavar: str | None = None
     positive: bool = False
+    least: float | None = None
+    most: float | None = None
     path: Literal["any", "file", "folder"] = "any"
     preset: bool = True
 
@@ -61,9 +67,16 @@ class Option:
         return self.renamed or self.name.replace("-", "_")
 
     def check(self, value: Any) -> None:
-        """Raise OptionError if a value that must be positive is not."""
-        if self.positive and value is not None and not value > 0:
-            raise OptionError(f"{self.name} must be positive, not {value:g}")
+        """Raise OptionError if a value is not in the range of the option, or an integer has more than 64 bits."""
+        for one in value if isinstance(value, tuple) else [] if value is None else [value]:
+            if self.kind is int and abs(one) > LARGEST:
+                raise OptionError(f"{self.name} must be at most 2^63 - 1 in size: give a smaller number")
+            if self.positive and not one > 0:
+                raise OptionError(f"{self.name} must be positive, not {one:g}")
+            if self.least is not None and not one >= self.least:
+                raise OptionError(f"{self.name} must be at least {self.least:g}, not {one:g}")
+            if self.most is not None and not one <= self.most:
+                raise OptionError(f"{self.name} must be at most {self.most:g}, not {one:g}")
 
 
 def read_options(table: Iterable[Option], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,7 +159,7 @@ OPENING = (  # how to open a checkpoint, and on which data
     Option(
         "memory", float, None,
         "Memory in GiB for kept intermediate values and eigenvectors [default: half of the memory].",
-        positive=True, preset=False,
+        positive=True, most=MOST_MEMORY, preset=False,
     ),
     DATA_DIR,
     DEVICE,
@@ -188,7 +201,7 @@ OWN = (  # a network of the user's own: the fields of jobs.job.Own
 )  # fmt: skip
 
 RESULTS = (  # where the results of an analysis go
-    Option("seed", int, 0, "Random seed.", preset=False),
+    Option("seed", int, 0, "Random seed.", least=0, preset=False),
     Option("out", Path, None, "Folder for results [default: that of the checkpoint].", path="folder", preset=False),
     Option("tag", help="Part of the names of the results, to keep results of several settings.", preset=False),
     Option(
@@ -259,7 +272,7 @@ TRAIN = (
     Option("patience", int, 0, "Stop after this many epochs without a lower held-out loss; 0 trains all epochs."),
     Option("held-out", int, 0, "Training samples held out for --patience [default with --patience: 10%]."),
     Option("subset", int, None, "Number of training samples [default: all]."),
-    Option("seed", int, 42, "Random seed.", preset=False),
+    Option("seed", int, 42, "Random seed.", least=0, preset=False),
     Option("snapshots", int, 0, "Number of checkpoints saved during training."),
     Option(
         "save-at-loss", float, (),

@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import random
 import re
 import sys
@@ -99,8 +100,9 @@ def readable(what: str, passed: type[Exception] = UsageError) -> Iterator[None]:
         passed: Errors of this class are not changed.
 
     Raises:
-        UsageError: If the user's code raises any other error.
+        UsageError: If the user's code raises any other error, or changes the working directory.
     """
+    folder = Path.cwd()
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -108,6 +110,9 @@ def readable(what: str, passed: type[Exception] = UsageError) -> Iterator[None]:
         if isinstance(error, UsageError | passed):
             raise
         raise UsageError(f"{what}: {told(error)}") from error
+    if (now := Path.cwd()) != folder:  # results would be written there
+        os.chdir(folder)
+        raise UsageError(f"{what}: it changed the working directory to {now}: leave that out, and use absolute paths")
 
 
 def told(error: BaseException) -> str:

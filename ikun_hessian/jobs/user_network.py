@@ -71,6 +71,7 @@ def open_own(path: Path, own: Own, *, samples: str, surrogate: str | None, memor
     import torch
 
     from hessian_tools import nested
+    from hessian_tools.perturbation import class_count
     from ikun.adapters.summary import described
     from ikun.surrogates import Surrogate
 
@@ -112,6 +113,7 @@ def open_own(path: Path, own: Own, *, samples: str, surrogate: str | None, memor
         "replacement": str(analysed or instead or "") or None,
         "trained_surrogate": trained,
         "dt": own.dt,
+        "classes": class_count(y),
     }
     leaves = [*nested.tensors(x), y]
     parts = [t.contiguous().flatten().view(torch.uint8).numpy() for t in leaves]
@@ -162,7 +164,10 @@ def _built(path: Path, own: Own, model: str) -> Build:
 
     if own.dt is not None:
         raise UsageError("--dt is only for .nir files: leave it out")
-    network = called("--model", model, load_function("--model", model))
+    function = load_function("--model", model)
+    if isinstance(function, nn.Module):
+        raise UsageError(f"--model {model}: it is a network: give a function or class without arguments that makes one")
+    network = called("--model", model, function)
     if not isinstance(network, nn.Module):
         raise UsageError(f"--model {model}: returned a {type(network).__name__}, but a torch.nn.Module is needed")
     notes: list[str] = []
@@ -221,9 +226,9 @@ def _nir(path: Path, own: Own) -> Build:
 def _targets(loss: str, y: Tensor, adapted: Adapted, x: Any) -> Tensor:
     """Check that targets fit the network's outputs.
 
-    Labels [N] are converted to long. Targets of the shape of the outputs, one-hot or of a regression, are converted to
-    floating point; for cross-entropy their rows must be probabilities. The targets of a loss of the user's are not
-    checked.
+    Labels [N] are converted to long, and so are labels [N, ...] of outputs [N, K, ...] for cross-entropy. Targets of
+    the shape of the outputs, one-hot or of a regression, are converted to floating point; for cross-entropy they must
+    be probabilities along K. The targets of a loss of the user's are not checked.
     """
     if _weight(loss) is not None:
         loss = "tet"
@@ -235,27 +240,36 @@ def _targets(loss: str, y: Tensor, adapted: Adapted, x: Any) -> Tensor:
         raise UsageError("--loss ce needs one output per sample: with --readout none give tet or module:function")
     if loss == "mse" and y.is_floating_point() and y.dim() == 1 and shape == [len(y), 1]:
         return y[:, None]
-    if list(y.shape) == shape and y.dim() > 1 and not y.is_complex() and loss != "tet":
+    if loss == "mse" and y.is_floating_point() and list(y.shape) == [*shape, 1]:
+        return y[:, 0]
+    if list(y.shape) == shape and (y.dim() > 1 or loss == "mse") and not y.is_complex() and loss != "tet":
         y = y if y.is_floating_point() else y.float()
-        if loss == "ce" and (y.dim() != 2 or bool((y < 0).any() or ((y.sum(1) - 1).abs() > 1e-3).any())):
+        if loss == "ce" and bool((y < 0).any() or ((y.sum(1) - 1).abs() > 1e-3).any()):
             raise UsageError("--loss ce needs labels [N], or targets [N, K] whose rows are probabilities")
         return y
-    if y.dim() != 1 or y.is_floating_point() or y.is_complex() or str(y.dtype) == "torch.bool":
+    labels = [shape[0], *shape[2:]] if loss == "ce" and len(shape) > 1 else shape[:1]  # one per pixel or step
+    wrong = y.is_floating_point() or y.is_complex() or str(y.dtype) == "torch.bool"
+    if wrong or list(y.shape) not in (labels, shape[:1]):
         raise UsageError(
-            f"--loss {loss} needs labels [N] of whole numbers, not {kind_text(y)}: return such labels, targets of the "
-            f"outputs' shape {shape}, or give --loss module:function"
+            f"--loss {loss} needs labels {'[N]' if len(labels) == 1 else labels} of whole numbers, not {kind_text(y)}: "
+            f"return such labels, targets of the outputs' shape {shape}, or give --loss module:function"
         )
-    if len(shape) != (3 if loss == "tet" else 2):
-        needed = "[N, T, K]" if loss == "tet" else "[N, K]"
-        cure = "give --readout none" if loss == "tet" else "give targets of that shape" if over_time else ""
+    if loss == "tet" and len(shape) != 3:
         raise UsageError(
-            f"--loss {loss} needs outputs {needed}, but those of the network are [N, {str(shape[1:])[1:]}"
-            f"{cure and ': ' + cure}"
+            f"--loss tet needs outputs [N, T, K], but those of the network are [N, {str(shape[1:])[1:]}: "
+            "give --readout none"
         )
+    if len(shape) == 1 or (loss != "tet" and len(shape) > 2 and y.dim() == 1):
+        needed = f", or labels {labels}" if len(labels) > 1 else ""
+        cure = ": give targets of that shape" if over_time else ""
+        raise UsageError(
+            f"--loss {loss} needs outputs [N, K]{needed}, but those of the network are [N, {str(shape[1:])[1:]}{cure}"
+        )
+    classes = shape[-1] if loss == "tet" else shape[1]
     low, high = int(y.min()), int(y.max())
-    if low < 0 or high >= shape[-1]:
+    if low < 0 or high >= classes:
         raise UsageError(
-            f"labels must be from 0 to {shape[-1] - 1} for {shape[-1]} outputs, but some are {low if low < 0 else high}"
+            f"labels must be from 0 to {classes - 1} for {classes} outputs, but some are {low if low < 0 else high}"
         )
     return y.long()
 

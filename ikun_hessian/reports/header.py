@@ -15,7 +15,8 @@ from ikun_hessian.reports.text import field, warning
 
 def not_learned(result: SpectrumResult | FlatnessResult) -> list[str]:
     """Return the lines that say that a network has not learned its task; no lines if it has."""
-    text = learned_nothing(result.accuracy, result.loss, result.network.get("classes"), result.activity)
+    classes = result.network.get("classes") or result.data.get("classes")
+    text = learned_nothing(result.accuracy, result.loss, classes, result.activity)
     return [*warning(text), ""] if text else []
 
 

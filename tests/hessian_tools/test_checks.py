@@ -97,6 +97,30 @@ def test_coupling_between_samples_is_refused(name: str, size: int) -> None:
         objective(COUPLED[name], size=size)
 
 
+@pytest.mark.parametrize("size", [None, 5, 24])
+def test_coupling_in_large_batches_only_is_refused(size: int | None) -> None:
+    model = changed(lambda m, x: Core.forward(m, x - (x.mean(0) if len(x) > 16 else 0)))
+    with pytest.raises(ObjectiveError, match="depends on the others"):
+        make_objective(model, F.cross_entropy, (X, Y), batch_size=size)
+
+
+@pytest.mark.parametrize("large", [1e3, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_outputs_do_not_hide_coupling_of_others(large: float, dtype: torch.dtype) -> None:
+    def beside(m: Core, x: Tensor, couple: float) -> Tensor:
+        o = Core.forward(m, x)
+        return torch.cat([o - couple * o.mean(0), torch.full_like(o[:, :1], large)], 1)
+
+    def loss(o: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(o[:, :3], y)
+
+    with pytest.raises(ObjectiveError, match="depends on the others"):
+        make_objective(changed(lambda m, x: beside(m, x, 1.0)), loss, (X, Y), dtype=dtype)
+    made = make_objective(changed(lambda m, x: beside(m, x, 0.0)), loss, (X, Y), dtype=dtype, batch_size=7)
+    wanted = reference(Core(), F.cross_entropy)
+    assert (dense(hessian(made)) - wanted).norm() <= (1e-10 if dtype == torch.float64 else 1e-5) * wanted.norm()
+
+
 def test_the_last_samples_count_too() -> None:
     x = X.clone()
     x[12:, 0] += 50
@@ -111,6 +135,7 @@ RANDOM = {
     "bernoulli": changed(lambda m, x: Core.forward(m, x * torch.bernoulli(torch.full_like(x, 0.9)))),
     "poisson": changed(lambda m, x: Core.forward(m, torch.poisson(x.abs()))),
     "permutation": changed(lambda m, x: Core.forward(m, x[:, torch.randperm(5)])),
+    "only with gradients": changed(lambda m, x: Core.forward(m, F.dropout(x, 0.5, torch.is_grad_enabled()))),
     "seeded noise": changed(lambda m, x: (torch.manual_seed(0), Core.forward(m, x + torch.randn_like(x)))[1]),
 }
 
@@ -151,6 +176,86 @@ def test_a_forward_that_changes_its_weights_is_refused() -> None:
         objective(changed(shrink))
 
 
+def test_a_forward_that_changes_its_weights_later_is_refused() -> None:
+    calls = [0]
+
+    def shrink(model: Core, x: Tensor) -> Tensor:
+        calls[0] += 1
+        if calls[0] > 34:
+            with torch.no_grad():
+                model.a.weight.mul_(0.9)
+        return Core.forward(model, x)
+
+    op = hessian(objective(changed(shrink), size=1), memory=0)
+    with pytest.raises(ObjectiveError, match="changes the network's parameters"):
+        op @ torch.ones(op.shape[0], 2)
+
+
+@pytest.mark.parametrize("change", [lambda x: x.clamp_(-1, 1), lambda x: x.div_(2), F.relu_])
+def test_a_forward_that_writes_into_its_inputs_is_refused(change: Callable[[Tensor], Tensor]) -> None:
+    before = X.clone()
+    with pytest.raises(ObjectiveError, match="changes its inputs in place"):
+        objective(changed(lambda m, x: Core.forward(m, change(x))))
+    assert torch.equal(X, before)
+
+
+class Complex(nn.Module):
+    """A network with complex numbers: as a parameter, as a constant, in a transform, or as the output."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.a, self.b = kind, nn.Linear(5, 4), nn.Linear(4, 3)
+        matrix = torch.randn(4, 4, dtype=torch.complex64)
+        if kind == "parameter":
+            self.matrix = nn.Parameter(matrix)
+        elif kind == "constant":
+            self.register_buffer("matrix", matrix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x.real if x.is_complex() else x)
+        if self.kind == "transform":
+            h = torch.fft.fft(h).abs()
+        elif self.kind in ("parameter", "constant"):
+            h = (h.to(self.matrix.dtype) @ self.matrix).abs().to(h.dtype)
+        out: Tensor = self.b(h)
+        return torch.complex(out, out) if self.kind == "output" else out
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("parameter", "parameter 'matrix' is complex"), ("input", "inputs are complex"), ("output", "complex64 tensor")],
+)
+def test_complex_numbers_are_refused_in_words(kind: str, words: str) -> None:
+    x = X.to(torch.complex64) if kind == "input" else X
+    with pytest.raises(ObjectiveError, match=words):
+        make_objective(Complex(kind), F.cross_entropy, (x, Y))
+
+
+@pytest.mark.parametrize("kind", ["constant", "transform", "parameter"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_real_outputs_of_complex_insides_have_their_hessian(kind: str, dtype: torch.dtype) -> None:
+    model = Complex(kind)
+    made = make_objective(model, F.cross_entropy, (X, Y), dtype=dtype, params="a.*,b.*", batch_size=7)
+    if kind == "parameter":
+        model.matrix.requires_grad_(False)
+    wanted = reference(model, F.cross_entropy)
+    tolerance = 1e-6 if kind in ("constant", "parameter") or dtype == torch.float32 else 1e-10
+    assert (dense(hessian(made)) - wanted).norm() <= tolerance * wanted.norm()
+
+
+def test_a_model_that_differentiates_in_its_forward_pass_is_checked() -> None:
+    def potential(model: Core, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(Core.forward(model, x).square().sum(), x, create_graph=True)
+        return slope[:, :3]
+
+    make_objective(changed(potential), F.cross_entropy, (X, Y))
+    with pytest.raises(ObjectiveError, match="depends on the others"):
+        make_objective(changed(lambda m, x: potential(m, x - x.mean(0))), F.cross_entropy, (X, Y))
+
+
 class StochasticDepth(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.empty(len(x), 1).bernoulli_(0.8) / 0.8 if self.training else x
@@ -185,21 +290,6 @@ def test_everything_is_evaluated(name: str, size: int) -> None:
     found = dense(hessian(make_objective(model, F.cross_entropy, (X, Y), batch_size=size, dtype=torch.float64)))
     expected = reference(model, F.cross_entropy)
     assert (found - expected).norm() <= 1e-10 * expected.norm()
-
-
-def test_spiking_neurons_stay_in_training_mode() -> None:
-    class BaseNode(nn.Module):  # by the name of the class, as SpikingJelly's
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.BatchNorm1d(4)
-
-    model = nn.Sequential(nn.Linear(5, 4), BaseNode(), nn.Dropout())
-    made = make_objective(nn.Sequential(nn.Linear(5, 3), nn.Sequential()), F.cross_entropy, (X, Y)).model
-    assert not made.training
-    from hessian_tools.evaluation import evaluation_mode
-
-    evaluation_mode(model)
-    assert [m.training for m in (model[0], model[1], model[1].norm, model[2])] == [False, True, False, False]
 
 
 WEIGHTS = torch.tensor([0.1, 1.0, 5.0])

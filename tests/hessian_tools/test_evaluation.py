@@ -34,12 +34,16 @@ class Attention(nn.Module):
         return out
 
 
-def by_double_backward(model: nn.Module) -> Tensor:
+def by_double_backward(
+    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, training: list[bool] | None = None
+) -> Tensor:
     model = copy.deepcopy(model).double().eval()
+    for child, mode in zip(model.children(), training or [], strict=False):
+        child.training = mode
     parameters = [p for p in model.parameters() if p.requires_grad]
     with sdpa_kernel(SDPBackend.MATH):
-        loss = F.cross_entropy(model(X.double()), Y)
-    gradient = torch.autograd.grad(loss, parameters, create_graph=True)
+        value = loss(model(X.double()), Y)
+    gradient = torch.autograd.grad(value, parameters, create_graph=True)
     flat = torch.cat([g.reshape(-1) for g in gradient])
     rows = [torch.autograd.grad(g, parameters, retain_graph=True) for g in flat]
     return torch.stack([torch.cat([r.reshape(-1) for r in row]) for row in rows])
@@ -108,21 +112,96 @@ def test_modules_that_hold_tensors_with_a_graph_are_copied(change: Callable[[nn.
     assert torch.isfinite(found).all()
 
 
-def test_evaluation_mode_leaves_spiking_neurons_in_training_mode() -> None:
-    class BaseNode(nn.Module):  # recognized by the name of the class, as SpikingJelly's neurons are
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.BatchNorm1d(4)
+class Step(torch.autograd.Function):
+    """A spike with the surrogate gradient of a sigmoid."""
 
-    class Own(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.surrogate_function = torch.sigmoid
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return (x > 0).to(x)
 
-    model = nn.Sequential(nn.Linear(5, 4), BaseNode(), Own(), nn.Dropout())
-    evaluation_mode(model)
-    modes = [m.training for m in (model[0], model[1], model[1].norm, model[2], model[3])]
-    assert modes == [False, True, False, True, False]
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        (x,) = ctx.saved_tensors
+        return g * torch.sigmoid(x) * (1 - torch.sigmoid(x))
+
+
+class Switched(nn.Module):
+    """A neuron whose surrogate is off in evaluation mode, and which normalizes its membrane."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.surrogate_function, self.norm = Step.apply, nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        out: Tensor = self.surrogate_function(h) if self.training else (h > 0).to(x)
+        return out
+
+
+class Neuron(nn.Module):
+    """A network with the name of a neuron."""
+
+    def __init__(self, change: Callable[[Neuron, Tensor], Tensor], inner: nn.Module | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.n, self.b = nn.Linear(6, 4), inner or nn.Tanh(), nn.Linear(4, 3)
+        self.spike_grad, self.change = torch.tanh, change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self, self.b(self.n(self.a(x))))
+
+
+class SNN(Neuron):
+    """The same with another name, and a BatchNorm of its own that changes a buffer in training mode."""
+
+    def __init__(self, change: Callable[[Neuron, Tensor], Tensor], inner: nn.Module | None = None) -> None:
+        super().__init__(change, inner)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+            x = x - x.mean(0)
+        return super().forward(x)
+
+
+CHANGES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "scale": lambda m, o: o if m.training else 3 * o,
+    "dropout": lambda m, o: F.dropout(o, 0.5, m.training),
+    "noise": lambda m, o: o + torch.randn_like(o) if m.training else o,
+    "batch mean": lambda m, o: o - o.mean(0) if m.training else o,
+    "head": lambda m, o: torch.cat([o, o], 1) if m.training else o,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", [Neuron, SNN])
+@pytest.mark.parametrize("live", [False, True])
+def test_only_modules_whose_surrogate_is_off_in_evaluation_mode_stay_in_training_mode(
+    change: str, kind: type[Neuron], live: bool
+) -> None:
+    model = kind(CHANGES[change], Switched() if live else None).train()
+    made = make_objective(model, F.cross_entropy, (X, Y), dtype=torch.float64, batch_size=7)
+    copied = made.model
+    assert [m.training for m in (copied, copied.a, copied.n, copied.b)] == [False, False, live, False]
+    assert not live or not copied.n.norm.training  # type: ignore[union-attr]
+    assert not float(getattr(copied, "calls", 0.0))
+    same = copy.deepcopy(model).double().eval()
+    same.n.training = live
+    expected = nn.Sequential(same.a, same.n, same.b)
+    factor = 3 if change == "scale" else 1
+    found = dense(hessian(made))
+    wanted = by_double_backward(expected, lambda o, y: F.cross_entropy(factor * o, y), [False, live, False])
+    assert (found - wanted).norm() <= 1e-10 * wanted.norm()
+
+
+def test_trying_the_modes_draws_no_random_numbers_and_leaves_the_model() -> None:
+    model = SNN(CHANGES["noise"], Switched())
+    before, weights = torch.get_rng_state(), copy.deepcopy(model.state_dict())
+    evaluation_mode(model, lambda tried: tried(X))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 # ---------------------------------------------------------------- losses with tensors of their own

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from objectives import spiking_network
 from torch import Tensor, nn
 
@@ -19,8 +22,9 @@ from hessian_tools.analysis.sampling_error import grouped
 from hessian_tools.analysis.settings import SpectrumSettings
 from hessian_tools.analysis.spectrum import spectrum
 from hessian_tools.chain import segments
-from hessian_tools.objective import Objective, Streamed, make_objective
+from hessian_tools.objective import Loss, Objective, Streamed, make_objective
 from hessian_tools.operators import curvature as operators
+from hessian_tools.operators.base import dense
 from hessian_tools.operators.curvature import _linearize_hessian, ggn, hessian
 from hessian_tools.perturbation import accuracy, mean_loss, outputs_at
 from ikun.losses import LOSSES
@@ -306,3 +310,99 @@ def test_streamed_inputs_are_cast_and_mismatches_refused() -> None:
         make_objective(o.model, o.loss, (inputs, torch.zeros(SAMPLES - 1, dtype=torch.int64)))
     with pytest.raises(ValueError, match="no samples"):
         make_objective(o.model, o.loss, (CountingInputs(torch.zeros(0, 1, 4, 4)), torch.zeros(0, dtype=torch.int64)))
+
+
+# ---------------------------------------------------------------- contexts, lengths and empty parameters
+def dense_reference(model: nn.Module, data: Sequence[tuple[Tensor, Tensor]], loss: Loss) -> Tensor:
+    """The Hessian of the mean loss in float64, sample by sample."""
+    model = copy.deepcopy(model).double().eval()
+    parameters = [p for p in model.parameters() if p.numel()]
+    samples = [(x[i : i + 1], y[i : i + 1]) for x, y in data for i in range(len(y))]
+    losses = [loss(model(x.double() if x.is_floating_point() else x), y) for x, y in samples]
+    gradient = torch.autograd.grad(torch.stack(losses).mean(), parameters, create_graph=True)
+    rows = [torch.autograd.grad(g, parameters, retain_graph=True) for g in torch.cat([g.reshape(-1) for g in gradient])]
+    return torch.stack([torch.cat([r.reshape(-1) for r in row]) for row in rows])
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("inside", [False, True])
+def test_curvature_inside_contexts_without_gradients(context: Callable[[], Any], inside: bool) -> None:
+    """The gradient was 0 and the Hessian failed there. With `inside`, the model and the data are made there too."""
+
+    def made() -> tuple[nn.Module, Tensor, Tensor]:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(12, 5), torch.arange(12) % 3
+
+    model, x, y = made()
+    wanted = dense_reference(model, [(x, y)], F.cross_entropy)
+    slope = make_objective(model, F.cross_entropy, (x, y), dtype=torch.float64).value_and_gradient()[1]
+    with context():
+        model, x, y = made() if inside else (model, x, y)
+        objective = make_objective(model, F.cross_entropy, (x, y), dtype=torch.float64, batch_size=5)
+        assert (objective.value_and_gradient()[1] - slope).norm() <= 1e-12 * slope.norm()
+        assert slope.norm() > 0.01
+        for factory in (hessian, ggn):
+            op = factory(objective)
+            assert (dense(op) - dense(op).T).abs().max() < 1e-12
+        assert (dense(hessian(objective)) - wanted).norm() <= 1e-12 * wanted.norm()
+        settings = SpectrumSettings(top=1, smallest=1, density=False)
+        found = spectrum(objective, settings).spectra["hessian"].eigenvalues[0]
+        assert abs(found.value - float(torch.linalg.eigvalsh(wanted)[-1])) <= found.residual + 1e-12
+
+
+class Words(nn.Module):
+    """A network for sequences of any length, with one output per sample or per word."""
+
+    def __init__(self, each: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.each = nn.Embedding(7, 3), nn.Linear(3, 7), each
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        out: Tensor = self.b(h if self.each else h.mean(1))
+        return out
+
+
+def by_word(o: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(o.flatten(0, 1), y.flatten(), reduction="none").view(y.shape).mean()
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("size", [None, 5])
+def test_batches_of_different_lengths(each: bool, size: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randint(7, (n, length), generator=generator) for n, length in ((8, 5), (12, 3), (6, 5))]
+    data = [(x, x if each else x[:, 0]) for x in inputs]
+    loss = by_word if each else F.cross_entropy
+    model = Words(each)
+    wanted = dense_reference(model, data, loss)
+    objective = make_objective(model, loss, data, dtype=torch.float64, batch_size=size)
+    assert (dense(hessian(objective)) - wanted).norm() <= 1e-12 * wanted.norm()
+    parts = torch.randperm(26, generator=generator).split(7)
+    regrouped = objective.regrouped(parts)
+    assert regrouped.samples == 26
+    assert sum(regrouped.parts) == len(regrouped.batches) > len(parts)
+    assert (dense(hessian(regrouped)) - wanted).norm() <= 1e-12 * wanted.norm()
+    v = torch.randn(objective.size, 1, dtype=torch.float64, generator=generator)
+    (forms,), counts = hessian(regrouped).batch_forms(v)
+    assert counts.tolist() == [len(part) for part in parts]
+    samples = [(x[i : i + 1], y[i : i + 1]) for x, y in data for i in range(len(y))]
+    for part, form in zip(parts, forms, strict=True):
+        own = dense_reference(model, [samples[i] for i in part], loss)
+        assert float((form - v.T @ own @ v).abs()) <= 1e-12
+    found = spectrum(objective, SpectrumSettings(top=1, smallest=0, density=False)).spectra["hessian"].eigenvalues[0]
+    assert abs(found.value - float(torch.linalg.eigvalsh(wanted)[-1])) <= found.residual + 1e-12
+    assert found.data_stderr > 0 or found.data_stderr_least > 0
+
+
+def test_parameters_without_entries_are_left_out() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3)
+    model.none = nn.Parameter(torch.zeros(0, 3))
+    x, y = torch.randn(12, 5), torch.arange(12) % 3
+    objective = make_objective(model, F.cross_entropy, (x, y))
+    assert list(objective.parameters) == ["weight", "bias"]
+    wanted = dense_reference(model, [(x, y)], F.cross_entropy)
+    found = spectrum(objective, SpectrumSettings(top=1, smallest=0)).spectra["hessian"].eigenvalues[0]
+    assert abs(found.value - float(torch.linalg.eigvalsh(wanted)[-1])) <= found.residual

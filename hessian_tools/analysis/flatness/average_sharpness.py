@@ -15,6 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from hessian_tools.analysis.flatness.settings import DRAWS, LPF_SIGMA, RADIUS
+from hessian_tools.evaluation import differentiable
 from hessian_tools.linalg import trace
 from hessian_tools.objective import Objective
 from hessian_tools.perturbation import (
@@ -141,6 +142,7 @@ def over_draws(values: Tensor) -> NoiseEstimate:
     return NoiseEstimate(pairs.estimate, pairs.stderr, pairs.ci95, data, draws)
 
 
+@differentiable
 def average_sharpness(
     objective: Objective,
     radius: float = RADIUS,
@@ -175,6 +177,7 @@ def average_sharpness(
     return over_draws(losses - at)
 
 
+@differentiable
 def smoothed_loss(
     objective: Objective,
     sigma: float = LPF_SIGMA,
@@ -208,6 +211,7 @@ def smoothed_loss(
     return over_draws(draw_losses(objective, sigma, kind=kind, draws=draws, seed=seed, progress=progress)[0])
 
 
+@differentiable
 def pac_bayes_sigma(
     objective: Objective,
     drop: float = 0.1,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hessian_tools.analysis.flatness.average_sharpness import PassProgress, outputs_at_weights
+from hessian_tools.evaluation import differentiable
 from hessian_tools.objective import Objective
 from hessian_tools.perturbation import mean_loss, outputs_at, targets
 
@@ -38,6 +39,7 @@ class CriticalSharpness:
     passes: int
 
 
+@differentiable
 def critical_sharpness(
     objective: Objective, gradient: Tensor, *, progress: PassProgress | None = None
 ) -> CriticalSharpness:

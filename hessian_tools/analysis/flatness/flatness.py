@@ -23,6 +23,7 @@ from hessian_tools.analysis.flatness.settings import FlatnessSettings
 from hessian_tools.analysis.flatness.worst_case import SEARCHES
 from hessian_tools.analysis.flatness.worst_case import STEPS as ASCENT
 from hessian_tools.analysis.settings import PROBES, STEPS, SpectrumSettings
+from hessian_tools.evaluation import differentiable
 from hessian_tools.io.json import clean
 from hessian_tools.io.versions import versions
 from hessian_tools.nonfinite import first_not_finite
@@ -35,6 +36,7 @@ from hessian_tools.results.flatness import Metric as Metric
 from hessian_tools.resume import Phases
 
 
+@differentiable
 def flatness(
     objective: Objective,
     settings: FlatnessSettings | None = None,

@@ -7,7 +7,6 @@ complements it.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hessian_tools.analysis.sampling_error import standard_error
+from hessian_tools.evaluation import copy_model, differentiable
 from hessian_tools.objective import Objective
 from hessian_tools.perturbation import mean_loss, noise, noise_scales, outputs_at
 from hessian_tools.seeding import stream
@@ -85,7 +85,7 @@ def at(objective: Objective, w: Tensor) -> Objective:
     """Return the objective at other weights [P], with its own copy of the model."""
     if objective.reset is not None:
         objective.reset(objective.model)  # a state with an autograd graph cannot be copied
-    model = copy.deepcopy(objective.model)
+    model = copy_model(objective.model)
     named = dict(model.named_parameters())
     parameters: dict[str, Tensor] = {name: named[name] for name in objective.parameters}
     with torch.no_grad():
@@ -94,6 +94,7 @@ def at(objective: Objective, w: Tensor) -> Objective:
     return replace(objective, model=model, parameters=parameters)
 
 
+@differentiable
 def sam_sharpness(objective: Objective, rho: float) -> SamSharpness:
     """Compute L(w + rho g / ||g||) - L(w), with the surrogate gradient g and the true loss L (Foret et al. 2021).
 
@@ -112,6 +113,7 @@ def sam_sharpness(objective: Objective, rho: float) -> SamSharpness:
     return _sam(objective, rho, [torch.arange(objective.samples)])
 
 
+@differentiable
 def m_sharpness(objective: Objective, rho: float, m: int, seed: int = 0) -> SamSharpness:
     """Compute the mean of `sam_sharpness` over disjoint batches of m samples (Foret et al. 2021).
 
@@ -154,6 +156,7 @@ def _sam(objective: Objective, rho: float, parts: Sequence[Tensor]) -> SamSharpn
     return SamSharpness(mean, float(standard_error(values, counts)), rho, len(parts[0]), len(parts), without)
 
 
+@differentiable
 def worst_case(
     objective: Objective,
     rho: float,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from hessian_tools.analysis.settings import SpectrumSettings
 from hessian_tools.analysis.spectrum import spectrum
 from hessian_tools.analysis.warnings import learned_nothing
 from hessian_tools.objective import make_objective
-from hessian_tools.perturbation import count_correct
+from hessian_tools.perturbation import class_count, count_correct
 from hessian_tools.results.spectrum import SpectrumResult
 
 FIRING = {"spike1": {"dead": 0.2}, "spike2": {"dead": 0.0}}
@@ -29,6 +31,8 @@ FIRING = {"spike1": {"dead": 0.2}, "spike2": {"dead": 0.0}}
         (0.19, 0.1, 10, {}, "not learned"),
         (0.9, math.nan, 10, {}, "diverged"),
         (0.5, 0.1, None, {}, ""),
+        (0.9, 0.1, 2, {}, ""),  # below twice that of guessing, like every accuracy
+        (0.6, 0.1, 2, {}, "not learned"),
         (0.95, 0.1, 10, {"spike1": {"dead": 1.0}}, "never fires"),
     ],
 )
@@ -121,3 +125,74 @@ def test_a_fitted_network_is_analysed_in_float32() -> None:
         a, b = (r.spectra[name].eigenvalues[0] for r in (narrow, wide))
         assert abs(a.value - b.value) <= 1e-5 * b.value
         assert narrow.spectra[name].symmetry_error < 1e-5
+
+
+def matrix_of(net: nn.Module, loss: Callable[..., torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    net = copy.deepcopy(net).double()
+    parameters = list(net.parameters())
+    gradient = torch.autograd.grad(loss(net(x.double()), y), parameters, create_graph=True)
+    rows = []
+    for g in torch.cat([g.reshape(-1) for g in gradient]):
+        row = torch.autograd.grad(g, parameters, retain_graph=True, allow_unused=True)
+        pairs = zip(row, parameters, strict=True)
+        rows.append(torch.cat([(torch.zeros_like(p) if r is None else r).reshape(-1) for r, p in pairs]))
+    return torch.stack(rows)
+
+
+class Dead(nn.Module):
+    """A layer of rectifiers that are off for every sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.b(torch.relu(self.a(x) - 1e6))
+        return out
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 3), Dead], ids=["logistic", "dead"])
+@pytest.mark.parametrize("seed", range(3))
+def test_eigenvalues_of_zero_do_not_spoil_the_residuals(make: Callable[[], nn.Module], seed: int) -> None:
+    """The product with an eigenvector of eigenvalue 0 is round-off alone, which must not count for the others."""
+    torch.manual_seed(seed)
+    net, x, y = make(), torch.randn(64, 6), torch.arange(64) % 3
+    settings = SpectrumSettings(top=3, smallest=2, density=False, operators=("hessian",))
+    result = spectrum(make_objective(net, F.cross_entropy, (x, y)), settings)
+    true = torch.linalg.eigvalsh(matrix_of(net, F.cross_entropy, x, y))
+    found = result.spectra["hessian"]
+    assert abs(float(true[0])) < 1e-9  # a smallest eigenvalue of zero
+    for pair in (*found.eigenvalues, *found.smallest_eigenvalues):
+        assert float((true - pair.value).abs().min()) <= pair.residual <= 1e-5 * float(true[-1])
+    assert not any("missed" in text for text in result.warnings)
+
+
+@pytest.mark.parametrize("operator", ["hessian", "ggn", "fisher"])
+def test_outputs_of_one_axis_are_analysed_in_float32(operator: str) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(48, 6), (torch.arange(48) % 2).float()
+    flat = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0))
+    settings = SpectrumSettings(top=1, smallest=0, density=False, operators=(operator,))
+    values = []
+    for net, targets in ((flat, y), (flat[:3], y[:, None])):
+        target = make_objective(net, F.binary_cross_entropy_with_logits, (x, targets))
+        values.append(spectrum(target, settings).spectra[operator].eigenvalues[0])
+    assert abs(values[0].value - values[1].value) <= 1e-5 * values[1].value
+    assert values[0].residual <= 1e-4 * values[0].value
+
+
+def test_classes_are_known_from_labels() -> None:
+    result = analysed(operators=("hessian",))
+    assert result.data["classes"] == 3
+    assert "not learned its task" in result.warnings[0]
+    for labels, count in (
+        (torch.tensor([0, 4, 1]), 5),
+        (torch.eye(4)[[0, 1]], 4),
+        (torch.eye(4, dtype=torch.long)[[0, 1]], 4),
+        (torch.tensor([0.0, 1.0]), None),
+        (torch.tensor([-1, 2]), None),
+        (torch.rand(3, 2), None),
+        (torch.zeros(3, 2, 2, dtype=torch.long), None),
+        (torch.zeros(3, dtype=torch.complex64), None),
+    ):
+        assert class_count(labels) == count

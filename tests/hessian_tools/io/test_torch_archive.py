@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hessian_tools.io.torch_archive import ArchiveError, CodeError, Foreign, read_archive
 
 HOW: list[dict[str, Any]] = [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 5}]
+HOW += [{"_use_new_zipfile_serialization": False, "pickle_protocol": protocol} for protocol in (3, 4, 5)]
 DTYPES = [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
 DTYPES += [torch.bool, torch.complex64, torch.complex128, torch.uint16, torch.float8_e4m3fn]
 

@@ -561,6 +561,7 @@ def test_the_expected_number_of_products_is_right() -> None:
     assert expected_products([(0, 1.0), (1, 9.0), (2, 7.0), *checks], 1e-5, 13, 100) < 30  # the oldest is forgotten
     assert expected_products(checks, 1e-5, 30, 100) == 31
     assert expected_products(checks, 1e-60, 13, 100) == 100
+    assert expected_products(checks, 0.3 * 5e-324, 13, 100) == 100  # the target underflows to 0
     assert expected_products(checks, 1e-5, 100, 100) == 100
     assert expected_products(checks[:2], 1e-5, 9, 100) == 100
     for flat in (

@@ -161,14 +161,18 @@ def test_other_neurons_give_a_symmetric_hessian(name: str, dtype: torch.dtype) -
     assert (op @ torch.ones(op.shape[0])).abs().max() > 0
 
 
-def test_dropout_and_norms_evaluate_while_neurons_live() -> None:
-    theirs = small(neuron.IFNode, "m")
+@pytest.mark.skipif(not hasattr(neuron, "ComplementaryLIFNode"), reason="not in this version")
+def test_everything_evaluates_except_neurons_without_a_surrogate_there() -> None:
+    theirs = small(neuron.ComplementaryLIFNode, "m")
     net = nn.Sequential(*theirs[:2], layer.Dropout(0.5, step_mode="m"), *theirs[2:])
     adapted = adapt(net.eval(), X, steps=STEPS)
     for mode in (True, False):
         adapted.model.train(mode)
         assert [m.training for m in adapted.model.network] == [False, True, False, False, True]  # type: ignore[union-attr]
     assert torch.equal(adapted.model(X), adapted.model(X))
+    made = make_objective(adapted.model, LOSSES["mse"], (X, Y), reset=adapted.reset)
+    assert [m.training for m in made.model.network] == [False, True, False, False, True]  # type: ignore[union-attr]
+    assert made.value_and_gradient()[1].norm() > 0
 
 
 def test_a_used_model_with_its_own_loop_agrees() -> None:

@@ -48,6 +48,9 @@ def prefixed(prefix: str) -> dict[str, Tensor]:
         {"net": prefixed("module._orig_mod."), "max_test_acc": 0.9},
         prefixed("_orig_mod.module."),
         {"state_dict": {"model": prefixed("module.module.")}},
+        {"checkpoint": {"model": WEIGHTS}},
+        {"checkpoint": {"model": {"state_dict": WEIGHTS}}, "epoch": 3},
+        {"last": {"state_dict": prefixed("module."), "optimizer": {"state": {}, "param_groups": []}}, "best": 0.9},
     ],
 )
 def test_weights_are_found_where_scripts_put_them(loaded: dict[str, Any], tmp_path: Path) -> None:
@@ -56,6 +59,19 @@ def test_weights_are_found_where_scripts_put_them(loaded: dict[str, Any], tmp_pa
     load_weights(target, read_weights(tmp_path / "weights.pt"))
     assert list(state_dict_of(loaded)) == list(WEIGHTS)
     assert all(torch.equal(t, WEIGHTS[name]) for name, t in target.state_dict().items())
+
+
+@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"model": w}, lambda w: {"checkpoint": {"net": w}}])
+def test_numbers_and_texts_beside_the_weights_are_ignored_and_said(wrap: Any) -> None:
+    said: list[str] = []
+    loaded = wrap({**WEIGHTS, "epoch": 3, "accuracy": 0.5, "best": None})
+    assert state_dict_of(loaded, said.append) == WEIGHTS
+    assert said == ["ignored what is not a tensor beside the weights: epoch, accuracy, best"]
+
+
+def test_several_sets_under_unknown_keys_are_refused() -> None:
+    with pytest.raises(AdapterError, match="several sets of weights, under first, second"):
+        state_dict_of({"first": {"model": WEIGHTS}, "second": {"model": model(2).state_dict()}})
 
 
 def test_a_layer_that_is_called_module_keeps_its_name() -> None:

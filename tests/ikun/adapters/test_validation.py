@@ -261,3 +261,23 @@ def test_mixed_precision_is_named() -> None:
 
     with pytest.raises(AdapterError, match=r"mixed precision \(torch.autocast, torch.bfloat16\)"):
         adapt(Cast(), X)
+
+
+class Large(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (torch.nan if len(x) > 3 else 1)
+
+
+class Complex(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return torch.complex(y, y)
+
+
+def test_complex_outputs_are_named() -> None:
+    with pytest.raises(AdapterError, match=r"outputs are complex \(torch.complex64\)"):
+        adapt(Complex(5, 3), X)
+
+
+def test_nan_in_larger_batches_is_not_taken_for_coupling() -> None:
+    adapt(Large(5, 3), X)  # the checks of the objective name it

@@ -298,6 +298,12 @@ def test_resume_with_other_options_is_refused(part: str, changes: dict[str, Any]
     assert len(log(out)) == 1
 
 
+def test_a_pipe_as_state_is_refused(out: Path) -> None:
+    os.mkfifo(run_paths(out)["resume"])
+    with pytest.raises(CheckpointError, match="not a regular file: remove it"):
+        train(MLP, DATA, RUN, out, resume=True)
+
+
 def test_nothing_to_resume_is_said(out: Path) -> None:
     with pytest.raises(CheckpointError, match="no interrupted run to resume"):
         train(MLP, DATA, RUN, out, resume=True)

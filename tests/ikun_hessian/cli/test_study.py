@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_tools import ROOT, Capture, fails
+from command_tools import ROOT, Capture, fails, limited
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 import cli
@@ -365,6 +365,35 @@ def test_progress_is_what_the_files_say(studied: Path, preset: Path, tmp_path: P
     assert unit.progress() == 0.25
     log.unlink()
     assert unit.progress() == 0
+
+
+@pytest.mark.parametrize("name", ["kaiming-s0.train.jsonl", "kaiming-s0.pt", "kaiming-s0.epoch0001.pt"])
+def test_pipes_among_the_files_of_a_run_do_not_hang_a_study(
+    name: str, studied: Path, preset: Path, tmp_path: Path
+) -> None:
+    """Opening a pipe that nobody writes would wait for ever."""
+    folder = tmp_path / "s"
+    shutil.copytree(studied, folder)
+    found = plan.make(read_preset(preset), folder, data_dir=None, device="cpu", memory=1.0, leader=0)
+    unit = found.units[0]
+    (folder / "runs" / name).unlink(missing_ok=True)
+    os.mkfifo(folder / "runs" / name)
+    if name.endswith("jsonl"):
+        unit.checkpoint.unlink()
+    with limited(30):
+        assert unit.done() is (name == "kaiming-s0.epoch0001.pt")
+        assert unit.progress() in (0.0, 0.5, 1.0)
+        assert unit.checkpoints("snapshots") == [p for p in unit.checkpoints("snapshots") if p.is_file()]
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_a_study_without_standard_streams(closed: str, tmp_path: Path) -> None:
+    """Its workers are processes of their own, which inherit the streams."""
+    (tmp_path / "t.toml").write_text(TINY.replace("seeds = 2", "seeds = 1"))
+    words = f"{sys.executable} {ROOT / 'cli.py'} study t.toml --out s --jobs 2"
+    done = subprocess.run(["sh", "-c", f"{words} {closed}"], stdout=DEVNULL, cwd=tmp_path)
+    assert done.returncode == 0
+    assert (tmp_path / "s" / "tables.md").is_file()
 
 
 def test_a_worker_dies_with_its_study(tmp_path: Path) -> None:

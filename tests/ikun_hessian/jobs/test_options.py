@@ -16,7 +16,7 @@ from hessian_tools.analysis.flatness.settings import FlatnessSettings
 from hessian_tools.analysis.settings import SpectrumSettings
 from ikun.networks import Spec
 from ikun.training.spec import TrainingSpec
-from ikun_hessian.cli.main import cli
+from ikun_hessian.cli.main import cli, run
 from ikun_hessian.jobs.job import Own
 from ikun_hessian.jobs.options import (
     FLATNESS,
@@ -27,6 +27,7 @@ from ikun_hessian.jobs.options import (
     SPECTRUM,
     TRAIN,
     Option,
+    OptionError,
     read_options,
 )
 
@@ -68,6 +69,40 @@ def test_defaults_are_those_of_the_libraries(table: tuple[Option, ...], kinds: t
 def test_own_networks_have_the_options_of_their_table() -> None:
     assert [option.parameter for option in OWN] == [field.name for field in dataclasses.fields(Own)]
     assert [option.default for option in OWN] == [field.default for field in dataclasses.fields(Own)]
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "part"),
+    [
+        ("spectrum", ["--seed", "9" * 20], "--seed must be at most 2^63 - 1"),
+        ("spectrum", ["--seed", "-1"], "--seed must be at least 0, not -1"),
+        ("spectrum", ["--batch-size", "9" * 400], "--batch-size must be at most 2^63 - 1"),
+        ("spectrum", ["--memory", "1e308"], "--memory must be at most"),
+        ("flatness", ["--memory", "inf"], "--memory must be at most"),
+        ("landscape", ["--memory", "nan"], "--memory must be positive"),
+        ("train", ["--seed", "9" * 21], "--seed must be at most 2^63 - 1"),
+        ("train", ["--seed", str(2**63)], "--seed must be at most 2^63 - 1"),
+        ("train", ["--epochs", "-" + "9" * 30], "--epochs must be at most 2^63 - 1 in size"),
+        ("train", ["--snapshots", "1000000000"], "snapshots at most 100,000"),
+    ],
+)
+def test_numbers_too_large_to_compute_with_are_refused_by_name(
+    command: str, words: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([command, *([] if command == "train" else ["a.pt"]), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert part in line
+
+
+@pytest.mark.parametrize(
+    "option", [Option("x", int, multiple=True, least=0), Option("x", float, multiple=True, most=1)]
+)
+def test_every_value_of_a_repeated_option_is_checked(option: Option) -> None:
+    option.check(())
+    option.check((0, 1))
+    with pytest.raises(OptionError, match="x must be at"):
+        option.check((1, -1) if option.kind is int else (0.5, 2.0))
+    assert read_options([option], {"x": [0, 1]})["x"] == (0, 1)
 
 
 def test_what_a_result_depends_on() -> None:

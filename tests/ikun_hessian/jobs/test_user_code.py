@@ -172,6 +172,23 @@ def test_a_closed_standard_error_stops_nothing(closed: str, shown: bool) -> None
         assert json.loads(done.stdout)["num_parameters"] == 18
 
 
+@pytest.mark.parametrize("place", ["build", "data", "forward"])
+def test_user_code_that_changes_the_working_directory_is_refused(place: str, tmp_path: Path, capsys: Capture) -> None:
+    """The results would be written elsewhere, and the checkpoint not be found."""
+    moves = {
+        "build": "def moves():\n    os.chdir('/')\n    return silent()\n",
+        "data": "def moves():\n    os.chdir('/')\n    return data()\n",
+        "forward": "def moves():\n    return Network(lambda x: os.chdir('/'))\n",
+    }
+    Path("nets.py").write_text(textwrap.dedent(NETWORK) + moves[place])
+    assert cli.run(command("silent", "moves") if place == "data" else command("moves")) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    option = "--data" if place == "data" else "--model"
+    assert said.startswith(f"error: {option} nets.py:moves: it changed the working directory to /: ")
+    assert Path.cwd() == tmp_path
+    assert sorted(path.name for path in Path().iterdir() if path.name != "__pycache__") == ["nets.py", "w.pt"]
+
+
 def test_batches_without_samples_do_not_go_on_for_ever(capsys: Capture) -> None:
     assert cli.run(command("silent", "empty")) == 2
     assert "--data nets.py:empty: 1001 batches in a row have no samples" in capsys.readouterr().err

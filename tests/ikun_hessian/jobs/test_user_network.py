@@ -800,6 +800,17 @@ TARGETS_TEXT = (
         x, y = samples()
         return x, y.sort().values
 
+    def flat():
+        return nn.Sequential(mlp(), nn.Linear(3, 1), nn.Flatten(0))
+
+    def numbers():
+        x, y = samples()
+        return x, x.flatten(1)[:, 0]
+
+    def column():
+        x, y = samples()
+        return x, x.flatten(1)[:, :1]
+
     def weighted(outputs, targets):
         return F.cross_entropy(outputs, targets, weight=torch.tensor([1.0, 1.0, 4.0]).to(outputs))
 
@@ -842,6 +853,105 @@ def test_targets_of_the_outputs_shape_are_accepted(capsys: Capture) -> None:
         ("sorted_samples", "nets.py:ignoring", "the loss is not a mean over samples"),
     ):
         fails(capsys, 2, message, "spectrum", "theirs.pt", *own("mlp", data, loss))
+
+
+def test_outputs_of_one_axis_have_numbers_as_targets() -> None:
+    theirs = write(TARGETS_TEXT)
+    torch.manual_seed(0)
+    net = theirs["flat"]()
+    torch.save(net.state_dict(), "theirs.pt")
+    x, y = theirs["numbers"]()
+    matrix = dense(hessian(make_objective(net, F.mse_loss, (x, y), dtype=torch.float64)))
+    wanted = torch.linalg.eigvalsh(matrix).flip(0).tolist()
+    for name in ("numbers", "column"):
+        close(spectrum_of(opened("nets.py:flat", f"nets.py:{name}", loss="mse")), wanted)
+
+
+PIXELS_TEXT = """
+    import torch
+    from torch import nn
+
+    def pixels():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 1))
+
+    def image():
+        g = torch.Generator().manual_seed(0)
+        return torch.randn(12, 1, 4, 5, generator=g), torch.randint(0, 3, (12, 4, 5), generator=g)
+
+    def image_bytes():
+        x, y = image()
+        return x, y.to(torch.uint8)
+
+    def image_shares():
+        x, y = image()
+        return x, nn.functional.one_hot(y, 3).movedim(-1, 1).float()
+
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.out = nn.Embedding(7, 4), nn.Linear(4, 7)
+
+        def forward(self, x):
+            return self.out(self.words(x).tanh()).movedim(-1, 1)
+
+    def text():
+        x = torch.randint(0, 7, (10, 6), generator=torch.Generator().manual_seed(1))
+        return x[:, :-1], x[:, 1:]
+
+    def one_each():
+        return image()[0], torch.arange(12) % 3
+
+    def other_size():
+        return image()[0], image()[1][:, 1:]
+
+    def beyond():
+        return image()[0], image()[1] + 1
+
+    def no_shares():
+        return image()[0], torch.rand(12, 3, 4, 5)
+"""
+
+
+@pytest.mark.parametrize(
+    ("net", "data"), [("pixels", "image"), ("pixels", "image_bytes"), ("pixels", "image_shares"), ("Words", "text")]
+)
+def test_cross_entropy_takes_a_label_for_every_pixel_or_step(net: str, data: str) -> None:
+    theirs = write(PIXELS_TEXT)
+    torch.manual_seed(0)
+    model = theirs[net]()
+    torch.save(model.state_dict(), "theirs.pt")
+    x, y = theirs[data]()
+    x = x.double() if x.is_floating_point() else x
+    y = y.double() if y.is_floating_point() else y.long()
+    model = model.double()
+    parameters = list(model.parameters())
+    value = F.cross_entropy(model(x), y)
+    flat = torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters, create_graph=True)])
+    rows = [torch.autograd.grad(g, parameters, retain_graph=True, materialize_grads=True) for g in flat]
+    wanted = torch.linalg.eigvalsh(torch.stack([torch.cat([r.flatten() for r in row]) for row in rows])).flip(0)
+    job = opened(f"nets.py:{net}", f"nets.py:{data}", loss="ce")
+    assert job.objective.value_and_gradient()[0] == pytest.approx(float(value.detach()), rel=1e-6)
+    close(spectrum_of(job), wanted.tolist())
+
+
+def test_a_network_in_place_of_a_function_is_named(capsys: Capture) -> None:
+    theirs = write(PIXELS_TEXT + "\n    made = pixels()\n")
+    torch.save(theirs["pixels"]().state_dict(), "theirs.pt")
+    fails(capsys, 2, "nets.py:made: it is a network: give", "spectrum", "theirs.pt", *own("made", "image", "ce"))
+
+
+def test_labels_that_do_not_fit_the_pixels_are_refused(capsys: Capture) -> None:
+    theirs = write(PIXELS_TEXT)
+    torch.save(theirs["pixels"]().state_dict(), "theirs.pt")
+    for data, loss, message in (
+        ("one_each", "ce", "--loss ce needs outputs [N, K], or labels [12, 4, 5], but those of the network are [N, 3"),
+        ("other_size", "ce", "--loss ce needs labels [12, 4, 5] of whole numbers, not Tensor [12, 3, 5] of int64"),
+        ("beyond", "ce", "labels must be from 0 to 2 for 3 outputs, but some are 3"),
+        ("no_shares", "ce", "rows are probabilities"),
+        ("image", "mse", "--loss mse needs labels [N] of whole numbers, not Tensor [12, 4, 5] of int64"),
+    ):
+        fails(capsys, 2, message, "spectrum", "theirs.pt", *own("pixels", data, loss))
 
 
 TIME_TEXT = """
