@@ -37,10 +37,10 @@ def _replace(graph: fx.Graph, node: fx.Node, other: Any) -> None:
 
 def _copies(node: fx.Node) -> bool:
     """Return whether a node only copies a value, in the same order of memory."""
-    if node.target is not aten.clone.default:
+    source = node.args[0] if node.target is aten.clone.default else None
+    if not isinstance(source, fx.Node) or "val" not in source.meta or "val" not in node.meta:
         return False
-    before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
-    return before is not None and after is not None and before.stride() == after.stride()
+    return bool(source.meta["val"].stride() == node.meta["val"].stride())
 
 
 def _merge_views(graph: fx.Graph) -> None:

@@ -88,7 +88,7 @@ class Rewriting(TorchFunctionMode):
         """Forget what is known of a tensor if it was changed in place."""
         if any(t._version != version for t, version in self._versions.get(id(y), ())):
             for known in (self._linear, self._origin, self._repeated, self._versions):
-                known.pop(id(y), None)  # type: ignore[attr-defined]
+                known.pop(id(y), None)
 
     # ---------------------------------------------------------------- shapes and repetitions
     def _reshaped(self, x: Tensor, y: Tensor) -> Tensor:

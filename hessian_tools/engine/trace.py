@@ -127,6 +127,8 @@ def trace(
     Raises:
         UntraceableError: If the model cannot be traced, as with a branch on the values of a tensor.
     """
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):  # its derivatives are not torch's own
+        raise UntraceableError("the network contains a scripted module (torch.jit)")
     program = _program(model, list(state), chosen, second, rewriting)
     vector = [torch.zeros_like(state[name]) for name in chosen]
     inputs = (list(state.values()), x, torch.zeros_like(outputs), vector, torch.zeros_like(outputs))
