@@ -82,8 +82,6 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
             own.model = copy.deepcopy(objective.model)
             named = dict(own.model.named_parameters())
             own.parameters = [named[name] for name in objective.parameters]
-            ours = hasattr(own.model, "second_order_chain")  # in any other model, `value` may mean something else
-            own.forward = getattr(own.model, "value", own.model) if ours else own.model
         for p, value in zip(own.parameters, objective.split(point(item)), strict=True):
             p.copy_(value)
         parts = []
@@ -92,7 +90,7 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
                 objective.reset(own.model)
             with full_precision(objective.device):
                 # the inputs are not bound to a name, so they are freed before the next batch is read
-                parts.append(own.forward(objective.batches[i][0]))
+                parts.append(own.model(objective.batches[i][0]))
         return torch.cat(parts)
 
     return in_threads(run, items) if objective.device.type == "cpu" else map(run, items)

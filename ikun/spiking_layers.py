@@ -1,7 +1,6 @@
 """Spiking neurons, with an optional max-pooling after them, computed with the scans of `ikun.kernels`.
 
-`Spikes` is a layer of a curvature product, with value, adjoint, tangent and tangent of the adjoint. `fire` is a
-function that can be differentiated once, for training.
+`Spikes` is a layer of a curvature product, with value, adjoint, tangent and tangent of the adjoint.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hessian_tools.chain.layers import Carry
 from ikun.kernels import dispatch as fused
@@ -317,45 +315,3 @@ def linearize_neurons(
     layer = Spikes(neuron, (x.shape, y.shape), z, _scan(neuron, pool, timed.shape, z, index, u), carry)
     layer.repeats = static
     return y, layer
-
-
-class _Fire(torch.autograd.Function):
-    """Neurons and pooling as an autograd function. Its backward pass is the adjoint scan."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, logit: Tensor | None, neuron: Neuron, steps: int, pool: MaxPool | None) -> Tensor:
-        y, z, index, u = _value(neuron, steps, pool, x.detach())
-        ctx.save_for_backward(logit, z, index, u)
-        ctx.neuron, ctx.pool, ctx.shape = neuron, pool, x.shape
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        logit, z, index, u = ctx.saved_tensors
-        scan = _scan(ctx.neuron, ctx.pool, ctx.shape, z, index, u)
-        gx, total = adjoint(scan, g.flatten(1))
-        grad = None if logit is None else _like(logit, scan.gain * scan.decay * total)
-        return gx.view(ctx.shape), grad, None, None, None
-
-
-def fire(neuron: Neuron, steps: int, pool: MaxPool | None, x: Tensor) -> Tensor:
-    """Return pool(neuron(x)) with the fast scans where they are available.
-
-    The spikes are identical to those of the plain modules. With the fast scans, the result can be differentiated once
-    in reverse mode, and torch raises RuntimeError for further derivatives.
-
-    Args:
-        neuron: The neurons.
-        steps: Number of time steps T.
-        pool: The pooling, or None.
-        x: Input currents [T, N, ...], or [1, N, ...] for an input that is the same at all steps.
-
-    Returns:
-        The spikes after pooling [T, ...].
-    """
-    if not neuron.dynamics.relaxed and fused.usable(x):
-        y: Tensor = _Fire.apply(x, getattr(neuron, "logit", None), neuron, steps, pool)
-        return y
-    s: Tensor = neuron(x.expand(steps, *x.shape[1:]))
-    return s if pool is None else pool.forward(s)
