@@ -679,7 +679,7 @@ def test_files_and_options_that_do_not_fit_are_refused(plain: dict[str, Any], ca
     fails(capsys, 2, "--sequences needs --timesteps", "spectrum", "theirs.pt", *own("mlp"), "--sequences")
     fails(capsys, 2, "--trajectory needs checkpoints", "spectrum", "theirs.pt", "b.pt", *own("mlp"), "--trajectory")
     relaxed = ["--operator", "relaxed"]
-    fails(capsys, 2, "networks of your own do not support relaxed", "spectrum", "theirs.pt", *own("mlp"), *relaxed)
+    fails(capsys, 2, "the network has no relaxed form: it has no spiking neurons of a library", "spectrum", "theirs.pt", *own("mlp"), *relaxed)
     fails(capsys, 2, "missing.pt: no such file", "spectrum", "missing.pt", *own("mlp"))
     torch.save({"net": {"1.weigth": torch.ones(6, 12)}}, "named.pt")
     fails(capsys, 2, "missing 1.weight (1.weigth?), 1.bias", "spectrum", "named.pt", *own("mlp"))
@@ -766,7 +766,7 @@ def test_flatness_calibration_and_landscape_run_on_a_user_network(capsys: Captur
     short = ["--directions", "gradient,random1", "--points", "5", "--no-planes"]
     assert cli.run(["landscape", "theirs.pt", *spiking[:-4], *short]) == 0
     drawn = json.loads(Path("theirs.landscape.json").read_text())
-    assert "do not support relaxed" in drawn["refused"]["relaxed network"]
+    assert "no relaxed form" in drawn["refused"]["relaxed network"]
     assert drawn["network"]["library"] == "none"
 
 
