@@ -27,6 +27,7 @@ from hessian_tools.results.spectrum import SpectrumResult, load_spectrum
 from ikun.adapters import adapt
 from ikun.losses import LOSSES
 from ikun.networks import Network, Spec
+from ikun.smoothed_operator import smoothed
 from ikun_hessian.jobs.job import Own
 from ikun_hessian.jobs.open import open_job
 
@@ -173,19 +174,31 @@ def test_the_papers_network_has_the_spectrum_of_ours(capsys: Capture) -> None:
     result = analysed(*own("build", "images", None, "--timesteps", "4"))
     spec = Spec(channels=3)
 
-    def objective(surrogate: str) -> Any:
-        ours = Network(dataclasses.replace(spec, surrogate=surrogate))
+    def of(described: Spec) -> Any:
+        ours = Network(described)
         ours.load_state_dict(dict(zip(ours.state_dict(), net.state_dict().values(), strict=True)))
         return make_objective(ours, LOSSES["mse"], (x, y), dtype=torch.float64, batch_size=16)
 
+    def objective(surrogate: str, ties: str = "first") -> Any:
+        return of(dataclasses.replace(spec, surrogate=surrogate, ties=ties))
+
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in result.settings.items()}
     steeper = {"slope x 1/2": objective("atan:1"), "slope x 2": objective("atan:4")}
+    steeper["ties reversed"] = objective("atan:2", "last")
     expected = spectrum(objective("atan:2"), SpectrumSettings(**settings), variants=steeper)
     assert result.loss == pytest.approx(expected.loss, rel=1e-12)
     assert result.accuracy == expected.accuracy
     for kind in ("hessian", "ggn"):
         close(values(result, kind), values(expected, kind))
+    assert list(result.sensitivity) == list(steeper)
     close(list(result.sensitivity.values()), list(expected.sensitivity.values()))
+    for kind in ("relaxed", "smoothed"):
+        arguments = [*own("build", "images", None, "--timesteps", "4"), "--operator", kind, "--force"]
+        mine = objective("atan:2")
+        settings |= {"operators": (kind,)}
+        relaxed = dataclasses.replace(spec, relaxed=True)
+        expected = spectrum(mine, SpectrumSettings(**settings), relaxed=of(relaxed), smoothed=smoothed)
+        close(values(analysed(*arguments), kind), values(expected, kind))
     screen = " ".join(capsys.readouterr().out.split())
     assert "spikingjelly, IFNode neurons, hard reset, BatchNorm in evaluation mode" in screen
     assert "T = 4, one call for all steps, readout: mean of the spikes" in screen
@@ -679,7 +692,15 @@ def test_files_and_options_that_do_not_fit_are_refused(plain: dict[str, Any], ca
     fails(capsys, 2, "--sequences needs --timesteps", "spectrum", "theirs.pt", *own("mlp"), "--sequences")
     fails(capsys, 2, "--trajectory needs checkpoints", "spectrum", "theirs.pt", "b.pt", *own("mlp"), "--trajectory")
     relaxed = ["--operator", "relaxed"]
-    fails(capsys, 2, "the network has no relaxed form: it has no spiking neurons of a library", "spectrum", "theirs.pt", *own("mlp"), *relaxed)
+    fails(
+        capsys,
+        2,
+        "the network has no relaxed form: it has no spiking neurons of a library",
+        "spectrum",
+        "theirs.pt",
+        *own("mlp"),
+        *relaxed,
+    )
     fails(capsys, 2, "missing.pt: no such file", "spectrum", "missing.pt", *own("mlp"))
     torch.save({"net": {"1.weigth": torch.ones(6, 12)}}, "named.pt")
     fails(capsys, 2, "missing 1.weight (1.weigth?), 1.bias", "spectrum", "named.pt", *own("mlp"))
