@@ -48,7 +48,7 @@ class SpikingRewriting(Rewriting):
         ceil_mode: bool = False, return_indices: bool = False,
     ) -> Tensor | None:  # fmt: skip
         fired = self._fired.get(id(self._origin.get(id(x), x)))
-        plain = _pair(kernel_size) == (2, 2) and stride in (None, [], ()) or _pair(stride or kernel_size) == _pair(kernel_size) == (2, 2)
+        plain = (_pair(kernel_size) == (2, 2) and stride in (None, [], ())) or _pair(stride or kernel_size) == _pair(kernel_size) == (2, 2)
         if fired is None or not plain or _pair(padding) != (0, 0) or _pair(dilation) != (1, 1) or ceil_mode or return_indices:
             return None
         current, spec, others = fired
@@ -121,8 +121,8 @@ def join_tangents(graph: fx.Graph) -> None:
                     ours = [_part(second, place), _part(first, place)]
                     both = graph.call_function(operator.getitem, (call, place))
                     both.meta = dict(node.meta)
-                    for user in list(graph.nodes):
-                        if user.target is torch.ops.aten.add.Tensor and len(user.args) == 2 and set(user.args) == set(ours) and None not in ours:
+                    for user in [] if None in ours else list(ours[0].users):
+                        if user.target is torch.ops.aten.add.Tensor and set(user.args) == set(ours):
                             user.replace_all_uses_with(both)
             break
 
