@@ -701,6 +701,17 @@ def test_files_and_options_that_do_not_fit_are_refused(plain: dict[str, Any], ca
         *own("mlp"),
         *relaxed,
     )
+    smoothed_only = ["--operator", "smoothed"]
+    fails(
+        capsys,
+        2,
+        "operator smoothed needs a network with spiking",
+        "spectrum",
+        "theirs.pt",
+        *own("mlp"),
+        *smoothed_only,
+    )
+    fails(capsys, 2, "the network has no spiking neurons", "info", "theirs.pt", *own("mlp"))
     fails(capsys, 2, "missing.pt: no such file", "spectrum", "missing.pt", *own("mlp"))
     torch.save({"net": {"1.weigth": torch.ones(6, 12)}}, "named.pt")
     fails(capsys, 2, "missing 1.weight (1.weigth?), 1.bias", "spectrum", "named.pt", *own("mlp"))
@@ -789,6 +800,31 @@ def test_flatness_calibration_and_landscape_run_on_a_user_network(capsys: Captur
     drawn = json.loads(Path("theirs.landscape.json").read_text())
     assert "no relaxed form" in drawn["refused"]["relaxed network"]
     assert drawn["network"]["library"] == "none"
+
+
+def test_info_shows_the_neurons_of_a_user_network(capsys: Capture) -> None:
+    pytest.importorskip("spikingjelly.activation_based.functional")
+    theirs = write(PAPER)
+    torch.manual_seed(3)
+    net = theirs["build"]()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(2.5) if p.dim() > 1 else p.add_(0.3)
+    torch.save(net.state_dict(), "theirs.pt")
+    arguments = [*own("build", "images", None), "--timesteps", "4"]
+    assert cli.run(["info", "theirs.pt", *arguments]) == 0
+    screen = capsys.readouterr().out
+    assert "spikingjelly, IFNode neurons, surrogate ATan(alpha=2.0, spiking=True)" in screen
+    rows = [line.split() for line in screen.splitlines()]
+    table = {row[0]: row[1:] for row in rows if row and row[0] in ("2", "6", "10", "12")}
+    assert len(table) == 4
+    assert table["2"][4:] == ["-", "-"]
+    assert all("-" not in row for name, row in table.items() if name != "2")
+    assert cli.run(["info", "theirs.pt", *arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in told["layers"]] == ["2", "6", "10", "12"]
+    assert told["layers"][0]["derivative_square"] > 0
+    assert told["nodes"] == {"2": "", "6": "", "10": "", "12": ""}
 
 
 # ---------------------------------------------------------------- targets, events and time
