@@ -127,9 +127,8 @@ def unsupported(objective: Objective) -> str:
     averaged.set({f"f1_{i}": torch.zeros_like(call.z) for i, call in enumerate(seen.calls)}, seen.alone)
     with torch.enable_grad():
         out = averaged.objective(lambda o, y: o.sum()).outputs(x)
-        parts = [None] * len(objective.parameters)
-        if out.requires_grad:
-            parts = torch.autograd.grad(out.sum(), list(objective.parameters.values()), allow_unused=True)
+        weights = list(objective.parameters.values())
+        parts = torch.autograd.grad(out.sum(), weights, allow_unused=True) if out.requires_grad else ()
     if all(part is None for part in parts):
         return "operator smoothed needs parameters of layers before the output neurons: choose other parameters"
     return ""
@@ -180,7 +179,7 @@ class _Averaged(nn.Module):
             model=self,
             loss=loss,
             parameters={f"network.{name}": p for name, p in source.parameters.items()},
-            reset=None if reset is None else lambda model: reset(model.network),
+            reset=None if reset is None else lambda model: reset(cast(_Averaged, model).network),
             segmentation=None,
             programs=self.shared.programs,
         )
@@ -248,7 +247,7 @@ class _Linear(torch.autograd.Function):
         return form(o.detach()).to(o)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         return _Linear.apply(g, ctx.form), None
 
 

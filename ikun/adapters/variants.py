@@ -74,7 +74,7 @@ def _difference(model: nn.Module, x: Tensor) -> float:
     for sign in (0, 1, -1):
         with torch.no_grad():
             for p, d in zip(parameters, v, strict=True):
-                p += (sign if sign >= 0 else -2) * STEP * d
+                p.add_(d, alpha=(sign if sign >= 0 else -2) * STEP)
         clear(twin)
         y = twin(x)
         if weights is None:

@@ -30,7 +30,7 @@ class _Link(torch.autograd.Function):
         return x.new_zeros(()).expand(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Tensor:
         return g
 
 
@@ -50,7 +50,7 @@ class _Spikes(torch.autograd.Function):
         return y, end
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, gv: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor | None, gv: Tensor | None) -> Any:
         link, v0, gain, z, index, u = ctx.saved_tensors
         if g is None and gv is None:
             return (None,) * 7
@@ -80,7 +80,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx: Tensor | None, dv: Tensor | None, dgain: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dx: Tensor | None, dv: Tensor | None, dgain: Tensor | None) -> Any:
         g, gv, gain, z, f2, f1, c, index, u = ctx.saved_tensors
         dx = torch.zeros_like(f1[:1]) if dx is None else dx
         at = (index, u, gain, ctx.spec)

@@ -214,9 +214,9 @@ class Averaging(Following):
         self.pools += 1
         if windows == PLAIN:
             equal = 4 * F.avg_pool2d(share * y, 2)
-            return valued(lambda: F.max_pool2d_with_indices(y, 2)[0], equal)
+            return valued(lambda: _maximum(y, windows), equal)
         entries = _entries(y, windows)
-        value = F.max_pool2d_with_indices(y.detach(), *windows)[0]
+        value = _maximum(y.detach(), windows)
         return valued(lambda: value, (entries * share).sum(2).view_as(value))
 
 
@@ -289,6 +289,13 @@ def _windows(
     if input.dim() != 4 or ceil_mode or return_indices:
         return None
     return _pair(kernel_size), _pair(stride or kernel_size), _pair(padding), _pair(dilation)
+
+
+def _maximum(y: Tensor, windows: Windows) -> Tensor:
+    """Max-pool by a function that no mode rewrites."""
+    size, stride, padding, dilation = windows
+    found: Tensor = F.max_pool2d_with_indices(y, size, stride, padding, dilation)[0]
+    return found
 
 
 def _entries(y: Tensor, windows: Windows) -> Tensor:
