@@ -108,7 +108,8 @@ def _fresh(node: Any) -> bool:
     if not isinstance(node, fx.Node) or node.op != "call_function" or len(node.users) != 1:
         return False
     if node.target is operator.getitem:
-        return node.args[0].target is aten.convolution_backward.default
+        call: Any = node.args[0]
+        return call.target is aten.convolution_backward.default
     return node.target in ALLOCATING
 
 
@@ -169,7 +170,9 @@ def split(module: fx.GraphModule, results: Sequence[Sequence[fx.Node | None]]) -
     for k, outputs in enumerate(results):
         wanted = [w for w in outputs if w is not None]
         mine = [n for n in module.graph.nodes if n.op in ("call_function", "get_attr") and stage[n] == k]
-        part, inside, inputs = fx.Graph(), {}, []
+        part = fx.Graph()
+        inside: dict[fx.Node, fx.Node] = {}
+        inputs: list[str] = []
 
         def fetch(
             node: fx.Node, inside: dict[fx.Node, fx.Node] = inside, inputs: list[str] = inputs, part: fx.Graph = part

@@ -60,7 +60,7 @@ class Rewriting(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        x = args[0] if args else None
+        x: Any = args[0] if args else None
         self._forget_changed(x)
         if self.hoist and isinstance(x, Tensor) and id(x) in self._repeated and func in SAMPLEWISE:
             base, steps = self._repeated[id(x)]

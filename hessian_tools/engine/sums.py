@@ -82,8 +82,8 @@ def is_sum(node: fx.Node) -> bool:
     """Return whether a node adds two tensors of its own shape and dtype."""
     if node.target is not aten.add.Tensor or len(node.args) != 2 or node.kwargs:
         return False
-    values = [n.meta.get("val") if isinstance(n, fx.Node) else None for n in (node, *node.args)]
-    return all(isinstance(t, Tensor) and t.shape == values[0].shape and t.dtype == values[0].dtype for t in values)
+    values: list[Any] = [n.meta.get("val") if isinstance(n, fx.Node) else None for n in (node, *node.args)]
+    return all(isinstance(t, Tensor) for t in values) and len({(t.shape, t.dtype) for t in values}) == 1
 
 
 def _inside(node: fx.Node) -> bool:
@@ -134,10 +134,10 @@ def _stacked(graph: fx.Graph, root: fx.Node, leaves: list[fx.Node]) -> fx.Node |
     if not all(leaf.target is aten.select_backward.default for leaf in leaves):
         return None
     shape, axis = leaves[0].args[1:3]
-    places = {leaf.args[3]: leaf.args[0] for leaf in leaves}
+    places: dict[Any, Any] = {leaf.args[3]: leaf.args[0] for leaf in leaves}
     if any(leaf.args[1:3] != (shape, axis) for leaf in leaves) or len(places) < len(leaves):
         return None
-    if sorted(places) != list(range(root.meta["val"].shape[axis])):  # type: ignore[index, type-var]
+    if sorted(places) != list(range(root.meta["val"].shape[axis])):
         return None
     with graph.inserting_before(root):
         made = graph.call_function(aten.stack.default, ([places[i] for i in sorted(places)], axis))  # type: ignore[type-var]
@@ -145,15 +145,15 @@ def _stacked(graph: fx.Graph, root: fx.Node, leaves: list[fx.Node]) -> fx.Node |
     return made
 
 
-def _weight_gradient(leaf: fx.Node, call: fx.Node) -> _Term:
+def _weight_gradient(leaf: fx.Node, call: Any) -> _Term:
     """Return the gradient of a convolution's weights as a summand."""
     g, x, w, *rest = call.args
 
     def make(graph: fx.Graph, left: fx.Node, right: fx.Node) -> fx.Node:
         return graph.call_function(operator.getitem, (graph.call_function(call.target, (left, right, w, *rest)), 1))
 
-    shape = str((x.meta["val"].shape[1:], w.meta["val"].shape))  # type: ignore[union-attr]
-    return _Term(leaf, ("convolution", shape, repr(rest)), g, x, make)  # type: ignore[arg-type]
+    shape = str((x.meta["val"].shape[1:], w.meta["val"].shape))
+    return _Term(leaf, ("convolution", shape, repr(rest)), g, x, make)
 
 
 def _joined(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:

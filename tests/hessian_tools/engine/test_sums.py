@@ -70,7 +70,7 @@ def test_the_product_is_that_of_autograd(make: type[nn.Module], kind: str) -> No
 
 
 def test_the_gradients_of_shared_weights_are_one_product() -> None:
-    """Each step takes five products for its tangents and two for its adjoints; each weight takes one for its gradient."""
+    """A step takes five products for its tangents and two for its adjoints, and a weight takes one for its gradient."""
     *_, calls = _product(Cells(), "ggn")
     assert calls[torch.ops.aten.select_backward.default] == 0
     assert calls[torch.ops.aten.mm.default] <= 7 * STEPS - 2 + 3
