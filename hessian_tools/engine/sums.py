@@ -140,7 +140,7 @@ def _stacked(graph: fx.Graph, root: fx.Node, leaves: list[fx.Node]) -> fx.Node |
     if sorted(places) != list(range(root.meta["val"].shape[axis])):
         return None
     with graph.inserting_before(root):
-        made = graph.call_function(aten.stack.default, ([places[i] for i in sorted(places)], axis))  # type: ignore[type-var]
+        made = graph.call_function(aten.stack.default, ([places[i] for i in sorted(places)], axis))
     made.meta["val"] = root.meta["val"]
     return made
 
