@@ -181,9 +181,9 @@ def products(objective: Objective) -> dict[str, second_order.Linearized]:
     return found
 
 
-def gradient(objective: Objective, once: bool) -> Callable[[], object]:
+def gradient(objective: Objective, plain: bool) -> Callable[[], object]:
     (x, y), parameters = objective.batches[0], list(objective.parameters.values())
-    return lambda: torch.autograd.grad(objective.loss(objective.model(x, once=once), y), parameters)
+    return lambda: torch.autograd.grad(objective.loss(objective.model(x, plain=plain), y), parameters)
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -206,7 +206,7 @@ def check() -> None:
         print(f"Small case, {kind} in float64 against the CPU: relative error {worst:.1e}")
         if not worst < 1e-9:
             raise SystemExit("the product is wrong: no times")
-    if not torch.equal(wide(x), wide(x, once=True)):
+    if not torch.equal(wide(x, plain=True), wide(x)):
         raise SystemExit("the fused spikes are not the eager ones: no times")
 
 
@@ -255,8 +255,8 @@ def measure(options: argparse.Namespace) -> None:
     kept = products(objective)
     graphs = {kind: Captured(product, product.nbytes) for kind, product in kept.items()}
     candidates: dict[str, Callable[[], object]] = {
-        "eager gradient": gradient(objective, False),
-        "fused gradient": gradient(objective, True),
+        "eager gradient": gradient(objective, True),
+        "fused gradient": gradient(objective, False),
         "Hessian product": lambda: graphs["hessian"](v),
         "Hessian product, without its graph": lambda: kept["hessian"](v),
         "GGN product": lambda: graphs["ggn"](v),

@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def reference_job(batch: tuple[Tensor, Tensor], batch_size: int | None = None, *
 def eager_gradient(objective: Objective, model: nn.Module | None = None) -> Callable[[], object]:
     """One gradient of the plain torch network, or of `model` with the same parameters, over all batches."""
     parameters = list(objective.parameters.values())
-    outputs = objective.outputs if model is None else model
+    outputs = partial(objective.model, plain=True) if model is None else model
 
     def run() -> list[tuple[Tensor, ...]]:
         return [torch.autograd.grad(objective.loss(outputs(x), y), parameters) for x, y in objective.batches]

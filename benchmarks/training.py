@@ -43,9 +43,9 @@ def steps(spec: Spec, batch: tuple[Tensor, Tensor]) -> Candidates:
         torch.manual_seed(0)
         net = Network(spec).train()
         forms: dict[str, Callable[[Tensor], Tensor]] = {
-            "plain torch (2-jet)": net,
+            "plain torch (2-jet)": partial(net, plain=True),
             "plain torch (Function)": Conventional(net),
-            "fused scans": partial(net, once=True),
+            "fused scans": net,
         }
         forward = forms[form]
         optimizer = torch.optim.Adam(net.parameters())

@@ -6,6 +6,7 @@ The loss is evaluated in float64.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar

@@ -142,6 +142,7 @@ class Objective:
         if not self.checked:
             check_objective(self)
             object.__setattr__(self, "checked", True)
+
     programs: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property

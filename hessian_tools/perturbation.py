@@ -84,8 +84,6 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
             own.model = copy_model(objective.model)
             named = dict(own.model.named_parameters())
             own.parameters = [named[name] for name in objective.parameters]
-            ours = hasattr(own.model, "second_order_chain")  # in any other model, `value` may mean something else
-            own.forward = getattr(own.model, "value", own.model) if ours else own.model
         values = objective.split(point(item))
         for p, value in zip(own.parameters, values, strict=True):
             p.copy_(value)
@@ -95,7 +93,7 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
                 objective.reset(own.model)
             with full_precision(objective.device):
                 # the inputs are not bound to a name, so they are freed before the next batch is read
-                parts.append(nested.call(own.forward, objective.batches[i][0]))
+                parts.append(nested.call(own.model, objective.batches[i][0]))
         if not all(torch.equal(p, value.to(p)) for p, value in zip(own.parameters, values, strict=True)):
             raise ObjectiveError("a forward pass changes the network's parameters: a Hessian needs fixed weights")
         return torch.cat(parts)

@@ -24,14 +24,17 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hessian_tools.chain.layers import Segment
-from ikun import spiking_layers as spikes
 from ikun.data.encoding import CODINGS
 from ikun.layers import Add, Branch, Dropout, MaxPool, Recurrent
 from ikun.neurons import NEURONS, RESETS, Dynamics, Neuron
+from ikun.nodes.layer import fire
+from ikun.nodes.rewriting import TRACING
 from ikun.pooling import select, time_mean
+from ikun.spiking_layers import linearize_neurons
 from ikun.surrogates import Surrogate
 
 MODELS = ("csnn", "mlp", "resnet", "rsnn")
@@ -234,6 +237,13 @@ def _neuron(spec: Spec) -> Neuron:
     return Neuron(spec.neuron, dynamics, spec.tau)
 
 
+def _heard(module: nn.Module) -> bool:
+    """Whether hooks wait for calls of a module."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 # Layer types that `Network.second_order_chain` supports
 CHAIN_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.Flatten, Neuron, MaxPool, Dropout, Branch, Add)
 
@@ -246,6 +256,8 @@ class Network(nn.Module):
     Args:
         spec: Description of the network.
     """
+
+    tracing = TRACING
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
@@ -264,13 +276,13 @@ class Network(nn.Module):
             elif layer is not None and not (isinstance(layer, MaxPool) and isinstance(before, Neuron)):
                 yield layer, None
 
-    def forward(self, x: Tensor, once: bool = False) -> Tensor:
-        """Return the mean firing rates [N, classes].
+    def forward(self, x: Tensor, plain: bool = False) -> Tensor:
+        """Return the mean firing rates [N, classes]. They can be differentiated twice.
 
         Args:
             x: Images [N, C, H, W], or coded inputs [N, T, C, H, W].
-            once: Set to True if the result is differentiated at most once. The faster kernels of `ikun.kernels` are
-                then used.
+            plain: Whether all neurons run step by step in plain torch, as those with hooks do, and all neurons under a
+                transform of `torch.func`. The spikes are the same. Recurrent layers do unless the network is traced.
 
         Returns:
             The firing rates.
@@ -278,6 +290,7 @@ class Network(nn.Module):
         Raises:
             ValueError: If x has another shape.
         """
+        plain = plain or torch._C._are_functorch_transforms_active()
         steps = self.spec.timesteps
         static = x.dim() == 4  # a repeated image: the layers before the first neuron run once, not T times
         if not static:
@@ -287,11 +300,13 @@ class Network(nn.Module):
         shortcut, feedback = x, None
         for layer, pool in self._units():
             if isinstance(layer, Neuron):
-                if once and feedback is None:
-                    x = spikes.fire(layer, steps, pool, x[None] if static else x)
-                else:
-                    x = layer(x.expand(steps, *x.shape) if static else x, feedback)
+                x = x[None] if static else x
+                eager = feedback is not None and not torch._C._len_torch_function_stack()  # step by step, as plain does
+                if plain or eager or _heard(layer) or (pool is not None and _heard(pool)):
+                    x = layer(x.expand(steps, *x.shape[1:]), feedback)
                     x = x if pool is None else pool(x)
+                else:
+                    x = fire(layer, x, steps, pool, feedback)
                 static, feedback = False, None
             elif isinstance(layer, Recurrent):
                 feedback = layer
@@ -304,10 +319,6 @@ class Network(nn.Module):
             else:
                 x = layer(x.flatten(0, 1)).unflatten(0, (steps, -1))
         return x.mean(0)
-
-    def value(self, x: Tensor) -> Tensor:
-        """Return forward(x) as fast as possible, for use where no derivative is needed."""
-        return self.forward(x, once=True)
 
     @property
     def second_order_steps(self) -> int:
@@ -335,7 +346,7 @@ class Network(nn.Module):
         for layer, pool in self._units():
             if isinstance(layer, Neuron):
                 carry = None if segment is None else segment.carries[layer]
-                items.append(partial(spikes.linearize_neurons, layer, steps, static, pool, carry=carry))
+                items.append(partial(linearize_neurons, layer, steps, static, pool, carry=carry))
                 static = False
             elif isinstance(layer, MaxPool):
                 items.append(partial(select, layer))

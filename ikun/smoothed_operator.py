@@ -33,6 +33,18 @@ currents, potentials and spikes of `draws` perturbed networks:
   true term is on average sqrt(2) times this square. The correction is applied to the last hidden layer, where it is
   largest.
 
+Each call of neurons counts as a layer of its own, so that neurons of a recurrent layer have their own means at every
+step. Between the calls, the product is that of the network itself, at its own weights and spikes: sums of residual
+branches, recurrent weights, states that a library hands on. Some networks need more to be said:
+
+- Outputs that are not mean rates of spiking neurons, or their sums over time, such as a membrane or a linear readout:
+  the product is J^T H_out J, with the second derivative H_out of the loss at the mean outputs over the draws.
+- Output neurons with recurrent weights: their currents are shifted, and their answer to their own spikes is not.
+- The correction for the last hidden layer applies if the output neurons read a linear map of spikes. It does not
+  apply behind a residual sum or a norm.
+- Max-pooling of anything but spikes, in one or three dimensions, or with `ceil_mode` keeps the network's own rule.
+- A reset by zero that takes place at the next step (snnTorch) is held fixed where a neuron fires.
+
 Means over shifted currents use the distribution of the draws, convolved with a Gaussian of half its standard deviation
 and shrunk to keep the variance (smoothed bootstrap). Derivatives act on this Gaussian.
 """
@@ -40,46 +52,27 @@ and shrunk to keep the variance (smoothed bootstrap). Derivatives act on this Ga
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Protocol, cast
+from threading import Lock
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hessian_tools.chain.affine import Affine
-from hessian_tools.chain.layers import Layer, Tangents, Want
-from hessian_tools.chain.second_order import Linearized, chain_of, curved, layers_at
-from hessian_tools.evaluation import copy_model, differentiable
-from hessian_tools.objective import Batch, Objective
-from hessian_tools.operators.curvature import CurvatureOperator
+from hessian_tools.chain.second_order import Linearized, curved
+from hessian_tools.evaluation import copy_model, differentiable, is_spiking_neuron, twice_differentiable
+from hessian_tools.objective import Batch, Loss, Objective
+from hessian_tools.operators.curvature import CurvatureOperator, _linearize_ggn
 from hessian_tools.perturbation import noise, noise_scales
+from hessian_tools.runtime.cuda import full_precision
+from ikun.averages import Noisy, Plan, floor_of, moments_of
+from ikun.networks import Network
+from ikun.nodes.recording import Averaging, Readout, Recording, record
+from ikun.nodes.rewriting import TRACING
 
 SMOOTHED_DRAWS = 16  # default number of perturbed networks
-SHARE = 0.5  # width of the smoothing Gaussian, relative to the standard deviation of the current
-CELLS = 8  # cells of the quadrature over the shift, per draw; the cells of different draws are staggered
-REACH = 3.5  # largest shift, in standard deviations of the smoothing Gaussian
-FLOOR = 1e-3  # smallest standard deviation, in thresholds; without noise a neuron would have no derivative
-
-
-class SpikingLayer(Layer, Protocol):
-    """Neurons over T steps and M samples x neurons, with the pooling that follows them.
-
-    `ikun.spiking_layers.Spikes` implements this protocol and documents its methods.
-    """
-
-    z: Tensor | None  # h - threshold [T, M]
-    static: bool
-    threshold: float
-
-    def fire(self, x: Tensor) -> Tensor: ...
-
-    def alone(self, fired: Tensor) -> Tensor | None: ...
-
-    def averaged(self, mean: Tensor, spread: Tensor, alone: Tensor | None) -> Layer: ...
-
-    def responding(self, response: Tensor, alone: Tensor | None) -> Layer: ...
 
 
 @differentiable
@@ -92,7 +85,7 @@ def smoothed(
     negative curvature. A learned decay of the output neurons is held fixed.
 
     Args:
-        objective: The objective. Its network must end in the mean rates of spiking neurons.
+        objective: The objective. All spiking neurons of its network must be nodes (`ikun.nodes`).
         memory: Memory in bytes for linearized batches, as in `CurvatureOperator`.
         scale: Noise scale s, relative to the root mean square of each filter.
         draws: Number of perturbed networks.
@@ -111,189 +104,188 @@ def smoothed(
         raise ValueError(f"at least 2 draws of noise are needed, not {draws}")
     if reason := unsupported(objective):
         raise ValueError(reason)
-    return CurvatureOperator(objective, partial(_linearize, scale=scale, draws=draws, seed=seed), memory)
+    averaged = _Averaged(objective)
+    outputs, seen = _recorded(objective, copy_model(objective.model), objective.first_inputs(64))
+    averaged.plan = Plan.of(outputs, seen.calls)
+    return CurvatureOperator(objective, partial(_linearize, averaged, scale=scale, draws=draws, seed=seed), memory)
 
 
 def unsupported(objective: Objective) -> str:
     """Explain why an objective has no noise-matched operator. The text is empty if it has one."""
-    found = None if objective.reset is not None else layers_at(objective.model, objective.first_inputs(1))
-    neurons = [] if found is None else _spiking(found[1])
-    if found is None or not neurons or neurons[-1][0] != len(found[1]) - 2:
-        return "operator smoothed needs an ikun network that ends in the mean rates of spiking neurons"
-    if any(((y := found[1][i + 1][0]) * (1 - y)).any() for i, _, _ in neurons):
+    model = copy_model(objective.model)
+    own = {id(m) for net in model.modules() if isinstance(net, Network) for m in net.modules()}
+    for name, module in model.named_modules():
+        if name and is_spiking_neuron(module) and not hasattr(module, "tracing") and id(module) not in own:
+            return f"operator smoothed needs neurons whose equations are known, and those of '{name}' are not"
+    x = objective.first_inputs(1)
+    outputs, seen = _recorded(objective, model, x)
+    if not seen.calls:
+        return "operator smoothed needs a network with spiking neurons whose equations are known"
+    if any(call.spec.relaxed for call in seen.calls):
         return "operator smoothed needs spikes, and a relaxed network has none"
-    before = [layer for _, layer in found[1][: neurons[-1][0]]]
-    if chain_of(objective, before, neurons[-1][2].parameters) is None:
+    averaged = _Averaged(objective)
+    averaged.plan = Plan.of(outputs, seen.calls)
+    averaged.set({f"f1_{i}": torch.zeros_like(call.z) for i, call in enumerate(seen.calls)}, seen.alone)
+    with torch.enable_grad():
+        out = averaged.objective(lambda o, y: o.sum()).outputs(x)
+        weights = list(objective.parameters.values())
+        parts = torch.autograd.grad(out.sum(), weights, allow_unused=True) if out.requires_grad else ()
+    if all(part is None for part in parts):
         return "operator smoothed needs parameters of layers before the output neurons: choose other parameters"
     return ""
 
 
-def _spiking(layers: list[tuple[Tensor, Layer]]) -> list[tuple[int, Tensor, SpikingLayer]]:
-    """Return the index, the input and the layer of every layer of spiking neurons."""
-    return [(i, x, cast(SpikingLayer, layer)) for i, (x, layer) in enumerate(layers) if hasattr(layer, "responding")]
+def _recorded(objective: Objective, model: nn.Module, x: Tensor) -> tuple[Tensor, Recording]:
+    """Run a copy of the objective's model and return its outputs and the calls of its neurons."""
+    if objective.reset is not None:
+        objective.reset(model)
+    with full_precision(objective.device), twice_differentiable():
+        return record(model, x)
 
 
-@torch.no_grad()
-def _linearize(objective: Objective, batch: Batch, *, scale: float, draws: int, seed: int) -> Linearized:
-    """Compute the operator's product on one batch from `draws` perturbed networks."""
-    x, y = batch
-    found = layers_at(objective.model, x)
-    assert found is not None  # checked by unsupported()
-    neurons = _spiking(found[1])
-    layers = [layer for _, layer in found[1]]
-    means = {i: torch.zeros_like(cast(Tensor, layer.z)) for i, _, layer in neurons}
-    squares = {i: torch.zeros_like(mean) for i, mean in means.items()}
-    last = neurons[-1][0]
-    alone: dict[int, Tensor | None] = dict.fromkeys(means)
-    currents: dict[int, list[Tensor]] = {i: [] for i, _, layer in neurons if layer.static or i == last}
-    outputs = torch.zeros_like(found[0])
-    for out, perturbed in _perturbed(objective, x, scale, draws, seed):
-        outputs += out / draws
-        for i, _, layer in _spiking(perturbed):
-            z = cast(Tensor, layer.z)
-            step = z - means[i]  # Welford's algorithm
-            means[i] += step / (len(currents[last]) + 1)
-            squares[i] += step * (z - means[i])
-            if (share := layer.alone((z >= 0).to(z))) is not None:
-                alone[i] = share / draws if alone[i] is None else cast(Tensor, alone[i]) + share / draws
-        for i, current, layer in _spiking(perturbed):
-            if i in currents:
-                currents[i].append(current.reshape(1 if layer.static else len(means[i]), -1))
-    for i, _, layer in neurons[:-1]:
-        floor = FLOOR * layer.threshold
-        if layer.static:
-            layers[i] = layer.responding(_responses(layer.fire, currents[i], floor)[0], alone[i])
-        else:
-            layers[i] = layer.averaged(means[i], (squares[i] / (draws - 1)).sqrt().clamp_min(floor), alone[i])
-    counting = neurons[-1][2]
-    steps, shape = len(means[last]), outputs.shape
+class _Averaged(nn.Module):
+    """The network with averaged derivatives of its neurons, which are buffers, so that it is traced only once.
 
-    def rates(current: Tensor) -> Tensor:
-        return counting.fire(current).reshape(steps, *shape).mean(0)
+    It returns the mean currents of the output neurons [N, K], followed by the counts of the spikes that they read
+    [N, F] if the plan has a closing linear map. Without output neurons it returns the outputs of the network.
 
-    moments = _moments(rates, currents[last], outputs, FLOOR * counting.threshold)
-    form, diagonal = _output_form(objective, outputs, y, *moments)
-    readout = layers[last - 1]
-    hidden = len(neurons) > 1 and neurons[-2][0] == last - 2 and isinstance(readout, Affine)
-    if hidden:
-        closing: list[Layer] = [_Closing(cast(Affine, readout), steps)]
-        own = (math.sqrt(2) - 1) * diagonal @ (cast(Affine, readout).folded / steps).square()
-    else:
-        closing, own = [readout] if counting.static else [readout, layers[-1]], diagonal[:, :0]
-    chain = chain_of(objective, [*layers[: last - 1], *closing], counting.parameters)
-    assert chain is not None  # checked by unsupported()
-    classes = shape[1]
-
-    def product(v: Tensor) -> Tensor:
-        current, count = chain.tangent(v)[0].split([classes, own.shape[1]], 1)
-        return chain.adjoint(torch.cat([form(current), own * count], 1))
-
-    return Linearized(product, chain.nbytes)
-
-
-@dataclass(frozen=True)
-class _Closing:
-    """The readout as the last layer of the chain, [T N, F] -> [N, K + F].
-
-    The first K outputs are the mean over time of the readout's outputs. The other F are the sum over time of its
-    inputs.
+    Attributes:
+        plan: What the calls of the neurons are.
+        shared: What its copies share. The lock is held from `set` to the end of the linearization.
     """
 
-    readout: Affine
-    steps: int
+    tracing = TRACING
+    network: nn.Module
 
-    @property
-    def parameters(self) -> tuple[Tensor, ...]:
-        return self.readout.parameters
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.network = copy_model(objective.model, share=True)
+        self.plan = Plan([], [], [])
+        self.shared = _Shared(objective)
 
-    def tangent(self, dx: Tensor | None, dp: Tangents) -> Tensor:
-        current = self.readout.tangent(dx, dp).unflatten(0, (self.steps, -1)).mean(0)
-        if dx is None:
-            return torch.cat([current, current.new_zeros(len(current), self.readout.folded.shape[1])], 1)
-        return torch.cat([current, dx.unflatten(0, (self.steps, -1)).sum(0)], 1)
+    def set(self, arrays: dict[str, Tensor], alone: Sequence[Tensor]) -> None:
+        """Set the derivatives f1_k and c_k [T, M] of every call k, and the share of every entry of every pooling."""
+        named = {**arrays, **{f"share_{k}": share for k, share in enumerate(alone)}}
+        for name in [*self._buffers]:
+            delattr(self, name)
+        for name, value in named.items():
+            self.register_buffer(name, value)
 
-    def adjoint(self, g: Tensor, want: Want, keep: bool) -> tuple[Tensor | None, Tangents]:
-        current, count = g.split(list(self.readout.folded.shape), 1)
-        gx, gp = self.readout.adjoint((current / self.steps).repeat(self.steps, 1), want, keep)
-        return (gx if gx is None else gx + count.repeat(self.steps, 1)), gp
+    def objective(self, loss: Loss) -> Objective:
+        """Return the objective of this network with a loss of its outputs."""
+        source = self.shared.objective
+        reset = source.reset
+        return replace(
+            source,
+            model=self,
+            loss=loss,
+            parameters={f"network.{name}": p for name, p in source.parameters.items()},
+            reset=None if reset is None else lambda model: reset(cast(_Averaged, model).network),
+            segmentation=None,
+            programs=self.shared.programs,
+        )
 
-    def adjoint_tangent(
-        self, dg: Tensor, dx: Tensor | None, dp: Tangents, want: Want
-    ) -> tuple[Tensor | None, Tangents]:
-        raise NotImplementedError("a Gauss-Newton product has no second-order pass")
+    def forward(self, x: Tensor) -> Tensor:
+        def slopes(k: int) -> tuple[Tensor, Tensor]:
+            f1: Tensor = getattr(self, f"f1_{k}")
+            return f1, getattr(self, f"c_{k}", f1)
+
+        with Averaging(slopes, lambda k: getattr(self, f"share_{k}")) as mode:
+            out: Tensor = self.network(x)
+        if not self.plan.last:
+            return out
+        calls = [mode.calls[i] for i in self.plan.last]
+        current = torch.cat([call.x for call in calls]).mean(0)
+        if not self.plan.closing:
+            return current
+        reads = [call.readout for call in calls if call.readout is not None]
+        count = sum(r.inputs.reshape(-1, len(current), r.inputs.shape[-1]).sum(0) for r in reads)
+        return torch.cat([current, cast(Tensor, count)], 1)
+
+
+class _Shared:
+    """What copies of `_Averaged` share: the objective of the network itself, the traced programs, and a lock."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective, self.programs, self.lock = objective, dict[Any, Any](), Lock()
+
+    def __deepcopy__(self, memo: object) -> _Shared:
+        return self
 
 
 @torch.no_grad()
-def _perturbed(
-    objective: Objective, x: Tensor, scale: float, draws: int, seed: int
-) -> Iterator[tuple[Tensor, list[tuple[Tensor, Layer]]]]:
-    """Yield the outputs and the layers of the network with perturbed weights, once per draw."""
-    model = copy_model(objective.model)
+def _linearize(
+    averaged: _Averaged, objective: Objective, batch: Batch, *, scale: float, draws: int, seed: int
+) -> Linearized:
+    """Compute the operator's product on one batch from `draws` perturbed networks."""
+    x, y = batch
+    outputs, base = _recorded(objective, copy_model(objective.model), x)
+    model = copy_model(objective.model)  # its weights change
+    plan = averaged.plan
+    noisy = Noisy(plan, base)
     named = dict(model.named_parameters())
     weights, unit = objective.weights(), scale * noise_scales(objective)
+    outputs = torch.zeros_like(outputs)
     for index in range(draws):
         parts = objective.split(weights + unit * noise(objective, seed, index))
         for name, value in zip(objective.parameters, parts, strict=True):
             named[name].copy_(value)
-        found = layers_at(model, x)
-        assert found is not None  # the unperturbed network has the same layers
-        yield found
+        out, seen = _recorded(objective, model, x)
+        outputs += out / draws
+        noisy.add(seen, index, draws)
+    form = _form(objective, plan, base, noisy, outputs, y)
+    with averaged.shared.lock:
+        averaged.set(noisy.slopes(), noisy.alone)
+        return _linearize_ggn(averaged.objective(lambda o, _: (_Linear.apply(o, form) * o).sum() / 2), batch)
 
 
-def _shifts(draws: int, index: int) -> Iterator[tuple[float, float, float]]:
-    """Yield (u, w1, w2) for the cells of one draw.
+class _Linear(torch.autograd.Function):
+    """o -> A o for a symmetric linear map A, which can be differentiated any number of times."""
 
-    u is a shift in standard deviations. w1 and w2 are its weights in the first and second derivative, at 0, of the mean
-    over a standard normal shift. They are the integrals of -phi' and phi'' over the cell, so a function that is
-    constant in each cell is integrated exactly.
-    """
-    width = 2 * REACH / CELLS
-    first = width * ((index + 0.5) / draws - 0.5) - REACH
-    edges = [first + width * (k + 0.5) for k in range(CELLS)]  # outer cells are infinite: a constant gives 0
-    ones = [0.0, *(_normal(u) for u in edges), 0.0]
-    twos = [0.0, *(u * _normal(u) for u in edges), 0.0]
-    for k in range(CELLS + 1):
-        yield first + width * k, ones[k] - ones[k + 1], twos[k] - twos[k + 1]
+    @staticmethod
+    def forward(ctx: Any, o: Tensor, form: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.form = form
+        return form(o.detach()).to(o)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return _Linear.apply(g, ctx.form), None
 
 
-def _normal(u: float) -> float:
-    """Return the standard normal density at u."""
-    return math.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
+def _form(
+    objective: Objective, plan: Plan, base: Recording, noisy: Noisy, outputs: Tensor, y: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """Return the second derivative of the mean loss by what `_Averaged` returns, as a map of tangents."""
+    if not plan.last:
+        return _output_hessian(objective, outputs, y)[1]
+    calls = [base.calls[i] for i in plan.last]
+    steps, factor = sum(call.steps for call in calls), plan.factor
+
+    def rates(current: Tensor) -> Tensor:
+        return factor * noisy.fire(plan.last, current).reshape(steps, *outputs.shape).mean(0)
+
+    moments = moments_of(rates, noisy.currents[plan.last[0]], outputs, floor_of(calls[0]))
+    form, diagonal = _output_form(objective, outputs, y, *moments)
+    if not plan.closing:
+        return form
+    classes = outputs.shape[1]
+    weight = cast(Readout, calls[0].readout).weight
+    own = (math.sqrt(2) - 1) * diagonal @ (weight / steps).square()
+
+    def whole(o: Tensor) -> Tensor:
+        current, count = o.split([classes, own.shape[1]], 1)
+        return torch.cat([form(current), own * count], 1)
+
+    return whole
 
 
-def _responses(
-    fire: Callable[[Tensor], Tensor], currents: list[Tensor], floor: float = FLOOR
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiate E fire(current + a) with respect to the constant a.
-
-    Args:
-        fire: Maps currents to spikes or to functions of spikes.
-        currents: The currents of the draws, [T, M] or [1, M] each.
-        floor: Smallest standard deviation of a current.
-
-    Returns:
-        The first derivative, the second derivative, and the width of the smoothing Gaussian [1, M].
-    """
-    mean = torch.stack(currents).mean(0)
-    variance = sum((c - mean).square() for c in currents) / (len(currents) - 1)
-    width = SHARE * cast(Tensor, variance).sqrt().mean(0, keepdim=True).clamp_min(floor)
-    first = second = torch.zeros(())
-    for index, current in enumerate(currents):
-        shrunk = mean + math.sqrt(1 - SHARE**2) * (current - mean)
-        for u, one, two in _shifts(len(currents), index):
-            fired = fire(shrunk + u * width)
-            first, second = first + one * fired, second + two * fired
-    return first / len(currents) / width, second / len(currents) / width.square(), width
-
-
-def _moments(
-    rates: Callable[[Tensor], Tensor], currents: list[Tensor], mean: Tensor, floor: float = FLOOR
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return E r', E r'' and the second derivative of E (r - mean)^2 by a constant current, each [N, K]."""
-    both, curved_rates, _ = _responses(
-        lambda current: torch.stack([(r := rates(current)).flatten(), (r - mean).square().flatten()]), currents, floor
-    )
-    return both[0].view_as(mean), curved_rates[0].view_as(mean), curved_rates[1].view_as(mean)
+def _output_hessian(objective: Objective, outputs: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return the gradient of the loss by the outputs, and H_out as a map of tangents."""
+    with torch.enable_grad():
+        at = outputs.detach().requires_grad_()
+        loss = objective.loss(at, y)
+        (slope,) = torch.autograd.grad(loss, at, create_graph=True)
+    return slope, lambda v: curved(slope, at, v.to(at))
 
 
 def _output_form(
@@ -312,14 +304,7 @@ def _output_form(
     Returns:
         The map from a tangent a' [N, K] to M a', and the diagonal of M [N, K].
     """
-    with torch.enable_grad():
-        at = outputs.detach().requires_grad_()
-        loss = objective.loss(at, y)
-        (slope,) = torch.autograd.grad(loss, at, create_graph=True)
-
-    def hessian(v: Tensor) -> Tensor:
-        return curved(slope, at, v)
-
+    slope, hessian = _output_hessian(objective, outputs, y)
     own = torch.zeros_like(outputs)
     for k in range(outputs.shape[1]):
         unit = torch.zeros_like(outputs)

@@ -1,20 +1,15 @@
 """Spiking neurons, with an optional max-pooling after them, computed with the scans of `ikun.kernels`.
 
-`Spikes` is a layer of a curvature product, with value, adjoint, tangent and tangent of the adjoint. `fire` is a
-function that can be differentiated once, for training.
+`Spikes` is a layer of a curvature product, with value, adjoint, tangent and tangent of the adjoint.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hessian_tools.chain.layers import Carry
 from ikun.kernels import dispatch as fused
@@ -112,120 +107,6 @@ class Spikes:
         grad = self.scan.gain * self.scan.decay * total + (self.scan.decay - self.scan.gain) * dgain * self.total
         return gx.reshape(self.shapes[0]), (_like(dg, grad),)
 
-    # ---- averages over noise in the weights, for ikun.smoothed_operator
-    @property
-    def static(self) -> bool:
-        """Whether the input is the same at all steps."""
-        return self.scan.static
-
-    @property
-    def threshold(self) -> float:
-        """The firing threshold."""
-        return self.neuron.dynamics.threshold
-
-    def fire(self, x: Tensor) -> Tensor:
-        """Return the spikes before pooling [T, M] for other inputs x [T, M] or [1, M]."""
-        return _value(self.neuron, len(self.scan.f1), None, x)[0]
-
-    def alone(self, fired: Tensor) -> Tensor | None:
-        """Return where no other entry of the pooling window fires.
-
-        Args:
-            fired: Spikes before pooling [T, M].
-
-        Returns:
-            A mask of 0 and 1 [T, M], or None without pooling.
-        """
-        if self.scan.index is None:
-            return None
-        plane = self._planes(fired)
-        others = _widen(4 * F.avg_pool2d(plane, 2), plane.shape) - plane
-        return (others == 0).to(fired).view_as(fired)
-
-    def averaged(self, mean: Tensor, spread: Tensor, alone: Tensor | None) -> Spikes | Pooled:
-        """Return the layer of mean spikes for a normally distributed h - threshold.
-
-        The derivatives of the mean spike and of the mean potential are
-
-            E s' = N(0; mean, spread^2) h'
-            E v' = (P(silent) - (threshold - v_reset) N(0; mean, spread^2)) h'
-
-        because h = threshold where a spike appears or disappears. P(silent) is evaluated at the layer's own inputs. A
-        detached reset is treated like one that is not detached.
-
-        Args:
-            mean: Mean of h - threshold [T, M].
-            spread: Standard deviation of h - threshold [T, M].
-            alone: Mean of `alone` over the draws [T, M], which is the derivative of a pooled spike with respect to each
-                entry of its window. None without pooling.
-
-        Returns:
-            The layer.
-        """
-        assert self.z is not None
-        d = self.neuron.dynamics
-        f1 = torch.exp(-0.5 * (mean / spread).square()) / (spread * math.sqrt(2 * math.pi))
-        c = 1 - d.threshold * f1 if d.reset == "soft" else (self.z < 0).to(f1) - (d.threshold - d.v_reset) * f1
-        return self._with(f1, c, alone)
-
-    def responding(self, response: Tensor, alone: Tensor | None) -> Spikes | Pooled:
-        """Return the layer whose spikes change by a given response to a constant current.
-
-        Args:
-            response: Change of the spikes per unit of the current [T, M].
-            alone: As in `averaged`.
-
-        Returns:
-            The layer.
-        """
-        f1 = response / self.scan.gain
-        return self._with(f1, torch.zeros_like(f1), alone)
-
-    def _with(self, f1: Tensor, c: Tensor, alone: Tensor | None) -> Spikes | Pooled:
-        """Return a copy of the layer with other derivatives f1 and c, and averaged pooling if alone is given."""
-        assert self.z is not None
-        scan = replace(self.scan, f1=f1, c=c, index=None, unit=1)
-        if alone is None:
-            return Spikes(self.neuron, self.shapes, self.z, scan)
-        shape = self._planes(f1).shape
-        return Pooled(Spikes(self.neuron, (self.shapes[0], shape), self.z, scan), alone.view(shape))
-
-    def _planes(self, t: Tensor) -> Tensor:
-        """Reshape [T, M] to [T N, C, H, W]."""
-        return t.reshape(-1, *self.shapes[0][1:])
-
-
-def _widen(pooled: Tensor, shape: torch.Size) -> Tensor:
-    """Copy every entry of [N, C, H / 2, W / 2] to its window in [N, C, H, W]. An odd last row or column is 0."""
-    wide = pooled.repeat_interleave(2, -1).repeat_interleave(2, -2)
-    return F.pad(wide, (0, shape[-1] - wide.shape[-1], 0, shape[-2] - wide.shape[-2]))
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """Neurons with a pooling that passes a given share of every entry's derivative. It has no second-order pass.
-
-    Attributes:
-        neurons: The neurons.
-        share: Derivative of the pooled spike with respect to each entry [T N, C, H, W].
-    """
-
-    neurons: Spikes
-    share: Tensor
-
-    @property
-    def parameters(self) -> tuple[Tensor, ...]:
-        return self.neurons.parameters
-
-    def tangent(self, dx: Tensor | None, dp: Sequence[Tensor | None]) -> Tensor:
-        return 4 * F.avg_pool2d(self.share * self.neurons.tangent(dx, dp), 2)
-
-    def adjoint(self, g: Tensor, want: Any, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self.neurons.adjoint(self.share * _widen(g, self.share.shape), want, keep)
-
-    def adjoint_tangent(self, dg: Tensor, dx: object, dp: object, want: object) -> tuple[Tensor, tuple[Tensor, ...]]:
-        raise NotImplementedError("a Gauss-Newton product has no second-order pass")
-
 
 def _like(t: Tensor, value: Number) -> Tensor:
     """Return a scalar tensor with the dtype and device of t."""
@@ -317,45 +198,3 @@ def linearize_neurons(
     layer = Spikes(neuron, (x.shape, y.shape), z, _scan(neuron, pool, timed.shape, z, index, u), carry)
     layer.repeats = static
     return y, layer
-
-
-class _Fire(torch.autograd.Function):
-    """Neurons and pooling as an autograd function. Its backward pass is the adjoint scan."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, logit: Tensor | None, neuron: Neuron, steps: int, pool: MaxPool | None) -> Tensor:
-        y, z, index, u = _value(neuron, steps, pool, x.detach())
-        ctx.save_for_backward(logit, z, index, u)
-        ctx.neuron, ctx.pool, ctx.shape = neuron, pool, x.shape
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        logit, z, index, u = ctx.saved_tensors
-        scan = _scan(ctx.neuron, ctx.pool, ctx.shape, z, index, u)
-        gx, total = adjoint(scan, g.flatten(1))
-        grad = None if logit is None else _like(logit, scan.gain * scan.decay * total)
-        return gx.view(ctx.shape), grad, None, None, None
-
-
-def fire(neuron: Neuron, steps: int, pool: MaxPool | None, x: Tensor) -> Tensor:
-    """Return pool(neuron(x)) with the fast scans where they are available.
-
-    The spikes are identical to those of the plain modules. With the fast scans, the result can be differentiated once
-    in reverse mode, and torch raises RuntimeError for further derivatives.
-
-    Args:
-        neuron: The neurons.
-        steps: Number of time steps T.
-        pool: The pooling, or None.
-        x: Input currents [T, N, ...], or [1, N, ...] for an input that is the same at all steps.
-
-    Returns:
-        The spikes after pooling [T, ...].
-    """
-    if not neuron.dynamics.relaxed and fused.usable(x):
-        y: Tensor = _Fire.apply(x, getattr(neuron, "logit", None), neuron, steps, pool)
-        return y
-    s: Tensor = neuron(x.expand(steps, *x.shape[1:]))
-    return s if pool is None else pool.forward(s)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from hessian_tools.engine.sums import is_sum, join_sums
+
 aten = torch.ops.aten
 Rule = Callable[[fx.Graph], None]
 # The stage of a value says on which inputs it depends: the weights and data; also the slope of the loss; also the
@@ -24,7 +26,9 @@ def simplify(graph: fx.Graph, rules: Sequence[Rule]) -> None:
             _replace(graph, node, node.args[0])
     _merge_views(graph)
     _merge_equal(graph)
+    _merge_transposes(graph)
     graph.eliminate_dead_code()
+    join_sums(graph, stages_of(graph))
     for rule in rules:
         rule(graph)
     graph.eliminate_dead_code()
@@ -37,10 +41,10 @@ def _replace(graph: fx.Graph, node: fx.Node, other: Any) -> None:
 
 def _copies(node: fx.Node) -> bool:
     """Return whether a node only copies a value, in the same order of memory."""
-    if node.target is not aten.clone.default:
+    source = node.args[0] if node.target is aten.clone.default else None
+    if not isinstance(source, fx.Node) or "val" not in source.meta or "val" not in node.meta:
         return False
-    before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
-    return before is not None and after is not None and before.stride() == after.stride()
+    return bool(source.meta["val"].stride() == node.meta["val"].stride())
 
 
 def _merge_views(graph: fx.Graph) -> None:
@@ -58,6 +62,24 @@ def _merge_views(graph: fx.Graph) -> None:
             _replace(graph, node, source)
         elif source is not node.args[0]:
             node.args = (source, list(shape))
+
+
+def _merge_transposes(graph: fx.Graph) -> None:
+    """Transpose the summands instead of a sum, and remove pairs of transposes."""
+    for node in reversed(graph.nodes):
+        source = node.args[0] if node.target is aten.t.default else None
+        if isinstance(source, fx.Node) and is_sum(source) and len(source.users) == 1:
+            with graph.inserting_before(node):
+                turned = [graph.call_function(aten.t.default, (part,)) for part in source.args]
+                for made, part in zip(turned, source.args, strict=True):
+                    made.meta["val"] = part.meta["val"].t()  # type: ignore[union-attr]
+                total = graph.call_function(aten.add.Tensor, tuple(turned))
+            total.meta["val"] = node.meta["val"]
+            _replace(graph, node, total)
+    for node in list(graph.nodes):
+        source = node.args[0] if node.target is aten.t.default else None
+        if isinstance(source, fx.Node) and source.target is aten.t.default:
+            _replace(graph, node, source.args[0])
 
 
 def _merge_equal(graph: fx.Graph) -> None:
@@ -86,7 +108,8 @@ def _fresh(node: Any) -> bool:
     if not isinstance(node, fx.Node) or node.op != "call_function" or len(node.users) != 1:
         return False
     if node.target is operator.getitem:
-        return node.args[0].target is aten.convolution_backward.default
+        call: Any = node.args[0]
+        return call.target is aten.convolution_backward.default
     return node.target in ALLOCATING
 
 
@@ -147,11 +170,13 @@ def split(module: fx.GraphModule, results: Sequence[Sequence[fx.Node | None]]) -
     for k, outputs in enumerate(results):
         wanted = [w for w in outputs if w is not None]
         mine = [n for n in module.graph.nodes if n.op in ("call_function", "get_attr") and stage[n] == k]
-        part, inside, inputs = fx.Graph(), {}, []
+        part = fx.Graph()
+        inside: dict[fx.Node, fx.Node] = {}
+        inputs: list[str] = []
 
         def fetch(
             node: fx.Node, inside: dict[fx.Node, fx.Node] = inside, inputs: list[str] = inputs, part: fx.Graph = part
-        ) -> fx.Node:  # noqa: E501
+        ) -> fx.Node:
             if node not in inside:
                 inside[node] = part.placeholder(node.name)
                 inputs.append(node.name)

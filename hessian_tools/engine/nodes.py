@@ -27,7 +27,7 @@ class _ConvolutionBackward(torch.autograd.Function):
         return gx, gw, g.sum((0, *range(2, g.dim()))) if want[2] else None
 
     @staticmethod
-    def backward(ctx: Any, ax: Tensor | None, aw: Tensor | None, ab: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, ax: Tensor | None, aw: Tensor | None, ab: Tensor | None) -> Any:
         g, x, w = ctx.saved_tensors
         dg = gx = gw = None
         if ax is not None:
@@ -55,7 +55,7 @@ class _Convolution(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         x, w = ctx.saved_tensors
         return *_ConvolutionBackward.apply(g, x, w, ctx.geometry, ctx.needs_input_grad[:3]), None
 
@@ -66,7 +66,7 @@ class _Valued(torch.autograd.Function):
         return value.clone()  # a view could not be changed in place; simplifying removes the copy
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         return None, g
 
 

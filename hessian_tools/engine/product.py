@@ -99,7 +99,9 @@ def _in_segments(objective: Objective, batch: Batch, kind: str, program: Program
             objective.programs[key] = cut
 
     def product(v: Tensor) -> Tensor:
-        values: dict[str, Any] = dict(zip(program.values, [*_state(objective.model).values(), *nested.tensors(x)], strict=True))
+        values: dict[str, Any] = dict(
+            zip(program.values, [*_state(objective.model).values(), *nested.tensors(x)], strict=True)
+        )
         values.update(zip(program.vector, (part.clone() for part in objective.split(v)), strict=True))
 
         def close(outputs: Tensor, tangent: Tensor, here: dict[str, Tensor]) -> bool:

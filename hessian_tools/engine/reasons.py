@@ -24,7 +24,6 @@ _MEANINGS = (
     ("data pointer", "the forward pass reads the memory of a tensor outside of torch's operations"),
     (".numpy() is not supported", "the forward pass uses NumPy"),
     ("dynamo-optimized", "the forward pass calls a function compiled by torch.compile"),
-    ("stateless API can't be used with Jitted", "the network contains a scripted module (torch.jit)"),
     ("fake impl", "the forward pass uses an operation without a fake kernel (torch.library.register_fake)"),
     ("mutate a non-functional tensor", "the forward pass changes a tensor in place that is not a buffer of the model"),
 )

@@ -2,8 +2,8 @@
 
 The values keep the operations of the network, in their order. What changes are the derivatives:
 
-- A batch norm in evaluation mode is folded into the weights of the convolution or linear map before it. Its tangent is
-  then a tangent of the weights, without a pass over the activations.
+- A batch norm in evaluation mode is folded into the weights of the convolution or linear map before it, if these are
+  fewer than the activations. Its tangent is then a tangent of the weights, without a pass over the activations.
 - Where an input is the same at all T time steps, the layers up to the first neurons run once.
 - A convolution is differentiated by the four convolutions that a product needs.
 """
@@ -60,7 +60,7 @@ class Rewriting(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        x = args[0] if args else None
+        x: Any = args[0] if args else None
         self._forget_changed(x)
         if self.hoist and isinstance(x, Tensor) and id(x) in self._repeated and func in SAMPLEWISE:
             base, steps = self._repeated[id(x)]
@@ -88,7 +88,7 @@ class Rewriting(TorchFunctionMode):
         """Forget what is known of a tensor if it was changed in place."""
         if any(t._version != version for t, version in self._versions.get(id(y), ())):
             for known in (self._linear, self._origin, self._repeated, self._versions):
-                known.pop(id(y), None)  # type: ignore[attr-defined]
+                known.pop(id(y), None)
 
     # ---------------------------------------------------------------- shapes and repetitions
     def _reshaped(self, x: Tensor, y: Tensor) -> Tensor:
@@ -161,13 +161,14 @@ class Rewriting(TorchFunctionMode):
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         a = (running_var + eps).rsqrt()
         a = a if weight is None else a * weight
-        through, w, b = self._linear.get(id(input), (None, None, None))
-        shift = a * (-running_mean if b is None else b - running_mean)
-        shift = shift if bias is None else shift + bias
-        if through is None:
-            y = input * _channels(a, input) + _channels(shift, input)
+        known = self._linear.get(id(input))
+        if known is None or known[1].numel() > input.numel():  # with more weights than values, folding takes longer
+            shift = -a * running_mean
+            y = input * _channels(a, input) + _channels(shift if bias is None else shift + bias, input)
         else:
-            y = through(w * a.reshape(-1, *(1,) * (w.dim() - 1)), shift)
+            through, w, b = known
+            shift = a * (-running_mean if b is None else b - running_mean)
+            y = through(w * a.reshape(-1, *(1,) * (w.dim() - 1)), shift if bias is None else shift + bias)
         return valued(F.batch_norm, y, input, running_mean, running_var, weight, bias, False, momentum, eps)
 
 

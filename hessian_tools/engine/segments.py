@@ -15,6 +15,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -47,7 +48,8 @@ def _nbytes(node: fx.Node) -> int:
 def _cut(values: Sequence[fx.Node], count: int) -> dict[fx.Node, int]:
     """Return the segment of every value, so that all segments take about the same memory."""
     total = sum(map(_nbytes, values)) or 1
-    segment, seen, now = {}, 0, 0
+    segment: dict[Any, int] = {}
+    seen = now = 0
     for node in values:
         if node.target is operator.getitem:  # the parts of a result stay together
             segment[node] = segment.get(node.args[0], now)

@@ -129,6 +129,8 @@ def trace(
     Raises:
         UntraceableError: If the model cannot be traced, as with a branch on the values of a tensor.
     """
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):  # its derivatives are not torch's own
+        raise UntraceableError("the network contains a scripted module (torch.jit)")
     parts_of_x, inputs_of, _ = nested.flattened(x)
     program = _program(model, list(state), chosen, inputs_of, second, rewriting)
     vector = [torch.zeros_like(state[name]) for name in chosen]

@@ -132,12 +132,19 @@ class CurvatureOperator(Operator):
     @differentiable
     def _apply(self, block: Tensor) -> Tensor:
         refuse_autocast(self.device)
-        total = torch.zeros_like(block)
+
+        def part(product: Map, weight: float) -> Tensor:
+            columns = self._columns(product, block)
+            image = columns[0][:, None] if len(columns) == 1 else torch.stack(columns, 1)
+            return image if weight == 1 else weight * image
+
+        total: Tensor | None = None
         with full_precision(self.device):
-            for part in self._over_batches(lambda a, weight: weight * torch.stack(self._columns(a, block), 1)):
-                total += part
-        total = self.objective.summed(total)
-        if not torch.isfinite(total).all():
+            for image in self._over_batches(part):
+                total = image if total is None else total + image
+        total = self.objective.summed(torch.zeros_like(block) if total is None else total)
+        # the sum is finite if all entries are, unless it overflows
+        if not torch.isfinite(total.sum()) and not torch.isfinite(total).all():
             raise FloatingPointError("a product with the operator is not finite")
         return total
 

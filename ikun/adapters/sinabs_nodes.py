@@ -41,7 +41,8 @@ class SinabsNode(LibraryNode):
         v = torch.where(y > 0, torch.zeros_like(h), h) if spec.reset == "hard" else h - spec.threshold * y
         currents = x.transpose(0, 1)
         if (alpha := own.alpha_syn_calculated) is not None:
-            i, found = before["i_syn"], []
+            i: Any = before["i_syn"]
+            found = []
             for current in currents:
                 i = alpha * (current if i is None else i + current)
                 found.append(i)

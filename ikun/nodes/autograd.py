@@ -12,13 +12,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ikun.nodes.passes import OPS, Spec, decode, encode
+from ikun.nodes.passes import Spec, called, decode, encode
 from ikun.pooling import selection
 
-Slopes = Callable[[Tensor], tuple[Tensor, Tensor]]  # z -> f'(z), f''(z)
+Slopes = Callable[[Tensor], tuple[Tensor, ...]]  # z -> f'(z), f''(z), and dv/dh if it is not that of the equations
 Values = tuple[Tensor, Tensor, Tensor]  # spikes, h - threshold, and potentials after the step, each [T, N, ...]
+
+
+class _Link(torch.autograd.Function):
+    """x -> zeros of its shape that take no memory. Kept in place of x, whose values no derivative needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.new_zeros(()).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
 
 
 class _Spikes(torch.autograd.Function):
@@ -26,22 +39,24 @@ class _Spikes(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, v0: Tensor | None, gain: Tensor | None, spec: str, jet: Slopes | None, values: Values | None
-    ) -> Any:
-        y, z, end, index, u = OPS["spikes"](x, v0, gain, spec) if values is None else _given(x, v0, gain, spec, values)
-        ctx.save_for_backward(x, v0, gain, z, index, u)
+        ctx: Any, x: Tensor, link: Tensor, v0: Tensor | None, gain: Tensor | None, spec: str, jet: Slopes | None,
+        values: Values | None,
+    ) -> Any:  # fmt: skip
+        computed = called("spikes")(x, v0, gain, spec) if values is None else _given(x, v0, gain, spec, values)
+        y, z, end, index, u = computed
+        ctx.save_for_backward(link, v0, gain, z, index, u)
         ctx.spec, ctx.jet = spec, jet
         ctx.set_materialize_grads(False)
         return y, end
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, gv: Tensor | None) -> Any:  # type: ignore[override]
-        x, v0, gain, z, index, u = ctx.saved_tensors
+    def backward(ctx: Any, g: Tensor | None, gv: Tensor | None) -> Any:
+        link, v0, gain, z, index, u = ctx.saved_tensors
         if g is None and gv is None:
-            return (None,) * 6
+            return (None,) * 7
         g = z.new_zeros((index if index.numel() else z).shape) if g is None else g
-        gx, gv0, ggain = _Adjoint.apply(g, gv, x, v0, gain, z, index, u, ctx.spec, ctx.jet)
-        return gx, gv0 if v0 is not None else None, ggain if gain is not None else None, None, None, None
+        gx, gv0, ggain = _Adjoint.apply(g, gv, link, v0, gain, z, index, u, ctx.spec, ctx.jet)
+        return gx, None, gv0 if v0 is not None else None, ggain if gain is not None else None, None, None, None
 
 
 class _Adjoint(torch.autograd.Function):
@@ -54,23 +69,24 @@ class _Adjoint(torch.autograd.Function):
     ) -> Any:  # fmt: skip
         f2 = None
         if jet is None:
-            f1, c = OPS["slopes"](z, spec)
+            f1, c = called("slopes")(z, spec)
         else:
-            f1, f2 = jet(z)
-            c = OPS["reset_slopes"](z, f1, spec)
+            f1, f2, *given = jet(z)
+            c = given[0] if given else called("reset_slopes")(z, f1, spec)
         ctx.save_for_backward(g, gv, gain, z, f2, f1, c, index, u)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
-        return OPS["adjoint"](g, gv, f1, c, index, u, gain, spec)
+        return called("adjoint")(g, gv, f1, c, index, u, gain, spec)
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor | None, dv: Tensor | None, dgain: Tensor | None) -> Any:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor | None, dv: Tensor | None, dgain: Tensor | None) -> Any:
         g, gv, gain, z, f2, f1, c, index, u = ctx.saved_tensors
         dx = torch.zeros_like(f1[:1]) if dx is None else dx
         at = (index, u, gain, ctx.spec)
-        ds, dend = OPS["tangent"](dx, dv, dgain, f1, c, *at)
-        *_, e, gh = OPS["adjoint_kept"](g, gv, z, f2, f1, c, *at)
-        gx, gv0, ggain = OPS["adjoint_tangent"](None, None, dx, dv, dgain, f1, c, e, gh, *at)
+        ds, dend = called("tangent")(dx, dv, dgain, f1, c, *at)
+        *_, e, gh = called("adjoint_kept")(g, gv, z, f2, f1, c, *at)
+        gx, gv0, ggain = called("adjoint_tangent")(None, None, dx, dv, dgain, f1, c, e, gh, *at)
         found = (ds, dend, gx, gv0, ggain)
         return *(t if n else None for t, n in zip(found, ctx.needs_input_grad, strict=False)), *(None,) * 5
 
@@ -86,7 +102,7 @@ def _given(x: Tensor, v0: Tensor | None, gain: Tensor | None, spec: str, values:
     if gain is not None:
         start = torch.full_like(v[:1], s.v_reset) if v0 is None else v0
         u = x - torch.cat([start, v[:-1]]) + s.v_reset
-    return y.clone(), z, v[-1:].clone(), index, u
+    return y.clone(), z, v[-1:].clone() if s.ends else x.new_empty(0), index, u
 
 
 def neurons(
@@ -104,19 +120,23 @@ def neurons(
         spec: The parameters of the neurons. Pooling needs planes as the last two axes.
         v0: Potential before the first step [N, ...]; None: v_reset.
         gain: A learned gain []; the decay is then 1 - gain. None: `spec.gain` and `spec.decay`.
-        jet: The function z -> (f'(z), f''(z)), instead of those of `spec.surrogate`.
-        values: Spikes, h - threshold, and potentials after the step, each [T, N, ...], as other code computed them. They
-            are used instead of own values, from which they differ by rounding.
+        jet: The function z -> (f'(z), f''(z)), instead of those of `spec.surrogate`. It may also return dv/dh, and f''
+            then has no effect on first derivatives.
+        values: Spikes, h - threshold, and potentials after the step, each [T, N, ...], as other code computed them.
+            They are used instead of own values, from which they differ by rounding.
 
     Returns:
-        The spikes [T, N, ...] and the last potential [N, ...].
+        The spikes [T, N, ...] and the last potential [N, ...], which is empty unless `spec.ends`.
     """
     if has_torch_function((x,)):
         found: tuple[Tensor, Tensor] = handle_torch_function(neurons, (x,), x, spec, v0, gain, jet, values)
         return found
     steps = spec.steps if spec.static else len(x)
-    spec = replace(spec, steps=steps, surrogate="" if jet is not None else spec.surrogate)
+    if steps != spec.steps or jet is not None:
+        spec = replace(spec, steps=steps, surrogate="" if jet is not None else spec.surrogate)
     start = None if v0 is None else v0.reshape(1, -1)
-    y, end = _Spikes.apply(x.reshape(len(x), -1), start, gain, encode(spec), jet, values)
-    tail = x.shape[1:-2] + (spec.height // 2, spec.width // 2) if spec.height else x.shape[1:]
-    return y.view(steps, *tail), end.view(x.shape[1:])
+    flat = x.reshape(len(x), -1)
+    link = _Link.apply(flat) if flat.requires_grad else flat.detach()[:0]
+    y, end = _Spikes.apply(flat, link, start, gain, encode(spec), jet, values)
+    tail = (*x.shape[1:-2], spec.height // 2, spec.width // 2) if spec.height else x.shape[1:]
+    return y.view(steps, *tail), end.view(x.shape[1:]) if spec.ends else end

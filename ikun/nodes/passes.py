@@ -38,6 +38,8 @@ class Spec:
         height: Height of the planes that a 2 x 2 max-pooling behind the neurons reads. 0 without pooling.
         width: Their width.
         ties: Which of several equal entries max-pooling selects, "first" or "last".
+        ends: Whether the last potential is used. Otherwise it is empty, as are its derivatives and those of the first,
+            which is v_reset then.
     """
 
     surrogate: str = "atan:2"
@@ -53,6 +55,7 @@ class Spec:
     height: int = 0
     width: int = 0
     ties: str = "first"
+    ends: bool = True
 
     @property
     def dynamics(self) -> Dynamics:
@@ -75,6 +78,7 @@ def decode(text: str) -> Spec:
     return Spec(**json.loads(text))
 
 
+@lru_cache(4096)
 def encode(spec: Spec) -> str:
     return json.dumps(asdict(spec))
 
@@ -85,7 +89,15 @@ def _given(t: Tensor) -> Tensor | None:
 
 
 def _scan(
-    spec: Spec, f1: Tensor, c: Tensor, index: Tensor, u: Tensor, gain: Tensor | None, e: Tensor | None = None, gh: Tensor | None = None, known: bool = False
+    spec: Spec,
+    f1: Tensor,
+    c: Tensor,
+    index: Tensor,
+    u: Tensor,
+    gain: Tensor | None,
+    e: Tensor | None = None,
+    gh: Tensor | None = None,
+    known: bool = False,
 ) -> Scan:
     d = spec.dynamics
     rates = (spec.decay, spec.gain) if gain is None else (scalar(1 - gain), scalar(gain))
@@ -95,8 +107,15 @@ def _scan(
     )  # fmt: skip
 
 
-def _state(like: Tensor, start: Tensor | None) -> Tensor:
-    return torch.zeros_like(like[:1]) if start is None else start.clone()
+def _state(like: Tensor, start: Tensor | None, spec: str) -> Tensor | None:
+    """Return the state of a scan to start from, or None if it starts at rest and its end is not used."""
+    if start is None:
+        return torch.zeros_like(like[:1]) if decode(spec).ends else None
+    return start.clone()
+
+
+def _end(like: Tensor, state: Tensor | None) -> Tensor:
+    return like.new_empty(0) if state is None else state
 
 
 def _total(value: Any, like: Tensor) -> Tensor:
@@ -104,7 +123,9 @@ def _total(value: Any, like: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- the passes
-def spikes(x: Tensor, v0: Tensor | None, gain: Tensor | None, spec: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def spikes(
+    x: Tensor, v0: Tensor | None, gain: Tensor | None, spec: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the neurons.
 
     Args:
@@ -119,16 +140,17 @@ def spikes(x: Tensor, v0: Tensor | None, gain: Tensor | None, spec: str) -> tupl
     """
     s = decode(spec)
     d = s.dynamics
-    state = torch.full_like(x[:1], s.v_reset) if v0 is None else v0.clone()
-    decay, rate = (s.decay, s.gain) if gain is None else (scalar(1 - gain), scalar(gain))
+    state = v0.clone() if v0 is not None else torch.full_like(x[:1], s.v_reset) if s.ends else None
+    decay, rate = (s.decay, s.gain) if gain is None else (1 - gain, gain)
     none = x.new_empty(0)
     if not s.relaxed and fused.usable(x):
-        rates = (decay, rate, scalar((1 - decay) * s.v_reset), s.threshold, s.v_reset)
+        rates = (scalar(decay), scalar(rate), scalar((1 - decay) * s.v_reset), s.threshold, s.v_reset)
         found = fused.value(x, s.steps, rates, s.reset == "hard", s.plane, s.ties == "last", gain is not None, state)
         if found is not None:
             y, z, index, u = found
-            return y, z, state, torch.empty(0, dtype=torch.int32) if index is None else index, none if u is None else u
-    v, zs, ss, us = state[0], [], [], []
+            index = torch.empty(0, dtype=torch.int32) if index is None else index
+            return y, z, _end(x, state), index, none if u is None else u
+    v, zs, ss, us = torch.full_like(x[0], s.v_reset) if state is None else state[0], [], [], []
     for t in range(s.steps):
         current = x[0 if len(x) == 1 else t]
         us.append(current - v + s.v_reset)
@@ -140,7 +162,13 @@ def spikes(x: Tensor, v0: Tensor | None, gain: Tensor | None, spec: str) -> tupl
         planes = y.view(s.steps, -1, *s.plane)
         index = selection(planes, s.ties).flatten(1)
         y = y.gather(1, index.long())
-    return y, torch.stack(zs), v[None].clone(), index, torch.stack(us) if gain is not None else none
+    return (
+        y,
+        torch.stack(zs),
+        v[None].clone() if s.ends else x.new_empty(0),
+        index,
+        torch.stack(us) if gain is not None else none,
+    )
 
 
 def slopes(z: Tensor, spec: str) -> tuple[Tensor, Tensor]:
@@ -157,32 +185,49 @@ def reset_slopes(z: Tensor, f1: Tensor, spec: str) -> Tensor:
 
 
 def tangent(
-    dx: Tensor, dv: Tensor | None, dgain: Tensor | None, f1: Tensor, c: Tensor, index: Tensor, u: Tensor, gain: Tensor | None, spec: str
+    dx: Tensor,
+    dv: Tensor | None,
+    dgain: Tensor | None,
+    f1: Tensor,
+    c: Tensor,
+    index: Tensor,
+    u: Tensor,
+    gain: Tensor | None,
+    spec: str,
 ) -> tuple[Tensor, Tensor]:
     """Return the tangents of the spikes [T, Q] and of the last potential [1, M]."""
-    state = _state(f1, dv)
+    state = _state(f1, dv, spec)
     rate = 0.0 if dgain is None else scalar(dgain)
-    return fused.tangent(_scan(decode(spec), f1, c, index, u, gain), dx, rate, state), state
+    return fused.tangent(_scan(decode(spec), f1, c, index, u, gain), dx, rate, state), _end(f1, state)
 
 
 def adjoint(
     g: Tensor, gv: Tensor | None, f1: Tensor, c: Tensor, index: Tensor, u: Tensor, gain: Tensor | None, spec: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the adjoints of the input [T or 1, M], of the first potential [1, M] and of the gain []."""
-    state = _state(f1, gv)
+    state = _state(f1, gv, spec)
     gx, total = fused.adjoint(_scan(decode(spec), f1, c, index, u, gain), g, None, state)
-    return gx, state, _total(total, f1)
+    return gx, _end(f1, state), _total(total, f1)
 
 
 def adjoint_kept(
-    g: Tensor, gv: Tensor | None, z: Tensor, f2: Tensor | None, f1: Tensor, c: Tensor, index: Tensor, u: Tensor, gain: Tensor | None, spec: str
+    g: Tensor,
+    gv: Tensor | None,
+    z: Tensor,
+    f2: Tensor | None,
+    f1: Tensor,
+    c: Tensor,
+    index: Tensor,
+    u: Tensor,
+    gain: Tensor | None,
+    spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return what `adjoint` does, and e and gh [T, M], of which gh is empty without a learned gain."""
-    state = _state(f1, gv)
+    state = _state(f1, gv, spec)
     e = torch.empty_like(z) if f2 is None else f2.clone()
     gh = None if gain is None else torch.empty_like(z)
     gx, total = fused.adjoint(_scan(decode(spec), f1, c, index, u, gain, e, gh, f2 is None), g, z, state)
-    return gx, state, _total(total, f1), e, f1.new_empty(0) if gh is None else gh
+    return gx, _end(f1, state), _total(total, f1), e, f1.new_empty(0) if gh is None else gh
 
 
 def adjoint_tangent(
@@ -190,17 +235,27 @@ def adjoint_tangent(
     f1: Tensor, c: Tensor, e: Tensor, gh: Tensor, index: Tensor, u: Tensor, gain: Tensor | None, spec: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the tangents of what `adjoint` returns. A tangent that is None is zero."""
-    state = _state(f1, dgv)
+    state = _state(f1, dgv, spec)
     scan = _scan(decode(spec), f1, c, index, u, gain, e, _given(gh))
     rate = 0.0 if dgain is None else scalar(dgain)
     dg = f1.new_zeros((index if index.numel() else f1).shape) if dg is None else dg
     gx, total = fused.adjoint_tangent(scan, dg, dx, rate, dv, state)
-    return gx, state, _total(total, f1)
+    return gx, _end(f1, state), _total(total, f1)
 
 
 PASSES = (spikes, slopes, reset_slopes, tangent, adjoint, adjoint_kept, adjoint_tangent)
 _ops = {p.__name__: torch.library.custom_op(f"ikun::{p.__name__}", p, mutates_args=()) for p in PASSES}
 OPS = {name: getattr(torch.ops.ikun, name).default for name in _ops}
+_direct = {p.__name__: p for p in PASSES}
+
+
+def called(name: str) -> Any:
+    """Return a pass as torch's operator while a graph is traced, else as the function behind it, which is faster."""
+    return (OPS if torch._C._len_torch_dispatch_stack() else _direct)[name]
+
+
+def _like_end(like: Tensor, spec: str) -> Tensor:
+    return like.new_empty((1, like.shape[1]) if decode(spec).ends else (0,))
 
 
 @_ops["spikes"].register_fake
@@ -208,9 +263,12 @@ def _(x: Tensor, v0: Any, gain: Any, spec: str) -> Any:
     s, m = decode(spec), x.shape[1]
     q = s.outputs(m)
     return (
-        x.new_empty(s.steps, q), x.new_empty(s.steps, m), x.new_empty(1, m),
-        x.new_empty((s.steps, q) if s.height else (0,), dtype=torch.int32), x.new_empty((0,) if gain is None else (s.steps, m)),
-    )  # fmt: skip
+        x.new_empty(s.steps, q),
+        x.new_empty(s.steps, m),
+        _like_end(x, spec),
+        x.new_empty((s.steps, q) if s.height else (0,), dtype=torch.int32),
+        x.new_empty((0,) if gain is None else (s.steps, m)),
+    )
 
 
 @_ops["slopes"].register_fake
@@ -225,12 +283,12 @@ def _(z: Tensor, f1: Tensor, spec: str) -> Any:
 
 @_ops["tangent"].register_fake
 def _(dx: Any, dv: Any, dgain: Any, f1: Tensor, c: Any, index: Tensor, u: Any, gain: Any, spec: str) -> Any:
-    return f1.new_empty((index if index.numel() else f1).shape), torch.empty_like(f1[:1])
+    return f1.new_empty((index if index.numel() else f1).shape), _like_end(f1, spec)
 
 
 def _like_adjoint(f1: Tensor, spec: str) -> tuple[Tensor, Tensor, Tensor]:
     s = decode(spec)
-    return f1.new_empty(1 if s.static else s.steps, f1.shape[1]), torch.empty_like(f1[:1]), f1.new_empty(())
+    return f1.new_empty(1 if s.static else s.steps, f1.shape[1]), _like_end(f1, spec), f1.new_empty(())
 
 
 @_ops["adjoint"].register_fake
@@ -244,5 +302,19 @@ def _(g: Any, gv: Any, z: Any, f2: Any, f1: Tensor, c: Any, index: Any, u: Any, 
 
 
 @_ops["adjoint_tangent"].register_fake
-def _(dg: Any, dgv: Any, dx: Any, dv: Any, dgain: Any, f1: Tensor, c: Any, e: Any, gh: Any, index: Any, u: Any, gain: Any, spec: str) -> Any:
+def _(
+    dg: Any,
+    dgv: Any,
+    dx: Any,
+    dv: Any,
+    dgain: Any,
+    f1: Tensor,
+    c: Any,
+    e: Any,
+    gh: Any,
+    index: Any,
+    u: Any,
+    gain: Any,
+    spec: str,
+) -> Any:
     return _like_adjoint(f1, spec)

@@ -48,8 +48,17 @@ class SpikingRewriting(Rewriting):
         ceil_mode: bool = False, return_indices: bool = False,
     ) -> Tensor | None:  # fmt: skip
         fired = self._fired.get(id(self._origin.get(id(x), x)))
-        plain = _pair(kernel_size) == (2, 2) and stride in (None, [], ()) or _pair(stride or kernel_size) == _pair(kernel_size) == (2, 2)
-        if fired is None or not plain or _pair(padding) != (0, 0) or _pair(dilation) != (1, 1) or ceil_mode or return_indices:
+        plain = (_pair(kernel_size) == (2, 2) and stride in (None, [], ())) or _pair(stride or kernel_size) == _pair(
+            kernel_size
+        ) == (2, 2)
+        if (
+            fired is None
+            or not plain
+            or _pair(padding) != (0, 0)
+            or _pair(dilation) != (1, 1)
+            or ceil_mode
+            or return_indices
+        ):
             return None
         current, spec, others = fired
         if current.dim() < 4 or x.shape[-2:] != current.shape[-2:] or min(x.shape[-2:]) < 2:
@@ -104,6 +113,7 @@ def _move_before(graph: fx.Graph, node: fx.Node, place: fx.Node) -> None:
 
 def join_tangents(graph: fx.Graph) -> None:
     """Add the tangent of the adjoint and an adjoint of the same neurons by one pass."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not torch.ops.aten.add.Tensor or len(node.args) != 2:
             continue
@@ -113,17 +123,20 @@ def join_tangents(graph: fx.Graph) -> None:
                 continue
             if (second.args[5:7], second.args[9:]) != (first.args[2:4], first.args[4:]):
                 continue
-            dgv = first.args[1]
-            with graph.inserting_before(node):
-                call = graph.call_function(second.target, (first.args[0], dgv, *second.args[2:]))
-                call.meta = dict(second.meta)
-                for place in range(3):
-                    ours = [_part(second, place), _part(first, place)]
+            later = max(first, second, key=lambda n: order[n])
+            with graph.inserting_after(later):
+                call = graph.call_function(OPS["adjoint_tangent"], (first.args[0], first.args[1], *second.args[2:]))
+            call.meta = dict(second.meta)
+            for place in range(3):
+                one, other = _part(second, place), _part(first, place)
+                if one is None or other is None:
+                    continue
+                with graph.inserting_after(call):
                     both = graph.call_function(operator.getitem, (call, place))
-                    both.meta = dict(node.meta)
-                    for user in list(graph.nodes):
-                        if user.target is torch.ops.aten.add.Tensor and len(user.args) == 2 and set(user.args) == set(ours) and None not in ours:
-                            user.replace_all_uses_with(both)
+                both.meta = dict(one.meta)
+                for user in list(one.users):
+                    if user.target is torch.ops.aten.add.Tensor and set(user.args) == {one, other}:
+                        user.replace_all_uses_with(both)
             break
 
 

@@ -295,7 +295,7 @@ def _epoch(
         index = order[begin:end]
         x = encode(data.images[index], net.spec.timesteps, net.spec.coding, spikes).to(device)
         y = data.labels[index].to(device)
-        out = net(x, once=True)
+        out = net(x)
         loss = LOSSES[spec.loss](out, y)
         optimizer.zero_grad()
         loss.backward()
@@ -328,7 +328,7 @@ def evaluate(net: Network, data: Dataset, loss: str, seed: int = 0, batch_size: 
     for begin in range(0, len(data), batch_size):
         y = data.labels[begin : begin + batch_size].to(device)
         x = encode(data.images[begin : begin + batch_size], net.spec.timesteps, net.spec.coding, spikes).to(device)
-        out = net(x, once=True)
+        out = net(x)
         total += float(LOSSES[loss](out, y)) * len(y)
         right += int((out.argmax(1) == y).sum())
     return total / len(data), right / len(data)

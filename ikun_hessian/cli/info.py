@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ikun_hessian.cli.click_options import options
+from ikun_hessian.cli.click_options import options, own_options
 from ikun_hessian.cli.screen import dumps, echo
+from ikun_hessian.jobs.job import Own
 from ikun_hessian.jobs.options import DATA_DIR, JSON
 
 if TYPE_CHECKING:
@@ -21,11 +22,16 @@ if TYPE_CHECKING:
 @click.command("info")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @options(JSON, DATA_DIR)
-def info_command(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None:
+@own_options
+def info_command(checkpoint: Path, as_json: bool, data_dir: Path | None, own: Own) -> None:
     """Describe a checkpoint, and every layer of its network, at initialization and after training.
 
-    The variance of the weights is shown next to the one of IKUN's rule. The gains from layer to layer are measured.
+    The variance of the weights is shown next to the one of IKUN's rule. The gains from layer to layer are measured. Of
+    a network of your own, the neurons are shown as they are.
     """
+    if own.meant(checkpoint):
+        _show_own(checkpoint, own, as_json)
+        return
     from ikun.checkpoint import load_checkpoint
     from ikun.layer_statistics import batch_norm_by_batch, observe
     from ikun.losses import LOSSES
@@ -93,6 +99,44 @@ def info_command(checkpoint: Path, as_json: bool, data_dir: Path | None) -> None
         "512 samples.\n"
         f"f'(x) = {surrogate.family.formula} at x = h - threshold, a = {surrogate.parameter:g}."
     )
+
+
+def _show_own(path: Path, own: Own, as_json: bool) -> None:
+    """Describe the neurons of a network of the user's own on its first 512 samples."""
+    from ikun.adapters.layer_activity import layer_activity
+    from ikun_hessian.jobs.device import half_of_the_memory
+    from ikun_hessian.jobs.user_network import located, open_own
+
+    found = open_own(path, own, samples="all", surrogate=None, memory=half_of_the_memory("cpu"))
+    adapted = found.adapted()
+    with located():
+        rows = layer_activity(adapted, found.x[:512], found.y[:512], found.loss)
+    if not rows:
+        raise click.UsageError(f"{path}: the network has no spiking neurons of a library that is known")
+    if as_json:
+        layers = [{k: v for k, v in dataclasses.asdict(s).items() if v == v} for s in rows]
+        echo(dumps({"network": found.network, "data": found.data, "layers": layers, "nodes": adapted.nodes}))
+        return
+    n = found.network
+    echo(f"{path}: {n['model']}, {n['library']}, {n['neuron']} neurons, surrogate {n['surrogate']}")
+    width = max(8, *(len(s.name) for s in rows)) + 1
+    echo(f"\n{'neurons':<{width}}firing  dead  E[f'^2]  Var current  forward  backward")
+    for s in rows:
+        echo(
+            f"{s.name:<{width}}{s.firing_rate:>6.3f} {s.dead:>5.0%} {_cell(s.derivative_square, 8)} "
+            f"{_cell(s.current_variance, 12)} {_cell(s.forward_gain, 8)} {_cell(s.backward_gain, 9)}"
+        )
+    for name, reason in adapted.nodes.items():
+        if reason:
+            echo(f"! {name}: only its firing is known: {reason}")
+    echo(
+        f"\nOn {min(len(found.x), 512)} samples, in the order of the calls. forward: Var current, relative to that of\n"
+        "the neurons before. backward: mean square of the loss gradient there, relative to that at these."
+    )
+
+
+def _cell(value: float, width: int) -> str:
+    return f"{value:>{width}.3g}" if value == value else "-".rjust(width)
 
 
 def _refuse_too_long(path: Path, found: Checkpoint, count: int) -> None:

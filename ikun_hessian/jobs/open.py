@@ -187,24 +187,34 @@ def _ours(path: Path, samples: str, split: str, surrogate: str | None, data_dir:
 def _own(path: Path, own: Own, samples: str, surrogate: str | None, memory: float) -> _Source:
     """Open a network of the user's own."""
     from hessian_tools import nested
+    from ikun.adapters import variants
     from ikun.adapters.summary import firing_rates
     from ikun_hessian.jobs.user_network import located, open_own
 
     found = open_own(path, own, samples=samples, surrogate=surrogate, memory=memory)
 
-    def built(steeper: float = 1.0, **changes: Any) -> tuple[nn.Module, Callable[[nn.Module], None] | None]:
-        if unknown := set(changes) - {"surrogate"}:
-            raise ValueError(f"networks of your own do not support {', '.join(sorted(unknown))}")
+    few = found.x[:3]
+
+    def built(
+        steeper: float = 1.0, surrogate: str | None = None, relaxed: bool = False, ties: str = "first"
+    ) -> tuple[nn.Module, Callable[[nn.Module], None] | None]:
         with located():
-            adapted = found.adapted(steeper, **changes)
+            adapted = found.adapted(steeper, surrogate)
+            if relaxed:
+                adapted = variants.relaxed(adapted, few)
+        if ties == "last":
+            adapted = variants.ties_reversed(adapted)
         return adapted.model, adapted.reset
 
+    others: dict[str, dict[str, Any]] = dict(SLOPES) if found.spiking else {}
+    if found.spiking and variants.max_pools(found.adapted(), few):
+        others["ties reversed"] = {"ties": "last"}
     return _Source(
         built,
         found.loss,
         found.x,
         found.y,
-        dict(SLOPES) if found.spiking else {},
+        others,
         found.threshold,
         {"data": found.data, "network": found.network, "training": {}},
         lambda few: firing_rates(found.adapted(), nested.selected(found.x, slice(few))),

@@ -23,7 +23,6 @@ from hessian_tools.analysis.settings import SpectrumSettings
 from hessian_tools.analysis.spectrum import spectrum
 from hessian_tools.chain import segments
 from hessian_tools.objective import Loss, Objective, Streamed, make_objective
-from hessian_tools.operators import curvature as operators
 from hessian_tools.operators.base import dense
 from hessian_tools.operators.curvature import _linearize_hessian, ggn, hessian
 from hessian_tools.perturbation import accuracy, mean_loss, outputs_at

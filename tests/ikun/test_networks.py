@@ -335,14 +335,13 @@ def described(net: Network) -> tuple[list[dict[str, Any]], dict[str, Array]]:
 
 
 def dense(net: Network, loss: str) -> tuple[float, Array, Array]:
-    """(loss, gradient, Hessian) by double backward, all rows at once."""
+    """(loss, gradient, Hessian) by double backward."""
     x, y = samples(net)
     parameters = list(net.parameters())
     value = LOSSES[loss](net(x), y)
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters, create_graph=True)])
-    eye = torch.eye(len(gradient), dtype=torch.float64)
-    rows = torch.autograd.grad(gradient, parameters, eye, is_grads_batched=True, materialize_grads=True)
-    hessian = torch.cat([r.reshape(len(gradient), -1) for r in rows], 1)
+    rows = [torch.autograd.grad(g, parameters, retain_graph=True, materialize_grads=True) for g in gradient]
+    hessian = torch.stack([torch.cat([r.flatten() for r in row]) for row in rows])
     return value.item(), gradient.detach().numpy(), hessian.numpy()
 
 

@@ -11,29 +11,28 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from draws import normal
 from numpy.typing import NDArray
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from hessian_tools.chain.affine import Affine, Product
-from hessian_tools.chain.layers import Want
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators.base import dense, scaled, symmetry_error
 from hessian_tools.perturbation import noise, noise_scales
-from ikun import smoothed_operator as module
-from ikun.layers import MaxPool
+from ikun import averages as module
+from ikun.averages import moments_of, responses, shifts
 from ikun.losses import LOSSES
 from ikun.networks import Network, Spec
-from ikun.neurons import Dynamics, Neuron
-from ikun.smoothed_operator import _Closing, _moments, _output_form, _responses, _shifts, smoothed, unsupported
-from ikun.spiking_layers import linearize_neurons
-from ikun.surrogates import Surrogate
+from ikun.nodes import passes as neuron_passes
+from ikun.nodes.recording import PLAIN, Averaging, Recording
+from ikun.smoothed_operator import _output_form, smoothed, unsupported
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,7 +62,7 @@ def relative(found: Tensor | Array, exact: Tensor | Array) -> float:
 def test_shifts_integrate_steps_exactly_and_stagger_their_cells(draws: int) -> None:
     edges = []
     for index in range(draws):
-        u, one, two = np.array(list(_shifts(draws, index))).T
+        u, one, two = np.array(list(shifts(draws, index))).T
         np.testing.assert_allclose(np.diff(u), 2 * module.REACH / module.CELLS)
         inner = (u[1:] + u[:-1]) / 2
         assert inner[0] <= -module.REACH + np.diff(u)[0]
@@ -77,6 +76,13 @@ def test_shifts_integrate_steps_exactly_and_stagger_their_cells(draws: int) -> N
     np.testing.assert_allclose(np.diff(np.sort(np.concatenate(edges))), 2 * module.REACH / module.CELLS / draws)
 
 
+def spike_trains(steps: int, x: Tensor) -> Tensor:
+    """The spikes [T, M] of IF neurons, threshold 1, hard reset, for currents [T or 1, M]."""
+    spec = neuron_passes.Spec(steps=steps, static=len(x) < steps)
+    found: Tensor = neuron_passes.spikes(x, None, None, neuron_passes.encode(spec))[0]
+    return found
+
+
 def near(found: Tensor, exact: float, slack: float) -> None:
     """The mean over independent columns of [1, M], to four standard errors and what the cells cost."""
     error = 4 * float(found.std()) / found.numel() ** 0.5
@@ -87,7 +93,7 @@ def near(found: Tensor, exact: float, slack: float) -> None:
 def test_responses_of_a_single_step_are_the_normal_density(distance: float) -> None:
     sd = 0.3
     currents = list(1 + distance * sd + sd * normal(16, 1, 4000))
-    first, second, width = _responses(lambda c: (c >= 1).double(), currents)
+    first, second, width = responses(lambda c: (c >= 1).double(), currents)
     near(first, norm.pdf(distance) / sd, 0.02 / sd)
     near(second, -distance * norm.pdf(distance) / sd**2, 0.02 / sd**2)
     near(width, module.SHARE * sd, 0.02 * sd)
@@ -115,9 +121,7 @@ def counts(steps: int) -> Array:
 def test_responses_of_spike_trains_to_a_constant_current_are_exact(mean: float) -> None:
     """Each step's: an IF neuron with current c fires at the multiples of the least k with k c >= 1."""
     steps, sd = 4, 0.25
-    neuron = Neuron("if", Dynamics(Surrogate.parse("atan:2")))
-    _, layer = linearize_neurons(neuron, steps, True, None, torch.zeros(1, 300).double())
-    first, second, _ = _responses(layer.fire, list(mean + sd * normal(64, 1, 300)))
+    first, second, _ = responses(partial(spike_trains, steps), list(mean + sd * normal(64, 1, 300)))
     for t in range(1, steps + 1):
         fires = np.array([float(t % k == 0) for k in range(1, steps + 1)] + [0.0])
         _, one, two = counted(fires, mean, sd)
@@ -140,17 +144,17 @@ def test_responses_to_a_shift_of_changing_currents_are_exact() -> None:
     one = np.ones(steps) @ np.linalg.inv(cov)
     score = (c - mean) @ one
     exact = (rate * score).mean(), (rate * (score**2 - one.sum())).mean()
-    neuron = Neuron("if", Dynamics(Surrogate.parse("atan:2")))
-    _, layer = linearize_neurons(neuron, steps, False, None, torch.zeros(steps, 400).double())
     z = torch.linalg.cholesky(torch.tensor(cov)) @ normal(64, steps, 400)
-    first, second, _ = _responses(lambda x: layer.fire(x).mean(0, keepdim=True), list(torch.tensor(mean)[:, None] + z))
+    first, second, _ = responses(
+        lambda x: spike_trains(steps, x).mean(0, keepdim=True), list(torch.tensor(mean)[:, None] + z)
+    )
     near(first, exact[0], 0.05 * exact[0])
     near(second, exact[1], 0.05 * exact[0] / 0.3)
 
 
 def test_a_neuron_whose_spikes_never_change_has_no_response() -> None:
     for fire in (torch.ones_like, torch.zeros_like):
-        for one in _responses(fire, list(5 + 1e-6 * normal(16, 1, 3)))[:2]:
+        for one in responses(fire, list(5 + 1e-6 * normal(16, 1, 3)))[:2]:
             assert one.abs().max() < 1e-6
 
 
@@ -219,10 +223,10 @@ def test_output_form_of_cross_entropy() -> None:
 
 def test_moments_are_those_of_the_rate_and_its_square() -> None:
     steps, mean, sd, at = 3, 0.55, 0.25, 0.4
-    neuron = Neuron("if", Dynamics(Surrogate.parse("atan:2")))
-    _, layer = linearize_neurons(neuron, steps, True, None, torch.zeros(1, 600).double())
     currents = list(mean + sd * normal(64, 1, 600))
-    first, second, square = _moments(lambda c: layer.fire(c).mean(0, True), currents, torch.full((1, 600), at).double())
+    first, second, square = moments_of(
+        lambda c: spike_trains(steps, c).mean(0, True), currents, torch.full((1, 600), at).double()
+    )
     rate = counts(steps) / steps
     near(first, counted(rate, mean, sd)[1], 0.02)
     near(second, counted(rate, mean, sd)[2], 0.2)
@@ -370,6 +374,30 @@ def test_the_whole_operator_agrees_with_its_formulas(name: str, monkeypatch: pyt
     assert relative(dense(smoothed(objective, scale=0.3, draws=4)), exact) < 0.02
 
 
+# Norms of products, of the hand-written operator for feed-forward networks that this one replaced
+BEFORE = {
+    "csnn": ({}, 6.849234513396486),
+    "lif, cross-entropy": ({"neuron": "lif", "loss": "ce"}, 5.931554169012462),
+    "plif": ({"neuron": "plif"}, 39.96684887232177),
+    "soft reset, no norm": ({"reset": "soft", "norm": "none"}, 13.033261751987355),
+    "one step": ({"timesteps": 1}, 88.58976188912402),
+    "sixteen steps": ({"timesteps": 16, "model": "mlp"}, 4.079332374555384),
+    "poisson": ({"coding": "poisson"}, 13.552118143555102),
+    "no hidden layer": ({"hidden": (), "model": "mlp"}, 70.27237612613605),
+    "hidden weights": ({"params": "conv2.weight,norm2.*"}, 11.253462683634579),
+    "readout": ({"params": "fc2.weight"}, 30.821680461469096),
+    "resnet": ({"model": "resnet", "input_shape": (1, 8, 8)}, 5.140149462097363),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_products_of_feed_forward_networks_are_those_of_the_hand_written_operator(name: str) -> None:
+    fields, expected = BEFORE[name]
+    objective = csnn(**fields)
+    product = smoothed(objective, scale=0.2, draws=4) @ vectors(objective)
+    assert float(product.norm()) == pytest.approx(expected, rel=1e-10)
+
+
 # --- symmetries
 
 
@@ -507,56 +535,34 @@ def test_the_decay_of_the_output_neurons_is_held_fixed() -> None:
     assert all(rows[i].any() for i, name in enumerate(objective.parameters) if name != "spike4.logit")
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_pooled_spikes_answer_to_an_entry_where_the_others_are_silent(steps: int) -> None:
+@pytest.mark.parametrize("windows", [PLAIN, ((3, 2), (2, 1), (1, 0), (1, 1))])
+def test_pooled_spikes_answer_to_an_entry_where_the_others_are_silent(windows: Any) -> None:
     """E max of independent spikes with probabilities p: its derivative by one is the product of the others' 1 - p."""
-    shape, rng = (2, 2, 5, 4), np.random.default_rng(0)  # the last row is in no window
-    neuron = Neuron("if", Dynamics(Surrogate.parse("atan:2")))
-    pooled, layer = linearize_neurons(neuron, steps, True, MaxPool("first"), torch.tensor(rng.random(shape)) * 2)
-    p = rng.random((steps, *shape))
-    alone = torch.zeros(steps, math.prod(shape)).double()
+    shape, rng = (2, 2, 5, 4), np.random.default_rng(0)  # the last row is in no window of 2 x 2
+    p, pool = torch.tensor(rng.random(shape)), partial(F.max_pool2d)
+    recorded = Recording()
     for _ in range(3000):
-        alone += layer.alone(torch.tensor(rng.random(p.shape) < p).double().flatten(1)) / 3000  # type: ignore[operator]
-    response, dx = rng.random(p.shape), rng.normal(size=shape)
-    found = layer.responding(torch.tensor(response).flatten(1), alone)
-    tangent = found.tangent(torch.tensor(dx), ())
-    assert tangent.shape == pooled.shape
-    exact = np.zeros((steps, 2, 2, 2, 2))
-    for i, j, a, b in itertools.product(range(2), repeat=4):
-        row, column = 2 * i + a, 2 * j + b
-        others = [(2 * i + c, 2 * j + d) for c in (0, 1) for d in (0, 1) if (c, d) != (a, b)]
-        silent = np.prod([1 - p[..., r, c] for r, c in others], 0)
-        exact[..., i, j] += silent * response[..., row, column] * dx[..., row, column]
-    np.testing.assert_allclose(tangent.reshape(exact.shape), exact, atol=0.12)
-    assert relative(tangent.reshape(exact.shape), exact) < 0.05
+        recorded.pooled(pool, (torch.tensor(rng.random(shape)) < p).double(), windows)
+    share = torch.stack(recorded.alone).mean(0)
+    averaging = Averaging(lambda _: (p, p), lambda _: share)
+    y, dx = (torch.tensor(rng.random(shape)) < p).double().requires_grad_(), torch.tensor(rng.normal(size=shape))
+    pooled = averaging.pooled(pool, y, windows)
+    assert torch.equal(pooled, F.max_pool2d(y, *windows))
     g = torch.tensor(rng.normal(size=pooled.shape))
-    back = found.adjoint(g, Want(True, ()), False)[0]
-    assert float((back * torch.tensor(dx)).sum()) == pytest.approx(float((g * tangent).sum()), rel=1e-12)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("norm_", [False, True])
-def test_closing_is_the_transpose_of_its_adjoint(bias: bool, norm_: bool) -> None:
-    steps, samples, inputs, outputs = 3, 4, 5, 2
-    linear, norm1 = nn.Linear(inputs, outputs, bias).double(), nn.BatchNorm1d(outputs).double().eval()
-    nn.init.uniform_(norm1.running_var, 0.1, 0.3)  # type: ignore[arg-type]
-    nn.init.uniform_(norm1.weight, 0.5, 1.5)
-    x = normal(steps * samples, inputs)
-    closing = _Closing(Affine(x, Product(), linear.weight, linear.bias, norm1 if norm_ else None), steps)
-    dx, dp = normal(steps * samples, inputs, seed=1), [normal(*p.shape, seed=2) for p in closing.parameters]
-    g = normal(samples, outputs + inputs, seed=3)
-    gx, gp = closing.adjoint(g, Want(True, (True,) * len(dp)), False)
-    assert gx is not None
-    pulled = (gx * dx).sum() + sum((a * b).sum() for a, b in zip(gp, dp, strict=True) if a is not None)
-    assert float((g * closing.tangent(dx, dp)).sum()) == pytest.approx(float(pulled), rel=1e-12)
-    # its meaning: the readout's time mean, and the count of its inputs
-    model = nn.Sequential(linear, norm1) if norm_ else linear
-    exact = torch.func.jvp(model, (x,), (dx,))[1].unflatten(0, (steps, -1)).mean(0)
-    still = closing.tangent(dx, [None] * len(dp))
-    torch.testing.assert_close(still, torch.cat([exact, dx.unflatten(0, (steps, -1)).sum(0)], 1))
-    none = closing.tangent(None, dp)
-    assert none.shape == still.shape
-    assert not none[:, outputs:].any()
+    (found,) = torch.autograd.grad(pooled, y, g)
+    (size, stride, padding, _), exact = windows, np.zeros(shape)
+    for row, column in itertools.product(*(range(n) for n in pooled.shape[2:])):
+        inside = [
+            (r, c)
+            for r in range(row * stride[0] - padding[0], row * stride[0] - padding[0] + size[0])
+            for c in range(column * stride[1] - padding[1], column * stride[1] - padding[1] + size[1])
+            if 0 <= r < shape[2] and 0 <= c < shape[3]
+        ]
+        for r, c in inside:
+            silent = np.prod([1 - p[:, :, i, j].numpy() for i, j in inside if (i, j) != (r, c)], 0)
+            exact[:, :, r, c] += silent * g[:, :, row, column].numpy()
+    assert relative(found, exact) < 0.05
+    assert float((found * dx).sum()) != 0
 
 
 # --- refusals
@@ -585,15 +591,13 @@ def test_networks_without_a_smoothed_operator_are_refused() -> None:
         nn.Sequential(nn.Linear(5, 3), Unknown()),
     ):
         objective = make_objective(model.double(), LOSSES["mse"], data)
-        with pytest.raises(ValueError, match="ends in the mean rates of spiking neurons"):
+        with pytest.raises(ValueError, match="needs a network with spiking neurons whose equations are known"):
             smoothed(objective)
         assert unsupported(objective)
     with pytest.raises(ValueError, match="needs parameters of layers before the output neurons"):
         smoothed(csnn(neuron="plif", params="spike4.logit"))
     with pytest.raises(ValueError, match="a relaxed network has none"):
         smoothed(csnn(relaxed=True))
-    with pytest.raises(ValueError, match="ends in the mean rates"):
-        smoothed(replace(csnn(), reset=lambda model: None))
     assert unsupported(csnn()) == ""
 
 

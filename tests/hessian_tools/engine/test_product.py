@@ -261,16 +261,19 @@ def test_a_deleted_operator_frees_what_it_kept(path: str, traced: None) -> None:
     assert [ref() for ref in kept] == [None] * 3
 
 
-@pytest.mark.parametrize("kept", [0, 1, 2])
-def test_only_as_many_batches_are_kept_as_fit(kept: int, traced: None) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.5, 2.5])
+def test_operators_keep_no_more_than_the_memory_they_may_use(share: float, traced: None) -> None:
     objective = objective_of(NETWORKS["conv_gn"], 6).rebatched(2)
+    v = torch.ones(objective.size, dtype=objective.dtype)
+    expected = OPERATORS["hessian"](objective, 1e9) @ v
     found = linearize(objective, objective.batches[0], "hessian")
     assert isinstance(found, Linearized)
-    op = OPERATORS["hessian"](objective, (kept + 0.5) * found.nbytes)
-    v = torch.ones(objective.size, dtype=objective.dtype)
-    first = op @ v
-    assert len(op._kept) == kept
-    assert torch.equal(op @ v, first)
+    memory = share * found.nbytes
+    before = _storages()
+    op = OPERATORS["hessian"](objective, memory)
+    torch.testing.assert_close(op @ v, expected, rtol=1e-12, atol=1e-14)
+    held = sum(size for key, size in _storages().items() if key not in before)
+    assert held <= memory
 
 
 @pytest.mark.parametrize("kind", ORACLES)

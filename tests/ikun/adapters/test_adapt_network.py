@@ -318,7 +318,11 @@ def returning(make: Callable[[Tensor], Any]) -> nn.Module:
         (lambda y: y, {"readout": "max"}, "readout='max' needs outputs over time"),
         (lambda y: y, {"steps": 0}, "steps=0: at least one time step is needed"),
         (lambda y: y, {"sequences": True}, "sequences=True needs steps="),
-        (lambda y: y, {"library": "brian"}, "library='brian' is not one of spikingjelly, snntorch, norse, sinabs, none"),
+        (
+            lambda y: y,
+            {"library": "brian"},
+            "library='brian' is not one of spikingjelly, snntorch, norse, sinabs, none",
+        ),
         (lambda y: y, {"surrogate": lambda x: (x > 0).float()}, "surrogate= cannot be used: it has no derivative"),
         (lambda y: y, {"surrogate": torch.sigmoid}, "surrogate= was given, but the network has no surrogate"),
         (lambda y: y.transpose(0, 1), {"steps": 4, "time_first": True}, r"give time_first=False"),

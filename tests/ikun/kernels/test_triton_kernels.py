@@ -267,7 +267,7 @@ def test_products_and_gradients_of_a_network_agree(fields: dict[str, object], mo
     batch, v = objective.batches[0], torch.randn(objective.size, dtype=torch.float64)
 
     def results() -> list[Tensor]:
-        y = net(x, once=True)
+        y = net(x)
         products = [second_order.linearize(objective, batch, kind) for kind in ("hessian", "ggn")]
         gradients = torch.autograd.grad(y.square().sum(), list(net.parameters()))
         return [y.detach(), *gradients, *(product(v) for product in products if product is not None)]

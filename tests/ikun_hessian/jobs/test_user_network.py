@@ -27,6 +27,7 @@ from hessian_tools.results.spectrum import SpectrumResult, load_spectrum
 from ikun.adapters import adapt
 from ikun.losses import LOSSES
 from ikun.networks import Network, Spec
+from ikun.smoothed_operator import smoothed
 from ikun_hessian.jobs.job import Own
 from ikun_hessian.jobs.open import open_job
 
@@ -173,19 +174,31 @@ def test_the_papers_network_has_the_spectrum_of_ours(capsys: Capture) -> None:
     result = analysed(*own("build", "images", None, "--timesteps", "4"))
     spec = Spec(channels=3)
 
-    def objective(surrogate: str) -> Any:
-        ours = Network(dataclasses.replace(spec, surrogate=surrogate))
+    def of(described: Spec) -> Any:
+        ours = Network(described)
         ours.load_state_dict(dict(zip(ours.state_dict(), net.state_dict().values(), strict=True)))
         return make_objective(ours, LOSSES["mse"], (x, y), dtype=torch.float64, batch_size=16)
 
+    def objective(surrogate: str, ties: str = "first") -> Any:
+        return of(dataclasses.replace(spec, surrogate=surrogate, ties=ties))
+
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in result.settings.items()}
     steeper = {"slope x 1/2": objective("atan:1"), "slope x 2": objective("atan:4")}
+    steeper["ties reversed"] = objective("atan:2", "last")
     expected = spectrum(objective("atan:2"), SpectrumSettings(**settings), variants=steeper)
     assert result.loss == pytest.approx(expected.loss, rel=1e-12)
     assert result.accuracy == expected.accuracy
     for kind in ("hessian", "ggn"):
         close(values(result, kind), values(expected, kind))
+    assert list(result.sensitivity) == list(steeper)
     close(list(result.sensitivity.values()), list(expected.sensitivity.values()))
+    for kind in ("relaxed", "smoothed"):
+        arguments = [*own("build", "images", None, "--timesteps", "4"), "--operator", kind, "--force"]
+        mine = objective("atan:2")
+        settings |= {"operators": (kind,)}
+        relaxed = dataclasses.replace(spec, relaxed=True)
+        expected = spectrum(mine, SpectrumSettings(**settings), relaxed=of(relaxed), smoothed=smoothed)
+        close(values(analysed(*arguments), kind), values(expected, kind))
     screen = " ".join(capsys.readouterr().out.split())
     assert "spikingjelly, IFNode neurons, hard reset, BatchNorm in evaluation mode" in screen
     assert "T = 4, one call for all steps, readout: mean of the spikes" in screen
@@ -679,7 +692,26 @@ def test_files_and_options_that_do_not_fit_are_refused(plain: dict[str, Any], ca
     fails(capsys, 2, "--sequences needs --timesteps", "spectrum", "theirs.pt", *own("mlp"), "--sequences")
     fails(capsys, 2, "--trajectory needs checkpoints", "spectrum", "theirs.pt", "b.pt", *own("mlp"), "--trajectory")
     relaxed = ["--operator", "relaxed"]
-    fails(capsys, 2, "networks of your own do not support relaxed", "spectrum", "theirs.pt", *own("mlp"), *relaxed)
+    fails(
+        capsys,
+        2,
+        "the network has no relaxed form: it has no spiking neurons of a library",
+        "spectrum",
+        "theirs.pt",
+        *own("mlp"),
+        *relaxed,
+    )
+    smoothed_only = ["--operator", "smoothed"]
+    fails(
+        capsys,
+        2,
+        "operator smoothed needs a network with spiking",
+        "spectrum",
+        "theirs.pt",
+        *own("mlp"),
+        *smoothed_only,
+    )
+    fails(capsys, 2, "the network has no spiking neurons", "info", "theirs.pt", *own("mlp"))
     fails(capsys, 2, "missing.pt: no such file", "spectrum", "missing.pt", *own("mlp"))
     torch.save({"net": {"1.weigth": torch.ones(6, 12)}}, "named.pt")
     fails(capsys, 2, "missing 1.weight (1.weigth?), 1.bias", "spectrum", "named.pt", *own("mlp"))
@@ -766,8 +798,33 @@ def test_flatness_calibration_and_landscape_run_on_a_user_network(capsys: Captur
     short = ["--directions", "gradient,random1", "--points", "5", "--no-planes"]
     assert cli.run(["landscape", "theirs.pt", *spiking[:-4], *short]) == 0
     drawn = json.loads(Path("theirs.landscape.json").read_text())
-    assert "do not support relaxed" in drawn["refused"]["relaxed network"]
+    assert "no relaxed form" in drawn["refused"]["relaxed network"]
     assert drawn["network"]["library"] == "none"
+
+
+def test_info_shows_the_neurons_of_a_user_network(capsys: Capture) -> None:
+    pytest.importorskip("spikingjelly.activation_based.functional")
+    theirs = write(PAPER)
+    torch.manual_seed(3)
+    net = theirs["build"]()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(2.5) if p.dim() > 1 else p.add_(0.3)
+    torch.save(net.state_dict(), "theirs.pt")
+    arguments = [*own("build", "images", None), "--timesteps", "4"]
+    assert cli.run(["info", "theirs.pt", *arguments]) == 0
+    screen = capsys.readouterr().out
+    assert "spikingjelly, IFNode neurons, surrogate ATan(alpha=2.0, spiking=True)" in screen
+    rows = [line.split() for line in screen.splitlines()]
+    table = {row[0]: row[1:] for row in rows if row and row[0] in ("2", "6", "10", "12")}
+    assert len(table) == 4
+    assert table["2"][4:] == ["-", "-"]
+    assert all("-" not in row for name, row in table.items() if name != "2")
+    assert cli.run(["info", "theirs.pt", *arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in told["layers"]] == ["2", "6", "10", "12"]
+    assert told["layers"][0]["derivative_square"] > 0
+    assert told["nodes"] == {"2": "", "6": "", "10": "", "12": ""}
 
 
 # ---------------------------------------------------------------- targets, events and time
