@@ -23,7 +23,7 @@ from hessian_tools.linalg.spectral_density import DensityEstimate, density
 from hessian_tools.linalg.trace import LEAST_PROBES, estimate_forms, form_variance, frobenius, probe_moments
 from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator, scaled, symmetry_error
-from hessian_tools.operators.curvature import OPERATORS
+from hessian_tools.operators.curvature import OPERATORS, CurvatureOperator
 from hessian_tools.perturbation import filter_norms
 from hessian_tools.results.spectrum import Density, Eigenvalue, Functional, Search, Spectrum, Trace
 
@@ -66,6 +66,7 @@ def measure(
 
     asymmetry: float = phase("symmetry", lambda op, random: {"error": symmetry_error(op, random)})["error"]
     require_symmetry(name, asymmetry, op.dtype)
+    autograd: str = run.phases.keep(f"{name}: path", lambda: {"reason": _reason(op)})["reason"]
     step = run.meter.phase(f"{name}: eigenvalues")
     pairs = Eigenpairs(
         **phase(
@@ -172,6 +173,7 @@ def measure(
         density=_density(spectral),
         search=_search(pairs, size, ends["nodes"], spectral),
         gradient_share=sum(found[i].gradient for i in upper if found[i].converged),
+        autograd=autograd,
         vectors=_vectors(pairs, [*upper, *lower], op) if settings.vectors else None,
         **_functions(name, spectral, size, found[upper[0]], lowest, settings),
     )
@@ -204,6 +206,13 @@ def _pairs(
         max_basis=room,
         progress=progress,
     )
+
+
+def _reason(op: Operator) -> str:
+    """Return why the products of an operator are computed by autograd, or ""."""
+    if getattr(op, "path", "") == "" and isinstance(op, CurvatureOperator):  # it made no product yet
+        op @ torch.zeros(op.shape[0], dtype=op.dtype, device=op.device)
+    return str(getattr(op, "reason", ""))
 
 
 def _two_ends(found: Sequence[Eigenvalue], top: int, settings: SpectrumSettings) -> tuple[list[int], list[int]]:

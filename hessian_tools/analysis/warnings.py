@@ -56,6 +56,11 @@ def _warnings(result: SpectrumResult) -> Iterator[str]:
             f"All numbers were computed in {result.dtype}, which has too few digits for second derivatives. Compute in "
             "float32 or float64."
         )
+    if spectrum.autograd:
+        yield (
+            f"The products are torch's double backward, which takes two to four times as long: {spectrum.autograd}. "
+            "The numbers are the same."
+        )
     pairs = (*spectrum.eigenvalues, *spectrum.smallest_eigenvalues)
     if all(p.value == 0 for p in pairs):
         yield f"The {name} is zero: no surrogate gradient reaches these weights. A layer may be far from its threshold."

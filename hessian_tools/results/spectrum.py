@@ -183,6 +183,7 @@ class Spectrum:
         negative_share: Sum of |negative eigenvalues| / sum of |all eigenvalues|.
         scale_free: Largest eigenvalues of D A D, in descending order, if more than one was requested. Eigenvalues that
             did not converge are left out.
+        autograd: Why the products were computed by torch's double backward, which takes longer; "" if they were not.
         vectors: Eigenvectors [P, k], the largest first, then the smallest. They are kept on request, saved in the NPZ
             file and never in the JSON file.
     """
@@ -201,6 +202,7 @@ class Spectrum:
     log_determinant: Functional | None = None
     negative_share: Functional | None = None
     scale_free: tuple[float, ...] = ()
+    autograd: str = ""
     vectors: npt.NDArray[Any] | None = field(default=None, compare=False, repr=False)
 
 
