@@ -14,8 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ikun.nodes.passes import Spec, called, encode
-from ikun.nodes.recording import Call, Recording, groups_of
+from ikun.nodes.passes import Spec, encode, pass_of
+from ikun.nodes.recording import NeuronCall, Recording, groups_of
 
 SHARE = 0.5  # width of the smoothing Gaussian, relative to the standard deviation of the current
 CELLS = 8  # cells of the quadrature over the shift, per draw; the cells of different draws are staggered
@@ -24,7 +24,7 @@ FLOOR = 1e-3  # smallest standard deviation, in thresholds; without noise a neur
 
 
 @dataclass(frozen=True)
-class Plan:
+class CallPlan:
     """What the calls of a network's neurons are.
 
     Attributes:
@@ -42,29 +42,29 @@ class Plan:
     closing: bool = False
 
     @staticmethod
-    def of(outputs: Tensor, calls: list[Call]) -> Plan:
+    def of(outputs: Tensor, calls: list[NeuronCall]) -> CallPlan:
         """Find out from the recorded calls."""
         groups = groups_of(calls)
         static = [group for group in groups if _static(group, calls) and _as_recorded(group, calls)]
         last = next(group for group in groups if len(calls) - 1 in group)
         spikes = torch.cat([calls[i].y for i in last])
         if outputs.dim() != 2 or spikes.shape[1:] != outputs.shape or not _as_recorded(last, calls):
-            return Plan(groups, static, [])
+            return CallPlan(groups, static, [])
         rates, steps = spikes.mean(0), len(spikes)
         for factor in (1.0, float(steps)):
             if torch.allclose(outputs, factor * rates, rtol=1e-4, atol=1e-6):
                 reads = [calls[i].readout for i in last]
                 weights = {id(r.weight) for r in reads if r is not None and r.spikes}
-                return Plan(
+                return CallPlan(
                     groups, static, last, factor, len(weights) == 1 and all(r is not None and r.spikes for r in reads)
                 )
-        return Plan(groups, static, [])
+        return CallPlan(groups, static, [])
 
 
 class Noisy:
     """Averages over the perturbed networks of one batch."""
 
-    def __init__(self, plan: Plan, base: Recording) -> None:
+    def __init__(self, plan: CallPlan, base: Recording) -> None:
         self.plan, self.base, self.count = plan, base, 0
         self.means = [torch.zeros_like(call.z) for call in base.calls]
         self.squares = [torch.zeros_like(mean) for mean in self.means]
@@ -105,22 +105,22 @@ class Noisy:
             for i in group:
                 call = self.base.calls[i]
                 spread = (self.squares[i] / (self.count - 1)).sqrt().clamp_min(floor_of(call))
-                arrays[f"f1_{i}"], arrays[f"c_{i}"] = averaged(call, self.means[i], spread)
+                arrays[f"f1_{i}"], arrays[f"c_{i}"] = averaged_slopes(call, self.means[i], spread)
         return arrays
 
 
-def fired(calls: list[Call], current: Tensor) -> Tensor:
+def fired(calls: list[NeuronCall], current: Tensor) -> Tensor:
     """Return the spikes [T, M] of neurons for other currents [T or 1, M] than those of their calls."""
     first, steps = calls[0], sum(call.steps for call in calls)
     spec = replace(first.spec, steps=steps, static=len(current) < steps)
     if first.later:
         return _delayed(current.expand(steps, -1), spec, first.later)
     start = None if first.v0 is None else first.v0.reshape(1, -1)
-    found: Tensor = called("spikes")(current.contiguous(), start, first.gain, encode(spec))[0]
+    found: Tensor = pass_of("spikes")(current.contiguous(), start, first.gain, encode(spec))[0]
     return found
 
 
-def _as_recorded(group: list[int], calls: list[Call]) -> bool:
+def _as_recorded(group: list[int], calls: list[NeuronCall]) -> bool:
     """Whether `fired` gives the recorded spikes of neurons, up to what rounding may change."""
     own = [calls[i] for i in group]
     current = torch.cat([call.x.expand(call.steps, *call.x.shape[1:]).flatten(1) for call in own])
@@ -128,7 +128,7 @@ def _as_recorded(group: list[int], calls: list[Call]) -> bool:
     return float(differs.double().mean()) < 1e-3
 
 
-def _static(group: list[int], calls: list[Call]) -> bool:
+def _static(group: list[int], calls: list[NeuronCall]) -> bool:
     """Whether there is one step, or the input of neurons depends on no spikes and is the same at all steps."""
     if sum(calls[i].steps for i in group) == 1:
         return True
@@ -137,11 +137,11 @@ def _static(group: list[int], calls: list[Call]) -> bool:
     return all(not calls[i].behind and bool((calls[i].x - first).abs().max() <= slack) for i in group)
 
 
-def floor_of(call: Call) -> float:
+def floor_of(call: NeuronCall) -> float:
     return FLOOR * (call.spec.threshold or 1.0)
 
 
-def averaged(call: Call, mean: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+def averaged_slopes(call: NeuronCall, mean: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
     """Return the derivatives of the mean spike and of the mean potential for a normally distributed h - threshold.
 
         E s' = N(0; mean, spread^2) h'

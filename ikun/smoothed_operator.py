@@ -67,9 +67,9 @@ from hessian_tools.objective import Batch, Loss, Objective
 from hessian_tools.operators.curvature import CurvatureOperator, _linearize_ggn
 from hessian_tools.perturbation import noise, noise_scales
 from hessian_tools.runtime.cuda import full_precision
-from ikun.averages import Noisy, Plan, floor_of, moments_of
+from ikun.averages import CallPlan, Noisy, floor_of, moments_of
 from ikun.networks import Network
-from ikun.nodes.recording import Averaging, Readout, Recording, record
+from ikun.nodes.recording import Averaging, Readout, Recording, record_calls
 from ikun.nodes.rewriting import TRACING
 
 SMOOTHED_DRAWS = 16  # default number of perturbed networks
@@ -106,7 +106,7 @@ def smoothed(
         raise ValueError(reason)
     averaged = _Averaged(objective)
     outputs, seen = _recorded(objective, copy_model(objective.model), objective.first_inputs(64))
-    averaged.plan = Plan.of(outputs, seen.calls)
+    averaged.plan = CallPlan.of(outputs, seen.calls)
     return CurvatureOperator(objective, partial(_linearize, averaged, scale=scale, draws=draws, seed=seed), memory)
 
 
@@ -124,7 +124,7 @@ def unsupported(objective: Objective) -> str:
     if any(call.spec.relaxed for call in seen.calls):
         return "operator smoothed needs spikes, and a relaxed network has none"
     averaged = _Averaged(objective)
-    averaged.plan = Plan.of(outputs, seen.calls)
+    averaged.plan = CallPlan.of(outputs, seen.calls)
     averaged.set({f"f1_{i}": torch.zeros_like(call.z) for i, call in enumerate(seen.calls)}, seen.alone)
     with torch.enable_grad():
         out = averaged.objective(lambda o, y: o.sum()).outputs(x)
@@ -140,7 +140,7 @@ def _recorded(objective: Objective, model: nn.Module, x: Tensor) -> tuple[Tensor
     if objective.reset is not None:
         objective.reset(model)
     with full_precision(objective.device), twice_differentiable():
-        return record(model, x)
+        return record_calls(model, x)
 
 
 class _Averaged(nn.Module):
@@ -160,7 +160,7 @@ class _Averaged(nn.Module):
     def __init__(self, objective: Objective) -> None:
         super().__init__()
         self.network = copy_model(objective.model, share=True)
-        self.plan = Plan([], [], [])
+        self.plan = CallPlan([], [], [])
         self.shared = _Shared(objective)
 
     def set(self, arrays: dict[str, Tensor], alone: Sequence[Tensor]) -> None:
@@ -253,7 +253,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _form(
-    objective: Objective, plan: Plan, base: Recording, noisy: Noisy, outputs: Tensor, y: Tensor
+    objective: Objective, plan: CallPlan, base: Recording, noisy: Noisy, outputs: Tensor, y: Tensor
 ) -> Callable[[Tensor], Tensor]:
     """Return the second derivative of the mean loss by what `_Averaged` returns, as a map of tangents."""
     if not plan.last:

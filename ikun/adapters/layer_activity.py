@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ikun.adapters.adapt_network import Adapted
 from ikun.adapters.summary import firing_rates, inputs_of
 from ikun.nodes.autograd import neurons
-from ikun.nodes.recording import groups_of, record
+from ikun.nodes.recording import groups_of, record_calls
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def layer_activity(
     """
     rates, model = firing_rates(adapted, x), adapted.model
     x = inputs_of(adapted, x)
-    _, seen = record(model, x)
+    _, seen = record_calls(model, x)
     with torch.enable_grad(), _Currents() as currents:
         loss(model(x), y).backward(inputs=[t for t in currents.found if t.requires_grad] or None)
     found: list[NeuronStatistics] = []

@@ -30,7 +30,7 @@ def other_nodes(adapted: Adapted) -> str:
     return next((f"neuron '{path}': {reason}" for path, reason in adapted.nodes.items() if reason), "")
 
 
-def relaxed(adapted: Adapted, x: Tensor) -> Adapted:
+def relaxed_network(adapted: Adapted, x: Tensor) -> Adapted:
     """Replace every spike by F(h - threshold), with F the integral of the surrogate's derivative.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ikun.nodes.passes import Spec, called, decode, encode
+from ikun.nodes.passes import Spec, decode, encode, pass_of
 from ikun.pooling import selection
 
 Slopes = Callable[[Tensor], tuple[Tensor, ...]]  # z -> f'(z), f''(z), and dv/dh if it is not that of the equations
@@ -42,7 +42,7 @@ class _Spikes(torch.autograd.Function):
         ctx: Any, x: Tensor, link: Tensor, v0: Tensor | None, gain: Tensor | None, spec: str, jet: Slopes | None,
         values: Values | None,
     ) -> Any:  # fmt: skip
-        computed = called("spikes")(x, v0, gain, spec) if values is None else _given(x, v0, gain, spec, values)
+        computed = pass_of("spikes")(x, v0, gain, spec) if values is None else _given(x, v0, gain, spec, values)
         y, z, end, index, u = computed
         ctx.save_for_backward(link, v0, gain, z, index, u)
         ctx.spec, ctx.jet = spec, jet
@@ -69,14 +69,14 @@ class _Adjoint(torch.autograd.Function):
     ) -> Any:  # fmt: skip
         f2 = None
         if jet is None:
-            f1, c = called("slopes")(z, spec)
+            f1, c = pass_of("slopes")(z, spec)
         else:
             f1, f2, *given = jet(z)
-            c = given[0] if given else called("reset_slopes")(z, f1, spec)
+            c = given[0] if given else pass_of("reset_slopes")(z, f1, spec)
         ctx.save_for_backward(g, gv, gain, z, f2, f1, c, index, u)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
-        return called("adjoint")(g, gv, f1, c, index, u, gain, spec)
+        return pass_of("adjoint")(g, gv, f1, c, index, u, gain, spec)
 
     @staticmethod
     @once_differentiable
@@ -84,9 +84,9 @@ class _Adjoint(torch.autograd.Function):
         g, gv, gain, z, f2, f1, c, index, u = ctx.saved_tensors
         dx = torch.zeros_like(f1[:1]) if dx is None else dx
         at = (index, u, gain, ctx.spec)
-        ds, dend = called("tangent")(dx, dv, dgain, f1, c, *at)
-        *_, e, gh = called("adjoint_kept")(g, gv, z, f2, f1, c, *at)
-        gx, gv0, ggain = called("adjoint_tangent")(None, None, dx, dv, dgain, f1, c, e, gh, *at)
+        ds, dend = pass_of("tangent")(dx, dv, dgain, f1, c, *at)
+        *_, e, gh = pass_of("adjoint_kept")(g, gv, z, f2, f1, c, *at)
+        gx, gv0, ggain = pass_of("adjoint_tangent")(None, None, dx, dv, dgain, f1, c, e, gh, *at)
         found = (ds, dend, gx, gv0, ggain)
         return *(t if n else None for t, n in zip(found, ctx.needs_input_grad, strict=False)), *(None,) * 5
 

@@ -249,7 +249,7 @@ OPS = {name: getattr(torch.ops.ikun, name).default for name in _ops}
 _direct = {p.__name__: p for p in PASSES}
 
 
-def called(name: str) -> Any:
+def pass_of(name: str) -> Any:
     """Return a pass as torch's operator while a graph is traced, else as the function behind it, which is faster."""
     return (OPS if torch._C._len_torch_dispatch_stack() else _direct)[name]
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from hessian_tools.engine.nodes import valued
 from hessian_tools.engine.rewriting import RESHAPES
 from ikun.nodes.autograd import Slopes, neurons
-from ikun.nodes.passes import Spec, called, encode
+from ikun.nodes.passes import Spec, encode, pass_of
 
 POOLS = (F.max_pool2d, torch.max_pool2d)
 PASSING = RESHAPES | {Tensor.__getitem__, Tensor.contiguous, Tensor.squeeze, Tensor.unsqueeze, F.dropout}
@@ -42,7 +42,7 @@ class Readout:
 
 
 @dataclass(frozen=True)
-class Call:
+class NeuronCall:
     """A call of `neurons`.
 
     Attributes:
@@ -81,7 +81,7 @@ class Call:
 
     def slope(self) -> Tensor:
         """Return f'(h - threshold) [T, M]."""
-        found: Tensor = (called("slopes")(self.z, encode(self.spec)) if self.jet is None else self.jet(self.z))[0]
+        found: Tensor = (pass_of("slopes")(self.z, encode(self.spec)) if self.jet is None else self.jet(self.z))[0]
         return found
 
 
@@ -90,7 +90,7 @@ class Following(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[Call] = []
+        self.calls: list[NeuronCall] = []
         self.pools = 0
         self.place = self.reset = ""
         self._from: dict[int, bool | Readout] = {}  # True: spikes
@@ -133,7 +133,7 @@ class Following(TorchFunctionMode):
         readout = self._source(x)
         later = self.reset if values is not None and self._hands_on(values, flat) else ""
         self.calls.append(
-            Call(
+            NeuronCall(
                 x, flat, v0, gain, jet, y, z, self._ends.get(id(v0)), self.place,
                 readout if isinstance(readout, Readout) else None, _behind(x), later,
             )
@@ -178,7 +178,7 @@ class Recording(Following):
             y, z, v = values
             return y.clone(), z.reshape(len(z), -1), v[-1].clone()
         start = None if v0 is None else v0.reshape(1, -1)
-        y, z, end, _, _ = called("spikes")(x.reshape(len(x), -1), start, gain, encode(spec))
+        y, z, end, _, _ = pass_of("spikes")(x.reshape(len(x), -1), start, gain, encode(spec))
         return y.view(spec.steps, *x.shape[1:]), z, end.view(x.shape[1:]) if spec.ends else end
 
     def _hands_on(self, values: Any, spec: Spec) -> bool:
@@ -235,7 +235,7 @@ def _mark(value: Any) -> Any:
     return value
 
 
-def record(model: nn.Module, x: Tensor) -> tuple[Tensor, Recording]:
+def record_calls(model: nn.Module, x: Tensor) -> tuple[Tensor, Recording]:
     """Run a model without derivatives. Its state must be reset.
 
     Returns:
@@ -267,7 +267,7 @@ def _reset_of(module: Any) -> str:
     return found if isinstance(found, str) else ""
 
 
-def groups_of(calls: list[Call]) -> list[list[int]]:
+def groups_of(calls: list[NeuronCall]) -> list[list[int]]:
     """Return the calls of the same neurons, in order of time: those of one module, or with the state handed on."""
     found: dict[Any, list[int]] = {}
     keys: list[Any] = []

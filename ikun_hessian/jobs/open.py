@@ -201,7 +201,7 @@ def _own(path: Path, own: Own, samples: str, surrogate: str | None, memory: floa
         with located():
             adapted = found.adapted(steeper, surrogate)
             if relaxed:
-                adapted = variants.relaxed(adapted, few)
+                adapted = variants.relaxed_network(adapted, few)
         if ties == "last":
             adapted = variants.ties_reversed(adapted)
         return adapted.model, adapted.reset

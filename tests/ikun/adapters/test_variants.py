@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hessian_tools.operators.base import dense
 from hessian_tools.operators.curvature import ggn, hessian
 from ikun.adapters import AdapterError, adapt
-from ikun.adapters.variants import max_pools, relaxed, ties_reversed
+from ikun.adapters.variants import max_pools, relaxed_network, ties_reversed
 from ikun.nodes.variants import ReversingTies
 
 functional, layer, neuron, surrogate = (
@@ -51,7 +51,7 @@ def jacobian(gradient: Any, w: Tensor, step: float = 1e-5) -> Tensor:
 )
 def test_the_relaxed_hessian_is_that_of_the_relaxed_loss(kind: str, settings: dict[str, Any], mode: str) -> None:
     adapted = adapt(mlp(getattr(neuron, kind), mode, **settings), X, steps=STEPS)
-    o = objective(relaxed(adapted, X[:3]))
+    o = objective(relaxed_network(adapted, X[:3]))
     (x, y), values = o.batches[0], list(o.parameters.values())
     start = o.weights()
 
@@ -99,7 +99,7 @@ class Own(neuron.LIFNode):
 def test_what_has_no_relaxed_form_is_refused_in_one_line(net: nn.Module, reason: str) -> None:
     adapted = adapt(net, X, steps=STEPS if len(net) > 1 else None)  # type: ignore[arg-type]
     with pytest.raises(AdapterError, match="no relaxed form") as caught:
-        relaxed(adapted, X[:3])
+        relaxed_network(adapted, X[:3])
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
 
