@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ikun.nodes.passes import Spec, encode, pass_of
+from ikun.nodes.passes import ScanSpec, encode_spec, pass_of
 from ikun.nodes.recording import NeuronCall, Recording, groups_of
 
 SHARE = 0.5  # width of the smoothing Gaussian, relative to the standard deviation of the current
@@ -116,7 +116,7 @@ def fired(calls: list[NeuronCall], current: Tensor) -> Tensor:
     if first.later:
         return _delayed(current.expand(steps, -1), spec, first.later)
     start = None if first.v0 is None else first.v0.reshape(1, -1)
-    found: Tensor = pass_of("spikes")(current.contiguous(), start, first.gain, encode(spec))[0]
+    found: Tensor = pass_of("spikes")(current.contiguous(), start, first.gain, encode_spec(spec))[0]
     return found
 
 
@@ -163,7 +163,7 @@ def averaged_slopes(call: NeuronCall, mean: Tensor, spread: Tensor) -> tuple[Ten
     return f1, (call.z < 0).to(f1) - (s.threshold - s.v_reset) * f1
 
 
-def _delayed(current: Tensor, spec: Spec, reset: str) -> Tensor:
+def _delayed(current: Tensor, spec: ScanSpec, reset: str) -> Tensor:
     """Return the spikes [T, M] of neurons that are reset at the next step: "subtract", "zero" or "none"."""
     h, s, spikes = torch.zeros_like(current[0]), torch.zeros_like(current[0]), []
     for x in current:

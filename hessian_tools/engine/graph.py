@@ -28,7 +28,7 @@ def simplify(graph: fx.Graph, rules: Sequence[Rule]) -> None:
     _merge_equal(graph)
     _merge_transposes(graph)
     graph.eliminate_dead_code()
-    join_sums(graph, stages_of(graph))
+    join_sums(graph, stage_of_nodes(graph))
     for rule in rules:
         rule(graph)
     graph.eliminate_dead_code()
@@ -131,7 +131,7 @@ def reuse_memory(graph: fx.Graph) -> None:
                 break
 
 
-def stages_of(graph: fx.Graph) -> dict[fx.Node, int]:
+def stage_of_nodes(graph: fx.Graph) -> dict[fx.Node, int]:
     """Return the stage of every node. Placeholders have theirs in `meta["stage"]`."""
     found: dict[fx.Node, int] = {}
     for node in graph.nodes:
@@ -143,7 +143,7 @@ def stages_of(graph: fx.Graph) -> dict[fx.Node, int]:
 
 
 @dataclass(frozen=True)
-class Part:
+class StagePart:
     """One stage of a product.
 
     Attributes:
@@ -157,7 +157,7 @@ class Part:
     kept: tuple[str, ...]
 
 
-def split(module: fx.GraphModule, results: Sequence[Sequence[fx.Node | None]]) -> list[Part]:
+def split(module: fx.GraphModule, results: Sequence[Sequence[fx.Node | None]]) -> list[StagePart]:
     """Split a graph into one function per stage.
 
     Args:
@@ -165,7 +165,7 @@ def split(module: fx.GraphModule, results: Sequence[Sequence[fx.Node | None]]) -
         results: The values of every stage that are outputs, which are the first outputs of the stage's function.
             None stands for an output that is zero.
     """
-    stage = stages_of(module.graph)
+    stage = stage_of_nodes(module.graph)
     parts = []
     for k, outputs in enumerate(results):
         wanted = [w for w in outputs if w is not None]
@@ -191,5 +191,5 @@ def split(module: fx.GraphModule, results: Sequence[Sequence[fx.Node | None]]) -
         kept = [n for n in mine if n in later or any(u.op != "output" and stage[u] > k for u in n.users)]
         part.output(tuple(None if n is None else fetch(n) for n in [*outputs, *kept]))
         reuse_memory(part)
-        parts.append(Part(fx.GraphModule(module, part), tuple(inputs), tuple(n.name for n in kept)))
+        parts.append(StagePart(fx.GraphModule(module, part), tuple(inputs), tuple(n.name for n in kept)))
     return parts

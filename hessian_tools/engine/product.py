@@ -17,7 +17,7 @@ from hessian_tools.engine import segments
 from hessian_tools.engine.graph import Rule
 from hessian_tools.engine.reasons import UntraceableError
 from hessian_tools.engine.rewriting import Rewriting
-from hessian_tools.engine.trace import Program, run, trace
+from hessian_tools.engine.trace import Program, run_stage, trace_product
 from hessian_tools.evaluation import copy_model
 from hessian_tools.runtime.storages import Storages
 
@@ -42,7 +42,7 @@ class Tracing:
     rules: tuple[Rule, ...] = ()
 
 
-def linearize(objective: Objective, batch: Batch, kind: str, memory: float = 0) -> Linearized | str:
+def linearize_traced(objective: Objective, batch: Batch, kind: str, memory: float = 0) -> Linearized | str:
     """Return the curvature product of one batch, or why the network cannot be traced.
 
     Args:
@@ -63,7 +63,7 @@ def linearize(objective: Objective, batch: Batch, kind: str, memory: float = 0) 
         return _in_segments(objective, batch, kind, program, math.ceil(2 * program.nbytes / memory))
     values: dict[str, Any] = dict(zip(program.values, [*state.values(), *nested.tensors(x)], strict=True))
     with torch.no_grad():
-        (outputs,) = run(program, 0, values)
+        (outputs,) = run_stage(program, 0, values)
     with Storages() as storages:
         form = output_form(kind, objective.loss, outputs, y)
     if form is None:
@@ -71,7 +71,7 @@ def linearize(objective: Objective, batch: Batch, kind: str, memory: float = 0) 
     values[program.slope], curve = form
     del outputs, form
     with torch.no_grad():
-        run(program, 1, values)
+        run_stage(program, 1, values)
     needed = {name for part in program.parts[2:] for name in part.inputs}
     kept = {name: value for name, value in values.items() if name in needed}
     del values
@@ -80,9 +80,9 @@ def linearize(objective: Objective, batch: Batch, kind: str, memory: float = 0) 
     def product(v: Tensor) -> Tensor:
         here = dict(kept)
         here.update(zip(program.vector, (part.clone() for part in objective.split(v)), strict=True))
-        (tangent,) = run(program, 2, here)
+        (tangent,) = run_stage(program, 2, here)
         here[program.tangent] = curve(tangent)
-        return objective.flatten(run(program, 3, here))
+        return objective.flatten(run_stage(program, 3, here))
 
     return Linearized(product, storages.alive([*state.values(), *nested.tensors(x), y]), path="traced")
 
@@ -150,12 +150,14 @@ def _traced(objective: Objective, state: dict[str, Tensor], x: Any, second: bool
             objective.reset(model)
         rewriting = partial(tracing.rewriting, hoist)
         try:
-            program = trace(model, state, list(objective.parameters), x, expected, second, rewriting, tracing.rules)
+            program = trace_product(
+                model, state, list(objective.parameters), x, expected, second, rewriting, tracing.rules
+            )
         except UntraceableError as error:
             return str(error)
         values: dict[str, Any] = dict(zip(program.values, [*state.values(), *nested.tensors(x)], strict=True))
         with torch.no_grad():
-            (outputs,) = run(program, 0, values)
+            (outputs,) = run_stage(program, 0, values)
         if _same(outputs, expected):
             return program
     return "the traced network gives other outputs than the network"

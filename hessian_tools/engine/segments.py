@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from hessian_tools.engine.graph import Part, reuse_memory, stages_of
+from hessian_tools.engine.graph import StagePart, reuse_memory, stage_of_nodes
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Segments:
         nbytes: About the most memory that a product takes, in bytes.
     """
 
-    forward: list[Part]
-    backward: list[Part]
+    forward: list[StagePart]
+    backward: list[StagePart]
     results: tuple[str, ...]
     nbytes: int
 
@@ -75,7 +75,7 @@ def segmented(
     Returns:
         The segments.
     """
-    stage = stages_of(module.graph)
+    stage = stage_of_nodes(module.graph)
     nodes = [n for n in module.graph.nodes if n.op in ("call_function", "get_attr")]
     order = {n: i for i, n in enumerate(nodes)}
     ahead = _ancestors([tangent])
@@ -121,7 +121,9 @@ def _ancestors(nodes: Iterable[fx.Node], among: set[fx.Node] | None = None) -> s
     return found
 
 
-def _part(module: fx.GraphModule, nodes: Sequence[fx.Node], ends: Sequence[fx.Node], kept: Sequence[fx.Node]) -> Part:
+def _part(
+    module: fx.GraphModule, nodes: Sequence[fx.Node], ends: Sequence[fx.Node], kept: Sequence[fx.Node]
+) -> StagePart:
     """Return a function of what is needed of some nodes for given results."""
     needed = _ancestors([*ends, *kept], set(nodes))
     graph, inside, inputs = fx.Graph(), {}, []
@@ -141,7 +143,7 @@ def _part(module: fx.GraphModule, nodes: Sequence[fx.Node], ends: Sequence[fx.No
         inside[node] = graph.node_copy(node, fetch)
     graph.output(tuple(fetch(n) for n in [*ends, *kept]))
     reuse_memory(graph)
-    return Part(fx.GraphModule(module, graph), tuple(inputs), tuple(n.name for n in kept))
+    return StagePart(fx.GraphModule(module, graph), tuple(inputs), tuple(n.name for n in kept))
 
 
 def product(

@@ -43,7 +43,7 @@ def join_sums(graph: fx.Graph, stage: dict[fx.Node, int]) -> None:
 
     Args:
         graph: The graph.
-        stage: The stage of every node (see `graph.stages_of`). Only factors of the same stages are joined.
+        stage: The stage of every node (see `graph.stage_of_nodes`). Only factors of the same stages are joined.
     """
     for root in list(graph.nodes):
         if not is_sum(root) or _inside(root):

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hessian_tools import nested
-from hessian_tools.engine.graph import Part, Rule, simplify, split
+from hessian_tools.engine.graph import Rule, StagePart, simplify, split
 from hessian_tools.engine.reasons import UntraceableError, reason_of
 from hessian_tools.engine.rewriting import Rewriting
 from hessian_tools.evaluation import twice_differentiable
@@ -43,7 +43,7 @@ class Program:
         results: Its outputs: those of the network, their tangent, and the entries of the product.
     """
 
-    parts: list[Part]
+    parts: list[StagePart]
     values: tuple[str, ...]
     slope: str
     vector: tuple[str, ...]
@@ -110,7 +110,7 @@ def _program(
     return program
 
 
-def trace(
+def trace_product(
     model: nn.Module, state: dict[str, Tensor], chosen: list[str], x: Any, outputs: Tensor, second: bool,
     rewriting: Callable[[], Rewriting], rules: Sequence[Rule],
 ) -> Program:  # fmt: skip
@@ -208,7 +208,7 @@ def _keep_inputs(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def run(program: Program, stage: int, values: dict[str, Tensor]) -> list[Tensor]:
+def run_stage(program: Program, stage: int, values: dict[str, Tensor]) -> list[Tensor]:
     """Run one stage. Its kept values are added to `values`.
 
     Returns:

@@ -19,7 +19,7 @@ from hessian_tools import nested
 from hessian_tools.chain import second_order, segments
 from hessian_tools.chain.second_order import Linearized
 from hessian_tools.checks import refuse_autocast
-from hessian_tools.engine.product import linearize as linearize_traced
+from hessian_tools.engine.product import linearize_traced
 from hessian_tools.evaluation import differentiable
 from hessian_tools.objective import Batch, Objective, Streamed
 from hessian_tools.operators.base import Operator

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from hessian_tools.evaluation import copy_model
 from ikun.adapters.base import FAILURES, Library
 from ikun.adapters.two_jet import Jet
-from ikun.nodes.passes import Spec
+from ikun.nodes.passes import ScanSpec
 from ikun.nodes.rewriting import TRACING
 from ikun.surrogate_check import DISTANCES, first_line
 from ikun.surrogates import FAMILIES
@@ -47,7 +47,7 @@ class Plan:
         more: What else the node of a library needs.
     """
 
-    spec: Spec
+    spec: ScanSpec
     jet: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     exact: bool = False
     more: Any = None
@@ -61,7 +61,7 @@ class LibraryNode(nn.Module):
 
     def surrogate(self) -> Jet:
         """Return the surrogate."""
-        return surrogate_of(self)
+        return library_surrogate(self)
 
     def heard(self, *args: Any, **kwargs: Any) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
         """Run the library's forward pass without derivatives.
@@ -99,7 +99,7 @@ def library_class(module: nn.Module, names: Collection[str], steps: Collection[s
     return own.__name__
 
 
-def surrogate_of(module: nn.Module) -> Jet:
+def library_surrogate(module: nn.Module) -> Jet:
     """Return the surrogate of a neuron. Raises UnfitError if it cannot be used in a node."""
     for name in ("surrogate_function", "spike_grad"):
         if isinstance(found := module._modules.get(name), Jet):
@@ -108,7 +108,7 @@ def surrogate_of(module: nn.Module) -> Jet:
 
 
 def surrogate_plan(jet: Jet) -> dict[str, Any]:
-    """Return the fields of `Spec` and `Plan` for a surrogate."""
+    """Return the fields of `ScanSpec` and `Plan` for a surrogate."""
     family = family_of(jet.slopes)
     return {"surrogate": family, "jet": None} if family else {"surrogate": "", "jet": jet.slopes}
 

@@ -10,10 +10,10 @@ from ikun.adapters.neuron_nodes import Fit, use_nodes
 from ikun.adapters.time_loop import InTime
 
 FITS: dict[str, Fit] = {
-    "spikingjelly": spikingjelly_nodes.fit,
-    "snntorch": snntorch_nodes.fit,
-    "norse": norse_nodes.fit,
-    "sinabs": sinabs_nodes.fit,
+    "spikingjelly": spikingjelly_nodes.spikingjelly_node,
+    "snntorch": snntorch_nodes.snntorch_node,
+    "norse": norse_nodes.norse_node,
+    "sinabs": sinabs_nodes.sinabs_node,
 }
 
 

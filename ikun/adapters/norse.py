@@ -92,7 +92,7 @@ def _with_method(p: Any) -> Any:
     return next((value for value in inner if value is not None), None)
 
 
-def takes_time(module: nn.Module) -> bool:
+def norse_takes_time(module: nn.Module) -> bool:
     return bool(WITH_TIME & bases(module))
 
 
@@ -102,6 +102,6 @@ NORSE = Library(
     prepare=nothing,
     slots=_slots,
     neurons=_neurons,
-    by_step=lambda model: not any(takes_time(m) for m in model.modules()),
-    takes_time=takes_time,
+    by_step=lambda model: not any(norse_takes_time(m) for m in model.modules()),
+    takes_time=norse_takes_time,
 )

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from hessian_tools.engine.nodes import valued
 from ikun.adapters.neuron_nodes import LibraryNode, Plan, UnfitError, surrogate_plan
-from ikun.adapters.norse import surrogate_in, takes_time
+from ikun.adapters.norse import norse_takes_time, surrogate_in
 from ikun.adapters.two_jet import Jet
 from ikun.nodes.autograd import neurons
-from ikun.nodes.passes import Spec
+from ikun.nodes.passes import ScanSpec
 
 # The names of the step functions: whether they have a synaptic current, are recurrent, and leak.
 STEPS = {
@@ -33,7 +33,7 @@ MODULES = ("norse.torch.module.snn", "norse.torch.module.lif", "norse.torch.modu
 
 
 @dataclass(frozen=True)
-class Kind:
+class _Kind:
     """Of a neuron.
 
     Attributes:
@@ -60,7 +60,7 @@ class NorseNode(LibraryNode):
 
     def forward(self, input_tensor: Tensor, state: Any = None) -> Any:
         kind, own = self.plan.more, self
-        timed = takes_time(self)
+        timed = norse_takes_time(self)
         before: Any = own.state_fallback(input_tensor) if state is None else state  # type: ignore[operator]
         (_, after), calls = self.heard(input_tensor, state)
         steps = input_tensor if timed else input_tensor[None]
@@ -104,7 +104,7 @@ class NorseNode(LibraryNode):
         return neurons(x, spec, v, None, self.plan.jet, (y, z, values))
 
 
-def fit(module: nn.Module) -> tuple[type[LibraryNode], Plan]:
+def norse_node(module: nn.Module) -> tuple[type[LibraryNode], Plan]:
     """Return the node of a neuron.
 
     Raises:
@@ -135,9 +135,9 @@ def fit(module: nn.Module) -> tuple[type[LibraryNode], Plan]:
     reset = rest if soft else float(p.v_reset)
     decay = 1 - float(m.dt * p.tau_syn_inv) if synaptic else 0.0
     surrogate = surrogate_plan(jet)
-    spec = Spec(
+    spec = ScanSpec(
         surrogate["surrogate"], 1 - gain if leaks else 1.0, gain, float(p.v_th), reset,
         "soft" if soft else "hard", name == "lif_step",
     )  # fmt: skip
     shift = rest - reset if leaks else 0.0
-    return NorseNode, Plan(spec, surrogate["jet"], more=Kind(synaptic, recurrent, decay, shift))
+    return NorseNode, Plan(spec, surrogate["jet"], more=_Kind(synaptic, recurrent, decay, shift))

@@ -45,11 +45,11 @@ class SpikeFunction:
             self.heard.append((c - level, value))
         if not (torch.is_grad_enabled() and v_mem.requires_grad):
             return value
-        found = slopes(c, level, gradient) if self.jet is None else self.jet.slopes(c - level)
+        found = _slopes(c, level, gradient) if self.jet is None else self.jet.slopes(c - level)
         return two_jet(v_mem, value, *found)
 
 
-def slopes(v: Tensor, threshold: Any, gradient: Any) -> tuple[Tensor, Tensor]:
+def _slopes(v: Tensor, threshold: Any, gradient: Any) -> tuple[Tensor, Tensor]:
     """Return the derivatives f' and f'' of a surrogate that is given by its derivative."""
     with torch.enable_grad(), default_dtype(v):  # some formulas create constants without a dtype
         v = v.detach().requires_grad_()
@@ -69,13 +69,13 @@ def _clear(model: nn.Module) -> None:
                     module._buffers[name] = state.detach().new_zeros(0)
 
 
-def neurons_of(model: nn.Module) -> list[nn.Module]:
+def _neurons(model: nn.Module) -> list[nn.Module]:
     """Return the layers that spike."""
     return [m for m in model.modules() if "StatefulLayer" in bases(m) and getattr(m, "spike_fn", None) is not None]
 
 
 def _prepare(model: nn.Module) -> None:
-    for module in neurons_of(model):
+    for module in _neurons(model):
         function: Any = module.spike_fn
         if not isinstance(function, SpikeFunction):
             vars(module)["spike_fn"] = SpikeFunction(function)
@@ -83,7 +83,7 @@ def _prepare(model: nn.Module) -> None:
 
 def _slots(model: nn.Module) -> Iterator[Slot]:
     names = {id(m): path for path, m in model.named_modules()}
-    for module in neurons_of(model):
+    for module in _neurons(model):
         m: Any = module
         level, gradient, function = m.spike_threshold.detach(), m.surrogate_grad_fn, m.spike_fn
         if level.numel() != 1:
@@ -105,7 +105,7 @@ SINABS = Library(
     clear=_clear,
     prepare=_prepare,
     slots=_slots,
-    neurons=neurons_of,
+    neurons=_neurons,
     by_step=lambda model: not any("StatefulLayer" in bases(m) for m in model.modules()),
     takes_time=lambda module: False,  # the first axis of its inputs is not time
     time_first=False,

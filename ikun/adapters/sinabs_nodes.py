@@ -15,7 +15,7 @@ from hessian_tools.engine.nodes import valued
 from ikun.adapters.neuron_nodes import LibraryNode, Plan, UnfitError, library_class, surrogate_plan
 from ikun.adapters.sinabs import SpikeFunction
 from ikun.nodes.autograd import neurons
-from ikun.nodes.passes import Spec
+from ikun.nodes.passes import ScanSpec
 
 NAMES = ("LIF", "IAF", "LIFRecurrent", "IAFRecurrent", "ExpLeak", "ALIF")
 STEPS = {"forward", "alpha_mem_calculated", "alpha_syn_calculated"}
@@ -59,7 +59,7 @@ class SinabsNode(LibraryNode):
         return spikes.transpose(0, 1).reshape(out.shape)
 
 
-def fit(module: nn.Module) -> tuple[type[LibraryNode], Plan]:
+def sinabs_node(module: nn.Module) -> tuple[type[LibraryNode], Plan]:
     """Return the node of a neuron.
 
     Raises:
@@ -88,5 +88,5 @@ def fit(module: nn.Module) -> tuple[type[LibraryNode], Plan]:
         raise UnfitError("its time constants differ between neurons")
     surrogate = surrogate_plan(function.jet)
     hard = reset == "MembraneReset"
-    spec = Spec(surrogate["surrogate"], 1.0, 1.0, threshold, 0.0, "hard" if hard else "soft", detach_reset=hard)
+    spec = ScanSpec(surrogate["surrogate"], 1.0, 1.0, threshold, 0.0, "hard" if hard else "soft", detach_reset=hard)
     return SinabsNode, Plan(spec, surrogate["jet"], more=leaks)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from hessian_tools.engine.nodes import valued
-from ikun.adapters.neuron_nodes import LibraryNode, Plan, UnfitError, library_class, surrogate_of, surrogate_plan
+from ikun.adapters.neuron_nodes import LibraryNode, Plan, UnfitError, library_class, library_surrogate, surrogate_plan
 from ikun.nodes.autograd import neurons
-from ikun.nodes.passes import Spec
+from ikun.nodes.passes import ScanSpec
 
 STATES = {
     "Leaky": ("mem",), "Lapicque": ("mem",), "RLeaky": ("spk", "mem"), "Synaptic": ("syn", "mem"),
@@ -33,7 +33,7 @@ RESETS = ("subtract", "zero", "none")
 
 
 @dataclass(frozen=True)
-class Kind:
+class _Kind:
     """Of a neuron.
 
     Attributes:
@@ -86,7 +86,7 @@ class SnnTorchNode(LibraryNode):
         return (y, *(found[name] for name in names if name != "spk")) if isinstance(out, tuple) else y
 
 
-def fit(module: nn.Module) -> tuple[type[LibraryNode], Plan]:
+def snntorch_node(module: nn.Module) -> tuple[type[LibraryNode], Plan]:
     """Return the node of a neuron.
 
     Raises:
@@ -99,19 +99,19 @@ def fit(module: nn.Module) -> tuple[type[LibraryNode], Plan]:
             raise UnfitError(f"{setting} is on")
     if "graded_spikes_factor" in m._parameters or bool((m.graded_spikes_factor != 1).any()):
         raise UnfitError("its spikes are graded")
-    surrogate = surrogate_plan(surrogate_of(module))
+    surrogate = surrogate_plan(library_surrogate(module))
     rates = (m.threshold, m.time_step, m.R, m.C) if name == "Lapicque" else (m.threshold, m.beta)
     fixed = all(t.numel() == 1 and not t.requires_grad for t in rates)
     if name == "Lapicque" and not fixed:
         raise UnfitError("its threshold is learned, or its constants differ between neurons")
-    spec = Spec(surrogate["surrogate"], decay=0.0, threshold=0.0, reset="soft", detach_reset=True)
+    spec = ScanSpec(surrogate["surrogate"], decay=0.0, threshold=0.0, reset="soft", detach_reset=True)
     if fixed:
         decay, gain = float(m.beta.clamp(0, 1)), 1.0
         if name == "Lapicque":
             r, c, dt = float(m.R), float(m.C), float(m.time_step)
             decay, gain = 1 - dt / (r * c), dt / c
-        spec = Spec(surrogate["surrogate"], decay, gain, float(m.threshold), reset="soft", detach_reset=True)
+        spec = ScanSpec(surrogate["surrogate"], decay, gain, float(m.threshold), reset="soft", detach_reset=True)
     at_once = not getattr(m, "reset_delay", True)
     return SnnTorchNode, Plan(
-        spec, surrogate["jet"], more=Kind(name, RESETS[int(m.reset_mechanism_val)], at_once, fixed)
+        spec, surrogate["jet"], more=_Kind(name, RESETS[int(m.reset_mechanism_val)], at_once, fixed)
     )

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ikun.adapters.neuron_nodes import LibraryNode, Plan, UnfitError, library_class, surrogate_of, surrogate_plan
+from ikun.adapters.neuron_nodes import LibraryNode, Plan, UnfitError, library_class, library_surrogate, surrogate_plan
 from ikun.adapters.spikingjelly import takes_time
 from ikun.nodes.autograd import neurons
-from ikun.nodes.passes import Spec
+from ikun.nodes.passes import ScanSpec
 
 KINDS = ("IF", "LIF", "ParametricLIF")
 NAMES = {f"{prefix}{kind}Node": kind for kind in KINDS for prefix in ("", "Simple", "MultiStep")}
@@ -59,7 +59,7 @@ def _start(v: Any, x: Tensor, rest: float) -> Tensor | None:
     return None if float(v) == rest else torch.full_like(x, float(v))
 
 
-def fit(module: nn.Module) -> tuple[type[LibraryNode], Plan]:
+def spikingjelly_node(module: nn.Module) -> tuple[type[LibraryNode], Plan]:
     """Return the node of a neuron.
 
     Raises:
@@ -74,12 +74,12 @@ def fit(module: nn.Module) -> tuple[type[LibraryNode], Plan]:
         raise UnfitError("it stores its potentials" if m.store_v_seq else "it has a precision of its own")
     rate = 1.0 if kind == "IF" else None if kind == "ParametricLIF" else 1 / float(m.tau)
     decays = kind == "IF" or getattr(m, "decay_input", True)
-    surrogate = surrogate_plan(surrogate_of(module))
-    fires = bool(surrogate_of(module)(torch.zeros(1)))
+    surrogate = surrogate_plan(library_surrogate(module))
+    fires = bool(library_surrogate(module)(torch.zeros(1)))
     if not fires and reset is not None:
         raise UnfitError("its surrogate does not fire at the threshold")
     rest = 0.0 if reset is None else float(reset)
-    spec = Spec(
+    spec = ScanSpec(
         surrogate=surrogate["surrogate"], decay=1.0 if kind == "IF" or rate is None else 1 - rate,
         gain=rate if decays and rate is not None else 1.0, threshold=float(threshold), v_reset=rest,
         reset="soft" if reset is None else "hard", detach_reset=bool(m.detach_reset),

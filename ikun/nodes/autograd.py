@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ikun.nodes.passes import Spec, decode, encode, pass_of
+from ikun.nodes.passes import ScanSpec, decode_spec, encode_spec, pass_of
 from ikun.pooling import selection
 
 Slopes = Callable[[Tensor], tuple[Tensor, ...]]  # z -> f'(z), f''(z), and dv/dh if it is not that of the equations
@@ -93,7 +93,7 @@ class _Adjoint(torch.autograd.Function):
 
 def _given(x: Tensor, v0: Tensor | None, gain: Tensor | None, spec: str, values: Values) -> tuple[Tensor, ...]:
     """Return what the pass `spikes` returns, from given values."""
-    s = decode(spec)
+    s = decode_spec(spec)
     y, z, v = (t.reshape(len(t), -1) for t in values)
     index, u = torch.empty(0, dtype=torch.int32, device=x.device), x.new_empty(0)
     if s.plane is not None:
@@ -107,7 +107,7 @@ def _given(x: Tensor, v0: Tensor | None, gain: Tensor | None, spec: str, values:
 
 def neurons(
     x: Tensor,
-    spec: Spec,
+    spec: ScanSpec,
     v0: Tensor | None = None,
     gain: Tensor | None = None,
     jet: Slopes | None = None,
@@ -137,6 +137,6 @@ def neurons(
     start = None if v0 is None else v0.reshape(1, -1)
     flat = x.reshape(len(x), -1)
     link = _Link.apply(flat) if flat.requires_grad else flat.detach()[:0]
-    y, end = _Spikes.apply(flat, link, start, gain, encode(spec), jet, values)
+    y, end = _Spikes.apply(flat, link, start, gain, encode_spec(spec), jet, values)
     tail = (*x.shape[1:-2], spec.height // 2, spec.width // 2) if spec.height else x.shape[1:]
     return y.view(steps, *tail), end.view(x.shape[1:]) if spec.ends else end

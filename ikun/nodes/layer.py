@@ -11,22 +11,22 @@ from torch import Tensor
 
 from ikun.neurons import Dynamics, Feedback, Neuron
 from ikun.nodes.autograd import neurons
-from ikun.nodes.passes import Spec
+from ikun.nodes.passes import ScanSpec
 
 if TYPE_CHECKING:
     from ikun.layers import MaxPool
 
 
 @lru_cache(4096)
-def _spec(d: Dynamics, kind: str, tau: float, steps: int, static: bool, plane: tuple[int, int, str]) -> Spec:
+def _spec(d: Dynamics, kind: str, tau: float, steps: int, static: bool, plane: tuple[int, int, str]) -> ScanSpec:
     rate = 1 / tau if kind == "lif" else 1.0
-    return Spec(
+    return ScanSpec(
         f"{d.surrogate.name}:{d.surrogate.parameter!r}", 1 - rate if kind == "lif" else 1.0, rate, d.threshold,
         d.v_reset, d.reset, d.detach_reset, d.relaxed, steps, static, *plane, ends=False,
     )  # fmt: skip
 
 
-def spec_of(neuron: Neuron, x: Tensor, steps: int, pool: MaxPool | None = None) -> Spec:
+def spec_of(neuron: Neuron, x: Tensor, steps: int, pool: MaxPool | None = None) -> ScanSpec:
     """Return the parameters of neurons and of the pooling behind them, for currents x [T or 1, N, ...]."""
     plane = (0, 0, "first") if pool is None else (x.shape[-2], x.shape[-1], pool.ties)
     return _spec(neuron.dynamics, neuron.kind, neuron.tau, steps, len(x) < steps, plane)

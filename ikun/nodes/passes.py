@@ -21,7 +21,7 @@ from ikun.surrogates import Surrogate
 
 
 @dataclass(frozen=True)
-class Spec:
+class ScanSpec:
     """The fixed parameters of a layer of neurons.
 
     Attributes:
@@ -74,12 +74,12 @@ class Spec:
 
 
 @lru_cache(4096)
-def decode(text: str) -> Spec:
-    return Spec(**json.loads(text))
+def decode_spec(text: str) -> ScanSpec:
+    return ScanSpec(**json.loads(text))
 
 
 @lru_cache(4096)
-def encode(spec: Spec) -> str:
+def encode_spec(spec: ScanSpec) -> str:
     return json.dumps(asdict(spec))
 
 
@@ -89,7 +89,7 @@ def _given(t: Tensor) -> Tensor | None:
 
 
 def _scan(
-    spec: Spec,
+    spec: ScanSpec,
     f1: Tensor,
     c: Tensor,
     index: Tensor,
@@ -110,7 +110,7 @@ def _scan(
 def _state(like: Tensor, start: Tensor | None, spec: str) -> Tensor | None:
     """Return the state of a scan to start from, or None if it starts at rest and its end is not used."""
     if start is None:
-        return torch.zeros_like(like[:1]) if decode(spec).ends else None
+        return torch.zeros_like(like[:1]) if decode_spec(spec).ends else None
     return start.clone()
 
 
@@ -132,13 +132,13 @@ def spikes(
         x: Input currents [T or 1, M].
         v0: Potential before the first step [1, M]; None: v_reset.
         gain: A learned gain [], or None.
-        spec: The encoded `Spec`.
+        spec: The encoded `ScanSpec`.
 
     Returns:
         The spikes [T, Q], z = h - threshold [T, M], the last potential [1, M], the entries that pooling selects [T, Q],
         and u [T, M] for a learned gain. The last two are empty if they are not used.
     """
-    s = decode(spec)
+    s = decode_spec(spec)
     d = s.dynamics
     state = v0.clone() if v0 is not None else torch.full_like(x[:1], s.v_reset) if s.ends else None
     decay, rate = (s.decay, s.gain) if gain is None else (1 - gain, gain)
@@ -173,12 +173,12 @@ def spikes(
 
 def slopes(z: Tensor, spec: str) -> tuple[Tensor, Tensor]:
     """Return f1 = f'(z) and c = dv/dh [T, M]."""
-    return fused.slopes(decode(spec).dynamics, z)
+    return fused.slopes(decode_spec(spec).dynamics, z)
 
 
 def reset_slopes(z: Tensor, f1: Tensor, spec: str) -> Tensor:
     """Return c = dv/dh [T, M] for given f'."""
-    d = decode(spec).dynamics
+    d = decode_spec(spec).dynamics
     a, b = reset_slope(d)
     k = torch.ones_like(z) if d.reset == "soft" else (z < 0).to(z)
     return k.addcmul_(a + b * z, f1)
@@ -198,7 +198,7 @@ def tangent(
     """Return the tangents of the spikes [T, Q] and of the last potential [1, M]."""
     state = _state(f1, dv, spec)
     rate = 0.0 if dgain is None else scalar(dgain)
-    return fused.tangent(_scan(decode(spec), f1, c, index, u, gain), dx, rate, state), _end(f1, state)
+    return fused.tangent(_scan(decode_spec(spec), f1, c, index, u, gain), dx, rate, state), _end(f1, state)
 
 
 def adjoint(
@@ -206,7 +206,7 @@ def adjoint(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the adjoints of the input [T or 1, M], of the first potential [1, M] and of the gain []."""
     state = _state(f1, gv, spec)
-    gx, total = fused.adjoint(_scan(decode(spec), f1, c, index, u, gain), g, None, state)
+    gx, total = fused.adjoint(_scan(decode_spec(spec), f1, c, index, u, gain), g, None, state)
     return gx, _end(f1, state), _total(total, f1)
 
 
@@ -226,7 +226,7 @@ def adjoint_kept(
     state = _state(f1, gv, spec)
     e = torch.empty_like(z) if f2 is None else f2.clone()
     gh = None if gain is None else torch.empty_like(z)
-    gx, total = fused.adjoint(_scan(decode(spec), f1, c, index, u, gain, e, gh, f2 is None), g, z, state)
+    gx, total = fused.adjoint(_scan(decode_spec(spec), f1, c, index, u, gain, e, gh, f2 is None), g, z, state)
     return gx, _end(f1, state), _total(total, f1), e, f1.new_empty(0) if gh is None else gh
 
 
@@ -236,7 +236,7 @@ def adjoint_tangent(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the tangents of what `adjoint` returns. A tangent that is None is zero."""
     state = _state(f1, dgv, spec)
-    scan = _scan(decode(spec), f1, c, index, u, gain, e, _given(gh))
+    scan = _scan(decode_spec(spec), f1, c, index, u, gain, e, _given(gh))
     rate = 0.0 if dgain is None else scalar(dgain)
     dg = f1.new_zeros((index if index.numel() else f1).shape) if dg is None else dg
     gx, total = fused.adjoint_tangent(scan, dg, dx, rate, dv, state)
@@ -255,12 +255,12 @@ def pass_of(name: str) -> Any:
 
 
 def _like_end(like: Tensor, spec: str) -> Tensor:
-    return like.new_empty((1, like.shape[1]) if decode(spec).ends else (0,))
+    return like.new_empty((1, like.shape[1]) if decode_spec(spec).ends else (0,))
 
 
 @_ops["spikes"].register_fake
 def _(x: Tensor, v0: Any, gain: Any, spec: str) -> Any:
-    s, m = decode(spec), x.shape[1]
+    s, m = decode_spec(spec), x.shape[1]
     q = s.outputs(m)
     return (
         x.new_empty(s.steps, q),
@@ -287,7 +287,7 @@ def _(dx: Any, dv: Any, dgain: Any, f1: Tensor, c: Any, index: Tensor, u: Any, g
 
 
 def _like_adjoint(f1: Tensor, spec: str) -> tuple[Tensor, Tensor, Tensor]:
-    s = decode(spec)
+    s = decode_spec(spec)
     return f1.new_empty(1 if s.static else s.steps, f1.shape[1]), _like_end(f1, spec), f1.new_empty(())
 
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from hessian_tools.engine.nodes import valued
 from hessian_tools.engine.rewriting import RESHAPES
 from ikun.nodes.autograd import Slopes, neurons
-from ikun.nodes.passes import Spec, encode, pass_of
+from ikun.nodes.passes import ScanSpec, encode_spec, pass_of
 
 POOLS = (F.max_pool2d, torch.max_pool2d)
 PASSING = RESHAPES | {Tensor.__getitem__, Tensor.contiguous, Tensor.squeeze, Tensor.unsqueeze, F.dropout}
@@ -62,7 +62,7 @@ class NeuronCall:
     """
 
     x: Tensor
-    spec: Spec
+    spec: ScanSpec
     v0: Tensor | None
     gain: Tensor | None
     jet: Slopes | None
@@ -81,7 +81,7 @@ class NeuronCall:
 
     def slope(self) -> Tensor:
         """Return f'(h - threshold) [T, M]."""
-        found: Tensor = (pass_of("slopes")(self.z, encode(self.spec)) if self.jet is None else self.jet(self.z))[0]
+        found: Tensor = (pass_of("slopes")(self.z, encode_spec(self.spec)) if self.jet is None else self.jet(self.z))[0]
         return found
 
 
@@ -126,7 +126,7 @@ class Following(TorchFunctionMode):
         return t
 
     def _neurons(
-        self, x: Tensor, spec: Spec, v0: Any = None, gain: Any = None, jet: Any = None, values: Any = None
+        self, x: Tensor, spec: ScanSpec, v0: Any = None, gain: Any = None, jet: Any = None, values: Any = None
     ) -> Any:
         flat = replace(spec, height=0, width=0, steps=spec.steps if spec.static else len(x))
         y, z, end = self.fired(x, flat, v0, gain, values)
@@ -148,10 +148,10 @@ class Following(TorchFunctionMode):
             y = self._note(_mark(pooled.reshape(*y.shape[:-2], *pooled.shape[-2:])), True)
         return y, end
 
-    def _hands_on(self, values: Any, spec: Spec) -> bool:
+    def _hands_on(self, values: Any, spec: ScanSpec) -> bool:
         return False
 
-    def fired(self, x: Tensor, spec: Spec, v0: Any, gain: Any, values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def fired(self, x: Tensor, spec: ScanSpec, v0: Any, gain: Any, values: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Return spikes [T, N, ...], h - threshold [T, M] and the last potential [N, ...]."""
         raise NotImplementedError
 
@@ -173,15 +173,15 @@ class Recording(Following):
         super().__init__()
         self.alone: list[Tensor] = []
 
-    def fired(self, x: Tensor, spec: Spec, v0: Any, gain: Any, values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def fired(self, x: Tensor, spec: ScanSpec, v0: Any, gain: Any, values: Any) -> tuple[Tensor, Tensor, Tensor]:
         if values is not None:
             y, z, v = values
             return y.clone(), z.reshape(len(z), -1), v[-1].clone()
         start = None if v0 is None else v0.reshape(1, -1)
-        y, z, end, _, _ = pass_of("spikes")(x.reshape(len(x), -1), start, gain, encode(spec))
+        y, z, end, _, _ = pass_of("spikes")(x.reshape(len(x), -1), start, gain, encode_spec(spec))
         return y.view(spec.steps, *x.shape[1:]), z, end.view(x.shape[1:]) if spec.ends else end
 
-    def _hands_on(self, values: Any, spec: Spec) -> bool:
+    def _hands_on(self, values: Any, spec: ScanSpec) -> bool:
         _, z, v = values
         return bool((v.reshape_as(z) - z - spec.threshold).abs().max() <= 1e-3 * max(1.0, abs(spec.threshold)))
 
@@ -204,7 +204,7 @@ class Averaging(Following):
         super().__init__()
         self.slopes, self.share = slopes, share
 
-    def fired(self, x: Tensor, spec: Spec, v0: Any, gain: Any, values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def fired(self, x: Tensor, spec: ScanSpec, v0: Any, gain: Any, values: Any) -> tuple[Tensor, Tensor, Tensor]:
         f1, c = self.slopes(len(self.calls))
         y, end = neurons(x, spec, v0, gain, lambda z: (f1, torch.zeros_like(f1), c), values)
         return y, x.new_empty(0), end

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from hessian_tools.engine.product import Tracing
 from hessian_tools.engine.rewriting import Rewriting
 from ikun.nodes.autograd import neurons
-from ikun.nodes.passes import OPS, PASSES, Spec
+from ikun.nodes.passes import OPS, PASSES, ScanSpec
 
 POOLS = (F.max_pool2d, torch.max_pool2d)
 
@@ -23,7 +23,7 @@ class SpikingRewriting(Rewriting):
 
     def __init__(self, hoist: bool = True) -> None:
         super().__init__(hoist)
-        self._fired: dict[int, tuple[Tensor, Spec, Any]] = {}
+        self._fired: dict[int, tuple[Tensor, ScanSpec, Any]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is neurons:
@@ -33,7 +33,7 @@ class SpikingRewriting(Rewriting):
         return super().__torch_function__(func, types, args, kwargs)
 
     def _neurons(
-        self, x: Tensor, spec: Spec, v0: Any = None, gain: Any = None, jet: Any = None, values: Any = None
+        self, x: Tensor, spec: ScanSpec, v0: Any = None, gain: Any = None, jet: Any = None, values: Any = None
     ) -> Any:
         once = self.once(x)
         if len(once) < len(x):

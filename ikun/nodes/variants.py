@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ikun.nodes.autograd import neurons
-from ikun.nodes.passes import Spec
+from ikun.nodes.passes import ScanSpec
 from ikun.nodes.rewriting import TRACING
 
 POOLS: dict[Any, tuple[Any, int]] = {
@@ -63,7 +63,7 @@ class Relaxing(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _relaxed(x: Tensor, spec: Spec, v0: Any = None, gain: Any = None, jet: Any = None, values: Any = None) -> Any:
+def _relaxed(x: Tensor, spec: ScanSpec, v0: Any = None, gain: Any = None, jet: Any = None, values: Any = None) -> Any:
     if not spec.surrogate or jet is not None:
         raise ValueError("a surrogate of no known family has no relaxed network: give another surrogate")
     return neurons(x, replace(spec, relaxed=True), v0, gain)

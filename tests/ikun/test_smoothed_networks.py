@@ -19,7 +19,7 @@ from ikun.adapters import adapt
 from ikun.averages import _delayed
 from ikun.losses import LOSSES
 from ikun.networks import Network, Spec
-from ikun.nodes.passes import Spec as NeuronSpec
+from ikun.nodes.passes import ScanSpec as NeuronSpec
 from ikun.smoothed_operator import smoothed
 
 pytestmark = pytest.mark.usefixtures("one_thread")

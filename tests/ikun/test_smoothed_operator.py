@@ -78,8 +78,8 @@ def test_shifts_integrate_steps_exactly_and_stagger_their_cells(draws: int) -> N
 
 def spike_trains(steps: int, x: Tensor) -> Tensor:
     """The spikes [T, M] of IF neurons, threshold 1, hard reset, for currents [T or 1, M]."""
-    spec = neuron_passes.Spec(steps=steps, static=len(x) < steps)
-    found: Tensor = neuron_passes.spikes(x, None, None, neuron_passes.encode(spec))[0]
+    spec = neuron_passes.ScanSpec(steps=steps, static=len(x) < steps)
+    found: Tensor = neuron_passes.spikes(x, None, None, neuron_passes.encode_spec(spec))[0]
     return found
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hessian_tools.chain import second_order
 from hessian_tools.chain.second_order import Linearized
 from hessian_tools.engine import product as engine
-from hessian_tools.engine.product import linearize
+from hessian_tools.engine.product import linearize_traced
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators import curvature
 from hessian_tools.operators.base import dense
@@ -34,7 +34,7 @@ ORACLES: dict[str, Callable[[Objective, Any], Callable[[Tensor], Tensor]]] = {
 def error_of(objective: Objective, kind: str) -> float:
     """Largest difference of two traced products from those of double backward, relative to them."""
     batch = objective.batches[0]
-    found = linearize(objective, batch, kind)
+    found = linearize_traced(objective, batch, kind)
     assert isinstance(found, Linearized), found
     oracle = ORACLES[kind](objective, batch)
     generator = torch.Generator().manual_seed(1)
@@ -125,7 +125,7 @@ def test_tracing_leaves_no_trace_in_the_model() -> None:
     for t in [*model.cache.values(), *model.state_dict().values(), model.held]:
         assert type(t) in (Tensor, nn.Parameter)
     seen = float(model.seen)
-    found = linearize(objective, objective.batches[0], "hessian")
+    found = linearize_traced(objective, objective.batches[0], "hessian")
     assert isinstance(found, Linearized)
     found(torch.ones(objective.size, dtype=objective.dtype))
     assert float(model.seen) == seen  # a replay does not write into the buffers
@@ -194,7 +194,9 @@ def test_networks_that_cannot_be_traced_use_autograd_and_say_why(words: str) -> 
 
 
 def test_the_reason_names_the_line_of_the_network() -> None:
-    found = linearize(objective_of(Case(net(_branch), (5,))), objective_of(Case(net(_branch), (5,))).batches[0], "ggn")
+    found = linearize_traced(
+        objective_of(Case(net(_branch), (5,))), objective_of(Case(net(_branch), (5,))).batches[0], "ggn"
+    )
     line = _branch.__code__.co_firstlineno + 2
     assert isinstance(found, str)
     assert found.endswith(f"(test_product.py:{line})")
@@ -202,7 +204,7 @@ def test_the_reason_names_the_line_of_the_network() -> None:
 
 def test_random_networks_are_not_traced() -> None:
     objective = objective_of(Case(net(lambda s, x: torch.tanh(s.a(x) + torch.randn(3, dtype=x.dtype))), (5,)))
-    found = linearize(objective, objective.batches[0], "hessian")
+    found = linearize_traced(objective, objective.batches[0], "hessian")
     assert found == "the forward pass draws random numbers (aten.randn.default)"
 
 
@@ -238,9 +240,9 @@ def _storages() -> dict[int, int]:
 @pytest.mark.parametrize("kind", ORACLES)
 def test_the_counted_memory_is_what_is_freed(name: str, kind: str, traced: None) -> None:
     objective = objective_of(NETWORKS[name], 16)
-    linearize(objective, objective.batches[0], kind)  # the trace is kept by the objective
+    linearize_traced(objective, objective.batches[0], kind)  # the trace is kept by the objective
     before = _storages()
-    found = linearize(objective, objective.batches[0], kind)
+    found = linearize_traced(objective, objective.batches[0], kind)
     assert isinstance(found, Linearized)
     held = sum(size for key, size in _storages().items() if key not in before)
     assert held == found.nbytes > 0
@@ -266,7 +268,7 @@ def test_operators_keep_no_more_than_the_memory_they_may_use(share: float, trace
     objective = objective_of(NETWORKS["conv_gn"], 6).rebatched(2)
     v = torch.ones(objective.size, dtype=objective.dtype)
     expected = OPERATORS["hessian"](objective, 1e9) @ v
-    found = linearize(objective, objective.batches[0], "hessian")
+    found = linearize_traced(objective, objective.batches[0], "hessian")
     assert isinstance(found, Linearized)
     memory = share * found.nbytes
     before = _storages()
@@ -293,8 +295,8 @@ def test_products_are_the_same_bits_in_other_operators_and_in_threads(kind: str,
 
 def test_a_network_is_traced_once_per_shape_and_order(monkeypatch: pytest.MonkeyPatch, traced: None) -> None:
     traces: list[Any] = []
-    real = engine.trace
-    monkeypatch.setattr(engine, "trace", lambda *args: (traces.append(args[3].shape), real(*args))[1])
+    real = engine.trace_product
+    monkeypatch.setattr(engine, "trace_product", lambda *args: (traces.append(args[3].shape), real(*args))[1])
     objective = objective_of(NETWORKS["repeat_bn"], 7).rebatched(2)
     v = torch.ones(objective.size, dtype=objective.dtype)
     for kind in ("ggn", "fisher", "ggn"):

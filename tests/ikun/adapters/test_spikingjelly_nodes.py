@@ -194,7 +194,7 @@ def test_a_node_with_other_equations_is_not_used(
     change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(module: nn.Module) -> Any:
-        base, plan = spikingjelly_nodes.fit(module)
+        base, plan = spikingjelly_nodes.spikingjelly_node(module)
         exact = change.get("exact", False)
         spec = replace(plan.spec, **({"threshold": 0.3} if exact else change))
         return base, replace(plan, spec=spec, exact=exact)
