@@ -53,7 +53,10 @@ def reason_of(error: Exception) -> str:
 
 def _place(error: Exception) -> str | None:
     """Return FILE:LINE of the innermost frame outside of torch and this package."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = list(traceback.extract_tb(error.__traceback__))
+    called = [frame.name for frame in frames]
+    if "__torch_function__" in called:  # the mode in which the network is traced
+        frames = frames[: called.index("__torch_function__")]
     for frame in reversed(frames):
         name = frame.filename
         standard = name.startswith(_STANDARD) and "-packages/" not in name
