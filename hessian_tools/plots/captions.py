@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from hessian_tools.plots.curves import Array, SymlogAxis, ValueAxis, densities_of
 from hessian_tools.plots.line_panels import LIMIT_DASHES
-from hessian_tools.plots.spectrum_panels import has_data_error, marks
+from hessian_tools.plots.spectrum_panels import has_data_error, is_lower_limit, marks
 from hessian_tools.plots.style import Colour, Look, operator_name, printable
 from hessian_tools.results.provenance import Analysed
 from hessian_tools.results.spectrum import SamplePoint, Spectrum, SpectrumResult
@@ -61,8 +61,11 @@ def spectrum_caption(result: SpectrumResult, axis: SymlogAxis) -> str:
         sigma, unit = f"{axis.sigma:.2g}", f"{axis.linthresh:.2g}"
         text += f" (a) Nodes are broadened by σ\u00a0=\u00a0{sigma} in asinh(λ\u00a0/\u00a0{unit}), or by their "
         text += "spacing if that is wider. (a, b) Lines and bands: mean and range over probes."
-    if any(has_data_error(e) for s in result.spectra.values() for e in (*s.eigenvalues, *s.smallest_eigenvalues)):
+    pairs = [e for s in result.spectra.values() for e in (*s.eigenvalues, *s.smallest_eigenvalues)]
+    if any(has_data_error(e) for e in pairs):
         text += " (c) Bars (if longer than the marker): standard error over the data."
+        if any(is_lower_limit(e) for e in pairs):
+            text = text[:-1] + "; dotted: a lower limit of it."
     return text
 
 

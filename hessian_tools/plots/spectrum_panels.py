@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 from functools import partial
 
 import numpy as np
@@ -152,9 +153,12 @@ def _draw_series(ax: Axes, pairs: Sequence[Eigenvalue], first: float, floor: flo
     found = [(first + i, e) for i, e in enumerate(pairs) if math.isfinite(e.value)]
     x, y = [x for x, _ in found], [max(abs(e.value), floor) for _, e in found]
     ax.plot(x, y, color=colour, linestyle=dashes, linewidth=0.7, alpha=0.7)
-    bars = [(x, abs(e.value), has_data_error(e)) for x, e in found if has_data_error(e) and abs(e.value) >= floor]
-    lows, highs = [max(y - bar, low) for _, y, bar in bars], [y + bar for _, y, bar in bars]
-    ax.vlines([x for x, _, _ in bars], lows, highs, color=colour, linewidth=0.9)
+    for limited in (False, True):
+        drawn = [(x, e) for x, e in found if is_lower_limit(e) == limited and abs(e.value) >= floor]
+        bars = [(x, abs(e.value), has_data_error(e)) for x, e in drawn if has_data_error(e)]
+        lows, highs = [max(y - bar, low) for _, y, bar in bars], [y + bar for _, y, bar in bars]
+        dots: Any = (0, (1, 1.5)) if limited else "-"
+        ax.vlines([x for x, _, _ in bars], lows, highs, color=colour, linewidth=0.9, linestyles=dots)
     for negative, converged in itertools.product((False, True), repeat=2):
         at = [i for i, (_, e) in enumerate(found) if (e.value < 0, e.converged) == (negative, converged)]
         ax.plot(
@@ -164,8 +168,14 @@ def _draw_series(ax: Axes, pairs: Sequence[Eigenvalue], first: float, floor: flo
 
 
 def has_data_error(pair: Eigenvalue) -> float:
-    """Return the standard error of an eigenvalue over the data, 0 if it is unknown."""
-    return pair.data_stderr if math.isfinite(pair.data_stderr) else 0.0
+    """Return the standard error of an eigenvalue over the data, or a lower limit of it; 0 if neither is known."""
+    known = (e for e in (pair.data_stderr, pair.data_stderr_least) if math.isfinite(e))
+    return next(known, 0.0)
+
+
+def is_lower_limit(pair: Eigenvalue) -> bool:
+    """Return whether only a lower limit of the standard error over the data is known."""
+    return not math.isfinite(pair.data_stderr) and math.isfinite(pair.data_stderr_least)
 
 
 def draw_layers(ax: Axes, spectrum: Spectrum) -> None:

@@ -369,3 +369,14 @@ def test_layers_figure_has_a_panel_a_layer_on_one_axis() -> None:
     assert drawn[0].get_xlim() == drawn[1].get_xlim()
     with pytest.raises(ValueError, match="no diagonal blocks"):
         figures.layers_figure(base)
+
+
+def test_errors_of_which_only_a_lower_limit_is_known_are_dotted() -> None:
+    known, limited = eigenvalue(8.0), eigenvalue(4.0, data_stderr=math.nan, data_stderr_least=0.5)
+    made = dataclasses.replace(spectrum(), eigenvalues=(known, limited), smallest_eigenvalues=())
+    (ax,) = rank_figure([("a", result({"hessian": made}))]).axes
+    solid, dotted = (c for c in ax.collections if isinstance(c, LineCollection) and c.get_segments())
+    assert [len(c.get_segments()) for c in (solid, dotted)] == [1, 1]
+    assert dotted.get_segments()[0][:, 1].tolist() == [3.5, 4.5]
+    assert solid.get_linestyle() != dotted.get_linestyle()
+    assert "dotted: a lower limit" in said(spectrum_figure(result({"hessian": made})))
