@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 from functools import partial
+from typing import Any
 
 import numpy as np
 import seaborn as sns
