@@ -15,9 +15,9 @@ from hessian_tools.io.files import write_atomically
 MOST_BYTES = 2**25  # largest text file; parsing one that is all brackets takes 25 times as much memory
 LONGEST = 1000  # largest number of characters in an error message
 DEEPEST = 30  # largest nesting depth of lists and objects
-# Fields of any result that are counts, errors, norms or times, and those that are shares.
+# Fields of any result that are counts, errors or norms, and those that are shares.
 _NOT_NEGATIVE = {
-    *("samples", "epochs_run", "best_epoch", "seconds", "forward_passes", "residual", "bound", "stderr", "data_stderr"),
+    *("samples", "epochs_run", "best_epoch", "forward_passes", "residual", "bound", "stderr", "data_stderr"),
     *("data_stderr_least", "symmetry_error", "gradient_norm", "frobenius_norm", "num_parameters"),
 }
 _SHARES = {"accuracy", "test_accuracy", "held_out_accuracy", "firing_rate", "dead"}

@@ -203,11 +203,14 @@ MODULES = {
     "user_pack/deep/wide.py": "from ..sizes import WIDTH\nwide = WIDTH\n",
     "user_lazy.py": "FACTOR = 1\n",
     "user_named.py": "class Layer: pass\n",
+    "user_star/__init__.py": "__all__ = ['part']\n",
+    "user_star/part.py": "PART = 1\n",
     "user_unused.py": "X = 1\n",
     "user_main.py": """
         import importlib
         import json, torch
         import user_pack.deep
+        from user_star import *
         named = importlib.import_module("user_named")
         def build():
             import user_lazy
@@ -250,8 +253,13 @@ def test_a_result_is_not_kept_after_an_imported_module_was_edited(tmp_path: Path
     shutil.rmtree("__pycache__", ignore_errors=True)
 
 
-def test_an_error_of_this_project_is_not_told_as_one_of_user_code(capsys: Capture) -> None:
+def test_an_error_of_this_project_is_not_told_as_one_of_user_code(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """User code is loaded and called, but the error is raised in a file of this project."""
+    monkeypatch.setattr("hessian_tools.analysis.spectrum.spectrum", {}.__getitem__)  # which takes no such arguments
+    assert cli.run(command()) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: unexpected TypeError: ")
     assert not _is_users(str(ROOT / "hessian_tools" / "objective.py"))
     assert not _is_users(str(ROOT / "ikun_hessian" / "cli" / "main.py"))
     assert _is_users(str(Path("nets.py").resolve()))
