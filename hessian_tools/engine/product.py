@@ -68,8 +68,9 @@ def linearize_traced(objective: Objective, batch: Batch, kind: str, memory: floa
         form = output_form(kind, objective.loss, outputs, y)
     if form is None:
         return Linearized(torch.zeros_like, 0, path="traced")
-    values[program.slope], curve = form
-    del outputs, form
+    slope, curve = form
+    values[program.slope] = slope.contiguous()
+    del outputs, form, slope
     with torch.no_grad():
         run_stage(program, 1, values)
     needed = {name for part in program.parts[2:] for name in part.inputs}
@@ -81,7 +82,7 @@ def linearize_traced(objective: Objective, batch: Batch, kind: str, memory: floa
         here = dict(kept)
         here.update(zip(program.vector, (part.clone() for part in objective.split(v)), strict=True))
         (tangent,) = run_stage(program, 2, here)
-        here[program.tangent] = curve(tangent)
+        here[program.tangent] = curve(tangent).contiguous()
         return objective.flatten(run_stage(program, 3, here))
 
     return Linearized(product, storages.alive([*state.values(), *nested.tensors(x), y]), path="traced")
@@ -107,8 +108,8 @@ def _in_segments(objective: Objective, batch: Batch, kind: str, program: Program
         def close(outputs: Tensor, tangent: Tensor, here: dict[str, Tensor]) -> bool:
             form = output_form(kind, objective.loss, outputs, y)
             if form is not None:
-                here[program.slope], curve = form
-                here[program.tangent] = curve(tangent)
+                slope, curve = form
+                here[program.slope], here[program.tangent] = slope.contiguous(), curve(tangent).contiguous()
             return form is not None
 
         found = segments.product(cut, values, close)
@@ -126,7 +127,7 @@ def _program(objective: Objective, state: dict[str, Tensor], x: Any, second: boo
     """Return the traced product for the shape of x. It is traced at the first call."""
     model = objective.model
     leaves, _, structure = nested.flattened(x)
-    kinds = tuple((t.shape, t.dtype, t.device) for t in leaves)
+    kinds = tuple((t.shape, t.stride(), t.dtype, t.device) for t in leaves)
     key = (model, tuple(objective.parameters), second, kinds, structure)
     with _lock:
         found = objective.programs.get(key)

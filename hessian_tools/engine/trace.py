@@ -134,7 +134,8 @@ def trace_product(
     parts_of_x, inputs_of, _ = nested.flattened(x)
     program = _program(model, list(state), chosen, inputs_of, second, rewriting)
     vector = [torch.zeros_like(state[name]) for name in chosen]
-    inputs = (list(state.values()), parts_of_x, torch.zeros_like(outputs), vector, torch.zeros_like(outputs))
+    zeros = outputs.new_zeros(outputs.shape)  # contiguous, as g and t are made
+    inputs = (list(state.values()), parts_of_x, zeros, vector, zeros.clone())
     try:
         module = _graph_of(program, inputs)
     except UntraceableError:

@@ -193,7 +193,7 @@ def _own(path: Path, own: Own, samples: str, surrogate: str | None, memory: floa
 
     found = open_own(path, own, samples=samples, surrogate=surrogate, memory=memory)
 
-    few = found.x[:3]
+    few = nested.selected(found.x, slice(3))
 
     def built(
         steeper: float = 1.0, surrogate: str | None = None, relaxed: bool = False, ties: str = "first"

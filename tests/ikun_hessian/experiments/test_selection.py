@@ -37,11 +37,11 @@ def test_a_study_compares_what_it_varies(tmp_path: Path) -> None:
     assert study_defaults([one / "study.json"]) == (None, None)
 
 
-@pytest.mark.parametrize("change", [{"schema": "x"}, {"by": 3}, {"accuracy": "x"}])
+@pytest.mark.parametrize("change", [{"schema": "x"}, {"by": 3}, {"accuracy": "x"}, {"accuracy": 90}])
 def test_a_damaged_record_says_nothing(tmp_path: Path, change: dict[str, object]) -> None:
     assert study_defaults([write(tmp_path, **change)]) == (None, None)
 
 
-@pytest.mark.parametrize("accuracy", [90, 0, None])
+@pytest.mark.parametrize("accuracy", [0, None])
 def test_an_impossible_accuracy_is_refused(tmp_path: Path, accuracy: float | None) -> None:
     assert study_defaults([write(tmp_path, accuracy=accuracy)]) == ("batch_size", None)
