@@ -142,7 +142,7 @@ class CurvatureOperator(Operator):
         with full_precision(self.device):
             for image in self._over_batches(part):
                 total = image if total is None else total + image
-        total = self.objective.summed(torch.zeros_like(block) if total is None else total)
+        total = self.objective.summed(torch.zeros_like(block) if total is None else total.detach())
         # the sum is finite if all entries are, unless it overflows
         if not torch.isfinite(total.sum()) and not torch.isfinite(total).all():
             raise FloatingPointError("a product with the operator is not finite")

@@ -85,7 +85,7 @@ def _slots(model: nn.Module) -> Iterator[Slot]:
     names = {id(m): path for path, m in model.named_modules()}
     for module in _neurons(model):
         m: Any = module
-        level, gradient, function = m.spike_threshold.detach(), m.surrogate_grad_fn, m.spike_fn
+        level, gradient, function = m.spike_threshold.detach().clone(), m.surrogate_grad_fn, m.spike_fn
         if level.numel() != 1:
             continue
 
