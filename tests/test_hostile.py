@@ -21,6 +21,7 @@ from typing import Any
 import fuzz
 import pytest
 import torch
+from command_tools import limited
 
 from hessian_tools.io import torch_archive as archive
 from ikun.adapters import AdapterError, load_weights, read_weights
@@ -217,9 +218,10 @@ def test_weights_that_are_not_finite_are_refused(bad: float, fast: Path) -> None
 
 # ---------------------------------------------------------------- the commands
 def ends(capsys: Capture, path: Path, *arguments: str) -> str:
-    """The one line of a command that ends with exit code 2; it names the file."""
+    """The one line of a command that ends within a minute with exit code 2; it names the file."""
     capsys.readouterr()
-    assert run(list(arguments)) == 2
+    with limited(60):
+        assert run(list(arguments)) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("opening ")]
     assert len(lines) == 1, lines
     assert str(path) in lines[0], lines
@@ -263,7 +265,8 @@ def test_paths_that_are_not_files_are_refused(kind: str, fast: Path, capsys: Cap
 def test_a_log_that_is_not_a_file_is_skipped(kind: str, fast: Path, capsys: Capture) -> None:
     (fast / "a.train.json").write_bytes(fuzz.trained()["record"])
     special(fast, "a.train.jsonl", kind)
-    assert run(["compare", str(fast)]) == 2
+    with limited(60):
+        assert run(["compare", str(fast)]) == 2
     assert "a.train.jsonl: not a regular file" in capsys.readouterr().err
 
 

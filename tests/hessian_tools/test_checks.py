@@ -97,6 +97,19 @@ def test_coupling_between_samples_is_refused(name: str, size: int) -> None:
         objective(COUPLED[name], size=size)
 
 
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        (COUPLED["batch mean"], "the others"),  # the same in every order
+        (changed(lambda m, x: Core.forward(m, x).flip(0) if len(x) > 8 else Core.forward(m, x)), "their order"),
+    ],
+)
+def test_orders_and_smaller_groups_are_both_tried(model: nn.Module, what: str) -> None:
+    """Of so few samples that no larger batch is compared with its parts."""
+    with pytest.raises(ObjectiveError, match=f"depends on {what}"):
+        make_objective(model, F.cross_entropy, (X[:12], Y[:12]))
+
+
 @pytest.mark.parametrize("size", [None, 5, 24])
 def test_coupling_in_large_batches_only_is_refused(size: int | None) -> None:
     model = changed(lambda m, x: Core.forward(m, x - (x.mean(0) if len(x) > 16 else 0)))
@@ -172,7 +185,7 @@ def test_a_forward_that_changes_its_weights_is_refused() -> None:
             model.a.weight.mul_(1 - 2e-6)
         return Core.forward(model, x)
 
-    with pytest.raises(ObjectiveError, match="changes the network's parameters"):
+    with pytest.raises(ObjectiveError, match="the Hessian at fixed weights needs none"):
         objective(changed(shrink))
 
 
