@@ -16,6 +16,7 @@ from rounds import Candidates, images, measure, reference_job, relative_error, r
 from torch import Tensor
 
 from hessian_tools.chain import second_order
+from hessian_tools.engine.linearized import Linearized
 from hessian_tools.objective import Objective
 from hessian_tools.operators.curvature import hessian
 
@@ -25,7 +26,7 @@ SIZES = (2, 4, 8)
 def in_turn(objective: Objective, keep: bool) -> Callable[[Tensor], Tensor]:
     """The only batch's product with a block, column by column, operations spread over all threads."""
 
-    def made() -> second_order.Linearized:
+    def made() -> Linearized:
         found = second_order.linearize(objective, objective.batches[0], "hessian")
         assert found is not None
         return found

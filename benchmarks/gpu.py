@@ -28,6 +28,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from hessian_tools.analysis.pyhessian import _Live  # noqa: E402
 from hessian_tools.chain import second_order  # noqa: E402
+from hessian_tools.engine.linearized import Linearized  # noqa: E402
 from hessian_tools.objective import Objective, make_objective  # noqa: E402
 from hessian_tools.runtime.cuda import Captured, full_precision, side_stream  # noqa: E402
 from ikun.losses import LOSSES  # noqa: E402
@@ -171,7 +172,7 @@ def job(channels: int, steps: int, batch: int, device: str, dtype: torch.dtype) 
     return make_objective(net, LOSSES["mse"], (x, y))
 
 
-def products(objective: Objective) -> dict[str, second_order.Linearized]:
+def products(objective: Objective) -> dict[str, Linearized]:
     found = {}
     for kind in ("hessian", "ggn"):
         with side_stream(objective.device):

@@ -26,6 +26,7 @@ from hessian_tools.chain import (  # noqa: E402
     second_order,
     segments,
 )
+from hessian_tools.engine.linearized import Linearized  # noqa: E402
 from hessian_tools.objective import Objective, make_objective  # noqa: E402
 from hessian_tools.operators.curvature import hessian  # noqa: E402
 from ikun.data import datasets as data  # noqa: E402
@@ -67,12 +68,12 @@ def times(steps: int, samples: int, rounds: int) -> None:
     x, y = batch
     v, parameters = torch.randn(objective.size), list(objective.parameters.values())
 
-    def product(kind: str) -> second_order.Linearized:
+    def product(kind: str) -> Linearized:
         found = second_order.linearize(objective, batch, kind)
         assert found is not None
         return found
 
-    def cut(kind: str) -> second_order.Linearized:
+    def cut(kind: str) -> Linearized:
         found = segments.linearize_in_segments(objective, batch, kind)
         assert found is not None
         return found

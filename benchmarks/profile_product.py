@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from hessian_tools.chain import second_order
+from hessian_tools.engine.linearized import Linearized
 from hessian_tools.objective import Objective
 from ikun.kernels import dispatch as fused
 
@@ -88,7 +89,7 @@ def limits() -> tuple[float, float]:
 def jobs(objective: Objective) -> dict[str, Callable[[], object]]:
     v = torch.randn(objective.size, generator=torch.Generator().manual_seed(0))
 
-    def product(kind: str) -> second_order.Linearized:
+    def product(kind: str) -> Linearized:
         found = second_order.linearize(objective, objective.batches[0], kind)
         assert found is not None
         return found

@@ -61,10 +61,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hessian_tools.chain.second_order import Linearized, curved
+from hessian_tools.engine.linearized import Linearized, curved
 from hessian_tools.evaluation import copy_model, differentiable, is_spiking_neuron, twice_differentiable
 from hessian_tools.objective import Batch, Loss, Objective
-from hessian_tools.operators.curvature import CurvatureOperator, _linearize_ggn
+from hessian_tools.operators.curvature import CurvatureOperator, linearize_ggn
 from hessian_tools.perturbation import noise, noise_scales
 from hessian_tools.runtime.cuda import full_precision
 from ikun.averages import CallPlan, Noisy, floor_of, moments_of
@@ -236,7 +236,7 @@ def _linearize(
     form = _form(objective, plan, base, noisy, outputs, y)
     with averaged.shared.lock:
         averaged.set(noisy.slopes(), noisy.alone)
-        return _linearize_ggn(averaged.objective(lambda o, _: (_Linear.apply(o, form) * o).sum() / 2), batch)
+        return linearize_ggn(averaged.objective(lambda o, _: (_Linear.apply(o, form) * o).sum() / 2), batch)
 
 
 class _Linear(torch.autograd.Function):

@@ -24,8 +24,8 @@ same values at all steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,9 +33,10 @@ from torch import Tensor, nn
 
 from hessian_tools.chain.layers import Layer, Segment, Tangents, Want, add
 from hessian_tools.chain.modules import UnknownLayerError, layer_makers
+from hessian_tools.engine.linearized import Linearized, output_form
 
 if TYPE_CHECKING:
-    from hessian_tools.objective import Batch, Loss, Objective
+    from hessian_tools.objective import Batch, Objective
 
 
 def _plain(module: nn.Module) -> bool:
@@ -154,29 +155,6 @@ def _tensors(thing: object) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-@dataclass(frozen=True)
-class Linearized:
-    """The product v [P] -> A v [P] of one batch.
-
-    Attributes:
-        product: The product.
-        nbytes: Memory that it holds.
-        parallel: Whether it can run in several threads at once, and be captured as a CUDA graph.
-        path: How it is computed: by the "layers" of the model, "traced", or by "autograd".
-        reason: Why the model could not be traced. Empty if it was.
-    """
-
-    product: Callable[[Tensor], Tensor]
-    nbytes: int
-    parallel: bool = True
-    path: str = "layers"
-    reason: str = ""
-
-    def __call__(self, v: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.product(v)
-
-
 def layers_at(
     model: nn.Module, x: Tensor, *segment: Segment, behind: tuple[int, Tensor] | None = None
 ) -> tuple[Tensor, list[tuple[Tensor, Layer]]] | None:
@@ -254,41 +232,3 @@ def chain_of(objective: Objective, layers: list[Layer], fixed: Sequence[Tensor] 
     if not owners or known - {id(p) for layer in layers for p in layer.parameters}:
         return None
     return Chain(objective, layers[owners[0] :])
-
-
-def output_form(kind: str, loss: Loss, outputs: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
-    """Differentiate the loss of a batch with respect to the outputs.
-
-    Args:
-        kind: "hessian", "ggn" or "fisher".
-        loss: The loss.
-        outputs: Outputs of the batch.
-        y: Targets of the batch.
-
-    Returns:
-        The gradient go of the loss with respect to the outputs, and the map o' -> go'. The map is H_out o' for the
-        Hessian and the Gauss-Newton matrix. For the Fisher matrix it is (g_i . o'_i) g_i / n, where g_i is the gradient
-        of sample i's loss and n the number of samples. None if the loss does not depend on the outputs.
-    """
-    with torch.enable_grad():
-        outputs = outputs.detach().requires_grad_()
-        value = loss(outputs, y)  # a mean over samples, so that its gradient holds that of every sample's loss
-        if not value.requires_grad:
-            return None
-        (slope,) = torch.autograd.grad(value, outputs, create_graph=kind != "fisher")
-    if kind != "fisher":
-        return slope.detach(), lambda do: curved(slope, outputs, do)
-
-    def along(do: Tensor) -> Tensor:
-        dot = (slope * do).reshape(len(y), -1).sum(1) * len(y)
-        return slope * dot.reshape(-1, *(1,) * (slope.dim() - 1))
-
-    return slope, along
-
-
-def curved(slope: Tensor, outputs: Tensor, do: Tensor) -> Tensor:
-    """Return H_out o'. It is zero for a loss that is linear in the outputs."""
-    if not slope.requires_grad:
-        return torch.zeros_like(do)
-    (image,) = torch.autograd.grad(slope, outputs, do, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(do) if image is None else image

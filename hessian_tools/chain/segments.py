@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from hessian_tools.chain.layers import Carry, Layer, Segment, Tangents, Want, add
-from hessian_tools.chain.second_order import Chain, Linearized, Swept, chain_of, layers_at, output_form
+from hessian_tools.chain.second_order import Chain, Swept, chain_of, layers_at
+from hessian_tools.engine.linearized import Linearized, output_form
 
 if TYPE_CHECKING:
     from hessian_tools.objective import Batch, Objective

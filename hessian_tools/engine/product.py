@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hessian_tools import nested
-from hessian_tools.chain.second_order import Linearized, output_form
 from hessian_tools.engine import segments
 from hessian_tools.engine.graph import Rule
+from hessian_tools.engine.linearized import Linearized, output_form
 from hessian_tools.engine.reasons import UntraceableError
 from hessian_tools.engine.rewriting import Rewriting
 from hessian_tools.engine.trace import Program, run_stage, trace_product

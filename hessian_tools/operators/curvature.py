@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hessian_tools import nested
 from hessian_tools.chain import second_order, segments
-from hessian_tools.chain.second_order import Linearized
 from hessian_tools.checks import refuse_autocast
+from hessian_tools.engine.linearized import Linearized
 from hessian_tools.engine.product import linearize_traced
 from hessian_tools.evaluation import differentiable
 from hessian_tools.objective import Batch, Objective, Streamed
@@ -219,7 +219,7 @@ def batch_size_within(objective: Objective, memory: float, most: int = 2048) -> 
     if each := segments.bytes_per_sample(objective):
         return int(min(most, memory / each))
     x = objective.first_inputs(8)
-    size = _linearize_hessian(objective, (x, objective.targets[0][:8])).nbytes
+    size = linearize_hessian(objective, (x, objective.targets[0][:8])).nbytes
     return int(max(1, min(most, memory * nested.sample_count(x) / max(size, 1))))
 
 
@@ -324,9 +324,9 @@ def _linearize(
     return found
 
 
-_linearize_hessian = partial(_linearize, "hessian", _autograd_hessian)
-_linearize_ggn = partial(_linearize, "ggn", _autograd_ggn)
-_linearize_fisher = partial(_linearize, "fisher", _autograd_fisher)
+linearize_hessian = partial(_linearize, "hessian", _autograd_hessian)
+linearize_ggn = partial(_linearize, "ggn", _autograd_ggn)
+linearize_fisher = partial(_linearize, "fisher", _autograd_fisher)
 
 
 def hessian(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator:
@@ -339,7 +339,7 @@ def hessian(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperato
         objective: The objective.
         memory: Bytes for the kept primals (see `CurvatureOperator`).
     """
-    return CurvatureOperator(objective, partial(_linearize_hessian, memory=memory), memory)
+    return CurvatureOperator(objective, partial(linearize_hessian, memory=memory), memory)
 
 
 def ggn(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator:
@@ -351,7 +351,7 @@ def ggn(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator:
         objective: The objective.
         memory: Bytes for the kept primals (see `CurvatureOperator`).
     """
-    return CurvatureOperator(objective, partial(_linearize_ggn, memory=memory), memory)
+    return CurvatureOperator(objective, partial(linearize_ggn, memory=memory), memory)
 
 
 def fisher(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator:
@@ -361,7 +361,7 @@ def fisher(objective: Objective, memory: float = 4 * 2**30) -> CurvatureOperator
         objective: The objective.
         memory: Bytes for the kept primals (see `CurvatureOperator`).
     """
-    return CurvatureOperator(objective, partial(_linearize_fisher, memory=memory), memory)
+    return CurvatureOperator(objective, partial(linearize_fisher, memory=memory), memory)
 
 
 OPERATORS: dict[str, Callable[[Objective, float], CurvatureOperator]] = {

@@ -24,7 +24,7 @@ from hessian_tools.analysis.spectrum import spectrum
 from hessian_tools.chain import segments
 from hessian_tools.objective import Loss, Objective, Streamed, make_objective
 from hessian_tools.operators.base import dense
-from hessian_tools.operators.curvature import _linearize_hessian, ggn, hessian
+from hessian_tools.operators.curvature import ggn, hessian, linearize_hessian
 from hessian_tools.perturbation import accuracy, mean_loss, outputs_at
 from ikun.losses import LOSSES
 
@@ -279,7 +279,7 @@ def test_kept_batches_count_their_inputs_and_are_read_once(segmented: bool) -> N
     """A segment's product keeps nothing but its inputs, that of a plain network its layers' inputs too."""
     _, o, inputs = pair(spiking(20, True), 2, (20, 1, 4, 4)) if segmented else pair(smooth(), 2)
     o = replace(o, segmentation=segments if segmented else None)
-    size = o.batches[0][0].nbytes if segmented else _linearize_hessian(o, o.batches[0]).nbytes
+    size = o.batches[0][0].nbytes if segmented else linearize_hessian(o, o.batches[0]).nbytes
     assert size >= 2 * 16 * 8
     op = hessian(o, memory=3.5 * size)
     first = op @ vector(o)

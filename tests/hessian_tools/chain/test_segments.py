@@ -244,7 +244,7 @@ def test_memory_grows_like_the_square_root_of_time(coding: str, monkeypatch: pyt
         whole = firing_objective(timesteps=steps, coding=coding, channels=4, input_shape=(1, 8, 8), classes=2)
         for objective in (whole, replace(whole, segmentation=segments)):
             with Peak() as peak:
-                operators._linearize_hessian(objective, objective.batches[0])(torch.ones(objective.size).double())
+                operators.linearize_hessian(objective, objective.batches[0])(torch.ones(objective.size).double())
             found[objective.segmented].append(peak.bytes)
             each = segments.bytes_per_sample(objective)
             assert each is not None

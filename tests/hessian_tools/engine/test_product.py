@@ -16,8 +16,8 @@ from engine_networks import NETWORKS, Case, Net, objective_of
 from torch import Tensor, nn
 
 from hessian_tools.chain import second_order
-from hessian_tools.chain.second_order import Linearized
 from hessian_tools.engine import product as engine
+from hessian_tools.engine.linearized import Linearized
 from hessian_tools.engine.product import linearize_traced
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators import curvature

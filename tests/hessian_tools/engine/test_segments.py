@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessian_tools.chain.second_order import output_form
 from hessian_tools.engine import segments
+from hessian_tools.engine.linearized import output_form
 from hessian_tools.engine.product import _program, _state
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators.curvature import OPERATORS

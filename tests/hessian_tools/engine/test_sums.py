@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessian_tools.chain.second_order import Linearized
+from hessian_tools.engine.linearized import Linearized
 from hessian_tools.engine.trace import Program
 from hessian_tools.objective import make_objective
 from hessian_tools.operators import curvature

@@ -150,7 +150,7 @@ def test_a_product_that_cannot_be_captured_runs_as_it_is_after_one_warning() -> 
 def test_a_graph_is_made_where_its_work_fits_beside_the_kept_primals() -> None:
     net = Network(Spec(model="mlp", input_shape=(1, 2, 2), hidden=(3,), classes=2, norm="none"))
     objective = make_objective(net, LOSSES["mse"], (torch.rand(4, 1, 2, 2), torch.arange(4) % 2))
-    product = operators._linearize_hessian(objective, objective.batches[0])
+    product = operators.linearize_hessian(objective, objective.batches[0])
     size = product.nbytes  # type: ignore[attr-defined]
     for room, graph, used in ((2.5, True, 2), (1.5, False, 1)):
         op = operators.hessian(objective, room * size)

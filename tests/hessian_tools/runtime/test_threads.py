@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hessian_tools.chain.second_order import Linearized
+from hessian_tools.engine.linearized import Linearized
 from hessian_tools.objective import make_objective
 from hessian_tools.operators.curvature import CurvatureOperator, ggn, hessian
 from hessian_tools.runtime.threads import in_threads

@@ -15,6 +15,7 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
 from hessian_tools.chain import second_order
+from hessian_tools.engine.linearized import Linearized
 from hessian_tools.linalg.lanczos import eigenpairs
 from hessian_tools.objective import make_objective
 from hessian_tools.operators.base import dense
@@ -83,7 +84,7 @@ def test_plain_networks_keep_their_hand_written_passes() -> None:
     for model in (mlp(), Network(Spec(channels=2, classes=4))):
         adapted = adapt(model, X)
         objective = make_objective(adapted.model, F.cross_entropy, (X, Y), reset=adapted.reset)
-        assert isinstance(second_order.linearize(objective, objective.batches[0], "hessian"), second_order.Linearized)
+        assert isinstance(second_order.linearize(objective, objective.batches[0], "hessian"), Linearized)
 
 
 # ---------------------------------------------------------------- neurons of unknown make
