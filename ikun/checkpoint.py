@@ -38,8 +38,8 @@ _TRAINED: dict[str, tuple[type, ...]] = {
 }
 # Optional fields that describe the training
 _MORE: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("law", "loss", "data_sha256"), (str,)),
-    "momentum": (int, float),
+    **dict.fromkeys(("law", "loss", "data_sha256", "sam_forward"), (str,)),
+    **dict.fromkeys(("momentum", "sam"), (int, float)),
     **dict.fromkeys(("epochs", "patience", "snapshots", "best_epoch"), (int,)),
     "save_at_loss": (list, tuple),
     "saved_at_loss": (dict,),

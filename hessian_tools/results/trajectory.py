@@ -22,6 +22,9 @@ RUN = (
     ("momentum", "momentum"),
     ("schedule", "schedule"),
     ("weight_decay", "weight decay"),
+    ("sam", "radius of SAM"),
+    ("asam", "adaptive SAM"),
+    ("sam_forward", "forward pass of training"),
     ("batch_size", "training batch size"),
     ("epochs", "number of epochs asked for"),
     ("seed", "training seed"),
@@ -74,7 +77,8 @@ def one_run(snapshots: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]
     """
     (first, training, network), *others = snapshots
     for other, its_training, its_network in others:
-        differing = [(meaning, training.get(k), its_training.get(k)) for k, meaning in RUN]
+        known = [(k, meaning) for k, meaning in RUN if k in training and k in its_training]  # older runs lack some
+        differing = [(meaning, training[k], its_training[k]) for k, meaning in known]
         keys = dict.fromkeys((*network, *its_network))
         differing += [(f"{key} of the network", network.get(key), its_network.get(key)) for key in keys]
         for meaning, here, there in differing:

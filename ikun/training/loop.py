@@ -35,6 +35,7 @@ from ikun.training.health import failures, overdriven
 from ikun.training.log import append, layer_lines, loss_path, run_paths, snapshot_path, write_description, write_log
 from ikun.training.resume import NO_STATE, read_resume
 from ikun.training.spec import TrainingSpec
+from ikun.training.update import relaxed_twin, require_relaxed, update
 
 TrainingProgress = Callable[[int, int, str], None]  # (batches done, total batches, note)
 
@@ -152,10 +153,13 @@ def train(
     Raises:
         CheckpointError: If there is no interrupted run to resume, or it has other settings.
         DataError: If the data cannot be loaded.
-        ValueError: If `spec.patience` is set without held-out samples, or the initializer has no solution.
+        ValueError: If `spec.patience` is set without held-out samples, the initializer has no solution, or the relaxed
+            network is needed and the surrogate has none.
     """
     if spec.patience and not data.held_out:
         raise ValueError("patience needs held-out samples, whose loss it watches: set held_out, or set patience to 0")
+    if spec.needs_relaxed:
+        require_relaxed(network.surrogate)
     paths = run_paths(out)
     train_set, held_out = data.parts(data_dir)
     test_set = data.load("test", data_dir)
@@ -285,7 +289,7 @@ def _epoch(
     net: Network, optimizer: torch.optim.Optimizer, data: Dataset, spec: TrainingSpec, epoch: int
 ) -> Iterator[dict[str, float]]:
     """Train for one epoch. Yields the means of loss, accuracy and gradient norm so far after every batch."""
-    net.train()
+    forward = relaxed_twin(net).train() if spec.sam_forward == "relaxed" else net.train()
     torch.manual_seed(_seed(spec.seed, epoch, 5))  # for dropout
     device = next(net.parameters()).device
     order = torch.randperm(len(data), generator=generator(spec.seed, epoch, 2))
@@ -295,12 +299,17 @@ def _epoch(
         index = order[begin:end]
         x = encode(data.images[index], net.spec.timesteps, net.spec.coding, spikes).to(device)
         y = data.labels[index].to(device)
-        out = net(x)
-        loss = LOSSES[spec.loss](out, y)
-        optimizer.zero_grad()
-        loss.backward()
-        norm_sum += float(torch.stack([p.grad.norm() for p in net.parameters() if p.grad is not None]).norm())
-        optimizer.step()
+        out, loss, norm = update(
+            forward,
+            LOSSES[spec.loss],
+            optimizer,
+            x,
+            y,
+            radius=spec.sam,
+            adaptive=spec.asam,
+            seed=_seed(spec.seed, epoch, 6, steps),
+        )
+        norm_sum += norm
         loss_sum += loss.item() * len(y)
         right += int((out.argmax(1) == y).sum())
         seen += len(y)
@@ -340,6 +349,9 @@ def _evaluations(net: Network, spec: TrainingSpec, test: Dataset, held_out: Data
     found = {"test_loss": test_loss, "test_accuracy": test_accuracy}
     if held_out is not None:
         found["held_out_loss"], found["held_out_accuracy"] = evaluate(net, held_out, spec.loss, spec.seed)
+    if spec.relaxed_accuracy:
+        twin = relaxed_twin(net)
+        found["relaxed_test_loss"], found["relaxed_test_accuracy"] = evaluate(twin, test, spec.loss, spec.seed)
     return found
 
 

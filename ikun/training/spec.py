@@ -13,6 +13,7 @@ MOST_SNAPSHOTS = 100_000
 MOST_RATE = 1e30  # of the steps of float32 weights
 OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("cosine", "step", "none")
+FORWARDS = ("spiking", "relaxed")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class TrainingSpec:
             stop early.
         snapshots: Number of checkpoints to write during training, at equal intervals.
         save_at_loss: Write a checkpoint of the first epoch whose training loss is at most each of these values.
+        sam: Radius rho of sharpness-aware minimization; 0 for plain training (see `ikun.training.update`).
+        asam: Whether to use adaptive sharpness-aware minimization, whose radius is `sam`.
+        sam_forward: One of FORWARDS: whether the gradients of training are those of the spiking or of the relaxed
+            network. With "relaxed" this holds also without SAM, the logged training loss is that of the relaxed
+            network, and all other losses and accuracies are those of the spiking network.
+        relaxed_accuracy: Whether to log loss and accuracy of the relaxed network on the test samples too.
 
     Raises:
         ValueError: If a setting is not valid.
@@ -59,10 +66,19 @@ class TrainingSpec:
     patience: int = 0
     snapshots: int = 0
     save_at_loss: tuple[float, ...] = ()
+    sam: float = 0.0
+    asam: bool = False
+    sam_forward: str = "spiking"
+    relaxed_accuracy: bool = False
+
+    @property
+    def needs_relaxed(self) -> bool:
+        """Whether the run uses the relaxed network, which not every surrogate has."""
+        return self.sam_forward == "relaxed" or self.relaxed_accuracy
 
     def __post_init__(self) -> None:
         choices = (("init", INITIALIZERS), ("law", LAWS), ("loss", tuple(LOSSES)))
-        for name, allowed in (*choices, ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        for name, allowed in (*choices, ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("sam_forward", FORWARDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not '{getattr(self, name)}'")
         if not (all(0 < x < math.inf for x in (self.lr, self.alpha, self.gain)) and self.weight_decay >= 0):
@@ -75,6 +91,10 @@ class TrainingSpec:
                     f"{name} must be from {LEAST_SCALE:g} to {1 / LEAST_SCALE:g}, not {getattr(self, name):g}: the "
                     "weights would be zero or infinite"
                 )
+        if not 0 <= self.sam <= MOST_RATE:
+            raise ValueError(f"sam, a radius, must be from 0 to {MOST_RATE:g}, not {self.sam:g}")
+        if self.asam and not self.sam:
+            raise ValueError("asam needs a radius: set sam, for example to 0.5")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, not {self.momentum}")
         if self.epochs < 0 or self.batch_size < 1 or min(self.seed, self.patience, self.snapshots) < 0:

@@ -23,13 +23,16 @@ LEVELS = 16  # largest number of levels that can be distinguished in one panel
 NO_CONDITION = frozenset(
     {
         "seed", "sha256", "data_sha256", "samples", "input_shape", "classes", "epochs_run", "best_epoch", "failures",
-        "saved_at_loss", "save_at_loss", "snapshots", "trained_surrogate",
+        "saved_at_loss", "save_at_loss", "snapshots", "trained_surrogate", "relaxed_accuracy",
     }
 )  # fmt: skip
 # Settings that affect training but not the initialization.
 AFTER_START = frozenset(
-    {"optimizer", "lr", "schedule", "weight_decay", "momentum", "epochs", "batch_size", "patience", "dropout"}
-)
+    {
+        "optimizer", "lr", "schedule", "weight_decay", "momentum", "epochs", "batch_size", "patience", "dropout", "sam",
+        "asam", "sam_forward",
+    }
+)  # fmt: skip
 # Settings to prefer in names of groups.
 FIRST = (
     "name",

@@ -267,6 +267,19 @@ TRAIN = (
         choices="ikun.training.spec:SCHEDULES",
     ),
     Option("weight-decay", float, 0.0, "Weight decay."),
+    Option(
+        "sam", float, 0.0,
+        "Radius of sharpness-aware minimization, which looks for flat minima and takes two gradients per batch; for "
+        "example 0.05. 0: plain training.",
+        metavar="RHO",
+    ),
+    Option("asam", bool, False, "Adaptive sharpness-aware minimization with the radius --sam, for example 0.5."),
+    Option(
+        "sam-forward", str, "spiking",
+        "spiking, relaxed. Train on spikes or on relaxed spikes, also without --sam.",
+        choices="ikun.training.spec:FORWARDS",
+    ),
+    Option("relaxed-accuracy", bool, False, "Also log the test accuracy of the relaxed network."),
     Option("epochs", int, 20, "Number of epochs."),
     Option("batch-size", int, 128, "Samples per batch."),
     Option("patience", int, 0, "Stop after this many epochs without a lower held-out loss; 0 trains all epochs."),

@@ -52,6 +52,7 @@ def specifications(
     from ikun.data.spec import DataSpec
     from ikun.networks import Spec
     from ikun.training.spec import TrainingSpec
+    from ikun.training.update import require_relaxed
 
     fields = {f.name for f in dataclasses.fields(TrainingSpec)}
     spec = TrainingSpec(**{k: v for k, v in options.items() if k in fields})
@@ -78,4 +79,6 @@ def specifications(
         coding=coding or ("direct" if found.timesteps is None else "spikes"),
         **{k: v for k, v in options.items() if k not in fields},
     )
+    if spec.needs_relaxed:
+        require_relaxed(network.surrogate)
     return network, dataclasses.replace(probe, held_out=held_out), spec

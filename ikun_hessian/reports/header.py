@@ -63,7 +63,7 @@ def _opened(r: AnalysedParts) -> list[str]:
             "trained",
             f"{t['init']} initializer{_alpha(t)}, {t['optimizer']} lr {t['lr']:g}, {t['schedule']} schedule, "
             f"weight decay {t['weight_decay']:g} (not in the Hessian), batch {t['batch_size']}, "
-            f"{t['epochs_run']} epochs{_kept(t)}, seed {t['seed']}",
+            f"{_sharpness_aware(t)}{t['epochs_run']} epochs{_kept(t)}, seed {t['seed']}",
         )
     return lines
 
@@ -72,6 +72,13 @@ def _kept(training: dict[str, Any]) -> str:
     """Return the epoch of the weights if it is not the last one."""
     best = training.get("best_epoch", training["epochs_run"])
     return "" if best == training["epochs_run"] else f", weights of epoch {best}"
+
+
+def _sharpness_aware(training: dict[str, Any]) -> str:
+    """Return how training looked for flat minima, and whether it was on relaxed spikes; "" for plain training."""
+    parts = [f"{'ASAM' if training.get('asam') else 'SAM'} radius {training['sam']:g}"] if training.get("sam") else []
+    parts += ["relaxed spikes"] if training.get("sam_forward") == "relaxed" else []
+    return "".join(f"{part}, " for part in parts)
 
 
 def _alpha(training: dict[str, Any]) -> str:

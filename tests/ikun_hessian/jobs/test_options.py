@@ -36,7 +36,7 @@ TABLES = {"train": TRAIN, "spectrum": (*SPECTRUM, *OWN, *RESULTS), "flatness": (
 
 def test_help_lists_the_choices_that_there_are() -> None:
     listed = [option for option in TRAIN if isinstance(option.choices, str)]
-    assert len(listed) == 12
+    assert len(listed) == 13
     for option in listed:
         module, name = str(option.choices).split(":")
         assert option.help.startswith(f"{', '.join(getattr(import_module(module), name))}.")
