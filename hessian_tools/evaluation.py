@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from hessian_tools.io.errors import ObjectiveError
 from hessian_tools.rebinding import deep_copy
 
 # Base classes of the spiking neurons of SpikingJelly, snnTorch and others, by name: no library is imported here.
@@ -231,7 +232,8 @@ def loss_in_double(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor
         loss: The function loss(outputs, targets).
 
     Returns:
-        A function of the same outputs and targets. Its derivatives by float32 outputs are float32.
+        A function of the same outputs and targets. Its derivatives by float32 outputs are float32. It raises
+        ObjectiveError if the loss does not return one number.
     """
 
     def widened(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -240,8 +242,7 @@ def loss_in_double(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor
 
     chosen: list[Callable[[Tensor, Tensor], Tensor] | None] = []  # how float64 works; None: in no way
 
-    @functools.wraps(loss)
-    def wide(outputs: Tensor, targets: Tensor) -> Tensor:
+    def evaluated(outputs: Tensor, targets: Tensor) -> Tensor:
         if not outputs.is_floating_point() or chosen == [None]:
             return loss(outputs, targets)
         double = outputs.double(), targets.double() if targets.is_floating_point() else targets
@@ -261,7 +262,23 @@ def loss_in_double(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor
         chosen[:] = [None]
         return value
 
+    @functools.wraps(loss)
+    def wide(outputs: Tensor, targets: Tensor) -> Tensor:
+        value = evaluated(outputs, targets)
+        refuse_no_number(value)
+        return value
+
     return wide
+
+
+def refuse_no_number(value: Any) -> None:
+    """Raise ObjectiveError if the value of a loss is not a tensor with one number and no axes."""
+    if not isinstance(value, Tensor) or value.dim():
+        shape = f" of shape {list(value.shape)}" if isinstance(value, Tensor) else ""
+        raise ObjectiveError(
+            f"the loss returns a {type(value).__name__}{shape}: it must return a tensor with one number, the mean over "
+            "the samples"
+        )
 
 
 class _Widened(TorchFunctionMode):

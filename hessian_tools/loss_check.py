@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hessian_tools.evaluation import refuse_no_number
 from hessian_tools.io.errors import ObjectiveError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -47,10 +48,7 @@ def check_loss(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
         if tried is not None and bool(torch.isfinite(tried[0])):
             _check_slope(loss, found[:2], wanted[:2], tried[1])
             return _check_mean(loss, found, wanted, *tried)
-    value = loss(mixed.to(outputs.dtype), wanted)  # the user's own error, if there is one
-    if not isinstance(value, Tensor) or value.dim():
-        kind = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise ObjectiveError(f"the loss returns {kind}: it must return one number, the mean over the samples")
+    refuse_no_number(loss(mixed.to(outputs.dtype), wanted))  # or the user's own error, if there is one
 
 
 def _try_loss(loss: Loss, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None] | None:

@@ -122,6 +122,14 @@ def concentration(values: Tensor, counts: Tensor) -> Tensor:
     return shares
 
 
+def samples_concentration(values: Tensor) -> float:
+    """Return the `concentration` of values [N], one per sample, in random groups as those of `grouped`."""
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
+    groups = values.double().cpu()[order].tensor_split(min(GROUPS, len(values)))
+    means = torch.stack([group.mean() for group in groups])[:, None]
+    return float(concentration(means, torch.tensor([len(group) for group in groups], dtype=torch.float64)))
+
+
 def withheld(error: float, *shares: float) -> tuple[float, float]:
     """Separate standard errors that give an interval from those that are only lower limits.
 

@@ -124,7 +124,7 @@ def _error(x: float) -> str:
     return _value(x, 3 if 100 <= x < 1000 else 2)
 
 
-def _data_error(m: Metric) -> str:
+def _data_error(m: Metric | Difference) -> str:
     """Format the standard error over the data, or its lower limit as "> x"."""
     return f"> {_error(m.data_stderr_least)}" if math.isfinite(m.data_stderr_least) else _error(m.data_stderr)
 
@@ -292,9 +292,10 @@ def _differences(first: str, rows: Mapping[str, Mapping[str, Difference]]) -> li
     for label, found in rows.items():
         lines.append(f"{label} minus {first}:")
         for name, d in found.items():
-            sure = (d.ci95[0] > 0 or d.ci95[1] < 0) and not abs(d.value) < 2 * d.data_stderr
+            outside = d.ci95[0] > 0 or d.ci95[1] < 0
+            sure = outside and math.isnan(d.data_stderr_least) and not abs(d.value) < 2 * d.data_stderr
             number = f"{_value(d.value):>11}{' *' if sure else '  '}"
-            lines.append(f"{shortened(name, 27):<27}{number}{_ends(d.ci95):<21}{_error(d.data_stderr):>10}")
+            lines.append(f"{shortened(name, 27):<27}{number}{_ends(d.ci95):<21}{_data_error(d):>10}")
     legend = "*: different from 0, by the interval over the draws and by two standard errors over the data"
     return [*lines, *paragraph(legend), ""]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 
 from hessian_tools.evaluation import copy_model, evaluation_mode, loss_in_double
+from hessian_tools.io.errors import ObjectiveError
 from hessian_tools.objective import make_objective
 from hessian_tools.operators.base import dense
 from hessian_tools.operators.curvature import hessian
@@ -259,3 +261,14 @@ def test_a_loss_that_fits_well_is_curved_in_float64_with_tensors_of_its_own() ->
 def test_the_error_of_a_loss_is_its_own() -> None:
     with pytest.raises(RuntimeError, match="weight tensor should be defined"):
         loss_in_double(nn.CrossEntropyLoss(weight=torch.ones(4)))(torch.zeros(8, 3), torch.zeros(8).long())
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(None, "NoneType"), (1.5, "float"), (torch.ones(2), r"Tensor of shape \[2\]")]
+)
+@pytest.mark.parametrize("check", [False, True])
+def test_a_loss_that_returns_no_number_is_refused_in_one_line(value: Any, kind: str, check: bool) -> None:
+    with pytest.raises(ObjectiveError, match=f"the loss returns a {kind}: it must return a tensor with one number"):
+        make_objective(
+            nn.Linear(3, 2), lambda outputs, targets: value, (torch.ones(4, 3), torch.zeros(4)), check=check
+        ).value_and_gradient()

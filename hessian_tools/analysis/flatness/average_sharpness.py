@@ -15,6 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from hessian_tools.analysis.flatness.settings import DRAWS, LPF_SIGMA, RADIUS
+from hessian_tools.analysis.sampling_error import samples_concentration
 from hessian_tools.evaluation import differentiable
 from hessian_tools.linalg import trace
 from hessian_tools.objective import Objective
@@ -59,6 +60,8 @@ class NoiseEstimate:
             `hessian_tools.linalg.mean_interval`). NaN for fewer than 20 draws (10 antithetic pairs).
         data_stderr: Standard error for other samples from the same distribution; NaN for a single sample.
         draws: Number of draws.
+        concentration: Largest share of one group of samples in the variance over the data. Pass it to
+            `sampling_error.withheld` before `data_stderr` is reported.
     """
 
     value: float
@@ -66,6 +69,7 @@ class NoiseEstimate:
     ci95: tuple[float, float]
     data_stderr: float
     draws: int
+    concentration: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -138,8 +142,9 @@ def over_draws(values: Tensor) -> NoiseEstimate:
     """
     draws, samples = values.shape
     pairs = trace.estimate(values.mean(1).unflatten(0, (-1, 2)).mean(1))
-    data = float(values.mean(0).std()) / samples**0.5 if samples > 1 else math.nan
-    return NoiseEstimate(pairs.estimate, pairs.stderr, pairs.ci95, data, draws)
+    means = values.mean(0)
+    data = float(means.std()) / samples**0.5 if samples > 1 else math.nan
+    return NoiseEstimate(pairs.estimate, pairs.stderr, pairs.ci95, data, draws, samples_concentration(means))
 
 
 @differentiable
@@ -319,12 +324,14 @@ def pac_bayes_sigma(
     if len(y) > 1:
         data_ends = passed(lambda p: p.value + p.data_stderr), passed(lambda p: p.value - p.data_stderr)
 
+    nearest = min(curve.values(), key=lambda p: abs(p.value - drop))
+
     def estimate(power: int) -> NoiseEstimate:
         low, high = sorted(2.0 ** (power * k) for k in draw_ends)
         first, last = sorted(2.0 ** (power * k) for k in student)
         data_low, data_high = sorted(2.0 ** (power * k) for k in data_ends)
         stderr, data = (last - first) / (2 * quantile), (data_high - data_low) / 2
-        return NoiseEstimate(2.0 ** (power * found), stderr, (low, high), data, draws)
+        return NoiseEstimate(2.0 ** (power * found), stderr, (low, high), data, draws, nearest.concentration)
 
     return PacBayes(drop, estimate(1), estimate(-2))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from hessian_tools.analysis.flatness.average_sharpness import (
 from hessian_tools.analysis.flatness.context import Work
 from hessian_tools.analysis.flatness.critical_sharpness import critical_sharpness
 from hessian_tools.analysis.flatness.worst_case import WorstCase, m_sharpness, sam_sharpness, worst_case
-from hessian_tools.analysis.sampling_error import GROUPS
+from hessian_tools.analysis.sampling_error import GROUPS, withheld
 from hessian_tools.operators.base import Operator
 from hessian_tools.results.flatness import BOUND, MIXED, TRUE, Metric
 from hessian_tools.seeding import stream
@@ -105,16 +105,18 @@ def _over_draws(work: Work, mean: MeanMetric, radius: float, _: Operator) -> Met
     if not math.isfinite(found.value):
         raise ValueError(f"the loss is not finite under noise of {radius:g}: use less noise")
     order = torch.randperm(len(at), generator=stream(settings.seed))
+    error, least = withheld(found.data_stderr, found.concentration)
     groups = values.mean(0)[order].tensor_split(min(GROUPS, len(at)))
     return Metric(
         found.value,
         found.stderr,
         found.ci95,
-        found.data_stderr,
+        error,
         "draws",
         forwards=settings.draws + 1,
         pairs=tuple(values.mean(1).unflatten(0, (-1, 2)).mean(1).tolist()),
         groups=tuple(float(group.mean()) for group in groups),
+        data_stderr_least=least,
     )
 
 
@@ -148,13 +150,16 @@ def search_metrics(work: Work) -> dict[str, Metric]:
             size = "any noise, however small," if e.value == 0 else "no noise up to 16 times u"
             note = f"{size} costs {s.drop:.0%} accuracy"
         parts = {"1/sigma^2": found.sharpness.value}
-        return Metric(e.value, e.stderr, e.ci95, e.data_stderr, "draws", forwards=passes + 1, note=note, parts=parts)
+        error, least = withheld(e.data_stderr, e.concentration)
+        metric = Metric(e.value, e.stderr, e.ci95, error, "draws", note=note, parts=parts, data_stderr_least=least)
+        return replace(metric, forwards=passes + 1)
 
     def sam(_: Operator, batches: bool) -> Metric:
         found = m_sharpness(objective, s.rho * norm, m, s.seed) if batches else sam_sharpness(objective, s.rho * norm)
         if found.without_gradient == found.batches:
             raise ValueError("the surrogate gradient is zero: there is no direction to step in")
-        return Metric(found.value, data_stderr=found.stderr, gradients=1, forwards=2)
+        error, least = withheld(found.stderr, found.concentration)
+        return Metric(found.value, data_stderr=error, gradients=1, forwards=2, data_stderr_least=least)
 
     def worst(_: Operator, kind: str, rho: float) -> Metric:
         found: WorstCase = worst_case(objective, rho, kind=kind, seed=s.seed)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hessian_tools.analysis.sampling_error import GROUPS, standard_error
+from hessian_tools.analysis.sampling_error import GROUPS, concentration, standard_error, withheld
 from hessian_tools.linalg.trace import estimate
 from hessian_tools.results.comparability import CONDITIONS
 from hessian_tools.results.flatness import FlatnessResult
@@ -22,12 +23,14 @@ class Difference:
     Attributes:
         value: The difference.
         ci95: 95% confidence interval over the common draws.
-        data_stderr: Standard error over the common samples.
+        data_stderr: Standard error over the common samples. NaN where it is only known from below.
+        data_stderr_least: Lower limit in place of `data_stderr`, where a few samples carry the variance.
     """
 
     value: float
     ci95: tuple[float, float]
     data_stderr: float
+    data_stderr_least: float = math.nan
 
 
 ALWAYS = ("timesteps", "coding", "output", "readout", "valid")  # conditions of the network that every metric depends on
@@ -96,8 +99,10 @@ def differences(first: FlatnessResult, other: FlatnessResult) -> dict[str, Diffe
             continue
         pairs = estimate(_array(beside.pairs) - _array(metric.pairs))
         groups = _array(beside.groups) - _array(metric.groups)
-        data = float(standard_error(groups[:, None], counts))
-        found[name] = Difference(pairs.estimate, pairs.ci95, data)
+        share = float(concentration(groups[:, None], counts))
+        found[name] = Difference(
+            pairs.estimate, pairs.ci95, *withheld(float(standard_error(groups[:, None], counts)), share)
+        )
     return found
 
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hessian_tools.analysis.sampling_error import standard_error
+from hessian_tools.analysis.sampling_error import concentration, standard_error
 from hessian_tools.evaluation import copy_model, differentiable
 from hessian_tools.objective import Objective
 from hessian_tools.perturbation import mean_loss, noise, noise_scales, outputs_at
@@ -39,6 +39,8 @@ class SamSharpness:
         samples: Number of samples in a batch.
         batches: Number of batches.
         without_gradient: Number of batches with a zero gradient. They have no direction and count as 0.
+        concentration: Largest share of one batch in the variance between batches. Pass it to `sampling_error.withheld`
+            before `stderr` is reported.
     """
 
     value: float
@@ -47,6 +49,7 @@ class SamSharpness:
     samples: int
     batches: int
     without_gradient: int
+    concentration: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,8 @@ def _sam(objective: Objective, rho: float, parts: Sequence[Tensor]) -> SamSharpn
     counts = torch.tensor([len(part) for part in parts], dtype=torch.float64)
     values = torch.tensor(rises, dtype=torch.float64)
     mean = float(counts @ values[:, 0] / counts.sum())
-    return SamSharpness(mean, float(standard_error(values, counts)), rho, len(parts[0]), len(parts), without)
+    error, share = float(standard_error(values, counts)), float(concentration(values, counts))
+    return SamSharpness(mean, error, rho, len(parts[0]), len(parts), without, share)
 
 
 @differentiable

@@ -23,7 +23,7 @@ from torch import Tensor
 from hessian_tools.analysis.context import AnalysisError
 from hessian_tools.analysis.flatness.average_sharpness import draw_losses, pac_bayes_sigma
 from hessian_tools.analysis.flatness.flatness import flatness
-from hessian_tools.analysis.flatness.paired_differences import differences, incomparable, unlike
+from hessian_tools.analysis.flatness.paired_differences import Difference, differences, incomparable, unlike
 from hessian_tools.analysis.flatness.settings import FlatnessSettings
 from hessian_tools.io import json as results
 from hessian_tools.objective import Objective
@@ -114,6 +114,12 @@ def measured() -> FlatnessResult:
     return flatness(on_six_samples(*problem()), SETTINGS)
 
 
+def data_error(metric: Metric | Difference) -> float:
+    """Return the standard error over the data, whether or not it is only a lower limit."""
+    (error,) = (e for e in (metric.data_stderr, metric.data_stderr_least) if not math.isnan(e))
+    return error
+
+
 def near(metric: Metric, exact: float, slack: float = 1e-9) -> bool:
     return abs(metric.value - exact) <= 4 * metric.stderr + slack * abs(exact)
 
@@ -143,8 +149,7 @@ def test_curvature_of_a_quadratic_is_the_closed_form(measured: FlatnessResult, o
         assert near(trace, values.sum())
         assert trace.stderr < 0.2 * values.sum()
         for metric, value, within in ((top, values[0], 0.15), (trace, values.sum(), 0.25)):
-            (error,) = (e for e in (metric.data_stderr, metric.data_stderr_least) if not math.isnan(e))
-            assert error == pytest.approx(spread * value, rel=within)
+            assert data_error(metric) == pytest.approx(spread * value, rel=within)
         assert (top.over, trace.over) == ("residual", "probes")
     values = np.linalg.eigvalsh(h)[::-1]
     ratio, frobenius = measured.others[f"{op} lambda_1/lambda_5"], measured.others[f"{op} ||.||_F"]
@@ -173,7 +178,9 @@ def test_means_over_noise_of_a_quadratic_are_the_closed_form(measured: FlatnessR
         exact = radius**2 / 2 * float(h.diagonal() @ d.square()) + offset
         assert near(metric, exact)
         assert metric.stderr < 0.2 * exact
-        assert metric.data_stderr == pytest.approx(float(Y.std() / Y.mean()) / len(Y) ** 0.5 * metric.value, rel=1e-6)
+        spread = float(Y.std() / Y.mean()) / len(Y) ** 0.5
+        assert data_error(metric) == pytest.approx(spread * metric.value, rel=1e-6)
+        assert math.isnan(metric.data_stderr)  # one sample carries 48% of the variance
         z = [noise(on_six_samples(a, w), 0, i) for i in range(400)]
         points = [flat + radius * d * each for each in z]
         losses = np.array([float(p @ h @ p) / 2 for p in points]) - (loss - offset)
@@ -199,7 +206,7 @@ def test_worst_cases_of_a_quadratic_are_the_closed_form(measured: FlatnessResult
     step = 0.1 * np.linalg.norm(flat) * g / np.linalg.norm(g)
     assert measured.others["SAM sharpness"].value == pytest.approx(float(rise(step)))
     assert measured.others["m-sharpness"].value == pytest.approx(float(rise(step)))  # all gradients are parallel
-    assert measured.others["m-sharpness"].data_stderr > 0
+    assert data_error(measured.others["m-sharpness"]) > 0
     b, c, radius = np.abs(flat)[:, None] * h * np.abs(flat), np.abs(flat) * g, 0.1 * math.sqrt(12)
     values, vectors = np.linalg.eigh(b)
 
@@ -235,7 +242,7 @@ def test_relative_metrics_and_critical_sharpness_of_a_quadratic_are_the_closed_f
 def test_pac_bayes_sigma_equals_that_of_pac_bayes_sigma(seen: FlatnessResult) -> None:
     found, sigma = seen.others["PAC-Bayes sigma"], pac_bayes_sigma(spiking(), draws=20).sigma
     assert 0 < found.value < 16
-    assert (found.value, found.ci95, found.data_stderr) == (sigma.value, sigma.ci95, sigma.data_stderr)
+    assert (found.value, found.ci95, data_error(found)) == (sigma.value, sigma.ci95, sigma.data_stderr)
     assert found.forwards > 8
 
 
@@ -248,6 +255,18 @@ def test_scaling_the_loss_scales_curvature_and_sharpness(scale: float) -> None:
         if name not in ("ggn log det", "PAC-Bayes sigma", "epsilon-sharpness (Keskar)"):
             factor = 1.0 if name in unscaled else scale
             assert other[name].value == pytest.approx(factor * one[name].value, rel=1e-4), name
+
+
+@pytest.mark.parametrize(("heavy", "known"), [(0.0, True), (30.0, False)])
+def test_a_data_error_that_few_samples_carry_is_only_a_lower_limit(heavy: float, known: bool) -> None:
+    y = 1 + torch.rand(256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y[7] += heavy
+    found = flatness(quadratic(*problem(), y), dataclasses.replace(FEW, m=8))
+    for name in ("m-sharpness", *FORWARD):
+        metric = found.metrics[name]
+        error = float(y.std() / y.mean()) / 16 * metric.value
+        assert math.isfinite(metric.data_stderr) == known, name
+        assert data_error(metric) == pytest.approx(error, rel=0.25 if name == "m-sharpness" else 1e-6)
 
 
 # --- what may not change a number
@@ -296,7 +315,7 @@ def test_equal_weights_differ_by_exactly_nothing(seen: FlatnessResult) -> None:
     assert untimed(again) == untimed(seen)
     found = differences(seen, again)
     assert set(found) == set(FORWARD)
-    assert all((d.value, d.ci95, d.data_stderr) == (0, (0, 0), 0) for d in found.values())
+    assert all((d.value, d.ci95, data_error(d)) == (0, (0, 0), 0) for d in found.values())
 
 
 def test_the_surrogate_reaches_no_metric_of_the_spiking_loss(seen: FlatnessResult) -> None:
@@ -322,7 +341,7 @@ def test_differences_use_the_same_draws() -> None:
         before, now = first.metrics[name], other.metrics[name]
         assert d.value == pytest.approx(now.value - before.value)
         assert d.ci95 == pytest.approx(tuple(0.1 * end for end in before.ci95))  # a tenth of the noise
-        assert d.data_stderr == pytest.approx(0.1 * before.data_stderr)
+        assert data_error(d) == pytest.approx(0.1 * data_error(before))
     smaller = flatness(on_six_samples(*problem((2, 4))), FEW)
     assert differences(first, smaller) == {}
     with pytest.raises(ValueError, match="results cannot be compared: the setting radius differs"):
