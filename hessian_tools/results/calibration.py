@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from hessian_tools.results.text import brief
+
 CALIBRATION_SCHEMA = "ikun-hessian/calibration/1"
 
 
@@ -68,6 +70,8 @@ class Scale:
     agreement: dict[str, Agreement]
     fitted: str
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -84,6 +88,8 @@ class Calibration:
     predictions: dict[str, tuple[float, ...]]
     traces: dict[str, float]
     scales: tuple[Scale, ...]
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)
@@ -125,3 +131,5 @@ class CalibrationResult:
     seconds: float
     versions: dict[str, str]
     calibration: Calibration
+
+    __repr__ = brief

@@ -10,6 +10,7 @@ from typing import Any
 from hessian_tools.io.json import ResultError
 from hessian_tools.results.provenance import Analysed
 from hessian_tools.results.spectrum import SpectrumResult
+from hessian_tools.results.text import brief
 
 # Conditions that must agree before curvatures are compared: field of the result, key in that field, name for the user.
 CONDITIONS = (
@@ -111,6 +112,8 @@ class Unlike:
     key: str
     meaning: str
     values: tuple[Any, ...]
+
+    __repr__ = brief
 
 
 def differing(found: Sequence[Analysed], conditions: Sequence[tuple[str, str, str]] = CONDITIONS) -> list[Unlike]:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from hessian_tools.results.text import brief, headline, with_error
+
 NAN = math.nan
 # Which loss a metric describes (`Metric.valid`).
 SURROGATE, MATCHED = "surrogate", "estimate for the spiking loss under noise"
@@ -54,6 +56,8 @@ class Metric:
     pairs: tuple[float, ...] = ()
     groups: tuple[float, ...] = ()
     data_stderr_least: float = NAN
+
+    __repr__ = brief
 
 
 FLATNESS_SCHEMA = "ikun-hessian/flatness/1"
@@ -111,3 +115,8 @@ class FlatnessResult:
     def metrics(self) -> dict[str, Metric]:
         """All metrics by name: those of `main`, then those of `others`."""
         return {**self.main, **self.others}
+
+    def __repr__(self) -> str:
+        lines = [f"  {name}: {with_error(m.value, m)}" for name, m in self.main.items()]
+        more = [f"  and {len(self.others)} others in .others"] if self.others else []
+        return "\n".join([headline(self), *lines, *more])

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hessian_tools.results.text import brief, headline
+
 LANDSCAPE_SCHEMA = "ikun-hessian/landscape/1"
 # Default ranges in units of ||w||. Random directions are filter-normalized as in Li et al. 2018 and go half as far as
 # theirs. Eigenvectors and the gradient are about ten times as steep: at RANDOM_RANGE the loss is at chance level.
@@ -44,6 +46,8 @@ class Line:
     relaxed_loss: tuple[float, ...]
     accuracy: tuple[float, ...]
     relaxed_accuracy: tuple[float, ...]
+
+    __repr__ = brief
 
     @property
     def step(self) -> int:
@@ -88,6 +92,8 @@ class Plane:
     distances: tuple[float, ...]
     loss: tuple[tuple[float, ...], ...]
     relaxed_loss: tuple[tuple[float, ...], ...]
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)
@@ -146,3 +152,9 @@ class LandscapeResult:
     evaluations: int
     seconds: float
     versions: dict[str, str]
+
+    def __repr__(self) -> str:
+        lines = [f"  lines: {', '.join(line.name for line in self.lines)}"] if self.lines else []
+        lines += [f"  planes: {'; '.join(','.join(p.directions) for p in self.planes)}"] if self.planes else []
+        lines += [f"  not computed: {', '.join(self.refused)}"] if self.refused else []
+        return "\n".join([headline(self), *lines])

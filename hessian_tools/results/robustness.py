@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from hessian_tools.results.text import brief
+
 ROBUSTNESS_SCHEMA = "ikun-hessian/robustness/1"
 WEIGHTS = "weight_noise"
 
@@ -50,6 +52,8 @@ class RobustnessResult:
     disturbed: dict[str, dict[str, Accuracy]]
     seconds: float
     versions: dict[str, str]
+
+    __repr__ = brief
 
 
 def lost(result: RobustnessResult) -> dict[str, float]:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from hessian_tools.io.files import write_atomically
 from hessian_tools.io.json import ResultError, clean, load_result
+from hessian_tools.results.text import brief, headline, with_error
 
 SPECTRUM_SCHEMA = "ikun-hessian/spectrum/1"
 
@@ -55,6 +56,8 @@ class Eigenvalue:
     participation: float = math.nan
     data_concentration: float = math.nan
     data_stderr_least: float = math.nan
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,8 @@ class SamplePoint:
     eigenvalues: tuple[tuple[float, ...], ...]
     traces: tuple[float, ...]
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -161,6 +166,8 @@ class Density:
     atoms: int
     accuracy: float = math.nan
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -204,6 +211,8 @@ class Spectrum:
     scale_free: tuple[float, ...] = ()
     autograd: str = ""
     vectors: npt.NDArray[Any] | None = field(default=None, compare=False, repr=False)
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True)
@@ -264,6 +273,15 @@ class SpectrumResult:
     def main(self) -> tuple[str, Spectrum]:
         """Name and spectrum of the first operator."""
         return next(iter(self.spectra.items()))
+
+    def __repr__(self) -> str:
+        lines = [headline(self)]
+        for name, s in self.spectra.items():
+            parts = [f"lambda_max {with_error(e.value, e)}" for e in s.eigenvalues[:1]]
+            parts += [f"lambda_min {with_error(e.value, e)}" for e in s.smallest_eigenvalues[:1]]
+            parts += [f"trace {with_error(s.trace.estimate, s.trace)}"] if s.trace else []
+            lines.append(f"  {name}: {', '.join(parts)}")
+        return "\n".join([*lines, *([f"  {len(self.warnings)} warnings"] if self.warnings else [])])
 
 
 def to_json(result: SpectrumResult) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from hessian_tools.analysis.warnings import is_spiking, percent_of
 from hessian_tools.linalg.trace import LEAST_FORMS
 from hessian_tools.results.comparability import by_method, common_operators, method_of
 from hessian_tools.results.spectrum import Eigenvalue, Functional, SpectrumResult, Trace
+from hessian_tools.results.text import with_error
 from ikun_hessian.reports.header import not_learned, opened
 from ikun_hessian.reports.text import field, paragraph, shortened, warning
 
@@ -121,9 +122,9 @@ def _blocks(r: SpectrumResult) -> list[str]:
     lines.append(f"{'layer':<14} {'P':>9} {'lambda_max':>19} {'lambda_min':>10} {'trace':>21}")
     for name, s in r.blocks.items():
         size = sum(n for parameter, n in r.parameters.items() if parameter.rpartition(".")[0] in (name, ""))
-        top = _with_error(s.eigenvalues[0].value, s.eigenvalues[0])
+        top = with_error(s.eigenvalues[0].value, s.eigenvalues[0])
         low = f"{s.smallest_eigenvalues[0].value:.3g}" if s.smallest_eigenvalues else "-"
-        trace = _with_error(s.trace.estimate, s.trace) if s.trace else "-"
+        trace = with_error(s.trace.estimate, s.trace) if s.trace else "-"
         lines.append(f"{shortened(name, 14):<14} {size:>9,} {top:>19} {low:>10} {trace:>21}")
     return lines
 
@@ -238,8 +239,8 @@ def compare_lines(labelled: list[tuple[str, SpectrumResult]]) -> list[str]:
         for label, r in labelled:
             s = r.spectra[kind]
             low = f"{s.smallest_eigenvalues[0].value:.3g}" if s.smallest_eigenvalues else "-"
-            trace = _with_error(s.trace.estimate, s.trace) if s.trace else "-"
-            top = _with_error(s.eigenvalues[0].value, s.eigenvalues[0])
+            trace = with_error(s.trace.estimate, s.trace) if s.trace else "-"
+            top = with_error(s.eigenvalues[0].value, s.eigenvalues[0])
             lines.append(
                 f"{shortened(label, width):<{width}} {top:>19} {s.scale_free_lambda_max:>10.3g} {low:>10} {trace:>21}"
             )
@@ -283,13 +284,6 @@ def _two_methods(ours: SpectrumResult, theirs: SpectrumResult, kinds: list[str])
                 lines.append(f"{start + step * i:>9} {left} {right}")
         lines.append(f"{'products':>9} {a.hessian_vector_products:>13} {'':>9} {b.hessian_vector_products:>13}")
     return lines
-
-
-def _with_error(value: float, e: Eigenvalue | Trace) -> str:
-    """Format a value and its standard error over the data, if known, or the lower limit of that."""
-    if not math.isnan(e.data_stderr_least):
-        return f"{value:.3g} (> {e.data_stderr_least:.1g})"
-    return f"{value:.3g}" if math.isnan(e.data_stderr) else f"{value:.3g} +- {e.data_stderr:.1g}"
 
 
 def _number(value: float) -> str:
