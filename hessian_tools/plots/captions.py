@@ -16,7 +16,7 @@ from hessian_tools.plots.spectrum_panels import has_data_error, is_lower_limit, 
 from hessian_tools.plots.style import Colour, Look, operator_name, printable
 from hessian_tools.results.provenance import Analysed
 from hessian_tools.results.spectrum import SamplePoint, Spectrum, SpectrumResult
-from hessian_tools.results.trajectory import RANKS, epoch
+from hessian_tools.results.trajectory import RANKS, axis_of
 
 
 def provenance(result: Analysed) -> str:
@@ -93,7 +93,8 @@ def trajectory_caption(ordered: list[SpectrumResult], axes: list[ValueAxis | Non
     ]
     text = f"{len(ordered)} snapshots of one run"
     text += f" ({', '.join(trained)})" if trained else ""
-    text += f", epochs {epoch(ordered[0])} to {epoch(ordered[-1])}"
+    axis, positions = axis_of(ordered)
+    text += f", epochs {positions[0]} to {positions[-1]}" if axis == "epoch" else ", in the order given"
     text += f", last checkpoint {_checkpoint(ordered[-1])}; " if ordered[-1].checkpoint.get("path") else "; "
     text += f"{provenance(ordered[0])}.{_errors('Bars', [s for r in ordered for s in r.spectra.values()])}"
     text += _linear_parts(axes)

@@ -204,15 +204,16 @@ def column(rows: Rows, key: str) -> Array:
 
 
 def _epochs(ax: Axes, rows: Rows, axis: ValueAxis) -> Array:
-    """Set the x axis of epochs, draw a line at 0 if values are negative, and return the epochs."""
-    x = column(rows, "epoch")
+    """Set the x axis of epochs or snapshots, draw a line at 0 if values are negative, and return the positions."""
+    label = "epoch" if "epoch" in rows[0] else "snapshot"
+    x = column(rows, label)
     room = 0.04 * (x[-1] - x[0])
     low, high = x[0] - room, x[-1] + room
     ax.set_xlim(low, high)
     ax.set_xticks(
         [t for t in MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= t <= high]
     )
-    ax.set_xlabel("epoch")
+    ax.set_xlabel(label)
     if axis.low < 0:
         ax.axhline(0, color="0.75", linewidth=0.6, zorder=0)
     sns.despine(ax=ax)

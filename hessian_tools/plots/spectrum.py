@@ -44,7 +44,7 @@ from hessian_tools.plots.style import (
 )
 from hessian_tools.results.comparability import common_operators
 from hessian_tools.results.spectrum import SpectrumResult
-from hessian_tools.results.trajectory import RANKS, epoch, snapshots, stability_limit, trace_error, trajectory_rows
+from hessian_tools.results.trajectory import RANKS, snapshots, stability_limit, trace_error, trajectory_rows
 
 
 def spectrum_figure(result: SpectrumResult) -> Figure:
@@ -165,7 +165,7 @@ def trajectory_figure(results: list[SpectrumResult]) -> Figure:
     accuracy. `hessian_tools.results.trajectory.trajectory_rows` returns the numbers drawn.
 
     Args:
-        results: Results of two or more snapshots, in any order.
+        results: Results of two or more snapshots, in any order, or in the order of training if they record no epoch.
 
     Returns:
         The figure.
@@ -175,7 +175,7 @@ def trajectory_figure(results: list[SpectrumResult]) -> Figure:
             differs.
     """
     rows, ordered = trajectory_rows(results), snapshots(results)
-    operators = common_operators([(f"{epoch(r)}", r) for r in ordered])
+    operators = common_operators([("", r) for r in ordered])
     layers = [key for key in rows[0] if key.endswith(".derivative_square")]
     accurate = bool(np.isfinite(column(rows, "accuracy")).any())
     limit = stability_limit(ordered[0].training)

@@ -30,16 +30,18 @@ RUN = (
     ("seed", "training seed"),
     ("data_sha256", "training data"),
 )
+OF_A_FILE = ("warnings",)  # parts of a network's description that depend on the file of its weights
 
 
 def snapshots(results: list[SpectrumResult]) -> list[SpectrumResult]:
     """Sort results by epoch and check that they are snapshots of one run.
 
     One snapshot that was saved under two names is counted once. (The last snapshot of a run and its checkpoint have the
-    same epoch, loss and gradient norm.)
+    same epoch, loss and gradient norm.) If no result records an epoch, as for networks trained elsewhere, the order is
+    that of the arguments, and files with the same weights are counted once.
 
     Args:
-        results: Spectra of snapshots, in any order.
+        results: Spectra of snapshots, in any order, or in the order of training if they record no epoch.
 
     Returns:
         The results in the order of their epochs.
@@ -48,8 +50,27 @@ def snapshots(results: list[SpectrumResult]) -> list[SpectrumResult]:
         ValueError: If fewer than two snapshots remain, if two are from the same epoch, if they come from different
             runs, or if they were not measured under the same conditions. The message names what differs.
     """
+    ordered = _by_epoch(results) if any(map(_has_epoch, results)) else _by_order(results)
+    one_run([(_file(r), r.training, r.network) for r in ordered])
+    comparable([(_file(r), r) for r in ordered])
+    return ordered
+
+
+def _has_epoch(result: SpectrumResult) -> bool:
+    return isinstance(result.training.get("epochs_run"), int)
+
+
+def _by_order(results: list[SpectrumResult]) -> list[SpectrumResult]:
+    """Return the results without later copies of the same weights."""
+    ordered = list({r.checkpoint.get("sha256", i): r for i, r in reversed(list(enumerate(results)))}.values())[::-1]
+    if len(ordered) < 2:
+        raise ValueError("a trajectory needs the spectra of at least two snapshots of one run, with different weights")
+    return ordered
+
+
+def _by_epoch(results: list[SpectrumResult]) -> list[SpectrumResult]:
     for r in results:
-        if not isinstance(r.training.get("epochs_run"), int):
+        if not _has_epoch(r):
             raise ValueError(
                 f"{_file(r)} does not say after how many epochs it was saved: it is not a snapshot of a run"
             )
@@ -61,9 +82,22 @@ def snapshots(results: list[SpectrumResult]) -> list[SpectrumResult]:
             raise ValueError(
                 f"{_file(before)} and {_file(after)} are both of epoch {epoch(before)}: use only one of them"
             )
-    one_run([(_file(r), r.training, r.network) for r in ordered])
-    comparable([(_file(r), r) for r in ordered])
     return ordered
+
+
+def axis_of(ordered: Sequence[SpectrumResult]) -> tuple[str, list[int]]:
+    """Return the positions of snapshots along a trajectory.
+
+    Args:
+        ordered: The results that `snapshots` returns.
+
+    Returns:
+        The name of the axis and the position of every result: "epoch" and its epoch, or "snapshot" and its number from
+        1 if no epochs are known.
+    """
+    if all(map(_has_epoch, ordered)):
+        return "epoch", [epoch(r) for r in ordered]
+    return "snapshot", list(range(1, len(ordered) + 1))
 
 
 def one_run(snapshots: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]]) -> None:
@@ -79,10 +113,10 @@ def one_run(snapshots: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]
     for other, its_training, its_network in others:
         known = [(k, meaning) for k, meaning in RUN if k in training and k in its_training]  # older runs lack some
         differing = [(meaning, training[k], its_training[k]) for k, meaning in known]
-        keys = dict.fromkeys((*network, *its_network))
+        keys = [key for key in dict.fromkeys((*network, *its_network)) if key not in OF_A_FILE]
         differing += [(f"{key} of the network", network.get(key), its_network.get(key)) for key in keys]
         for meaning, here, there in differing:
-            if here != there:
+            if here != there and (here, there) != (first, other):  # a .nir file is named in its network
                 raise ValueError(
                     f"not one run: {meaning} differs, {str(here)[:40]} for {first} but {str(there)[:40]} for {other}"
                 )
@@ -95,17 +129,20 @@ def trajectory_rows(results: list[SpectrumResult]) -> list[dict[str, Any]]:
     error over the data and whether it converged. It also holds the trace of every operator and E[f'^2] of every layer.
 
     Args:
-        results: Spectra of snapshots, in any order.
+        results: Spectra of snapshots, in any order, or in the order of training if they record no epoch.
 
     Returns:
-        The rows. All have the same keys; a value that a snapshot does not have is NaN.
+        The rows, with the position in "epoch", or in "snapshot" if no epochs are known. All have the same keys; a value
+        that a snapshot does not have is NaN.
 
     Raises:
         ValueError: If the results are not snapshots of one run (see `snapshots`).
     """
     rows: list[dict[str, Any]] = []
-    for r in snapshots(results):
-        row: dict[str, Any] = {"epoch": epoch(r), "checkpoint": _file(r), "loss": r.loss, "accuracy": r.accuracy}
+    ordered = snapshots(results)
+    axis, positions = axis_of(ordered)
+    for position, r in zip(positions, ordered, strict=True):
+        row: dict[str, Any] = {axis: position, "checkpoint": _file(r), "loss": r.loss, "accuracy": r.accuracy}
         for name, s in r.spectra.items():
             for rank, e in enumerate(s.eigenvalues[:RANKS], 1):
                 row |= _pair(f"{name}.lambda_{rank}", e)

@@ -61,9 +61,7 @@ def spectrum_command(
     settings, opening = spectrum_settings(memory or half_of_the_memory(where), **options)
     if trajectory and len(checkpoints) < 2:
         raise click.UsageError("--trajectory needs several snapshots of one run")
-    if trajectory and any(own.meant(path) for path in checkpoints):
-        raise click.UsageError("--trajectory needs checkpoints of ikun-hessian, which store their epoch: leave it out")
-    if trajectory:  # check this before hours of work
+    if trajectory and not any(own.meant(path) for path in checkpoints):  # check this before hours of work
         opened = [load_checkpoint(path) for path in checkpoints]
         named = zip(checkpoints, opened, strict=True)
         one_run([(path.name, c.training, dataclasses.asdict(c.network)) for path, c in named])

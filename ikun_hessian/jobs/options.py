@@ -335,7 +335,9 @@ SPECTRUM = (
     ),
     Option("resamples", int, 5, "Number of random subsets of each size of --samples-curve."),
     Option(
-        "trajectory", bool, False, "Treat the checkpoints as snapshots of one run, and plot them against the epoch.",
+        "trajectory", bool, False,
+        "Treat the checkpoints as snapshots of one run, and plot them against the epoch, or in the order given if they "
+        "are of a network of your own.",
         preset=False,
     ),
     *OPENING,
