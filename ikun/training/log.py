@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from hessian_tools.io.files import naming, write_atomically
 from hessian_tools.io.json import clean
 from hessian_tools.io.versions import versions
-from ikun.layer_statistics import LayerStatistics
 
 if TYPE_CHECKING:
+    from ikun.layer_statistics import LayerStatistics
     from ikun.networks import Network
 
 TRAINING_SCHEMA = "ikun-hessian/train/1"

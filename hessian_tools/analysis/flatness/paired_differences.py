@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from hessian_tools.analysis.sampling_error import GROUPS, concentration, standard_error, withheld
-from hessian_tools.linalg.trace import estimate
 from hessian_tools.results.comparability import CONDITIONS
 from hessian_tools.results.flatness import FlatnessResult
-from hessian_tools.results.flatness import Metric as Metric
+
+if TYPE_CHECKING:  # a report that shows no differences needs no torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,11 @@ def differences(first: FlatnessResult, other: FlatnessResult) -> dict[str, Diffe
     """
     if why := incomparable((first, other)):
         raise ValueError(f"results cannot be compared: {why}")
+    import torch
+
+    from hessian_tools.analysis.sampling_error import GROUPS, concentration, standard_error, withheld
+    from hessian_tools.linalg.trace import estimate
+
     found: dict[str, Difference] = {}
     if first.parameters != other.parameters:
         return found
@@ -107,4 +110,6 @@ def differences(first: FlatnessResult, other: FlatnessResult) -> dict[str, Diffe
 
 
 def _array(values: Sequence[float]) -> Tensor:
+    import torch
+
     return torch.tensor(values, dtype=torch.float64)
