@@ -20,6 +20,7 @@ from ikun_hessian.cli.figures import figures_command
 from ikun_hessian.cli.flatness import flatness_command
 from ikun_hessian.cli.info import info_command
 from ikun_hessian.cli.landscape import landscape_command
+from ikun_hessian.cli.report import report_command
 from ikun_hessian.cli.screen import FailedError, echo, keep_streams
 from ikun_hessian.cli.signals import end_by_signals, interrupted_by
 from ikun_hessian.cli.spectrum import spectrum_command
@@ -62,6 +63,7 @@ for command in (
     info_command,
     compare_command,
     figures_command,
+    report_command,
     study_command,
 ):
     cli.add_command(command)

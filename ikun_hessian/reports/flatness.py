@@ -154,7 +154,7 @@ def flatness_cautions(r: FlatnessResult) -> Iterator[str]:
     means = [m for m in r.metrics.values() if m.pairs]
     if means and all(len(set(m.pairs)) == 1 for m in means):
         yield "The noise does not change the loss of any sample: these radii are too small to measure flatness."
-    top = r.main["ggn lambda_max"]
+    top = r.main.get("ggn lambda_max", Metric())
     if math.isfinite(top.data_stderr) and top.data_stderr > 0.1 * abs(top.value) > 0:
         yield (
             f"lambda_max of the GGN has a standard error over the data of {top.data_stderr / abs(top.value):.0%} "
@@ -165,8 +165,7 @@ def flatness_cautions(r: FlatnessResult) -> Iterator[str]:
             f"lambda_max of the GGN has a standard error over the data of at least {top.data_stderr_least:.2g}: a few "
             f"of the {r.data['samples']} samples carry it, so no interval follows from it. Use more samples."
         )
-    trace = r.main["hessian trace"]
-    if trace.value < 0:
+    if r.main.get("hessian trace", Metric()).value < 0:
         yield (
             "The trace of the surrogate Hessian is negative. This comes from f'' of the surrogate and from the reset; "
             "it is not a curvature of the spiking loss."

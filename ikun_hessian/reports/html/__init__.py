@@ -1,0 +1,1 @@
+"""Write saved results as one self-contained HTML file."""

@@ -1,0 +1,134 @@
+"""The summary: the main numbers of every network with their errors, and whether the networks can be ranked by them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+from hessian_tools.io.json import ResultError
+from hessian_tools.results.comparability import comparable
+from hessian_tools.results.flatness import TRUE, FlatnessResult, Metric
+from hessian_tools.results.landscape import LandscapeResult
+from hessian_tools.results.spectrum import Eigenvalue, SpectrumResult, Trace
+from ikun_hessian.reports.flatness import flatness_cautions
+from ikun_hessian.reports.html.elements import Html, html, listed, number, percent, table, tag, with_error
+from ikun_hessian.reports.html.sources import Network
+from ikun_hessian.reports.html.spectrum import operator_name
+from ikun_hessian.reports.landscape import landscape_cautions
+
+APART = 2.0  # standard errors between two values that are called different
+MOST = 12  # networks whose warnings the summary counts one by one
+
+
+def summary(networks: Sequence[Network], landscapes: dict[str, LandscapeResult], left_out: Sequence[str]) -> Html:
+    """Return the summary of all results.
+
+    Args:
+        networks: All networks with a spectrum or a flatness result.
+        landscapes: Landscapes by name.
+        left_out: Files that are not shown, with reasons.
+    """
+    spectra = [(n.name, s) for n in networks if (s := n.run.spectra.get(n.key))]
+    flats = [(n.name, f) for n in networks if (f := n.run.flatness.get(n.key))]
+    parts: list[Html] = []
+    if networks:
+        operators = list(dict.fromkeys(op for _, s in spectra for op in s.spectra if op in ("ggn", "hessian")))
+        operators.sort()  # the GGN first
+        head = ["network", "loss", "accuracy"]
+        head += [f"{operator_name(op)} {what}" for op in operators for what in ("λ max", "trace")]
+        sharp = next((name for _, f in flats for name, m in f.main.items() if m.valid == TRUE), "")
+        head += [f"spiking loss: {sharp}"] if sharp else []
+        parts += [table(head, [_row(n, operators, sharp) for n in networks], label="Summary")]
+        parts += [tag("p", _meaning(operators, flats, sharp), class_="note")]
+    sentences = [*_ranking(spectra), *_warned(spectra, flats, landscapes)]
+    parts += [listed(sentences, "verdict")]
+    if left_out:
+        parts += [tag("h3", "Not shown"), listed(left_out, "warnings")]
+    return html(*parts)
+
+
+def _row(network: Network, operators: Sequence[str], sharp: str) -> list[str]:
+    """Return the cells of one network."""
+    spectrum, flat = network.run.spectra.get(network.key), network.run.flatness.get(network.key)
+    first: SpectrumResult | FlatnessResult | None = spectrum or flat
+    assert first is not None  # a network has results
+    cells = [network.name, number(first.loss), percent(first.accuracy)]
+    for op in operators:
+        s = spectrum.spectra.get(op) if spectrum else None
+        cells += [_value(s.eigenvalues[0] if s else None), _value(s.trace if s else None)]
+    if sharp:
+        m = flat.main.get(sharp, Metric()) if flat else Metric()
+        cells += [with_error(m.value, m.data_stderr, m.data_stderr_least)]
+    return cells
+
+
+def _value(found: Eigenvalue | Trace | None) -> str:
+    if found is None:
+        return "–"
+    value = found.value if isinstance(found, Eigenvalue) else found.estimate
+    return with_error(value, found.data_stderr, found.data_stderr_least)
+
+
+def _meaning(operators: Sequence[str], flats: Sequence[tuple[str, FlatnessResult]], sharp: str) -> str:
+    """Return what the columns mean."""
+    texts = ["loss, accuracy: on the samples analysed."] if operators or flats else []
+    if operators:
+        texts += [
+            "λ max: largest curvature along any direction of the weights; trace: sum of all curvatures. GGN: "
+            "generalized Gauss–Newton matrix of the surrogate loss; Hessian: its full second derivative."
+        ]
+    if sharp:
+        meaning = next(f.main[sharp].meaning for _, f in flats if sharp in f.main)
+        texts += [f"{sharp}: {meaning}; measured on the spiking loss itself, without a surrogate."]
+    texts += ["±: one standard error over the data; it does not include the variation between training seeds."]
+    return " ".join(texts)
+
+
+def _ranking(spectra: Sequence[tuple[str, SpectrumResult]]) -> Iterator[str]:
+    """Say whether the networks can be ordered by lambda_max and by the trace."""
+    if len(spectra) < 2:
+        return
+    try:
+        comparable(list(spectra))
+    except ResultError as error:
+        yield f"Do not compare the numbers of these networks: {str(error).removeprefix('not comparable: ')}."
+        return
+    common = [op for op in ("ggn", "hessian") if all(op in r.spectra for _, r in spectra)]
+    for op, what in itertools.product(common[:1], ("λ max", "trace")):
+        found = []
+        for name, r in spectra:
+            s = r.spectra[op]
+            if what == "λ max":
+                found.append((s.eigenvalues[0].value, s.eigenvalues[0].data_stderr, name))
+            elif s.trace is not None:
+                found.append((s.trace.estimate, s.trace.data_stderr, name))
+        if len(found) == len(spectra):
+            yield _order(f"{operator_name(op)} {what}", sorted(found))
+
+
+def _order(title: str, found: Sequence[tuple[float, float, str]]) -> str:
+    """Say which neighbours in an order differ by more than their errors."""
+    text, close = found[0][2], 0
+    for (a, ea, _), (b, eb, name) in itertools.pairwise(found):
+        sure = b - a > APART * math.hypot(ea, eb)  # False if an error is unknown
+        close += not sure
+        text += f" {'<' if sure else '≈'} {name}"
+    known = "differ by more than two standard errors over the data" if not close else "cannot all be told apart"
+    return f"{title}: {text} (neighbours {known}). Seeds vary too: rank initializers or methods over several seeds."
+
+
+def _warned(
+    spectra: Sequence[tuple[str, SpectrumResult]],
+    flats: Sequence[tuple[str, FlatnessResult]],
+    landscapes: dict[str, LandscapeResult],
+) -> Iterator[str]:
+    """Say how many warnings the sections hold."""
+    counts = {f"spectrum of {name}": len(r.warnings) for name, r in spectra}
+    counts |= {f"flatness of {name}": len(list(flatness_cautions(r))) for name, r in flats}
+    counts |= {f"landscape of {name}": len(list(landscape_cautions(r))) for name, r in landscapes.items()}
+    some = {name: count for name, count in counts.items() if count}
+    if some:
+        shown = ", ".join(f"{name} ({count})" for name, count in list(some.items())[:MOST])
+        more = f" and {len(some) - MOST} more" if len(some) > MOST else ""
+        yield f"Read the warnings before you conclude anything: {shown}{more}."
