@@ -12,7 +12,7 @@ from hessian_tools.plots.curves import ValueAxis, value_axis
 from ikun_hessian.reports.html.elements import Html, html, number, tag
 
 WIDTH, HEIGHT = 340, 230  # of a panel; about its size on the screen, so that the text is readable on a telephone
-LEFT, RIGHT, TOP, BOTTOM = 56, 10, 24, 38
+LEFT, RIGHT, TOP, BOTTOM = 56, 18, 24, 38
 COLOURS = 8  # of the style sheet: .c0 to .c7
 
 
@@ -45,8 +45,12 @@ class Scale:
         low, high = self.axis.low, self.axis.high
         if self.axis.kind == "linear":
             return linear_ticks(low, high, most)
-        if self.axis.kind == "log" and high / low < 30:
+        if self.axis.kind == "log" and high / low < 4:
             return [t for t in linear_ticks(low, high, most) if t > 0]
+        if self.axis.kind == "log" and high / low < 200:
+            powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+            found = [float(f"{k}e{power}") for power in powers for k in ((1, 2, 5) if high / low < 40 else (1, 3))]
+            return [t for t in found if low <= t <= high]
         if self.axis.kind == "log":
             first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
             step = max(1, -(-(last - first + 1) // most))
@@ -202,7 +206,7 @@ def _tick(value: float) -> str:
 
 def panels(*charts: Html) -> Html:
     """Return charts side by side, as many as fit."""
-    return tag("div", *charts, class_="panels")
+    return tag("div", *charts, class_="panels two" if len(charts) in (2, 4) else "panels")
 
 
 def legend(entries: Sequence[tuple[str, int, str]]) -> Html:

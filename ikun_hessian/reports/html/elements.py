@@ -8,7 +8,7 @@ from html import escape
 
 from hessian_tools.io.text import without_control_codes
 
-EMPTY_ELEMENTS = {"circle", "line", "rect", "path", "polyline", "meta", "input", "br"}
+EMPTY_ELEMENTS = {"circle", "line", "rect", "path", "meta"}  # in SVG they must be closed
 MINUS = "−"
 
 
@@ -45,9 +45,7 @@ def tag(name: str, /, *children: Child, **attributes: object) -> Html:
         for key, value in given
         if value is not None and value is not False
     )
-    return Html(
-        f"<{name}{text}>" if name in EMPTY_ELEMENTS and not children else f"<{name}{text}>{html(*children)}</{name}>"
-    )
+    return Html(f"<{name}{text}/>" if name in EMPTY_ELEMENTS else f"<{name}{text}>{html(*children)}</{name}>")
 
 
 def number(x: float, digits: int = 4) -> str:

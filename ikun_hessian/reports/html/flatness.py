@@ -41,7 +41,7 @@ def flatness_section(found: Sequence[tuple[str, FlatnessResult]]) -> Html:
     for name, r in found:
         body = [listed(flatness_cautions(r), "warnings")]
         body += [_table(r.main), details("Other metrics", _table(r.others)), details("Provenance", provenance_list(r))]
-        parts += [details(name, *body, opened=len(found) <= 2)]
+        parts += [details(name, *body, opened=len(found) == 1)]
     note = (
         "“describes” says which loss a number is about. The surrogate loss is the one whose derivatives training uses. "
         "The spiking loss is that of the network as it computes; it is piecewise constant. ± is the standard error "

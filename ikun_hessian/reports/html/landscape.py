@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from hessian_tools.plots.curves import ValueAxis
 from hessian_tools.results.landscape import LandscapeResult, Line
 from ikun_hessian.reports.html.chart import COLOURS, Chart, axis_of, legend, panels
 from ikun_hessian.reports.html.elements import Html, details, html, listed, number, table, tag
@@ -27,19 +28,24 @@ def landscape_section(found: Sequence[tuple[str, LandscapeResult]]) -> Html:
     entries = [(name, i, "") for i, (name, _) in enumerate(shown)]
     if any(line.relaxed_loss for _, r in shown for line in r.lines):
         entries += [("dashed: relaxed network", 0, "dash")]
+    losses = axis_of([v for _, r in shown for line in r.lines for v in (*line.loss, *line.relaxed_loss)])
     directions = list(dict.fromkeys(line.name for _, r in shown for line in r.lines))
     note = (
         "Loss L at w + t v with ‖v‖ = 1; distances t in units of ‖w‖. The true loss of a spiking network is piecewise "
         "constant. The relaxed network replaces each spike by the integral of the surrogate; it is a different "
         "network, so compare shapes, not values."
     )
-    parts = [tag("p", note, class_="note"), legend(entries), panels(*(_line(name, shown) for name in directions))]
+    parts = [
+        tag("p", note, class_="note"),
+        legend(entries),
+        panels(*(_line(name, shown, losses) for name in directions)),
+    ]
     if surfaces := _surfaces(shown):
         parts += [surfaces]
     for name, r in found:
         warnings = listed(landscape_cautions(r), "warnings")
         body = [warnings, _table(r), details("Provenance", provenance_list(r))]
-        parts += [details(name, *body, opened=len(found) <= 2)]
+        parts += [details(name, *body, opened=len(found) == 1)]
     return html(*parts)
 
 
@@ -53,11 +59,10 @@ def direction_title(name: str) -> str:
     )
 
 
-def _line(name: str, shown: Sequence[tuple[str, LandscapeResult]]) -> Html:
+def _line(name: str, shown: Sequence[tuple[str, LandscapeResult]], y: ValueAxis) -> Html:
     """Return the panel of the losses along one direction."""
     lines = [(i, label, r, line) for i, (label, r) in enumerate(shown) for line in r.lines if line.name == name]
     x = axis_of([t / r.weight_norm for _, _, r, line in lines for t in line.distances], kind="linear")
-    y = axis_of([v for *_, line in lines for v in (*line.loss, *line.relaxed_loss)])
     chart = Chart(direction_title(name), x, y, "distance t / ‖w‖", "loss")
     for i, label, r, line in lines:
         at = [t / r.weight_norm for t in line.distances]

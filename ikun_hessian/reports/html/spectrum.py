@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -50,12 +50,15 @@ def spectrum_section(found: Sequence[tuple[str, SpectrumResult]]) -> Html:
     charts = [_ranks(op, shown) for op in operators]
     charts += [chart for op in operators if (chart := _density(op, shown))]
     parts += [panels(*charts)]
-    note = "Move the pointer over a figure, or touch it, to read the numbers of the nearest point."
+    note = (
+        "Move the pointer over a figure, or touch it, to read the numbers of the nearest point. The density of the bulk "
+        "leaves out the eigenvalues of the figure by rank."
+    )
     if len(found) > len(shown):
         note += f" The figures show the first {len(shown)} of {len(found)} networks."
     parts += [tag("p", note, class_="note screen")]
     parts += [tag("p", ERRORS, class_="note")]
-    return html(*parts, *(details(name, _numbers(r), opened=len(found) <= 2) for name, r in found))
+    return html(*parts, *(details(name, _numbers(r), opened=len(found) == 1) for name, r in found))
 
 
 def _ranks(op: str, shown: Sequence[tuple[str, SpectrumResult]]) -> Html:
@@ -131,11 +134,11 @@ def _density(op: str, shown: Sequence[tuple[str, SpectrumResult]]) -> Html | Non
     if not curves:
         return None
     highest = max(float(y.max()) for *_, y in curves)
-    kept = [(i, name, axis, x[y > highest * 1e-7], y[y > highest * 1e-7]) for i, name, axis, x, y in curves]
+    kept = [(i, name, axis, x[y > highest * 1e-5], y[y > highest * 1e-5]) for i, name, axis, x, y in curves]
     low, high = min(float(x.min()) for *_, x, _ in kept), max(float(x.max()) for *_, x, _ in kept)
     span = ValueAxis("symlog", low, high, min(axis.linthresh for _, _, axis, _, _ in kept))
     chart = Chart(
-        f"{operator_name(op)}: spectral density",
+        f"{operator_name(op)}: spectral density of the bulk",
         span,
         axis_of(np.concatenate([y for *_, y in kept])),
         "eigenvalue",
@@ -154,17 +157,26 @@ def _density(op: str, shown: Sequence[tuple[str, SpectrumResult]]) -> Html | Non
 def _numbers(r: SpectrumResult) -> Html:
     """Return the tables, warnings and provenance of one spectrum."""
     parts = [listed(r.warnings, "warnings") or tag("p", "No warnings.", class_="note")]
-    parts += [tag("h4", "Numbers"), table(("quantity", "operator", "value", "error", "meaning"), list(_quantities(r)))]
+    head = ("quantity", *map(operator_name, r.spectra), "meaning")
+    parts += [table(head, [(name, *cells, meaning) for name, cells, meaning in _quantities(r)], label="Numbers")]
+    share = "" if math.isnan(r.accuracy) else f", accuracy {percent(r.accuracy)}"
+    said = (
+        f"At these weights: loss {number(r.loss, 6)}{share}; norm of the surrogate gradient {number(r.gradient_norm)}."
+    )
+    if r.sensitivity:
+        others = "; ".join(f"{name}: {_known(value)}" for name, value in r.sensitivity.items())
+        said += f" λ max of the {operator_name(r.main[0])} under other conventions of the derivative: {others}."
+    parts += [tag("p", said)]
     for op, s in r.spectra.items():
         parts += [details(f"Eigenvalues of the {operator_name(op)}", _eigenvalues(r, s))]
     if r.blocks:
         parts += [details(f"Layers: diagonal blocks of the {operator_name(r.main[0])}", _blocks(r))]
-    if r.activity:
-        rows = [
-            (name, percent(_get(v, "firing_rate")), percent(_get(v, "dead")))
-            for name, v in r.activity.items()
-            if isinstance(v, dict)
-        ]
+    rows = [
+        (name, percent(_get(v, "firing_rate")), percent(_get(v, "dead")))
+        for name, v in r.activity.items()
+        if isinstance(v, dict)
+    ]
+    if rows:
         parts += [details("Firing of the neurons", table(("layer", "firing rate", "never fire"), rows))]
     return html(*parts, details("Provenance", provenance_list(r)))
 
@@ -174,60 +186,79 @@ def _get(values: dict[str, object], key: str) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _quantities(r: SpectrumResult) -> Iterator[tuple[str, str, str, str, str]]:
-    """Yield the numbers of a spectrum with their errors and meanings."""
-    share = "" if math.isnan(r.accuracy) else f"; accuracy {percent(r.accuracy)}"
-    yield "loss", "–", number(r.loss, 6), "–", f"mean over the samples analysed{share}"
-    yield "gradient norm", "–", number(r.gradient_norm), "–", "norm of the surrogate gradient; 0 at a stationary point"
-    for op, s in r.spectra.items():
-        name = operator_name(op)
-        yield "λ max", name, *_value(s.eigenvalues[0]), "largest curvature along any direction of the weights"
-        if s.smallest_eigenvalues:
-            low = s.smallest_eigenvalues[0]
-            yield (
-                "λ min",
-                name,
-                *_value(low),
-                "smallest curvature; negative: the surrogate loss falls along its eigenvector",
-            )
-        if s.trace is not None:
-            t = s.trace
-            error = with_error(0.0, t.data_stderr, t.data_stderr_least).removeprefix("0 ")
-            error = f"{error if error != '0' else '–'} (data); probes {interval(t.ci95)}"
-            yield (
-                "trace",
-                name,
-                number(t.estimate),
-                error,
-                f"sum of all {r.num_parameters:,} eigenvalues, from {t.probes} probes",
-            )
-        if not math.isnan(s.frobenius_norm):
-            yield "Frobenius norm", name, number(s.frobenius_norm), "–", "root of the sum of all squared eigenvalues"
-        if not math.isnan(s.scale_free_lambda_max):
-            meaning = "λ max with the weights in units of their filters’ norms: rescaling before a BatchNorm keeps it"
-            yield "scale-free λ max", name, number(s.scale_free_lambda_max), "–", meaning
-        functionals: tuple[tuple[str, Functional | None, str], ...] = (
-            ("negative share", s.negative_share, "sum of |negative eigenvalues| / sum of |all eigenvalues|"),
-            ("effective dimension", s.effective_dimension, "sum of λ / (λ + z): directions that the data determine"),
-            ("log det", s.log_determinant, "log det(A + z I): volume of the minimum, used in Laplace’s approximation"),
-        )
-        for title, f, meaning in functionals:
-            if f is not None:
-                at = "" if math.isnan(f.damping) else f"; z = {number(f.damping, 3)}"
-                yield title, name, number(f.estimate), f"probes {interval(f.ci95)}", meaning + at
-        if s.search is not None and math.isfinite(s.search.excess):
-            meaning = "with 95% probability no eigenvalue lies further than this outside the range shown"
-            yield "missed eigenvalues", name, number(s.search.excess, 2), "–", meaning
-        yield (
+def _known(value: float) -> str:
+    return "not converged" if math.isnan(value) else number(value)
+
+
+def _quantities(r: SpectrumResult) -> Iterator[tuple[str, list[str], str]]:
+    """Yield the quantities of a spectrum: name, value with error of each operator, and meaning."""
+    rows: tuple[tuple[str, Callable[[Spectrum], str], str], ...] = (
+        ("λ max", lambda s: _top(s.eigenvalues), "largest curvature along any direction of the weights"),
+        (
+            "λ min",
+            lambda s: _top(s.smallest_eigenvalues),
+            "smallest curvature; if it is negative, the surrogate loss curves down along its eigenvector",
+        ),
+        ("trace", _trace, f"sum of all {r.num_parameters:,} eigenvalues; in brackets 95% over the probes"),
+        ("Frobenius norm", lambda s: number(s.frobenius_norm), "root of the sum of all squared eigenvalues"),
+        (
+            "scale-free λ max",
+            lambda s: number(s.scale_free_lambda_max),
+            "λ max with the weights in units of their filters’ norms: rescaling before a BatchNorm keeps it",
+        ),
+        (
+            "negative share",
+            lambda s: _functional(s.negative_share),
+            "sum of |negative eigenvalues| / sum of |all eigenvalues|",
+        ),
+        (
+            "effective dimension",
+            lambda s: _functional(s.effective_dimension),
+            "sum of λ / (λ + z): number of directions that the data determine",
+        ),
+        (
+            "log det",
+            lambda s: _functional(s.log_determinant),
+            "log det(A + z I): volume of the minimum, as in Laplace’s approximation",
+        ),
+        (
+            "missed eigenvalues",
+            lambda s: number(s.search.excess, 2) if s.search else "–",
+            "with 95% probability no eigenvalue lies further than this outside the range shown",
+        ),
+        (
             "symmetry error",
-            name,
-            number(s.symmetry_error, 2),
-            "–",
-            "relative asymmetry of the operator; about the round-off if it is correct",
-        )
-    for name, value in r.sensitivity.items():
-        shown = "not converged" if math.isnan(value) else number(value)
-        yield "λ max if", operator_name(r.main[0]), shown, "–", f"the convention were: {name}"
+            lambda s: number(s.symmetry_error, 2),
+            "relative asymmetry of the operator; about the round-off if the computation is correct",
+        ),
+    )
+    for name, show, meaning in rows:
+        cells = [show(s) for s in r.spectra.values()]
+        if any(cell != "–" for cell in cells):
+            yield name, cells, meaning
+
+
+def _top(pairs: Sequence[Eigenvalue]) -> str:
+    """Return the first eigenvalue with its error over the data; "–" if there is none."""
+    if not pairs:
+        return "–"
+    e = pairs[0]
+    return with_error(e.value, e.data_stderr, e.data_stderr_least) + ("" if e.converged else " (not converged)")
+
+
+def _trace(s: Spectrum) -> str:
+    t = s.trace
+    if t is None:
+        return "–"
+    ends = f" {interval(t.ci95)}" if math.isfinite(t.ci95[0]) else ""
+    return with_error(t.estimate, t.data_stderr, t.data_stderr_least) + ends
+
+
+def _functional(f: Functional | None) -> str:
+    if f is None:
+        return "–"
+    ends = f" {interval(f.ci95)}" if math.isfinite(f.ci95[0]) else ""
+    return number(f.estimate) + ends + ("" if math.isnan(f.damping) else f" at z = {number(f.damping, 2)}")
 
 
 def _value(e: Eigenvalue) -> tuple[str, str]:

@@ -105,6 +105,7 @@ def _ranking(spectra: Sequence[tuple[str, SpectrumResult]]) -> Iterator[str]:
                 found.append((s.trace.estimate, s.trace.data_stderr, name))
         if len(found) == len(spectra):
             yield _order(f"{operator_name(op)} {what}", sorted(found))
+    yield "Training seeds vary too: rank initializers or methods by several seeds, not by one network each."
 
 
 def _order(title: str, found: Sequence[tuple[float, float, str]]) -> str:
@@ -114,8 +115,10 @@ def _order(title: str, found: Sequence[tuple[float, float, str]]) -> str:
         sure = b - a > APART * math.hypot(ea, eb)  # False if an error is unknown
         close += not sure
         text += f" {'<' if sure else '≈'} {name}"
-    known = "differ by more than two standard errors over the data" if not close else "cannot all be told apart"
-    return f"{title}: {text} (neighbours {known}). Seeds vary too: rank initializers or methods over several seeds."
+    if not close:
+        return f"{title}: {text}. All neighbours differ by more than two standard errors over the data."
+    which = "These two networks" if len(found) == 2 else f"Neighbours joined by ≈ ({close} of {len(found) - 1} pairs)"
+    return f"{title}: {text}. {which} cannot be told apart with these samples."
 
 
 def _warned(

@@ -178,8 +178,8 @@
     context.fillStyle = ink;
     context.font = "11px system-ui, sans-serif";
     const edge = digits(Math.max(...surface.at));
-    labelAxis(context, project(0, -1.12 * Math.sign(Math.cos(a) || 1), 0), `${surface.labels[0]} ±${edge}`);
-    labelAxis(context, project(1.12 * Math.sign(Math.sin(a) || 1) * -1, 0, 0), `${surface.labels[1]} ±${edge}`);
+    labelAxis(context, project(0, -1.3 * Math.sign(Math.cos(a) || 1), 0), `${surface.labels[0]} ±${edge}`);
+    labelAxis(context, project(1.3 * Math.sign(Math.sin(a) || 1) * -1, 0, 0), `${surface.labels[1]} ±${edge}`);
   }
 
   function labelAxis(context, [x, y], text) {
