@@ -33,7 +33,10 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 def _sources() -> dict[str, bytes]:
     """The files to install by their names in the wheel."""
     wanted = [
-        path for top in PACKAGES for end in ("py", "pyi", "toml", "typed") for path in (ROOT / top).rglob(f"*.{end}")
+        path
+        for top in PACKAGES
+        for end in ("py", "pyi", "toml", "typed", "css", "js")
+        for path in (ROOT / top).rglob(f"*.{end}")
     ]
     return {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in wanted}
 

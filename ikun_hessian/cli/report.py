@@ -32,13 +32,17 @@ def report_command(paths: tuple[Path, ...], out: Path, by: str | None, title: st
     """
     from hessian_tools.io.files import write_atomically
     from ikun_hessian.experiments.comparison import ACCURACY
+    from ikun_hessian.experiments.pairing import require_condition
     from ikun_hessian.experiments.selection import parse_condition, study_defaults
-    from ikun_hessian.reports.html.page import report_page
+    from ikun_hessian.reports.html.page import drawable, report_page
     from ikun_hessian.reports.html.sources import collect
 
-    found = collect(paths)
+    found = drawable(collect(paths))
     usual = study_defaults(paths)
-    by = parse_condition(by) if by is not None else usual[0] or "init"
+    if by is not None:
+        by = parse_condition(by)
+        require_condition(found.runs, by, f"--by {by}")
+    by = by or usual[0] or "init"
     text = report_page(found, by, ACCURACY if usual[1] is None else usual[1], title)
     write_atomically(out, lambda file: file.write(text.encode()))
     for line in found.left_out:

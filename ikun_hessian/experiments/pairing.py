@@ -70,7 +70,7 @@ def pair_runs(runs: Sequence[TrainingRun], by: str, reference: str | None) -> Pa
     """
     if by == "seed":
         raise ResultError("--by seed: runs are paired by their seed: choose another condition")
-    _known(runs, by, f"--by {by}")
+    require_condition(runs, by, f"--by {by}")
     names = levels(runs, by)
     if len(names) < 2:
         others = [key for key in common_conditions(runs) if key != by and len({level(run, key) for run in runs}) > 1]
@@ -161,7 +161,7 @@ def chosen_runs(runs: Sequence[TrainingRun], where: Sequence[str]) -> list[Train
         key, sign, value = condition.partition("=")
         if not sign:
             raise ResultError(f"--where '{condition}': give a condition and its value, for instance norm=bn")
-        _known(runs, key, f"--where {condition}")
+        require_condition(runs, key, f"--where {condition}")
         values = dict.fromkeys(level(run, key) for run in kept)
         kept = [run for run in kept if level(run, key) == value]
         if not kept:
@@ -169,7 +169,7 @@ def chosen_runs(runs: Sequence[TrainingRun], where: Sequence[str]) -> list[Train
     return kept
 
 
-def _known(runs: Sequence[TrainingRun], key: str, option: str) -> None:
+def require_condition(runs: Sequence[TrainingRun], key: str, option: str) -> None:
     """Raise ResultError, with the closest or all known names, if no run has the condition `key`."""
     keys = sorted({k for run in runs for part in (run.training, run.network, run.data) for k in part})
     if all(run.value(key) is None for run in runs):

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from importlib import resources
 
+from hessian_tools.io.json import ResultError
+from hessian_tools.io.text import one_line
 from ikun_hessian.experiments.comparison import ACCURACY, compare_settings
 from ikun_hessian.experiments.pairing import several_seeds
 from ikun_hessian.reports.html.comparison import comparison_section
@@ -33,7 +38,6 @@ def report_page(found: Sources, by: str = "init", accuracy: float = ACCURACY, ti
     every = networks(found.runs)
     spectra = [(n.name, r) for n in every if (r := n.run.spectra.get(n.key))]
     flats = [(n.name, r) for n in every if (r := n.run.flatness.get(n.key))]
-    trained = [run for run in found.runs if run.log]
     sections: list[tuple[str, str, Html]] = [("summary", "Summary", summary(every, found.landscapes, found.left_out))]
     if len(found.runs) > 1 and several_seeds(found.runs, by):
         compared = compare_settings(found.runs, by, accuracy=accuracy)
@@ -45,7 +49,11 @@ def report_page(found: Sources, by: str = "init", accuracy: float = ACCURACY, ti
         if found.landscapes
         else []
     )
-    sections += [("training", "Training", training_section(found.runs))] if trained else []
+    sections += (
+        [("training", "Training", training_section(found.runs))]
+        if any(run.log or run.training for run in found.runs)
+        else []
+    )
     links = [tag("a", name, href=f"#{key}") for key, name, _ in sections]
     body = [
         tag("header", tag("h1", title), tag("nav", *links, aria_label="Sections") if len(links) > 1 else Html("")),
@@ -54,6 +62,53 @@ def report_page(found: Sources, by: str = "init", accuracy: float = ACCURACY, ti
         tag("div", id="tip", role="status", hidden=True),
     ]
     return _document(title, html(*body))
+
+
+def drawable(found: Sources) -> Sources:
+    """Leave out results that can be read but not drawn, because their fields do not fit together.
+
+    Args:
+        found: The results.
+
+    Returns:
+        The results that can be drawn, with one line for each other one in `left_out`.
+
+    Raises:
+        ResultError: If nothing is left.
+    """
+    left_out = list(found.left_out)
+
+    def fits(name: str, kind: str, draw: Callable[[], object]) -> bool:
+        try:
+            draw()
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            left_out.append(one_line(f"{name}: its {kind} does not fit together ({error}). Compute it again (skipped)"))
+            return False
+        return True
+
+    runs = []
+    for run in found.runs:
+        spectra = {
+            key: r
+            for key, r in run.spectra.items()
+            if fits(run.name, "spectrum", partial(spectrum_section, [(run.name, r)]))
+        }
+        flats = {
+            key: r
+            for key, r in run.flatness.items()
+            if fits(run.name, "flatness", partial(flatness_section, [(run.name, r)]))
+        }
+        one = replace(run, spectra=spectra, flatness=flats)
+        if fits(run.name, "training record", partial(training_section, [one])):
+            runs.append(one)
+    landscapes = {
+        name: r
+        for name, r in found.landscapes.items()
+        if fits(name, "landscape", partial(landscape_section, [(name, r)]))
+    }
+    if not (runs or landscapes):
+        raise ResultError(left_out[0])
+    return Sources(tuple(runs), landscapes, tuple(left_out))
 
 
 def _document(title: str, body: Html) -> str:

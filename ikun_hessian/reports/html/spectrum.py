@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from hessian_tools.plots.curves import ValueAxis, density_curves, symlog_axis
-from hessian_tools.results.spectrum import Eigenvalue, Functional, Spectrum, SpectrumResult
+from hessian_tools.plots.curves import Array, ValueAxis, density_curves, symlog_axis
+from hessian_tools.results.spectrum import Density, Eigenvalue, Functional, Spectrum, SpectrumResult
 from ikun_hessian.reports.html.chart import COLOURS, Chart, axis_of, legend, panels
 from ikun_hessian.reports.html.elements import (
     Html,
@@ -25,6 +25,7 @@ from ikun_hessian.reports.html.elements import (
 )
 from ikun_hessian.reports.html.provenance import provenance_list
 
+LEAST_DENSITY = 1e-5  # relative to the highest density in the panel; smaller ones are not drawn
 NAMES = {"hessian": "Hessian", "ggn": "GGN", "fisher": "Fisher"}
 ERRORS = (
     "The value after ± is the standard error over the data: how much the number would change with other samples of the "
@@ -51,8 +52,8 @@ def spectrum_section(found: Sequence[tuple[str, SpectrumResult]]) -> Html:
     charts += [chart for op in operators if (chart := _density(op, shown))]
     parts += [panels(*charts)]
     note = (
-        "Move the pointer over a figure, or touch it, to read the numbers of the nearest point. The density of the bulk "
-        "leaves out the eigenvalues of the figure by rank."
+        "Move the pointer over a figure, or touch it, to read the numbers of the nearest point. The density of the "
+        "bulk leaves out the eigenvalues of the figure by rank."
     )
     if len(found) > len(shown):
         note += f" The figures show the first {len(shown)} of {len(found)} networks."
@@ -130,11 +131,11 @@ def _density(op: str, shown: Sequence[tuple[str, SpectrumResult]]) -> Html | Non
         axis = symlog_axis(replace(r, spectra={op: r.spectra[op]}))
         grid, probes = density_curves(density, axis)
         if len(grid):
-            curves.append((i, name, axis, grid, probes.mean(0)))
+            curves.append((i, name, axis, density, grid, probes.mean(0)))
     if not curves:
         return None
     highest = max(float(y.max()) for *_, y in curves)
-    kept = [(i, name, axis, x[y > highest * 1e-5], y[y > highest * 1e-5]) for i, name, axis, x, y in curves]
+    kept = [(i, name, axis, *_visible(op, density, x, y, highest)) for i, name, axis, density, x, y in curves]
     low, high = min(float(x.min()) for *_, x, _ in kept), max(float(x.max()) for *_, x, _ in kept)
     span = ValueAxis("symlog", low, high, min(axis.linthresh for _, _, axis, _, _ in kept))
     chart = Chart(
@@ -152,6 +153,20 @@ def _density(op: str, shown: Sequence[tuple[str, SpectrumResult]]) -> Html | Non
                 a, b, i, f"{name}, {operator_name(op)}\neigenvalue {number(a, 3)}\ndensity {number(b, 3)}", "hidden"
             )
     return chart.svg()
+
+
+def _visible(op: str, density: Density, x: Array, y: Array, highest: float) -> tuple[Array, Array]:
+    """Return the part of a density that is drawn: NaN where it is far below the highest one.
+
+    The Gaussians that broaden the nodes reach below 0. An operator without negative eigenvalues has no density there.
+    """
+    nodes = np.concatenate([np.array(found) for found in density.nodes])
+    definite = op in ("ggn", "fisher") and nodes.min() > -1e-5 * np.abs(nodes).max()
+    shown = (y > highest * LEAST_DENSITY) & ((x >= 0) | (not definite))
+    if not shown.any():
+        return x, y
+    inner = slice(int(shown.argmax()), len(x) - int(shown[::-1].argmax()))
+    return x[inner], np.where(shown, y, np.nan)[inner]
 
 
 def _numbers(r: SpectrumResult) -> Html:
