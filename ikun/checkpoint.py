@@ -254,17 +254,18 @@ def _fields(values: dict[str, Any]) -> tuple[Spec, DataSpec, str, dict[str, Tens
             raise ValueError(f"field '{name}' is missing or not a {kind.__name__}")
     network = Spec.from_dict(values["network"])
     raw = values["data"]
-    fields = {"name", "subset", "seed", "held_out"}  # image_size was added later and may be missing
-    if set(raw) - {"image_size"} != fields or raw["name"] not in DATASETS:
+    fields, added = {"name", "subset", "seed", "held_out"}, ("image_size", "frames")  # those added later may be missing
+    if set(raw) - set(added) != fields or raw["name"] not in DATASETS:
         raise ValueError("field 'data' does not name a known data set")
     if any(not _whole(raw[k]) for k in ("seed", "held_out")):
         raise ValueError("field 'data': seed and held_out must be whole numbers")
-    if any(raw.get(k) is not None and not _whole(raw[k]) for k in ("subset", "image_size")):
-        raise ValueError("field 'data': subset and image_size must be whole numbers")
+    if any(raw.get(k) is not None and not _whole(raw[k]) for k in ("subset", *added)):
+        raise ValueError("field 'data': subset, image_size and frames must be whole numbers")
     if raw["held_out"] >= (2**31 if raw["subset"] is None else min(raw["subset"], 2**31)):
         raise ValueError(f"field 'data': held_out is {raw['held_out']}, too many for {raw['subset'] or 'all'} samples")
-    if raw.get("image_size") is not None and raw["name"] != "image-folder":
-        raise ValueError(f"field 'data': image_size is only for image-folder, not for {raw['name']}")
+    for key, name in zip(added, ("image-folder", "n-mnist"), strict=True):
+        if raw.get(key) is not None and raw["name"] != name:
+            raise ValueError(f"field 'data': {key} is only for {name}, not for {raw['name']}")
     if values["loss"] not in LOSSES:
         raise ValueError(f"unknown loss '{values['loss']}'")
     if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in values["state"].items()):

@@ -11,14 +11,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ikun.data import cifar10, fashion_mnist, image_folder
+from ikun.data import cifar10, fashion_mnist, image_folder, n_mnist
 from ikun.data import randman as spike_times
 from ikun.data.arrays import Int64Array, UInt8Array
 from ikun.data.download import DataError as DataError
 from ikun.data.download import reason
 from ikun.data.lazy import Images
 
-DATASETS = ("digits", "fashion-mnist", "cifar10", "image-folder", "spike-times")
+DATASETS = ("digits", "fashion-mnist", "cifar10", "image-folder", "spike-times", "n-mnist")
 SPLITS = ("train", "test")
 _DIGITS_SEED = 20240229
 _DIGITS_TRAIN = 1437
@@ -33,7 +33,7 @@ class Dataset:
     Attributes:
         name: One of DATASETS.
         split: One of SPLITS.
-        images: Images [N, C, H, W], float32 in [0, 1], or spike trains [N, T, C, H, W].
+        images: Images [N, C, H, W], float32 in [0, 1], or spike trains or frames of events [N, T, C, H, W].
         labels: Labels [N], int64 in 0..classes-1.
         classes: Number of classes.
         sha256: Hash of the samples in their order.
@@ -57,7 +57,7 @@ class Dataset:
 
     @property
     def timesteps(self) -> int | None:
-        """Number of time steps T of spike trains; None for images, which can be shown for any number of steps."""
+        """Number of time steps T of spike trains and frames; None for images, which fit any number of steps."""
         return self.images.shape[1] if len(self.images.shape) == 5 else None
 
 
@@ -69,6 +69,7 @@ def load_dataset(
     seed: int = 0,
     data_dir: str | Path | None = None,
     image_size: int | None = None,
+    frames: int | None = None,
     download: bool = True,
     base_url: str | None = None,
 ) -> Dataset:
@@ -82,28 +83,30 @@ def load_dataset(
     - image-folder: RGB images in a folder with one subfolder per class, decoded when they are used (see
       `image_folder`). Their order is random even without a subset, because the files are sorted by class.
     - spike-times: spike trains (see `randman`).
+    - n-mnist: recordings of events in frames, read when they are used (see `n_mnist`). Their order is random too.
 
-    The hash of a data set covers the shape, pixels and labels of its samples. That of an image folder is
-    `image_folder.Listing.digest`.
+    The hash of a data set covers the shape, pixels and labels of its samples. Those of an image folder and of n-mnist
+    are `image_folder.Listing.digest` and `n_mnist.Recordings.digest`.
 
     Args:
         name: One of DATASETS.
         split: One of SPLITS.
         subset: Number of samples to draw; None for all. The first k samples of a subset are the subset of size k with
             the same seed.
-        seed: Seed of the subset, and of the order of an image folder.
+        seed: Seed of the subset, and of the order of an image folder or of n-mnist.
         data_dir: Folder of the files. None: the default folder; image-folder has none. digits and spike-times need no
             files.
         image_size: Side in pixels of the images of an image folder; None for other data sets.
-        download: Download missing files of fashion-mnist and cifar10 into the folder.
+        frames: Number of frames of every recording of n-mnist; None for other data sets.
+        download: Download missing files of fashion-mnist, cifar10 and n-mnist into the folder.
         base_url: Address to download from (default: the official one).
 
     Returns:
         The samples.
 
     Raises:
-        DataError: If the name or split is unknown, the subset, seed or image size is not valid, or files are missing,
-            unreachable or malformed.
+        DataError: If the name or split is unknown, the subset, seed, image size or number of frames is not valid, or
+            files are missing, unreachable or malformed.
     """
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
@@ -117,6 +120,10 @@ def load_dataset(
         raise DataError(
             "{image_size}: {} has images of a fixed size; set a size only for image-folder", name, image_size=image_size
         )
+    if name == "n-mnist":
+        return _n_mnist(split, subset, seed, frames, n_mnist.recordings(split, data_dir, download, base_url))
+    if frames is not None:
+        raise DataError("{frames}: {} has no events; set it only for n-mnist", name, frames=frames)
     classes, top = 10, 255  # top: the largest pixel value
     if name == "digits":
         (pixels, labels), top = _digits(split), 16
@@ -176,10 +183,27 @@ def _image_folder(
     )
 
 
+def _n_mnist(split: str, subset: int | None, seed: int, frames: int | None, files: n_mnist.Recordings) -> Dataset:
+    """Load a split of N-MNIST in random order."""
+    frames = n_mnist.FRAMES if frames is None else frames
+    if not 1 <= frames <= n_mnist.MOST_FRAMES:
+        raise DataError("{frames}: give a number of frames from 1 to {}", n_mnist.MOST_FRAMES, frames=frames)
+    count = len(files.names)
+    files = files.chosen(_chosen("n-mnist", split, count, count if subset is None else subset, seed))
+    return Dataset(
+        name="n-mnist",
+        split=split,
+        images=n_mnist.EventFrames(files.place, files.names, frames),
+        labels=torch.from_numpy(files.labels),
+        classes=n_mnist.CLASSES,
+        sha256=files.digest(frames),
+    )
+
+
 def _chosen(name: str, split: str, count: int, subset: int, seed: int) -> npt.NDArray[np.intp]:
     """Return the positions [subset] of a random subset of `count` samples."""
     if not 1 <= subset <= count:
-        raise DataError(f"a subset of {subset} of {name} {split} ({count} images): choose a size from 1 to {count}")
+        raise DataError(f"a subset of {subset} of {name} {split} ({count} samples): choose a size from 1 to {count}")
     return _permutation(count, seed)[:subset]
 
 

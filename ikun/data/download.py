@@ -36,6 +36,15 @@ def default_data_dir(name: str) -> Path:
     return root / "ikun-hessian" / name
 
 
+def system_folders(name: str) -> list[Path]:
+    """Return the folders where a package of the operating system puts a data set.
+
+    They are `datasets/NAME` in every folder of XDG_DATA_DIRS if that is set, else in /usr/local/share and /usr/share.
+    """
+    roots = os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share"
+    return [Path(root) / "datasets" / name for root in roots.split(":") if os.path.isabs(root)]
+
+
 def data_folder(name: str, data_dir: str | Path | None) -> Path:
     """Return the folder that the user named, or the default folder of the data set `name`.
 
@@ -50,7 +59,9 @@ def data_folder(name: str, data_dir: str | Path | None) -> Path:
     return folder
 
 
-def fetch(url: str, target: Path, md5: str, *, timeout: float = DOWNLOAD_TIMEOUT_S) -> None:
+def fetch(
+    url: str, target: Path, md5: str, *, timeout: float = DOWNLOAD_TIMEOUT_S, most: int | None = None
+) -> None:
     """Download a file. `target` appears only when the download is complete and its checksum is right.
 
     Args:
@@ -58,6 +69,7 @@ def fetch(url: str, target: Path, md5: str, *, timeout: float = DOWNLOAD_TIMEOUT
         target: The file to write. Its folder is created if it does not exist.
         md5: The expected MD5 sum, in hexadecimal.
         timeout: Seconds to wait for the server.
+        most: Largest number of bytes to accept (default: MAX_DOWNLOAD_BYTES).
 
     Raises:
         DataError: If the address cannot be read, the checksum differs, or the file cannot be written.
@@ -65,7 +77,7 @@ def fetch(url: str, target: Path, md5: str, *, timeout: float = DOWNLOAD_TIMEOUT
     # The temporary file is next to the target, so that the rename stays within one file system.
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
-        found = _save(url, part, timeout)
+        found = _save(url, part, timeout, most or MAX_DOWNLOAD_BYTES)
         if found == md5:
             os.replace(part, target)
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -112,8 +124,8 @@ def expand(path: str | Path) -> Path:
         ) from error
 
 
-def _save(url: str, part: Path, timeout: float) -> str:
-    """Download `url` to the new file `part` and return its MD5 sum in hexadecimal."""
+def _save(url: str, part: Path, timeout: float, most: int) -> str:
+    """Download at most `most` bytes of `url` to the new file `part` and return its MD5 sum in hexadecimal."""
     digest = hashlib.md5(usedforsecurity=False)
     total = 0
     with urllib.request.urlopen(url, timeout=timeout) as response:
@@ -121,8 +133,8 @@ def _save(url: str, part: Path, timeout: float) -> str:
         with part.open("xb") as file:
             while piece := response.read(_CHUNK):
                 total += len(piece)
-                if total > MAX_DOWNLOAD_BYTES:
-                    raise OSError(f"it is longer than {MAX_DOWNLOAD_BYTES} bytes")
+                if total > most:
+                    raise OSError(f"it is longer than {most} bytes")
                 digest.update(piece)
                 file.write(piece)
     return digest.hexdigest()

@@ -12,7 +12,7 @@ from typing import IO, cast
 import numpy as np
 
 from ikun.data.arrays import Int64Array, UInt8Array
-from ikun.data.download import DataError, data_folder, fetch, read_up_to, reason
+from ikun.data.download import DataError, data_folder, fetch, read_up_to, reason, system_folders
 
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 # split -> (images file, labels file). The MD5 sums are those of the published .gz files.
@@ -40,7 +40,8 @@ def read_fashion_mnist(
 
     Args:
         split: "train" or "test".
-        data_dir: The folder of the IDX files, gzipped or not. None: the default folder.
+        data_dir: The folder of the IDX files, gzipped or not. None: the default folder, or else that of the package
+            `dataset-fashion-mnist` of Debian and Ubuntu (see `download.system_folders`).
         download: Download missing files into the folder.
         base_url: Address to download from (default: URL).
 
@@ -51,6 +52,9 @@ def read_fashion_mnist(
         DataError: If files are missing, unreadable or malformed, do not fit together, or the download fails.
     """
     folder = data_folder("fashion-mnist", data_dir)
+    if data_dir is None:
+        places = [folder, *system_folders("fashion-mnist")]
+        folder = next((place for place in places if _complete(place, split)), folder)
     images_path, labels_path = (_locate(folder, stem, download, base_url) for stem in FILES[split])
     pixels, labels = read_idx(images_path), read_idx(labels_path)
     if pixels.ndim != 3 or pixels.size == 0:
@@ -92,6 +96,11 @@ def read_idx(path: str | Path) -> UInt8Array:
             return _parse_idx(raw, path)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path} ({reason(error)}): replace it with a good copy") from error
+
+
+def _complete(folder: Path, split: str) -> bool:
+    """Return whether a folder has the files of a split."""
+    return all(any(os.path.isfile(folder / name) for name in (stem, f"{stem}.gz")) for stem in FILES[split])
 
 
 def _locate(folder: Path, stem: str, download: bool, base_url: str | None) -> Path:

@@ -23,6 +23,7 @@ class DataSpec:
         seed: Seed of the subset.
         held_out: Number of samples of the subset, its last ones, that are not trained on.
         image_size: Side in pixels of the images of an image folder; None for data sets of one size.
+        frames: Number of frames of recordings of events; None for other data sets.
     """
 
     name: str = "digits"
@@ -30,6 +31,7 @@ class DataSpec:
     seed: int = 0
     held_out: int = 0
     image_size: int | None = None
+    frames: int | None = None
 
     def load(self, split: str = "train", data_dir: str | Path | None = None) -> Dataset:
         """Load the training samples, or the whole test split of the data set.
@@ -38,7 +40,7 @@ class DataSpec:
             DataError: If the data cannot be loaded.
         """
         if split != "train":
-            return load_dataset(self.name, split, data_dir=data_dir, image_size=self.image_size)
+            return self._read(data_dir)(split)
         return self.parts(data_dir)[0]
 
     def parts(self, data_dir: str | Path | None = None) -> tuple[Dataset, Dataset | None]:
@@ -47,7 +49,7 @@ class DataSpec:
         Raises:
             DataError: If the data cannot be loaded, or no sample is left to train on.
         """
-        read = partial(load_dataset, self.name, data_dir=data_dir, image_size=self.image_size)
+        read = self._read(data_dir)
         count = self.subset
         if count is None and self.held_out:
             count = len(read())  # a subset of full size is a random permutation, so the held-out samples are random
@@ -68,3 +70,8 @@ class DataSpec:
             )
             for part in (slice(0, cut), slice(cut, len(whole)))
         )
+
+    def _read(self, data_dir: str | Path | None) -> partial[Dataset]:
+        """Return the function that loads a split of the data set."""
+        sizes = {"image_size": self.image_size, "frames": self.frames}
+        return partial(load_dataset, self.name, data_dir=data_dir, **sizes)

@@ -9,6 +9,7 @@ OPTIONS = {  # parameter of a function in ikun -> option of the command line
     "data_dir": "--data-dir",
     "dt": "--dt",
     "image_size": "--image-size",
+    "frames": "--timesteps",
     "library": "--library",
     "output": "--output",
     "readout": "--readout",

@@ -213,7 +213,7 @@ RESULTS = (  # where the results of an analysis go
 
 TRAIN = (
     Option(
-        "data", str, "digits", "digits, fashion-mnist, cifar10, image-folder, spike-times. Data set.",
+        "data", str, "digits", "digits, fashion-mnist, cifar10, image-folder, spike-times, n-mnist. Data set.",
         renamed="data_name", choices="ikun.data.datasets:DATASETS",
     ),
     Option("image-size", int, None, "Side length in pixels to which images of image-folder are resized and cropped."),
@@ -250,10 +250,13 @@ TRAIN = (
     Option("tau", float, 2.0, "Membrane time constant in steps (lif), or its initial value (plif)."),
     Option("reset", str, "hard", "hard, soft. Reset after a spike.", choices="ikun.neurons:RESETS"),
     Option("detach-reset", bool, False, "Do not differentiate through the reset."),
-    Option("timesteps", int, None, "Number of time steps T [default: 4, or that of the data for spike trains]."),
+    Option(
+        "timesteps", int, None,
+        "Number of time steps T, and of frames of events [default: 4, 10 for events, or that of the spike trains].",
+    ),
     Option(
         "coding", str, None,
-        "direct, poisson, spikes. Encoding of the inputs [default: direct, or spikes for spike trains].",
+        "direct, poisson, spikes. Encoding of the inputs [default: direct, or spikes for spike trains and events].",
         choices="ikun.data.encoding:CODINGS",
     ),
     Option("channels", int, 16, "Number of channels C (csnn, resnet)."),

@@ -37,7 +37,8 @@ def specifications(
         image_size: Side length in pixels, for image folders.
         hidden: Sizes of the hidden layers, for example "128,128".
         held_out: Number of held-out samples; 0 with `patience` means 10%.
-        timesteps: Number of time steps; None for that of the data, or 4.
+        timesteps: Number of time steps; None for that of the data, or 4. For recordings of events, it is also the
+            number of frames.
         coding: Encoding of the inputs; None for the usual one of the data.
         options: The other fields of TrainingSpec and of the network's Spec.
 
@@ -49,6 +50,7 @@ def specifications(
         DataError: If the data set cannot be read.
         ValueError: If another option has an invalid value.
     """
+    from ikun.data.n_mnist import FRAMES
     from ikun.data.spec import DataSpec
     from ikun.networks import Spec
     from ikun.training.spec import TrainingSpec
@@ -56,7 +58,8 @@ def specifications(
 
     fields = {f.name for f in dataclasses.fields(TrainingSpec)}
     spec = TrainingSpec(**{k: v for k, v in options.items() if k in fields})
-    probe = DataSpec(data_name, subset, spec.seed, image_size=image_size)
+    frames = (timesteps or FRAMES) if data_name == "n-mnist" else None
+    probe = DataSpec(data_name, subset, spec.seed, image_size=image_size, frames=frames)
     found = probe.load(data_dir=data_dir)
     if spec.patience and not held_out:
         held_out = max(1, len(found) // 10)

@@ -280,6 +280,20 @@ def test_the_default_folder_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.
         assert files.default_data_dir("fashion-mnist") == tmp_path / ".cache" / "ikun-hessian" / "fashion-mnist"
 
 
+def test_installed_files_are_found_before_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package of Debian and Ubuntu has the training and the test files in /usr/share/datasets/fashion-mnist."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_DATA_DIRS", f"relative:{tmp_path / 'empty'}:{tmp_path / 'share'}")
+    put(tmp_path / "share" / "datasets" / "fashion-mnist", *samples(4))
+    assert len(load_dataset("fashion-mnist", download=False)) == 4
+    with pytest.raises(DataError, match="t10k-images"):  # a split that is not installed
+        load_dataset("fashion-mnist", "test", download=False)
+    put(tmp_path / "cache" / "ikun-hessian" / "fashion-mnist", *samples(5))  # one's own files come first
+    assert len(load_dataset("fashion-mnist", download=False)) == 5
+    monkeypatch.delenv("XDG_DATA_DIRS")
+    assert Path("/usr/share/datasets/fashion-mnist") in files.system_folders("fashion-mnist")
+
+
 def test_the_real_files_have_their_known_hash() -> None:
     beside = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "fashion-mnist-subset"
     folder = Path(os.environ.get("IKUN_FASHION_MNIST") or beside)
