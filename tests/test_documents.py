@@ -31,6 +31,7 @@ NOT_RUN = {
     "checkpoints/README.md": ["minutes"],
     "docs/calibration.md": ["minutes"],
     "docs/cluster.md": ["starts several processes", "a cluster"],
+    "docs/event-data.md": ["a download"],
     "docs/findings.md": ["minutes", "hours", "minutes", "needs the repository's benchmarks"],
     "docs/findings/README.md": ["minutes"],
     "docs/index.md": ["installs"],
@@ -38,7 +39,15 @@ NOT_RUN = {
     "docs/presets.md": ["needs the study above"],
     "docs/tutorial.md": ["minutes"],
 }
-LIBRARIES = ("spikingjelly", "snntorch", "norse", "nir", "nirtorch", "torchvision")  # of other people's networks
+LIBRARIES = (
+    "spikingjelly",
+    "snntorch",
+    "norse",
+    "nir",
+    "nirtorch",
+    "torchvision",
+    "tonic",
+)  # of other people's networks
 FOREIGN = {"--nproc-per-node", "--no-python", "--no-deps"}  # options of torchrun and pip
 RUN = "ikun-hessian"
 PROGRAM = re.compile(r"(\$ )?(ikun-hessian|python3?|pip|torchrun|mkdocs|pytest|git|cd|curl|wget|uv|conda|docker)\b")

@@ -15,6 +15,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 EXPECTED = {
     "compare_two": ("digits-csnn-kaiming: loss", "scaled", "compare-two.pdf"),
     "during_training": ("GGN lambda_max", "    0  ", "    6  "),
+    "events_to_figure": ("test accuracy", "hessian: lambda_max", "events.spectrum.png"),
     "own_torch_model": ("hessian: trace", "residual", "digits-mlp.spectrum.json"),
     "spikingjelly_network": ("surrogate: exact", "hessian:", "ggn:"),
 }

@@ -59,9 +59,7 @@ def data_folder(name: str, data_dir: str | Path | None) -> Path:
     return folder
 
 
-def fetch(
-    url: str, target: Path, md5: str, *, timeout: float = DOWNLOAD_TIMEOUT_S, most: int | None = None
-) -> None:
+def fetch(url: str, target: Path, md5: str, *, timeout: float = DOWNLOAD_TIMEOUT_S, most: int | None = None) -> None:
     """Download a file. `target` appears only when the download is complete and its checksum is right.
 
     Args:

@@ -86,12 +86,17 @@ def _batches(found: Any, what: str) -> Iterator[Any]:
     pair = isinstance(found, tuple | list) and len(found) == 2 and _is_inputs(found[0]) and _is_array(found[1])
     if pair or (isinstance(found, Mapping) and any(key in found for key in LABELS)):
         yield found
-    elif isinstance(found, Dataset):
+    elif isinstance(found, Dataset) or (_is_data_set(found) and not hasattr(found, "__iter__")):
         yield from DataLoader(found, batch_size=256)
     elif isinstance(found, dict | str | bytes) or _is_array(found) or not hasattr(found, "__iter__"):
         raise UsageError(f"{what}: returned {kind_text(found)}, but {WHAT} are needed")
     else:
         yield from found
+
+
+def _is_data_set(value: Any) -> bool:
+    """Whether a value has a length and samples by index, like torch's data sets and those of tonic."""
+    return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, dict | str | bytes)
 
 
 def _is_inputs(value: Any) -> bool:

@@ -153,7 +153,7 @@ def test_any_first_part_is_mixed_and_subsets_are_nested(folder: Path) -> None:
     small = local(folder, subset=5)
     assert torch.equal(small.images[:], whole.images[:5])
     assert torch.equal(small.labels, whole.labels[:5])
-    with pytest.raises(DataError, match=r"a subset of 14 of image-folder train \(13 images\)"):
+    with pytest.raises(DataError, match=r"a subset of 14 of image-folder train \(13 samples\)"):
         local(folder, subset=14)
 
 
@@ -288,7 +288,7 @@ def test_checkpoints_store_the_image_size(tmp_path: Path, size: object) -> None:
     assert load_checkpoint(tmp_path / "a.pt").data == data
     values = torch.load(tmp_path / "a.pt", weights_only=True)
     torch.save({**values, "data": {**values["data"], "image_size": size}}, tmp_path / "b.pt")
-    with pytest.raises(CheckpointError, match=r"b\.pt.*subset and image_size must be whole numbers"):
+    with pytest.raises(CheckpointError, match=r"b\.pt.*subset, image_size and frames must be whole numbers"):
         load_checkpoint(tmp_path / "b.pt")
     older = {k: v for k, v in values["data"].items() if k != "image_size"}
     torch.save({**values, "data": {**older, "name": "digits"}}, tmp_path / "c.pt")

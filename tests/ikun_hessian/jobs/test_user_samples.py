@@ -15,6 +15,7 @@ from hessian_tools.operators.base import dense
 from hessian_tools.operators.curvature import hessian
 from ikun_hessian.jobs.job import Own
 from ikun_hessian.jobs.open import open_job
+from ikun_hessian.jobs.user_samples import read_samples
 
 TEXT = """
 import torch
@@ -199,3 +200,16 @@ def test_a_loss_with_tensors_of_its_own(theirs: dict[str, Any], loss: str, dtype
     torch.testing.assert_close(
         dense(hessian(job.objective)).double(), expected(theirs, wide), rtol=tolerance, atol=tolerance
     )
+
+
+def test_any_object_with_a_length_and_samples_by_index_is_a_data_set(tmp_path: Path) -> None:
+    """As those of tonic, which are not torch's."""
+    (tmp_path / "indexed.py").write_text(
+        "import numpy as np\n"
+        "class Data:\n"
+        "    def __len__(self): return 5\n"
+        "    def __getitem__(self, i): return np.full((2, 3), i, np.float32), i % 2\n"
+    )
+    x, y = read_samples(f"{tmp_path}/indexed.py:Data", "4", 1.0)
+    assert x[:, 0, 0].tolist() == [0, 1, 2, 3]
+    assert y.tolist() == [0, 1, 0, 1]
