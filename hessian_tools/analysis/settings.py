@@ -41,6 +41,8 @@ class SpectrumSettings:
         vectors: Whether to keep the eigenvectors.
         samples_curve: Sample counts at which to measure the spectrum as a function of the number of samples.
         resamples: Number of subsets for each of these counts.
+        draws: Number of weight perturbations for the sharpness of the loss itself, in antithetic pairs: an even number,
+            at least 4, or 0 to leave it out.
     """
 
     operators: tuple[str, ...] = ("hessian", "ggn")
@@ -65,6 +67,7 @@ class SpectrumSettings:
     vectors: bool = False
     samples_curve: tuple[int, ...] = ()
     resamples: int = 5
+    draws: int = 8
 
     def __post_init__(self) -> None:
         if any(name.startswith(("fd", "finite")) for name in self.operators):
@@ -87,6 +90,8 @@ class SpectrumSettings:
             raise ValueError(f"tol must lie between 0 and 1, not {self.tol}")
         if self.accuracy is not None and not LEAST_ACCURACY <= self.accuracy < 1:
             raise ValueError(f"accuracy must lie between {LEAST_ACCURACY:g} and 1, not {self.accuracy}")
+        if self.draws and (self.draws < 4 or self.draws % 2):
+            raise ValueError(f"draws must be even and at least 4 (they form antithetic pairs), or 0, not {self.draws}")
         check_scale("noise", self.noise)
         if self.damping is not None and not 0 < self.damping < math.inf:
             raise ValueError(f"damping must be a positive number, not {self.damping}")

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from hessian_tools.analysis.context import AnalysisContext, AnalysisError, Factory, SmoothedFactory
+from hessian_tools.analysis.flatness.average_sharpness import average_sharpness
+from hessian_tools.analysis.flatness.settings import RADIUS
 from hessian_tools.analysis.operator_spectrum import lambda_max, measure
 from hessian_tools.analysis.sample_curve import samples_curve
 from hessian_tools.analysis.settings import PROBES, STEPS, SpectrumSettings
@@ -28,7 +30,7 @@ from hessian_tools.operators.base import Operator
 from hessian_tools.operators.curvature import OPERATORS
 from hessian_tools.perturbation import class_count, count_correct
 from hessian_tools.progress import Meter, Show
-from hessian_tools.results.spectrum import SPECTRUM_SCHEMA, SamplePoint, Spectrum, SpectrumResult
+from hessian_tools.results.spectrum import SPECTRUM_SCHEMA, LossRise, SamplePoint, Spectrum, SpectrumResult
 from hessian_tools.resume import Phases
 
 
@@ -124,6 +126,7 @@ def spectrum(
         spectra=spectra,
         blocks=blocks,
         samples_curve=curve,
+        loss_rise=_loss_rise(objective, run),
         warnings=(),
         seconds=time.perf_counter() - began + run.phases.seconds,
         versions=versions(),
@@ -131,6 +134,32 @@ def spectrum(
     if not torch.equal(weights, objective.weights()):
         raise ObjectiveError("a forward pass changes the network's parameters: a Hessian needs fixed weights")
     return dataclasses.replace(result, warnings=warnings_of(result))
+
+
+def _loss_rise(objective: Objective, run: AnalysisContext) -> LossRise | None:
+    """Return how much weight noise raises the loss itself; None if that was not asked for or does not exist."""
+    if not run.settings.draws:
+        return None
+    name = "loss under weight noise"
+    report = run.meter.phase(name)
+    try:
+        found = average_sharpness(
+            objective,
+            RADIUS,
+            kind="elementwise",
+            draws=run.settings.draws,
+            seed=run.settings.seed,
+            progress=lambda done, most: report(done, most, float("nan")),
+        )
+    except ValueError:  # all weights are zero, or targets that are not of one shape
+        return None
+    finally:
+        run.meter.finish(name, run.settings.draws)
+    return (
+        LossRise(found.value, found.stderr, found.data_stderr, RADIUS, found.draws)
+        if np.isfinite(found.value)
+        else None
+    )
 
 
 def _spectra(
@@ -196,6 +225,7 @@ def _expected(settings: SpectrumSettings, variants: Mapping[str, Objective]) -> 
         expected[f"{name}: scale-free"] = 25
     for label in variants:
         expected[f"{settings.operators[0]}: {label}"] = 25
+    expected["loss under weight noise"] = settings.draws
     return expected
 
 

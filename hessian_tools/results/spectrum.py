@@ -216,6 +216,28 @@ class Spectrum:
 
 
 @dataclass(frozen=True)
+class LossRise:
+    """Adaptive average sharpness of the loss itself, E L(w + radius |w| z) - L(w), by forward passes only.
+
+    The same metric as in a flatness analysis, usually from fewer draws (`analysis.flatness.average_sharpness`). It uses
+    no surrogate.
+
+    Attributes:
+        estimate: Mean rise of the loss under weight noise.
+        stderr: Standard error over the draws.
+        data_stderr: Standard error over the data; NaN for a single sample.
+        radius: Noise of a weight, relative to its magnitude.
+        draws: Number of draws.
+    """
+
+    estimate: float
+    stderr: float
+    data_stderr: float
+    radius: float
+    draws: int
+
+
+@dataclass(frozen=True)
 class SpectrumResult:
     """Spectra of a spectrum analysis and the conditions under which they were measured.
 
@@ -243,6 +265,7 @@ class SpectrumResult:
         seconds: Run time in seconds.
         versions: Versions of the libraries used.
         samples_curve: Spectrum against the number of samples; empty unless requested.
+        loss_rise: How much weight noise raises the loss itself; None if it was not measured or does not exist.
     """
 
     schema: str
@@ -268,6 +291,7 @@ class SpectrumResult:
     seconds: float
     versions: dict[str, str]
     samples_curve: tuple[SamplePoint, ...] = ()
+    loss_rise: LossRise | None = None
 
     @property
     def main(self) -> tuple[str, Spectrum]:

@@ -338,6 +338,10 @@ SPECTRUM = (
     ),
     Option("resamples", int, 5, "Number of random subsets of each size of --samples-curve."),
     Option(
+        "draws", int, 8,
+        "Number of weight perturbations for the sharpness of the loss itself, by forward passes only; 0 for none.",
+    ),
+    Option(
         "trajectory", bool, False,
         "Treat the checkpoints as snapshots of one run, and plot them against the epoch, or in the order given if they "
         "are of a network of your own.",
