@@ -17,6 +17,7 @@ from hessian_tools.analysis.flatness.average_sharpness import average_sharpness
 from hessian_tools.analysis.flatness.settings import RADIUS
 from hessian_tools.analysis.operator_spectrum import lambda_max, measure
 from hessian_tools.analysis.sample_curve import samples_curve
+from hessian_tools.analysis.sampling_error import withheld
 from hessian_tools.analysis.settings import PROBES, STEPS, SpectrumSettings
 from hessian_tools.analysis.warnings import warnings_of
 from hessian_tools.evaluation import differentiable
@@ -155,11 +156,10 @@ def _loss_rise(objective: Objective, run: AnalysisContext) -> LossRise | None:
         return None
     finally:
         run.meter.finish(name, run.settings.draws)
-    return (
-        LossRise(found.value, found.stderr, found.data_stderr, RADIUS, found.draws)
-        if np.isfinite(found.value)
-        else None
-    )
+    if not np.isfinite(found.value):
+        return None
+    error, least = withheld(found.data_stderr, found.concentration)
+    return LossRise(found.value, found.stderr, error, RADIUS, found.draws, least)
 
 
 def _spectra(

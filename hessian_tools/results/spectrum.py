@@ -225,9 +225,10 @@ class LossRise:
     Attributes:
         estimate: Mean rise of the loss under weight noise.
         stderr: Standard error over the draws.
-        data_stderr: Standard error over the data; NaN for a single sample.
+        data_stderr: Standard error over the data; NaN for a single sample, and where it is only known from below.
         radius: Noise of a weight, relative to its magnitude.
         draws: Number of draws.
+        data_stderr_least: Lower limit in place of `data_stderr`, where a few samples carry the variance.
     """
 
     estimate: float
@@ -235,6 +236,7 @@ class LossRise:
     data_stderr: float
     radius: float
     draws: int
+    data_stderr_least: float = math.nan
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,9 @@ def with_error(value: float, number: Eigenvalue | Trace) -> str:
 
 def _rise(loss: float, rise: LossRise) -> str:
     """Say how much the loss itself rises under weight noise."""
-    errors = [e for e in (rise.stderr, rise.data_stderr) if not math.isnan(e)]
-    error = f" +- {math.hypot(*errors):.2g}" if errors else ""
+    least = not math.isnan(rise.data_stderr_least)
+    errors = [e for e in (rise.stderr, rise.data_stderr_least if least else rise.data_stderr) if not math.isnan(e)]
+    error = f" +- {math.hypot(*errors):.2g}{' or more' if least else ''}" if errors else ""
     change = f"rises by {rise.estimate:.3g}" if rise.estimate >= 0 else f"falls by {-rise.estimate:.3g}"
     share = f" ({rise.estimate / loss:+.0%})" if 0 < loss and abs(rise.estimate) < 100 * loss else ""
     return f"{change}{error}{share} under {rise.radius:.0%} weight noise"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from objectives import spiking_network, trained_smooth
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from hessian_tools.analysis.context import AnalysisError
 from hessian_tools.analysis.eigenvectors import layer_shares
@@ -17,7 +20,7 @@ from hessian_tools.analysis.spectrum import spectrum
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators.base import dense
 from hessian_tools.operators.curvature import ggn, hessian
-from hessian_tools.perturbation import filter_norms
+from hessian_tools.perturbation import filter_norms, noise
 from hessian_tools.results.spectrum import Spectrum, SpectrumResult
 from ikun.losses import LOSSES
 from ikun.networks import Network
@@ -248,3 +251,24 @@ def test_pyhessian_and_the_power_method_agree_within_the_analysis() -> None:
         other = spectrum(trained_smooth(), dataclasses.replace(base, **changes)).spectra["hessian"]
         assert other.eigenvalues[0].value == pytest.approx(ours.value, rel=0.02)
         assert other.smallest_eigenvalues == ()
+
+
+def test_the_rise_of_the_loss_is_that_of_the_disturbed_network() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(40, 6, dtype=torch.float64), torch.randint(0, 3, (40,))
+    target = make_objective(net, F.cross_entropy, (x, y))
+    settings = SpectrumSettings(("ggn",), top=1, smallest=0, density=False, draws=4, seed=3)
+    rise = spectrum(target, settings).loss_rise
+    before, rises = F.cross_entropy(net(x), y), []
+    for i in range(4):
+        other, z = copy.deepcopy(net), noise(target, 3, i)
+        with torch.no_grad():
+            w = parameters_to_vector(net.parameters())
+            vector_to_parameters(w + 0.1 * w.abs() * z, other.parameters())
+            rises.append(float(F.cross_entropy(other(x), y) - before))
+    assert rise is not None
+    assert rise.estimate == pytest.approx(sum(rises) / 4, rel=1e-12)
+    pairs = ((rises[0] + rises[1]) / 2, (rises[2] + rises[3]) / 2)
+    assert rise.stderr == pytest.approx(abs(pairs[0] - pairs[1]) / 2, rel=1e-9)
+    assert spectrum(target, dataclasses.replace(settings, draws=0)).loss_rise is None
