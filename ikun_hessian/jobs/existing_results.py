@@ -99,10 +99,7 @@ def _differences(old: Analysed, settings: Any, job: Job) -> Iterator[str]:
     asked = json.loads(json.dumps(dataclasses.asdict(settings)))
     usual = {f.name: f.default for f in dataclasses.fields(settings)}  # settings that an older version did not know
     parts = (
-        (
-            {**usual, **old.settings},
-            {name: value for name, value in asked.items() if name != "memory"},
-        ),  # it changes no number
+        ({**usual, **old.settings}, {name: v for name, v in asked.items() if name != "memory"}),  # it changes no number
         (old.data, {name: value for name, value in job.provenance["data"].items() if name != "sha256"}),
         (old.network, job.provenance["network"]),
         ({"dtype": old.dtype}, {"dtype": here["dtype"].removeprefix("torch.")}),

@@ -66,13 +66,13 @@ def _curvature(r: SpectrumResult) -> list[str]:
     whose = "of the surrogate loss" if is_spiking(r) else ""
     lines = [f"{'curvature':<{LABEL}}{'lambda_max':<26}{'trace':<17}{whose:>23}".rstrip()]
     for kind, s in list(r.spectra.items())[:MOST_OPERATORS]:
-        top = with_error(s.eigenvalues[0].value, s.eigenvalues[0])
-        trace = "-" if s.trace is None else with_error(s.trace.estimate, s.trace)
+        top = _cell(s.eigenvalues[0].value, s.eigenvalues[0])
+        trace = "-" if s.trace is None else _cell(s.trace.estimate, s.trace)
         lines.append(f"{OPERATORS.get(kind, kind):<{LABEL}}{top:<26}{trace}".rstrip())
     return lines
 
 
-def with_error(value: float, number: Eigenvalue | Trace) -> str:
+def _cell(value: float, number: Eigenvalue | Trace) -> str:
     """Format a value with its standard error from the data."""
     if not math.isnan(number.data_stderr_least):
         return f"{value:.3g} +- {number.data_stderr_least:.2g} or more"
