@@ -41,6 +41,7 @@ from .analysis.flatness.worst_case import (
 from .analysis.flatness.worst_case import (
     worst_case as worst_case,
 )
+from .analysis.jacobian_diagonal import jacobian_diagonal as jacobian_diagonal
 from .analysis.landscape import (
     LandscapeSettings as LandscapeSettings,
 )
@@ -71,6 +72,12 @@ from .io.torch_archive import (
     read_archive as read_archive,
 )
 from .io.versions import versions as versions
+from .linalg.diagonal import (
+    DiagonalEstimate as DiagonalEstimate,
+)
+from .linalg.diagonal import (
+    diagonal as diagonal,
+)
 from .linalg.lanczos import (
     Eigenpairs as Eigenpairs,
 )

@@ -277,7 +277,11 @@ class Network(nn.Module):
                 yield layer, None
 
     def forward(self, x: Tensor, plain: bool = False) -> Tensor:
-        """Return the mean firing rates [N, classes]. They can be differentiated twice.
+        """Return the mean firing rates [N, classes] of `spikes`."""
+        return self.spikes(x, plain).mean(0)
+
+    def spikes(self, x: Tensor, plain: bool = False) -> Tensor:
+        """Return the spikes of the readout [T, N, classes]. They can be differentiated twice.
 
         Args:
             x: Images [N, C, H, W], or coded inputs [N, T, C, H, W].
@@ -285,7 +289,7 @@ class Network(nn.Module):
                 transform of `torch.func`. The spikes are the same. Recurrent layers do unless the network is traced.
 
         Returns:
-            The firing rates.
+            The spikes.
 
         Raises:
             ValueError: If x has another shape.
@@ -318,7 +322,7 @@ class Network(nn.Module):
                 x = layer(x)
             else:
                 x = layer(x.flatten(0, 1)).unflatten(0, (steps, -1))
-        return x.mean(0)
+        return x
 
     @property
     def second_order_steps(self) -> int:
@@ -376,3 +380,19 @@ class Network(nn.Module):
             elif isinstance(layer, Neuron):
                 yield from ((*weights, name, layer) for weights in waiting)
                 waiting = []
+
+
+class OverTime(Network):
+    """A network whose outputs are the spikes of the readout over time [N, T, classes].
+
+    Args:
+        network: The network, whose weights are shared.
+    """
+
+    def __init__(self, network: Network) -> None:
+        super().__init__(network.spec)
+        self._modules = network._modules
+
+    def forward(self, x: Tensor, plain: bool = False) -> Tensor:
+        """Return the spikes [N, T, classes] (see `Network.spikes`)."""
+        return self.spikes(x, plain).transpose(0, 1)

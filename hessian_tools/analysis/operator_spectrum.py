@@ -258,7 +258,7 @@ def _functions(
     highest: Eigenvalue,
     lowest: Eigenvalue,
     settings: SpectrumSettings,
-) -> dict[str, Functional | None]:
+) -> dict[str, Any]:
     """Effective dimension and log determinant, if they are defined, and the share of the negative eigenvalues."""
     if spectral is None or spectral.probes < LEAST_PROBES:
         return {}

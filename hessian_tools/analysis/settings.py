@@ -38,6 +38,9 @@ class SpectrumSettings:
         memory: Memory in GiB for stored primals, the Lanczos basis and eigenvectors.
         max_products: Largest number of products for the eigenpairs of one operator.
         per_layer: Whether to compute the spectrum of each layer's diagonal block too.
+        diagonal: Whether to compute the diagonal of every operator too.
+        diagonal_probes: Number of probes of a diagonal that is not computed exactly.
+        per_step: Whether to compute the trace of the GGN of the loss at every time step too.
         vectors: Whether to keep the eigenvectors.
         samples_curve: Sample counts at which to measure the spectrum as a function of the number of samples.
         resamples: Number of subsets for each of these counts.
@@ -65,6 +68,9 @@ class SpectrumSettings:
     max_products: int = 1000
     per_layer: bool = False
     vectors: bool = False
+    diagonal: bool = False
+    diagonal_probes: int = 64
+    per_step: bool = False
     samples_curve: tuple[int, ...] = ()
     resamples: int = 5
     draws: int = 8
@@ -82,7 +88,12 @@ class SpectrumSettings:
         if not self.operators:
             raise ValueError("no operator chosen")
         least = {"top": 1, "smallest": 0, "magnitude": 0, "scaled": 1, "steps": 1, "probes": 1, "resamples": 1}
-        for name, bound in {**least, "trace_probes": LEAST_PROBES, "max_products": 1}.items():
+        for name, bound in {
+            **least,
+            "trace_probes": LEAST_PROBES,
+            "diagonal_probes": LEAST_PROBES,
+            "max_products": 1,
+        }.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name} must be at least {bound}, not {value}")

@@ -15,10 +15,12 @@ from torch import Tensor
 from hessian_tools.analysis.context import AnalysisContext, AnalysisError, Factory, SmoothedFactory
 from hessian_tools.analysis.flatness.average_sharpness import average_sharpness
 from hessian_tools.analysis.flatness.settings import RADIUS
+from hessian_tools.analysis.measured_diagonal import measured_diagonal
 from hessian_tools.analysis.operator_spectrum import lambda_max, measure
 from hessian_tools.analysis.sample_curve import samples_curve
 from hessian_tools.analysis.sampling_error import withheld
 from hessian_tools.analysis.settings import PROBES, STEPS, SpectrumSettings
+from hessian_tools.analysis.step_traces import step_forms, step_traces
 from hessian_tools.analysis.warnings import warnings_of
 from hessian_tools.evaluation import differentiable
 from hessian_tools.io.errors import ObjectiveError
@@ -31,7 +33,7 @@ from hessian_tools.operators.base import Operator
 from hessian_tools.operators.curvature import OPERATORS
 from hessian_tools.perturbation import class_count, count_correct
 from hessian_tools.progress import Meter, Show
-from hessian_tools.results.spectrum import SPECTRUM_SCHEMA, LossRise, SamplePoint, Spectrum, SpectrumResult
+from hessian_tools.results.spectrum import SPECTRUM_SCHEMA, LossRise, SamplePoint, Spectrum, SpectrumResult, StepTrace
 from hessian_tools.resume import Phases
 
 
@@ -43,6 +45,7 @@ def spectrum(
     variants: Mapping[str, Objective] | None = None,
     relaxed: Objective | None = None,
     smoothed: SmoothedFactory | None = None,
+    over_time: Objective | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Show | None = None,
     phases: Phases | None = None,
@@ -56,6 +59,8 @@ def spectrum(
             label. lambda_max of the first operator is computed for each.
         relaxed: Objective of the relaxed network, for the operator `relaxed`.
         smoothed: Function that makes the operator `smoothed` (`ikun.smoothed`).
+        over_time: For the traces per time step, the objective with outputs over time [N, T, ...] and a loss that is a
+            mean over steps (`hessian_tools.analysis.step_traces`).
         provenance: The dicts `checkpoint`, `data`, `network`, `training` and `activity` of the result.
         progress: Progress callback.
         phases: Storage of finished phases and products, to resume an interrupted run.
@@ -74,6 +79,8 @@ def spectrum(
         raise ValueError(
             f"samples_curve needs {max(settings.samples_curve)} samples, but the objective has {objective.samples}"
         )
+    if settings.per_step and over_time is None:
+        raise ValueError("per_step needs the objective with outputs over time: set over_time")
     began, weights = time.perf_counter(), objective.weights()
     run = AnalysisContext(settings, phases or Phases(), Meter(_expected(settings, variants or {}), progress), smoothed)
     sources: dict[str, Objective] = {}
@@ -89,6 +96,7 @@ def spectrum(
         if not (np.isfinite(loss) and torch.isfinite(gradient).all()):
             raise FloatingPointError(f"the loss ({loss}) or its gradient is not finite")
         found = _spectra(run, sources, gradient, variants or {})
+        steps = _steps(run, over_time) if settings.per_step and over_time is not None else ()
     except FloatingPointError as error:
         where = first_not_finite(objective) or str(error)
         raise AnalysisError(f"{where} at these weights: the analysis stops") from None
@@ -128,6 +136,7 @@ def spectrum(
         blocks=blocks,
         samples_curve=curve,
         loss_rise=_loss_rise(objective, run),
+        steps=steps,
         warnings=(),
         seconds=time.perf_counter() - began + run.phases.seconds,
         versions=versions(),
@@ -172,6 +181,9 @@ def _spectra(
     for index, (name, source) in enumerate(sources.items()):
         slope = source.value_and_gradient()[1] if name == "relaxed" else gradient
         spectra[name], pairs = measure(run, name, source, _factory(name, run), slope, index)
+        if run.settings.diagonal:
+            found = measured_diagonal(run, name, source, _factory(name, run), pairs, index)
+            spectra[name] = dataclasses.replace(spectra[name], diagonal=found)
         if index == 0 and run.settings.per_layer:
             parts = dict(zip(source.parameters, source.split(slope), strict=True))
             for i, (layer, part) in enumerate(layer_objectives(source).items(), 100):  # own random streams
@@ -183,6 +195,14 @@ def _spectra(
                 start = _near(pairs.vectors[:, 0], op, run.generator("variant", i))
                 sensitivity[label] = lambda_max(run, f"{name}: {label}", op, start)
     return spectra, blocks, sensitivity
+
+
+def _steps(run: AnalysisContext, over_time: Objective) -> tuple[StepTrace, ...]:
+    """Return the trace of the GGN of every time step."""
+    name = "traces per step"
+    step, random = run.meter.phase(name), run.generator(name, 0)
+    found = run.phases.keep(name, lambda: step_forms(over_time, run.settings.trace_probes, random, step))
+    return step_traces(found)
 
 
 def _factory(name: str, run: AnalysisContext) -> Factory:
@@ -223,6 +243,7 @@ def _expected(settings: SpectrumSettings, variants: Mapping[str, Objective]) -> 
         expected[f"{name}: density"] = probes * steps if settings.density else 0
         expected[f"{name}: trace"] = max(0, settings.trace_probes - probes * settings.density)
         expected[f"{name}: scale-free"] = 25
+        expected[f"{name}: diagonal"] = settings.diagonal_probes if settings.diagonal else 0
     for label in variants:
         expected[f"{settings.operators[0]}: {label}"] = 25
     expected["loss under weight noise"] = settings.draws

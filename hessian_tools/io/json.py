@@ -20,6 +20,7 @@ _NOT_NEGATIVE = {
     *("samples", "epochs_run", "best_epoch", "forward_passes", "residual", "bound", "stderr", "data_stderr"),
     *("data_stderr_least", "symmetry_error", "gradient_norm", "frobenius_norm", "num_parameters"),
 }
+ARRAYS = {"vectors", "entries"}  # fields that only the NPZ file has
 _SHARES = {"accuracy", "test_accuracy", "held_out_accuracy", "firing_rate", "dead"}
 
 
@@ -57,7 +58,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         optional = {f.name for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
         if missing := [name for name in hints if name not in value and name not in optional]:
             raise ResultError(f"field '{where}' lacks {', '.join(missing)}")
-        known = {name: hint for name, hint in hints.items() if name in value and name != "vectors"}
+        known = {name: hint for name, hint in hints.items() if name in value and name not in ARRAYS}
         return kind(**{name: _build(hint, value[name], f"{where}.{name}") for name, hint in known.items()})  # type: ignore[operator]
     if origin is tuple and isinstance(value, list):
         if Ellipsis not in arguments and len(value) != len(arguments):

@@ -250,10 +250,14 @@ def _autograd_hessian(objective: Objective, batch: Batch) -> Map:
     return product
 
 
-def _pushforward(objective: Objective, outputs: Tensor) -> tuple[Map, Map]:
-    """Return (v -> J v, u -> J^T u) for the Jacobian J of `outputs`.
+def pushforward(objective: Objective, outputs: Tensor) -> tuple[Map, Map]:
+    """Return (v -> J v, u -> J^T u) for the Jacobian J of `outputs` with respect to the parameters.
 
     J v is computed by double backward, as the transpose of the transpose.
+
+    Args:
+        objective: The objective.
+        outputs: Outputs of the model with their graph, of any shape, or another function of the parameters.
     """
     parameters = list(objective.parameters.values())
     dummy = torch.zeros_like(outputs, requires_grad=True)
@@ -280,7 +284,7 @@ def _autograd_ggn(objective: Objective, batch: Batch) -> Map:
     outputs = objective.outputs(x)
     if not outputs.requires_grad:
         return _zero
-    forward, backward = _pushforward(objective, outputs)
+    forward, backward = pushforward(objective, outputs)
     leaf = outputs.detach().requires_grad_()
     loss = objective.loss(leaf, y)
     if not loss.requires_grad:
@@ -308,7 +312,7 @@ def _autograd_fisher(objective: Objective, batch: Batch) -> Map:
         losses = torch.stack([objective.loss(o[None], t[None]) for o, t in zip(outputs, y, strict=True)])
     if not losses.requires_grad:
         return _zero
-    forward, backward = _pushforward(objective, losses)
+    forward, backward = pushforward(objective, losses)
     return lambda v: backward(forward(v) / len(y))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hessian_tools.io.files import write_atomically
-from hessian_tools.io.json import ResultError, clean, load_result
+from hessian_tools.io.json import ARRAYS, ResultError, clean, load_result
 from hessian_tools.results.text import brief, headline, with_error
 
 SPECTRUM_SCHEMA = "ikun-hessian/spectrum/1"
@@ -146,6 +146,42 @@ class Trace:
 
 
 @dataclass(frozen=True)
+class StepTrace:
+    """Trace of the GGN of the loss read out at one time step.
+
+    Attributes:
+        step: The step, from 1.
+        loss: The loss of the outputs of this step.
+        trace: The trace.
+    """
+
+    step: int
+    loss: float
+    trace: Trace
+
+    __repr__ = brief
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """Diagonal of an operator.
+
+    Attributes:
+        method: "unit vectors" or "Jacobian" (both exact), or "probes" (estimated).
+        products: Number of operator products, or of backward passes of single samples for "Jacobian".
+        entries: For each parameter tensor of shape [...], an array [3, ...] with the entries, their standard errors
+            over the probes (0 if exact) and over the data (only for "Jacobian", else NaN). They are saved in the NPZ
+            file and never in the JSON file.
+    """
+
+    method: str
+    products: int
+    entries: dict[str, npt.NDArray[Any]] | None = field(default=None, compare=False, repr=False)
+
+    __repr__ = brief
+
+
+@dataclass(frozen=True)
 class Density:
     """Spectral density: one quadrature for each probe, with weights that sum to 1.
 
@@ -191,6 +227,7 @@ class Spectrum:
         scale_free: Largest eigenvalues of D A D, in descending order, if more than one was requested. Eigenvalues that
             did not converge are left out.
         autograd: Why the products were computed by torch's double backward, which takes longer; "" if they were not.
+        diagonal: The diagonal, if it was requested.
         vectors: Eigenvectors [P, k], the largest first, then the smallest. They are kept on request, saved in the NPZ
             file and never in the JSON file.
     """
@@ -210,6 +247,7 @@ class Spectrum:
     negative_share: Functional | None = None
     scale_free: tuple[float, ...] = ()
     autograd: str = ""
+    diagonal: Diagonal | None = None
     vectors: npt.NDArray[Any] | None = field(default=None, compare=False, repr=False)
 
     __repr__ = brief
@@ -268,6 +306,7 @@ class SpectrumResult:
         versions: Versions of the libraries used.
         samples_curve: Spectrum against the number of samples; empty unless requested.
         loss_rise: How much weight noise raises the loss itself; None if it was not measured or does not exist.
+        steps: Traces of the GGN of the loss at every time step; empty unless requested.
     """
 
     schema: str
@@ -294,6 +333,7 @@ class SpectrumResult:
     versions: dict[str, str]
     samples_curve: tuple[SamplePoint, ...] = ()
     loss_rise: LossRise | None = None
+    steps: tuple[StepTrace, ...] = ()
 
     @property
     def main(self) -> tuple[str, Spectrum]:
@@ -314,11 +354,16 @@ def to_json(result: SpectrumResult) -> dict[str, Any]:
     """Return the result as a plain dict, without eigenvectors and with None for numbers that are not finite."""
 
     def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {name: value for name, value in pairs if name != "vectors"}
+        return {name: value for name, value in pairs if name not in ARRAYS}
 
-    bare = {name: dataclasses.replace(s, vectors=None) for name, s in result.spectra.items()}
+    bare = {name: _without_arrays(s) for name, s in result.spectra.items()}
     cleaned: dict[str, Any] = clean(dataclasses.asdict(dataclasses.replace(result, spectra=bare), dict_factory=fields))
     return cleaned
+
+
+def _without_arrays(spectrum: Spectrum) -> Spectrum:
+    diagonal = spectrum.diagonal and dataclasses.replace(spectrum.diagonal, entries=None)
+    return dataclasses.replace(spectrum, vectors=None, diagonal=diagonal)
 
 
 def load_spectrum(path: str | Path) -> SpectrumResult:
@@ -360,6 +405,10 @@ def save_spectrum(result: SpectrumResult, stem: str | Path) -> list[Path]:
             for part in ("residual", "bound", "data_stderr", "data_stderr_least", "gradient", "participation"):
                 arrays[f"{name}.{kind}.{part}"] = np.array([getattr(p, part) for p in pairs])
             arrays[f"{name}.{kind}.layers"] = np.array([list(p.layers.values()) for p in pairs])
+        found = spectrum.diagonal.entries if spectrum.diagonal else None
+        for parameter, entries in (found or {}).items():
+            for part, values in zip(("", ".stderr", ".data_stderr"), entries, strict=True):
+                arrays[f"{name}.diagonal.{parameter}{part}"] = values
         if spectrum.vectors is not None:
             arrays[f"{name}.vectors"] = spectrum.vectors
         if spectrum.density is not None:

@@ -1,4 +1,4 @@
-"""Variants of an adapted network: relaxed spikes, and the reversed tie rule of max-pooling."""
+"""Variants of an adapted network: relaxed spikes, the reversed tie rule of max-pooling, and outputs over time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hessian_tools.evaluation import copy_model
 from ikun.adapters.adapt_network import Adapted
 from ikun.adapters.base import AdapterError
 from ikun.adapters.summary import inputs_of
-from ikun.adapters.time_loop import clear_state
+from ikun.adapters.time_loop import InTime, clear_state
 from ikun.nodes.variants import Changed, Relaxing, ReversingTies
 
 STEP = 1e-5  # of the central difference that tests the derivative of a relaxed network
@@ -28,6 +28,25 @@ def other_nodes(adapted: Adapted) -> str:
     if not adapted.nodes:
         return "it has no spiking neurons of a library whose equations are known"
     return next((f"neuron '{path}': {reason}" for path, reason in adapted.nodes.items() if reason), "")
+
+
+def over_time(adapted: Adapted) -> Adapted:
+    """Return the network with its outputs over time [N, T, ...], before any readout.
+
+    Raises:
+        AdapterError: If it returns one output per sample, or reads out only the valid steps of padded sequences.
+    """
+    model = adapted.model
+    if not isinstance(model, InTime) or model.plan.time_axis is None:
+        raise AdapterError(
+            "traces per time step need a network that returns outputs over time, [T, N, K], but it returns one output "
+            "per sample; if the first axis of its outputs is time, give {readout}",
+            readout=...,
+        )
+    if model.plan.valid is not None:
+        raise AdapterError("traces per time step are not defined for padded sequences: leave out {valid}", valid=...)
+    plan = replace(model.plan, readout="none")
+    return replace(adapted, model=InTime(model.network, plan, model.clear, model.live), plan=plan)
 
 
 def relaxed_network(adapted: Adapted, x: Tensor) -> Adapted:

@@ -40,6 +40,7 @@ class _Source:
         threshold: See Job.
         provenance: Description of data, network and training.
         activity: Function that returns the activity of the neurons on the given number of samples.
+        loss_over_time: Whether the loss takes outputs over time [N, T, ...].
     """
 
     network: Callable[..., tuple[nn.Module, Callable[[nn.Module], None] | None]]
@@ -50,6 +51,7 @@ class _Source:
     threshold: float | None
     provenance: dict[str, Any]
     activity: Callable[[int], dict[str, Any]]
+    loss_over_time: bool = False
 
 
 def open_job(
@@ -94,6 +96,7 @@ def open_job(
     """
     import torch
 
+    from hessian_tools.analysis.step_traces import mean_over_steps
     from hessian_tools.chain import segments
     from hessian_tools.chain.segments import bytes_per_sample
     from hessian_tools.objective import make_objective
@@ -113,9 +116,10 @@ def open_job(
 
     def objective(steeper: float = 1.0, **changes: Any) -> Objective:
         network, reset = source.network(steeper, **changes)
+        once = changes.get("over_time") and not source.loss_over_time
         made = make_objective(
             network,
-            source.loss,
+            mean_over_steps(source.loss) if once else source.loss,
             (source.x, source.y),
             batch_size=batch_size,
             params=params,
@@ -146,6 +150,7 @@ def _ours(path: Path, samples: str, split: str, surrogate: str | None, data_dir:
     from ikun.checkpoint import CheckpointError, load_checkpoint
     from ikun.layer_statistics import observe
     from ikun.losses import LOSSES
+    from ikun.networks import OverTime
     from ikun.surrogates import Surrogate
 
     try:
@@ -160,8 +165,9 @@ def _ours(path: Path, samples: str, split: str, surrogate: str | None, data_dir:
     data, x, digest = _samples(checkpoint, split, samples, data_dir, memory * 2**30 / 8)
     y = data.labels[: len(x)]
 
-    def built(steeper: float = 1.0, **changes: Any) -> tuple[nn.Module, None]:
-        return checkpoint.build(**{"surrogate": str(analysed.steeper(steeper)), **changes}), None
+    def built(steeper: float = 1.0, over_time: bool = False, **changes: Any) -> tuple[nn.Module, None]:
+        model = checkpoint.build(**{"surrogate": str(analysed.steeper(steeper)), **changes})
+        return (OverTime(model).eval() if over_time else model), None
 
     def activity(few: int) -> dict[str, Any]:
         return {
@@ -196,12 +202,18 @@ def _own(path: Path, own: Own, samples: str, surrogate: str | None, memory: floa
     few = nested.selected(found.x, slice(3))
 
     def built(
-        steeper: float = 1.0, surrogate: str | None = None, relaxed: bool = False, ties: str = "first"
+        steeper: float = 1.0,
+        surrogate: str | None = None,
+        relaxed: bool = False,
+        ties: str = "first",
+        over_time: bool = False,
     ) -> tuple[nn.Module, Callable[[nn.Module], None] | None]:
         with located():
             adapted = found.adapted(steeper, surrogate)
             if relaxed:
                 adapted = variants.relaxed_network(adapted, few)
+            if over_time:
+                adapted = variants.over_time(adapted)
         if ties == "last":
             adapted = variants.ties_reversed(adapted)
         return adapted.model, adapted.reset
@@ -218,6 +230,7 @@ def _own(path: Path, own: Own, samples: str, surrogate: str | None, memory: floa
         found.threshold,
         {"data": found.data, "network": found.network, "training": {}},
         lambda few: firing_rates(found.adapted(), nested.selected(found.x, slice(few))),
+        found.adapted().plan.readout == "none",
     )
 
 

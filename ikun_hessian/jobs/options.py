@@ -330,7 +330,20 @@ SPECTRUM = (
         "Standard deviation of the weight noise of operator smoothed, relative to each filter's RMS.",
     ),
     Option("tol", float, 1e-4, "Residual, relative to the norm, at which an eigenpair has converged."),
-    Option("per-layer", bool, False, "Also analyse the diagonal block of each layer, for the first operator."),
+    Option(
+        "per-layer", bool, False,
+        "Also analyse the diagonal block of each layer, for the first operator; .layers.csv has a row per layer.",
+    ),
+    Option(
+        "per-step", bool, False,
+        "Also estimate the trace of the GGN of the loss that is read out at each time step, as .steps.csv.",
+    ),
+    Option(
+        "diagonal", bool, False,
+        "Also compute the diagonal of every operator with its errors, in the .npz file: exactly for the GGN of few "
+        "samples, else from --diagonal-probes.",
+    ),
+    Option("diagonal-probes", int, 64, "Number of probes of --diagonal."),
     Option("save-vectors", bool, False, "Also save the eigenvectors in the .npz file.", renamed="vectors"),
     Option(
         "samples-curve", str, None, "Also measure eigenvalues and trace on subsets of these sizes.",

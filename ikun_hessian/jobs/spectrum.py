@@ -90,6 +90,7 @@ def analyse_spectrum(
             variants={name: job.another(**changes) for name, changes in job.variants.items()},
             smoothed=smoothed,
             relaxed=job.another(relaxed=True) if "relaxed" in settings.operators else None,
+            over_time=job.another(over_time=True) if settings.per_step else None,
             provenance=job.provenance,
             progress=bar.update,
             phases=Phases(Path(f"{stem}.resume"), clean(key), group),
@@ -98,12 +99,18 @@ def analyse_spectrum(
 
 def write_spectrum(result: SpectrumResult, stem: Path, figures: bool = True) -> list[str]:
     """Write arrays and figures, remove the state of an interrupted run, and return the endings of the written files."""
+    from hessian_tools.io.files import write_table
     from hessian_tools.plots.spectrum import layers_figure, samples_figure, spectrum_figure
     from hessian_tools.plots.style import save_figure
     from hessian_tools.results.spectrum import save_spectrum
+    from hessian_tools.results.spectrum_rows import layer_rows, step_rows
     from hessian_tools.resume import Phases
 
     files = save_spectrum(result, stem)
+    for name, rows in (("layers", layer_rows(result)), ("steps", step_rows(result))):
+        if rows:
+            files.append(Path(f"{stem}.{name}.csv"))
+            write_table(rows, files[-1])
     if figures:
         files += save_figure(spectrum_figure(result), stem)
     if figures and result.blocks:

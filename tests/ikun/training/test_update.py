@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,7 +76,7 @@ def test_a_step_of_a_spiking_network_is_that_of_a_copy(relaxed: bool) -> None:
     moved = copy.deepcopy(oracle)
     with torch.no_grad():
         for p, g in zip(moved.parameters(), first, strict=True):
-            p += 0.5 * g / length
+            p.add_(0.5 * g / length)
     second = torch.autograd.grad(LOSSES["mse"](moved(x, plain=True), y), list(moved.parameters()))
     forward = relaxed_twin(net) if relaxed else net
     update(forward, LOSSES["mse"], torch.optim.SGD(net.parameters(), 0.1), x, y, radius=0.5)
@@ -120,7 +121,7 @@ def test_both_passes_draw_the_same_dropout_mask() -> None:
     assert bool((seen[0] == 0).any())
 
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "sam": {"sam": 0.05},
     "asam": {"sam": 0.5, "asam": True},
     "relaxed": {"sam": 0.05, "sam_forward": "relaxed", "relaxed_accuracy": True},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 from pathlib import Path
@@ -48,12 +49,29 @@ def test_other_settings_do_not_overwrite(analysed: Path, capsys: Capture) -> Non
     assert cli.run(["spectrum", path, *quick, "--top", "1", "--smallest", "0", "--tag", "fc", "--force"]) == 0
 
 
-def test_blocks_of_every_layer_are_measured(trained: Path, tmp_path: Path) -> None:
-    command = ["spectrum", str(trained / "a.pt"), *FAST, "--operator", "hessian", "--per-layer", "--out", str(tmp_path)]
-    assert cli.run(command) == 0
+def test_layers_steps_and_diagonals_are_measured(trained: Path, tmp_path: Path) -> None:
+    asked = ["--per-layer", "--per-step", "--diagonal", "--diagonal-probes", "4", "--out", str(tmp_path)]
+    assert cli.run(["spectrum", str(trained / "a.pt"), *FAST, "--operator", "hessian", *asked]) == 0
     raw = json.loads((tmp_path / "a.spectrum.json").read_text())
     assert list(raw["blocks"]) == ["conv1", "norm1", "conv2", "norm2", "fc1", "fc2"]
     assert (tmp_path / "a.spectrum.layers.png").exists()
+    layers, steps = (
+        list(csv.DictReader((tmp_path / f"a.spectrum.{name}.csv").read_text().splitlines()))
+        for name in ("layers", "steps")
+    )
+    assert [row["layer"] for row in layers] == list(raw["blocks"])
+    assert sum(int(row["parameters"]) for row in layers) == raw["num_parameters"]
+    for row in layers:
+        block = raw["blocks"][row["layer"]]
+        assert float(row["lambda_max"]) == block["eigenvalues"][0]["value"]
+        per_parameter = block["trace"]["estimate"] / int(row["parameters"])
+        assert float(row["trace_per_parameter"]) == pytest.approx(per_parameter, rel=1e-12)
+    assert [int(row["step"]) for row in steps] == list(range(1, raw["network"]["timesteps"] + 1))
+    assert all(float(row["trace_low"]) <= float(row["trace"]) <= float(row["trace_high"]) for row in steps)
+    assert raw["spectra"]["hessian"]["diagonal"] == {"method": "probes", "products": 4}
+    with np.load(tmp_path / "a.spectrum.npz") as arrays:
+        entries = {name: arrays[f"hessian.diagonal.{name}"] for name in raw["parameters"]}
+    assert {name: a.size for name, a in entries.items()} == raw["parameters"]
 
 
 def test_the_largest_by_magnitude_are_saved_with_their_vectors(trained: Path, tmp_path: Path) -> None:

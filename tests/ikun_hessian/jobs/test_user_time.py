@@ -13,10 +13,11 @@ from command_tools import Capture, fails
 from torch import Tensor, nn
 
 import cli
+from hessian_tools.analysis.step_traces import step_forms
 from hessian_tools.operators.base import dense
 from hessian_tools.operators.curvature import hessian
 from hessian_tools.results.spectrum import load_spectrum
-from ikun_hessian.jobs.job import Own
+from ikun_hessian.jobs.job import Job, Own
 from ikun_hessian.jobs.open import open_job
 from ikun_hessian.jobs.user_code import forget
 
@@ -112,7 +113,11 @@ def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def matrix(model: str, data: str, **options: Any) -> Tensor:
     """The Hessian of what the options open."""
-    job = open_job(
+    return dense(hessian(opened(model, data, **options).objective))
+
+
+def opened(model: str, data: str, **options: Any) -> Job:
+    return open_job(
         Path(f"{model}.pt"),
         own=Own(f"nets.py:{model}", f"nets.py:{data}", **options),
         samples="all",
@@ -125,7 +130,6 @@ def matrix(model: str, data: str, **options: Any) -> Tensor:
         data_dir=None,
         device="cpu",
     )
-    return dense(hessian(job.objective))
 
 
 def oracle(net: nn.Module, value: Callable[[Callable[..., Tensor]], Tensor]) -> Tensor:
@@ -179,6 +183,31 @@ def test_losses_over_time(theirs: dict[str, Any], loss: str, by_hand: Callable[.
     expected = oracle(saved(theirs, "Net"), lambda f: by_hand(f(x.double()), y))
     same(matrix("Net", "parts", loss=loss, readout="none"), expected)
     same(matrix("Net", "real", loss=loss, readout="none", time_first_data=True), expected)
+
+
+@pytest.mark.parametrize("options", [{"readout": "mean", "loss": "ce"}, {"readout": "none", "loss": "nets.py:mine"}])
+def test_traces_per_step(theirs: dict[str, Any], options: dict[str, Any]) -> None:
+    """Against the dense GGN of each step, of a network that returns [T, N, K]. The loss of a step is the same in both:
+    either the loss is of one step, or it is a mean over steps."""
+    x, _ = theirs["parts"]()
+    net = saved(theirs, "Net").double()
+    weights = list(net.parameters())
+
+    def outputs(*new: Tensor) -> Tensor:
+        named = dict(zip(dict(net.named_parameters()), new, strict=True))
+        found: Tensor = torch.func.functional_call(net, named, (x.double(),))
+        return found
+
+    parts = torch.autograd.functional.jacobian(outputs, tuple(weights))
+    j = torch.cat([part.flatten(3) for part in parts], 3)  # [T, N, K, P]
+    p = outputs(*weights).softmax(2)
+    h = torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
+    g = torch.einsum("tnkp,tnkl,tnlq->tpq", j, h, j) / 10
+    objective = opened("Net", "parts", **options).another(over_time=True)
+    found = step_forms(objective, 5, torch.Generator().manual_seed(0))
+    draws = torch.randint(0, 2, (5, len(g[0])), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    v = 2.0 * draws.double() - 1
+    torch.testing.assert_close(found["forms"], torch.einsum("ip,tpq,iq->it", v, g, v), rtol=1e-9, atol=1e-12)
 
 
 def test_a_regression_over_time(theirs: dict[str, Any]) -> None:
@@ -306,6 +335,14 @@ def test_the_command_says_what_the_loss_gets(theirs: dict[str, Any], capsys: Cap
         (
             "--valid selects the steps of a readout: with --readout none the loss",
             ("Net", "padded", "--valid", "lengths", "--readout", "none"),
+        ),
+        (
+            "traces per time step need a network that returns outputs over time, [T, N, K]",
+            ("flat", "parts", "--per-step"),
+        ),
+        (
+            "traces per time step are not defined for padded sequences: leave out --valid",
+            ("Net", "padded", "--valid", "lengths", "--readout", "last", "--per-step"),
         ),
         (
             "has inputs [10, 4, 5] and targets [10], but [T, N, ...] and [N] are needed",

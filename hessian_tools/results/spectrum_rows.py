@@ -1,0 +1,63 @@
+"""Tables of a spectrum analysis: one row per layer, or per time step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from hessian_tools.results.spectrum import Eigenvalue, SpectrumResult, Trace
+
+
+def layer_rows(result: SpectrumResult) -> list[dict[str, Any]]:
+    """Return one row per layer, for quantization and pruning: trace per parameter and lambda_max of its diagonal block.
+
+    Args:
+        result: A spectrum with diagonal blocks.
+
+    Returns:
+        Rows with the columns operator, layer, parameters, weight_norm, lambda_max and trace, each of the last two with
+        its errors, and trace_per_parameter. A number that is not known is NaN. A standard error over the data that is
+        only known from below is in the column that ends in data_stderr_least.
+    """
+    rows = []
+    for layer, block in result.blocks.items():
+        inside = [name for name in result.parameters if (name.rpartition(".")[0] or name) == layer]
+        count = sum(result.parameters[name] for name in inside)
+        top = block.eigenvalues[0]
+        rows.append(
+            {
+                "operator": result.main[0],
+                "layer": layer,
+                "parameters": count,
+                "weight_norm": math.hypot(*(result.weight_norms[name] for name in inside)),
+                "lambda_max": top.value,
+                "lambda_max_residual": top.residual,
+                **_data_error("lambda_max", top),
+                **_trace_columns(block.trace),
+                "trace_per_parameter": block.trace.estimate / count if block.trace else math.nan,
+            }
+        )
+    return rows
+
+
+def step_rows(result: SpectrumResult) -> list[dict[str, Any]]:
+    """Return one row per time step: the loss of its outputs and the trace of the GGN of that loss, with its errors."""
+    return [
+        {
+            "step": s.step,
+            "loss": s.loss,
+            **_trace_columns(s.trace),
+        }
+        for s in result.steps
+    ]
+
+
+def _trace_columns(trace: Trace | None) -> dict[str, float]:
+    trace = trace or Trace(math.nan, math.nan, (math.nan, math.nan), 0, math.nan)
+    low, high = trace.ci95
+    columns = {"trace": trace.estimate, "trace_stderr": trace.stderr, "trace_low": low, "trace_high": high}
+    return columns | _data_error("trace", trace)
+
+
+def _data_error(name: str, value: Eigenvalue | Trace) -> dict[str, float]:
+    return {f"{name}_data_stderr": value.data_stderr, f"{name}_data_stderr_least": value.data_stderr_least}
