@@ -17,7 +17,21 @@ from ikun_hessian.reports.text import field, paragraph, shortened, warning
 
 def spectrum_lines(result: SpectrumResult) -> list[str]:
     """Return the lines that `spectrum` and `info` print for a result."""
-    sections = (opened, _state, _minimum, _table, _search, _blocks, _traces, _functionals, _scales, _warnings, _cost)
+    sections = (
+        opened,
+        _state,
+        _minimum,
+        _table,
+        _search,
+        _blocks,
+        _steps,
+        _diagonals,
+        _traces,
+        _functionals,
+        _scales,
+        _warnings,
+        _cost,
+    )
     lines = [line for section in sections if (part := section(result)) for line in [*part, ""]][:-1]
     return [*not_learned(result), *lines]
 
@@ -127,6 +141,24 @@ def _blocks(r: SpectrumResult) -> list[str]:
         trace = with_error(s.trace.estimate, s.trace) if s.trace else "-"
         lines.append(f"{shortened(name, 14):<14} {size:>9,} {top:>19} {low:>10} {trace:>21}")
     return lines
+
+
+def _steps(r: SpectrumResult) -> list[str]:
+    """Return the table of the GGN of the loss at each time step."""
+    if not r.steps:
+        return []
+    lines = [f"{'step':<9}{'trace':>11}  {'95% interval (probes)':<24}{'data error':>11}  {'loss':>9}"]
+    for s in r.steps:
+        interval = _interval(s.trace.ci95)
+        lines.append(f"{s.step:<9}{s.trace.estimate:>11.5g}  {interval:<24}{_error(s.trace):>11}  {s.loss:>9.4g}")
+    return [*lines, "trace of the GGN of the loss of the outputs of one step"]
+
+
+def _diagonals(r: SpectrumResult) -> list[str]:
+    """Say how the diagonals were computed."""
+    found = {name: s.diagonal for name, s in r.spectra.items() if s.diagonal}
+    how = (f"{name}: {f'from {d.products} probes' if d.method == 'probes' else 'exact'}" for name, d in found.items())
+    return field("diagonals", f"{'; '.join(how)} (in the .npz file)") if found else []
 
 
 def _traces(r: SpectrumResult) -> list[str]:

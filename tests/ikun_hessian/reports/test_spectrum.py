@@ -8,6 +8,7 @@ import pytest
 from spectra import NAN, full, sample
 
 from hessian_tools.results.comparability import labelled
+from hessian_tools.results.spectrum import Diagonal, StepTrace
 from ikun_hessian.reports.spectrum import compare_lines, spectrum_lines
 
 
@@ -61,3 +62,17 @@ def test_a_plain_model_has_a_screen_too() -> None:
     assert max(map(len, spectrum_lines(bare))) <= 80
     hessian = dataclasses.replace(bare.spectra["hessian"], smallest_eigenvalues=(), trace=None, density=None)
     assert spectrum_lines(dataclasses.replace(bare, spectra={"hessian": hessian}, sensitivity={}))
+
+
+def test_the_screen_has_time_steps_and_diagonals() -> None:
+    result = sample()
+    trace = next(s.trace for s in result.spectra.values() if s.trace)
+    diagonals = {"hessian": Diagonal("probes", 64), "ggn": Diagonal("Jacobian", 40)}
+    spectra = {name: dataclasses.replace(s, diagonal=diagonals.get(name)) for name, s in result.spectra.items()}
+    steps = tuple(StepTrace(t, 0.25, trace) for t in (1, 2))
+    lines = spectrum_lines(dataclasses.replace(result, spectra=spectra, steps=steps))
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
+    assert "step trace 95% interval (probes) data error loss 1 " in text
+    assert f"0.25 2 {trace.estimate:.5g} " in text
+    assert "diagonals hessian: from 64 probes; ggn: exact (in the .npz file)" in text
