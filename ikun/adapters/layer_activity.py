@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import nan
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
+from hessian_tools import nested
 from ikun.adapters.adapt_network import Adapted
-from ikun.adapters.summary import firing_rates, inputs_of
-from ikun.nodes.autograd import neurons
-from ikun.nodes.recording import groups_of, record_calls
+from ikun.adapters.summary import firing_rates, inputs_of, neurons_of
+from ikun.nodes.recording import record_calls
 
 
 @dataclass(frozen=True)
 class NeuronStatistics:
     """Statistics of the neurons of one module, pooled over time steps, samples and neurons.
 
-    Values other than the first three are NaN for neurons whose equations are not known.
+    The current is the input of the module. It does not include the recurrent current of a neuron that computes it
+    itself.
 
     Attributes:
         name: The module.
         firing_rate: Mean number of spikes per neuron and time step.
         dead: Fraction of neurons that never fire.
-        derivative_square: E[f'(h - threshold)^2].
+        derivative_square: E[f'(h - threshold)^2]. NaN for neurons whose equations are not known.
         current_variance: Variance of the input current.
         gradient_square: Mean square of the loss gradient with respect to this current.
         forward_gain: current_variance divided by that of the preceding neurons. NaN for the first neurons.
@@ -44,25 +45,10 @@ class NeuronStatistics:
     backward_gain: float = nan
 
 
-class _Currents(TorchFunctionMode):
-    """Keeps the gradients of the input currents of neurons."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is neurons:
-            if args[0].requires_grad:
-                args[0].retain_grad()
-            self.found.append(args[0])
-        return func(*args, **(kwargs or {}))
-
-
 def layer_activity(
-    adapted: Adapted, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+    adapted: Adapted, x: Any, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[NeuronStatistics, ...]:
-    """Compute the statistics of every layer of neurons, with two forward passes and one backward pass.
+    """Compute the statistics of every layer of neurons, with three forward passes and one backward pass.
 
     "Preceding" means in the order of the first call, which is that of the layers unless branches run side by side.
 
@@ -76,26 +62,33 @@ def layer_activity(
         The statistics, in the order in which the network calls its neurons.
     """
     rates, model = firing_rates(adapted, x), adapted.model
+    if not rates:
+        return ()
     x = inputs_of(adapted, x)
-    _, seen = record_calls(model, x)
-    with torch.enable_grad(), _Currents() as currents:
-        loss(model(x), y).backward(inputs=[t for t in currents.found if t.requires_grad] or None)
+    with torch.enable_grad():
+        _, seen = record_calls(model, x)
+        with _currents(adapted) as currents:
+            value = loss(nested.call(model, x), y)
+        if wanted := [t for found in currents.values() for t in found if t.requires_grad]:
+            value.backward(inputs=wanted)
+    calls: dict[str, list[Tensor]] = {}
+    for call in seen.calls:
+        calls.setdefault(call.place, []).append(call.slope().double().flatten())
+    slopes = {name: float(torch.cat(parts).square().mean()) for name, parts in calls.items()}
     found: list[NeuronStatistics] = []
-    for group in groups_of(seen.calls):
-        name = seen.calls[group[0]].place
+    for name, inputs in currents.items():
         if name not in rates:
             continue
-        current = torch.cat([seen.calls[i].x.double().flatten() for i in group])
-        grads = [t.grad.double().flatten() for i in group if (t := currents.found[i]).grad is not None]
         before = found[-1] if found else None
-        variance = float(current.var())
+        variance = float(torch.cat([t.detach().double().flatten() for t in inputs]).var())
+        grads = [t.grad.double().flatten() for t in inputs if t.grad is not None]
         gradient = float(torch.cat(grads).square().mean()) if grads else 0.0
         found.append(
             NeuronStatistics(
                 name,
                 rates[name]["firing_rate"],
                 rates[name]["dead"],
-                float(torch.cat([seen.calls[i].slope().double() for i in group]).square().mean()),
+                slopes.get(name, nan),
                 variance,
                 gradient,
                 variance / before.current_variance if before and before.current_variance else nan,
@@ -105,3 +98,29 @@ def layer_activity(
     known = {s.name for s in found}
     others = [NeuronStatistics(n, r["firing_rate"], r["dead"]) for n, r in rates.items() if n not in known]
     return (*found, *others)
+
+
+@contextmanager
+def _currents(adapted: Adapted) -> Iterator[dict[str, list[Tensor]]]:
+    """Keep the inputs of all calls of every neuron within this context, by its name, with their gradients."""
+    found: dict[str, list[Tensor]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> Any:
+            if not args or not isinstance(args[0], Tensor):
+                return None
+            current = args[0] * 1  # a residual branch may use the same tensor
+            if current.requires_grad:
+                current.retain_grad()
+            found.setdefault(name, []).append(current)
+            return (current, *args[1:])
+
+        return hook
+
+    neurons = {id(m) for m in neurons_of(adapted)}
+    handles = [m.register_forward_pre_hook(keep(n)) for n, m in adapted.model.named_modules() if id(m) in neurons]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

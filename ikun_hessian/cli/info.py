@@ -103,6 +103,7 @@ def info_command(checkpoint: Path, as_json: bool, data_dir: Path | None, own: Ow
 
 def _show_own(path: Path, own: Own, as_json: bool) -> None:
     """Describe the neurons of a network of the user's own on its first 512 samples."""
+    from hessian_tools import nested
     from ikun.adapters.layer_activity import layer_activity
     from ikun_hessian.jobs.device import half_of_the_memory
     from ikun_hessian.jobs.user_network import located, open_own
@@ -110,7 +111,7 @@ def _show_own(path: Path, own: Own, as_json: bool) -> None:
     found = open_own(path, own, samples="all", surrogate=None, memory=half_of_the_memory("cpu"))
     adapted = found.adapted()
     with located():
-        rows = layer_activity(adapted, found.x[:512], found.y[:512], found.loss)
+        rows = layer_activity(adapted, nested.selected(found.x, slice(512)), found.y[:512], found.loss)
     if not rows:
         raise click.UsageError(f"{path}: the network has no spiking neurons of a library that is known")
     if as_json:
@@ -128,9 +129,9 @@ def _show_own(path: Path, own: Own, as_json: bool) -> None:
         )
     for name, reason in adapted.nodes.items():
         if reason:
-            echo(f"! {name}: only its firing is known: {reason}")
+            echo(f"! {name}: E[f'^2] is not known: {reason}")
     echo(
-        f"\nOn {min(len(found.x), 512)} samples, in the order of the calls. forward: Var current, relative to that of\n"
+        f"\nOn {min(len(found.y), 512)} samples, in the order of the calls. forward: Var current, relative to that of\n"
         "the neurons before. backward: mean square of the loss gradient there, relative to that at these."
     )
 

@@ -80,7 +80,8 @@ def study_command(
 
     NAME is a preset (see --list) or a TOML file of your own. To continue a study that was stopped, run the same command
     again: finished work is kept. The results are OUT/runs, OUT/tables.md, OUT/compare.csv and OUT/figures. Keys of
-    --set are the options of `train`, spectrum.KEY, flatness.KEY, robustness.KEY, and the top-level keys of the preset.
+    --set are the options of `train`, spectrum.KEY, flatness.KEY, robustness.KEY, own.KEY, and the top-level keys of the
+    preset. A preset with a table [own] runs your code.
     """
     if listed:
         echo("\n".join(_list()))

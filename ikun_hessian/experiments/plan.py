@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ikun_hessian.experiments import preset
 from ikun_hessian.experiments.grid import run_grid
+from ikun_hessian.experiments.our_training import OurTraining
+from ikun_hessian.experiments.own_plan import own_trainings
+from ikun_hessian.experiments.own_training import OwnTraining
 from ikun_hessian.experiments.preset import Analysis, Preset, PresetError
+from ikun_hessian.experiments.step_sizes import check_sizes
 from ikun_hessian.experiments.study_record import STUDY_SCHEMA, others
 from ikun_hessian.experiments.unit import Step, Unit
 from ikun_hessian.jobs.errors import in_options
@@ -80,13 +83,52 @@ def make(
         if figure not in FIGURE_NAMES:
             raise PresetError(f"{found.source}: figures: no '{figure}'{meant(figure, FIGURE_NAMES)}")
     steps = tuple(_step(found.source, analysis, memory) for analysis in found.analyses)
-    conditions: dict[str, Any] = {}
+    options_of = run_grid(found, force)
     skipped: dict[str, str] = {}
+    trainings: Mapping[str, OurTraining | OwnTraining]
+    if found.own:
+        trainings = own_trainings(found, options_of, steps, data_dir, memory)
+    else:
+        trainings = _our_trainings(found, options_of, steps, data_dir, skipped)
+    units = [
+        Unit(name, out / "runs", training, steps, training.data_dir, device, memory, leader)
+        for name, training in trainings.items()
+    ]
+    if not units:
+        raise PresetError(f"{found.source}: all runs are skipped: {next(iter(skipped.values()))}")
+    _moments(found, units)
+    record = {
+        "schema": STUDY_SCHEMA,
+        **{key: getattr(found, key) for key in ("title", "question", "by", "accuracy")},
+        "runs": {unit.name: {**options_of[unit.name], **_own_record(unit, found)} for unit in units},
+        "analyses": {str(analysis): analysis.options for analysis in found.analyses},
+    }
+    made = StudyPlan(tuple(units), skipped, record, *others(record, out))
+    if (count := len(made.levels(found.by))) > LEVELS:
+        raise PresetError(f"{found.source}: by = '{found.by}' has {count} levels: figures can show at most {LEVELS}")
+    return made
+
+
+def _own_record(unit: Unit, found: Preset) -> dict[str, Any]:
+    """Return what else a run on a network of the user's own depends on: the table [own], and the code."""
+    if not isinstance(unit.training, OwnTraining):
+        return {}
+    return {**{f"own.{key}": value for key, value in found.own.items()}, "code": unit.training.code}
+
+
+def _our_trainings(
+    found: Preset,
+    runs: Mapping[str, Mapping[str, Any]],
+    steps: Sequence[Step],
+    data_dir: Path | None,
+    skipped: dict[str, str],
+) -> dict[str, OurTraining]:
+    """Read the options of all runs, with the networks and data of this package. Fills `skipped`."""
+    conditions: dict[str, Any] = {}
     counts: dict[Any, int] = {}
     seen = set()
-    units = []
-    options_of = run_grid(found, force)
-    for name, options in options_of.items():
+    made = {}
+    for name, options in runs.items():
         condition = {key: value for key, value in options.items() if key != "seed"}
         key = json.dumps(condition)
         if key not in conditions:
@@ -98,32 +140,10 @@ def make(
             _enough(found.source, data, folder, steps, counts)
             _possible(found.source, name, network, steps)
             seen.add(key)
-        units.append(
-            Unit(
-                name=name,
-                runs=out / "runs",
-                network=network,
-                data=dataclasses.replace(data, seed=options["seed"]),
-                training=dataclasses.replace(training, seed=options["seed"]),
-                steps=steps,
-                data_dir=folder,
-                device=device,
-                memory=memory,
-                study=leader,
-            )
+        seed = options["seed"]
+        made[name] = OurTraining(
+            network, dataclasses.replace(data, seed=seed), dataclasses.replace(training, seed=seed), folder
         )
-    if not units:
-        raise PresetError(f"{found.source}: all runs are skipped: {next(iter(skipped.values()))}")
-    _moments(found, units)
-    record = {
-        "schema": STUDY_SCHEMA,
-        **{key: getattr(found, key) for key in ("title", "question", "by", "accuracy")},
-        "runs": {unit.name: options_of[unit.name] for unit in units},
-        "analyses": {str(analysis): analysis.options for analysis in found.analyses},
-    }
-    made = StudyPlan(tuple(units), skipped, record, *others(record, out))
-    if (count := len(made.levels(found.by))) > LEVELS:
-        raise PresetError(f"{found.source}: by = '{found.by}' has {count} levels: figures can show at most {LEVELS}")
     return made
 
 
@@ -197,27 +217,11 @@ def _possible(source: str, name: str, network: Spec, steps: Sequence[Step]) -> N
     """Check the parameters, the surrogate and the number of eigenpairs of every analysis, before hours of training."""
     import torch
 
-    from hessian_tools.analysis.context import budget
     from ikun.networks import Network
-    from ikun.surrogates import Surrogate
 
     with torch.device("meta"):  # only the shapes are needed
         sizes = {key: tensor.numel() for key, tensor in Network(network).named_parameters()}
-    for step in steps:
-        patterns = [pattern.strip() for pattern in step.opening["params"].split(",")]
-        size = sum(n for key, n in sizes.items() if any(fnmatchcase(key, pattern) for pattern in patterns))
-        try:
-            if not size:
-                raise ValueError(f"params: nothing matches '{step.opening['params']}': choose from {', '.join(sizes)}")
-            if step.opening["surrogate"]:
-                Surrogate.parse(step.opening["surrogate"])
-            if step.command == "spectrum":
-                pairs = max(step.settings.magnitude or step.settings.top, step.settings.scaled)
-                if pairs > size:
-                    raise ValueError(f"{pairs} eigenvalues are more than the {size} parameters: ask for fewer")
-                budget(step.settings.memory * 2**30, size, pairs)
-        except ValueError as error:
-            raise PresetError(f"{source}: run {name}: [{step.command}] {error}") from None
+    check_sizes(f"{source}: run {name}", sizes, steps)
 
 
 def _moments(found: Preset, units: Sequence[Unit]) -> None:

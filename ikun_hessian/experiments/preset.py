@@ -25,6 +25,11 @@ samples = 1
 
 [flatness]                      # options of `ikun-hessian flatness`; [robustness]: jobs.options.ROBUSTNESS
 
+[own]                           # a network of your own: options of `ikun-hessian spectrum` for such networks
+model = "nets:build"
+data = "nets:samples"
+train = "nets:train"            # called as train(network, **options) with the options of [train] and [vary]
+
 [quick]                         # changes for --quick: tables are merged key by key, other values are replaced
 [quick.train]
 epochs = 20
@@ -35,7 +40,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +53,7 @@ MOMENTS = ("final", "loss", "snapshots")
 ANALYSES = ("spectrum", "flatness", "robustness")
 _VALUE_KINDS = {str: "text", int: "a whole number", float: "a number", list: "a list"}
 PLAIN = {"title": str, "question": str, "by": str, "accuracy": float, "seeds": int, "figures": list}
-TABLES = ("train", "vary", "when", *ANALYSES)
+TABLES = ("train", "vary", "when", "own", *ANALYSES)
 
 
 class PresetError(ValueError):
@@ -94,6 +99,7 @@ class Preset:
         grids: Varied options with their values. All combinations of a grid are run.
         when: (key, value, options) in the order of the file: options of the runs in which `key` has this value.
         analyses: The analyses of every run.
+        own: Options that describe a network of the user's own and its training function; empty for ours.
     """
 
     source: str
@@ -107,6 +113,7 @@ class Preset:
     grids: tuple[dict[str, list[Any]], ...]
     when: tuple[tuple[str, str, dict[str, Any]], ...]
     analyses: tuple[Analysis, ...]
+    own: dict[str, Any] = field(default_factory=dict)
 
 
 def names() -> list[str]:
@@ -200,6 +207,7 @@ def _preset(path: Path, values: Mapping[str, Any], anywhere: Sequence[Mapping[st
         grids=tuple(grids),
         when=tuple(_when(path, values.get("when", {}), anywhere, varied)),
         analyses=tuple(a for command in ANALYSES for a in _analyses(path, command, values.get(command))),
+        own=_table(path, "own", values.get("own", {})),
     )
 
 
@@ -307,6 +315,8 @@ def _changed(path: Path, values: dict[str, Any], change: str) -> dict[str, Any]:
     if table in ("", "vary") and any(key in grid for grid in grids):
         value = _value(written, listed=True)
         return {**values, "vary": [{**grid, key: value} for grid in grids]}
+    if table == "own" and "own" in values:
+        return {**values, "own": {**values["own"], key: _value(written)}}
     if table in ("", "train"):
         train = {**values.get("train", {}), key: _value(written)}
         return {**values, "train": train, "when": _without(values.get("when", {}), key)}

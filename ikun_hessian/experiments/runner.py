@@ -6,10 +6,10 @@ All state is in files that are either complete or missing, so that a unit can be
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +19,7 @@ from typing import Any
 
 from ikun_hessian.experiments.unit import Step, Unit, is_measured
 from ikun_hessian.jobs.errors import in_options
+from ikun_hessian.jobs.user_code import users_error
 
 FAILED = "ikun-hessian/failed/1"
 
@@ -60,10 +61,12 @@ def run_unit(unit: Unit) -> str:
 
 def _tried(step: str, work: Callable[[], None]) -> str:
     try:
-        work()
+        with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints
+            work()
     except OSError:
         raise
     except Exception as error:  # the other runs continue, whatever the error
+        error = users_error(error) or error
         message = " ".join(in_options(error).split()) or type(error).__name__
         known = isinstance(error, ValueError | RuntimeError | MemoryError)
         return f"{step}: {message if known else f'{type(error).__name__}: {message}'}"
@@ -71,22 +74,13 @@ def _tried(step: str, work: Callable[[], None]) -> str:
 
 
 def _train(unit: Unit) -> None:
-    from ikun.checkpoint import CheckpointError
     from ikun.training.log import run_paths
-    from ikun.training.loop import train, training_lock
+    from ikun.training.loop import training_lock
 
-    state = run_paths(unit.checkpoint)["resume"]
     with training_lock(unit.checkpoint):
         if not unit.trained():
-            work: dict[str, Any] = {"data_dir": unit.data_dir, "device": unit.device}
-            try:
-                train(unit.network, unit.data, unit.training, unit.checkpoint, resume=state.exists(), **work)
-            except CheckpointError:
-                if not state.exists():
-                    raise
-                state.unlink()  # damaged, or of other settings: start again
-                train(unit.network, unit.data, unit.training, unit.checkpoint, **work)
-        state.unlink(missing_ok=True)
+            unit.training.run(unit.checkpoint, unit.device)
+        run_paths(unit.checkpoint)["resume"].unlink(missing_ok=True)
 
 
 def _analyse(unit: Unit, step: Step, path: Path, stem: Path) -> None:
@@ -103,7 +97,7 @@ def _written(unit: Unit, step: Step, path: Path, stem: Path) -> None:
     from ikun_hessian.jobs.open import open_job
 
     where: dict[str, Any] = {"memory": unit.memory, "data_dir": unit.data_dir, "device": unit.device}
-    job = open_job(path, **step.opening, **where)
+    job = open_job(path, own=unit.training.own, **step.opening, **where)
     if step.command == "robustness":
         save_result(robustness.analyse_robustness(job, step.settings, unit.data_dir), Path(f"{stem}.json"))
         return
@@ -129,9 +123,7 @@ def _describe(unit: Unit) -> None:
             unit.checkpoint.with_suffix(".train.json"),
             {
                 "schema": "ikun-hessian/train/1",
-                "network": dataclasses.asdict(unit.network),
-                "data": dataclasses.asdict(unit.data),
-                "training": dataclasses.asdict(unit.training),
+                **unit.training.settings(),
                 "finished": False,
                 "epochs_run": 0,
                 "best_epoch": 0,

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ikun.data.spec import DataSpec
-    from ikun.networks import Spec
-    from ikun.training.spec import TrainingSpec
+    from ikun_hessian.experiments.our_training import OurTraining
+    from ikun_hessian.experiments.own_training import OwnTraining
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,7 @@ class Unit:
     Attributes:
         name: Name of the run.
         runs: Folder of its files.
-        network: The network.
-        data: The data.
-        training: The training.
+        training: The network, the data and the training.
         steps: The analyses.
         data_dir: Folder of the data set; None for the download cache.
         device: "cpu" or "cuda".
@@ -51,9 +48,7 @@ class Unit:
 
     name: str
     runs: Path
-    network: Spec
-    data: DataSpec
-    training: TrainingSpec
+    training: OurTraining | OwnTraining
     steps: tuple[Step, ...]
     data_dir: Path | None
     device: str

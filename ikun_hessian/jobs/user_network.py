@@ -51,7 +51,9 @@ class Opened:
     threshold: float | None
 
 
-def open_own(path: Path, own: Own, *, samples: str, surrogate: str | None, memory: float) -> Opened:
+def open_own(
+    path: Path, own: Own, *, samples: str, surrogate: str | None, memory: float, fewer: bool = False
+) -> Opened:
     """Open the network that `own` describes with the weights in a file, or the whole network in a .nir file.
 
     Args:
@@ -60,6 +62,7 @@ def open_own(path: Path, own: Own, *, samples: str, surrogate: str | None, memor
         samples: Number of samples, or "all".
         surrogate: Surrogate NAME:P to analyse with, in place of all surrogates; None for the network's own.
         memory: Memory in GiB. The samples may use a quarter of it.
+        fewer: Whether there may be fewer samples than asked for.
 
     Returns:
         The opened network.
@@ -85,7 +88,7 @@ def open_own(path: Path, own: Own, *, samples: str, surrogate: str | None, memor
     if analysed and instead:
         raise UsageError("--surrogate replaces every surrogate: leave out --replace-surrogate")
     build = _nir(path, own) if own.model is None else _built(path, own, own.model)
-    x, y = read_samples(own.data, samples, memory / 4, own.time_first_data)
+    x, y = read_samples(own.data, samples, memory / 4, own.time_first_data, fewer)
 
     def adapted(steeper: float = 1.0, surrogate: str | None = None) -> Adapted:
         if steeper == 1 and surrogate is None:
@@ -105,7 +108,7 @@ def open_own(path: Path, own: Own, *, samples: str, surrogate: str | None, memor
     classes = [type(module) for module in first.model.modules() if not type(module).__module__.startswith("torch.")]
     network = {
         "model": own.model or path.name,
-        "code": _digest(
+        "code": digest(
             sorted(file.read_bytes() for file in sources([*functions, *([reset] if reset else []), *classes]))
         ),
         **network,
@@ -118,12 +121,12 @@ def open_own(path: Path, own: Own, *, samples: str, surrogate: str | None, memor
     leaves = [*nested.tensors(x), y]
     parts = [t.contiguous().flatten().view(torch.uint8).numpy() for t in leaves]
     shapes = " ".join(f"{t.dtype} {list(t.shape)}" for t in leaves).encode()
-    data = {"name": own.data, "split": "", "sha256": _digest([shapes, *parts]), "loss": own.loss or "mse"}
+    data = {"name": own.data, "split": "", "sha256": digest([shapes, *parts]), "loss": own.loss or "mse"}
     spiking = trained is not None
     return Opened(adapted, loss, x, y, network, data, spiking, threshold if spiking else None)
 
 
-def _digest(parts: list[Any]) -> str:
+def digest(parts: list[Any]) -> str:
     """Return the SHA-256 of the SHA-256 digests of the parts."""
     whole = hashlib.sha256()
     for part in parts:
@@ -155,6 +158,19 @@ def _spike(surrogate: Any) -> Spike | None:
     return None if surrogate is None else lambda h: spike(h, surrogate)
 
 
+def adapt_options(own: Own) -> dict[str, Any]:
+    """Return the arguments of `adapt` that the options of a network give."""
+    return {
+        "library": own.library,
+        "steps": own.timesteps,
+        "sequences": own.sequences,
+        "time_first": own.time_first,
+        "output": own.output or "spikes",
+        "readout": own.readout,
+        "valid": own.valid,
+    }
+
+
 def _built(path: Path, own: Own, model: str) -> Build:
     """Build the user's network and load its weights. Returns a function that adapts it."""
     from torch import nn
@@ -182,13 +198,7 @@ def _built(path: Path, own: Own, model: str) -> Build:
             adapted = adapt(
                 network,
                 x,
-                library=own.library,
-                steps=own.timesteps,
-                sequences=own.sequences,
-                time_first=own.time_first,
-                output=own.output or "spikes",
-                readout=own.readout,
-                valid=own.valid,
+                **adapt_options(own),
                 surrogate=_spike(surrogate),
                 replacement=_spike(replacement),
                 steeper=steeper,

@@ -16,7 +16,9 @@ LABELS = ("labels", "label", "targets", "target")  # keys of the targets in a ba
 MOST_EMPTY = 1000  # batches without samples, one after the other
 
 
-def read_samples(text: str, samples: str, limit: float, time_first: bool = False) -> tuple[Any, Tensor]:
+def read_samples(
+    text: str, samples: str, limit: float, time_first: bool = False, fewer: bool = False
+) -> tuple[Any, Tensor]:
     """Read samples from a function of the user's.
 
     Args:
@@ -25,6 +27,7 @@ def read_samples(text: str, samples: str, limit: float, time_first: bool = False
         limit: Largest size of the samples in GiB.
         time_first: Whether batches have time as the first axis: inputs [T, N, ...] with two axes or more, and targets
             [T, N, ...] with three axes or more. Others have the samples first.
+        fewer: Whether there may be fewer samples than asked for.
 
     Returns:
         Inputs x [N, ...], a tensor, or a dict, tuple or list of tensors, and targets y [N, ...].
@@ -57,7 +60,7 @@ def read_samples(text: str, samples: str, limit: float, time_first: bool = False
                 raise UsageError(f"{what}: more than {limit:.2g} GiB of samples: give --samples N, or more --memory")
         if not count:
             raise UsageError(f"{what}: returned no samples")
-        if wanted is not None and count < wanted:
+        if wanted is not None and count < wanted and not fewer:
             raise UsageError(f"--samples {samples}: give a number from 1 to {count}, or all")
         for name, parts in (("inputs", xs), ("targets", ys)):
             shapes = list(dict.fromkeys(_sample(part) for part in parts))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ikun.adapters import adapt
@@ -20,6 +22,14 @@ functional, layer, neuron, surrogate = (
 )
 X = torch.rand(20, 1, 3, 4, generator=torch.Generator().manual_seed(0)).double()
 Y = torch.arange(20) % 3
+
+
+@pytest.fixture
+def default_double() -> Iterator[None]:
+    """Spikes of snnTorch in float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def twins(mode: str) -> tuple[Network, nn.Sequential]:
@@ -66,11 +76,86 @@ class Own(neuron.LIFNode):
         return spikes
 
 
-def test_of_neurons_with_unknown_equations_only_the_firing_is_known() -> None:
+def test_of_neurons_with_unknown_equations_the_slope_is_not_known() -> None:
     _, theirs = twins("s")
     theirs[4] = Own(tau=1.5, surrogate_function=surrogate.ATan(2.0))
     found = {s.name: s for s in layer_activity(adapt(theirs, X, steps=4), X, Y, LOSSES["mse"])}
-    assert list(found) == ["2", "6", "4"]
+    assert list(found) == ["2", "4", "6"]
     assert 0 < found["4"].firing_rate < 1
+    assert found["4"].forward_gain > 0
     assert math.isnan(found["4"].derivative_square)
     assert found["6"].derivative_square > 0
+
+
+class Steps(nn.Module):
+    """A network of snnTorch with its own loop over time."""
+
+    def __init__(self, cell: nn.Module, start: str) -> None:
+        super().__init__()
+        self.fc, self.cell, self.out, self.start = nn.Linear(12, 5), cell, nn.Linear(5, 3), start
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state, outputs = getattr(self.cell, self.start)(), []
+        state = state if isinstance(state, tuple) else (state,)
+        for _ in range(4):
+            found = self.cell(self.fc(x.flatten(1)), *state)
+            state = found if self.start.startswith("init_r") else found[1:]
+            outputs.append(self.out(found[0].to(x.dtype)))
+        return torch.stack(outputs)
+
+
+class Residual(nn.Module):
+    """Neurons whose input is also that of the other branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.cell = nn.Linear(12, 5), neuron.LIFNode(surrogate_function=surrogate.ATan())
+        self.out = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h: torch.Tensor = self.fc(x.flatten(1))
+        found: torch.Tensor = self.out(h + self.cell(h * 1))
+        return found
+
+
+def stepping(kind: str, start: str, **settings: object) -> nn.Module:
+    snntorch = pytest.importorskip("snntorch")
+    atan = snntorch.surrogate.atan(2.0)
+    return Steps(getattr(snntorch, kind)(beta=0.8, spike_grad=lambda v: atan(v).to(v.dtype), **settings), start)
+
+
+@pytest.mark.parametrize(
+    ("build", "steps"),
+    [
+        (lambda: stepping("Leaky", "init_leaky", learn_beta=True, learn_threshold=True), None),
+        (lambda: stepping("RSynaptic", "init_rsynaptic", alpha=0.6, linear_features=5), None),
+        (lambda: stepping("Alpha", "init_alpha", alpha=0.9), None),
+        (Residual, 3),
+    ],
+    ids=["learned", "recurrent", "unknown equations", "residual"],
+)
+def test_the_currents_are_those_of_hooks_on_the_librarys_own_forward(
+    build: Callable[[], nn.Module], steps: int | None, default_double: None
+) -> None:
+    torch.manual_seed(2)
+    net = build().double()
+    net.fc.weight.data.abs_().mul_(2)  # currents that make them fire
+    (found,) = layer_activity(adapt(net, X, steps=steps), X, Y, F.cross_entropy)
+    currents: list[torch.Tensor] = []
+    spikes: list[torch.Tensor] = []
+
+    def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        args[0].retain_grad()
+        currents.append(args[0])
+
+    net.cell.register_forward_pre_hook(enter)
+    net.cell.register_forward_hook(lambda m, args, out: spikes.append(out[0] if isinstance(out, tuple) else out))
+    out = net(X).mean(0) if steps is None else torch.stack([net(X) for _ in range(steps)]).mean(0)
+    F.cross_entropy(out, Y).backward()
+    fired = torch.stack(spikes).detach()
+    grads = torch.stack([t.grad for t in currents if t.grad is not None])
+    assert 0 < found.firing_rate == pytest.approx(float(fired.mean()))
+    assert found.dead == pytest.approx(float((fired.sum((0, 1)) == 0).double().mean()))
+    assert found.current_variance == pytest.approx(float(torch.stack(currents).detach().var()))
+    assert found.gradient_square == pytest.approx(float(grads.square().mean()), rel=1e-6)
+    assert math.isnan(found.derivative_square) == (type(net.cell).__name__ == "Alpha")
