@@ -101,10 +101,12 @@ def snntorch_node(module: nn.Module) -> tuple[type[LibraryNode], Plan]:
         raise UnfitError("its spikes are graded")
     surrogate = surrogate_plan(library_surrogate(module))
     rates = (m.threshold, m.time_step, m.R, m.C) if name == "Lapicque" else (m.threshold, m.beta)
+    reset = RESETS[int(m.reset_mechanism_val)]
     fixed = all(t.numel() == 1 and not t.requires_grad for t in rates)
     if name == "Lapicque" and not fixed:
         raise UnfitError("its threshold is learned, or its constants differ between neurons")
     spec = ScanSpec(surrogate["surrogate"], decay=0.0, threshold=0.0, reset="soft", detach_reset=True)
+    fixed = fixed and (reset != "none" or name == "Lapicque")  # the kernels always reset, which a relaxed spike shows
     if fixed:
         decay, gain = float(m.beta.clamp(0, 1)), 1.0
         if name == "Lapicque":
@@ -112,6 +114,4 @@ def snntorch_node(module: nn.Module) -> tuple[type[LibraryNode], Plan]:
             decay, gain = 1 - dt / (r * c), dt / c
         spec = ScanSpec(surrogate["surrogate"], decay, gain, float(m.threshold), reset="soft", detach_reset=True)
     at_once = not getattr(m, "reset_delay", True)
-    return SnnTorchNode, Plan(
-        spec, surrogate["jet"], more=_Kind(name, RESETS[int(m.reset_mechanism_val)], at_once, fixed)
-    )
+    return SnnTorchNode, Plan(spec, surrogate["jet"], more=_Kind(name, reset, at_once, fixed))

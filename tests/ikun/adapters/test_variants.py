@@ -80,6 +80,41 @@ def test_the_relaxed_hessian_is_that_of_the_relaxed_loss(kind: str, settings: di
     assert (adapted.model(X) * STEPS).frac().abs().max() < 1e-5  # the network itself still spikes
 
 
+class Steps(nn.Module):
+    """A network of snnTorch without a reset, which has a relaxed form."""
+
+    def __init__(self, recurrent: bool) -> None:
+        super().__init__()
+        snntorch = pytest.importorskip("snntorch")
+        settings = {"beta": 0.8, "reset_mechanism": "none", "spike_grad": snntorch.surrogate.atan(2.0)}
+        self.recurrent, self.fc, self.out = recurrent, nn.Linear(5, 6), nn.Linear(6, 3)
+        self.cell = snntorch.RLeaky(linear_features=6, **settings) if recurrent else snntorch.Leaky(**settings)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.cell.init_rleaky() if self.recurrent else (self.cell.init_leaky(),)
+        outputs = []
+        for _ in range(STEPS):
+            found = self.cell(self.fc(x), *state)
+            state = found if self.recurrent else found[1:]
+            outputs.append(self.out(found[0]))
+        return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_the_relaxed_network_is_that_of_the_librarys_own_forward(recurrent: bool) -> None:
+    torch.manual_seed(0)
+    net = Steps(recurrent)
+    x = X.float()
+    found = relaxed_network(adapt(net, x), x[:3]).model(x)
+
+    def fire(memory: Tensor) -> Tensor:
+        return torch.atan(torch.pi * (memory - net.cell.threshold)) / torch.pi + 0.5  # the integral of ATan's slope
+
+    net.cell.fire = fire
+    expected = net(x).mean(0)
+    assert ((expected - found).abs() < 1e-5).all()
+
+
 class Own(neuron.LIFNode):
     """A user's neuron, with other equations."""
 
