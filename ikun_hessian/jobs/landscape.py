@@ -29,7 +29,7 @@ def _relaxed(job: Job) -> tuple[Objective | None, dict[str, str]]:
     return objective, {}
 
 
-def analyse_landscape(job: Job, settings: LandscapeSettings, stem: Path) -> LandscapeResult:
+def analyse_landscape(job: Job, settings: LandscapeSettings, stem: Path, shown: bool = True) -> LandscapeResult:
     """Analyse a checkpoint, or resume an interrupted analysis of it."""
     from hessian_tools.analysis.landscape import landscape as analyse
     from hessian_tools.io.json import clean
@@ -45,7 +45,7 @@ def analyse_landscape(job: Job, settings: LandscapeSettings, stem: Path) -> Land
         "versions": versions(),
     }
     relaxed, refused = _relaxed(job)
-    with Bar() as bar:
+    with Bar(shown=shown) as bar:
         return analyse(
             job.objective,
             settings,
