@@ -48,6 +48,7 @@ def flatness_command(
     resume: bool,
     as_json: bool,
     own: Own,
+    captioned: bool,
     detail: str,
     **options: Any,
 ) -> None:
@@ -95,7 +96,7 @@ def flatness_command(
                 locks,
             )
             if known is None:
-                known, refusal = analyse_calibration(job, calibrating, calibration_stem)
+                known, refusal = analyse_calibration(job, calibrating, calibration_stem, captioned)
         result = old or analyse_flatness(job, settings, stem, shown=detail != "quiet")
         found.append(result)
         if as_json:

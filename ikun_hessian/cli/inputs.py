@@ -28,3 +28,15 @@ def checkpoint_files(paths: Sequence[Path]) -> tuple[Path, ...]:
         else:
             found.append(path)
     return tuple(dict.fromkeys(found))
+
+
+def one_checkpoint(path: Path) -> Path:
+    """Return the checkpoint, or the only one in a folder.
+
+    Raises:
+        click.UsageError: If the path does not exist, or is a folder with no or several checkpoints.
+    """
+    found = checkpoint_files([path])
+    if len(found) > 1:
+        raise click.UsageError(f"{path}: a folder with {len(found)} checkpoints: choose one of them")
+    return found[0]

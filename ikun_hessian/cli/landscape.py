@@ -77,6 +77,7 @@ def landscape_command(
     force: bool,
     resume: bool,
     as_json: bool,
+    captioned: bool,
     detail: str,
     **opening: Any,
 ) -> None:
@@ -124,7 +125,7 @@ def landscape_command(
         result = old or analyse_landscape(job, settings, stem, shown=detail != "quiet")
         found.append(result)
         if old is None:
-            write_landscape(result, stem)
+            write_landscape(result, stem, captioned)
         if not as_json:
             files = f"{stem}.{{json,png,pdf}}{' (unchanged)' if old else ''}"
             full = [*landscape_lines(result), f"files       {files}"]

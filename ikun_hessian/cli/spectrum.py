@@ -44,6 +44,7 @@ def spectrum_command(
     memory: float | None,
     trajectory: bool,
     own: Own,
+    captioned: bool,
     detail: str,
     **options: Any,
 ) -> None:
@@ -87,14 +88,14 @@ def spectrum_command(
         found.append(result)
         if not first:
             continue
-        files = [] if old else write_spectrum(result, stem)
+        files = [] if old else write_spectrum(result, stem, captioned=captioned)
         names = f"{stem}.{{{','.join(files) or 'json,...'}}}{'' if files else ' (unchanged)'}"
         if not as_json:
             full = [*spectrum_lines(result), f"files       {names}"]
             show(detail, len(found), brief_line(result), spectrum_summary(result, names), full)
     if trajectory and first:
         stem = (out or checkpoints[0].parent) / ".".join([*([tag] if tag else []), "trajectory"])
-        save_figure(trajectory_figure(found), stem)
+        save_figure(trajectory_figure(found, captioned), stem)
         write_table(trajectory_rows(found), Path(f"{stem}.csv"))
         if not as_json and detail != "quiet":
             echo(f"trajectory  {stem}.{{png,pdf,csv}}")

@@ -234,6 +234,15 @@ RESULTS = (  # where the results of an analysis go
         "force", bool, False, "Overwrite a result of other settings, or discard an interrupted analysis.", preset=False
     ),
     Option("resume", bool, False, "Resume an interrupted analysis, and keep finished results.", preset=False),
+    Option(
+        "caption",
+        bool,
+        True,
+        "Whether figures have a caption with their provenance.",
+        renamed="captioned",
+        opposite="no-caption",
+        preset=False,
+    ),
     JSON,
 )
 
