@@ -194,7 +194,8 @@ def draw_layers(ax: Axes, spectrum: Spectrum) -> None:
     )  # fmt: skip
     bar = ax.collections[0].colorbar
     assert bar is not None
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
+    assert bar.solids is not None
     bar.solids.set_rasterized(True)
     if smalls:
         ax.axvline(len(tops), color="white", linewidth=3)
