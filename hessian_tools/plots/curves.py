@@ -185,11 +185,11 @@ def density_curves(density: Density, axis: SymlogAxis, positive: bool = False) -
     low, high = axis.forward(ends)
     count = math.ceil((high - low + 12 * axis.sigma) / axis.sigma * 4) + 1
     grid = axis.inverse(np.linspace(low - 6 * axis.sigma, high + 6 * axis.sigma, count))
-    curves = np.stack([_broadened(x, w, grid, axis) for x, w in bulk])
-    if positive:  # what the broadening moved below 0 belongs at the same size above
-        curves = curves + np.stack([_broadened(-x, w, grid, axis) for x, w in bulk])
-        grid, curves = grid[grid >= 0], curves[:, grid >= 0]
-    return grid, curves
+    if positive:  # what the broadening would move below 0 is reflected
+        grid = np.append(0.0, grid[grid > 0])
+        sides = [(_broadened(x, w, grid, axis), _broadened(-x[::-1], w[::-1], grid, axis)) for x, w in bulk]
+        return grid, np.stack([right + left for right, left in sides])
+    return grid, np.stack([_broadened(x, w, grid, axis) for x, w in bulk])
 
 
 def _broadened(nodes: Array, weights: Array, grid: Array, axis: SymlogAxis) -> Array:
