@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from hessian_tools.analysis.warnings import learned_nothing
+from hessian_tools.results.flatness import FlatnessResult, Metric
 from hessian_tools.results.spectrum import Eigenvalue, SpectrumResult, Trace
 
 PRECISE = 0.1  # relative standard error up to which networks may be ranked
 NAMES = {"ggn": "GGN", "hessian": "Hessian", "fisher": "Fisher matrix"}
 
 
-def ranking(result: SpectrumResult) -> str:
+@dataclass(frozen=True)
+class Known:
+    """How well a number is known.
+
+    Attributes:
+        error: Standard error relative to the value. It is infinite if the value is zero, and NaN if it is unknown.
+        least: Whether the error is only a lower limit.
+    """
+
+    error: float
+    least: bool
+
+    @property
+    def precise(self) -> bool:
+        """Whether the error is known and small."""
+        return self.error <= PRECISE and not self.least
+
+    def __str__(self) -> str:
+        return f"{'at least ' if self.least else ''}{self.error:.0%}" if math.isfinite(self.error) else "unknown"
+
+
+def ranking(result: SpectrumResult | FlatnessResult) -> str:
     """Say in one sentence whether networks may be ranked by the numbers of this result.
 
     Two networks with the same relative error e can be told apart if they differ by more than 2 sqrt(2) e, which is
@@ -19,49 +43,50 @@ def ranking(result: SpectrumResult) -> str:
     are correlated, and a smaller difference may suffice.
 
     Args:
-        result: The result of a spectrum analysis.
+        result: The result of an analysis.
     """
     classes = result.network.get("classes") or result.data.get("classes")
     if learned_nothing(result.accuracy, result.loss, classes, result.activity):
         return "no: the network has not learned its task."
-    for kind, s in result.spectra.items():
-        if not s.eigenvalues[0].converged:
-            return f"no: lambda_max of the {NAMES.get(kind, kind)} did not converge."
-    tops = {kind: relative_error(s.eigenvalues[0]) for kind, s in result.spectra.items()}
-    traces = {kind: relative_error(s.trace) for kind, s in result.spectra.items() if s.trace is not None}
-    if all(math.isnan(error) for error, _ in tops.values()):
+    if isinstance(result, SpectrumResult):
+        for kind, s in result.spectra.items():
+            if not s.eigenvalues[0].converged:
+                return f"no: lambda_max of the {NAMES.get(kind, kind)} did not converge."
+        tops = {kind: _known(s.eigenvalues[0].value, s.eigenvalues[0]) for kind, s in result.spectra.items()}
+        traces = {kind: _known(s.trace.estimate, s.trace) for kind, s in result.spectra.items() if s.trace is not None}
+    else:
+        tops, traces = (
+            {kind: _known(m.value, m) for kind in ("ggn", "hessian") if (m := result.main.get(f"{kind} {what}"))}
+            for what in ("lambda_max", "trace")
+        )
+    return _verdict(tops, traces)
+
+
+def _verdict(tops: Mapping[str, Known], traces: Mapping[str, Known]) -> str:
+    """Say by which numbers networks may be ranked, given how well those of each operator are known."""
+    if all(math.isnan(top.error) for top in tops.values()):
         return "no: a single sample gives no error from the data. Use more samples."
-    good = {f"lambda_max of the {NAMES.get(kind, kind)}": e for kind, (e, least) in tops.items() if _precise(e, least)}
-    good |= {f"the {NAMES.get(kind, kind)} trace": e for kind, (e, least) in traces.items() if _precise(e, least)}
-    worst, (error, least) = max(tops.items(), key=lambda item: (item[1][1], item[1][0]))
-    if all(_precise(error, least) for error, least in tops.values()):
-        return f"by lambda_max, if two networks differ by more than {_resolved(error)}, and over several seeds."
-    size = "unknown" if not math.isfinite(error) else f"{'at least ' if least else ''}{error:.0%}"
-    text = f"not by lambda_max of the {NAMES.get(worst, worst)} (data error {size})"
+    worst = max(tops, key=lambda kind: (math.isnan(tops[kind].error), tops[kind].least, tops[kind].error))
+    if all(top.precise for top in tops.values()):
+        return f"by lambda_max, if two networks differ by more than {_resolved(tops[worst])}, and over several seeds."
+    good = {f"lambda_max of the {NAMES.get(kind, kind)}": top for kind, top in tops.items() if top.precise}
+    good |= {f"the {NAMES.get(kind, kind)} trace": trace for kind, trace in traces.items() if trace.precise}
+    text = f"not by lambda_max of the {NAMES.get(worst, worst)} (data error {tops[worst]})"
     if not good:
         return f"{text}: use more samples."
-    best = min(good, key=lambda name: good[name])
+    best = min(good, key=lambda name: good[name].error)
     return f"{text}; by {best}, if two networks differ by more than {_resolved(good[best])}."
 
 
-def relative_error(number: Eigenvalue | Trace) -> tuple[float, bool]:
-    """Return the standard error relative to the value, and whether it is only a lower limit.
-
-    The error is that from the data; for a trace also that over the probes. It is infinite if the value is zero.
-    """
+def _known(value: float, number: Eigenvalue | Trace | Metric) -> Known:
+    """Return how well a number is known: its error from the data; for a trace also that over the probes."""
     least = not math.isnan(number.data_stderr_least)
     error = number.data_stderr_least if least else number.data_stderr
-    value = number.value if isinstance(number, Eigenvalue) else number.estimate
-    if isinstance(number, Trace):
-        error = math.hypot(error, 0.0 if math.isnan(number.stderr) else number.stderr)
-    return (abs(error / value) if value else math.inf), least
+    probes = number.stderr if not isinstance(number, Eigenvalue) else 0.0
+    error = math.hypot(error, 0.0 if math.isnan(probes) else probes)
+    return Known(abs(error / value) if value else math.inf, least)
 
 
-def _precise(error: float, least: bool) -> bool:
-    """Return whether an error is known and small."""
-    return error <= PRECISE and not least
-
-
-def _resolved(error: float) -> str:
+def _resolved(known: Known) -> str:
     """Return the smallest relative difference of two networks that is twice its own standard error."""
-    return f"{2 * math.sqrt(2) * error:.0%}"
+    return f"{2 * math.sqrt(2) * known.error:.0%}"

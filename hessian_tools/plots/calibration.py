@@ -62,7 +62,7 @@ _DIRECTION_KINDS = {  # kind of direction: label, marker and marker size
 }
 
 
-def calibration_figure(result: CalibrationResult) -> Figure:
+def calibration_figure(result: CalibrationResult, captioned: bool = True) -> Figure:
     """Draw how well the operators predict the curvature of the true spiking loss of one checkpoint.
 
     Panels (a-c) show the true curvature along each direction v against the prediction v'Av at the middle noise scale,
@@ -72,6 +72,7 @@ def calibration_figure(result: CalibrationResult) -> Figure:
 
     Args:
         result: The calibration of one checkpoint.
+        captioned: Whether to add a caption with the provenance.
 
     Returns:
         The figure, two columns wide.
@@ -95,7 +96,8 @@ def calibration_figure(result: CalibrationResult) -> Figure:
         draw_ratios(axes[1], result, near)
         draw_traces(axes[2], result, near)
         add_legend(figure, _legend(result))
-        add_caption(figure, calibration_caption(result))
+        if captioned:
+            add_caption(figure, calibration_caption(result))
         return settled(figure)
 
 

@@ -160,7 +160,7 @@ def symlog_axis(result: SpectrumResult) -> SymlogAxis:
     return SymlogAxis(linthresh, float(ends[0]), float(ends[1]), sigma)
 
 
-def density_curves(density: Density, axis: SymlogAxis) -> tuple[Array, Array]:
+def density_curves(density: Density, axis: SymlogAxis, positive: bool = False) -> tuple[Array, Array]:
     """Compute the broadened density of the bulk for each probe.
 
     Every quadrature node becomes a Gaussian with standard deviation `axis.sigma` in u, or, if the nodes are further
@@ -169,6 +169,8 @@ def density_curves(density: Density, axis: SymlogAxis) -> tuple[Array, Array]:
     Args:
         density: Quadrature nodes and weights of an operator.
         axis: The eigenvalue axis.
+        positive: Whether the operator has no negative eigenvalues. The density then ends at 0, and what the broadening
+            moved below 0 is reflected.
 
     Returns:
         A grid of eigenvalues [n], and the density per unit of lambda of each probe [probes, n]. Both are empty if
@@ -183,6 +185,10 @@ def density_curves(density: Density, axis: SymlogAxis) -> tuple[Array, Array]:
     low, high = axis.forward(ends)
     count = math.ceil((high - low + 12 * axis.sigma) / axis.sigma * 4) + 1
     grid = axis.inverse(np.linspace(low - 6 * axis.sigma, high + 6 * axis.sigma, count))
+    if positive:  # what the broadening would move below 0 is reflected
+        grid = np.append(0.0, grid[grid > 0])
+        sides = [(_broadened(x, w, grid, axis), _broadened(-x[::-1], w[::-1], grid, axis)) for x, w in bulk]
+        return grid, np.stack([right + left for right, left in sides])
     return grid, np.stack([_broadened(x, w, grid, axis) for x, w in bulk])
 
 
@@ -270,6 +276,12 @@ def _quadratures(density: Density, skip: int = 0) -> list[tuple[Array, Array]]:
 def _bulk(density: Density) -> list[tuple[Array, Array]]:
     """Return the nodes and weights of each probe without the deflated eigenvalues."""
     return _quadratures(density, density.atoms)
+
+
+def is_positive(name: str, density: Density) -> bool:
+    """Return whether an operator is positive semidefinite: a GGN or Fisher matrix without a negative node."""
+    nodes = finite(x for probe in density.nodes for x in probe)
+    return name in ("ggn", "fisher") and bool(len(nodes)) and nodes.min() >= -1e-4 * np.abs(nodes).max()
 
 
 def finite(values: Iterable[float]) -> Array:

@@ -54,7 +54,7 @@ ACCURACY = (0, (3, 1.5))  # dashes of the accuracy
 TRUE: Look = ((0.1, 0.1, 0.1), "-")  # look of the true loss
 
 
-def landscape_figure(result: LandscapeResult) -> Figure:
+def landscape_figure(result: LandscapeResult, captioned: bool = True) -> Figure:
     """Draw the loss along lines and over planes through the weights.
 
     There is one panel for each line, with a common loss axis, and one or two panels for each plane: the true loss and
@@ -65,6 +65,7 @@ def landscape_figure(result: LandscapeResult) -> Figure:
 
     Args:
         result: The landscape of one checkpoint.
+        captioned: Whether to add a caption with the provenance.
 
     Returns:
         The figure, two columns wide.
@@ -114,7 +115,8 @@ def landscape_figure(result: LandscapeResult) -> Figure:
             if len(levels):
                 _bar(figure, axes, levels, norm)
         add_legend(figure, _legend(result, styles, relaxed))
-        add_caption(figure, landscape_caption(result))
+        if captioned:
+            add_caption(figure, landscape_caption(result))
         return settled(figure)
 
 

@@ -25,7 +25,7 @@ from hessian_tools.plots.captions import (
     trajectory_caption,
     trajectory_legend,
 )
-from hessian_tools.plots.curves import finite, symlog_axis
+from hessian_tools.plots.curves import densities_of, finite, symlog_axis
 from hessian_tools.plots.line_panels import column, draw_eigenvalue_paths, draw_paths, draw_resamples, name_ends
 from hessian_tools.plots.spectrum_panels import draw_cdf, draw_density, draw_layers, draw_ranks, has_data_error, marks
 from hessian_tools.plots.style import (
@@ -40,6 +40,7 @@ from hessian_tools.plots.style import (
     set_title,
     settled,
     shades,
+    share_log_range,
     styled,
 )
 from hessian_tools.results.comparability import common_operators
@@ -47,7 +48,7 @@ from hessian_tools.results.spectrum import SpectrumResult
 from hessian_tools.results.trajectory import RANKS, snapshots, stability_limit, trace_error, trajectory_rows
 
 
-def spectrum_figure(result: SpectrumResult) -> Figure:
+def spectrum_figure(result: SpectrumResult, captioned: bool = True) -> Figure:
     """Draw the spectrum of one checkpoint.
 
     The panels show (a) the density of the bulk, (b) the cumulative distribution, (c) |eigenvalue| against rank and (d)
@@ -61,33 +62,38 @@ def spectrum_figure(result: SpectrumResult) -> Figure:
 
     Args:
         result: The spectrum.
+        captioned: Whether to add a caption with the provenance.
 
     Returns:
-        The figure, with the provenance of the result in its caption.
+        The figure. Without a density it has no panels (a) and (b), and the others get these letters.
     """
     with styled():
-        figure = Figure(figsize=(WIDTH, 5.2), layout=layout())
+        dense = bool(densities_of(result))
+        figure = Figure(figsize=(WIDTH, 5.2 if dense else 2.9), layout=layout())
         styles = dict(zip(result.spectra, looks(len(result.spectra)), strict=True))
-        (a, b), (c, d) = figure.subplots(2, 2)
+        panels = list(figure.subplots(2 if dense else 1, 2, squeeze=False).flat)
         axis = symlog_axis(result)
-        layers = f"layers of the {operator_name(result.main[0])} eigenvectors"
-        titles = ("bulk spectral density", "cumulative distribution", "ends of the spectrum", layers)
-        for ax, letter, title in zip((a, b, c, d), "abcd", titles, strict=True):
+        titles = ["ends of the spectrum", f"layers of the {operator_name(result.main[0])} eigenvectors"]
+        titles = ["bulk spectral density", "cumulative distribution", *titles] if dense else titles
+        for ax, letter, title in zip(panels, "abcd", titles, strict=False):
             set_title(ax, letter, title)
-        draw_density(a, result, styles, axis)
-        draw_cdf(b, result, styles, axis)
-        draw_ranks(c, [(s, styles[name]) for name, s in result.spectra.items()])
-        draw_layers(d, result.main[1])
+        if dense:
+            draw_density(panels[0], result, styles, axis)
+            draw_cdf(panels[1], result, styles, axis)
+        draw_ranks(panels[-2], [(s, styles[name]) for name, s in result.spectra.items()])
+        draw_layers(panels[-1], result.main[1])
         add_legend(figure, spectrum_legend(result, styles))
-        add_caption(figure, spectrum_caption(result, axis))
+        if captioned:
+            add_caption(figure, spectrum_caption(result, axis))
         return settled(figure)
 
 
-def layers_figure(result: SpectrumResult) -> Figure:
+def layers_figure(result: SpectrumResult, captioned: bool = True) -> Figure:
     """Draw the bulk density of the diagonal block of each layer, all on the same eigenvalue axis.
 
     Args:
         result: A spectrum with diagonal blocks.
+        captioned: Whether to add a caption with the provenance.
 
     Returns:
         The figure.
@@ -111,11 +117,14 @@ def layers_figure(result: SpectrumResult) -> Figure:
             draw_density(ax, replace(result, spectra={name: block}, num_parameters=size), {name: style}, axis)
             if not ax.get_subplotspec().is_first_col():
                 ax.set_ylabel("")
+        drawn = figure.axes[: len(result.blocks)]
+        share_log_range([ax for ax in drawn if ax.get_yscale() == "log"])
         for ax in list(panels):
             ax.axis("off")
         text = f"Diagonal block of the {operator_name(result.main[0])} for each layer. Ticks: deflated eigenvalues. "
         text += f"Grey: less than one eigenvalue. {caption(result)}"
-        add_caption(figure, text)
+        if captioned:
+            add_caption(figure, text)
         return settled(figure)
 
 
@@ -144,6 +153,7 @@ def rank_figure(results: list[tuple[str, SpectrumResult]]) -> Figure:
         for ax, letter, name in zip(axes, "abcdefgh", common, strict=False):
             set_title(ax, letter, operator_name(name))
             draw_ranks(ax, [(r.spectra[name], look) for (_, r), look in zip(results, styles, strict=True)])
+        share_log_range(axes[: len(common)])
         for ax in axes[len(common) :]:
             ax.remove()
         lines: list[Line2D | Patch] = [
@@ -157,7 +167,7 @@ def rank_figure(results: list[tuple[str, SpectrumResult]]) -> Figure:
         return settled(figure)
 
 
-def trajectory_figure(results: list[SpectrumResult]) -> Figure:
+def trajectory_figure(results: list[SpectrumResult], captioned: bool = True) -> Figure:
     """Draw the spectra of snapshots of one training run against the epoch.
 
     The panels show (a) the largest eigenvalues and the smallest eigenvalue of the first operator and the GGN, with the
@@ -166,6 +176,7 @@ def trajectory_figure(results: list[SpectrumResult]) -> Figure:
 
     Args:
         results: Results of two or more snapshots, in any order, or in the order of training if they record no epoch.
+        captioned: Whether to add a caption with the provenance.
 
     Returns:
         The figure.
@@ -216,11 +227,12 @@ def trajectory_figure(results: list[SpectrumResult]) -> Figure:
             for ax in (above, below):
                 ax.set_ylabel("")
         add_legend(figure, trajectory_legend(ordered, ends, styles, limited))
-        add_caption(figure, trajectory_caption(ordered, axes, limit, limited))
+        if captioned:
+            add_caption(figure, trajectory_caption(ordered, axes, limit, limited))
         return settled(figure)
 
 
-def samples_figure(result: SpectrumResult) -> Figure:
+def samples_figure(result: SpectrumResult, captioned: bool = True) -> Figure:
     """Draw how the curvature depends on the number of samples on which it is measured.
 
     The panels show (a) the largest eigenvalues and (b) the trace of the first operator on random subsets of the data,
@@ -228,6 +240,7 @@ def samples_figure(result: SpectrumResult) -> Figure:
 
     Args:
         result: A spectrum with a curve over the number of samples.
+        captioned: Whether to add a caption with the provenance.
 
     Returns:
         The figure.
@@ -257,5 +270,6 @@ def samples_figure(result: SpectrumResult) -> Figure:
         axes = [draw_resamples(a, curve, ranks, (*largest, samples), colours, "eigenvalue λ")]
         axes += [draw_resamples(b, curve, [[finite(p.traces) for p in curve]], (*trace, samples), colours, "trace")]
         add_legend(figure, samples_legend(curve, len(ranks), samples, colours))
-        add_caption(figure, samples_caption(result, curve, ranks, largest[0], axes))
+        if captioned:
+            add_caption(figure, samples_caption(result, curve, ranks, largest[0], axes))
         return settled(figure)

@@ -21,6 +21,7 @@ from hessian_tools.plots.curves import (
     densities_of,
     density_curves,
     finite,
+    is_positive,
     one_eigenvalue,
 )
 from hessian_tools.plots.style import (
@@ -56,7 +57,7 @@ def draw_density(ax: Axes, result: SpectrumResult, styles: dict[str, Look], axis
         return say(ax, "no density computed")
     if not any(np.any(nodes) for d in drawn.values() for nodes in d.nodes):
         return say(ax, "all eigenvalues are 0")
-    curves = {n: density_curves(d, axis) for n, d in drawn.items()}
+    curves = {n: density_curves(d, axis, is_positive(n, d)) for n, d in drawn.items()}
     peak = max((y.max(initial=0.0) for _, y in curves.values()), default=0.0)
     low, high = axis.forward(np.array([axis.low, axis.high]))
     grid = axis.inverse(np.linspace(low, high, 400))
@@ -125,7 +126,9 @@ def draw_ranks(ax: Axes, series: Sequence[tuple[Spectrum, Look]]) -> None:
     floor = float(sizes.max()) * 10.0**-DECADES
     cut = bool((sizes < floor).any())
     highest = max(abs(e.value) + has_data_error(e) for e in pairs)
-    low, high = (floor / 4 if cut else float(sizes.min()) / 2), highest * 2
+    ends = [abs(e.value) - has_data_error(e) for e in pairs if abs(e.value) > has_data_error(e)]
+    least = max(min(min(ends, default=math.inf) / 1.2, float(sizes.min()) / 2), floor / 4)  # bars are not cut off
+    low, high = (floor / 4 if cut else least), highest * 2
     ax.set_yscale("log")
     ax.set_ylim(low, high)
     if cut:
@@ -187,8 +190,13 @@ def draw_layers(ax: Axes, spectrum: Spectrum) -> None:
     sns.heatmap(
         shares, ax=ax, vmin=0, vmax=1, cmap="viridis", xticklabels=False, yticklabels=False,
         cbar_kws={"label": "share of squared norm", "ticks": [0, 0.5, 1], "pad": 0.02, "fraction": 0.06},
+        rasterized=True,  # viewers draw hairlines between the cells of a vector image
     )  # fmt: skip
-    ax.collections[0].colorbar.outline.set_visible(False)  # type: ignore[union-attr]
+    bar = ax.collections[0].colorbar
+    assert bar is not None
+    bar.outline.set_visible(False)
+    assert bar.solids is not None
+    bar.solids.set_rasterized(True)
     if smalls:
         ax.axvline(len(tops), color="white", linewidth=3)
     ranks, labels = rank_ticks(len(tops), len(smalls), 0)

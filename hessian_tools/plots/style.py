@@ -155,6 +155,15 @@ def log_ticks(ax: Axes, low: float, high: float) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
+def share_log_range(axes: Sequence[Axes]) -> None:
+    """Give logarithmic panels that are compared the same limits and ticks on the y axis."""
+    if axes:
+        low, high = min(ax.get_ylim()[0] for ax in axes), max(ax.get_ylim()[1] for ax in axes)
+        for ax in axes:
+            ax.set_ylim(low, high)
+            log_ticks(ax, low, high)
+
+
 def log_places(low: float, high: float) -> tuple[list[float], list[float]]:
     """Return the positions of the ticks of a logarithmic axis.
 

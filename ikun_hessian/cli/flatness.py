@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ikun_hessian.cli.click_options import options, own_options
-from ikun_hessian.cli.screen import dumps, echo
+from ikun_hessian.cli.click_options import options, own_options, screen_options, threads_option
+from ikun_hessian.cli.inputs import checkpoint_files
+from ikun_hessian.cli.screen import dumps, echo, show
 from ikun_hessian.jobs.calibration import analyse_calibration, own_calibration
 from ikun_hessian.jobs.device import half_of_the_memory, pick
 from ikun_hessian.jobs.existing_results import existing_result
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 @options(*FLATNESS)
 @own_options
 @options(*RESULTS)
+@threads_option
+@screen_options
 def flatness_command(
     checkpoints: tuple[Path, ...],
     noise: tuple[float, ...],
@@ -45,19 +48,24 @@ def flatness_command(
     resume: bool,
     as_json: bool,
     own: Own,
+    captioned: bool,
+    detail: str,
     **options: Any,
 ) -> None:
     """Compute standard flatness metrics at each checkpoint, with errors, cost and validity.
 
     The results are written next to the checkpoint, as NAME.flatness.json and, with --calibrate, NAME.calibration.json,
     .png and .pdf. All checkpoints are measured with the same noise, and compared at the end.
+    A folder stands for all checkpoints in it.
     """
+    checkpoints = checkpoint_files(checkpoints)
     from hessian_tools.analysis.calibration import CalibrationSettings
     from hessian_tools.io.json import clean, load_result
     from hessian_tools.results.calibration import CALIBRATION_SCHEMA as CALIBRATION
     from hessian_tools.results.calibration import CalibrationResult
     from hessian_tools.results.flatness import FLATNESS_SCHEMA, FlatnessResult
     from ikun_hessian.reports.flatness import calibration_lines, flatness_comparison_lines, flatness_lines
+    from ikun_hessian.reports.summary import brief_line, flatness_summary
 
     where = pick(device)
     memory = memory or half_of_the_memory(where)
@@ -68,7 +76,8 @@ def flatness_command(
     found: list[FlatnessResult] = []
     locks = click.get_current_context().with_resource(ExitStack())
     for path, stem in zip(checkpoints, stems, strict=True):
-        echo(f"opening {path}", err=True)
+        if detail != "quiet":
+            echo(f"opening {path}", err=True)
         job = open_job(path, own=own, **opening, memory=memory, data_dir=data_dir, device=where)
         calibration_stem = result_stem(path, out, tag, "calibration")
         old = existing_result(
@@ -87,24 +96,25 @@ def flatness_command(
                 locks,
             )
             if known is None:
-                known, refusal = analyse_calibration(job, calibrating, calibration_stem)
-        result = old or analyse_flatness(job, settings, stem)
+                known, refusal = analyse_calibration(job, calibrating, calibration_stem, captioned)
+        result = old or analyse_flatness(job, settings, stem, shown=detail != "quiet")
         found.append(result)
         if as_json:
             if refusal:
                 echo(f"not calibrated: {refusal}", err=True)
             continue
-        if len(found) > 1:
-            echo("-" * 80)
-        echo("\n".join(flatness_lines(result, known or own_calibration(calibration_stem, job))))
-        echo(f"files       {stem}.json{' (unchanged)' if old else ''}")
+        unchanged = " (unchanged)" if old else ""
+        files = f"{stem}.json" + (f", {calibration_stem}.{{json,png,pdf}}" if known else "") + unchanged
+        full = [*flatness_lines(result, known or own_calibration(calibration_stem, job))]
+        full += [f"files       {stem}.json{unchanged}"]
         if calibrate:
-            shown = calibration_lines(known) if known else [f"not calibrated: {refusal}"]
-            echo("\n".join(["", *shown]))
+            full += ["", *(calibration_lines(known) if known else [f"not calibrated: {refusal}"])]
         if known:
-            echo(f"files       {calibration_stem}.{{json,png,pdf}}")
+            full += [f"files       {calibration_stem}.{{json,png,pdf}}"]
+        summary = flatness_summary(result, files, calibration=known, refusal=refusal)
+        show(detail, len(found), brief_line(result), summary, full)
     if as_json:
         printed = [clean(dataclasses.asdict(result)) for result in found]
         echo(dumps(printed[0] if len(printed) == 1 else printed))
-    elif len(found) > 1:
+    elif len(found) > 1 and detail == "full":
         echo("\n".join(["-" * 80, *flatness_comparison_lines(found)]))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ikun_hessian.cli.click_options import options, own_options
+from ikun_hessian.cli.inputs import one_checkpoint
 from ikun_hessian.cli.screen import dumps, echo
 from ikun_hessian.jobs.job import Own
 from ikun_hessian.jobs.options import DATA_DIR, JSON
@@ -29,6 +30,7 @@ def info_command(checkpoint: Path, as_json: bool, data_dir: Path | None, own: Ow
     The variance of the weights is shown next to the one of IKUN's rule. The gains from layer to layer are measured. Of
     a network of your own, the neurons are shown as they are.
     """
+    checkpoint = one_checkpoint(checkpoint)
     if own.meant(checkpoint):
         _show_own(checkpoint, own, as_json)
         return

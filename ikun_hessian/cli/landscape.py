@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ikun_hessian.cli.click_options import options, own_options
-from ikun_hessian.cli.screen import dumps, echo
+from ikun_hessian.cli.click_options import options, own_options, screen_options, threads_option
+from ikun_hessian.cli.inputs import checkpoint_files
+from ikun_hessian.cli.screen import dumps, echo, show
 from ikun_hessian.jobs.device import half_of_the_memory, pick
 from ikun_hessian.jobs.existing_results import existing_result
 from ikun_hessian.jobs.landscape import analyse_landscape, write_landscape
@@ -57,6 +58,8 @@ PLANES = ("random1,random2", "top1,negative")
 @options(*OPENING)
 @own_options
 @options(*RESULTS)
+@threads_option
+@screen_options
 def landscape_command(
     checkpoints: tuple[Path, ...],
     directions: str,
@@ -74,17 +77,22 @@ def landscape_command(
     force: bool,
     resume: bool,
     as_json: bool,
+    captioned: bool,
+    detail: str,
     **opening: Any,
 ) -> None:
     """Compute the loss along lines and planes through the weights of each checkpoint.
 
     The losses are those of the spiking network and of the relaxed one. The figure also shows the quadratic models of
     the Hessian and the GGN. The results are written next to the checkpoint, as NAME.landscape.json, .png and .pdf.
+    A folder stands for all checkpoints in it.
     """
+    checkpoints = checkpoint_files(checkpoints)
     from hessian_tools.analysis.landscape import LandscapeSettings
     from hessian_tools.io.json import clean, load_result
     from hessian_tools.results.landscape import LANDSCAPE_SCHEMA, LandscapeResult
     from ikun_hessian.reports.landscape import landscape_lines
+    from ikun_hessian.reports.summary import brief_line, landscape_summary
 
     where = pick(device)
     names = tuple(dict.fromkeys(name.strip() for name in directions.split(",") if name.strip()))
@@ -108,20 +116,20 @@ def landscape_command(
     found: list[LandscapeResult] = []
     locks = click.get_current_context().with_resource(ExitStack())
     for path, stem in zip(checkpoints, stems, strict=True):
-        echo(f"opening {path}", err=True)
+        if detail != "quiet":
+            echo(f"opening {path}", err=True)
         job = open_job(path, memory=settings.memory, device=where, **opening)
         old = existing_result(
             stem, lambda path: load_result(path, LandscapeResult, LANDSCAPE_SCHEMA), settings, job, force, resume, locks
         )
-        result = old or analyse_landscape(job, settings, stem)
+        result = old or analyse_landscape(job, settings, stem, shown=detail != "quiet")
         found.append(result)
         if old is None:
-            write_landscape(result, stem)
+            write_landscape(result, stem, captioned)
         if not as_json:
-            if len(found) > 1:
-                echo("-" * 80)
-            echo("\n".join(landscape_lines(result)))
-            echo(f"files       {stem}.{{json,png,pdf}}{' (unchanged)' if old else ''}")
+            files = f"{stem}.{{json,png,pdf}}{' (unchanged)' if old else ''}"
+            full = [*landscape_lines(result), f"files       {files}"]
+            show(detail, len(found), brief_line(result), landscape_summary(result, files), full)
     if as_json:
         printed = [clean(dataclasses.asdict(result)) for result in found]
         echo(dumps(printed[0] if len(printed) == 1 else printed))

@@ -28,10 +28,19 @@ from ikun_hessian.cli.study import study_command
 from ikun_hessian.cli.train import train_command
 from ikun_hessian.jobs import user_code
 from ikun_hessian.jobs.errors import in_options
+from ikun_hessian.jobs.options import meant
 
 
 class _Commands(click.Group):
     """The group of commands. Errors of the user's own code become one line before click gives them another meaning."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and name not in self.commands:
+            raise click.UsageError(f"no command '{name}'{meant(name, self.commands)}")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

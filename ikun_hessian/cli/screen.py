@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 import click
@@ -26,11 +26,37 @@ def dumps(value: Any) -> str:
     return json.dumps(clean(value))
 
 
-def echo(text: object = "", err: bool = False) -> None:
+def echo(text: object = "", err: bool = False, newline: bool = True) -> None:
     """Print a line to standard output or standard error. Control characters, as in file names, become "?"."""
     from hessian_tools.io.text import without_control_codes
 
-    click.echo(without_control_codes(str(text)), file=None if err else _output, err=err)
+    click.echo(without_control_codes(str(text)), file=None if err else _output, err=err, nl=newline)
+
+
+def warn(text: str) -> None:
+    """Print wrapped lines to standard output, in red if it is a terminal."""
+    from hessian_tools.io.text import one_line
+    from ikun_hessian.reports.text import paragraph
+
+    for line in paragraph(text):
+        click.secho(one_line(line), fg="red", file=_output)
+
+
+def show(detail: str, number: int, brief: str, summary: str, full: Sequence[str]) -> None:
+    """Print a result as briefly as was asked for.
+
+    Args:
+        detail: "summary", "full", "brief" or "quiet".
+        number: Number of the result, from 1. Longer texts of later results begin with a line.
+        brief: The result in one line.
+        summary: The result in a few lines.
+        full: Lines of all tables.
+    """
+    if detail == "brief":
+        echo(brief)
+    elif detail != "quiet":
+        echo("-" * 80 + "\n" if number > 1 else "", newline=False)
+        echo(summary if detail == "summary" else "\n".join(full))
 
 
 @contextlib.contextmanager

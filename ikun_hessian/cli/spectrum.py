@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ikun_hessian.cli.click_options import options, own_options
-from ikun_hessian.cli.screen import echo
+from ikun_hessian.cli.click_options import options, own_options, screen_options, threads_option
+from ikun_hessian.cli.inputs import checkpoint_files
+from ikun_hessian.cli.screen import echo, show
 from ikun_hessian.jobs.device import half_of_the_memory, pick
 from ikun_hessian.jobs.existing_results import existing_result
 from ikun_hessian.jobs.job import Own
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 @options(*SPECTRUM)
 @own_options
 @options(*RESULTS)
+@threads_option
+@screen_options
 def spectrum_command(
     checkpoints: tuple[Path, ...],
     out: Path | None,
@@ -41,13 +44,19 @@ def spectrum_command(
     memory: float | None,
     trajectory: bool,
     own: Own,
+    captioned: bool,
+    detail: str,
     **options: Any,
 ) -> None:
     """Compute eigenvalues, density and trace of the Hessian at each checkpoint, with errors.
 
     The checkpoint says which data and which loss are used. The results are written next to it, as NAME.spectrum.json,
-    .npz, .png and .pdf. If the command is started by torchrun, the processes share the work.
+    .npz, .png and .pdf. A folder stands for all checkpoints in it. If the command is started by torchrun, the processes
+    share the work.
     """
+    checkpoints = checkpoint_files(checkpoints)
+    if trajectory and len(checkpoints) < 2:
+        raise click.UsageError("--trajectory needs several snapshots of one run")
     from hessian_tools.io.files import write_table
     from hessian_tools.plots.spectrum import trajectory_figure
     from hessian_tools.plots.style import save_figure
@@ -56,11 +65,10 @@ def spectrum_command(
     from hessian_tools.runtime import distributed
     from ikun.checkpoint import load_checkpoint
     from ikun_hessian.reports.spectrum import spectrum_lines
+    from ikun_hessian.reports.summary import brief_line, spectrum_summary
 
     where = pick(device)
     settings, opening = spectrum_settings(memory or half_of_the_memory(where), **options)
-    if trajectory and len(checkpoints) < 2:
-        raise click.UsageError("--trajectory needs several snapshots of one run")
     if trajectory and not any(own.meant(path) for path in checkpoints):  # check this before hours of work
         opened = [load_checkpoint(path) for path in checkpoints]
         named = zip(checkpoints, opened, strict=True)
@@ -71,26 +79,25 @@ def spectrum_command(
     found: list[SpectrumResult] = []
     locks = click.get_current_context().with_resource(ExitStack())
     for path, stem in zip(checkpoints, stems, strict=True):
-        if first:
+        if first and detail != "quiet":
             echo(f"opening {path}", err=True)
         job = open_job(path, own=own, **opening, memory=settings.memory, data_dir=data_dir, device=where, group=group)
         old = existing_result(stem, load_spectrum, settings, job, force, resume, locks) if first else None
         old = old if group is None else group.broadcast(old)
-        result = old or analyse_spectrum(job, settings, stem, group)
+        result = old or analyse_spectrum(job, settings, stem, group, shown=detail != "quiet")
         found.append(result)
         if not first:
             continue
-        files = [] if old else write_spectrum(result, stem)
+        files = [] if old else write_spectrum(result, stem, captioned=captioned)
+        names = f"{stem}.{{{','.join(files) or 'json,...'}}}{'' if files else ' (unchanged)'}"
         if not as_json:
-            if len(found) > 1:
-                echo("-" * 80)
-            echo("\n".join(spectrum_lines(result)))
-            echo(f"files       {stem}.{{{','.join(files) or 'json,...'}}}{'' if files else ' (unchanged)'}")
+            full = [*spectrum_lines(result), f"files       {names}"]
+            show(detail, len(found), brief_line(result), spectrum_summary(result, names), full)
     if trajectory and first:
         stem = (out or checkpoints[0].parent) / ".".join([*([tag] if tag else []), "trajectory"])
-        save_figure(trajectory_figure(found), stem)
+        save_figure(trajectory_figure(found, captioned), stem)
         write_table(trajectory_rows(found), Path(f"{stem}.csv"))
-        if not as_json:
+        if not as_json and detail != "quiet":
             echo(f"trajectory  {stem}.{{png,pdf,csv}}")
     if as_json and first:
         printed = [to_json(result) for result in found]

@@ -72,7 +72,9 @@ def calibration_of(
     )
 
 
-def analyse_calibration(job: Job, settings: CalibrationSettings, stem: Path) -> tuple[CalibrationResult | None, str]:
+def analyse_calibration(
+    job: Job, settings: CalibrationSettings, stem: Path, captioned: bool = True
+) -> tuple[CalibrationResult | None, str]:
     """Calibrate a checkpoint, and write the result and its figure. Return the result, or None and the reason."""
     from hessian_tools.io.json import save_result
     from hessian_tools.plots.calibration import calibration_figure
@@ -89,7 +91,7 @@ def analyse_calibration(job: Job, settings: CalibrationSettings, stem: Path) -> 
     except ValueError as error:  # this network cannot be calibrated, but its flatness can be measured
         Phases.remove(state)
         return None, in_options(error)
-    save_figure(calibration_figure(result), stem)
+    save_figure(calibration_figure(result, captioned), stem)
     save_result(result, Path(f"{stem}.json"))
     Phases.remove(state)
     return result, ""

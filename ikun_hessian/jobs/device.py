@@ -11,15 +11,22 @@ def pick(device: str) -> str:
     """Return the device to use, and set CUDA to full precision and deterministic algorithms.
 
     Args:
-        device: "cpu", "cuda", or "auto" for CUDA if there is a device.
+        device: "cpu", "cuda", "cuda:N" for the CUDA device of this number, or "auto" for CUDA if there is a device.
 
     Raises:
-        UsageError: If "cuda" was asked for and PyTorch finds no CUDA device.
+        UsageError: If PyTorch does not find the CUDA device that was asked for.
     """
     import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch finds no CUDA device: use --device cpu")
+    if device.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise UsageError(f"--device {device}: PyTorch finds no CUDA device: use --device cpu")
+        number = int(device.partition(":")[2] or 0)
+        if number >= count:
+            numbers = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+            raise UsageError(f"--device {device}: PyTorch finds {count} CUDA device(s): use {numbers}")
+        torch.cuda.set_device(number if ":" in device else torch.cuda.current_device())
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -35,8 +42,8 @@ def half_of_the_memory(device: str) -> float:
 
     from hessian_tools.runtime.distributed import environment_number
 
-    if device == "cuda":
-        total = torch.cuda.mem_get_info()[1]
+    if device.startswith("cuda"):
+        total = torch.cuda.mem_get_info(torch.device(device))[1]
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     processes = environment_number("LOCAL_WORLD_SIZE", least=1, default=1)

@@ -29,7 +29,7 @@ def _relaxed(job: Job) -> tuple[Objective | None, dict[str, str]]:
     return objective, {}
 
 
-def analyse_landscape(job: Job, settings: LandscapeSettings, stem: Path) -> LandscapeResult:
+def analyse_landscape(job: Job, settings: LandscapeSettings, stem: Path, shown: bool = True) -> LandscapeResult:
     """Analyse a checkpoint, or resume an interrupted analysis of it."""
     from hessian_tools.analysis.landscape import landscape as analyse
     from hessian_tools.io.json import clean
@@ -45,7 +45,7 @@ def analyse_landscape(job: Job, settings: LandscapeSettings, stem: Path) -> Land
         "versions": versions(),
     }
     relaxed, refused = _relaxed(job)
-    with Bar() as bar:
+    with Bar(shown=shown) as bar:
         return analyse(
             job.objective,
             settings,
@@ -57,13 +57,13 @@ def analyse_landscape(job: Job, settings: LandscapeSettings, stem: Path) -> Land
         )
 
 
-def write_landscape(result: LandscapeResult, stem: Path) -> None:
+def write_landscape(result: LandscapeResult, stem: Path, captioned: bool = True) -> None:
     """Write the figure and the result, and remove the state of an interrupted run."""
     from hessian_tools.io.json import save_result
     from hessian_tools.plots.landscape import landscape_figure
     from hessian_tools.plots.style import save_figure
     from hessian_tools.resume import Phases
 
-    save_figure(landscape_figure(result), stem)
+    save_figure(landscape_figure(result, captioned), stem)
     save_result(result, Path(f"{stem}.json"))
     Phases.remove(Path(f"{stem}.resume"))

@@ -7,8 +7,9 @@ them (read_options). This module does not import click, torch or NumPy.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +45,9 @@ class Option:
         most: Largest value that is accepted; None for any.
         path: Which kind of existing path is accepted.
         preset: Whether a preset may set the option. Studies set the others themselves.
+        letter: Short form on the command line: o for -o.
+        aliases: Other spellings of values.
+        pattern: Regular expression that a value must match.
     """
 
     name: str
@@ -60,6 +64,9 @@ class Option:
     most: float | None = None
     path: Literal["any", "file", "folder"] = "any"
     preset: bool = True
+    letter: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict, hash=False)
+    pattern: str = ""
 
     @property
     def parameter(self) -> str:
@@ -77,6 +84,8 @@ class Option:
                 raise OptionError(f"{self.name} must be at least {self.least:g}, not {one:g}")
             if self.most is not None and not one <= self.most:
                 raise OptionError(f"{self.name} must be at most {self.most:g}, not {one:g}")
+            if self.pattern and not re.fullmatch(self.pattern, str(one)):
+                raise OptionError(f"{self.name}: no '{one}': give {self.metavar}")
 
 
 def read_options(table: Iterable[Option], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,14 +130,9 @@ def _read(option: Option, value: Any) -> Any:
 def _read_one(option: Option, value: Any) -> Any:
     if isinstance(value, dict | list):
         raise OptionError(f"{option.name} must be a single value, not {value!r}")
-    text = str(value)
+    text = option.aliases.get(str(value), str(value))
     if option.choices:
-        known, name = option.choices, text
-        if isinstance(known, str):
-            module, _, collection = known.partition(":")
-            known, name = tuple(getattr(import_module(module), collection)), text.partition(":")[0]
-        if name not in known:
-            raise OptionError(f"{option.name}: no '{text}'{meant(text, known)}")
+        out_of(option, text)
     try:
         found = option.kind(text)
     except ValueError:
@@ -137,10 +141,24 @@ def _read_one(option: Option, value: Any) -> Any:
     return found
 
 
+def out_of(option: Option, text: str) -> None:
+    """Raise OptionError if a value is not one of the option's choices."""
+    known, name = option.choices, text
+    if isinstance(known, str):
+        module, _, collection = known.partition(":")
+        known, name = tuple(getattr(import_module(module), collection)), text.partition(":")[0]
+    if name not in known:
+        raise OptionError(f"{option.name}: no '{text}'{meant(name, known)}")
+
+
+CE = dict.fromkeys(("cross_entropy", "cross-entropy", "crossentropy"), "ce")
 DATA_DIR = Option(
     "data-dir", Path, None, "Folder with the files of the data set [default: the download cache].", preset=False
 )
-DEVICE = Option("device", str, "auto", "Device to compute on.", choices=("auto", "cpu", "cuda"), preset=False)
+DEVICE = Option(
+    "device", str, "auto", "Device to compute on.", metavar="auto, cpu, cuda or cuda:N",
+    pattern="auto|cpu|cuda(:[0-9]{1,3})?", preset=False,
+)  # fmt: skip
 JSON = Option("json", bool, False, "Print JSON to standard output, and nothing else.", renamed="as_json", preset=False)
 DAMPING = Option(
     "damping", float, None, "Damping z of effective dimension and log-determinant [default: 1% of lambda_max]."
@@ -174,7 +192,7 @@ OWN = (  # a network of the user's own: the fields of jobs.job.Own
     ),
     Option(
         "loss", help="mse (of one-hot rates), ce, tet[:WEIGHT] (over time), or MODULE:FUNCTION, a mean over samples.",
-        metavar="LOSS",
+        metavar="LOSS", aliases=CE,
     ),
     Option("library", help="Library of your network [default: detected from its layers].", choices=LIBRARIES),
     Option("timesteps", int, None, "Number of steps to run it for [default: it contains its own loop over time]."),
@@ -202,12 +220,29 @@ OWN = (  # a network of the user's own: the fields of jobs.job.Own
 
 RESULTS = (  # where the results of an analysis go
     Option("seed", int, 0, "Random seed.", least=0, preset=False),
-    Option("out", Path, None, "Folder for results [default: that of the checkpoint].", path="folder", preset=False),
+    Option(
+        "out",
+        Path,
+        None,
+        "Folder for results [default: that of the checkpoint].",
+        path="folder",
+        preset=False,
+        letter="o",
+    ),
     Option("tag", help="Part of the names of the results, to keep results of several settings.", preset=False),
     Option(
         "force", bool, False, "Overwrite a result of other settings, or discard an interrupted analysis.", preset=False
     ),
     Option("resume", bool, False, "Resume an interrupted analysis, and keep finished results.", preset=False),
+    Option(
+        "caption",
+        bool,
+        True,
+        "Whether figures have a caption with their provenance.",
+        renamed="captioned",
+        opposite="no-caption",
+        preset=False,
+    ),
     JSON,
 )
 
@@ -233,7 +268,11 @@ TRAIN = (
         "firing, gradient_stable, tdbn. Initializer of the weights.",
         choices="ikun.initializers.names:INITIALIZERS",
     ),
-    Option("alpha", float, 1.0, "Parameter alpha of ikun and tdbn."),
+    Option(
+        "alpha", float, None,
+        "Parameter alpha of ikun and tdbn [default: 0.1 for ikun, where 1 is the literal reading of the paper; 1 for "
+        "tdbn].",
+    ),
     Option("gain", float, 1.0, "Factor on the variance of the initial weights."),
     Option(
         "law", str, "empirical",
@@ -261,7 +300,7 @@ TRAIN = (
     ),
     Option("channels", int, 16, "Number of channels C (csnn, resnet)."),
     Option("hidden", str, "128,128", "Sizes of the hidden layers (mlp, rsnn)."),
-    Option("loss", str, "mse", "mse, ce. mse is computed from firing rates.", choices="ikun.losses:LOSSES"),
+    Option("loss", str, "mse", "mse, ce. mse is computed from firing rates.", choices="ikun.losses:LOSSES", aliases=CE),
     Option("optimizer", str, "adam", "adam, sgd. Optimizer.", choices="ikun.training.spec:OPTIMIZERS"),
     Option("momentum", float, 0.9, "Momentum of sgd."),
     Option("lr", float, 1e-3, "Learning rate."),
@@ -298,7 +337,7 @@ TRAIN = (
     ),
     Option("resume", bool, False, "Resume an interrupted run.", preset=False),
     Option("force", bool, False, "Overwrite an existing checkpoint or interrupted run.", preset=False),
-    Option("out", Path, Path("ckpt.pt"), "File of the checkpoint.", path="file", preset=False),
+    Option("out", Path, Path("ckpt.pt"), "File of the checkpoint.", path="file", preset=False, letter="o"),
     DATA_DIR,
     DEVICE,
 )  # fmt: skip

@@ -97,7 +97,7 @@ def analyse_spectrum(
         )
 
 
-def write_spectrum(result: SpectrumResult, stem: Path, figures: bool = True) -> list[str]:
+def write_spectrum(result: SpectrumResult, stem: Path, figures: bool = True, captioned: bool = True) -> list[str]:
     """Write arrays and figures, remove the state of an interrupted run, and return the endings of the written files."""
     from hessian_tools.io.files import write_table
     from hessian_tools.plots.spectrum import layers_figure, samples_figure, spectrum_figure
@@ -112,10 +112,10 @@ def write_spectrum(result: SpectrumResult, stem: Path, figures: bool = True) -> 
             files.append(Path(f"{stem}.{name}.csv"))
             write_table(rows, files[-1])
     if figures:
-        files += save_figure(spectrum_figure(result), stem)
+        files += save_figure(spectrum_figure(result, captioned), stem)
     if figures and result.blocks:
-        files += save_figure(layers_figure(result), f"{stem}.layers")
+        files += save_figure(layers_figure(result, captioned), f"{stem}.layers")
     if figures and result.samples_curve:
-        files += save_figure(samples_figure(result), f"{stem}.samples")
+        files += save_figure(samples_figure(result, captioned), f"{stem}.samples")
     Phases.remove(Path(f"{stem}.resume"))
     return [f.name.removeprefix(f"{stem.name}.") for f in files]

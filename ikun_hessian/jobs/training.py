@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from ikun.training.spec import TrainingSpec
 
 
+ALPHA = {"ikun": 0.1}  # with 1, the literal reading of the paper, small networks hardly train; 1 for all others
+
+
 def specifications(
     *,
     data_name: str,
@@ -24,6 +27,7 @@ def specifications(
     held_out: int,
     timesteps: int | None,
     coding: str | None,
+    alpha: float | None = None,
     **options: Any,
 ) -> tuple[Spec, DataSpec, TrainingSpec]:
     """Describe the network, the data and the training that the options of `train` ask for.
@@ -40,6 +44,7 @@ def specifications(
         timesteps: Number of time steps; None for that of the data, or 4. For recordings of events, it is also the
             number of frames.
         coding: Encoding of the inputs; None for the usual one of the data.
+        alpha: Parameter of ikun and tdbn; None for the usual one of the initializer.
         options: The other fields of TrainingSpec and of the network's Spec.
 
     Returns:
@@ -56,6 +61,7 @@ def specifications(
     from ikun.training.spec import TrainingSpec
     from ikun.training.update import require_relaxed
 
+    options["alpha"] = ALPHA.get(options["init"], 1.0) if alpha is None else alpha
     fields = {f.name for f in dataclasses.fields(TrainingSpec)}
     spec = TrainingSpec(**{k: v for k, v in options.items() if k in fields})
     frames = (timesteps or FRAMES) if data_name == "n-mnist" else None

@@ -8,8 +8,14 @@ from collections.abc import Sequence
 
 from hessian_tools.analysis.ranking import ranking
 from hessian_tools.analysis.warnings import is_spiking, main_warnings
+from hessian_tools.results.calibration import CalibrationResult
+from hessian_tools.results.flatness import FlatnessResult, Metric
+from hessian_tools.results.landscape import LandscapeResult
 from hessian_tools.results.provenance import Analysed
-from hessian_tools.results.spectrum import Eigenvalue, LossRise, SpectrumResult, Trace
+from hessian_tools.results.spectrum import LossRise, SpectrumResult
+from hessian_tools.results.text import WithDataError
+from ikun_hessian.reports.flatness import flatness_cautions
+from ikun_hessian.reports.landscape import landscape_cautions, rises
 from ikun_hessian.reports.text import SCREEN_WIDTH, shortened
 
 MOST_LINES = 12
@@ -35,6 +41,104 @@ def spectrum_summary(result: SpectrumResult, files: str = "", terminal: bool = T
     lines += entry("ranking", ranking(result))
     note = f"+-: standard error from the data; {more(len(result.warnings), terminal)}"
     return closed(lines, main_warnings(result), files, note)
+
+
+def flatness_summary(
+    result: FlatnessResult,
+    files: str = "",
+    terminal: bool = True,
+    calibration: CalibrationResult | None = None,
+    refusal: str = "",
+) -> str:
+    """Summarize the flatness of a checkpoint.
+
+    Args:
+        result: The result of a flatness analysis.
+        files: Names of the written files; "" for none.
+        terminal: Whether to name the option --full of the command line.
+        calibration: The calibration of the same checkpoint, if there is one.
+        refusal: Why a calibration was not possible.
+
+    Returns:
+        At most 12 lines of at most 80 columns.
+    """
+    lines = [*opened_lines(result), _table_head(bool(result.network.get("surrogate")))]
+    for kind in ("hessian", "ggn"):
+        cells = [_metric(result.main[f"{kind} {what}"]) for what in ("lambda_max", "trace")]
+        lines.append(f"{OPERATORS[kind]:<{LABEL}}{cells[0]:<26}{cells[1]}".rstrip())
+    m = result.main.get("adaptive average sharpness")
+    if m is not None and math.isfinite(m.value):
+        draws, radius = int(result.settings["draws"]), float(result.settings["radius"])
+        rise = LossRise(m.value, m.stderr, m.data_stderr, radius, draws, m.data_stderr_least)
+        lines += entry("spiking loss" if result.network.get("surrogate") else "loss", _rise(result.loss, rise))
+    lines += entry("ranking", ranking(result))
+    if calibration is not None:
+        lines.append(one_line_entry("calibrated", _calibrated(calibration)))
+    elif refusal:
+        lines.append(one_line_entry("calibrated", f"no: {refusal}"))
+    cautions = list(flatness_cautions(result))
+    note = f"+-: standard error from the data; {more(len(cautions), terminal)}"
+    return closed(lines, [_first_sentence(text) for text in cautions], files, note)
+
+
+def landscape_summary(result: LandscapeResult, files: str = "", terminal: bool = True) -> str:
+    """Summarize a landscape: in which directions the loss rises, and where the quadratic models hold.
+
+    Args:
+        result: The result of a landscape analysis.
+        files: Names of the written files; "" for none.
+        terminal: Whether to name the option --full of the command line.
+
+    Returns:
+        At most 12 lines of at most 80 columns.
+    """
+    lines = opened_lines(result)
+    sides: dict[str, list[str]] = {}
+    for line in result.lines:
+        sides.setdefault(rises(line), []).append(line.name)
+    told = {"both": "on both sides along", "+": "on one side along", "-": "on one side along", "no": "on no side along"}
+    parts = [f"{told[side]} {', '.join(names)}" for side, names in sides.items()]
+    true = "spiking loss" if result.network.get("surrogate") else "loss"
+    lines += entry(true, f"rises {'; '.join(parts)}")[:3]
+    against = [x.name for x in result.lines if x.hessian < 0 and rises(x) == "both"]
+    if against:
+        lines += entry("surrogate", f"curves down where the {true} rises: {', '.join(against)}")[:2]
+    cautions = list(landscape_cautions(result))
+    return closed(lines, [_first_sentence(text) for text in cautions], files, more(len(cautions), terminal))
+
+
+def brief_line(result: SpectrumResult | FlatnessResult | LandscapeResult) -> str:
+    """Return one line about a result, for --brief: file, loss, accuracy, and lambda_max of the operators."""
+    accuracy = "" if math.isnan(result.accuracy) else f" accuracy {result.accuracy:.1%}"
+    parts = [f"{result.checkpoint.get('path', '-')}: loss {result.loss:.4g}{accuracy}"]
+    if isinstance(result, SpectrumResult):
+        tops = {kind: s.eigenvalues[0] for kind, s in result.spectra.items()}
+        parts += [f"{OPERATORS.get(kind, kind)} {_cell(e.value, e)}" for kind, e in tops.items()]
+    elif isinstance(result, FlatnessResult):
+        parts += [f"{OPERATORS[kind]} {_metric(result.main[f'{kind} lambda_max'])}" for kind in ("hessian", "ggn")]
+    else:
+        rising = sum(rises(line) == "both" for line in result.lines)
+        parts.append(f"rises on both sides along {rising} of {len(result.lines)} directions")
+    return "; ".join(parts)
+
+
+def _calibrated(c: CalibrationResult) -> str:
+    """Return which operator predicts the loss under noise, with its rank correlations."""
+    parts = []
+    for op in ("smoothed", "ggn", "hessian"):
+        if found := [s.agreement[op].correlation for s in c.calibration.scales if op in s.agreement]:
+            parts.append(f"{OPERATORS.get(op, op)} {min(found):.2f}")
+    return f"smallest rank correlation with the true loss: {', '.join(parts)}"
+
+
+def _metric(m: Metric) -> str:
+    """Format a metric with its error from the data."""
+    return _cell(m.value, m) if math.isfinite(m.value) else "-"
+
+
+def _first_sentence(text: str) -> str:
+    """Return the first sentence of a warning."""
+    return text.partition(". ")[0].rstrip(".") + "."
 
 
 def opened_lines(r: Analysed) -> list[str]:
@@ -63,8 +167,7 @@ def opened_lines(r: Analysed) -> list[str]:
 
 def _curvature(r: SpectrumResult) -> list[str]:
     """Return the table of lambda_max and trace."""
-    whose = "of the surrogate loss" if is_spiking(r) else ""
-    lines = [f"{'curvature':<{LABEL}}{'lambda_max':<26}{'trace':<17}{whose:>23}".rstrip()]
+    lines = [_table_head(is_spiking(r))]
     for kind, s in list(r.spectra.items())[:MOST_OPERATORS]:
         top = _cell(s.eigenvalues[0].value, s.eigenvalues[0])
         trace = "-" if s.trace is None else _cell(s.trace.estimate, s.trace)
@@ -72,7 +175,13 @@ def _curvature(r: SpectrumResult) -> list[str]:
     return lines
 
 
-def _cell(value: float, number: Eigenvalue | Trace) -> str:
+def _table_head(spiking: bool) -> str:
+    """Return the head of the table of lambda_max and trace."""
+    whose = "of the surrogate loss" if spiking else ""
+    return f"{'curvature':<{LABEL}}{'lambda_max':<26}{'trace':<17}{whose:>23}".rstrip()
+
+
+def _cell(value: float, number: WithDataError) -> str:
     """Format a value with its standard error from the data."""
     if not math.isnan(number.data_stderr_least):
         return f"{value:.3g} +- {number.data_stderr_least:.2g} or more"

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 COLUMN_WIDTHS = {1: 3.5, 2: 7.2}  # width of a figure in inches, by number of columns
 ACROSS = {1: 2, 2: 4}  # largest number of columns of panels in a grid, by number of columns
-FLOW = {1: 8, 2: 16}  # largest number of panels per page outside a grid, by number of columns
+FLOW = {1: 4, 2: 9}  # largest number of panels per page outside a grid, by number of columns
 LINE = 0.125  # height in inches of a line of the legend or the caption
 
 

@@ -38,6 +38,7 @@ NOTES = {  # note of a mark: label in the legend, marker, face colour
     "never": ("never reached", "o", "white"),
     "censored": ("censored run", "|", "0.2"),
 }
+LEAST_RUNS = 3  # a band of quartiles needs this number of runs
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def _unbroken(x: Array) -> list[slice]:
 def _line(ax: Axes, kind: str, marks: Sequence[Mark], x: Array, y: Array, look: LevelLook, found: Range) -> None:
     """Draw a line through marks, with the band of their quartiles and markers at some of them."""
     low, high = (np.array([getattr(m, end) for m in marks]) for end in ("low", "high"))
-    if np.isfinite([low, high]).any():
+    if np.isfinite([low, high]).any() and min(m.n for m in marks) >= LEAST_RUNS:
         lower = np.array([found.axis.low if math.isinf(v) and v < 0 else _shown(v, found) for v in low])
         upper = np.where(np.isposinf(high), found.axis.high, high)
         name = f"band {marks[0].level}"
@@ -264,7 +265,7 @@ def level_legend(panels: Sequence[Panel], styles: Mapping[str, LevelLook]) -> li
         for name, look in styles.items()
         if name in drawn
     ]  # fmt: skip
-    if any(m.low < m.high for m in marks):
+    if any(m.low < m.high and m.n >= LEAST_RUNS for m in marks):
         handles.append(Patch(facecolor="0.85", label="quartiles"))
     for note, (label, marker, face) in NOTES.items():
         if any(note in (m.note, m.kind) for m in marks):

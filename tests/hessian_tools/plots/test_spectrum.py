@@ -24,7 +24,7 @@ from hessian_tools.plots import line_panels as curve_panels
 from hessian_tools.plots import spectrum as figures
 from hessian_tools.plots import spectrum_panels as panels
 from hessian_tools.plots import style as typesetting
-from hessian_tools.plots.curves import cumulative, density_curves, one_eigenvalue, symlog_axis
+from hessian_tools.plots.curves import cumulative, density_curves, is_positive, one_eigenvalue, symlog_axis
 from hessian_tools.plots.spectrum import rank_figure, spectrum_figure
 from hessian_tools.plots.style import save_figure
 from hessian_tools.results import spectrum as results
@@ -66,6 +66,16 @@ def test_density_integrates_to_the_weight_of_the_bulk() -> None:
         x, curves = density_curves(each.density, axis)
         assert curves.shape == (3, len(x))
         assert np.trapezoid(curves, x, axis=1) == pytest.approx(np.full(3, 1 - 5 / 500), rel=1e-3)
+
+
+def test_the_density_of_a_positive_operator_ends_at_zero() -> None:
+    density = Density(((0.0, 1e-4, 0.02, 0.5),), ((0.4, 0.3, 0.2, 0.1),), 1, 60, 0)
+    made = result({"ggn": dataclasses.replace(spectrum(), density=density)})
+    x, y = density_curves(density, symlog_axis(made), is_positive("ggn", density))
+    assert 0 <= x[0] < 1e-4
+    assert np.trapezoid(y[0], x) == pytest.approx(1, rel=0.02)
+    assert not is_positive("hessian", density)
+    assert not is_positive("ggn", dataclasses.replace(density, nodes=((-0.1, 0.0, 0.02, 0.5),)))
 
 
 def test_density_grid_resolves_sigma() -> None:
@@ -226,6 +236,28 @@ def without_density() -> SpectrumResult:
     return result({n: dataclasses.replace(s, density=None) for n, s in result().spectra.items()})
 
 
+def test_without_a_density_there_are_no_empty_panels_and_a_caption_can_be_left_out() -> None:
+    figure = spectrum_figure(without_density(), captioned=False)
+    assert [ax.get_title(loc="left").split("  ")[-1] for ax in figure.axes[:2]] == [
+        "ends of the spectrum",
+        "layers of the Hessian eigenvectors",
+    ]
+    assert figure.get_size_inches().tolist() == [7.0, 2.9]
+    assert figure._supxlabel is None  # type: ignore[attr-defined]
+    assert "(a) Bars" in said(spectrum_figure(without_density()))
+    assert collisions(figure) == []
+
+
+def test_error_bars_are_not_cut_off_and_panels_that_are_compared_have_one_range() -> None:
+    wide = {
+        n: dataclasses.replace(s, eigenvalues=(eigenvalue(8.0), eigenvalue(1.0, data_stderr=0.9)))
+        for n, s in result().spectra.items()
+    }
+    left, right = rank_figure([("a", result(wide)), ("b", mapped(lambda x: 3 * x))]).axes
+    assert left.get_ylim() == right.get_ylim()
+    assert left.get_ylim()[0] < 0.1
+
+
 def of_three(atoms: int) -> SpectrumResult:
     density = Density(((2.0, 0.5, -0.1),), ((1 / 3,) * 3,), 1, 3, atoms)
     small = (eigenvalue(-0.1),)
@@ -252,7 +284,7 @@ def strange() -> SpectrumResult:
 
 
 CASES: dict[str, tuple[Callable[[], SpectrumResult], str]] = {
-    "no density": (without_density, "no density computed"),
+    "no density": (without_density, "ends of the spectrum"),
     "all zero": (lambda: mapped(lambda x: 0.0), "all eigenvalues are 0"),
     "negative": (lambda: mapped(lambda x: -abs(x) - 0.01), "λ < 0"),
     "far from zero": (lambda: mapped(lambda x: 100 + x), "P = 500"),

@@ -41,7 +41,7 @@ def both(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """A folder with the flatness of a.pt and b.pt, and the screen."""
     out, screen = tmp_path_factory.mktemp("flatness"), io.StringIO()
     with contextlib.redirect_stdout(screen):
-        part = [str(trained / "a.pt"), str(trained / "b.pt"), *QUICK, "--out", str(out)]
+        part = [str(trained / "a.pt"), str(trained / "b.pt"), *QUICK, "--out", str(out), "--full"]
         assert cli.run(["flatness", *part]) == 0
     return out, screen.getvalue().splitlines()
 
@@ -74,7 +74,7 @@ def test_two_checkpoints_are_compared(trained: Path, both: tuple[Path, list[str]
     assert cli.run([*part, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == [json.loads((out / f"{name}.flatness.json").read_text()) for name in "ab"]
-    assert cli.run(part) == 0
+    assert cli.run([*part, "--full"]) == 0
     again = capsys.readouterr().out.splitlines()
     assert [line.removesuffix(" (unchanged)") for line in again] == screen
 
@@ -124,7 +124,7 @@ def test_an_interrupted_run_resumes_to_the_same_file(
 
 @pytest.mark.slow
 def test_calibration_gives_the_verdict(trained: Path, tmp_path: Path, capsys: Capture) -> None:
-    part = ["flatness", str(trained / "a.pt"), *QUICK, "--out", str(tmp_path)]
+    part = ["flatness", str(trained / "a.pt"), *QUICK, "--out", str(tmp_path), "--full"]
     noise = ["--operator", "smoothed", "--noise", "0.2"]
     assert cli.run([*part, "--calibrate", *noise]) == 0
     screen = capsys.readouterr().out.splitlines()
@@ -184,7 +184,7 @@ def test_a_network_that_never_spikes_is_reported(
 
     monkeypatch.setattr("hessian_tools.analysis.calibration.calibrate", refuse)  # as it does, after a while
     dead = changed(trained / "a.pt", tmp_path / "dead.pt", "norm2.bias", -1e3)
-    part = ["flatness", str(dead), *QUICK, "--surrogate", "triangle:1"]
+    part = ["flatness", str(dead), *QUICK, "--surrogate", "triangle:1", "--full"]
     assert cli.run([*part, "--operator", "smoothed", "--calibrate", "--noise", "0.1"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "inf" not in text

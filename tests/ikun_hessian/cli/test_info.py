@@ -42,7 +42,8 @@ def test_every_layer_of_every_network_is_described(model: str, tmp_path: Path, c
         assert all(len(s["derivative_square_by_step"]) == 4 for s in told["layers"][state])
     assert cli.run(["info", path]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert f"{NETWORKS[model][NETWORKS[model].index('--init') + 1]} initializer (alpha 1), " in lines[3]
+    init = NETWORKS[model][NETWORKS[model].index("--init") + 1]
+    assert f"{init} initializer (alpha {0.1 if init == 'ikun' else 1:g}), " in lines[3]
     assert max(len(line) for line in lines if path not in line) <= 80
     assert sum(line.split()[:1] == [LAYERS[model][0]] for line in lines) == 2
 

@@ -43,7 +43,7 @@ def test_landscape_leaves_its_result_and_figure(drawn: Path) -> None:
 def test_the_screen_and_json_hold_the_result(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     part = ["landscape", str(trained / "a.pt"), str(trained / "b.pt"), *QUICK, "--out", str(tmp_path), "--accuracy"]
     part += ["--directions", "top1,random2", "--range", "0.1", "--tag", "x"]
-    assert cli.run(part) == 0
+    assert cli.run([*part, "--full"]) == 0
     screen = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("checkpoint") for line in screen) == 2
     assert not [line for line in screen if len(line) > 80 and not line.startswith(("files", "checkpoint"))]
@@ -118,7 +118,16 @@ def test_an_interrupted_run_resumes_to_the_same_file(
 
 
 def test_a_surrogate_without_a_relaxed_network_is_reported(trained: Path, tmp_path: Path, capsys: Capture) -> None:
-    part = ["landscape", str(trained / "a.pt"), *QUICK, "--out", str(tmp_path), "--surrogate", "fast_sigmoid:25"]
+    part = [
+        "landscape",
+        str(trained / "a.pt"),
+        *QUICK,
+        "--out",
+        str(tmp_path),
+        "--surrogate",
+        "fast_sigmoid:25",
+        "--full",
+    ]
     assert cli.run([*part, "--directions", "random1,gradient"]) == 0
     screen = " ".join(capsys.readouterr().out.split())
     assert "! No relaxed network: surrogate fast_sigmoid:25 has area 0.08, not 1" in screen

@@ -111,7 +111,7 @@ def test_accuracy_damping_and_samples_curve_reach_the_analysis(trained: Path, tm
         "--accuracy",
         "0.05",
     ]
-    command += ["--damping", "0.5", "--samples-curve", "1,8,60", "--resamples", "3", "--out", str(tmp_path)]
+    command += ["--damping", "0.5", "--samples-curve", "1,8,60", "--resamples", "3", "--out", str(tmp_path), "--full"]
     assert cli.run(command) == 0
     screen = capsys.readouterr().out
     assert "effective dimension, z=0.5" in screen

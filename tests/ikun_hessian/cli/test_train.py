@@ -23,7 +23,7 @@ def test_train_leaves_a_checkpoint_its_log_and_snapshots(trained: Path) -> None:
 def test_train_and_info_report_a_start_beyond_the_surrogates_reach(tmp_path: Path, capsys: Capture) -> None:
     path = str(tmp_path / "a.pt")
     short = ["--model", "mlp", "--hidden", "16", "--norm", "none", "--subset", "64", "--epochs", "1", "--out", path]
-    assert cli.run(["train", *short, "--init", "ikun", "--gain", "300"]) == 0
+    assert cli.run(["train", *short, "--init", "ikun", "--alpha", "1", "--gain", "300"]) == 0
     said, told = "! overdriven layer: spike1 (fc1) starts with current variance ", capsys.readouterr()
     assert [line.endswith("threshold^2; lower --alpha") for line in told.err.splitlines() if said in line] == [True]
     assert said in told.out
@@ -32,7 +32,7 @@ def test_train_and_info_report_a_start_beyond_the_surrogates_reach(tmp_path: Pat
     assert "ikun initializer (alpha 1, gain 300), " in lines[3]
     assert any(line.startswith(said) for line in lines)
     assert lines[-1] == "f'(x) = (a/2) / (1 + (pi a x / 2)^2) at x = h - threshold, a = 2."
-    assert cli.run(["spectrum", path, "--top", "1", "--no-density"]) == 0
+    assert cli.run(["spectrum", path, "--top", "1", "--no-density", "--full"]) == 0
     assert "ikun initializer (alpha 1, gain 300)," in capsys.readouterr().out
     assert cli.run(["train", *short, "--init", "kaiming", "--force"]) == 0
     assert "overdriven" not in "".join(capsys.readouterr())

@@ -31,7 +31,20 @@ from ikun.smoothed_operator import smoothed
 from ikun_hessian.jobs.job import Own
 from ikun_hessian.jobs.open import open_job
 
-QUICK = ["--top", "2", "--smallest", "1", "--no-density", "--dtype", "float64", "--tol", "1e-7", "--batch-size", "16"]
+QUICK = [
+    "--full",
+    "--top",
+    "2",
+    "--smallest",
+    "1",
+    "--no-density",
+    "--dtype",
+    "float64",
+    "--tol",
+    "1e-7",
+    "--batch-size",
+    "16",
+]
 IMAGES = """
     import torch
     from torch import nn
@@ -787,7 +800,7 @@ def test_flatness_calibration_and_landscape_run_on_a_user_network(capsys: Captur
     torch.manual_seed(0)
     torch.save(theirs["build"]().state_dict(), "theirs.pt")
     spiking = [*own("build", "samples", None, "--timesteps", "4"), "--reset", "nets.py:clear"]
-    spiking += ["--surrogate", "atan:2", "--draws", "4", "--samples", "12"]
+    spiking += ["--surrogate", "atan:2", "--draws", "4", "--samples", "12", "--full"]
     assert cli.run(["flatness", "theirs.pt", *spiking, "--calibrate", "--noise", "0.4"]) == 0
     screen = capsys.readouterr().out
     assert "plain torch, Neuron neurons" in screen

@@ -269,7 +269,7 @@ def own(model: str, data: str, *more: str) -> list[str]:
 
 
 def test_the_command_says_what_the_loss_gets(theirs: dict[str, Any], capsys: Capture) -> None:
-    quick = ["--top", "1", "--smallest", "0", "--no-density", "--dtype", "float64", "--tol", "1e-9"]
+    quick = ["--top", "1", "--smallest", "0", "--no-density", "--dtype", "float64", "--tol", "1e-9", "--full"]
     arguments = ["--loss", "tet", "--readout", "none", "--time-first-data", "--operator", "hessian"]
     assert cli.run([*own("Net", "real", *arguments), *quick]) == 0
     x, y = theirs["parts"]()
