@@ -105,8 +105,8 @@ def training_path_caption(result: TrainingPath) -> str:
     )
     text += f"{farthest:.2g}\u00a0‖w‖ away from it. "
     if result.directions[0].startswith("pc"):
-        text += "Principal components of few points of a random walk look like an arc too: the shape of the path alone "
-        text += "says little. "
+        text += "The principal components of a random walk show an arc too, so the shape of the path by itself says "
+        text += "little. "
     elif abs(result.cosine) > 0.05:
         text += f"The second direction was made orthogonal to the first (cosine {result.cosine:.2g}). "
     if math.isfinite(result.loss) and result.network.get("norm") == "bn":

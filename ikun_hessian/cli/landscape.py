@@ -160,7 +160,7 @@ def landscape_command(
         together = (out or checkpoints[0].parent) / ".".join(["landscapes", *([tag] if tag else [])])
         written = write_together(list(zip(_labels(checkpoints), found, strict=True)), together, surface)
         if not as_json:
-            echo(f"together    {together}.{{{','.join(written)}}}")
+            echo(f"files       {together}.{{{','.join(written)}}}")
     if as_json:
         printed = [clean(dataclasses.asdict(result)) for result in found]
         echo(dumps(printed[0] if len(printed) == 1 else printed))

@@ -21,6 +21,7 @@ from ikun_hessian.reports.html.sources import Sources, networks
 from ikun_hessian.reports.html.spectrum import spectrum_section
 from ikun_hessian.reports.html.summary import summary
 from ikun_hessian.reports.html.training import training_section
+from ikun_hessian.reports.html.training_path import training_path_section
 
 
 def report_page(found: Sources, by: str = "init", accuracy: float = ACCURACY, title: str = "Flatness report") -> str:
@@ -54,6 +55,8 @@ def report_page(found: Sources, by: str = "init", accuracy: float = ACCURACY, ti
         if any(run.log or run.training for run in found.runs)
         else []
     )
+    paths = list(found.paths.items())
+    sections += [("paths", "Paths of training", training_path_section(paths))] if paths else []
     links = [tag("a", name, href=f"#{key}") for key, name, _ in sections]
     body = [
         tag("header", tag("h1", title), tag("nav", *links, aria_label="Sections") if len(links) > 1 else Html("")),
@@ -106,9 +109,12 @@ def drawable(found: Sources) -> Sources:
         for name, r in found.landscapes.items()
         if fits(name, "landscape", partial(landscape_section, [(name, r)]))
     }
-    if not (runs or landscapes):
+    paths = {
+        name: r for name, r in found.paths.items() if fits(name, "path", partial(training_path_section, [(name, r)]))
+    }
+    if not (runs or landscapes or paths):
         raise ResultError(left_out[0])
-    return Sources(tuple(runs), landscapes, tuple(left_out))
+    return Sources(tuple(runs), landscapes, paths, tuple(left_out))
 
 
 def _document(title: str, body: Html) -> str:

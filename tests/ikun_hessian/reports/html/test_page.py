@@ -25,7 +25,7 @@ EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
 def of(*runs: TrainingRun, **more: object) -> Sources:
-    return Sources(runs, more.get("landscapes", {}), more.get("left_out", ()))  # type: ignore[arg-type]
+    return Sources(runs, more.get("landscapes", {}), more.get("paths", {}), more.get("left_out", ()))  # type: ignore[arg-type]
 
 
 def run_of(name: str, **parts: object) -> TrainingRun:
