@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -181,7 +182,8 @@ def _draw_surface(ax: Any, plane: Plane, z: Any, unit: float, norm: Normalize, c
     height = np.log10(z) if isinstance(norm, LogNorm) else z
     colours = sns.color_palette("viridis", as_cmap=True)(norm(np.ma.masked_invalid(z)))
     ax.plot_surface(x, y, height, facecolors=colours, rstride=1, cstride=1, linewidth=0, antialiased=False, shade=False)
-    low, high = np.log10([norm.vmin, norm.vmax]) if isinstance(norm, LogNorm) else (norm.vmin, norm.vmax)
+    ends = float(norm.vmin or 0.0), float(norm.vmax or 0.0)
+    low, high = (math.log10(end) for end in ends) if isinstance(norm, LogNorm) else ends
     ax.set_zlim(low, high)
     edge = float(plane.distances[-1] / unit)
     for which, name in (("x", plane.directions[0]), ("y", plane.directions[1])):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -82,7 +82,13 @@ def _draw(ax: Axes, result: TrainingPath, surface: Array, levels: Array, norm: N
 
 
 def _legend(result: TrainingPath) -> list[Line2D | Patch]:
-    dot = {"linestyle": "none", "marker": "o", "markersize": 5, "markeredgecolor": "black", "markeredgewidth": 0.5}
+    dot: dict[str, Any] = {
+        "linestyle": "none",
+        "marker": "o",
+        "markersize": 5,
+        "markeredgecolor": "black",
+        "markeredgewidth": 0.5,
+    }
     first, last = (_moment(result, k) for k in (0, -1))
     return [
         Line2D([], [], color=START, label=f"first snapshot{first}", **dot),

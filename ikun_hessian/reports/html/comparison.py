@@ -69,8 +69,8 @@ def _plain(rows: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
 
 def _row(row: Row, unit: float, reference: bool) -> tuple[str, ...]:
     """Return the cells of one level."""
-    cells = (measure_title(row, unit), row.level, runs_text(row), value_text(row, row.median.value, unit))
-    cells += (interval_text(row, row.median, unit, WIDEST) or "–",)
+    middle, ends = value_text(row, row.median.value, unit), interval_text(row, row.median, unit, WIDEST) or "–"
+    cells = (measure_title(row, unit), row.level, runs_text(row), middle, ends)
     if reference:
         return (*cells, "reference", "–", "–")
     star = "" if math.isnan(row.holm) or row.holm > SIGNIFICANT else " *"

@@ -38,7 +38,7 @@ def report_page(found: Sources, by: str = "init", accuracy: float = ACCURACY, ti
     """
     every = networks(found.runs)
     spectra = [(n.name, r) for n in every if (r := n.run.spectra.get(n.key))]
-    flats = [(n.name, r) for n in every if (r := n.run.flatness.get(n.key))]
+    flats = [(n.name, f) for n in every if (f := n.run.flatness.get(n.key))]
     sections: list[tuple[str, str, Html]] = [("summary", "Summary", summary(every, found.landscapes, found.left_out))]
     if len(found.runs) > 1 and several_seeds(found.runs, by):
         compared = compare_settings(found.runs, by, accuracy=accuracy)

@@ -178,6 +178,12 @@ def _numbers(r: SpectrumResult) -> Html:
     said = (
         f"At these weights: loss {number(r.loss, 6)}{share}; norm of the surrogate gradient {number(r.gradient_norm)}."
     )
+    if rise := r.loss_rise:
+        value = with_error(rise.estimate, rise.data_stderr, rise.data_stderr_least)
+        said += (
+            f" The loss itself, without a surrogate, rises by {value} if each weight is disturbed by {rise.radius:.0%} "
+            f"of its magnitude (mean of {rise.draws} draws, which adds a standard error of {number(rise.stderr, 2)})."
+        )
     if r.sensitivity:
         others = "; ".join(f"{name}: {_known(value)}" for name, value in r.sensitivity.items())
         said += f" λ max of the {operator_name(r.main[0])} under other conventions of the derivative: {others}."

@@ -38,9 +38,10 @@ def summary(networks: Sequence[Network], landscapes: dict[str, LandscapeResult],
         head = ["network", "loss", "accuracy"]
         head += [f"{operator_name(op)} {what}" for op in operators for what in ("λ max", "trace")]
         sharp = next((name for _, f in flats for name, m in f.main.items() if m.valid == TRUE), "")
-        head += [f"spiking loss: {sharp}"] if sharp else []
-        parts += [table(head, [_row(n, operators, sharp) for n in networks], label="Summary")]
-        parts += [tag("p", _meaning(operators, flats, sharp), class_="note")]
+        radii = sorted({s.loss_rise.radius for _, s in spectra if s.loss_rise})
+        head += [f"loss itself: {sharp}"] if sharp else ["loss itself: rise under noise"] if radii else []
+        parts += [table(head, [_row(n, operators, sharp, bool(radii)) for n in networks], label="Summary")]
+        parts += [tag("p", _meaning(operators, flats, sharp, radii), class_="note")]
     sentences = [*_ranking(spectra), *_warned(spectra, flats, landscapes)]
     parts += [listed(sentences, "verdict")]
     if left_out:
@@ -48,7 +49,7 @@ def summary(networks: Sequence[Network], landscapes: dict[str, LandscapeResult],
     return html(*parts)
 
 
-def _row(network: Network, operators: Sequence[str], sharp: str) -> list[str]:
+def _row(network: Network, operators: Sequence[str], sharp: str, rises: bool) -> list[str]:
     """Return the cells of one network."""
     spectrum, flat = network.run.spectra.get(network.key), network.run.flatness.get(network.key)
     first: SpectrumResult | FlatnessResult | None = spectrum or flat
@@ -60,6 +61,9 @@ def _row(network: Network, operators: Sequence[str], sharp: str) -> list[str]:
     if sharp:
         m = flat.main.get(sharp, Metric()) if flat else Metric()
         cells += [with_error(m.value, m.data_stderr, m.data_stderr_least)]
+    elif rises:
+        rise = spectrum.loss_rise if spectrum else None
+        cells += [with_error(rise.estimate, rise.data_stderr, rise.data_stderr_least) if rise else "–"]
     return cells
 
 
@@ -70,7 +74,9 @@ def _value(found: Eigenvalue | Trace | None) -> str:
     return with_error(value, found.data_stderr, found.data_stderr_least)
 
 
-def _meaning(operators: Sequence[str], flats: Sequence[tuple[str, FlatnessResult]], sharp: str) -> str:
+def _meaning(
+    operators: Sequence[str], flats: Sequence[tuple[str, FlatnessResult]], sharp: str, radii: Sequence[float]
+) -> str:
     """Return what the columns mean."""
     texts = ["loss, accuracy: on the samples analysed."] if operators or flats else []
     if operators:
@@ -81,6 +87,12 @@ def _meaning(operators: Sequence[str], flats: Sequence[tuple[str, FlatnessResult
     if sharp:
         meaning = next(f.main[sharp].meaning for _, f in flats if sharp in f.main)
         texts += [f"{sharp}: {meaning}; measured on the spiking loss itself, without a surrogate."]
+    elif radii:
+        noise = " or ".join(f"{radius:.0%}" for radius in radii)
+        texts += [
+            f"rise under noise: mean rise of the loss itself, without a surrogate, if each weight is disturbed by "
+            f"{noise} of its magnitude."
+        ]
     texts += ["±: one standard error over the data; it does not include the variation between training seeds."]
     return " ".join(texts)
 

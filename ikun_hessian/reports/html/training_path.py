@@ -21,7 +21,8 @@ def training_path_section(found: Sequence[tuple[str, TrainingPath]]) -> Html:
     note = (
         "Snapshots of one run, projected onto the plane through the last one; coordinates in units of ‖w‖ of that one. "
         "Colours show the true loss in the plane, darker is lower; the orange point is the first snapshot, the red one "
-        "the last. The principal components of a random walk show an arc too, so the shape of a path by itself says little."
+        "the last. The principal components of a random walk show an arc too, so the shape of a path by itself says "
+        "little."
     )
     parts = [tag("p", note, class_="note"), panels(*(_plane(name, r) for name, r in found))]
     for name, r in found:
@@ -41,9 +42,9 @@ def _plane(name: str, r: TrainingPath) -> Html:
     chart = Chart(title, _limits(x, half[0]), _limits(y, half[1]), labels[0], labels[1])
     losses = [v for row in r.plane_loss for v in row]
     scale = axis_of(losses)
-    for t, row in zip(y, r.plane_loss, strict=True):
-        for s, loss in zip(x, row, strict=True):
-            chart.cell(s, t, half[0], half[1], _shade(loss, losses, scale))
+    for down, row in zip(y, r.plane_loss, strict=True):
+        for across, loss in zip(x, row, strict=True):
+            chart.cell(across, down, half[0], half[1], _shade(loss, losses, scale))
     at = [(s.position[0] / unit, s.position[1] / unit) for s in r.snapshots]
     chart.line([a for a, _ in at], [b for _, b in at], 0, "path")
     for k, (s, (a, b)) in enumerate(zip(r.snapshots, at, strict=True)):
