@@ -157,7 +157,7 @@ def landscape(
     began = time.perf_counter()
     meter = Meter(_expected(settings, relaxed is not None), progress)
     objectives = [objective] if relaxed is None else [objective, relaxed]
-    work = Work(settings, objectives, phases or Phases(), meter)
+    work = LandscapeWork(settings, objectives, phases or Phases(), meter)
     w = objective.weights().double()
     norm = float(w.norm())
     if norm == 0:
@@ -216,7 +216,7 @@ class Direction:
 
 
 @dataclass
-class Work:
+class LandscapeWork:
     """State that all parts of one analysis share. `objectives` holds the true one and, if there is one, the relaxed
     one.
     """
@@ -255,7 +255,7 @@ class Work:
         return found["losses"], found["accuracies"]
 
 
-def _lines(work: Work, w: Tensor, directions: Mapping[str, Direction], gradient: Tensor) -> Iterator[Line]:
+def _lines(work: LandscapeWork, w: Tensor, directions: Mapping[str, Direction], gradient: Tensor) -> Iterator[Line]:
     """Compute the lines, one for each direction."""
     settings = work.settings
     vectors = torch.stack([d.vector for d in directions.values()], 1)
@@ -269,7 +269,9 @@ def _lines(work: Work, w: Tensor, directions: Mapping[str, Direction], gradient:
         yield Line(name, h, g, float(gradient @ v), direction.residual, direction.converged, distances, *both)
 
 
-def _planes(work: Work, w: Tensor, directions: Mapping[str, Direction], refused: dict[str, str]) -> Iterator[Plane]:
+def _planes(
+    work: LandscapeWork, w: Tensor, directions: Mapping[str, Direction], refused: dict[str, str]
+) -> Iterator[Plane]:
     """Compute the planes. A plane with a missing direction is added to `refused`."""
     settings = work.settings
     for pair in settings.planes:
@@ -292,7 +294,9 @@ def true_and_relaxed(values: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return tuple(true), tuple(rest[0]) if rest else ()
 
 
-def find_directions(work: Work, gradient: Tensor, refused: dict[str, str]) -> tuple[dict[str, Direction], float]:
+def find_directions(
+    work: LandscapeWork, gradient: Tensor, refused: dict[str, str]
+) -> tuple[dict[str, Direction], float]:
     """Return the directions by name and the symmetry error of the Hessian (NaN if it was not needed).
 
     A direction that is not available is added to `refused`.
@@ -328,7 +332,7 @@ def find_directions(work: Work, gradient: Tensor, refused: dict[str, str]) -> tu
     return found, asymmetry
 
 
-def _eigenpairs(work: Work, largest: int, smallest: int) -> tuple[Eigenpairs, float]:
+def _eigenpairs(work: LandscapeWork, largest: int, smallest: int) -> tuple[Eigenpairs, float]:
     """Return outermost eigenpairs of the surrogate Hessian, and its symmetry error."""
     room, kept = budget(work.settings.memory * 2**30, work.objectives[0].size, largest + smallest)
     op = hessian(work.objectives[0], kept)
@@ -343,7 +347,7 @@ def _eigenpairs(work: Work, largest: int, smallest: int) -> tuple[Eigenpairs, fl
     return Eigenpairs(**work.products("eigenvalues", op, compute)), error
 
 
-def _forms(work: Work, name: str, op: Operator, vectors: Tensor) -> list[float]:
+def _forms(work: LandscapeWork, name: str, op: Operator, vectors: Tensor) -> list[float]:
     """Return v'Av for every column of [P, k]."""
     found: Tensor = work.products(name, op, lambda op: {"forms": (vectors * (op @ vectors)).sum(0)})["forms"]
     return [float(form) for form in found]

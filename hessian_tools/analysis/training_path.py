@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hessian_tools.analysis.context import AnalysisError
-from hessian_tools.analysis.landscape import LandscapeSettings, Work, find_directions, true_and_relaxed
+from hessian_tools.analysis.landscape import LandscapeSettings, LandscapeWork, find_directions, true_and_relaxed
 from hessian_tools.evaluation import differentiable
 from hessian_tools.io.json import clean
 from hessian_tools.io.versions import versions
@@ -166,7 +166,7 @@ def training_path(
         raise AnalysisError(f"the loss of {snapshots[-1].name} is {snapshots[-1].loss}: the analysis stops")
     objectives = [objective] if relaxed is None else [objective, relaxed]
     points = len(objectives) * (settings.points**2 + len(snapshots))
-    work = Work(
+    work = LandscapeWork(
         LandscapeSettings(settings.directions, (), seed=settings.seed, memory=settings.memory)
         if settings.directions != PRINCIPAL
         else LandscapeSettings(memory=settings.memory),
@@ -219,7 +219,7 @@ def training_path(
     )
 
 
-def _plane(work: Work, weights: Tensor, names: tuple[str, str]) -> tuple[Tensor, Tensor, float]:
+def _plane(work: LandscapeWork, weights: Tensor, names: tuple[str, str]) -> tuple[Tensor, Tensor, float]:
     """Return orthonormal directions [P] on the CPU, and the cosine of the directions asked for."""
     if names == PRINCIPAL:
         components, _ = principal_components(weights)

@@ -17,7 +17,7 @@ COLOURS = 8  # of the style sheet: .c0 to .c7
 
 
 @dataclass(frozen=True)
-class Scale:
+class PixelScale:
     """Maps numbers to pixels.
 
     Attributes:
@@ -78,7 +78,7 @@ def linear_ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [round(k * step, 12 - math.floor(math.log10(step))) for k in range(first, last + 1)]
 
 
-def axis_of(values: Iterable[float], errors: Iterable[float] | None = None, kind: str = "") -> ValueAxis:
+def chosen_axis(values: Iterable[float], errors: Iterable[float] | None = None, kind: str = "") -> ValueAxis:
     """Choose an axis for values: linear, logarithmic or symmetric logarithmic.
 
     Args:
@@ -99,7 +99,7 @@ def axis_of(values: Iterable[float], errors: Iterable[float] | None = None, kind
 
 
 @dataclass
-class Chart:
+class SvgChart:
     """One panel.
 
     Attributes:
@@ -122,8 +122,8 @@ class Chart:
     marks: list[Html] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.to_x = Scale(self.x, LEFT, WIDTH - RIGHT)
-        self.to_y = Scale(self.y, HEIGHT - BOTTOM, TOP)
+        self.to_x = PixelScale(self.x, LEFT, WIDTH - RIGHT)
+        self.to_y = PixelScale(self.y, HEIGHT - BOTTOM, TOP)
 
     def _pixel(self, x: float, y: float) -> tuple[float, float] | None:
         px, py = self.to_x(x), self.to_y(y)

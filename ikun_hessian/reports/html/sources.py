@@ -130,7 +130,7 @@ def _by_name(results: dict[Path, R], ending: str) -> dict[str, R]:
 
 
 @dataclass(frozen=True)
-class Network:
+class MeasuredNetwork:
     """One set of weights and what was measured at it.
 
     Attributes:
@@ -150,10 +150,10 @@ class Network:
         return [result for result in found if result is not None]
 
 
-def networks(runs: Sequence[TrainingRun]) -> list[Network]:
+def networks(runs: Sequence[TrainingRun]) -> list[MeasuredNetwork]:
     """Return every set of weights with results, run by run, the final weights first."""
     found = []
     for run in runs:
         for key in sorted({*run.spectra, *run.flatness}):
-            found.append(Network(f"{run.name}.{key}" if key else run.name, run, key))
+            found.append(MeasuredNetwork(f"{run.name}.{key}" if key else run.name, run, key))
     return found

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from hessian_tools.plots.curves import ValueAxis
 from hessian_tools.results.training_path import TrainingPath
-from ikun_hessian.reports.html.chart import Chart, axis_of, panels
-from ikun_hessian.reports.html.elements import Html, details, html, listed, number, percent, table, tag
+from ikun_hessian.reports.html.chart import SvgChart, chosen_axis, panels
+from ikun_hessian.reports.html.elements import Html, details, html, html_table, listed, number, percent, tag
 from ikun_hessian.reports.html.landscape import direction_title
 from ikun_hessian.reports.html.provenance import provenance_list
 from ikun_hessian.reports.training_path import path_cautions
@@ -39,9 +39,9 @@ def _plane(name: str, r: TrainingPath) -> Html:
     labels = [f"{_short(d)} ({percent(share)})" for d, share in zip(r.directions, r.explained, strict=True)]
     known = [v for row in r.plane_loss for v in row if math.isfinite(v)]
     title = f"{name}: loss {number(min(known), 3)} to {number(max(known), 3)}" if known else f"{name}: no finite loss"
-    chart = Chart(title, _limits(x, half[0]), _limits(y, half[1]), labels[0], labels[1])
+    chart = SvgChart(title, _limits(x, half[0]), _limits(y, half[1]), labels[0], labels[1])
     losses = [v for row in r.plane_loss for v in row]
-    scale = axis_of(losses)
+    scale = chosen_axis(losses)
     for down, row in zip(y, r.plane_loss, strict=True):
         for across, loss in zip(x, row, strict=True):
             chart.cell(across, down, half[0], half[1], _shade(loss, losses, scale))
@@ -97,4 +97,4 @@ def _table(r: TrainingPath) -> Html:
         "s, t: coordinates in the plane. loss: true loss of the snapshot itself. loss in the plane: true loss at its "
         "projection, with the BatchNorm statistics of the last snapshot."
     )
-    return html(table(head, rows, wide=True), tag("p", note, class_="note"))
+    return html(html_table(head, rows, wide=True), tag("p", note, class_="note"))
