@@ -55,6 +55,18 @@ from .analysis.spectrum import (
 from .analysis.spectrum import (
     spectrum as spectrum,
 )
+from .analysis.training_path import (
+    SavedWeights as SavedWeights,
+)
+from .analysis.training_path import (
+    TrainingPathSettings as TrainingPathSettings,
+)
+from .analysis.training_path import (
+    saved_weights as saved_weights,
+)
+from .analysis.training_path import (
+    training_path as training_path,
+)
 from .checks import ObjectiveError as ObjectiveError
 from .io.json import (
     ResultError as ResultError,
@@ -166,6 +178,12 @@ from .perturbation import (
 )
 from .plots.calibration import calibration_figure as calibration_figure
 from .plots.landscape import landscape_figure as landscape_figure
+from .plots.landscapes import (
+    landscapes_figure as landscapes_figure,
+)
+from .plots.landscapes import (
+    surfaces_figure as surfaces_figure,
+)
 from .plots.spectrum import (
     layers_figure as layers_figure,
 )
@@ -182,6 +200,7 @@ from .plots.spectrum import (
     trajectory_figure as trajectory_figure,
 )
 from .plots.style import save_figure as save_figure
+from .plots.training_path import training_path_figure as training_path_figure
 from .results.calibration import CalibrationResult as CalibrationResult
 from .results.flatness import (
     FlatnessResult as FlatnessResult,
@@ -227,6 +246,12 @@ from .results.spectrum import (
 )
 from .results.spectrum import (
     save_spectrum as save_spectrum,
+)
+from .results.training_path import (
+    Snapshot as Snapshot,
+)
+from .results.training_path import (
+    TrainingPath as TrainingPath,
 )
 from .resume import (
     Phases as Phases,

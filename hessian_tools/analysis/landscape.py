@@ -157,7 +157,7 @@ def landscape(
     began = time.perf_counter()
     meter = Meter(_expected(settings, relaxed is not None), progress)
     objectives = [objective] if relaxed is None else [objective, relaxed]
-    work = _Work(settings, objectives, phases or Phases(), meter)
+    work = LandscapeWork(settings, objectives, phases or Phases(), meter)
     w = objective.weights().double()
     norm = float(w.norm())
     if norm == 0:
@@ -171,7 +171,7 @@ def landscape(
         losses = [mean_loss(each, outputs) for each, outputs in zip(objectives, at_w, strict=True)]
         if not all(map(math.isfinite, losses)):
             raise FloatingPointError(f"the loss ({', '.join(map(str, losses))}) is not finite")
-        directions, asymmetry = _directions(work, gradient, why)
+        directions, asymmetry = find_directions(work, gradient, why)
         if not directions:
             raise ValueError("nothing to draw: " + "; ".join(f"{name}: {reason}" for name, reason in why.items()))
         lines = tuple(_lines(work, w, directions, gradient))
@@ -207,7 +207,7 @@ def landscape(
 
 
 @dataclass(frozen=True)
-class _Direction:
+class Direction:
     """A unit vector [P] in float64. `residual` and `converged` are as in `Line`."""
 
     vector: Tensor
@@ -216,7 +216,7 @@ class _Direction:
 
 
 @dataclass
-class _Work:
+class LandscapeWork:
     """State that all parts of one analysis share. `objectives` holds the true one and, if there is one, the relaxed
     one.
     """
@@ -255,7 +255,7 @@ class _Work:
         return found["losses"], found["accuracies"]
 
 
-def _lines(work: _Work, w: Tensor, directions: Mapping[str, _Direction], gradient: Tensor) -> Iterator[Line]:
+def _lines(work: LandscapeWork, w: Tensor, directions: Mapping[str, Direction], gradient: Tensor) -> Iterator[Line]:
     """Compute the lines, one for each direction."""
     settings = work.settings
     vectors = torch.stack([d.vector for d in directions.values()], 1)
@@ -265,11 +265,13 @@ def _lines(work: _Work, w: Tensor, directions: Mapping[str, _Direction], gradien
     for (name, direction), h, g in zip(directions.items(), curved, linear, strict=True):
         v, distances = direction.vector, _distances(_range(settings, name) * float(w.norm()), settings.points)
         losses, shares = work.evaluate(f"line {name}", lambda t, v=v: w + t * v, distances)  # type: ignore[misc]
-        both = (*_two(losses), *(_two(shares) if settings.accuracy else ((), ())))
+        both = (*true_and_relaxed(losses), *(true_and_relaxed(shares) if settings.accuracy else ((), ())))
         yield Line(name, h, g, float(gradient @ v), direction.residual, direction.converged, distances, *both)
 
 
-def _planes(work: _Work, w: Tensor, directions: Mapping[str, _Direction], refused: dict[str, str]) -> Iterator[Plane]:
+def _planes(
+    work: LandscapeWork, w: Tensor, directions: Mapping[str, Direction], refused: dict[str, str]
+) -> Iterator[Plane]:
     """Compute the planes. A plane with a missing direction is added to `refused`."""
     settings = work.settings
     for pair in settings.planes:
@@ -282,24 +284,26 @@ def _planes(work: _Work, w: Tensor, directions: Mapping[str, _Direction], refuse
         distances = _distances(reach * float(w.norm()), settings.plane_points)
         grid = [(s, t) for t in distances for s in distances]
         losses, _ = work.evaluate(name, lambda at, u=u, v=v: w + at[0] * u + at[1] * v, grid)  # type: ignore[misc]
-        true, relaxed = _two(losses.unflatten(1, (len(distances), len(distances))))
+        true, relaxed = true_and_relaxed(losses.unflatten(1, (len(distances), len(distances))))
         yield Plane(pair, float(u @ v), distances, tuple(map(tuple, true)), tuple(map(tuple, relaxed)))
 
 
-def _two(values: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def true_and_relaxed(values: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Split values into those of the true and of the relaxed network; () if there is no relaxed network."""
     true, *rest = values.tolist()
     return tuple(true), tuple(rest[0]) if rest else ()
 
 
-def _directions(work: _Work, gradient: Tensor, refused: dict[str, str]) -> tuple[dict[str, _Direction], float]:
+def find_directions(
+    work: LandscapeWork, gradient: Tensor, refused: dict[str, str]
+) -> tuple[dict[str, Direction], float]:
     """Return the directions by name and the symmetry error of the Hessian (NaN if it was not needed).
 
     A direction that is not available is added to `refused`.
     """
     names, size = work.settings.names, work.objectives[0].size
     ranks = {name: int(name.removeprefix("top")) for name in names if name.startswith("top")}
-    found: dict[str, _Direction] = {}
+    found: dict[str, Direction] = {}
     asymmetry = NAN
     if ranks or "negative" in names:
         largest = min(max(ranks.values(), default=0), size)
@@ -308,11 +312,11 @@ def _directions(work: _Work, gradient: Tensor, refused: dict[str, str]) -> tuple
     for name in names:
         if name.startswith("random"):
             number = int(name.removeprefix("random"))
-            found[name] = _Direction(random_direction(work.objectives[0], work.settings.seed, number))
+            found[name] = Direction(random_direction(work.objectives[0], work.settings.seed, number))
         elif name == "gradient" and not gradient.any():
             refused[name] = "the surrogate gradient is 0 at these weights: no neuron is near its threshold"
         elif name == "gradient":
-            found[name] = _Direction(gradient / gradient.norm())
+            found[name] = Direction(gradient / gradient.norm())
         elif pairs.norm == 0:
             refused[name] = "the surrogate Hessian is 0 at these weights: every direction is an eigenvector"
         elif ranks[name] > size:
@@ -324,11 +328,11 @@ def _directions(work: _Work, gradient: Tensor, refused: dict[str, str]) -> tuple
                 continue
             v = pairs.vectors[:, i]
             uphill = -v if gradient @ v < 0 else v
-            found[name] = _Direction(uphill, float(pairs.residuals[i]), bool(pairs.converged[i]))
+            found[name] = Direction(uphill, float(pairs.residuals[i]), bool(pairs.converged[i]))
     return found, asymmetry
 
 
-def _eigenpairs(work: _Work, largest: int, smallest: int) -> tuple[Eigenpairs, float]:
+def _eigenpairs(work: LandscapeWork, largest: int, smallest: int) -> tuple[Eigenpairs, float]:
     """Return outermost eigenpairs of the surrogate Hessian, and its symmetry error."""
     room, kept = budget(work.settings.memory * 2**30, work.objectives[0].size, largest + smallest)
     op = hessian(work.objectives[0], kept)
@@ -343,7 +347,7 @@ def _eigenpairs(work: _Work, largest: int, smallest: int) -> tuple[Eigenpairs, f
     return Eigenpairs(**work.products("eigenvalues", op, compute)), error
 
 
-def _forms(work: _Work, name: str, op: Operator, vectors: Tensor) -> list[float]:
+def _forms(work: LandscapeWork, name: str, op: Operator, vectors: Tensor) -> list[float]:
     """Return v'Av for every column of [P, k]."""
     found: Tensor = work.products(name, op, lambda op: {"forms": (vectors * (op @ vectors)).sum(0)})["forms"]
     return [float(form) for form in found]

@@ -113,7 +113,7 @@ def landscape_figure(result: LandscapeResult, captioned: bool = True) -> Figure:
                             ax.set_ylabel("")
                         axes.append(ax)
             if len(levels):
-                _bar(figure, axes, levels, norm)
+                colour_bar(figure, axes, levels, norm)
         add_legend(figure, _legend(result, styles, relaxed))
         if captioned:
             add_caption(figure, landscape_caption(result))
@@ -275,7 +275,7 @@ def _cells(cell: SubplotSpec, rows: int, columns: int) -> Iterator[SubplotSpec]:
     return (grid[i, j] for i in range(rows) for j in range(columns))
 
 
-def _bar(figure: Figure, axes: Sequence[Axes], levels: Array, norm: Normalize) -> None:
+def colour_bar(figure: Figure, axes: Sequence[Axes], levels: Array, norm: Normalize) -> None:
     """Add the colour bar of the planes."""
     bar = figure.colorbar(
         ScalarMappable(norm, "viridis"), ax=list(axes), fraction=0.03, pad=0.015, aspect=14, shrink=0.8

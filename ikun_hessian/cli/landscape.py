@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,14 @@ from ikun_hessian.cli.inputs import checkpoint_files
 from ikun_hessian.cli.screen import dumps, echo, show
 from ikun_hessian.jobs.device import half_of_the_memory, pick
 from ikun_hessian.jobs.existing_results import existing_result
-from ikun_hessian.jobs.landscape import analyse_landscape, write_landscape
+from ikun_hessian.jobs.landscape import analyse_landscape, write_landscape, write_surfaces, write_together
 from ikun_hessian.jobs.open import open_job
 from ikun_hessian.jobs.options import OPENING, RESULTS
-from ikun_hessian.jobs.results import result_stems
+from ikun_hessian.jobs.results import result_stem, result_stems
 
 if TYPE_CHECKING:
     from hessian_tools.results.landscape import LandscapeResult
+    from ikun_hessian.jobs.job import Job
 
 
 DIRECTIONS = "top1,top2,negative,gradient,random1,random2"
@@ -54,6 +56,13 @@ PLANES = ("random1,random2", "top1,negative")
 )
 @click.option("--plane-points", default=21, show_default=True, help="Number of points on each axis of a plane; odd.")
 @click.option("--no-planes", is_flag=True, help="Compute lines only.")
+@click.option("--surface", is_flag=True, help="Also draw the planes as surfaces in three dimensions.")
+@click.option(
+    "--trajectory",
+    is_flag=True,
+    help="Treat the checkpoints as snapshots of one run, and draw their path in the plane of their first two principal "
+    "components, or of one --plane.",
+)
 @click.option("--accuracy", is_flag=True, help="Also measure the accuracy along the lines.")
 @options(*OPENING)
 @own_options
@@ -68,6 +77,8 @@ def landscape_command(
     planes: tuple[str, ...],
     plane_points: int,
     no_planes: bool,
+    surface: bool,
+    trajectory: bool,
     accuracy: bool,
     device: str,
     memory: float | None,
@@ -86,6 +97,8 @@ def landscape_command(
     The losses are those of the spiking network and of the relaxed one. The figure also shows the quadratic models of
     the Hessian and the GGN. The results are written next to the checkpoint, as NAME.landscape.json, .png and .pdf.
     A folder stands for all checkpoints in it.
+    For several checkpoints, landscapes.png and .pdf show all of them on one scale. With --trajectory the checkpoints
+    are snapshots of one run, and the result is NAME.trajectory.json, .png and .pdf of the last snapshot.
     """
     checkpoints = checkpoint_files(checkpoints)
     from hessian_tools.analysis.landscape import LandscapeSettings
@@ -98,6 +111,23 @@ def landscape_command(
     names = tuple(dict.fromkeys(name.strip() for name in directions.split(",") if name.strip()))
     if no_planes and planes:
         raise click.UsageError("--plane and --no-planes exclude each other: leave one out")
+    if trajectory:
+        _refuse_unused(planes)
+        _trajectory(
+            checkpoints,
+            directions=_pair(planes[0]) if planes else ("pc1", "pc2"),
+            points=plane_points,
+            seed=seed,
+            out=out,
+            tag=tag,
+            force=force,
+            resume=resume,
+            as_json=as_json,
+            memory=memory or half_of_the_memory(where),
+            device=where,
+            **opening,
+        )
+        return
     if planes or no_planes:
         pairs = tuple(map(_pair, planes))
     else:
@@ -124,15 +154,86 @@ def landscape_command(
         )
         result = old or analyse_landscape(job, settings, stem, shown=detail != "quiet")
         found.append(result)
+        ends = ["json", "png", "pdf"]
         if old is None:
             write_landscape(result, stem, captioned)
+        if surface:
+            write_surfaces([(path.stem, result)], Path(f"{stem}.surface"))
+            ends += ["surface.png", "surface.pdf"]
         if not as_json:
-            files = f"{stem}.{{json,png,pdf}}{' (unchanged)' if old else ''}"
+            files = f"{stem}.{{{','.join(ends)}}}{' (unchanged)' if old else ''}"
             full = [*landscape_lines(result), f"files       {files}"]
             show(detail, len(found), brief_line(result), landscape_summary(result, files), full)
+    if len(found) > 1:
+        together = (out or checkpoints[0].parent) / ".".join(["landscapes", *([tag] if tag else [])])
+        written = write_together(list(zip(_labels(checkpoints), found, strict=True)), together, surface)
+        if not as_json and detail != "quiet":
+            echo(f"files       {together}.{{{','.join(written)}}}")
     if as_json:
         printed = [clean(dataclasses.asdict(result)) for result in found]
         echo(dumps(printed[0] if len(printed) == 1 else printed))
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """Return the shortest names that differ: stems, otherwise whole paths."""
+    stems = [path.stem for path in paths]
+    return stems if len(set(stems)) == len(stems) else [str(path.with_suffix("")) for path in paths]
+
+
+def _refuse_unused(planes: Sequence[str]) -> None:
+    """Raise UsageError if options were given that --trajectory has no use for."""
+    context = click.get_current_context()
+    for name in ("directions", "points", "reach", "no_planes", "surface", "accuracy"):
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            option = {"reach": "range"}.get(name, name.replace("_", "-"))
+            raise click.UsageError(f"--{option} has no meaning with --trajectory: leave one of them out")
+    if len(planes) > 1:
+        raise click.UsageError("--trajectory draws one plane: give one --plane")
+
+
+def _trajectory(
+    checkpoints: Sequence[Path],
+    *,
+    directions: tuple[str, str],
+    points: int,
+    seed: int,
+    out: Path | None,
+    tag: str | None,
+    force: bool,
+    resume: bool,
+    as_json: bool,
+    memory: float,
+    device: str,
+    **opening: Any,
+) -> None:
+    """Compute and show the path of one training run."""
+    from hessian_tools.analysis.training_path import TrainingPathSettings
+    from hessian_tools.io.json import clean, load_result
+    from hessian_tools.results.training_path import TRAINING_PATH_SCHEMA, TrainingPath
+    from ikun_hessian.jobs.training_path import analyse_training_path, saved_snapshots, write_training_path
+    from ikun_hessian.reports.training_path import training_path_lines
+
+    settings = TrainingPathSettings(directions, points, seed=seed, memory=memory)
+
+    def open_one(path: Path) -> Job:
+        echo(f"opening {path}", err=True)
+        return open_job(path, memory=memory, device=device, **opening)
+
+    job, snapshots = saved_snapshots(checkpoints, open_one)
+    settings = dataclasses.replace(settings, snapshots=tuple((s.name, s.sha256) for s in snapshots))
+    stem = result_stem(job.path, out, tag, "trajectory")
+    locks = click.get_current_context().with_resource(ExitStack())
+    old = existing_result(
+        stem, lambda path: load_result(path, TrainingPath, TRAINING_PATH_SCHEMA), settings, job, force, resume, locks
+    )
+    result = old or analyse_training_path(job, snapshots, settings, stem)
+    if old is None:
+        write_training_path(result, stem)
+    if as_json:
+        echo(dumps(clean(dataclasses.asdict(result))))
+        return
+    echo("\n".join(training_path_lines(result)))
+    echo(f"files       {stem}.{{json,png,pdf}}{' (unchanged)' if old else ''}")
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from hessian_tools.results.landscape import LandscapeResult
 
 
-def _relaxed(job: Job) -> tuple[Objective | None, dict[str, str]]:
+def relaxed_objective(job: Job) -> tuple[Objective | None, dict[str, str]]:
     """Return the objective of the relaxed network, or None and the reason."""
     import torch
 
@@ -44,7 +45,7 @@ def analyse_landscape(job: Job, settings: LandscapeSettings, stem: Path, shown: 
         **measured_on(job.objective),
         "versions": versions(),
     }
-    relaxed, refused = _relaxed(job)
+    relaxed, refused = relaxed_objective(job)
     with Bar(shown=shown) as bar:
         return analyse(
             job.objective,
@@ -67,3 +68,29 @@ def write_landscape(result: LandscapeResult, stem: Path, captioned: bool = True)
     save_figure(landscape_figure(result, captioned), stem)
     save_result(result, Path(f"{stem}.json"))
     Phases.remove(Path(f"{stem}.resume"))
+
+
+def write_surfaces(found: Sequence[tuple[str, LandscapeResult]], stem: Path) -> None:
+    """Write the planes of one or several landscapes as surfaces in three dimensions."""
+    from hessian_tools.plots.landscapes import surfaces_figure
+    from hessian_tools.plots.style import save_figure
+
+    save_figure(surfaces_figure(found), stem)
+
+
+def write_together(found: Sequence[tuple[str, LandscapeResult]], stem: Path, surfaces: bool) -> list[str]:
+    """Write the figures of several landscapes on one scale, and return the endings of the written files.
+
+    Args:
+        found: Labels and results.
+        stem: Path of the figures without ending.
+        surfaces: Whether to draw the planes as surfaces in three dimensions too.
+    """
+    from hessian_tools.plots.landscapes import landscapes_figure
+    from hessian_tools.plots.style import save_figure
+
+    save_figure(landscapes_figure(found), stem)
+    if not surfaces:
+        return ["png", "pdf"]
+    write_surfaces(found, Path(f"{stem}.surface"))
+    return ["png", "pdf", "surface.png", "surface.pdf"]

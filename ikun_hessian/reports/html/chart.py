@@ -12,12 +12,12 @@ from hessian_tools.plots.curves import ValueAxis, value_axis
 from ikun_hessian.reports.html.elements import Html, html, number, tag
 
 WIDTH, HEIGHT = 340, 230  # of a panel; about its size on the screen, so that the text is readable on a telephone
-LEFT, RIGHT, TOP, BOTTOM = 56, 18, 24, 38
+LEFT, RIGHT, TOP, BOTTOM = 62, 18, 24, 38
 COLOURS = 8  # of the style sheet: .c0 to .c7
 
 
 @dataclass(frozen=True)
-class Scale:
+class PixelScale:
     """Maps numbers to pixels.
 
     Attributes:
@@ -78,7 +78,7 @@ def linear_ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [round(k * step, 12 - math.floor(math.log10(step))) for k in range(first, last + 1)]
 
 
-def axis_of(values: Iterable[float], errors: Iterable[float] | None = None, kind: str = "") -> ValueAxis:
+def chosen_axis(values: Iterable[float], errors: Iterable[float] | None = None, kind: str = "") -> ValueAxis:
     """Choose an axis for values: linear, logarithmic or symmetric logarithmic.
 
     Args:
@@ -99,7 +99,7 @@ def axis_of(values: Iterable[float], errors: Iterable[float] | None = None, kind
 
 
 @dataclass
-class Chart:
+class SvgChart:
     """One panel.
 
     Attributes:
@@ -122,8 +122,8 @@ class Chart:
     marks: list[Html] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.to_x = Scale(self.x, LEFT, WIDTH - RIGHT)
-        self.to_y = Scale(self.y, HEIGHT - BOTTOM, TOP)
+        self.to_x = PixelScale(self.x, LEFT, WIDTH - RIGHT)
+        self.to_y = PixelScale(self.y, HEIGHT - BOTTOM, TOP)
 
     def _pixel(self, x: float, y: float) -> tuple[float, float] | None:
         px, py = self.to_x(x), self.to_y(y)
@@ -160,6 +160,14 @@ class Chart:
     def _clamped(self, y: float) -> float:
         at = self.to_y(y)
         return HEIGHT - BOTTOM if math.isnan(at) else at
+
+    def cell(self, x: float, y: float, half_x: float, half_y: float, shade: int | None) -> None:
+        """Fill a rectangle around (x, y) with a shade of the style sheet; None leaves it empty."""
+        if shade is not None:
+            a, b = self.to_x(x - half_x), self.to_x(x + half_x)
+            c, d = self.to_y(y + half_y), self.to_y(y - half_y)
+            size = {"x": f"{a:.1f}", "y": f"{c:.1f}", "width": f"{b - a + 0.3:.1f}", "height": f"{d - c + 0.3:.1f}"}
+            self.marks.append(tag("rect", **size, class_=f"s{shade}"))
 
     def reference(self, y: float) -> None:
         """Draw a thin horizontal line."""

@@ -25,7 +25,7 @@ from ikun_hessian.reports.comparison_text import (
     unit_of,
     value_text,
 )
-from ikun_hessian.reports.html.elements import Html, details, html, listed, table, tag
+from ikun_hessian.reports.html.elements import Html, details, html, html_table, listed, tag
 
 WIDEST = 40  # characters of an interval
 
@@ -52,14 +52,14 @@ def _comparison(c: Comparison) -> Html:
             some = [row for row in rows if row.measure == name]
             cells += [_row(row, unit_of(some), row.level == c.reference) for row in some]
         note = moment_note(moment)
-        body = [*([tag("p", note, class_="note")] if note else []), table(head, cells, wide=True)]
+        body = [*([tag("p", note, class_="note")] if note else []), html_table(head, cells, wide=True)]
         parts += [details(f"{family.capitalize()}, {moment_title(moment)}", *body, opened=i == 0)]
     if c.correlations:
         titles = ("measure", "moment", "tau, all runs", "95% interval", f"tau within {c.by}", "95% interval within")
         taus = [
             (r.measure, moment_title(r.moment), *tau_texts(r.overall), *tau_texts(r.within)) for r in c.correlations
         ]
-        parts += [details("Rank correlation with the accuracy gap", table(titles, _plain(taus), wide=True))]
+        parts += [details("Rank correlation with the accuracy gap", html_table(titles, _plain(taus), wide=True))]
     return html(*parts)
 
 
@@ -69,8 +69,8 @@ def _plain(rows: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
 
 def _row(row: Row, unit: float, reference: bool) -> tuple[str, ...]:
     """Return the cells of one level."""
-    cells = (measure_title(row, unit), row.level, runs_text(row), value_text(row, row.median.value, unit))
-    cells += (interval_text(row, row.median, unit, WIDEST) or "–",)
+    middle, ends = value_text(row, row.median.value, unit), interval_text(row, row.median, unit, WIDEST) or "–"
+    cells = (measure_title(row, unit), row.level, runs_text(row), middle, ends)
     if reference:
         return (*cells, "reference", "–", "–")
     star = "" if math.isnan(row.holm) or row.holm > SIGNIFICANT else " *"

@@ -55,7 +55,7 @@ def number(x: float, digits: int = 4) -> str:
     return f"{x:.{digits}g}".replace("-", MINUS)
 
 
-def with_error(value: float, error: float, least: float = math.nan) -> str:
+def value_with_error(value: float, error: float, least: float = math.nan) -> str:
     """Format a value with its standard error, or with the lower limit of that; without one if both are NaN."""
     if math.isnan(value):
         return "–"
@@ -75,7 +75,7 @@ def percent(x: float) -> str:
     return "–" if math.isnan(x) else f"{x:.1%}"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], wide: bool = False, label: str = "") -> Html:
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], wide: bool = False, label: str = "") -> Html:
     """Return a table whose first column names the rows.
 
     Args:

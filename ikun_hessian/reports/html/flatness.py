@@ -8,7 +8,17 @@ from collections.abc import Mapping, Sequence
 from hessian_tools.analysis.flatness.paired_differences import incomparable
 from hessian_tools.results.flatness import FlatnessResult, Metric
 from ikun_hessian.reports.flatness import flatness_cautions
-from ikun_hessian.reports.html.elements import Html, details, html, interval, listed, number, table, tag, with_error
+from ikun_hessian.reports.html.elements import (
+    Html,
+    details,
+    html,
+    html_table,
+    interval,
+    listed,
+    number,
+    tag,
+    value_with_error,
+)
 from ikun_hessian.reports.html.provenance import provenance_list
 
 INTERVALS = {
@@ -37,7 +47,7 @@ def flatness_section(found: Sequence[tuple[str, FlatnessResult]]) -> Html:
                 for name in names
             ]
             parts += [tag("h4", "Side by side")]
-            parts += [table(("metric", *(name for name, _ in found), "describes"), rows, wide=True)]
+            parts += [html_table(("metric", *(name for name, _ in found), "describes"), rows, wide=True)]
     for name, r in found:
         body = [listed(flatness_cautions(r), "warnings")]
         body += [_table(r.main), details("Other metrics", _table(r.others)), details("Provenance", provenance_list(r))]
@@ -51,7 +61,7 @@ def flatness_section(found: Sequence[tuple[str, FlatnessResult]]) -> Html:
 
 
 def _cell(m: Metric) -> str:
-    return with_error(m.value, m.data_stderr, m.data_stderr_least)
+    return value_with_error(m.value, m.data_stderr, m.data_stderr_least)
 
 
 def _table(metrics: Mapping[str, Metric]) -> Html:
@@ -62,7 +72,7 @@ def _table(metrics: Mapping[str, Metric]) -> Html:
         error = "; ".join(part for part in (_data(m), over) if part) or "–"
         meaning = "; ".join(part for part in (m.meaning, m.note) if part) or "–"
         rows.append((name, number(m.value, 5), error, m.valid or "–", meaning))
-    return table(("metric", "value", "error", "describes", "meaning"), rows)
+    return html_table(("metric", "value", "error", "describes", "meaning"), rows)
 
 
 def _data(m: Metric) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 
 from hessian_tools.plots.curves import ValueAxis
 from hessian_tools.results.landscape import LandscapeResult, Line
-from ikun_hessian.reports.html.chart import COLOURS, Chart, axis_of, legend, panels
-from ikun_hessian.reports.html.elements import Html, details, html, listed, number, table, tag
+from ikun_hessian.reports.html.chart import COLOURS, SvgChart, chosen_axis, legend, panels
+from ikun_hessian.reports.html.elements import Html, details, html, html_table, listed, number, tag
 from ikun_hessian.reports.html.provenance import provenance_list
 from ikun_hessian.reports.landscape import landscape_cautions, rises
 
@@ -28,7 +28,7 @@ def landscape_section(found: Sequence[tuple[str, LandscapeResult]]) -> Html:
     entries = [(name, i, "") for i, (name, _) in enumerate(shown)]
     if any(line.relaxed_loss for _, r in shown for line in r.lines):
         entries += [("dashed: relaxed network", 0, "dash")]
-    losses = axis_of([v for _, r in shown for line in r.lines for v in (*line.loss, *line.relaxed_loss)])
+    losses = chosen_axis([v for _, r in shown for line in r.lines for v in (*line.loss, *line.relaxed_loss)])
     directions = list(dict.fromkeys(line.name for _, r in shown for line in r.lines))
     note = (
         "Loss L at w + t v with ‖v‖ = 1; distances t in units of ‖w‖. The true loss of a spiking network is piecewise "
@@ -62,8 +62,8 @@ def direction_title(name: str) -> str:
 def _line(name: str, shown: Sequence[tuple[str, LandscapeResult]], y: ValueAxis) -> Html:
     """Return the panel of the losses along one direction."""
     lines = [(i, label, r, line) for i, (label, r) in enumerate(shown) for line in r.lines if line.name == name]
-    x = axis_of([t / r.weight_norm for _, _, r, line in lines for t in line.distances], kind="linear")
-    chart = Chart(direction_title(name), x, y, "distance t / ‖w‖", "loss")
+    x = chosen_axis([t / r.weight_norm for _, _, r, line in lines for t in line.distances], kind="linear")
+    chart = SvgChart(direction_title(name), x, y, "distance t / ‖w‖", "loss")
     for i, label, r, line in lines:
         at = [t / r.weight_norm for t in line.distances]
         if line.relaxed_loss:
@@ -137,7 +137,7 @@ def _table(r: LandscapeResult) -> Html:
         "difference (L(e) − 2 L(0) + L(−e)) / e² over a fifth of the range. rises: sides on which the true loss is "
         "higher there."
     )
-    return html(table(head, rows, wide=True), tag("p", note, class_="note"))
+    return html(html_table(head, rows, wide=True), tag("p", note, class_="note"))
 
 
 def _sides(line: Line) -> str:

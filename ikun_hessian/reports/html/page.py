@@ -21,6 +21,7 @@ from ikun_hessian.reports.html.sources import Sources, networks
 from ikun_hessian.reports.html.spectrum import spectrum_section
 from ikun_hessian.reports.html.summary import summary
 from ikun_hessian.reports.html.training import training_section
+from ikun_hessian.reports.html.training_path import training_path_section
 
 
 def report_page(found: Sources, by: str = "init", accuracy: float = ACCURACY, title: str = "Flatness report") -> str:
@@ -37,7 +38,7 @@ def report_page(found: Sources, by: str = "init", accuracy: float = ACCURACY, ti
     """
     every = networks(found.runs)
     spectra = [(n.name, r) for n in every if (r := n.run.spectra.get(n.key))]
-    flats = [(n.name, r) for n in every if (r := n.run.flatness.get(n.key))]
+    flats = [(n.name, f) for n in every if (f := n.run.flatness.get(n.key))]
     sections: list[tuple[str, str, Html]] = [("summary", "Summary", summary(every, found.landscapes, found.left_out))]
     if len(found.runs) > 1 and several_seeds(found.runs, by):
         compared = compare_settings(found.runs, by, accuracy=accuracy)
@@ -54,6 +55,8 @@ def report_page(found: Sources, by: str = "init", accuracy: float = ACCURACY, ti
         if any(run.log or run.training for run in found.runs)
         else []
     )
+    paths = list(found.paths.items())
+    sections += [("paths", "Paths of training", training_path_section(paths))] if paths else []
     links = [tag("a", name, href=f"#{key}") for key, name, _ in sections]
     body = [
         tag("header", tag("h1", title), tag("nav", *links, aria_label="Sections") if len(links) > 1 else Html("")),
@@ -106,9 +109,12 @@ def drawable(found: Sources) -> Sources:
         for name, r in found.landscapes.items()
         if fits(name, "landscape", partial(landscape_section, [(name, r)]))
     }
-    if not (runs or landscapes):
+    paths = {
+        name: r for name, r in found.paths.items() if fits(name, "path", partial(training_path_section, [(name, r)]))
+    }
+    if not (runs or landscapes or paths):
         raise ResultError(left_out[0])
-    return Sources(tuple(runs), landscapes, tuple(left_out))
+    return Sources(tuple(runs), landscapes, paths, tuple(left_out))
 
 
 def _document(title: str, body: Html) -> str:

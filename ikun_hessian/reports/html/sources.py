@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TypeVar
 
 from hessian_tools.io.json import ResultError, load_result
 from hessian_tools.results.landscape import LANDSCAPE_SCHEMA, LandscapeResult
 from hessian_tools.results.provenance import Analysed
+from hessian_tools.results.training_path import TRAINING_PATH_SCHEMA, TrainingPath
 from ikun_hessian.experiments.runs import FLATNESS, SPECTRUM, TRAIN, TrainingRun, gather
 from ikun_hessian.experiments.staleness import refuse_stale
 
-LANDSCAPE = ".landscape.json"
-KNOWN = (SPECTRUM, FLATNESS, LANDSCAPE, TRAIN)
+LANDSCAPE, PATH = ".landscape.json", ".trajectory.json"
+KNOWN = (SPECTRUM, FLATNESS, LANDSCAPE, PATH, TRAIN)
 R = TypeVar("R", bound=Analysed)
 
 
@@ -25,11 +26,13 @@ class Sources:
     Attributes:
         runs: Training runs with their spectra, flatness results and logs.
         landscapes: Landscapes by name.
+        paths: Paths of training by name.
         left_out: One line for each file that is not shown, with the reason.
     """
 
     runs: tuple[TrainingRun, ...]
     landscapes: dict[str, LandscapeResult]
+    paths: dict[str, TrainingPath]
     left_out: tuple[str, ...]
 
 
@@ -49,20 +52,38 @@ def collect(paths: Sequence[Path]) -> Sources:
     """
     left_out: list[str] = []
     for_runs: list[Path] = []
-    landscapes: dict[Path, bool] = {}
+    others: dict[str, dict[Path, bool]] = {LANDSCAPE: {}, PATH: {}}  # True if the user gave the file by name
     for path in paths:
         found, named = _found(path)
-        runs = [file for file in found if not file.name.endswith(LANDSCAPE)]
+        runs = [file for file in found if not file.name.endswith(tuple(others))]
         if runs or (named and not found):
             for_runs.append(path)
         for file in found:
-            if file.name.endswith(LANDSCAPE):
-                landscapes[file] = landscapes.get(file, False) or (named and file == path)
+            for ending, files in others.items():
+                if file.name.endswith(ending):
+                    files[file] = files.get(file, False) or (named and file == path)
     runs_found = gather(for_runs, report=left_out.append) if for_runs else []
-    surfaces = _loaded(landscapes, lambda file: load_result(file, LandscapeResult, LANDSCAPE_SCHEMA), left_out)
-    if not (runs_found or surfaces):
+    landscapes = _loaded(others[LANDSCAPE], _landscape, left_out)
+    trajectories = _loaded(others[PATH], _training_path, left_out)
+    if not (runs_found or landscapes or trajectories):
         raise ResultError(f"nothing to show: {left_out[0]}" if left_out else f"{paths[0]}: no results")
-    return Sources(tuple(runs_found), _by_name(surfaces, LANDSCAPE), tuple(left_out))
+    return Sources(tuple(runs_found), _by_name(landscapes, LANDSCAPE), _by_name(trajectories, PATH), tuple(left_out))
+
+
+def _landscape(file: Path) -> LandscapeResult:
+    result = load_result(file, LandscapeResult, LANDSCAPE_SCHEMA)
+    refuse_stale(file, result.checkpoint)
+    return result
+
+
+def _training_path(file: Path) -> TrainingPath:
+    """Load a path, and check that every snapshot has the weights that it was measured at."""
+    result = load_result(file, TrainingPath, TRAINING_PATH_SCHEMA)
+    refuse_stale(file, result.checkpoint)
+    folder = PurePath(str(result.checkpoint.get("path", ""))).parent
+    for s in result.snapshots:
+        refuse_stale(file, {"path": str(folder / s.name), "sha256": s.sha256})
+    return result
 
 
 def _found(path: Path) -> tuple[list[Path], bool]:
@@ -88,7 +109,6 @@ def _loaded(files: dict[Path, bool], load: Callable[[Path], R], left_out: list[s
     for file, named in files.items():
         try:
             result = load(file)
-            refuse_stale(file, result.checkpoint)
         except ResultError as error:
             if named:
                 raise
@@ -110,7 +130,7 @@ def _by_name(results: dict[Path, R], ending: str) -> dict[str, R]:
 
 
 @dataclass(frozen=True)
-class Network:
+class MeasuredNetwork:
     """One set of weights and what was measured at it.
 
     Attributes:
@@ -130,10 +150,10 @@ class Network:
         return [result for result in found if result is not None]
 
 
-def networks(runs: Sequence[TrainingRun]) -> list[Network]:
+def networks(runs: Sequence[TrainingRun]) -> list[MeasuredNetwork]:
     """Return every set of weights with results, run by run, the final weights first."""
     found = []
     for run in runs:
         for key in sorted({*run.spectra, *run.flatness}):
-            found.append(Network(f"{run.name}.{key}" if key else run.name, run, key))
+            found.append(MeasuredNetwork(f"{run.name}.{key}" if key else run.name, run, key))
     return found

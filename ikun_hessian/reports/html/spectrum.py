@@ -10,18 +10,18 @@ import numpy as np
 
 from hessian_tools.plots.curves import Array, ValueAxis, density_curves, symlog_axis
 from hessian_tools.results.spectrum import Density, Eigenvalue, Functional, Spectrum, SpectrumResult
-from ikun_hessian.reports.html.chart import COLOURS, Chart, axis_of, legend, panels
+from ikun_hessian.reports.html.chart import COLOURS, SvgChart, chosen_axis, legend, panels
 from ikun_hessian.reports.html.elements import (
     Html,
     details,
     html,
+    html_table,
     interval,
     listed,
     number,
     percent,
-    table,
     tag,
-    with_error,
+    value_with_error,
 )
 from ikun_hessian.reports.html.provenance import provenance_list
 
@@ -34,7 +34,7 @@ ERRORS = (
 )
 
 
-def operator_name(key: str) -> str:
+def operator_title(key: str) -> str:
     """Return the name of an operator in a text."""
     return NAMES.get(key, key)
 
@@ -73,12 +73,12 @@ def _ranks(op: str, shown: Sequence[tuple[str, SpectrumResult]]) -> Html:
         for end, pairs in ((True, s.eigenvalues), (False, s.smallest_eigenvalues))
         for k, e in enumerate(pairs)
     ]
-    y = axis_of([e.value for *_, e in places], [_bar(e) for *_, e in places])
+    y = chosen_axis([e.value for *_, e in places], [_bar(e) for *_, e in places])
     last = tops + (lows + 1 if lows else 0)
     ticks = [(float(k), str(k)) for k in sorted({1, tops // 2 + 1, tops})]
     ticks += [(float(_place(False, 0, tops, lows)), "min")] if lows else []
-    chart = Chart(
-        f"{operator_name(op)}: eigenvalues by rank",
+    chart = SvgChart(
+        f"{operator_title(op)}: eigenvalues by rank",
         ValueAxis("linear", 0.5, last + 0.5),
         y,
         "rank",
@@ -111,7 +111,7 @@ def _bar(e: Eigenvalue) -> float:
 
 def _says(name: str, op: str, rank: str, e: Eigenvalue) -> str:
     """Return what the figure says about an eigenvalue."""
-    lines = [f"{name}, {operator_name(op)}, {rank}", with_error(e.value, e.data_stderr, e.data_stderr_least)]
+    lines = [f"{name}, {operator_title(op)}, {rank}", value_with_error(e.value, e.data_stderr, e.data_stderr_least)]
     lines.append(f"numerical error at most {number(e.residual, 2)}{'' if e.converged else ' (not converged)'}")
     if e.layers:
         layer, share = max(e.layers.items(), key=lambda item: item[1])
@@ -138,10 +138,10 @@ def _density(op: str, shown: Sequence[tuple[str, SpectrumResult]]) -> Html | Non
     kept = [(i, name, axis, *_visible(op, density, x, y, highest)) for i, name, axis, density, x, y in curves]
     low, high = min(float(x.min()) for *_, x, _ in kept), max(float(x.max()) for *_, x, _ in kept)
     span = ValueAxis("symlog", low, high, min(axis.linthresh for _, _, axis, _, _ in kept))
-    chart = Chart(
-        f"{operator_name(op)}: spectral density of the bulk",
+    chart = SvgChart(
+        f"{operator_title(op)}: spectral density of the bulk",
         span,
-        axis_of(np.concatenate([y for *_, y in kept])),
+        chosen_axis(np.concatenate([y for *_, y in kept])),
         "eigenvalue",
         "density",
     )
@@ -150,7 +150,7 @@ def _density(op: str, shown: Sequence[tuple[str, SpectrumResult]]) -> Html | Non
         chart.line(x[::step].tolist(), y[::step].tolist(), i)
         for a, b in list(zip(x.tolist(), y.tolist(), strict=True))[:: max(1, len(x) // 24)]:
             chart.point(
-                a, b, i, f"{name}, {operator_name(op)}\neigenvalue {number(a, 3)}\ndensity {number(b, 3)}", "hidden"
+                a, b, i, f"{name}, {operator_title(op)}\neigenvalue {number(a, 3)}\ndensity {number(b, 3)}", "hidden"
             )
     return chart.svg()
 
@@ -172,27 +172,33 @@ def _visible(op: str, density: Density, x: Array, y: Array, highest: float) -> t
 def _numbers(r: SpectrumResult) -> Html:
     """Return the tables, warnings and provenance of one spectrum."""
     parts = [listed(r.warnings, "warnings") or tag("p", "No warnings.", class_="note")]
-    head = ("quantity", *map(operator_name, r.spectra), "meaning")
-    parts += [table(head, [(name, *cells, meaning) for name, cells, meaning in _quantities(r)], label="Numbers")]
+    head = ("quantity", *map(operator_title, r.spectra), "meaning")
+    parts += [html_table(head, [(name, *cells, meaning) for name, cells, meaning in _quantities(r)], label="Numbers")]
     share = "" if math.isnan(r.accuracy) else f", accuracy {percent(r.accuracy)}"
     said = (
         f"At these weights: loss {number(r.loss, 6)}{share}; norm of the surrogate gradient {number(r.gradient_norm)}."
     )
+    if rise := r.loss_rise:
+        value = value_with_error(rise.estimate, rise.data_stderr, rise.data_stderr_least)
+        said += (
+            f" The loss itself, without a surrogate, rises by {value} if each weight is disturbed by {rise.radius:.0%} "
+            f"of its magnitude (mean of {rise.draws} draws, which adds a standard error of {number(rise.stderr, 2)})."
+        )
     if r.sensitivity:
         others = "; ".join(f"{name}: {_known(value)}" for name, value in r.sensitivity.items())
-        said += f" λ max of the {operator_name(r.main[0])} under other conventions of the derivative: {others}."
+        said += f" λ max of the {operator_title(r.main[0])} under other conventions of the derivative: {others}."
     parts += [tag("p", said)]
     for op, s in r.spectra.items():
-        parts += [details(f"Eigenvalues of the {operator_name(op)}", _eigenvalues(r, s))]
+        parts += [details(f"Eigenvalues of the {operator_title(op)}", _eigenvalues(r, s))]
     if r.blocks:
-        parts += [details(f"Layers: diagonal blocks of the {operator_name(r.main[0])}", _blocks(r))]
+        parts += [details(f"Layers: diagonal blocks of the {operator_title(r.main[0])}", _blocks(r))]
     rows = [
         (name, percent(_get(v, "firing_rate")), percent(_get(v, "dead")))
         for name, v in r.activity.items()
         if isinstance(v, dict)
     ]
     if rows:
-        parts += [details("Firing of the neurons", table(("layer", "firing rate", "never fire"), rows))]
+        parts += [details("Firing of the neurons", html_table(("layer", "firing rate", "never fire"), rows))]
     return html(*parts, details("Provenance", provenance_list(r)))
 
 
@@ -258,7 +264,7 @@ def _top(pairs: Sequence[Eigenvalue]) -> str:
     if not pairs:
         return "–"
     e = pairs[0]
-    return with_error(e.value, e.data_stderr, e.data_stderr_least) + ("" if e.converged else " (not converged)")
+    return value_with_error(e.value, e.data_stderr, e.data_stderr_least) + ("" if e.converged else " (not converged)")
 
 
 def _trace(s: Spectrum) -> str:
@@ -266,7 +272,7 @@ def _trace(s: Spectrum) -> str:
     if t is None:
         return "–"
     ends = f" {interval(t.ci95)}" if math.isfinite(t.ci95[0]) else ""
-    return with_error(t.estimate, t.data_stderr, t.data_stderr_least) + ends
+    return value_with_error(t.estimate, t.data_stderr, t.data_stderr_least) + ends
 
 
 def _functional(f: Functional | None) -> str:
@@ -278,7 +284,7 @@ def _functional(f: Functional | None) -> str:
 
 def _value(e: Eigenvalue) -> tuple[str, str]:
     """Return the value of an eigenvalue, and its error over the data and in the computation."""
-    data = with_error(0.0, e.data_stderr, e.data_stderr_least).removeprefix("0 ")
+    data = value_with_error(0.0, e.data_stderr, e.data_stderr_least).removeprefix("0 ")
     error = "" if data == "0" else f"{data} (data); "
     return number(e.value, 5), f"{error}{number(e.residual, 1)} (numerical){'' if e.converged else ', not converged'}"
 
@@ -304,7 +310,8 @@ def _eigenvalues(r: SpectrumResult, s: Spectrum) -> Html:
         "along the eigenvector. main layer: the layer with the largest share of the eigenvector."
     )
     return html(
-        table(("rank", "eigenvalue", "error", "gradient", "main layer"), rows, wide=True), tag("p", note, class_="note")
+        html_table(("rank", "eigenvalue", "error", "gradient", "main layer"), rows, wide=True),
+        tag("p", note, class_="note"),
     )
 
 
@@ -314,7 +321,9 @@ def _blocks(r: SpectrumResult) -> Html:
     for name, s in r.blocks.items():
         size = sum(n for parameter, n in r.parameters.items() if parameter.rpartition(".")[0] in (name, ""))
         top, t = s.eigenvalues[0], s.trace
-        trace = "–" if t is None else with_error(t.estimate, t.data_stderr, t.data_stderr_least)
+        trace = "–" if t is None else value_with_error(t.estimate, t.data_stderr, t.data_stderr_least)
         low = number(s.smallest_eigenvalues[0].value) if s.smallest_eigenvalues else "–"
-        rows.append((name, f"{size:,}", with_error(top.value, top.data_stderr, top.data_stderr_least), low, trace))
-    return table(("layer", "parameters", "λ max", "λ min", "trace"), rows, wide=True)
+        rows.append(
+            (name, f"{size:,}", value_with_error(top.value, top.data_stderr, top.data_stderr_least), low, trace)
+        )
+    return html_table(("layer", "parameters", "λ max", "λ min", "trace"), rows, wide=True)

@@ -12,16 +12,18 @@ from hessian_tools.results.flatness import TRUE, FlatnessResult, Metric
 from hessian_tools.results.landscape import LandscapeResult
 from hessian_tools.results.spectrum import Eigenvalue, SpectrumResult, Trace
 from ikun_hessian.reports.flatness import flatness_cautions
-from ikun_hessian.reports.html.elements import Html, html, listed, number, percent, table, tag, with_error
-from ikun_hessian.reports.html.sources import Network
-from ikun_hessian.reports.html.spectrum import operator_name
+from ikun_hessian.reports.html.elements import Html, html, html_table, listed, number, percent, tag, value_with_error
+from ikun_hessian.reports.html.sources import MeasuredNetwork
+from ikun_hessian.reports.html.spectrum import operator_title
 from ikun_hessian.reports.landscape import landscape_cautions
 
 APART = 2.0  # standard errors between two values that are called different
 MOST = 12  # networks whose warnings the summary counts one by one
 
 
-def summary(networks: Sequence[Network], landscapes: dict[str, LandscapeResult], left_out: Sequence[str]) -> Html:
+def summary(
+    networks: Sequence[MeasuredNetwork], landscapes: dict[str, LandscapeResult], left_out: Sequence[str]
+) -> Html:
     """Return the summary of all results.
 
     Args:
@@ -36,11 +38,12 @@ def summary(networks: Sequence[Network], landscapes: dict[str, LandscapeResult],
         operators = list(dict.fromkeys(op for _, s in spectra for op in s.spectra if op in ("ggn", "hessian")))
         operators.sort()  # the GGN first
         head = ["network", "loss", "accuracy"]
-        head += [f"{operator_name(op)} {what}" for op in operators for what in ("λ max", "trace")]
+        head += [f"{operator_title(op)} {what}" for op in operators for what in ("λ max", "trace")]
         sharp = next((name for _, f in flats for name, m in f.main.items() if m.valid == TRUE), "")
-        head += [f"spiking loss: {sharp}"] if sharp else []
-        parts += [table(head, [_row(n, operators, sharp) for n in networks], label="Summary")]
-        parts += [tag("p", _meaning(operators, flats, sharp), class_="note")]
+        radii = sorted({s.loss_rise.radius for _, s in spectra if s.loss_rise})
+        head += [f"loss itself: {sharp}"] if sharp else ["loss itself: rise under noise"] if radii else []
+        parts += [html_table(head, [_row(n, operators, sharp, bool(radii)) for n in networks], label="Summary")]
+        parts += [tag("p", _meaning(operators, flats, sharp, radii), class_="note")]
     sentences = [*_ranking(spectra), *_warned(spectra, flats, landscapes)]
     parts += [listed(sentences, "verdict")]
     if left_out:
@@ -48,7 +51,7 @@ def summary(networks: Sequence[Network], landscapes: dict[str, LandscapeResult],
     return html(*parts)
 
 
-def _row(network: Network, operators: Sequence[str], sharp: str) -> list[str]:
+def _row(network: MeasuredNetwork, operators: Sequence[str], sharp: str, rises: bool) -> list[str]:
     """Return the cells of one network."""
     spectrum, flat = network.run.spectra.get(network.key), network.run.flatness.get(network.key)
     first: SpectrumResult | FlatnessResult | None = spectrum or flat
@@ -59,7 +62,10 @@ def _row(network: Network, operators: Sequence[str], sharp: str) -> list[str]:
         cells += [_value(s.eigenvalues[0] if s else None), _value(s.trace if s else None)]
     if sharp:
         m = flat.main.get(sharp, Metric()) if flat else Metric()
-        cells += [with_error(m.value, m.data_stderr, m.data_stderr_least)]
+        cells += [value_with_error(m.value, m.data_stderr, m.data_stderr_least)]
+    elif rises:
+        rise = spectrum.loss_rise if spectrum else None
+        cells += [value_with_error(rise.estimate, rise.data_stderr, rise.data_stderr_least) if rise else "–"]
     return cells
 
 
@@ -67,10 +73,12 @@ def _value(found: Eigenvalue | Trace | None) -> str:
     if found is None:
         return "–"
     value = found.value if isinstance(found, Eigenvalue) else found.estimate
-    return with_error(value, found.data_stderr, found.data_stderr_least)
+    return value_with_error(value, found.data_stderr, found.data_stderr_least)
 
 
-def _meaning(operators: Sequence[str], flats: Sequence[tuple[str, FlatnessResult]], sharp: str) -> str:
+def _meaning(
+    operators: Sequence[str], flats: Sequence[tuple[str, FlatnessResult]], sharp: str, radii: Sequence[float]
+) -> str:
     """Return what the columns mean."""
     texts = ["loss, accuracy: on the samples analysed."] if operators or flats else []
     if operators:
@@ -81,6 +89,12 @@ def _meaning(operators: Sequence[str], flats: Sequence[tuple[str, FlatnessResult
     if sharp:
         meaning = next(f.main[sharp].meaning for _, f in flats if sharp in f.main)
         texts += [f"{sharp}: {meaning}; measured on the spiking loss itself, without a surrogate."]
+    elif radii:
+        noise = " or ".join(f"{radius:.0%}" for radius in radii)
+        texts += [
+            f"rise under noise: mean rise of the loss itself, without a surrogate, if each weight is disturbed by "
+            f"{noise} of its magnitude."
+        ]
     texts += ["±: one standard error over the data; it does not include the variation between training seeds."]
     return " ".join(texts)
 
@@ -104,7 +118,7 @@ def _ranking(spectra: Sequence[tuple[str, SpectrumResult]]) -> Iterator[str]:
             elif s.trace is not None:
                 found.append((s.trace.estimate, s.trace.data_stderr, name))
         if len(found) == len(spectra):
-            yield _order(f"{operator_name(op)} {what}", sorted(found))
+            yield _order(f"{operator_title(op)} {what}", sorted(found))
     yield "Training seeds vary too: rank initializers or methods by several seeds, not by one network each."
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from hessian_tools.plots.curves import ValueAxis
 from ikun_hessian.experiments.grouping import epoch_at, number_or_nan
 from ikun_hessian.experiments.runs import TrainingRun
-from ikun_hessian.reports.html.chart import COLOURS, Chart, axis_of, legend, panels
-from ikun_hessian.reports.html.elements import Html, html, number, percent, table, tag, with_error
-from ikun_hessian.reports.html.spectrum import operator_name
+from ikun_hessian.reports.html.chart import COLOURS, SvgChart, chosen_axis, legend, panels
+from ikun_hessian.reports.html.elements import Html, html, html_table, number, percent, tag, value_with_error
+from ikun_hessian.reports.html.spectrum import operator_title
 
 SETTINGS = ("init", "optimizer", "lr", "batch_size", "weight_decay", "seed")
 
@@ -35,7 +35,7 @@ def training_section(runs: Sequence[TrainingRun]) -> Html:
             parts += [tag("p", note, class_="note")]
     rows = [_row(run) for run in runs]
     parts += [
-        table(("run", *(name.replace("_", " ") for name in SETTINGS), "epochs", "train", "test", "problems"), rows)
+        html_table(("run", *(name.replace("_", " ") for name in SETTINGS), "epochs", "train", "test", "problems"), rows)
     ]
     note = "train, test: loss and accuracy of the epoch whose weights were kept, in training mode for the training set."
     return html(*parts, tag("p", note, class_="note"))
@@ -46,9 +46,9 @@ def _curves(
 ) -> Html:
     """Return a panel of one quantity of the training and test set against the epoch."""
     values = [number_or_nan(line.get(key)) for run in runs for line in run.log for key in keys]
-    y = ValueAxis("linear", 0.0, 1.0) if label == "accuracy" else axis_of(values)
-    x = axis_of([0, *(line["epoch"] for run in runs for line in run.log)], kind="linear")
-    chart = Chart(title, x, y, "epoch", label)
+    y = ValueAxis("linear", 0.0, 1.0) if label == "accuracy" else chosen_axis(values)
+    x = chosen_axis([0, *(line["epoch"] for run in runs for line in run.log)], kind="linear")
+    chart = SvgChart(title, x, y, "epoch", label)
     for i, run in enumerate(runs):
         epochs = [line["epoch"] for line in run.log]
         for key, style in zip(keys, ("", "dash"), strict=True):
@@ -75,16 +75,16 @@ def _curvatures(runs: Sequence[TrainingRun]) -> list[Html]:
     for op, entries in series.items():
         if len({epoch for _, _, epoch, *_ in entries}) < 2:
             continue
-        x = axis_of([0, *(entry[2] for entry in entries)], kind="linear")
-        y = axis_of([entry[3] for entry in entries], [entry[4] for entry in entries])
-        chart = Chart(f"{operator_name(op)}: λ max during training", x, y, "epoch", "λ max")
+        x = chosen_axis([0, *(entry[2] for entry in entries)], kind="linear")
+        y = chosen_axis([entry[3] for entry in entries], [entry[4] for entry in entries])
+        chart = SvgChart(f"{operator_title(op)}: λ max during training", x, y, "epoch", "λ max")
         for i in sorted({entry[0] for entry in entries}):
             own = sorted({entry[2:]: entry for entry in entries if entry[0] == i}.values(), key=lambda e: e[2])
             chart.line([e[2] for e in own], [e[3] for e in own], i)
             for _, name, epoch, value, error, least in own:
                 if math.isfinite(error):
                     chart.bar(epoch, value - error, value + error, i)
-                chart.point(epoch, value, i, f"{name}, epoch {epoch}\nλ max {with_error(value, error, least)}")
+                chart.point(epoch, value, i, f"{name}, epoch {epoch}\nλ max {value_with_error(value, error, least)}")
         charts.append(chart.svg())
     return charts
 

@@ -7,7 +7,17 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ikun_hessian.reports.html.elements import Html, details, html, interval, listed, number, table, tag, with_error
+from ikun_hessian.reports.html.elements import (
+    Html,
+    details,
+    html,
+    html_table,
+    interval,
+    listed,
+    number,
+    tag,
+    value_with_error,
+)
 
 ATTACKS = [
     "<script>alert(1)</script>",
@@ -42,7 +52,7 @@ class _Read(HTMLParser):
 def test_strings_are_texts_wherever_they_are_put(attack: str) -> None:
     built = [
         tag("p", attack, data_tip=attack),
-        table((attack, "x"), [(attack, attack)]),
+        html_table((attack, "x"), [(attack, attack)]),
         listed([attack]),
         details(attack, attack),
         html(attack),
@@ -79,7 +89,7 @@ def test_html_is_put_in_as_it_is_and_attributes_are_named_as_in_html() -> None:
 def test_numbers_have_true_minus_signs_and_errors() -> None:
     assert number(-1.23456e-7, 3) == "−1.23e−07"
     assert (number(math.nan), interval((math.nan, math.nan))) == ("–", "–")
-    assert with_error(1.5, 0.123) == "1.5 ± 0.12"
-    assert with_error(1.5, math.nan) == "1.5"
-    assert with_error(1.5, math.nan, 0.26) == "1.5 (± more than 0.3)"
+    assert value_with_error(1.5, 0.123) == "1.5 ± 0.12"
+    assert value_with_error(1.5, math.nan) == "1.5"
+    assert value_with_error(1.5, math.nan, 0.26) == "1.5 (± more than 0.3)"
     assert interval((-1, 2.5)) == "[−1, 2.5]"

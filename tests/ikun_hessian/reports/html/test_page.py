@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from spectra import full, sample
 
 from hessian_tools.io import json as results
 from hessian_tools.io.json import ResultError
+from hessian_tools.results.spectrum import LossRise
+from hessian_tools.results.training_path import TRAINING_PATH_SCHEMA, Snapshot, TrainingPath
 from ikun_hessian.experiments.runs import TrainingRun
 from ikun_hessian.reports.html.page import drawable, report_page
 from ikun_hessian.reports.html.sources import Sources, collect
@@ -25,7 +28,7 @@ EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
 def of(*runs: TrainingRun, **more: object) -> Sources:
-    return Sources(runs, more.get("landscapes", {}), more.get("left_out", ()))  # type: ignore[arg-type]
+    return Sources(runs, more.get("landscapes", {}), more.get("paths", {}), more.get("left_out", ()))  # type: ignore[arg-type]
 
 
 def run_of(name: str, **parts: object) -> TrainingRun:
@@ -43,6 +46,14 @@ def test_the_summary_comes_first_and_holds_the_main_numbers() -> None:
         assert text in summary
     assert "GGN λ max: one &lt; two. All neighbours differ by more than two standard errors" in summary
     assert "several seeds" in summary
+
+
+def test_the_loss_itself_is_in_the_summary_without_a_flatness_result() -> None:
+    rise = LossRise(0.0123, 0.001, 0.002, 0.1, 8)
+    page = report_page(of(run_of("a", spectra={"": dataclasses.replace(sample(), loss_rise=rise)})))
+    assert page.count("0.0123 ± 0.002") == 2
+    assert "if each weight is disturbed by 10% of its magnitude." in page
+    assert "mean of 8 draws, which adds a standard error of 0.001" in page
 
 
 def test_networks_within_their_errors_are_not_ranked() -> None:
@@ -157,6 +168,29 @@ def test_changed_files_are_refused_left_out_or_drawn(kind: str, tmp_path: Path) 
         report_page(found).encode()
         drawn += 1
     assert drawn
+
+
+def test_paths_of_training_are_drawn_unless_a_snapshot_has_changed(tmp_path: Path) -> None:
+    snapshots = tuple(
+        Snapshot(f"{EVIL}e{k}.pt", "0" * 64, k, (2.0 - k, 0.1 * k), 0.1, 0.5, 0.9, 0.6 + k) for k in range(3)
+    )
+    grid = (-1.0, 0.5, 2.0)
+    path = TrainingPath(
+        TRAINING_PATH_SCHEMA, {"path": "e2.pt"}, {}, {}, {}, {}, 10, {}, 10.0, 0.1, 0.9, "float32", "cpu", 0,
+        ("pc1", "pc2"), (0.7, 0.2), 0.0, grid, grid, ((0.1, 0.2, math.nan),) * 3, (), snapshots, {}, 9, 1.0, {},
+    )  # fmt: skip
+    page = report_page(of(paths={"one": path}))
+    assert "PC 1 (70.0%)" in page
+    assert page.count('class="s8"') == 3
+    assert page.count("<rect ") == 6
+    assert "loss 0.5, in the plane 0.6" in page
+    assert "<img" not in page
+    plain = dataclasses.replace(path, snapshots=tuple(dataclasses.replace(s, name=f"e{s.epoch}.pt") for s in snapshots))
+    results.save_result(plain, tmp_path / "e2.trajectory.json")
+    assert list(collect([tmp_path]).paths) == ["e2"]
+    (tmp_path / "e1.pt").write_text("trained again")
+    with pytest.raises(ResultError, match="not of the weights"):
+        collect([tmp_path / "e2.trajectory.json"])
 
 
 def test_what_does_not_fit_together_is_left_out() -> None:
