@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from hessian_tools import nested
-from hessian_tools.engine import segments
+from hessian_tools.engine import segments, tape
+from hessian_tools.engine.folding import Folded, fold
 from hessian_tools.engine.graph import Rule
 from hessian_tools.engine.linearized import Linearized, output_form
 from hessian_tools.engine.reasons import UntraceableError
 from hessian_tools.engine.rewriting import Rewriting
 from hessian_tools.engine.trace import Program, run_stage, trace_product
-from hessian_tools.evaluation import copy_model
+from hessian_tools.evaluation import copy_model, twice_differentiable
 from hessian_tools.runtime.storages import Storages
 
 if TYPE_CHECKING:
@@ -146,22 +148,41 @@ def _traced(objective: Objective, state: dict[str, Tensor], x: Any, second: bool
     if not isinstance(expected, Tensor):
         return f"the network returns a {type(expected).__name__}, not a tensor"
     model = copy_model(objective.model, share=True)
-    for hoist in (True, False):
+    values = [*state.values(), *nested.tensors(x)]
+    folded = ((folded, True) for folded in _folded(objective, model, state, x))
+    for forward, hoist in [*folded, (None, True), (None, False)]:
         if objective.reset is not None:
             objective.reset(model)
         rewriting = partial(tracing.rewriting, hoist)
         try:
             program = trace_product(
-                model, state, list(objective.parameters), x, expected, second, rewriting, tracing.rules
+                model, state, list(objective.parameters), x, expected, second, rewriting, tracing.rules, forward
             )
         except UntraceableError as error:
+            if forward is not None:
+                continue
             return str(error)
-        values: dict[str, Any] = dict(zip(program.values, [*state.values(), *nested.tensors(x)], strict=True))
         with torch.no_grad():
-            (outputs,) = run_stage(program, 0, values)
+            (outputs,) = run_stage(program, 0, dict(zip(program.values, values, strict=True)))
         if _same(outputs, expected):
             return program
     return "the traced network gives other outputs than the network"
+
+
+def _folded(objective: Objective, model: nn.Module, state: dict[str, Tensor], x: Any) -> Iterator[Folded]:
+    """Yield the network with its time steps stacked, if that changes no spike."""
+    _, inputs_of, _ = nested.flattened(x)
+    if objective.reset is not None:
+        objective.reset(model)
+    try:
+        with twice_differentiable():
+            record = tape.record(model, state, nested.tensors(x), lambda parts: nested.call(model, inputs_of(parts)))
+        folded = fold(record)
+        same = folded is not None and folded.spikes_as([*state.values(), *nested.tensors(x)])
+    except Exception:  # tracing tells why
+        return
+    if folded is not None and same:
+        yield folded
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
