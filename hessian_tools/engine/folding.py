@@ -2,8 +2,8 @@
 
 A forward pass is recorded as a list of calls (`hessian_tools.engine.tape`). What is the same at several steps is
 computed once. The steps of a module that hands its state on are one call over time, if its inputs at later steps do not
-depend on its outputs. Calls of one function with the same weights, which do not depend on one another, are one call for
-the stacked inputs [T, N, ...].
+depend on its outputs. Calls of one function that compute the same from what differs only in time are one call for the
+stacked inputs [T, N, ...].
 """
 
 from __future__ import annotations
@@ -251,15 +251,7 @@ def fold(record: Record) -> Folded | None:
             items = _contracted(items, chain, "steps")
     for group, kind in _alike(items, record):
         items = _contracted(items, group, kind)
-    users = defaultdict(set)
-    for i, item in enumerate(items):
-        if item.kind == "call" and item.calls[0].func in WEIGHTED and _kind(item.calls[0], record) == "rows":
-            users[_signature(item.calls[0], record)].add(i)
-    for group in [[items[i].calls[0] for i in sorted(places)] for places in users.values() if len(places) > 1]:
-        items = _contracted(items, group, "rows")
-    if all(item.kind == "call" for item in items) and len(items) == len(record.calls):
-        return None
-    return Folded(record, tuple(items), out)
+    return Folded(record, tuple(items), out) if any(item.kind != "call" for item in items) else None
 
 
 def _substituted(call: Call, other: dict[Ref, Ref]) -> Call:
@@ -381,11 +373,6 @@ def _fits(group: Sequence[Call], kind: str, record: Record) -> bool:
 
 def _order(call: Call) -> int:
     return call.outs[0].number
-
-
-def _signature(call: Call, record: Record) -> Hashable:
-    x, *others = call.refs()
-    return call.func, call.grad, record.meta[x].shape, tuple(others), repr(call.args[2:]), repr(call.kwargs)
 
 
 def _place(call: Call) -> Any:

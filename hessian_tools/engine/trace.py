@@ -44,6 +44,7 @@ class Program:
         constant: Whether the outputs do not depend on the selected parameters. There is only the first part then.
         module: The whole graph, from which `segments` makes other parts.
         results: Its outputs: those of the network, their tangent, and the entries of the product.
+        folded: Whether the network runs in another order than its own (`folding`).
     """
 
     parts: list[StagePart]
@@ -54,6 +55,7 @@ class Program:
     constant: bool = False
     module: fx.GraphModule | None = None
     results: tuple[fx.Node, ...] = ()
+    folded: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -148,7 +150,7 @@ def trace_product(
     o, tangent, *image = next(n for n in graph.nodes if n.op == "output").args[0]
     parts = split(module, [[o], [], [tangent], image] if tangent is not None else [[o]])
     values, slope, v, t = (tuple(n.name for n in group) for group in groups)
-    return Program(parts, values, slope[0], v, t[0], tangent is None, module, (o, tangent, *image))
+    return Program(parts, values, slope[0], v, t[0], tangent is None, module, (o, tangent, *image), forward is not None)
 
 
 def _graph_of(program: Callable[..., Any], inputs: tuple[Any, ...]) -> fx.GraphModule:
