@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from hessian_tools import nested
-from hessian_tools.engine import segments
+from hessian_tools.engine import segments, tape
+from hessian_tools.engine.folding import Folded, fold
 from hessian_tools.engine.graph import Rule
 from hessian_tools.engine.linearized import Linearized, output_form
 from hessian_tools.engine.reasons import UntraceableError
 from hessian_tools.engine.rewriting import Rewriting
 from hessian_tools.engine.trace import Program, run_stage, trace_product
-from hessian_tools.evaluation import copy_model
+from hessian_tools.evaluation import copy_model, twice_differentiable
 from hessian_tools.runtime.storages import Storages
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def linearize_traced(objective: Objective, batch: Batch, kind: str, memory: floa
     if program.constant:
         return Linearized(torch.zeros_like, 0, path="traced")
     if 0 < memory < program.nbytes:
-        return _in_segments(objective, batch, kind, program, math.ceil(2 * program.nbytes / memory))
+        return _in_segments(objective, batch, kind, program, memory)
     values: dict[str, Any] = dict(zip(program.values, [*state.values(), *nested.tensors(x)], strict=True))
     with torch.no_grad():
         (outputs,) = run_stage(program, 0, values)
@@ -88,16 +89,14 @@ def linearize_traced(objective: Objective, batch: Batch, kind: str, memory: floa
     return Linearized(product, storages.alive([*state.values(), *nested.tensors(x), y]), path="traced")
 
 
-def _in_segments(objective: Objective, batch: Batch, kind: str, program: Program, count: int) -> Linearized:
-    """Return a product that keeps nothing and runs in `count` segments, or at most in as many as pay off."""
+def _in_segments(objective: Objective, batch: Batch, kind: str, program: Program, memory: float) -> Linearized:
+    """Return a product that keeps nothing and runs in segments, in as many as fit or at most as pay off."""
     x, y = batch
-    key = (program, count)
-    with _lock:
-        if (cut := objective.programs.get(key)) is None:
-            assert program.module is not None
-            outputs, tangent, *image = program.results
-            cut = segments.segmented(program.module, outputs, tangent, image, min(count, MOST_SEGMENTS))
-            objective.programs[key] = cut
+    cut = _cut(objective, program, memory)
+    if program.folded and cut.nbytes > memory:  # a segment then has all steps of a layer
+        plain = _program(objective, _state(objective.model), x, kind == "hessian", False)
+        if isinstance(plain, Program) and (other := _cut(objective, plain, memory)).nbytes < cut.nbytes:
+            program, cut = plain, other
 
     def product(v: Tensor) -> Tensor:
         values: dict[str, Any] = dict(
@@ -118,26 +117,39 @@ def _in_segments(objective: Objective, batch: Batch, kind: str, program: Program
     return Linearized(product, 0, path="traced")
 
 
+def _cut(objective: Objective, program: Program, memory: float) -> segments.Segments:
+    """Return a program in segments. It is cut at the first call."""
+    count = math.ceil(2 * program.nbytes / memory)
+    key = (program, count)
+    with _lock:
+        if (cut := objective.programs.get(key)) is None:
+            assert program.module is not None
+            outputs, tangent, *image = program.results
+            cut = segments.segmented(program.module, outputs, tangent, image, min(count, MOST_SEGMENTS))
+            objective.programs[key] = cut
+    return cut
+
+
 def _state(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers of a model by name."""
     return {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
 
 
-def _program(objective: Objective, state: dict[str, Tensor], x: Any, second: bool) -> Program | str:
-    """Return the traced product for the shape of x. It is traced at the first call."""
+def _program(objective: Objective, state: dict[str, Tensor], x: Any, second: bool, folds: bool = True) -> Program | str:
+    """Return the traced product for the shape of x, traced at the first call. folds: time steps may be stacked."""
     model = objective.model
     leaves, _, structure = nested.flattened(x)
     kinds = tuple((t.shape, t.stride(), t.dtype, t.device) for t in leaves)
-    key = (model, tuple(objective.parameters), second, kinds, structure)
+    key = (model, tuple(objective.parameters), second, kinds, structure, folds)
     with _lock:
         found = objective.programs.get(key)
         if found is None:
-            found = _traced(objective, state, x, second)
+            found = _traced(objective, state, x, second, folds)
             objective.programs[key] = found
     return found
 
 
-def _traced(objective: Objective, state: dict[str, Tensor], x: Any, second: bool) -> Program | str:
+def _traced(objective: Objective, state: dict[str, Tensor], x: Any, second: bool, folds: bool) -> Program | str:
     """Trace the product. The outputs must be those of the network."""
     offered = [t for m in objective.model.modules() if isinstance(t := getattr(m, "tracing", None), Tracing)]
     tracing = offered[0] if offered else Tracing()
@@ -146,22 +158,40 @@ def _traced(objective: Objective, state: dict[str, Tensor], x: Any, second: bool
     if not isinstance(expected, Tensor):
         return f"the network returns a {type(expected).__name__}, not a tensor"
     model = copy_model(objective.model, share=True)
-    for hoist in (True, False):
+    values = [*state.values(), *nested.tensors(x)]
+    folded = _folded(objective, model, state, x) if folds else None
+    for forward, hoist in [*([(folded, True)] if folded else []), (None, True), (None, False)]:
         if objective.reset is not None:
             objective.reset(model)
         rewriting = partial(tracing.rewriting, hoist)
         try:
             program = trace_product(
-                model, state, list(objective.parameters), x, expected, second, rewriting, tracing.rules
+                model, state, list(objective.parameters), x, expected, second, rewriting, tracing.rules, forward
             )
         except UntraceableError as error:
+            if forward is not None:
+                continue
             return str(error)
-        values: dict[str, Any] = dict(zip(program.values, [*state.values(), *nested.tensors(x)], strict=True))
         with torch.no_grad():
-            (outputs,) = run_stage(program, 0, values)
+            (outputs,) = run_stage(program, 0, dict(zip(program.values, values, strict=True)))
         if _same(outputs, expected):
             return program
     return "the traced network gives other outputs than the network"
+
+
+def _folded(objective: Objective, model: nn.Module, state: dict[str, Tensor], x: Any) -> Folded | None:
+    """Return the network with its time steps stacked, if that changes no spike."""
+    _, inputs_of, _ = nested.flattened(x)
+    if objective.reset is not None:
+        objective.reset(model)
+    try:
+        with twice_differentiable():
+            record = tape.record(model, state, nested.tensors(x), lambda parts: nested.call(model, inputs_of(parts)))
+        folded = fold(record)
+        same = folded is not None and folded.spikes_as([*state.values(), *nested.tensors(x)])
+    except Exception:  # tracing tells why
+        return None
+    return folded if same else None
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -25,7 +25,10 @@ from hessian_tools import nested
 from hessian_tools.engine.graph import Rule, StagePart, simplify, split
 from hessian_tools.engine.reasons import UntraceableError, reason_of
 from hessian_tools.engine.rewriting import Rewriting
+from hessian_tools.engine.tape import Inside
 from hessian_tools.evaluation import twice_differentiable
+
+Forward = Callable[[Sequence[Tensor]], Any]  # parameters, buffers and inputs -> outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +44,7 @@ class Program:
         constant: Whether the outputs do not depend on the selected parameters. There is only the first part then.
         module: The whole graph, from which `segments` makes other parts.
         results: Its outputs: those of the network, their tangent, and the entries of the product.
+        folded: Whether the network runs in another order than its own (`folding`).
     """
 
     parts: list[StagePart]
@@ -51,6 +55,7 @@ class Program:
     constant: bool = False
     module: fx.GraphModule | None = None
     results: tuple[fx.Node, ...] = ()
+    folded: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -62,19 +67,8 @@ class Program:
         return sum(t.numel() * t.element_size() for t in found if isinstance(t, Tensor))
 
 
-class _Inside(nn.Module):
-    """Calls a function. A checkpointed part of the model runs again in the backward pass, with the traced weights."""
-
-    def __init__(self, model: nn.Module, function: Callable[[], Any]) -> None:
-        super().__init__()
-        self.model, self.function = model, function
-
-    def forward(self) -> Any:
-        return self.function()
-
-
 def _program(
-    model: nn.Module, names: list[str], chosen: list[str], inputs: Callable[[Sequence[Tensor]], Any], second: bool,
+    model: nn.Module, names: list[str], chosen: list[str], forward: Forward, second: bool,
     rewriting: Callable[[], Rewriting],
 ) -> Any:  # fmt: skip
     """Return the function of (values, x, g, v, t) that is traced."""
@@ -86,7 +80,7 @@ def _program(
 
         def product() -> Any:
             with rewriting():
-                o = nested.call(model, inputs(x))
+                o = forward([*state.values(), *x])
             if not isinstance(o, Tensor):
                 raise UntraceableError(f"the network returns a {type(o).__name__}, not a tensor")
             if not o.requires_grad:
@@ -105,14 +99,14 @@ def _program(
 
         inside = {f"model.{name}": t for name, t in state.items()}
         with torch.enable_grad(), twice_differentiable():
-            return functional_call(_Inside(model, product), inside, ())
+            return functional_call(Inside(model, product), inside, ())
 
     return program
 
 
 def trace_product(
     model: nn.Module, state: dict[str, Tensor], chosen: list[str], x: Any, outputs: Tensor, second: bool,
-    rewriting: Callable[[], Rewriting], rules: Sequence[Rule],
+    rewriting: Callable[[], Rewriting], rules: Sequence[Rule], forward: Forward | None = None,
 ) -> Program:  # fmt: skip
     """Trace the product of a batch.
 
@@ -125,6 +119,7 @@ def trace_product(
         second: Whether the product contains the second derivatives of the model, as that of the Hessian does.
         rewriting: Makes the mode in which the forward pass runs.
         rules: Rules by which the graph is simplified.
+        forward: Runs the model on its state and the tensors of x, in another way than its own.
 
     Raises:
         UntraceableError: If the model cannot be traced, as with a branch on the values of a tensor.
@@ -132,7 +127,8 @@ def trace_product(
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):  # its derivatives are not torch's own
         raise UntraceableError("the network contains a scripted module (torch.jit)")
     parts_of_x, inputs_of, _ = nested.flattened(x)
-    program = _program(model, list(state), chosen, inputs_of, second, rewriting)
+    plain: Forward = lambda values: nested.call(model, inputs_of(values[len(state) :]))  # noqa: E731
+    program = _program(model, list(state), chosen, forward or plain, second, rewriting)
     vector = [torch.zeros_like(state[name]) for name in chosen]
     zeros = outputs.new_zeros(outputs.shape)  # contiguous, as g and t are made
     inputs = (list(state.values()), parts_of_x, zeros, vector, zeros.clone())
@@ -154,7 +150,7 @@ def trace_product(
     o, tangent, *image = next(n for n in graph.nodes if n.op == "output").args[0]
     parts = split(module, [[o], [], [tangent], image] if tangent is not None else [[o]])
     values, slope, v, t = (tuple(n.name for n in group) for group in groups)
-    return Program(parts, values, slope[0], v, t[0], tangent is None, module, (o, tangent, *image))
+    return Program(parts, values, slope[0], v, t[0], tangent is None, module, (o, tangent, *image), forward is not None)
 
 
 def _graph_of(program: Callable[..., Any], inputs: tuple[Any, ...]) -> fx.GraphModule:

@@ -63,6 +63,23 @@ class LibraryNode(nn.Module):
         """Return the surrogate."""
         return library_surrogate(self)
 
+    @property
+    def rests_at_zero(self) -> bool:
+        """Whether zeros are the state at rest."""
+        return self.plan.spec.v_reset == 0
+
+    def advance(self, x: Tensor, state: tuple[Tensor | None, ...]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Return the spikes of one time step for inputs x [N, ...], and the state after it."""
+        raise NotImplementedError
+
+    def over_time(self, x: Tensor, steps: int, state: tuple[Tensor | None, ...]) -> Tensor:
+        """Return the spikes [T, N, ...] of all time steps for inputs x [T or 1, N, ...]."""
+        found = []
+        for t in range(steps):
+            y, state = self.advance(x[t if len(x) > 1 else 0], state)
+            found.append(y)
+        return torch.stack(found)
+
     def heard(self, *args: Any, **kwargs: Any) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
         """Run the library's forward pass without derivatives.
 

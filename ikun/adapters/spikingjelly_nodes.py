@@ -7,11 +7,13 @@ MultiStepIFNode, MultiStepLIFNode and MultiStepParametricLIFNode.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hessian_tools.engine.tape import step
 from ikun.adapters.neuron_nodes import LibraryNode, Plan, UnfitError, library_class, library_surrogate, surrogate_plan
 from ikun.adapters.spikingjelly import takes_time
 from ikun.nodes.autograd import neurons
@@ -32,13 +34,27 @@ class SpikingJellyNode(LibraryNode):
     v: Any
 
     def forward(self, x: Tensor) -> Tensor:
-        plan, timed = self.plan, takes_time(self)
-        steps = x if timed else x[None]
-        start = _start(self.v, steps[0], plan.spec.v_reset)
-        values = None
+        timed = takes_time(self)
+        start = _start(self.v, x[0] if timed else x, self.plan.spec.v_reset)
+        if timed:
+            y, self.v = self._run(x, start, [x], len(x))
+        else:
+            y, (self.v,) = step(self, x, (start,))
+        return y
+
+    def advance(self, x: Tensor, state: tuple[Tensor | None, ...]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        y, end = self._run(x[None], state[0], [x], 1)
+        return y[0], (end,)
+
+    def over_time(self, x: Tensor, steps: int, state: tuple[Tensor | None, ...]) -> Tensor:
+        return self._run(x, state[0], list(x) if len(x) == steps else [x[0]] * steps, steps)[0]
+
+    def _run(self, x: Tensor, start: Tensor | None, calls: list[Tensor], steps: int) -> tuple[Tensor, Tensor]:
+        """Return spikes and last potential for x [T or 1, N, ...]. calls: the inputs of the library's own calls."""
+        plan, values = self.plan, None
         if not plan.exact:
-            _, calls = self.heard(x)
-            z, spikes = (torch.stack(parts) for parts in zip(*calls, strict=True))
+            self.v = plan.spec.v_reset if start is None else start
+            z, spikes = (torch.stack(p) for p in zip(*(pair for c in calls for pair in self.heard(c)[1]), strict=True))
             h = z + plan.spec.threshold
             hard = plan.spec.reset == "hard"
             v = torch.where(spikes > 0, plan.spec.v_reset, h) if hard else h - plan.spec.threshold * spikes
@@ -47,9 +63,8 @@ class SpikingJellyNode(LibraryNode):
         w = self._parameters.get("w")
         gain = None if w is None else w.sigmoid()
         if gain is not None and not self.decay_input:
-            steps = steps / gain
-        y, self.v = neurons(steps, plan.spec, start, gain, plan.jet, values)
-        return y if timed else y[0]
+            x = x / gain
+        return neurons(x, replace(plan.spec, steps=steps, static=len(x) < steps), start, gain, plan.jet, values)
 
 
 def _start(v: Any, x: Tensor, rest: float) -> Tensor | None:

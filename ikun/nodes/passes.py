@@ -6,6 +6,7 @@ A traced graph contains each pass as one operation. The notation is that of `iku
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -244,9 +245,28 @@ def adjoint_tangent(
 
 
 PASSES = (spikes, slopes, reset_slopes, tangent, adjoint, adjoint_kept, adjoint_tangent)
-_ops = {p.__name__: torch.library.custom_op(f"ikun::{p.__name__}", p, mutates_args=()) for p in PASSES}
-OPS = {name: getattr(torch.ops.ikun, name).default for name in _ops}
-_direct = {p.__name__: p for p in PASSES}
+_ops: dict[str, Any] = {}
+OPS: dict[str, Any] = {}
+_direct: dict[str, Callable[..., Any]] = {}
+
+
+def register_pass(function: Callable[..., Any], fake: Callable[..., Any] | None = None) -> None:
+    """Make a function an operator of torch. fake: returns tensors of the shapes of its results."""
+    name = function.__name__
+    _ops[name] = torch.library.custom_op(f"ikun::{name}", function, mutates_args=())
+    OPS[name] = getattr(torch.ops.ikun, name).default
+    _direct[name] = function
+    if fake is not None:
+        _ops[name].register_fake(fake)
+
+
+for _pass in PASSES:
+    register_pass(_pass)
+
+
+def functions() -> dict[Any, Callable[..., Any]]:
+    """Return the functions behind the operators of torch."""
+    return {OPS[name]: function for name, function in _direct.items()}
 
 
 def pass_of(name: str) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from hessian_tools.engine.product import Tracing
 from hessian_tools.engine.rewriting import Rewriting
 from ikun.nodes.autograd import neurons
-from ikun.nodes.passes import OPS, PASSES, ScanSpec
+from ikun.nodes.passes import OPS, ScanSpec, functions
 
 POOLS = (F.max_pool2d, torch.max_pool2d)
 
@@ -146,7 +146,7 @@ def _part(call: fx.Node, place: int) -> fx.Node | None:
 
 def call_directly(graph: fx.Graph) -> None:
     """Call the functions behind torch's operators, which takes less time per call."""
-    direct = {OPS[p.__name__]: p for p in PASSES}
+    direct = functions()
     for node in graph.nodes:
         if node.op == "call_function" and node.target in direct:
             node.target = direct[node.target]
