@@ -73,5 +73,4 @@ class DataSpec:
 
     def _read(self, data_dir: str | Path | None) -> partial[Dataset]:
         """Return the function that loads a split of the data set."""
-        sizes = {"image_size": self.image_size, "frames": self.frames}
-        return partial(load_dataset, self.name, data_dir=data_dir, **sizes)
+        return partial(load_dataset, self.name, data_dir=data_dir, image_size=self.image_size, frames=self.frames)
