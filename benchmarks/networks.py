@@ -62,7 +62,7 @@ MEMORY = 2**34
 CLOSE = 1e-2  # a peer whose product differs by more computes something else
 RATIOS: tuple[str, ...] = ("Hessian", "GGN", "from scratch", "double backward")
 RATIOS += ("PyHessian, kept", "PyHessian, loader", "hessian-eigenthings", "curvlinops", "GEMMs")
-GEMMS = {"convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "addbmm"}
+GEMMS = {"convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm", "baddbmm_", "mv", "addmv", "addbmm"}
 Entry = dict[str, Any]
 Product = Callable[[Tensor], Tensor]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hessian_tools.engine.sums import is_sum, join_sums
+from hessian_tools.engine.sums import is_sum, join_maps, join_sums
 
 aten = torch.ops.aten
 Rule = Callable[[fx.Graph], None]
@@ -27,7 +27,9 @@ def simplify(graph: fx.Graph, rules: Sequence[Rule]) -> None:
     _merge_views(graph)
     _merge_equal(graph)
     _merge_transposes(graph)
+    _transpose_factors(graph)
     graph.eliminate_dead_code()
+    join_maps(graph)
     join_sums(graph, stage_of_nodes(graph))
     for rule in rules:
         rule(graph)
@@ -82,6 +84,33 @@ def _merge_transposes(graph: fx.Graph) -> None:
             _replace(graph, node, source.args[0])
 
 
+def _transpose_factors(graph: fx.Graph) -> None:
+    """Transpose the factors of batched matrix products instead of their result, so that sums may add to it."""
+    for node in list(graph.nodes):
+        source = _transposed(node)
+        if source is None or source.target is not aten.bmm.default or len(source.users) > 1:
+            continue
+        with graph.inserting_before(node):
+            factors = []
+            for factor in reversed(source.args):
+                made = _transposed(factor)
+                if made is None:
+                    made = graph.call_function(aten.transpose.int, (factor, 1, 2))
+                    made.meta["val"] = factor.meta["val"].transpose(1, 2)  # type: ignore[union-attr]
+                factors.append(made)
+            product = graph.call_function(aten.bmm.default, tuple(factors))
+        product.meta["val"] = source.meta["val"].new_empty(node.meta["val"].shape)
+        _replace(graph, node, product)
+
+
+def _transposed(node: Any) -> fx.Node | None:
+    """Return what a node transposes, a batch of matrices."""
+    if not isinstance(node, fx.Node) or node.target is not aten.transpose.int or node.meta["val"].dim() != 3:
+        return None
+    source = node.args[0]
+    return source if isinstance(source, fx.Node) and {int(i) % 3 for i in node.args[1:]} == {1, 2} else None  # type: ignore[arg-type, call-overload]
+
+
 def _merge_equal(graph: fx.Graph) -> None:
     """Compute equal expressions once."""
     known: dict[Hashable, fx.Node] = {}
@@ -100,7 +129,10 @@ def _key(value: Any) -> Hashable:
     return type(value), repr(value)
 
 
-ALLOCATING = {aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.add.Tensor}
+ALLOCATING = {
+    aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.add.Tensor, aten.add_.Tensor,
+    aten.baddbmm_.default, aten.mul.Tensor,
+}  # fmt: skip
 
 
 def _fresh(node: Any) -> bool:
@@ -115,7 +147,7 @@ def _fresh(node: Any) -> bool:
 
 def reuse_memory(graph: fx.Graph) -> None:
     """Add matrix products to what they are added to, and add in place where a summand is not needed again."""
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not aten.add.Tensor or len(node.args) != 2 or node.kwargs:
             continue
         a, b = node.args
@@ -126,6 +158,10 @@ def reuse_memory(graph: fx.Graph) -> None:
         if len(shapes) != 1 or len(types) != 1 or any("val" not in n.meta for n in (a, b)):
             continue
         for one, other in ((a, b), (b, a)):
+            if _fresh(one) and _fresh(other) and other.target is aten.bmm.default:
+                node.target, node.args = aten.baddbmm_.default, (one, *other.args)
+                graph.erase_node(other)
+                break
             if _fresh(one):
                 node.target, node.args = aten.add_.Tensor, (one, other)
                 break
@@ -157,6 +193,19 @@ class StagePart:
     kept: tuple[str, ...]
 
 
+def _delay(stage: dict[fx.Node, int], results: Sequence[fx.Node | None]) -> None:
+    """Move what the tangent of the outputs does not need to the last stage, where it is added to other values."""
+    todo, needed = [n for n in results if n is not None], set[fx.Node]()
+    while todo:
+        node = todo.pop()
+        if node not in needed:
+            needed.add(node)
+            todo += node.all_input_nodes
+    for node in stage:
+        if stage[node] == 2 and node.op == "call_function" and node not in needed:
+            stage[node] = 3
+
+
 def split(module: fx.GraphModule, results: Sequence[Sequence[fx.Node | None]]) -> list[StagePart]:
     """Split a graph into one function per stage.
 
@@ -166,6 +215,8 @@ def split(module: fx.GraphModule, results: Sequence[Sequence[fx.Node | None]]) -
             None stands for an output that is zero.
     """
     stage = stage_of_nodes(module.graph)
+    if len(results) == len(STAGES):
+        _delay(stage, results[2])
     parts = []
     for k, outputs in enumerate(results):
         wanted = [w for w in outputs if w is not None]

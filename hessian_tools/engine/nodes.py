@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from hessian_tools.engine import winograd
 
 Geometry = tuple[
     Any, ...
@@ -71,9 +74,55 @@ class _Valued(torch.autograd.Function):
 
 
 def convolution(x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """Return the convolution of x [N, C, ...] with w and a bias."""
+    """Return the convolution of x [N, C, ...] with w and a bias. Its derivatives use a faster form where there is one.
+
+    The form depends on the shapes only, so that products are the same bits in every run.
+    """
+    if 0 in x.shape or 0 in w.shape:
+        return _convolved(x, w, bias, geometry)
+    small, fewer = trimmed(x, w, geometry)
+    if _is_product(x, small, fewer):
+        y = F.linear(x.flatten(1), small.flatten(1), bias).view(len(x), len(w), *[1] * (x.dim() - 2))
+    elif winograd.suits(x, small, fewer):
+        y = winograd.convolution(x, small, bias, fewer[1][0])
+    elif small is w:
+        return _convolved(x, w, bias, geometry)
+    else:
+        y = _convolved(x, small, bias, fewer)
+    return valued(_convolve, y, x, w, bias, *geometry)
+
+
+def _convolved(x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     y: Tensor = _Convolution.apply(x, w, bias, geometry)
     return y
+
+
+def trimmed(x: Tensor, w: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
+    """Return the weights without the rows and columns that meet padding only, and the geometry for them."""
+    stride, padding, dilation, transposed, extra, groups = geometry
+    if transposed or x.dim() != w.dim():
+        return w, geometry
+    kept, pads = w, list(padding)
+    for i, n in enumerate(x.shape[2:]):
+        k, s, p, d = w.shape[2 + i], stride[i], padding[i], dilation[i]
+        count = (n + 2 * p - d * (k - 1) - 1) // s + 1
+        used = [j for j in range(k) if any(0 <= m * s + j * d - p < n for m in range(count))]
+        if not used or len(used) == k:
+            continue
+        first, size = used[0], used[-1] + 1 - used[0]
+        pad = p - first * d
+        if pad >= 0 and (n + 2 * pad - d * (size - 1) - 1) // s + 1 == count:
+            kept, pads[i] = kept.narrow(2 + i, first, size), pad
+    if kept is w:
+        return w, geometry
+    return kept, (stride, pads, dilation, transposed, extra, groups)
+
+
+def _is_product(x: Tensor, w: Tensor, geometry: Geometry) -> bool:
+    """Return whether a convolution is one product of matrices, because its output is a single position."""
+    _, padding, dilation, transposed, _, groups = geometry
+    whole = x.dim() > 2 and x.shape[2:] == w.shape[2:] and not any(padding) and set(dilation) == {1}
+    return bool(whole and not transposed and groups == 1)
 
 
 def valued(compute: Callable[..., Tensor], equal: Tensor, *args: Any) -> Tensor:

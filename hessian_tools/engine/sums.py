@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from hessian_tools.engine.winograd import LINEAR
 
 aten = torch.ops.aten
 LEAST = 3  # summands that are worth joining
@@ -36,6 +38,40 @@ class _Term:
     left: fx.Node
     right: fx.Node
     make: Callable[[fx.Graph, fx.Node, fx.Node], fx.Node]
+
+
+def join_maps(graph: fx.Graph) -> None:
+    """Map sums, instead of summing values of one linear map."""
+    for root in list(graph.nodes):
+        if not is_sum(root) or _inside(root):
+            continue
+        groups: dict[Hashable, list[fx.Node]] = defaultdict(list)
+        leaves = _leaves(root)
+        for leaf in leaves:
+            linear = leaf.target in LINEAR and len(leaf.users) == 1
+            groups[(leaf.target, repr(leaf.args[1:])) if linear else leaf].append(leaf)
+        if len(groups) == len(leaves):
+            continue
+        with graph.inserting_before(root):
+            terms = []
+            for first, *others in groups.values():
+                if others:
+                    total = _total(graph, [n.args[0] for n in (first, *others)])
+                    made = graph.call_function(first.target, (total, *first.args[1:]))  # type: ignore[arg-type]
+                    made.meta["val"] = first.meta["val"]
+                terms.append(made if others else first)
+            root.replace_all_uses_with(_total(graph, terms))
+    graph.eliminate_dead_code()
+
+
+def _total(graph: fx.Graph, terms: Sequence[Any]) -> fx.Node:
+    """Add nodes."""
+    total: fx.Node = terms[0]
+    for term in terms[1:]:
+        value = total.meta["val"]
+        total = graph.call_function(aten.add.Tensor, (total, term))
+        total.meta["val"] = value
+    return total
 
 
 def join_sums(graph: fx.Graph, stage: dict[fx.Node, int]) -> None:
@@ -70,11 +106,7 @@ def join_sums(graph: fx.Graph, stage: dict[fx.Node, int]) -> None:
                 left, right = (_joined(graph, [getattr(t, side) for t in group]) for side in ("left", "right"))
                 rest.append(group[0].make(graph, left, right))
                 rest[-1].meta["val"] = root.meta["val"]
-            total = rest[0]
-            for other in rest[1:]:
-                total = graph.call_function(aten.add.Tensor, (total, other))
-                total.meta["val"] = root.meta["val"]
-        root.replace_all_uses_with(total)
+            root.replace_all_uses_with(_total(graph, rest))
     graph.eliminate_dead_code()
 
 

@@ -44,8 +44,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hessian_tools.runtime.openmp import side_by_side
 from ikun.kernels import numba_kernels as numba_scans
-from ikun.kernels.openmp import side_by_side
 from ikun.kernels.scan import (
     BLOCK,
     F,

@@ -11,8 +11,8 @@ from functools import partial
 import pytest
 import torch
 
-from ikun.kernels import openmp
-from ikun.kernels.openmp import side_by_side
+from hessian_tools.runtime import openmp
+from hessian_tools.runtime.openmp import side_by_side
 
 
 @pytest.fixture(params=[False, True], ids=["openmp", "pool"])
