@@ -63,7 +63,8 @@ def spectrum_caption(result: SpectrumResult, axis: SymlogAxis) -> str:
         text += "spacing if that is wider. (a, b) Lines and bands: mean and range over probes."
     pairs = [e for s in result.spectra.values() for e in (*s.eigenvalues, *s.smallest_eigenvalues)]
     if any(has_data_error(e) for e in pairs):
-        text += " (c) Bars (if longer than the marker): standard error over the data."
+        letter = "c" if densities_of(result) else "a"
+        text += f" ({letter}) Bars (if longer than the marker): standard error over the data."
         if any(is_lower_limit(e) for e in pairs):
             text = text[:-1] + "; dotted: a lower limit of it."
     return text

@@ -25,7 +25,7 @@ from hessian_tools.plots.captions import (
     trajectory_caption,
     trajectory_legend,
 )
-from hessian_tools.plots.curves import finite, symlog_axis
+from hessian_tools.plots.curves import densities_of, finite, symlog_axis
 from hessian_tools.plots.line_panels import column, draw_eigenvalue_paths, draw_paths, draw_resamples, name_ends
 from hessian_tools.plots.spectrum_panels import draw_cdf, draw_density, draw_layers, draw_ranks, has_data_error, marks
 from hessian_tools.plots.style import (
@@ -59,6 +59,8 @@ def spectrum_figure(result: SpectrumResult) -> Figure:
     as their spacing. Deflated eigenvalues are not part of the density; they are ticks in the strip above it. The grey
     area is below the density of a single eigenvalue.
 
+    Without a density, only (c) and (d) are drawn, as (a) and (b).
+
     Args:
         result: The spectrum.
 
@@ -66,18 +68,20 @@ def spectrum_figure(result: SpectrumResult) -> Figure:
         The figure, with the provenance of the result in its caption.
     """
     with styled():
-        figure = Figure(figsize=(WIDTH, 5.2), layout=layout())
+        dense = bool(densities_of(result))
+        figure = Figure(figsize=(WIDTH, 5.2 if dense else 3.0), layout=layout())
         styles = dict(zip(result.spectra, looks(len(result.spectra)), strict=True))
-        (a, b), (c, d) = figure.subplots(2, 2)
+        panels = list(figure.subplots(2 if dense else 1, 2).flat)
         axis = symlog_axis(result)
         layers = f"layers of the {operator_name(result.main[0])} eigenvectors"
-        titles = ("bulk spectral density", "cumulative distribution", "ends of the spectrum", layers)
-        for ax, letter, title in zip((a, b, c, d), "abcd", titles, strict=True):
+        titles = ["bulk spectral density", "cumulative distribution", "ends of the spectrum", layers]
+        for ax, letter, title in zip(panels, "abcd", titles if dense else titles[2:], strict=False):
             set_title(ax, letter, title)
-        draw_density(a, result, styles, axis)
-        draw_cdf(b, result, styles, axis)
-        draw_ranks(c, [(s, styles[name]) for name, s in result.spectra.items()])
-        draw_layers(d, result.main[1])
+        if dense:
+            draw_density(panels[0], result, styles, axis)
+            draw_cdf(panels[1], result, styles, axis)
+        draw_ranks(panels[-2], [(s, styles[name]) for name, s in result.spectra.items()])
+        draw_layers(panels[-1], result.main[1])
         add_legend(figure, spectrum_legend(result, styles))
         add_caption(figure, spectrum_caption(result, axis))
         return settled(figure)

@@ -29,14 +29,15 @@ def _relaxed(job: Job) -> tuple[Objective | None, dict[str, str]]:
     return objective, {}
 
 
-def analyse_landscape(job: Job, settings: LandscapeSettings, stem: Path) -> LandscapeResult:
-    """Analyse a checkpoint, or resume an interrupted analysis of it."""
+def analyse_landscape(job: Job, settings: LandscapeSettings, stem: Path | None, shown: bool = True) -> LandscapeResult:
+    """Analyse a checkpoint, or resume an interrupted analysis of it. Without a stem, nothing can be resumed."""
     from hessian_tools.analysis.landscape import landscape as analyse
     from hessian_tools.io.json import clean
     from hessian_tools.io.versions import versions
     from hessian_tools.resume import Phases
 
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    if stem is not None:
+        stem.parent.mkdir(parents=True, exist_ok=True)
     provenance = {name: job.provenance[name] for name in ("checkpoint", "data", "network", "training")}
     key = {
         "settings": dataclasses.asdict(settings),
@@ -45,7 +46,7 @@ def analyse_landscape(job: Job, settings: LandscapeSettings, stem: Path) -> Land
         "versions": versions(),
     }
     relaxed, refused = _relaxed(job)
-    with Bar() as bar:
+    with Bar(shown=shown) as bar:
         return analyse(
             job.objective,
             settings,
@@ -53,7 +54,7 @@ def analyse_landscape(job: Job, settings: LandscapeSettings, stem: Path) -> Land
             refused=refused,
             provenance=provenance,
             progress=bar.update,
-            phases=Phases(Path(f"{stem}.resume"), clean(key)),
+            phases=Phases(Path(f"{stem}.resume") if stem else None, clean(key)),
         )
 
 

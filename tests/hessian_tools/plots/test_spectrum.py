@@ -252,7 +252,7 @@ def strange() -> SpectrumResult:
 
 
 CASES: dict[str, tuple[Callable[[], SpectrumResult], str]] = {
-    "no density": (without_density, "no density computed"),
+    "no density": (without_density, "ends of the spectrum"),
     "all zero": (lambda: mapped(lambda x: 0.0), "all eigenvalues are 0"),
     "negative": (lambda: mapped(lambda x: -abs(x) - 0.01), "λ < 0"),
     "far from zero": (lambda: mapped(lambda x: 100 + x), "P = 500"),
@@ -274,6 +274,17 @@ def test_results_with_missing_pieces_are_drawn(case: str) -> None:
     assert message in said(figure)
     if case == "strange":
         assert collisions(figure) == []
+
+
+def test_without_a_density_there_are_no_empty_panels() -> None:
+    figure = spectrum_figure(without_density())
+    titles = [ax.get_title(loc="left") for ax in figure.axes if ax.get_title(loc="left")]
+    assert len(titles) == 2
+    assert "(a)" in titles[0]
+    assert "ends of the spectrum" in titles[0]
+    assert "(b)" in titles[1]
+    assert "no density" not in said(figure)
+    assert collisions(figure) == []
 
 
 def test_one_line_a_result_in_the_rank_figure() -> None:

@@ -1,0 +1,11 @@
+from .api.analyses import analyze as analyze
+from .api.analyses import flatness as flatness
+from .api.analyses import landscape as landscape
+from .api.files import load as load
+from .api.flatness import Flatness as Flatness
+from .api.landscape import Landscape as Landscape
+from .api.spectrum import Analysis as Analysis
+from .api.spectrum import Curvature as Curvature
+from .jobs.given import Opening as Opening
+
+__version__: str
