@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hessian_tools.io.errors import ParameterError
 from ikun_hessian.jobs.errors import in_keywords
-from ikun_hessian.jobs.given import Opening, kept_randomness, open_given
+from ikun_hessian.jobs.given import Opening, open_given, untouched
 
 if TYPE_CHECKING:
     from ikun_hessian.api.flatness import Flatness
@@ -160,26 +160,34 @@ def opened(model: Any, data: Any, loss: Loss | None, opening: Opening) -> Iterat
     Raises:
         ParameterError: See `open_given`. Parameters are written as arguments of the functions of `ikun_hessian`.
     """
-    import torch
-
-    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     try:
-        with kept_randomness(), exact:
+        with untouched():
             yield open_given(model, data, loss, opening)
     except ParameterError as error:
         raise type(error)("{}", in_keywords(error)) from error.__cause__
 
 
-def _split(kind: type[Any], options: dict[str, Any], timesteps: int | None, samples: int | None) -> Any:
+def opening_of(options: dict[str, Any], timesteps: int | None, samples: int | None) -> Opening:
+    """Return the options of an `Opening`. Raise TypeError for an unknown name."""
+    known = {f.name for f in dataclasses.fields(Opening)}
+    _refuse_unknown(options, known)
+    return Opening(**options, timesteps=timesteps, samples=samples)
+
+
+def _split(
+    kind: type[Any], options: dict[str, Any], timesteps: int | None, samples: int | None
+) -> tuple[dict[str, Any], Opening]:
     """Split options into fields of settings of a kind and an `Opening`. Raise TypeError for an unknown name."""
-    fields = {f.name for f in dataclasses.fields(kind)}
-    known = fields | {f.name for f in dataclasses.fields(Opening)}
+    own = {f.name for f in dataclasses.fields(kind)} - {"memory"}
+    _refuse_unknown(options, own | {f.name for f in dataclasses.fields(Opening)})
+    chosen = {name: options.pop(name) for name in own & options.keys()}
+    if isinstance(chosen.get("operators"), str):
+        chosen["operators"] = (chosen["operators"],)
+    return chosen, opening_of(options, timesteps, samples)
+
+
+def _refuse_unknown(options: Iterable[str], known: set[str]) -> None:
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise TypeError(f"no option '{name}'" + (f": did you mean '{near[0]}'?" if near else ""))
-    if isinstance(options.get("operators"), str):
-        options["operators"] = (options["operators"],)
-    rest = {name: value for name, value in options.items() if name not in fields or name == "memory"}
-    chosen = {name: value for name, value in options.items() if name in fields and name != "memory"}
-    return chosen, Opening(**rest, timesteps=timesteps, samples=samples)

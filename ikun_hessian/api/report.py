@@ -47,12 +47,7 @@ class Report(ABC):
         Raises:
             ImportError: If pandas is not installed.
         """
-        try:
-            frames: Any = importlib.import_module("pandas")
-        except ImportError:
-            raise ImportError("to_pandas needs the package pandas: pip install pandas") from None
-        table: pandas.DataFrame = frames.DataFrame(self.rows())
-        return table
+        return data_frame(self.rows())
 
     def _repr_html_(self) -> str:
         """Return the table and the figure as HTML."""
@@ -63,6 +58,16 @@ class Report(ABC):
         below = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
         table = f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
         return f"<div><p>{html.escape(first)}</p>{table}{below}{image(self.plot())}</div>"
+
+
+def data_frame(rows: list[dict[str, Any]]) -> pandas.DataFrame:
+    """Return rows as a pandas DataFrame. Raise ImportError if pandas is not installed."""
+    try:
+        frames: Any = importlib.import_module("pandas")
+    except ImportError:
+        raise ImportError("to_pandas needs the package pandas: pip install pandas") from None
+    table: pandas.DataFrame = frames.DataFrame(rows)
+    return table
 
 
 def image(figure: Figure) -> str:

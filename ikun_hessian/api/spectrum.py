@@ -191,7 +191,7 @@ class Analysis(Report):
 
         The columns of the row are network, surrogate, T, loss, samples, and for each operator lambda_max and trace.
         """
-        r, name = self.result, self._name
+        r, name = self.result, self.name
         found = [
             f"{_pm(s.eigenvalues[0].value, s.eigenvalues[0])} for the {NAMES.get(key, key)}"
             + (f" (trace {_pm(s.trace.estimate, s.trace)})" if s.trace else "")
@@ -214,7 +214,8 @@ class Analysis(Report):
         return f"{text}.\n{' & '.join(row)} \\\\"
 
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
+        """Name of the checkpoint, or of the network if it was in memory."""
         return Path(str(self.result.checkpoint.get("path") or "")).stem or str(self.result.network.get("model", ""))
 
     def _table(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:

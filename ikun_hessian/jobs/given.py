@@ -16,6 +16,9 @@ from ikun_hessian.jobs.job import Job, Own
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from hessian_tools.objective import Objective
+    from ikun_hessian.jobs.user_network import Opened
+
 LOSS_NEEDED = (
     "{loss} is needed: give 'ce' (cross-entropy), 'mse', 'tet', or the function loss(outputs, targets) of the training"
 )
@@ -89,11 +92,8 @@ def open_given(model: Any, data: Any, loss: str | Callable[..., Any] | None, ope
         ParameterError: If the network, the samples or the options cannot be used.
         ValueError: If a file cannot be used.
     """
-    from ikun.adapters import AdapterError
     from ikun_hessian.jobs.device import half_of_the_memory
     from ikun_hessian.jobs.open import make_job, open_job, source_of
-    from ikun_hessian.jobs.user_loss import loss_name
-    from ikun_hessian.jobs.user_network import open_network
 
     path = Path(model) if isinstance(model, str | Path) else None
     shared: dict[str, Any] = {key: getattr(opening, key) for key in ("batch_size", "params", "dtype")}
@@ -119,25 +119,64 @@ def open_given(model: Any, data: Any, loss: str | Callable[..., Any] | None, ope
     device = opening.device or str(next((p.device for p in network.parameters()), "cpu"))
     memory = opening.memory or half_of_the_memory(device.partition(":")[0])
     x, y = _samples(data, opening, memory / 4)
+    name = opening.name or (path.name if path else type(model).__name__)
+    found = _found(network, x, y, loss, dataclasses.replace(opening, name=name, surrogate=surrogate), kind_of(data))
+    return make_job(source_of(found), Path(), weights_digest(network), memory=memory, device=device, **shared), memory
+
+
+def objective_of(
+    network: nn.Module, data: Any, loss: str | Callable[..., Any], opening: Opening, most: int
+) -> tuple[Objective, tuple[Any, Tensor]]:
+    """Open a network with at most `most` samples, without a description of it.
+
+    Returns:
+        The objective, and its inputs and targets, which can be given as `data` again.
+
+    Raises:
+        ParameterError: If the network, the samples or the options cannot be used.
+    """
+    import torch
+
+    from hessian_tools.objective import make_objective
+    from ikun_hessian.jobs.device import half_of_the_memory
+
+    memory = opening.memory or half_of_the_memory("cpu")
+    x, y = _samples(data, dataclasses.replace(opening, samples=most), memory / 4, fewer=True)
+    found = _found(network, x, y, loss, opening, kind_of(data))
+    adapted = found.adapted()
+    objective = make_objective(
+        adapted.model, found.loss, (found.x, found.y), batch_size=opening.batch_size, params=opening.params,
+        dtype=getattr(torch, opening.dtype), device=opening.device, reset=adapted.reset,
+    )  # fmt: skip
+    return objective, (x, y)
+
+
+def _found(
+    network: nn.Module, x: Any, y: Tensor, loss: str | Callable[..., Any], opening: Opening, data: str
+) -> Opened:
+    """Adapt a network and check that the loss and the targets fit."""
+    from ikun.adapters import AdapterError
+    from ikun_hessian.jobs.user_loss import loss_name
+    from ikun_hessian.jobs.user_network import open_network
+
     steps = opening.timesteps
     if opening.sequences and steps is None and getattr(x, "ndim", 0) > 1:
         steps = int(x.shape[1])
     named = loss_name(loss) if isinstance(loss, str) else loss
     own = Own(
-        model=opening.name or (path.name if path else type(model).__name__),
-        data=kind_of(data),
+        model=opening.name or type(network).__name__,
+        data=data,
         loss=named if isinstance(named, str) else getattr(named, "__name__", type(named).__name__),
         timesteps=steps,
         **{key: getattr(opening, key) for key in _SHARED},
     )
     reset = opening.reset if callable(opening.reset) else None
     try:
-        found = open_network(network, x, y, own, loss=named, reset=reset, surrogate=surrogate)
+        return open_network(network, x, y, own, loss=named, reset=reset, surrogate=opening.surrogate)
     except AdapterError as error:
         if steps is None and _runs_for_steps(network, x, opening):
             raise AdapterError("the network needs the number of time steps T: give {steps}", steps=...) from None
         raise error
-    return make_job(source_of(found), Path(), weights_digest(network), memory=memory, device=device, **shared), memory
 
 
 def _runs_for_steps(network: nn.Module, x: Any, opening: Opening) -> bool:
@@ -188,13 +227,13 @@ def _network(model: Any, path: Path | None, opening: Opening) -> tuple[nn.Module
     return (from_nir(model, **options) if path is None else read_nir(path, **options)), None
 
 
-def _samples(data: Any, opening: Opening, limit: float) -> tuple[Any, Tensor]:
+def _samples(data: Any, opening: Opening, limit: float, fewer: bool = False) -> tuple[Any, Tensor]:
     """Read the samples, with all random generators seeded and put back: a shuffled loader gives the same every time."""
     from ikun_hessian.jobs.user_samples import samples_in
 
     count = "all" if opening.samples is None else str(opening.samples)
     with seeded():
-        return samples_in(data, "data", count, limit, opening.time_first_data)
+        return samples_in(data, "data", count, limit, opening.time_first_data, fewer)
 
 
 @contextmanager
@@ -207,6 +246,16 @@ def seeded(seed: int = 0) -> Iterator[None]:
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """Compute exactly, outside of autocast, and put the random generators and torch's settings back at the end."""
+    import torch
+
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    with kept_randomness(), exact, torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 
 

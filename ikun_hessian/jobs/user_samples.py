@@ -26,7 +26,9 @@ def read_samples(text: str, samples: str, limit: float, time_first: bool = False
     return samples_in(found, f"--data {text}", samples, limit, time_first)
 
 
-def samples_in(found: Any, what: str, samples: str, limit: float, time_first: bool = False) -> tuple[Any, Tensor]:
+def samples_in(
+    found: Any, what: str, samples: str, limit: float, time_first: bool = False, fewer: bool = False
+) -> tuple[Any, Tensor]:
     """Read samples from data of the user's.
 
     Args:
@@ -36,6 +38,7 @@ def samples_in(found: Any, what: str, samples: str, limit: float, time_first: bo
         limit: Largest size of the samples in GiB.
         time_first: Whether batches have time as the first axis: inputs [T, N, ...] with two axes or more, and targets
             [T, N, ...] with three axes or more. Others have the samples first.
+        fewer: Whether there may be fewer samples.
 
     Returns:
         Inputs x [N, ...], a tensor, or a dict, tuple or list of tensors, and targets y [N, ...].
@@ -71,7 +74,7 @@ def samples_in(found: Any, what: str, samples: str, limit: float, time_first: bo
                 )
         if not count:
             raise UsageError(f"{what}: returned no samples")
-        if wanted is not None and count < wanted:
+        if wanted is not None and count < wanted and not fewer:
             raise UsageError("{samples}: give a number from 1 to {}, or all", count, samples=wanted)
         for name, parts in (("inputs", xs), ("targets", ys)):
             shapes = list(dict.fromkeys(_sample(part) for part in parts))

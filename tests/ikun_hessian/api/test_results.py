@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from spectra import sample
 from torch import nn
 
 import ikun_hessian as ih
 from hessian_tools.io.json import ResultError
 from ikun_hessian.api.report import Report, latex
+from ikun_hessian.api.spectrum import Analysis
 
 Reports = dict[str, Report]
 
@@ -27,18 +29,19 @@ def reports() -> Reports:
         "spectrum": ih.analyze(net, data, "ce", top=3, smallest=1, name="net_1", progress=False),
         "flatness": ih.flatness(net, data, "ce", draws=4, probes=4, progress=False),
         "landscape": ih.landscape(net, data, "ce", points=5, planes=(("top1", "random1"),), plane_points=3),
+        "compared": ih.compare([Analysis(sample("ikun")), Analysis(sample("kaiming", scale=2))]),
     }
 
 
-@pytest.mark.parametrize("kind", ["spectrum", "flatness", "landscape"])
+@pytest.mark.parametrize("kind", ["spectrum", "flatness", "landscape", "compared"])
 def test_a_result_shows_itself(reports: Reports, kind: str) -> None:
     report = reports[kind]
     name = type(report).__name__
-    assert repr(report).startswith(f"{name} of ")
+    assert repr(report).startswith(f"{name} o")
     assert len(repr(report).splitlines()) <= 12
     page = report._repr_html_()
     assert page.count("<table>") == page.count("data:image/png;base64,") == 1
-    assert f"<p>{name} of " in page
+    assert f"<p>{name} o" in page
     frame = pytest.importorskip("pandas").DataFrame(report.rows())
     assert report.to_pandas().equals(frame)
     assert len(frame) > 3
@@ -86,3 +89,19 @@ def test_files_that_are_no_results(tmp_path: Path) -> None:
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(ResultError, match=re.escape(str(tmp_path / "x.json"))):
             ih.load(tmp_path / "x.json")
+
+
+def test_spectra_are_compared(tmp_path: Path) -> None:
+    first, second = (Analysis(sample(init, scale=scale)) for init, scale in (("ikun", 1.0), ("kaiming", 2.0)))
+    path = second.save(tmp_path / "b")[0]
+    found = ih.compare({"ours": first, "theirs": path})
+    assert [row["lambda_max"] for row in found.rows()][:2] == [3.0, 6.0]
+    assert re.search(r"ours +lambda_max 3 \+- 0.03, trace 12 \+- 0.5", repr(found))
+    assert "theirs & hessian & $6 \\pm 0.06$" in found.cite()
+    assert [p.name for p in found.save(tmp_path / "c")] == ["c.csv", "c.png", "c.pdf"]
+    assert [label for label, _ in ih.compare([first, first]).results] == ["1 ikun", "2 ikun"]
+    with pytest.raises(ResultError, match="at least two"):
+        ih.compare([first])
+    other = Analysis(sample(data={**first.result.data, "samples": 99}))
+    with pytest.raises(ResultError, match="number of samples differs"):
+        ih.compare([first, other])
