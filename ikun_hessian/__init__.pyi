@@ -1,6 +1,8 @@
 from .api.analyses import analyze as analyze
 from .api.analyses import flatness as flatness
 from .api.analyses import landscape as landscape
+from .api.batches import BatchHistogram as BatchHistogram
+from .api.batches import lambda_max_histogram as lambda_max_histogram
 from .api.compared import Compared as Compared
 from .api.compared import compare as compare
 from .api.files import load as load

@@ -64,7 +64,7 @@ def analyze(
     from ikun_hessian.api.spectrum import Analysis
     from ikun_hessian.jobs.spectrum import analyse_spectrum
 
-    chosen, opening = _split(SpectrumSettings, options, timesteps, samples)
+    chosen, opening = split_options(SpectrumSettings, options, timesteps, samples)
     with opened(model, data, loss, opening) as (job, memory):
         settings = SpectrumSettings(**{"memory": memory, **chosen}, density=density)
         return Analysis(analyse_spectrum(job, settings, None, shown=progress))
@@ -105,7 +105,7 @@ def flatness(
     from ikun_hessian.api.flatness import Flatness
     from ikun_hessian.jobs.flatness import analyse_flatness
 
-    chosen, opening = _split(FlatnessSettings, options, timesteps, samples)
+    chosen, opening = split_options(FlatnessSettings, options, timesteps, samples)
     with opened(model, data, loss, opening) as (job, memory):
         settings = FlatnessSettings(**{"memory": memory, **chosen})
         return Flatness(analyse_flatness(job, settings, None, shown=progress))
@@ -147,7 +147,7 @@ def landscape(
     from ikun_hessian.api.landscape import Landscape
     from ikun_hessian.jobs.landscape import analyse_landscape
 
-    chosen, opening = _split(LandscapeSettings, options, timesteps, samples)
+    chosen, opening = split_options(LandscapeSettings, options, timesteps, samples)
     with opened(model, data, loss, opening) as (job, memory):
         settings = LandscapeSettings(**{"memory": memory, **chosen})
         return Landscape(analyse_landscape(job, settings, None, shown=progress))
@@ -174,7 +174,7 @@ def opening_of(options: dict[str, Any], timesteps: int | None, samples: int | No
     return Opening(**options, timesteps=timesteps, samples=samples)
 
 
-def _split(
+def split_options(
     kind: type[Any], options: dict[str, Any], timesteps: int | None, samples: int | None
 ) -> tuple[dict[str, Any], Opening]:
     """Split options into fields of settings of a kind and an `Opening`. Raise TypeError for an unknown name."""

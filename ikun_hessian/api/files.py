@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 from hessian_tools.io.json import ResultError, load_result, read_text
 
 if TYPE_CHECKING:
+    from ikun_hessian.api.batches import BatchHistogram
     from ikun_hessian.api.flatness import Flatness
     from ikun_hessian.api.landscape import Landscape
     from ikun_hessian.api.spectrum import Analysis
 
 
-def load(path: str | Path) -> Analysis | Flatness | Landscape:
+def load(path: str | Path) -> Analysis | Flatness | Landscape | BatchHistogram:
     """Load a result that `save` or the command line wrote.
 
     Args:
-        path: NAME.spectrum.json, NAME.flatness.json or NAME.landscape.json.
+        path: NAME.spectrum.json, NAME.flatness.json, NAME.landscape.json or NAME.batches.json.
 
     Returns:
         The result, of the kind that the file holds.
@@ -48,4 +49,9 @@ def load(path: str | Path) -> Analysis | Flatness | Landscape:
         from ikun_hessian.api.landscape import Landscape
 
         return Landscape(load_result(path, LandscapeResult, LANDSCAPE_SCHEMA))
+    if kind == "batches":
+        from hessian_tools.results.batch_eigenvalues import BATCHES_SCHEMA, BatchEigenvaluesResult
+        from ikun_hessian.api.batches import BatchHistogram
+
+        return BatchHistogram(load_result(path, BatchEigenvaluesResult, BATCHES_SCHEMA))
     raise ResultError(f"{path}: not a result of analyze, flatness or landscape")

@@ -29,11 +29,12 @@ def reports() -> Reports:
         "spectrum": ih.analyze(net, data, "ce", top=3, smallest=1, name="net_1", progress=False),
         "flatness": ih.flatness(net, data, "ce", draws=4, probes=4, progress=False),
         "landscape": ih.landscape(net, data, "ce", points=5, planes=(("top1", "random1"),), plane_points=3),
+        "batches": ih.lambda_max_histogram(net, data, "ce", batch_size=4, progress=False),
         "compared": ih.compare([Analysis(sample("ikun")), Analysis(sample("kaiming", scale=2))]),
     }
 
 
-@pytest.mark.parametrize("kind", ["spectrum", "flatness", "landscape", "compared"])
+@pytest.mark.parametrize("kind", ["spectrum", "flatness", "landscape", "batches", "compared"])
 def test_a_result_shows_itself(reports: Reports, kind: str) -> None:
     report = reports[kind]
     name = type(report).__name__
@@ -47,7 +48,7 @@ def test_a_result_shows_itself(reports: Reports, kind: str) -> None:
     assert len(frame) > 3
 
 
-@pytest.mark.parametrize("kind", ["spectrum", "flatness", "landscape"])
+@pytest.mark.parametrize("kind", ["spectrum", "flatness", "landscape", "batches"])
 def test_a_result_is_saved_and_loaded(reports: Reports, kind: str, tmp_path: Path) -> None:
     written = reports[kind].save(tmp_path / "sub" / "x")
     assert all(path.is_file() for path in written)
@@ -59,7 +60,7 @@ def test_a_result_is_saved_and_loaded(reports: Reports, kind: str, tmp_path: Pat
     assert sorted(f.name for f in found.save(path)) == sorted(f.name for f in written)
 
 
-@pytest.mark.parametrize("kind", ["spectrum", "flatness", "landscape"])
+@pytest.mark.parametrize("kind", ["spectrum", "flatness", "landscape", "batches"])
 def test_a_result_is_cited(reports: Reports, kind: str) -> None:
     sentence, row = reports[kind].cite().splitlines()
     assert "ce loss" in sentence
