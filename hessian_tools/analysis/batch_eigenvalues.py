@@ -1,7 +1,7 @@
 """The largest eigenvalue as a distribution over mini-batches.
 
-Training sees the curvature of one mini-batch at a time. Its largest eigenvalue varies from batch to batch, and is larger
-on average than that of the whole data, because the largest eigenvalue is a convex function of the matrix.
+Training sees the curvature of one mini-batch at a time. Its largest eigenvalue varies from batch to batch. On average
+it is larger than that of the whole data, because the largest eigenvalue is a convex function of the matrix.
 """
 
 from __future__ import annotations
@@ -100,14 +100,15 @@ def batch_eigenvalues(
         vector = pairs.vectors[:, 0]
         products += op.products * (len(parts) if whole else 1)
         if progress is not None:
-            progress("batches", i + 1, len(parts) + 1)
+            progress("batches", i + 1, len(parts) + 1, float(pairs.residuals[0]))
     *each, together = found
-    known = {"checkpoint": {}, "data": {}, "network": {}, "training": {}, **(provenance or {})}
-    known = {name: known[name] for name in ("checkpoint", "data", "network", "training")}
-    known["data"] = {**known["data"], "samples": objective.samples}
+    known = provenance or {}
     return BatchEigenvaluesResult(
         schema=BATCHES_SCHEMA,
-        **known,
+        checkpoint=known.get("checkpoint", {}),
+        data={**known.get("data", {}), "samples": objective.samples},
+        network=known.get("network", {}),
+        training=known.get("training", {}),
         settings=clean(dataclasses.asdict(s)),
         num_parameters=objective.size,
         loss=objective.value_and_gradient()[0],

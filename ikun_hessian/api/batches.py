@@ -109,7 +109,8 @@ class BatchHistogram(Report):
             f"{r.deviation:.2g}, and {r.whole:.3g} on all {r.data['samples']:,} samples together, ikun-hessian "
             f"{r.versions.get('ikun-hessian', '')}".rstrip()
         )
-        return f"{text}.\n{latex(name)} & {operator} & {size} & ${r.mean:.3g} \\pm {r.deviation:.2g}$ & ${r.whole:.3g}$ \\\\"
+        numbers = f"${r.mean:.3g} \\pm {r.deviation:.2g}$ & ${r.whole:.3g}$"
+        return f"{text}.\n{latex(name)} & {operator} & {size} & {numbers} \\\\"
 
     def _table(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
         r = self.result
