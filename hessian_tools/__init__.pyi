@@ -1,3 +1,9 @@
+from .analysis.batch_eigenvalues import (
+    BatchSettings as BatchSettings,
+)
+from .analysis.batch_eigenvalues import (
+    batch_eigenvalues as batch_eigenvalues,
+)
 from .analysis.calibration import (
     CalibrationSettings as CalibrationSettings,
 )

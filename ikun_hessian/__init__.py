@@ -1,9 +1,34 @@
-"""The application: the command line, the studies, and what they print. The mathematics is in hessian_tools and ikun."""
+"""Curvature and flatness of spiking networks in one call, and the command line.
+
+    import ikun_hessian as ih
+
+    r = ih.analyze(model, (x, y), loss="ce", timesteps=4)
+
+The names in `__all__` are the public API; `__init__.pyi` says where each is defined. They are imported on first use.
+"""
 
 import os
 import sys
+from typing import Any
+
+import lazy_loader
 
 # Without this, MKL on some processors (AMD with AVX-512, for one) gives other bits for other alignments of its arrays,
 # and a resumed analysis would not end with the same bits. MKL reads the variable once, so it is set before torch loads.
 if "torch" not in sys.modules:
     os.environ.setdefault("MKL_CBWR", "AUTO")
+
+_import, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ += ["__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        import hessian_tools
+
+        return hessian_tools.__version__
+    return _import(name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -60,6 +60,8 @@ def spectrum_figure(result: SpectrumResult, captioned: bool = True) -> Figure:
     as their spacing. Deflated eigenvalues are not part of the density; they are ticks in the strip above it. The grey
     area is below the density of a single eigenvalue.
 
+    Without a density, only (c) and (d) are drawn, as (a) and (b).
+
     Args:
         result: The spectrum.
         captioned: Whether to add a caption with the provenance.

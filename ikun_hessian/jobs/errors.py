@@ -11,21 +11,25 @@ OPTIONS = {  # parameter of a function in ikun -> option of the command line
     "image_size": "--image-size",
     "frames": "--timesteps",
     "library": "--library",
+    "loss": "--loss",
+    "memory": "--memory",
     "output": "--output",
     "readout": "--readout",
     "replacement": "--replace-surrogate NAME:P",
     "reset": "--reset",
+    "samples": "--samples",
     "sequences": "--sequences",
     "spike": "--surrogate NAME:P",
     "steps": "--timesteps",
     "surrogate": "--surrogate",
     "time_first": "--batch-first",
+    "time_first_data": "--time-first-data",
     "timesteps": "--timesteps",
     "valid": "--valid",
 }
 
 
-class UsageError(ValueError):
+class UsageError(ParameterError):
     """An option, a file or a function of the user's that cannot be used. The message is one line with what to do."""
 
 
@@ -41,3 +45,11 @@ def _option(name: str, value: object) -> str:
     if name not in OPTIONS:
         return in_python(name, value)
     return OPTIONS[name] if value is ... or isinstance(value, bool) else f"{OPTIONS[name]} {value}"
+
+
+KEYWORDS = {"replacement": "replace_surrogate", "spike": "surrogate", "steps": "timesteps"}
+
+
+def in_keywords(error: ParameterError) -> str:
+    """Return the message of an error, with the parameters of the libraries written as arguments of `ikun_hessian`."""
+    return error.spelled(lambda name, value: in_python(KEYWORDS.get(name, name), value))

@@ -55,15 +55,19 @@ def resume_key(job: Job, settings: FlatnessSettings | CalibrationSettings) -> di
     return cleaned
 
 
-def analyse_flatness(job: Job, settings: FlatnessSettings, stem: Path, shown: bool = True) -> FlatnessResult:
-    """Analyse a checkpoint, or resume an interrupted analysis of it, and write the result to STEM.json."""
+def analyse_flatness(job: Job, settings: FlatnessSettings, stem: Path | None, shown: bool = True) -> FlatnessResult:
+    """Analyse a checkpoint, or resume an interrupted analysis of it, and write the result to STEM.json.
+
+    Without a stem, nothing is written and nothing can be resumed.
+    """
     from hessian_tools.analysis.flatness.flatness import flatness
     from hessian_tools.io.json import save_result
     from hessian_tools.resume import Phases
     from ikun.smoothed_operator import smoothed
 
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    state = Path(f"{stem}.resume")
+    if stem is not None:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+    state = Path(f"{stem}.resume") if stem else None
     with Bar(shown=shown) as bar:
         result = flatness(
             job.objective,
@@ -73,6 +77,7 @@ def analyse_flatness(job: Job, settings: FlatnessSettings, stem: Path, shown: bo
             progress=bar.update,
             phases=Phases(state, resume_key(job, settings)),
         )
-    save_result(result, Path(f"{stem}.json"))
-    Phases.remove(state)
+    if state is not None:
+        save_result(result, Path(f"{stem}.json"))
+        Phases.remove(state)
     return result

@@ -30,14 +30,15 @@ def relaxed_objective(job: Job) -> tuple[Objective | None, dict[str, str]]:
     return objective, {}
 
 
-def analyse_landscape(job: Job, settings: LandscapeSettings, stem: Path, shown: bool = True) -> LandscapeResult:
-    """Analyse a checkpoint, or resume an interrupted analysis of it."""
+def analyse_landscape(job: Job, settings: LandscapeSettings, stem: Path | None, shown: bool = True) -> LandscapeResult:
+    """Analyse a checkpoint, or resume an interrupted analysis of it. Without a stem, nothing can be resumed."""
     from hessian_tools.analysis.landscape import landscape as analyse
     from hessian_tools.io.json import clean
     from hessian_tools.io.versions import versions
     from hessian_tools.resume import Phases
 
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    if stem is not None:
+        stem.parent.mkdir(parents=True, exist_ok=True)
     provenance = {name: job.provenance[name] for name in ("checkpoint", "data", "network", "training")}
     key = {
         "settings": dataclasses.asdict(settings),
@@ -54,7 +55,7 @@ def analyse_landscape(job: Job, settings: LandscapeSettings, stem: Path, shown: 
             refused=refused,
             provenance=provenance,
             progress=bar.update,
-            phases=Phases(Path(f"{stem}.resume"), clean(key)),
+            phases=Phases(Path(f"{stem}.resume") if stem else None, clean(key)),
         )
 
 

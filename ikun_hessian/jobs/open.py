@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from ikun.data.datasets import Dataset
     from ikun.data.lazy import Images
     from ikun_hessian.jobs.job import Own
+    from ikun_hessian.jobs.user_network import Opened
 
 
 SLOPES = {"slope x 1/2": {"steeper": 0.5}, "slope x 2": {"steeper": 2.0}}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Source:
+class Source:
     """What a Job is made of.
 
     Attributes:
@@ -94,25 +95,68 @@ def open_job(
         UsageError: If the samples or the options cannot be used.
         ValueError: If the checkpoint or the data cannot be loaded.
     """
-    import torch
-
-    from hessian_tools.analysis.step_traces import mean_over_steps
-    from hessian_tools.chain import segments
-    from hessian_tools.chain.segments import bytes_per_sample
-    from hessian_tools.objective import make_objective
     from ikun.checkpoint import sha256
 
     before = _version(path)
     if own is not None and own.meant(path):
         if split != "train" or data_dir is not None:
             raise UsageError("--split and --data-dir are for checkpoints of ikun-hessian: use --data")
-        source = _own(path, own, samples, surrogate, memory)
+        from ikun_hessian.jobs.user_network import open_own
+
+        source = source_of(open_own(path, own, samples=samples, surrogate=surrogate, memory=memory))
     else:
         source = _ours(path, samples, split, surrogate, data_dir, memory)
 
     digest = sha256(path)
     if _version(path) != before:  # for example, a training has just ended
         raise UsageError(f"{path} changed while it was read: run the same command again")
+    return make_job(
+        source,
+        path,
+        digest,
+        batch_size=batch_size,
+        params=params,
+        dtype=dtype,
+        memory=memory,
+        device=device,
+        group=group,
+    )
+
+
+def make_job(
+    source: Source,
+    path: Path,
+    digest: str,
+    *,
+    batch_size: int | None,
+    params: str,
+    dtype: str,
+    memory: float,
+    device: str,
+    group: Group | None = None,
+) -> Job:
+    """Make the objective of an opened network, in batches that fit into the memory.
+
+    Args:
+        source: The network, the loss and the samples.
+        path: The checkpoint. Path() for a network that is in memory.
+        digest: SHA-256 of the weights.
+        batch_size: See `open_job`, as for the other arguments.
+        params: Pattern of parameter names.
+        dtype: Name of the floating-point type.
+        memory: Memory in GiB.
+        device: The device.
+        group: Processes that share the work.
+
+    Returns:
+        The job.
+    """
+    import torch
+
+    from hessian_tools.analysis.step_traces import mean_over_steps
+    from hessian_tools.chain import segments
+    from hessian_tools.chain.segments import bytes_per_sample
+    from hessian_tools.objective import make_objective
 
     def objective(steeper: float = 1.0, **changes: Any) -> Objective:
         network, reset = source.network(steeper, **changes)
@@ -137,7 +181,7 @@ def open_job(
     )  # an autograd pass takes about three times that
     few = max(1, min(512, int(memory * 2**30 / 12 / each))) if each else 512
     provenance = {
-        "checkpoint": {"path": str(path), "sha256": digest},
+        "checkpoint": {"path": "" if path == Path() else str(path), "sha256": digest},
         **source.provenance,
         "activity": source.activity(few),
     }
@@ -145,7 +189,7 @@ def open_job(
     return Job(path, first, objective, source.variants, source.threshold, plain)
 
 
-def _ours(path: Path, samples: str, split: str, surrogate: str | None, data_dir: Path | None, memory: float) -> _Source:
+def _ours(path: Path, samples: str, split: str, surrogate: str | None, data_dir: Path | None, memory: float) -> Source:
     """Open a checkpoint of this package."""
     from ikun.checkpoint import CheckpointError, load_checkpoint
     from ikun.layer_statistics import observe
@@ -187,17 +231,15 @@ def _ours(path: Path, samples: str, split: str, surrogate: str | None, data_dir:
         },
         "training": checkpoint.training,
     }
-    return _Source(built, LOSSES[checkpoint.loss], x, y, variants, network.threshold, provenance, activity)
+    return Source(built, LOSSES[checkpoint.loss], x, y, variants, network.threshold, provenance, activity)
 
 
-def _own(path: Path, own: Own, samples: str, surrogate: str | None, memory: float) -> _Source:
-    """Open a network of the user's own."""
+def source_of(found: Opened) -> Source:
+    """Return a network of the user's own as the source of a job."""
     from hessian_tools import nested
     from ikun.adapters import variants
     from ikun.adapters.summary import firing_rates
-    from ikun_hessian.jobs.user_network import located, open_own
-
-    found = open_own(path, own, samples=samples, surrogate=surrogate, memory=memory)
+    from ikun_hessian.jobs.user_network import located
 
     few = nested.selected(found.x, slice(3))
 
@@ -221,7 +263,7 @@ def _own(path: Path, own: Own, samples: str, surrogate: str | None, memory: floa
     others: dict[str, dict[str, Any]] = dict(SLOPES) if found.spiking else {}
     if found.spiking and variants.max_pools(found.adapted(), few):
         others["ties reversed"] = {"ties": "last"}
-    return _Source(
+    return Source(
         built,
         found.loss,
         found.x,
@@ -283,7 +325,7 @@ def _samples(
 
     data = checkpoint.samples(split, data_dir)
     if samples != "all" and not (samples.isdecimal() and 1 <= int(samples) <= len(data)):
-        raise UsageError(f"--samples {samples}: give a number from 1 to {len(data)}, or all")
+        raise UsageError("{samples}: give a number from 1 to {}, or all", len(data), samples=samples)
     count = len(data) if samples == "all" else int(samples)
     x = taken(checkpoint.inputs(data.images), slice(count))
     if 4 * math.prod(x.shape) <= memory:  # float32

@@ -58,14 +58,15 @@ def _counts(text: str | None) -> tuple[int, ...]:
 
 
 def analyse_spectrum(
-    job: Job, settings: SpectrumSettings, stem: Path, group: Group | None = None, shown: bool = True
+    job: Job, settings: SpectrumSettings, stem: Path | None, group: Group | None = None, shown: bool = True
 ) -> SpectrumResult:
     """Analyse a checkpoint, or resume an interrupted analysis of it.
 
     Args:
         job: The opened checkpoint.
         settings: What to compute.
-        stem: Path of the results without ending; the state of an interrupted run is STEM.resume.
+        stem: Path of the results without ending; the state of an interrupted run is STEM.resume. None: nothing can
+            be resumed.
         group: Processes that share the work.
         shown: Whether to show a progress bar.
     """
@@ -75,7 +76,8 @@ def analyse_spectrum(
     from hessian_tools.resume import Phases
     from ikun.smoothed_operator import smoothed
 
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    if stem is not None:
+        stem.parent.mkdir(parents=True, exist_ok=True)
     key = {
         "settings": dataclasses.asdict(settings),
         **job.provenance,
@@ -93,7 +95,7 @@ def analyse_spectrum(
             over_time=job.another(over_time=True) if settings.per_step else None,
             provenance=job.provenance,
             progress=bar.update,
-            phases=Phases(Path(f"{stem}.resume"), clean(key), group),
+            phases=Phases(Path(f"{stem}.resume") if stem else None, clean(key), group),
         )
 
 

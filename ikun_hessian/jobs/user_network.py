@@ -6,22 +6,25 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ikun_hessian.jobs.errors import UsageError
 from ikun_hessian.jobs.job import Own
 from ikun_hessian.jobs.user_code import called, load_function, readable, sources, where
-from ikun_hessian.jobs.user_samples import WHAT, kind_text, read_samples
+from ikun_hessian.jobs.user_loss import fitting_targets, loss_by_name, loss_name, loss_of_option, tried_loss
+from ikun_hessian.jobs.user_samples import WHAT, read_samples
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from hessian_tools.objective import Loss
     from ikun.adapters import Adapted
     from ikun.surrogate_check import Spike
 
 
+Build = Callable[..., "Adapted"]  # (x, surrogate, replacement, steeper, reset)
 GIVE_DATA = f"--data module:function is needed: a function that returns {WHAT}"
 
 
@@ -71,6 +74,73 @@ def open_own(
         AdapterError: If the network cannot be adapted.
         UsageError: If the file, an option or a function of the user's cannot be used.
     """
+    if own.data is None:
+        raise UsageError(GIVE_DATA)
+    if path.suffix == ".nir" and own.model is not None:
+        raise UsageError(f"{path} holds a whole network: leave out --model")
+    reset = load_function("--reset", own.reset) if own.model is not None and own.reset is not None else None
+    build = _nir(path, own) if own.model is None else _built(path, own, own.model)
+    x, y = read_samples(own.data, samples, memory / 4, own.time_first_data, fewer)
+    code = [load_function("--model", own.model)] if own.model is not None else []
+    loss = loss_name(own.loss or "mse")
+    labels = replace(own, model=own.model or path.name, loss=loss)
+    return _opened(build, x, y, labels, surrogate, reset, code, partial(loss_of_option, loss), own.model is None)
+
+
+def open_network(
+    network: nn.Module,
+    x: Any,
+    y: Tensor,
+    own: Own,
+    *,
+    loss: str | Callable[..., Any],
+    reset: Callable[[nn.Module], None] | None,
+    surrogate: str | None,
+) -> Opened:
+    """Open a network that is in memory, as `open_own` opens one from a file.
+
+    Args:
+        network: The network. It is not changed.
+        x: Inputs [N, ...], a tensor, or a dict, tuple or list of tensors.
+        y: Targets [N, ...].
+        own: Description of the network and its samples. The functions in it are only names.
+        loss: Name of a loss, or a function loss(outputs, targets).
+        reset: Clears the state of the network, in addition to the library's own reset.
+        surrogate: Surrogate NAME:P to analyse with, in place of all surrogates; None for the network's own.
+
+    Returns:
+        The opened network.
+
+    Raises:
+        AdapterError: If the network cannot be adapted.
+        UsageError: If the loss or the targets cannot be used.
+    """
+
+    def chosen(first: Adapted, x: Any, y: Tensor) -> tuple[Loss, list[Callable[..., Any]]]:
+        if not isinstance(loss, str):
+            return tried_loss(loss, f"loss={own.loss}", first, x, y)
+        if (known := loss_by_name(loss)) is None:
+            raise UsageError("{loss}: give 'ce' (cross-entropy), 'mse', 'tet', or a function", loss=loss)
+        return known, []
+
+    def build(x: Any, surrogate: Any, replacement: Any, steeper: float, reset: Any) -> Adapted:
+        return _adapted(network, x, own, surrogate, replacement, steeper, reset)
+
+    return _opened(build, x, y, own, surrogate, reset, [], chosen, False)
+
+
+def _opened(
+    build: Build,
+    x: Any,
+    y: Tensor,
+    own: Own,
+    surrogate: str | None,
+    reset: Callable[..., Any] | None,
+    code: list[Callable[..., Any]],
+    loss_of: Callable[[Adapted, Any, Tensor], tuple[Loss, list[Callable[..., Any]]]],
+    nir: bool,
+) -> Opened:
+    """Adapt a network and describe it. `loss_of` returns the loss and its functions, `code` are further functions."""
     import torch
 
     from hessian_tools import nested
@@ -78,17 +148,12 @@ def open_own(
     from ikun.adapters.summary import described
     from ikun.surrogates import Surrogate
 
-    if own.data is None:
-        raise UsageError(GIVE_DATA)
-    if path.suffix == ".nir" and own.model is not None:
-        raise UsageError(f"{path} holds a whole network: leave out --model")
-    reset = load_function("--reset", own.reset) if own.model is not None and own.reset is not None else None
     analysed = Surrogate.parse(surrogate) if surrogate else None
     instead = Surrogate.parse(own.replace_surrogate) if own.replace_surrogate else None
     if analysed and instead:
-        raise UsageError("--surrogate replaces every surrogate: leave out --replace-surrogate")
-    build = _nir(path, own) if own.model is None else _built(path, own, own.model)
-    x, y = read_samples(own.data, samples, memory / 4, own.time_first_data, fewer)
+        raise UsageError(
+            "{surrogate} replaces every surrogate: leave out {replacement}", surrogate=..., replacement=...
+        )
 
     def adapted(steeper: float = 1.0, surrogate: str | None = None) -> Adapted:
         if steeper == 1 and surrogate is None:
@@ -99,18 +164,16 @@ def open_own(
     with located():
         first = build(x, analysed, instead, 1.0, reset)
         network = described(first, nested.selected(x, slice(3)))
-    y = _targets(own.loss or "mse", y, first, x)
-    loss, functions = _loss(own.loss or "mse", first, x, y)
-    trained = network.pop("trained_surrogate") or (str(analysed) if own.model is None and network["neuron"] else None)
+    y = fitting_targets(own.loss or "", y, first, x)
+    loss, functions = loss_of(first, x, y)
+    trained = network.pop("trained_surrogate") or (str(analysed) if nir and network["neuron"] else None)
     stay = dict.fromkeys(str(instead) if f.replaced else f.label for f in first.surrogates)
-    functions += [load_function("--model", own.model)] if own.model is not None else []
+    functions = [*functions, *code, *([reset] if reset else [])]
     threshold = network.pop("threshold")
     classes = [type(module) for module in first.model.modules() if not type(module).__module__.startswith("torch.")]
     network = {
-        "model": own.model or path.name,
-        "code": digest(
-            sorted(file.read_bytes() for file in sources([*functions, *([reset] if reset else []), *classes]))
-        ),
+        "model": own.model,
+        "code": digest(sorted(file.read_bytes() for file in sources([*functions, *classes]))),
         **network,
         "surrogate": (str(analysed) if analysed and trained else ", ".join(stay)) or None,
         "replacement": str(analysed or instead or "") or None,
@@ -121,7 +184,7 @@ def open_own(
     leaves = [*nested.tensors(x), y]
     parts = [t.contiguous().flatten().view(torch.uint8).numpy() for t in leaves]
     shapes = " ".join(f"{t.dtype} {list(t.shape)}" for t in leaves).encode()
-    data = {"name": own.data, "split": "", "sha256": digest([shapes, *parts]), "loss": own.loss or "mse"}
+    data = {"name": own.data, "split": "", "sha256": digest([shapes, *parts]), "loss": own.loss}
     spiking = trained is not None
     return Opened(adapted, loss, x, y, network, data, spiking, threshold if spiking else None)
 
@@ -148,7 +211,6 @@ def located() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- the network
-Build = Callable[..., "Adapted"]  # (x, surrogate, replacement, steeper, reset)
 
 
 def _spike(surrogate: Any) -> Spike | None:
@@ -175,7 +237,7 @@ def _built(path: Path, own: Own, model: str) -> Build:
     """Build the user's network and load its weights. Returns a function that adapts it."""
     from torch import nn
 
-    from ikun.adapters import AdapterError, adapt, load_weights, read_weights
+    from ikun.adapters import AdapterError, load_weights, read_weights
     from ikun.adapters.adapt_network import bare
 
     if own.dt is not None:
@@ -193,20 +255,29 @@ def _built(path: Path, own: Own, model: str) -> Build:
     except AdapterError as error:
         raise UsageError(f"{path}: {error}") from None
 
-    def build(x: Tensor, surrogate: Any, replacement: Any, steeper: float, reset: Any) -> Adapted:
+    def build(x: Any, surrogate: Any, replacement: Any, steeper: float, reset: Any) -> Adapted:
         with readable(f"--model {model}", AdapterError):
-            adapted = adapt(
-                network,
-                x,
-                **adapt_options(own),
-                surrogate=_spike(surrogate),
-                replacement=_spike(replacement),
-                steeper=steeper,
-                reset=reset,
-            )
+            adapted = _adapted(network, x, own, surrogate, replacement, steeper, reset)
         return replace(adapted, warnings=(*notes, *adapted.warnings))
 
     return build
+
+
+def _adapted(
+    network: nn.Module, x: Any, own: Own, surrogate: Any, replacement: Any, steeper: float, reset: Any
+) -> Adapted:
+    """Adapt a network as `own` describes it."""
+    from ikun.adapters import adapt
+
+    return adapt(
+        network,
+        x,
+        **adapt_options(own),
+        surrogate=_spike(surrogate),
+        replacement=_spike(replacement),
+        steeper=steeper,
+        reset=reset,
+    )
 
 
 def _nir(path: Path, own: Own) -> Build:
@@ -230,123 +301,3 @@ def _nir(path: Path, own: Own) -> Build:
         return adapt(network, x, **options, readout=own.readout, valid=own.valid)
 
     return build
-
-
-# ---------------------------------------------------------------- the loss
-def _targets(loss: str, y: Tensor, adapted: Adapted, x: Any) -> Tensor:
-    """Check that targets fit the network's outputs.
-
-    Labels [N] are converted to long, and so are labels [N, ...] of outputs [N, K, ...] for cross-entropy. Targets of
-    the shape of the outputs, one-hot or of a regression, are converted to floating point; for cross-entropy they must
-    be probabilities along K. The targets of a loss of the user's are not checked.
-    """
-    if _weight(loss) is not None:
-        loss = "tet"
-    if loss not in ("mse", "ce", "tet"):
-        return y
-    shape = [len(y), *_outputs(adapted, x, 3).shape[1:]]
-    over_time = _over_time(adapted)
-    if over_time and loss == "ce":
-        raise UsageError("--loss ce needs one output per sample: with --readout none give tet or module:function")
-    if loss == "mse" and y.is_floating_point() and y.dim() == 1 and shape == [len(y), 1]:
-        return y[:, None]
-    if loss == "mse" and y.is_floating_point() and list(y.shape) == [*shape, 1]:
-        return y[:, 0]
-    if list(y.shape) == shape and (y.dim() > 1 or loss == "mse") and not y.is_complex() and loss != "tet":
-        y = y if y.is_floating_point() else y.float()
-        if loss == "ce" and bool((y < 0).any() or ((y.sum(1) - 1).abs() > 1e-3).any()):
-            raise UsageError("--loss ce needs labels [N], or targets [N, K] whose rows are probabilities")
-        return y
-    labels = [shape[0], *shape[2:]] if loss == "ce" and len(shape) > 1 else shape[:1]  # one per pixel or step
-    wrong = y.is_floating_point() or y.is_complex() or str(y.dtype) == "torch.bool"
-    if wrong or list(y.shape) not in (labels, shape[:1]):
-        raise UsageError(
-            f"--loss {loss} needs labels {'[N]' if len(labels) == 1 else labels} of whole numbers, not {kind_text(y)}: "
-            f"return such labels, targets of the outputs' shape {shape}, or give --loss module:function"
-        )
-    if loss == "tet" and len(shape) != 3:
-        raise UsageError(
-            f"--loss tet needs outputs [N, T, K], but those of the network are [N, {str(shape[1:])[1:]}: "
-            "give --readout none"
-        )
-    if len(shape) == 1 or (loss != "tet" and len(shape) > 2 and y.dim() == 1):
-        needed = f", or labels {labels}" if len(labels) > 1 else ""
-        cure = ": give targets of that shape" if over_time else ""
-        raise UsageError(
-            f"--loss {loss} needs outputs [N, K]{needed}, but those of the network are [N, {str(shape[1:])[1:]}{cure}"
-        )
-    classes = shape[-1] if loss == "tet" else shape[1]
-    low, high = int(y.min()), int(y.max())
-    if low < 0 or high >= classes:
-        raise UsageError(
-            f"labels must be from 0 to {classes - 1} for {classes} outputs, but some are {low if low < 0 else high}"
-        )
-    return y.long()
-
-
-def _over_time(adapted: Adapted) -> bool:
-    """Whether the loss gets the outputs over time."""
-    return adapted.plan.time_axis is not None and adapted.plan.readout == "none"
-
-
-def _weight(loss: str) -> float | None:
-    """Return the weight of the square error of "tet" or "tet:WEIGHT"; None for another loss."""
-    name, _, weight = loss.partition(":")
-    try:
-        return None if name != "tet" else float(weight or 0.05)
-    except ValueError:
-        return None  # a function in a module of that name
-
-
-def _outputs(adapted: Adapted, x: Any, count: int) -> Tensor:
-    """Return the outputs [n, ...] for the first `count` samples."""
-    import torch
-
-    from hessian_tools import nested
-    from ikun.adapters.summary import inputs_of
-
-    with torch.no_grad():
-        out: Tensor = nested.call(adapted.model, inputs_of(adapted, nested.selected(x, slice(count))))
-    return out
-
-
-def _loss(loss: str, adapted: Adapted, x: Any, y: Tensor) -> tuple[Loss, list[Callable[..., Any]]]:
-    """Return the loss, and the user's functions that it calls.
-
-    A loss of the user's is tried on a few samples. It must return one finite number with a gradient. That it is a mean
-    over samples is checked over the data (`hessian_tools.checks`).
-    """
-    import torch
-
-    from hessian_tools.evaluation import loss_in_double
-    from ikun.losses import LOSSES, tet, time_first
-
-    if loss in LOSSES:
-        return LOSSES[loss], []
-    if (weight := _weight(loss)) is not None:
-        with readable(f"--loss {loss}"):
-            return tet(weight), []
-    if ":" not in loss:
-        raise UsageError(f"--loss {loss}: give mse, ce, tet, or module:function")
-    function, what = load_function("--loss", loss), f"--loss {loss} in double precision"
-    outputs = _outputs(adapted, x, 8).double().requires_grad_()
-    if _over_time(adapted):
-        what += f" on outputs {list(outputs.shape)}, the samples first"
-    if isinstance(function, type):
-        function = called("--loss", loss, function)
-    code = [function if hasattr(function, "__code__") else type(function)]
-    if type(function).__module__.startswith("snntorch.functional"):  # these take outputs [T, N, K]
-        if outputs.dim() < 3:
-            raise UsageError(f"--loss {loss} needs the outputs over time: give --readout none")
-        function = time_first(function)
-    wide = loss_in_double(function)
-    targets = y[:8].to(outputs.device, torch.float64 if y.is_floating_point() else y.dtype, copy=True)
-    with readable(what):
-        found = wide(outputs, targets)
-    if not isinstance(found, torch.Tensor) or found.dim():
-        raise UsageError(f"{what}: returned {kind_text(found)}, but a tensor with one number and no axes is needed")
-    if not found.requires_grad:
-        raise UsageError(f"{what}: torch finds no gradient with respect to the outputs")
-    if not torch.isfinite(found):
-        raise UsageError(f"{what}: returned {float(found)}")
-    return function, code

@@ -19,32 +19,42 @@ MOST_EMPTY = 1000  # batches without samples, one after the other
 def read_samples(
     text: str, samples: str, limit: float, time_first: bool = False, fewer: bool = False
 ) -> tuple[Any, Tensor]:
-    """Read samples from a function of the user's.
+    """Read samples from a function of the user's, "module:function" or "path/to/file.py:function".
+
+    The other arguments, the result and the errors are those of `samples_in`.
+    """
+    _check_count(samples)
+    found = called("--data", text, load_function("--data", text))
+    return samples_in(found, f"--data {text}", samples, limit, time_first, fewer)
+
+
+def samples_in(
+    found: Any, what: str, samples: str, limit: float, time_first: bool = False, fewer: bool = False
+) -> tuple[Any, Tensor]:
+    """Read samples from data of the user's.
 
     Args:
-        text: The function, as "module:function" or "path/to/file.py:function".
+        found: A pair (inputs, targets), a data set, or batches such as those of a DataLoader.
+        what: What holds the samples, for messages.
         samples: Number of samples, or "all".
         limit: Largest size of the samples in GiB.
         time_first: Whether batches have time as the first axis: inputs [T, N, ...] with two axes or more, and targets
             [T, N, ...] with three axes or more. Others have the samples first.
-        fewer: Whether there may be fewer samples than asked for.
+        fewer: Whether there may be fewer samples.
 
     Returns:
         Inputs x [N, ...], a tensor, or a dict, tuple or list of tensors, and targets y [N, ...].
 
     Raises:
-        UsageError: If the function fails, returns something else, or returns too few or too many samples.
+        UsageError: If the data fail, are something else, or have too few or too many samples.
     """
     import torch
 
     from hessian_tools import nested
 
-    what = f"--data {text}"
-    if samples != "all" and not (samples.isdecimal() and int(samples) >= 1):
-        raise UsageError(f"--samples {samples}: give a number, or all")
-    wanted = None if samples == "all" else int(samples)
-    found = called("--data", text, load_function("--data", text))
+    _check_count(samples)
     xs, ys, count, size, empty = [], [], 0, 0, 0
+    wanted = None if samples == "all" else int(samples)
     with readable(what):
         for number, batch in enumerate(_batches(found, what), 1):
             x, y = _pair(batch, f"{what}: batch {number}", time_first)
@@ -57,11 +67,17 @@ def read_samples(
             if wanted is not None and count >= wanted:
                 break
             if size > limit * 2**30:
-                raise UsageError(f"{what}: more than {limit:.2g} GiB of samples: give --samples N, or more --memory")
+                raise UsageError(
+                    "{}: more than {} GiB of samples: give {samples}, or more {memory}",
+                    what,
+                    f"{limit:.2g}",
+                    samples=...,
+                    memory=...,
+                )
         if not count:
             raise UsageError(f"{what}: returned no samples")
         if wanted is not None and count < wanted and not fewer:
-            raise UsageError(f"--samples {samples}: give a number from 1 to {count}, or all")
+            raise UsageError("{samples}: give a number from 1 to {}, or all", count, samples=wanted)
         for name, parts in (("inputs", xs), ("targets", ys)):
             shapes = list(dict.fromkeys(_sample(part) for part in parts))
             if len(shapes) > 1:
@@ -70,6 +86,12 @@ def read_samples(
     if not all(torch.isfinite(t).all() for t in [*nested.tensors(x), y]):
         raise UsageError(f"{what}: NaN or infinite values")
     return x, y
+
+
+def _check_count(samples: str) -> None:
+    """Raise UsageError if a number of samples is neither "all" nor at least 1."""
+    if samples != "all" and not (samples.isdecimal() and int(samples) >= 1):
+        raise UsageError("{samples}: give a number, or all", samples=samples)
 
 
 def _sample(part: Any) -> str:
@@ -135,8 +157,11 @@ def _pair(batch: Any, what: str, time_first: bool) -> tuple[Any, Tensor]:
         y = y.transpose(0, 1) if y.dim() > 2 else y
     elif y.dim() and all(s[:1] != y.shape[:1] and s[1:2] == y.shape[:1] for s in shapes):
         raise UsageError(
-            f"{what} has inputs {', '.join(str(list(s)) for s in shapes)} for {len(y)} targets: if the first axis is "
-            "time, give --time-first-data"
+            "{} has inputs {} for {} targets: if the first axis is time, give {time_first_data}",
+            what,
+            ", ".join(str(list(s)) for s in shapes),
+            len(y),
+            time_first_data=True,
         )
     fits = y.dim() > 0 and all(t.shape[:1] == y.shape[:1] for t in nested.tensors(x))
     if (isinstance(x, torch.Tensor) and x.dim() < 2) or not fits:

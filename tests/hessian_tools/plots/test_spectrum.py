@@ -308,6 +308,17 @@ def test_results_with_missing_pieces_are_drawn(case: str) -> None:
         assert collisions(figure) == []
 
 
+def test_without_a_density_there_are_no_empty_panels() -> None:
+    figure = spectrum_figure(without_density())
+    titles = [ax.get_title(loc="left") for ax in figure.axes if ax.get_title(loc="left")]
+    assert len(titles) == 2
+    assert "(a)" in titles[0]
+    assert "ends of the spectrum" in titles[0]
+    assert "(b)" in titles[1]
+    assert "no density" not in said(figure)
+    assert collisions(figure) == []
+
+
 def test_one_line_a_result_in_the_rank_figure() -> None:
     labels = [
         "kaiming_uniform",

@@ -429,8 +429,8 @@ def test_a_user_loss_is_used(capsys: Capture) -> None:
     assert job.provenance["data"]["loss"] == "nets.py:smooth"
     for loss, message in {
         "summed": "not a mean over samples",
-        "each": "returned Tensor [8] of float64, but a tensor with one number and no axes is needed",
-        "number": "returned a float, but a tensor with one number and no axes is needed",
+        "each": "the loss returns a Tensor of shape [8]: it must return a tensor with one number",
+        "number": "the loss returns a float: it must return a tensor with one number",
         "detached": "torch finds no gradient with respect to the outputs",
         "broken": "nets.py, line 34)",
         "single": "in double precision: RuntimeError: weight tensor should be defined",
@@ -574,7 +574,7 @@ def test_data_that_cannot_be_used_are_refused(plain: dict[str, Any], capsys: Cap
     }.items():
         fails(capsys, 2, message, "spectrum", "theirs.pt", *own("mlp", name))
     forever = own("mlp", "forever", None, "--memory", "0.0001")
-    fails(capsys, 2, "of samples: give --samples N, or more --memory", "spectrum", "theirs.pt", *forever)
+    fails(capsys, 2, "of samples: give --samples, or more --memory", "spectrum", "theirs.pt", *forever)
     fails(
         capsys,
         2,

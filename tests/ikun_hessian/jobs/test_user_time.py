@@ -309,7 +309,7 @@ def test_the_command_says_what_the_loss_gets(theirs: dict[str, Any], capsys: Cap
             ("Net", "parts", "--readout", "none"),
         ),
         (
-            "--loss tet:2: ValueError: the weight of the square error must be from 0 to 1",
+            "--loss tet:2: the weight of the square error must be from 0 to 1",
             ("Net", "parts", "--loss", "tet:2", "--readout", "none"),
         ),
         (
