@@ -37,7 +37,7 @@ ACROSS = 4  # networks or surfaces per row
 RELAXED = (0, (4, 2))  # dashes of the relaxed network
 
 
-def landscapes_figure(found: Sequence[tuple[str, LandscapeResult]]) -> Figure:
+def landscapes_figure(found: Sequence[tuple[str, LandscapeResult]], captioned: bool = True) -> Figure:
     """Draw the landscapes of several networks in one figure.
 
     Each direction has one panel with the lines of all networks, on one loss axis. Each plane has one panel for each
@@ -45,6 +45,7 @@ def landscapes_figure(found: Sequence[tuple[str, LandscapeResult]]) -> Figure:
 
     Args:
         found: Labels and results.
+        captioned: Whether to add a caption with the provenance.
 
     Returns:
         The figure, two columns wide.
@@ -95,11 +96,12 @@ def landscapes_figure(found: Sequence[tuple[str, LandscapeResult]]) -> Figure:
             if len(levels):
                 colour_bar(figure, axes, levels, norm)
         add_legend(figure, _legend(names, styles, any(line.relaxed_loss for r in results for line in r.lines)))
-        add_caption(figure, _caption(results, bool(planes)))
+        if captioned:
+            add_caption(figure, _caption(results, bool(planes)))
         return settled(figure)
 
 
-def surfaces_figure(found: Sequence[tuple[str, LandscapeResult]]) -> Figure:
+def surfaces_figure(found: Sequence[tuple[str, LandscapeResult]], captioned: bool = True) -> Figure:
     """Draw the planes of one or several networks as surfaces of the loss in three dimensions.
 
     Each plane has one row. Of one network, a row holds the true loss and the loss of the relaxed network; of several
@@ -107,6 +109,7 @@ def surfaces_figure(found: Sequence[tuple[str, LandscapeResult]]) -> Figure:
 
     Args:
         found: Labels and results.
+        captioned: Whether to add a caption with the provenance.
 
     Returns:
         The figure, two columns wide.

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 PATH, START, END = "#ffffff", "#ff9e1b", "#ff3b30"
 
 
-def training_path_figure(result: TrainingPath) -> Figure:
+def training_path_figure(result: TrainingPath, captioned: bool = True) -> Figure:
     """Draw the snapshots of a run in their plane, on the contours of the true loss and of the relaxed network.
 
     Distances are in units of the norm of the last snapshot's weights. Both panels share their contour levels.
 
     Args:
         result: The path.
+        captioned: Whether to add a caption with the provenance.
 
     Returns:
         The figure, two columns wide.
@@ -51,7 +52,8 @@ def training_path_figure(result: TrainingPath) -> Figure:
         if len(levels):
             colour_bar(figure, axes, levels, norm)
         add_legend(figure, _legend(result))
-        add_caption(figure, training_path_caption(result))
+        if captioned:
+            add_caption(figure, training_path_caption(result))
         return settled(figure)
 
 

@@ -123,6 +123,8 @@ def landscape_command(
             force=force,
             resume=resume,
             as_json=as_json,
+            captioned=captioned,
+            detail=detail,
             memory=memory or half_of_the_memory(where),
             device=where,
             **opening,
@@ -158,7 +160,7 @@ def landscape_command(
         if old is None:
             write_landscape(result, stem, captioned)
         if surface:
-            write_surfaces([(path.stem, result)], Path(f"{stem}.surface"))
+            write_surfaces([(path.stem, result)], Path(f"{stem}.surface"), captioned)
             ends += ["surface.png", "surface.pdf"]
         if not as_json:
             files = f"{stem}.{{{','.join(ends)}}}{' (unchanged)' if old else ''}"
@@ -166,8 +168,8 @@ def landscape_command(
             show(detail, len(found), brief_line(result), landscape_summary(result, files), full)
     if len(found) > 1:
         together = (out or checkpoints[0].parent) / ".".join(["landscapes", *([tag] if tag else [])])
-        written = write_together(list(zip(_labels(checkpoints), found, strict=True)), together, surface)
-        if not as_json and detail != "quiet":
+        written = write_together(list(zip(_labels(checkpoints), found, strict=True)), together, surface, captioned)
+        if not as_json and detail not in ("quiet", "brief"):
             echo(f"files       {together}.{{{','.join(written)}}}")
     if as_json:
         printed = [clean(dataclasses.asdict(result)) for result in found]
@@ -202,6 +204,8 @@ def _trajectory(
     force: bool,
     resume: bool,
     as_json: bool,
+    captioned: bool,
+    detail: str,
     memory: float,
     device: str,
     **opening: Any,
@@ -216,7 +220,8 @@ def _trajectory(
     settings = TrainingPathSettings(directions, points, seed=seed, memory=memory)
 
     def open_one(path: Path) -> Job:
-        echo(f"opening {path}", err=True)
+        if detail != "quiet":
+            echo(f"opening {path}", err=True)
         return open_job(path, memory=memory, device=device, **opening)
 
     job, snapshots = saved_snapshots(checkpoints, open_one)
@@ -226,14 +231,16 @@ def _trajectory(
     old = existing_result(
         stem, lambda path: load_result(path, TrainingPath, TRAINING_PATH_SCHEMA), settings, job, force, resume, locks
     )
-    result = old or analyse_training_path(job, snapshots, settings, stem)
+    result = old or analyse_training_path(job, snapshots, settings, stem, shown=detail != "quiet")
     if old is None:
-        write_training_path(result, stem)
+        write_training_path(result, stem, captioned)
     if as_json:
         echo(dumps(clean(dataclasses.asdict(result))))
         return
-    echo("\n".join(training_path_lines(result)))
-    echo(f"files       {stem}.{{json,png,pdf}}{' (unchanged)' if old else ''}")
+    lines = [*training_path_lines(result), f"files       {stem}.{{json,png,pdf}}{' (unchanged)' if old else ''}"]
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in zip(result.directions, result.explained, strict=True))
+    brief = f"{job.path}: {len(result.snapshots)} snapshots, {shares} of their variance, loss {result.loss:.4g}"
+    show(detail, 1, brief, "\n".join(lines), lines)
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -71,27 +71,30 @@ def write_landscape(result: LandscapeResult, stem: Path, captioned: bool = True)
     Phases.remove(Path(f"{stem}.resume"))
 
 
-def write_surfaces(found: Sequence[tuple[str, LandscapeResult]], stem: Path) -> None:
+def write_surfaces(found: Sequence[tuple[str, LandscapeResult]], stem: Path, captioned: bool = True) -> None:
     """Write the planes of one or several landscapes as surfaces in three dimensions."""
     from hessian_tools.plots.landscapes import surfaces_figure
     from hessian_tools.plots.style import save_figure
 
-    save_figure(surfaces_figure(found), stem)
+    save_figure(surfaces_figure(found, captioned), stem)
 
 
-def write_together(found: Sequence[tuple[str, LandscapeResult]], stem: Path, surfaces: bool) -> list[str]:
+def write_together(
+    found: Sequence[tuple[str, LandscapeResult]], stem: Path, surfaces: bool, captioned: bool = True
+) -> list[str]:
     """Write the figures of several landscapes on one scale, and return the endings of the written files.
 
     Args:
         found: Labels and results.
         stem: Path of the figures without ending.
         surfaces: Whether to draw the planes as surfaces in three dimensions too.
+        captioned: Whether the figures have captions.
     """
     from hessian_tools.plots.landscapes import landscapes_figure
     from hessian_tools.plots.style import save_figure
 
-    save_figure(landscapes_figure(found), stem)
+    save_figure(landscapes_figure(found, captioned), stem)
     if not surfaces:
         return ["png", "pdf"]
-    write_surfaces(found, Path(f"{stem}.surface"))
+    write_surfaces(found, Path(f"{stem}.surface"), captioned)
     return ["png", "pdf", "surface.png", "surface.pdf"]

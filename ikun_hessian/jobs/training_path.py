@@ -66,7 +66,7 @@ def saved_snapshots(paths: Sequence[Path], open_one: Callable[[Path], Job]) -> t
 
 
 def analyse_training_path(
-    job: Job, snapshots: Sequence[SavedWeights], settings: TrainingPathSettings, stem: Path
+    job: Job, snapshots: Sequence[SavedWeights], settings: TrainingPathSettings, stem: Path, shown: bool = True
 ) -> TrainingPath:
     """Compute the path, or resume an interrupted analysis of it."""
     from hessian_tools.analysis.training_path import training_path
@@ -83,7 +83,7 @@ def analyse_training_path(
         "versions": versions(),
     }
     relaxed, refused = relaxed_objective(job)
-    with Bar() as bar:
+    with Bar("", shown) as bar:
         return training_path(
             job.objective,
             snapshots,
@@ -96,13 +96,13 @@ def analyse_training_path(
         )
 
 
-def write_training_path(result: TrainingPath, stem: Path) -> None:
+def write_training_path(result: TrainingPath, stem: Path, captioned: bool = True) -> None:
     """Write the figure and the result, and remove the state of an interrupted run."""
     from hessian_tools.io.json import save_result
     from hessian_tools.plots.style import save_figure
     from hessian_tools.plots.training_path import training_path_figure
     from hessian_tools.resume import Phases
 
-    save_figure(training_path_figure(result), stem)
+    save_figure(training_path_figure(result, captioned), stem)
     save_result(result, Path(f"{stem}.json"))
     Phases.remove(Path(f"{stem}.resume"))

@@ -56,6 +56,7 @@ def test_odd_paths_are_drawn() -> None:
     unknown = tuple(dataclasses.replace(s, epoch=None) for s in made().snapshots)
     for result in (made(relaxed_loss=()), made(plane_loss=nan, relaxed_loss=()), made(snapshots=unknown)):
         assert collisions(training_path_figure(result)) == []
+    assert "BatchNorm" not in said(training_path_figure(made(), captioned=False))
     chosen = training_path_figure(made(directions=("top1", "negative"), cosine=0.3))
     assert chosen.axes[0].get_xlabel() == "eigenvector 1 (75% of the variance)"
     assert "made orthogonal to the first (cosine 0.3)" in said(chosen).replace("\n", " ")

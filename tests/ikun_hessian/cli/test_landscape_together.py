@@ -46,7 +46,7 @@ def path_of(file: Path) -> TrainingPath:
 
 def test_several_networks_are_drawn_together(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     part = [str(trained / "a.pt"), str(trained / "b.pt"), *QUICK, "--points", "5", "--directions", "random1"]
-    part += ["--plane", "random1,random2", "--out", str(tmp_path), "--tag", "x", "--surface"]
+    part += ["--plane", "random1,random2", "--out", str(tmp_path), "--tag", "x", "--surface", "--full"]
     assert cli.run(["landscape", *part]) == 0
     ends = ("landscapes.x.png", "landscapes.x.pdf", "landscapes.x.surface.png", "landscapes.x.surface.pdf")
     assert all((tmp_path / end).stat().st_size > 10_000 for end in ends)
@@ -84,6 +84,10 @@ def test_the_path_of_a_run_has_the_losses_of_its_snapshots(run: Path, tmp_path: 
     assert cli.run([*part, "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(before)
     assert (tmp_path / "a.trajectory.png").exists()
+    assert cli.run([*part, "--resume", "--brief"]) == 0
+    assert capsys.readouterr().out.startswith(f"{run / 'a.pt'}: 3 snapshots, pc1 ")
+    assert cli.run([*part, "--force", "-q", "--no-caption"]) == 0
+    assert capsys.readouterr() == ("", "")
     fails(capsys, 2, "made with points 3; now 4", *part, "--plane-points", "4")
     fails(capsys, 2, "made with directions pc1, pc2; now top1, gradient", *part, "--plane", "top1,gradient")
     fails(
