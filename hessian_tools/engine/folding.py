@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from hessian_tools.engine.resizing import resized_number
 from hessian_tools.engine.rewriting import CONVOLUTIONS, RESHAPES
 from hessian_tools.engine.tape import ZEROS, Call, Record, Ref, State
 
@@ -101,6 +102,19 @@ class Folded:
                     seen(item, found)
             known.forget(last[i])
         return known(self.out)
+
+    def resized(self, samples: int) -> Folded:
+        """Return the forward pass for another number of samples, from one that was recorded for many (`resizing`)."""
+
+        def change(call: Call) -> Call:
+            args, kwargs = pytree.tree_map_only(int, lambda n: resized_number(n, samples), (call.args, call.kwargs))
+            return replace(call, args=args, kwargs=kwargs)
+
+        shapes = {ref: [resized_number(n, samples) for n in t.shape] for ref, t in self.record.meta.items()}
+        meta = {ref: torch.empty(shape, device="meta") for ref, shape in shapes.items()}
+        record = replace(self.record, calls=[change(call) for call in self.record.calls], meta=meta)
+        items = tuple(replace(item, calls=tuple(change(call) for call in item.calls)) for item in self.items)
+        return Folded(record, items, self.out)
 
     def spikes_as(self, values: Sequence[Tensor]) -> bool:
         """Return whether every module gives the same outputs, to the last bit, as step by step.

@@ -229,7 +229,11 @@ def _applied(tape: Tape) -> Iterator[None]:
 
 
 def record(
-    model: nn.Module, state: dict[str, Tensor], x: Sequence[Tensor], forward: Callable[[Sequence[Tensor]], Any]
+    model: nn.Module,
+    state: dict[str, Tensor],
+    x: Sequence[Tensor],
+    forward: Callable[[Sequence[Tensor]], Any],
+    mode: FakeTensorMode | None = None,
 ) -> Record:
     """Record a forward pass, without values.
 
@@ -238,16 +242,17 @@ def record(
         state: Its parameters and buffers by name.
         x: The tensors of the inputs.
         forward: Runs the model on such tensors.
+        mode: The mode of x if these are fake tensors.
 
     Raises:
         UnrecordableError: If the calls do not tell what the forward pass computes.
     """
     tape = Tape()
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+    with mode or FakeTensorMode(allow_non_fake_inputs=True) as fake:
         values = {name: fake.from_tensor(t.detach()) for name, t in state.items()}
         for name, _ in model.named_parameters():  # so that functions with derivatives of their own are seen
             values[name].requires_grad_(values[name].is_floating_point())
-        inputs = [fake.from_tensor(t.detach()) for t in x]
+        inputs = list(x) if mode else [fake.from_tensor(t.detach()) for t in x]
         refs = [tape.new(t) for t in [*values.values(), *inputs]]
         with _applied(tape), tape:
             inside = {f"model.{name}": t for name, t in values.items()}
