@@ -15,10 +15,9 @@ import torch
 from rounds import Candidates, images, measure, reference_job, relative_error, report
 from torch import Tensor
 
-from hessian_tools.chain import second_order
 from hessian_tools.engine.linearized import Linearized
 from hessian_tools.objective import Objective
-from hessian_tools.operators.curvature import hessian
+from hessian_tools.operators.curvature import hessian, linearize_hessian
 
 SIZES = (2, 4, 8)
 
@@ -27,9 +26,7 @@ def in_turn(objective: Objective, keep: bool) -> Callable[[Tensor], Tensor]:
     """The only batch's product with a block, column by column, operations spread over all threads."""
 
     def made() -> Linearized:
-        found = second_order.linearize(objective, objective.batches[0], "hessian")
-        assert found is not None
-        return found
+        return linearize_hessian(objective, objective.batches[0])
 
     def run(block: Tensor) -> Tensor:
         product = kept or made()

@@ -27,9 +27,9 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from hessian_tools.analysis.pyhessian import _Live  # noqa: E402
-from hessian_tools.chain import second_order  # noqa: E402
 from hessian_tools.engine.linearized import Linearized  # noqa: E402
 from hessian_tools.objective import Objective, make_objective  # noqa: E402
+from hessian_tools.operators.curvature import linearize_ggn, linearize_hessian  # noqa: E402
 from hessian_tools.runtime.cuda import Captured, full_precision, side_stream  # noqa: E402
 from ikun.losses import LOSSES  # noqa: E402
 from ikun.networks import Network, Spec  # noqa: E402
@@ -174,11 +174,9 @@ def job(channels: int, steps: int, batch: int, device: str, dtype: torch.dtype) 
 
 def products(objective: Objective) -> dict[str, Linearized]:
     found = {}
-    for kind in ("hessian", "ggn"):
+    for kind, linearize in (("hessian", linearize_hessian), ("ggn", linearize_ggn)):
         with side_stream(objective.device):
-            product = second_order.linearize(objective, objective.batches[0], kind)
-        assert product is not None
-        found[kind] = product
+            found[kind] = linearize(objective, objective.batches[0])
     return found
 
 

@@ -1,4 +1,4 @@
-"""Products over long sequences, whole and in segments of time: python benchmarks/long_sequences.py [--samples 16].
+"""Long sequences, whole, in segments and in small batches: python benchmarks/long_sequences.py [--samples 16].
 
 CSNN of width 16 with batch norm, digits padded to 28 x 28, T = 16, 64 and 256, float32, two threads. Peak memory of one
 Hessian product, in a process of its own for every T; time in eager gradients of the plain torch network, all candidates
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,13 +21,9 @@ import torch.nn.functional as F  # noqa: E402
 from memory import growth  # noqa: E402
 from rounds import measure, report  # noqa: E402
 
-from hessian_tools.chain import (  # noqa: E402
-    second_order,
-    segments,
-)
-from hessian_tools.engine.linearized import Linearized  # noqa: E402
+from hessian_tools.engine.product import kept_bytes  # noqa: E402
 from hessian_tools.objective import Objective, make_objective  # noqa: E402
-from hessian_tools.operators.curvature import hessian  # noqa: E402
+from hessian_tools.operators.curvature import hessian, linearize_ggn, linearize_hessian  # noqa: E402
 from ikun.data import datasets as data  # noqa: E402
 from ikun.losses import LOSSES  # noqa: E402
 from ikun.networks import Network, Spec  # noqa: E402
@@ -45,21 +40,19 @@ def job(steps: int, samples: int) -> Objective:
 
 
 def peaks(steps: int, samples: int) -> None:
-    """Print what one product takes, beyond what the process had before it, in each of two ways."""
-    small = replace(job(2, 1), segmentation=segments)
+    """Print what one product takes, beyond what the process had before it: whole, in segments, in small batches."""
+    small = job(2, 1)
     hessian(small) @ torch.ones(small.size)  # numba's kernels are compiled or read
     objective = job(steps, samples)
-    v, each = torch.ones(objective.size), segments.bytes_per_sample(objective)
-    assert each is not None
-    cut, whole = (
-        growth(lambda o=o: hessian(o) @ v)  # type: ignore[misc]
-        for o in (replace(objective, segmentation=segments), objective)
+    v, kept = torch.ones(objective.size), kept_bytes(objective)
+    assert kept is not None
+    one = objective.rebatched(1)
+    ways = {"whole": (objective, 2**40), "in segments": (objective, 1), "one sample a batch": (one, 0)}
+    found = ", ".join(
+        f"{growth(lambda o=o, m=memory: hessian(o, m) @ v) / 2**20:5.0f} MiB {way}"  # type: ignore[misc]
+        for way, (o, memory) in ways.items()
     )
-    print(
-        f"T = {steps:3d}: peak of a product {whole / 2**20:7.0f} MiB whole (its primal {samples * each / 2**20:5.0f}), "
-        f"{cut / 2**20:5.0f} MiB in segments of {segments.length(objective)}",
-        flush=True,
-    )
+    print(f"T = {steps:3d}: peak of a product {found}; a sample keeps {kept[1] / 2**20:.1f} MiB", flush=True)
 
 
 def times(steps: int, samples: int, rounds: int) -> None:
@@ -67,29 +60,18 @@ def times(steps: int, samples: int, rounds: int) -> None:
     (batch,) = objective.batches
     x, y = batch
     v, parameters = torch.randn(objective.size), list(objective.parameters.values())
-
-    def product(kind: str) -> Linearized:
-        found = second_order.linearize(objective, batch, kind)
-        assert found is not None
-        return found
-
-    def cut(kind: str) -> Linearized:
-        found = segments.linearize_in_segments(objective, batch, kind)
-        assert found is not None
-        return found
-
-    kept, exact = product("hessian"), product("hessian")(v)
-    error = (cut("hessian")(v) - exact).norm() / exact.norm()
+    kept, cut = linearize_hessian(objective, batch), linearize_hessian(objective, batch, memory=1)
+    exact, one = kept(v), hessian(objective.rebatched(1), 0)
+    error = (cut(v) - exact).norm() / exact.norm()
     print(f"T = {steps}, {samples} samples: |in segments - whole| / |Hv| = {float(error):.0e}")
     candidates = {
         "eager gradient": lambda: torch.autograd.grad(objective.loss(objective.outputs(x), y), parameters),
         "eager forward": lambda: objective.outputs(x),
-        "gradient in segments": lambda: segments.value_and_gradient(objective, batch),
         "Hessian product, whole, primal kept": lambda: kept(v),
-        "Hessian product, whole, from scratch": lambda: product("hessian")(v),
-        "Hessian product, in segments": lambda: cut("hessian")(v),
-        "Gauss-Newton, whole, from scratch": lambda: product("ggn")(v),
-        "Gauss-Newton, in segments": lambda: cut("ggn")(v),
+        "Hessian product, whole, from scratch": lambda: linearize_hessian(objective, batch)(v),
+        "Hessian product, in segments": lambda: cut(v),
+        "Hessian product, one sample a batch, from scratch": lambda: one @ v,
+        "Gauss-Newton, whole, from scratch": lambda: linearize_ggn(objective, batch)(v),
     }
     report(measure(candidates, rounds), "eager gradient")
 

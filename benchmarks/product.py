@@ -22,7 +22,6 @@ from rounds import (
     report,
 )
 
-from hessian_tools.chain import second_order
 from hessian_tools.objective import Objective
 from hessian_tools.operators import curvature as operators
 from ikun.data import datasets as data
@@ -31,19 +30,14 @@ from ikun.data import datasets as data
 def candidates_for(objective: Objective) -> Candidates:
     (batch,) = objective.batches
     v = torch.randn(objective.size, generator=torch.Generator().manual_seed(0))
-    fast = {kind: second_order.linearize(objective, batch, kind) for kind in ("hessian", "ggn")}
+    hessian, ggn = operators.linearize_hessian(objective, batch), operators.linearize_ggn(objective, batch)
     cached = operators._autograd_hessian(objective, batch)
-    hessian, ggn = fast["hessian"], fast["ggn"]
-    assert hessian is not None
-    assert ggn is not None
     error = relative_error(hessian(v), cached(v))
     print(f"  {objective.size:,} parameters; |fast - double backward| / |Hv| = {error:.1e}")
     print(f"  memory of the cached part {hessian.nbytes / 2**20:.0f} MiB")
 
     def uncached() -> torch.Tensor:
-        product = second_order.linearize(objective, batch, "hessian")
-        assert product is not None
-        return product(v)
+        return operators.linearize_hessian(objective, batch)(v)
 
     return {
         "eager gradient": eager_gradient(objective),

@@ -1,10 +1,10 @@
 """First product in a fresh process, and numba's scans against torch.compile's: python benchmarks/start.py [--rounds 9].
 
 Four processes, in each order: numba's cache empty and filled, torch.compile's cache empty and filled. For numba the
-seconds are those of the first Hessian product beyond the second (a small CSNN); for torch.compile those until the three
-scans of a product (fused.torch_tangent, torch_adjoint, torch_adjoint_tangent; IF neurons, no pooling, T = 4) have run
-once. Then both run on 200,000 neurons, interleaved, two threads, against plain torch: what lost, and by how much.
-torch.compile needs a C++ compiler; without one that is printed.
+seconds are those of the first Hessian product, with its trace, beyond the second (a small CSNN); for torch.compile
+those until the three scans of a product (fused.torch_tangent, torch_adjoint, torch_adjoint_tangent; IF neurons, no
+pooling, T = 4) have run once. Then both run on 200,000 neurons, interleaved, two threads, against plain torch: what
+lost, and by how much. torch.compile needs a C++ compiler; without one that is printed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ STEPS, NEURONS = 4, 200_704  # 16 channels of 14 x 14, 64 images
 
 def first_product() -> None:
     """Prints the seconds."""
-    from hessian_tools.chain import second_order
     from hessian_tools.objective import make_objective
+    from hessian_tools.operators.curvature import linearize_hessian
     from ikun.losses import LOSSES
     from ikun.networks import Network, Spec
 
@@ -37,9 +37,7 @@ def first_product() -> None:
     objective = make_objective(Network(Spec()), LOSSES["mse"], batch)
     times = [time.perf_counter()]
     for _ in range(2):
-        product = second_order.linearize(objective, batch, "hessian")
-        assert product is not None
-        product(torch.ones(objective.size))
+        linearize_hessian(objective, batch)(torch.ones(objective.size))
         times.append(time.perf_counter())
     print(2 * times[1] - times[0] - times[2])
 

@@ -89,19 +89,6 @@ def to(t: Tensor, like: Tensor) -> Tensor:
 Loss = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> mean over the batch's samples
 
 
-class Segmentation(Protocol):
-    """Evaluates an objective in segments of time. The module `hessian_tools.chain.segments` implements it."""
-
-    def possible(self, objective: Objective) -> bool:
-        """Return whether the objective's model can run in segments."""
-
-    def outputs(self, objective: Objective, x: Tensor) -> Tensor:
-        """Return the outputs for inputs x, without derivatives."""
-
-    def value_and_gradient(self, objective: Objective, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the loss on one batch and its gradient [P]."""
-
-
 @dataclass(frozen=True, eq=False)
 class Objective:
     """The function L(w) = mean over samples of loss(model(x), y) of the selected parameters w [P].
@@ -115,8 +102,9 @@ class Objective:
         reset: Called with the model before every forward pass, for models that keep a state. None if not needed.
         group: Processes that share the batches. Each process holds all batches and computes its own share; results are
             summed over the processes.
-        segmentation: Runs a network of T time steps in about sqrt(T) segments where the model allows it. This takes
-            less memory and more time (`hessian_tools.chain.segments`).
+        batch_memory: Bytes that the product of one batch may keep; 0: as many as the operator may. If it keeps more, a
+            network that can be traced runs in segments (`hessian_tools.engine.segments`), which takes less memory and
+            more time.
         checked: Whether `hessian_tools.checks.check` is done with. If not, the first operator does it, and sets this.
             Objectives that are made from this one (other batches, other parameters) are not checked again.
         programs: The traced products of the model, one per kind and shape of a batch (`hessian_tools.engine`).
@@ -129,7 +117,7 @@ class Objective:
     parameters: dict[str, Tensor]
     reset: Callable[[nn.Module], None] | None = None
     group: Group | None = None
-    segmentation: Segmentation | None = None
+    batch_memory: float = 0.0
     checked: bool = False
     parts: tuple[int, ...] = ()
 
@@ -144,11 +132,6 @@ class Objective:
             object.__setattr__(self, "checked", True)
 
     programs: dict[Any, Any] = field(default_factory=dict, repr=False)
-
-    @property
-    def segmented(self) -> bool:
-        """Whether the model runs in segments of time where it can."""
-        return self.segmentation is not None
 
     @property
     def samples(self) -> int:
@@ -194,9 +177,6 @@ class Objective:
         """Run a forward pass on inputs x from a reset state. Raises ObjectiveError inside `torch.autocast`."""
         refuse_autocast(self.device)
         with full_precision(self.device):
-            segments = self.segmentation
-            if segments is not None and not torch.is_grad_enabled() and segments.possible(self):
-                return segments.outputs(self, x)
             if self.reset is not None:
                 self.reset(self.model)
             before = _versions(self.model)
@@ -234,13 +214,9 @@ class Objective:
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """Return L and its gradient [P] (the surrogate gradient, for a spiking network)."""
         both = torch.zeros(self.size + 1, dtype=torch.float64, device=self.device)
-        segments = self.segmentation if self.segmentation is not None and self.segmentation.possible(self) else None
         with full_precision(self.device):
             for (x, y), weight in self.weighted_batches():
-                if segments is not None:
-                    loss, gradient = segments.value_and_gradient(self, (x, y))
-                    both[:-1] += weight * gradient
-                elif (loss := self.loss(self.outputs(x), y)).requires_grad:
+                if (loss := self.loss(self.outputs(x), y)).requires_grad:
                     grads = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
                     both[:-1] += weight * self.flatten(grads)
                 both[-1] += weight * loss.item()

@@ -21,20 +21,15 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hessian_tools.chain.layers import Segment
 from ikun.data.encoding import CODINGS
 from ikun.layers import Add, Branch, Dropout, MaxPool, Recurrent
 from ikun.neurons import NEURONS, RESETS, Dynamics, Neuron
 from ikun.nodes.layer import fire
 from ikun.nodes.rewriting import TRACING
-from ikun.pooling import select, time_mean
-from ikun.spiking_layers import linearize_neurons
 from ikun.surrogates import Surrogate
 
 MODELS = ("csnn", "mlp", "resnet", "rsnn")
@@ -244,10 +239,6 @@ def _heard(module: nn.Module) -> bool:
     )
 
 
-# Layer types that `Network.second_order_chain` supports
-CHAIN_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.Flatten, Neuron, MaxPool, Dropout, Branch, Add)
-
-
 class Network(nn.Module):
     """A spiking network that maps images or coded inputs to mean firing rates.
 
@@ -323,45 +314,6 @@ class Network(nn.Module):
             else:
                 x = layer(x.flatten(0, 1)).unflatten(0, (steps, -1))
         return x
-
-    @property
-    def second_order_steps(self) -> int:
-        """The number of time steps, which `hessian_tools.chain` may split into segments."""
-        return self.spec.timesteps
-
-    def second_order_chain(self, x: Tensor, segment: Segment | None = None) -> tuple[Tensor, list[Any]] | None:
-        """Return the layers of forward(x) in the form that `hessian_tools.chain.second_order` expects.
-
-        Args:
-            x: Images [N, C, H, W], or coded inputs [N, T, C, H, W].
-            segment: If given, the layers cover only the time steps of this segment.
-
-        Returns:
-            The input of the first layer and the list of layers. The input is [N, C, H, W] or, with the time axis first,
-            [T N, C, H, W]. None for a recurrent network and for a network that has been modified since it was built.
-        """
-        total, static = self.spec.timesteps, x.dim() == 4
-        first, last = (0, total) if segment is None else (segment.first, segment.last)
-        steps = last - first
-        if type(self) is not Network or any(type(m) not in CHAIN_LAYERS for m in self.children()):
-            return None
-        items: list[Any] = []
-        before: list[Any] = []
-        for layer, pool in self._units():
-            if isinstance(layer, Neuron):
-                carry = None if segment is None else segment.carries[layer]
-                items.append(partial(linearize_neurons, layer, steps, static, pool, carry=carry))
-                static = False
-            elif isinstance(layer, MaxPool):
-                items.append(partial(select, layer))
-            elif isinstance(layer, Branch):
-                before, items = items, []
-            elif isinstance(layer, Add):
-                items = [*before, items]
-            else:
-                items.append(layer)
-        items.append(partial(time_mean, steps, total))
-        return x if x.dim() == 4 else x[:, first:last].transpose(0, 1).flatten(0, 1), items
 
     def stages(self) -> Iterator[tuple[str, nn.Conv2d | nn.Linear, nn.Module | None, str, Neuron]]:
         """Iterate over the weight layers in order.

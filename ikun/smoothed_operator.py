@@ -181,7 +181,6 @@ class _Averaged(nn.Module):
             loss=loss,
             parameters={f"network.{name}": p for name, p in source.parameters.items()},
             reset=None if reset is None else lambda model: reset(cast(_Averaged, model).network),
-            segmentation=None,
             programs=self.shared.programs,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -58,6 +59,23 @@ def positive_definite(shape: int | tuple[int, ...] = 20, seed: int = 0) -> tuple
 
 
 # --- networks
+
+
+class Plainly(nn.Module):
+    """A network of ikun whose neurons and pooling run step by step in plain torch."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.network(x, plain=True)
+        return out
+
+
+def plainly(objective: Objective) -> Objective:
+    """The same objective in plain torch: the oracle, which shares no code with the passes of neurons."""
+    return replace(objective, model=Plainly(objective.model), programs={})
 
 
 def spiking_network(seed: int, gain: float = 2.0, **spec: Any) -> Network:

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from hessian_tools.engine.resizing import resized_number
 from hessian_tools.engine.rewriting import CONVOLUTIONS, RESHAPES
-from hessian_tools.engine.tape import ZEROS, Call, Record, Ref, State
+from hessian_tools.engine.tape import ZEROS, Record, RecordedCall, Ref, State
 
 WEIGHTED = {F.linear} | CONVOLUTIONS
 # The first argument and the output have the samples as their first axis, and samples do not depend on one another.
@@ -53,7 +54,7 @@ class Item:
             "places" (entries of one tensor along an axis).
     """
 
-    calls: tuple[Call, ...]
+    calls: tuple[RecordedCall, ...]
     kind: str
 
     @property
@@ -101,6 +102,19 @@ class Folded:
                     seen(item, found)
             known.forget(last[i])
         return known(self.out)
+
+    def resized(self, samples: int) -> Folded:
+        """Return the forward pass for another number of samples, from one that was recorded for many (`resizing`)."""
+
+        def change(call: RecordedCall) -> RecordedCall:
+            args, kwargs = pytree.tree_map_only(int, lambda n: resized_number(n, samples), (call.args, call.kwargs))
+            return replace(call, args=args, kwargs=kwargs)
+
+        shapes = {ref: [resized_number(n, samples) for n in t.shape] for ref, t in self.record.meta.items()}
+        meta = {ref: torch.empty(shape, device="meta") for ref, shape in shapes.items()}
+        record = replace(self.record, calls=[change(call) for call in self.record.calls], meta=meta)
+        items = tuple(replace(item, calls=tuple(change(call) for call in item.calls)) for item in self.items)
+        return Folded(record, items, self.out)
 
     def spikes_as(self, values: Sequence[Tensor]) -> bool:
         """Return whether every module gives the same outputs, to the last bit, as step by step.
@@ -173,7 +187,7 @@ def _last_uses(items: Sequence[Item], out: Ref) -> list[set[Ref]]:
 
 
 # ---------------------------------------------------------------- running
-def _run(call: Call, known: _Known) -> list[Tensor]:
+def _run(call: RecordedCall, known: _Known) -> list[Tensor]:
     """Run one call. A stack of what is stacked already is not made again."""
     if call.func is torch.stack:
         refs, axis = call.args[0], call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else 0)
@@ -183,7 +197,7 @@ def _run(call: Call, known: _Known) -> list[Tensor]:
     return call.run(known)
 
 
-def _steps(calls: Sequence[Call], known: _Known) -> Tensor:
+def _steps(calls: Sequence[RecordedCall], known: _Known) -> Tensor:
     node: Any = calls[0].node
     x = known.stacked(tuple(call.args[0] for call in calls))
     given = [None if ref in known.zeros and node.rests_at_zero else ref for ref in calls[0].args[1]]
@@ -191,7 +205,7 @@ def _steps(calls: Sequence[Call], known: _Known) -> Tensor:
     return node.over_time(x, len(calls), state)  # type: ignore[no-any-return]
 
 
-def _operands(calls: Sequence[Call], known: _Known) -> tuple[Any, Any]:
+def _operands(calls: Sequence[RecordedCall], known: _Known) -> tuple[Any, Any]:
     """Return the arguments of stacked calls: a tensor that differs between calls is stacked, others are themselves."""
     flat = [pytree.tree_flatten((call.args, call.kwargs))[0] for call in calls]
     found = []
@@ -205,26 +219,26 @@ def _operands(calls: Sequence[Call], known: _Known) -> tuple[Any, Any]:
     return args, kwargs
 
 
-def _each(calls: Sequence[Call], known: _Known) -> Tensor:
+def _each(calls: Sequence[RecordedCall], known: _Known) -> Tensor:
     args, kwargs = _operands(calls, known)
     with torch.set_grad_enabled(calls[0].grad and torch.is_grad_enabled()):
         found: Tensor = calls[0].func(*args, **kwargs)
     return found
 
 
-def _rows(calls: Sequence[Call], known: _Known) -> Tensor:
+def _rows(calls: Sequence[RecordedCall], known: _Known) -> Tensor:
     (x, *args), kwargs = _operands(calls, known)
     with torch.set_grad_enabled(calls[0].grad and torch.is_grad_enabled()):
         y: Tensor = calls[0].func(x.reshape(-1, *x.shape[2:]), *args, **kwargs)
         return y.view(len(calls), -1, *y.shape[1:])
 
 
-def _shapes(calls: Sequence[Call], known: _Known) -> Tensor:
+def _shapes(calls: Sequence[RecordedCall], known: _Known) -> Tensor:
     x = known.stacked(tuple(call.args[0] for call in calls))
     return x.reshape(len(calls), *known.meta[calls[0].outs[0]].shape)
 
 
-def _places(calls: Sequence[Call], known: _Known) -> Tensor:
+def _places(calls: Sequence[RecordedCall], known: _Known) -> Tensor:
     x, axis = known(calls[0].args[0]), _place(calls[0])[0]
     places = [_place(call)[1] for call in calls]
     if places == list(range(x.shape[axis])):
@@ -232,7 +246,7 @@ def _places(calls: Sequence[Call], known: _Known) -> Tensor:
     return torch.stack([x.select(axis, place) for place in places])
 
 
-_RUNS: dict[str, Callable[[Sequence[Call], _Known], Tensor]] = {
+_RUNS: dict[str, Callable[[Sequence[RecordedCall], _Known], Tensor]] = {
     "steps": _steps, "rows": _rows, "each": _each, "shapes": _shapes, "places": _places,
 }  # fmt: skip
 
@@ -242,7 +256,7 @@ def fold(record: Record) -> Folded | None:
     """Return a forward pass with as many calls as possible stacked; None if there is nothing to stack."""
     calls, out = _live(*_once(record.calls, record.out))
     items = [Item((call,), "call") for call in calls]
-    by_node: dict[int, list[Call]] = defaultdict(list)
+    by_node: dict[int, list[RecordedCall]] = defaultdict(list)
     for call in calls:
         if call.node is not None:
             by_node[id(call.node)].append(call)
@@ -254,15 +268,15 @@ def fold(record: Record) -> Folded | None:
     return Folded(record, tuple(items), out) if any(item.kind != "call" for item in items) else None
 
 
-def _substituted(call: Call, other: dict[Ref, Ref]) -> Call:
+def _substituted(call: RecordedCall, other: dict[Ref, Ref]) -> RecordedCall:
     args, kwargs = pytree.tree_map_only(Ref, lambda ref: other.get(ref, ref), (call.args, call.kwargs))
     return replace(call, args=args, kwargs=kwargs)
 
 
-def _once(calls: Sequence[Call], out: Ref) -> tuple[list[Call], Ref]:
+def _once(calls: Sequence[RecordedCall], out: Ref) -> tuple[list[RecordedCall], Ref]:
     """Compute equal calls once."""
     other: dict[Ref, Ref] = {}
-    known: dict[Hashable, Call] = {}
+    known: dict[Hashable, RecordedCall] = {}
     kept = []
     for call in calls:
         mine = _substituted(call, other)
@@ -275,7 +289,7 @@ def _once(calls: Sequence[Call], out: Ref) -> tuple[list[Call], Ref]:
     return kept, other.get(out, out)
 
 
-def _live(calls: Sequence[Call], out: Ref) -> tuple[list[Call], Ref]:
+def _live(calls: Sequence[RecordedCall], out: Ref) -> tuple[list[RecordedCall], Ref]:
     """Leave out calls that the output does not need."""
     needed, kept = {out}, []
     for call in reversed(calls):
@@ -285,17 +299,17 @@ def _live(calls: Sequence[Call], out: Ref) -> tuple[list[Call], Ref]:
     return kept[::-1], out
 
 
-def _random(call: Call) -> bool:
+def _random(call: RecordedCall) -> bool:
     return call.func is F.dropout and bool(call.kwargs.get("training", (*call.args, True, True)[2]))
 
 
-def _described(call: Call, key: Callable[[Ref], Hashable]) -> Hashable:
+def _described(call: RecordedCall, key: Callable[[Ref], Hashable]) -> Hashable:
     """Return what a call computes: equal for equal calls of equal arguments."""
     leaves, structure = pytree.tree_flatten((call.args, call.kwargs))
     return call.func, call.grad, str(structure), tuple(key(a) if isinstance(a, Ref) else repr(a) for a in leaves)
 
 
-def _handed_on(chain: Sequence[Call], calls: Sequence[Call], out: Ref) -> bool:
+def _handed_on(chain: Sequence[RecordedCall], calls: Sequence[RecordedCall], out: Ref) -> bool:
     """Return whether a module's steps follow one another, and nothing else uses their states."""
     for before, after in pairwise(chain):
         if tuple(after.args[1]) != before.outs[1:] or before.kwargs or after.grad != before.grad:
@@ -305,7 +319,7 @@ def _handed_on(chain: Sequence[Call], calls: Sequence[Call], out: Ref) -> bool:
     return out not in states and not any(states & set(call.refs()) for call in calls if id(call) not in inside)
 
 
-def _contracted(items: list[Item], group: Sequence[Call], kind: str) -> list[Item]:
+def _contracted(items: list[Item], group: Sequence[RecordedCall], kind: str) -> list[Item]:
     """Run some calls at once, if they do not depend on one another."""
     chosen = set(map(id, group))
     rest = [item for item in items if item.kind != "call" or id(item.calls[0]) not in chosen]
@@ -336,11 +350,11 @@ def _ordered(items: Sequence[Item]) -> list[Item] | None:
 
 
 # ---------------------------------------------------------------- which calls are alike
-def _alike(items: Sequence[Item], record: Record) -> list[tuple[list[Call], str]]:
+def _alike(items: Sequence[Item], record: Record) -> list[tuple[list[RecordedCall], str]]:
     """Return the calls that compute the same from what differs only in time, and how they are stacked."""
     keys: dict[Ref, Hashable] = {}
     numbers: dict[Hashable, int] = {}
-    groups: dict[Hashable, list[Call]] = defaultdict(list)
+    groups: dict[Hashable, list[RecordedCall]] = defaultdict(list)
 
     def key(ref: Ref) -> Hashable:
         return keys.get(ref, ref)
@@ -351,7 +365,7 @@ def _alike(items: Sequence[Item], record: Record) -> list[tuple[list[Call], str]
             continue
         (call,) = item.calls
         if call.func in GETTING and _place(call) is not None:
-            described: Hashable = ("place", call.args[0], _place(call)[0], call.grad)  # type: ignore[index]
+            described: Hashable = ("place", call.args[0], _place(call)[0], call.grad)
         else:
             described = _described(call, key)
         number = numbers.setdefault(described, len(numbers))
@@ -361,7 +375,7 @@ def _alike(items: Sequence[Item], record: Record) -> list[tuple[list[Call], str]
     return [(group, kind) for group, kind in found if kind and _fits(group, kind, record)]
 
 
-def _fits(group: Sequence[Call], kind: str, record: Record) -> bool:
+def _fits(group: Sequence[RecordedCall], kind: str, record: Record) -> bool:
     """Return whether the arguments that differ between calls can be stacked."""
     leaves = [pytree.tree_leaves((call.args, call.kwargs)) for call in group]
     differ = [place for place, column in enumerate(zip(*leaves, strict=True)) if len(set(map(repr, column))) > 1]
@@ -371,11 +385,11 @@ def _fits(group: Sequence[Call], kind: str, record: Record) -> bool:
     return kind == "places" or differ == [0]
 
 
-def _order(call: Call) -> int:
+def _order(call: RecordedCall) -> int:
     return call.outs[0].number
 
 
-def _place(call: Call) -> Any:
+def _place(call: RecordedCall) -> Any:
     """Return axis and place of an entry along the first or second axis; None for other entries."""
     index = call.args[1]
     if type(index) is int and index >= 0:
@@ -385,7 +399,7 @@ def _place(call: Call) -> Any:
     return None
 
 
-def _kind(call: Call, record: Record) -> str:
+def _kind(call: RecordedCall, record: Record) -> str:
     """Return how calls like this one are stacked; empty if they are not."""
     refs = call.refs()
     if len(call.outs) != 1 or not refs or not call.args or not isinstance(call.args[0], Ref | int | float):
@@ -407,7 +421,7 @@ def _kind(call: Call, record: Record) -> str:
     return "rows"
 
 
-def _couples(call: Call, record: Record) -> bool:
+def _couples(call: RecordedCall, record: Record) -> bool:
     """Return whether a call may couple samples."""
     if call.func is F.batch_norm:
         return bool(call.kwargs.get("training", (*call.args, *[False] * 6)[5])) or call.args[1] is None

@@ -108,7 +108,7 @@ def _transposed(node: Any) -> fx.Node | None:
     if not isinstance(node, fx.Node) or node.target is not aten.transpose.int or node.meta["val"].dim() != 3:
         return None
     source = node.args[0]
-    return source if isinstance(source, fx.Node) and {int(i) % 3 for i in node.args[1:]} == {1, 2} else None  # type: ignore[arg-type, call-overload]
+    return source if isinstance(source, fx.Node) and {int(i) % 3 for i in node.args[1:]} == {1, 2} else None  # type: ignore[arg-type]
 
 
 def _merge_equal(graph: fx.Graph) -> None:

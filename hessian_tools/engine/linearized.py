@@ -21,14 +21,14 @@ class Linearized:
         product: The product.
         nbytes: Memory that it holds.
         parallel: Whether it can run in several threads at once, and be captured as a CUDA graph.
-        path: How it is computed: by the "layers" of the model, "traced", or by "autograd".
+        path: How it is computed: "traced", or by "autograd".
         reason: Why the model could not be traced. Empty if it was.
     """
 
     product: Callable[[Tensor], Tensor]
     nbytes: int
     parallel: bool = True
-    path: str = "layers"
+    path: str = "traced"
     reason: str = ""
 
     def __call__(self, v: Tensor) -> Tensor:

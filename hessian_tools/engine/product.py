@@ -3,47 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import partial
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hessian_tools import nested
-from hessian_tools.engine import segments, tape
-from hessian_tools.engine.folding import Folded, fold
-from hessian_tools.engine.graph import Rule
+from hessian_tools.engine import segments
 from hessian_tools.engine.linearized import Linearized, output_form
-from hessian_tools.engine.reasons import UntraceableError
-from hessian_tools.engine.rewriting import Rewriting
-from hessian_tools.engine.trace import Program, run_stage, trace_product
-from hessian_tools.evaluation import copy_model, twice_differentiable
+from hessian_tools.engine.programs import lock, program_of, state_of
+from hessian_tools.engine.trace import Program, run_stage
 from hessian_tools.runtime.storages import Storages
 
 if TYPE_CHECKING:
     from hessian_tools.objective import Batch, Objective
 
-ROUNDING = 100  # outputs of the traced network may differ by this many units of rounding
-MOST_SEGMENTS = 64  # of a product; every segment is a function of its own
-_lock = Lock()
 
-
-@dataclass(frozen=True)
-class Tracing:
-    """How networks with a certain kind of module are traced. Such modules have it as their attribute `tracing`.
-
-    Attributes:
-        rewriting: The mode in which the forward pass runs.
-        rules: Rules by which the traced graph is simplified.
-    """
-
-    rewriting: type[Rewriting] = Rewriting
-    rules: tuple[Rule, ...] = ()
-
-
-def linearize_traced(objective: Objective, batch: Batch, kind: str, memory: float = 0) -> Linearized | str:
+def linearize_traced(objective: Objective, batch: Batch, kind: str, memory: float = math.inf) -> Linearized | str:
     """Return the curvature product of one batch, or why the network cannot be traced.
 
     Args:
@@ -51,16 +27,16 @@ def linearize_traced(objective: Objective, batch: Batch, kind: str, memory: floa
         batch: Inputs and targets.
         kind: "hessian", "ggn" or "fisher".
         memory: If the values that the product keeps take more bytes, it keeps none and runs in segments
-            (`hessian_tools.engine.segments`). 0: it never does.
+            (`hessian_tools.engine.segments`).
     """
     x, y = batch
-    state = _state(objective.model)
-    program = _program(objective, state, x, kind == "hessian")
+    state = state_of(objective.model)
+    program = program_of(objective, x, kind == "hessian")
     if isinstance(program, str):
         return program
     if program.constant:
         return Linearized(torch.zeros_like, 0, path="traced")
-    if 0 < memory < program.nbytes:
+    if program.nbytes > memory:
         return _in_segments(objective, batch, kind, program, memory)
     values: dict[str, Any] = dict(zip(program.values, [*state.values(), *nested.tensors(x)], strict=True))
     with torch.no_grad():
@@ -92,15 +68,17 @@ def linearize_traced(objective: Objective, batch: Batch, kind: str, memory: floa
 def _in_segments(objective: Objective, batch: Batch, kind: str, program: Program, memory: float) -> Linearized:
     """Return a product that keeps nothing and runs in segments, in as many as fit or at most as pay off."""
     x, y = batch
-    cut = _cut(objective, program, memory)
-    if program.folded and cut.nbytes > memory:  # a segment then has all steps of a layer
-        plain = _program(objective, _state(objective.model), x, kind == "hessian", False)
-        if isinstance(plain, Program) and (other := _cut(objective, plain, memory)).nbytes < cut.nbytes:
-            program, cut = plain, other
+    program, plan = _best_plan(objective, x, kind == "hessian", program, memory)
+    key = (program, plan.count)
+    with lock:
+        if (cut := objective.programs.get(key)) is None:
+            assert program.module is not None
+            cut = segments.segmented(program.module, program.results, plan, program.samples)
+            objective.programs[key] = cut
 
     def product(v: Tensor) -> Tensor:
         values: dict[str, Any] = dict(
-            zip(program.values, [*_state(objective.model).values(), *nested.tensors(x)], strict=True)
+            zip(program.values, [*state_of(objective.model).values(), *nested.tensors(x)], strict=True)
         )
         values.update(zip(program.vector, (part.clone() for part in objective.split(v)), strict=True))
 
@@ -117,90 +95,41 @@ def _in_segments(objective: Objective, batch: Batch, kind: str, program: Program
     return Linearized(product, 0, path="traced")
 
 
-def _cut(objective: Objective, program: Program, memory: float) -> segments.Segments:
-    """Return a program in segments. It is cut at the first call."""
-    count = math.ceil(2 * program.nbytes / memory)
-    key = (program, count)
-    with _lock:
-        if (cut := objective.programs.get(key)) is None:
-            assert program.module is not None
-            outputs, tangent, *image = program.results
-            cut = segments.segmented(program.module, outputs, tangent, image, min(count, MOST_SEGMENTS))
-            objective.programs[key] = cut
-    return cut
+def _best_plan(
+    objective: Objective, x: Any, second: bool, program: Program, memory: float
+) -> tuple[Program, segments.Plan]:
+    """Return how a product is cut, and the program that is cut: one without stacked time steps if that takes less."""
+    assert program.module is not None
+    plan = segments.plan_within(program.module, program.results, memory, program.samples)
+    if program.folded and plan.nbytes > memory:  # a segment then has all steps of a layer
+        other = program_of(objective, x, second, folds=False)
+        if isinstance(other, Program) and other.module is not None and not other.constant:
+            steps = segments.plan_within(other.module, other.results, memory, other.samples)
+            if steps.nbytes < plan.nbytes:
+                return other, steps
+    return program, plan
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a model by name."""
-    return {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+def kept_bytes(objective: Objective) -> tuple[float, float] | None:
+    """Return how many bytes the Hessian product of one batch keeps: once, and per sample. None if it is not traced.
 
-
-def _program(objective: Objective, state: dict[str, Tensor], x: Any, second: bool, folds: bool = True) -> Program | str:
-    """Return the traced product for the shape of x, traced at the first call. folds: time steps may be stacked."""
-    model = objective.model
-    leaves, _, structure = nested.flattened(x)
-    kinds = tuple((t.shape, t.stride(), t.dtype, t.device) for t in leaves)
-    key = (model, tuple(objective.parameters), second, kinds, structure, folds)
-    with _lock:
-        found = objective.programs.get(key)
-        if found is None:
-            found = _traced(objective, state, x, second, folds)
-            objective.programs[key] = found
-    return found
-
-
-def _traced(objective: Objective, state: dict[str, Tensor], x: Any, second: bool, folds: bool) -> Program | str:
-    """Trace the product. The outputs must be those of the network."""
-    offered = [t for m in objective.model.modules() if isinstance(t := getattr(m, "tracing", None), Tracing)]
-    tracing = offered[0] if offered else Tracing()
-    with torch.no_grad():
-        expected = objective.outputs(x)
-    if not isinstance(expected, Tensor):
-        return f"the network returns a {type(expected).__name__}, not a tensor"
-    model = copy_model(objective.model, share=True)
-    values = [*state.values(), *nested.tensors(x)]
-    folded = _folded(objective, model, state, x) if folds else None
-    for forward, hoist in [*([(folded, True)] if folded else []), (None, True), (None, False)]:
-        if objective.reset is not None:
-            objective.reset(model)
-        rewriting = partial(tracing.rewriting, hoist)
-        try:
-            program = trace_product(
-                model, state, list(objective.parameters), x, expected, second, rewriting, tracing.rules, forward
-            )
-        except UntraceableError as error:
-            if forward is not None:
-                continue
-            return str(error)
-        with torch.no_grad():
-            (outputs,) = run_stage(program, 0, dict(zip(program.values, values, strict=True)))
-        if _same(outputs, expected):
-            return program
-    return "the traced network gives other outputs than the network"
-
-
-def _folded(objective: Objective, model: nn.Module, state: dict[str, Tensor], x: Any) -> Folded | None:
-    """Return the network with its time steps stacked, if that changes no spike."""
-    _, inputs_of, _ = nested.flattened(x)
-    if objective.reset is not None:
-        objective.reset(model)
-    try:
-        with twice_differentiable():
-            record = tape.record(model, state, nested.tensors(x), lambda parts: nested.call(model, inputs_of(parts)))
-        folded = fold(record)
-        same = folded is not None and folded.spikes_as([*state.values(), *nested.tensors(x)])
-    except Exception:  # tracing tells why
+    Only the outputs of two samples are computed. The network is traced once for this and for the products.
+    """
+    x = objective.first_inputs(2)
+    program = program_of(objective, x, second=True)
+    if isinstance(program, str):
         return None
-    return folded if same else None
+    once, each = program.kept_bytes
+    return (once, each) if program.samples else (0, once / nested.sample_count(x))
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Return whether two outputs are the same up to rounding, in which no spike differs."""
-    a, b = a.detach(), b.detach()
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if not b.is_floating_point() and not b.is_complex():
-        return torch.equal(a, b)
-    size = b.abs()[b.isfinite()]
-    error = ROUNDING * torch.finfo(b.dtype).eps * float(size.max()) if len(size) else 0.0
-    return torch.allclose(a, b, rtol=0, atol=error, equal_nan=True)
+def least_bytes(objective: Objective) -> float:
+    """Return about how many bytes the Hessian product of one sample takes, in as many segments as save memory.
+
+    0 if the network cannot be traced.
+    """
+    x = objective.first_inputs(1)
+    program = program_of(objective, x, second=True)
+    if isinstance(program, str) or program.constant:
+        return 0.0
+    return _best_plan(objective, x, True, program, 0)[1].nbytes

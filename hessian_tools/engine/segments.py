@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx
 
 from hessian_tools.engine.graph import StagePart, reuse_memory, stage_of_nodes
+from hessian_tools.engine.resizing import bytes_of, resized
+
+MOST_SEGMENTS = 64  # of a product; every segment is a function of its own
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Segments:
         forward: One function per segment, with the checkpoints that it makes. The last one has the outputs and their
             tangent as its first outputs.
         backward: One function per segment, in the order of the segments.
-        results: Names of the entries of the product.
+        results: Names of the entries of the product. An empty name is an entry that is zero.
         nbytes: About the most memory that a product takes, in bytes.
     """
 
@@ -40,14 +43,28 @@ class Segments:
     nbytes: int
 
 
-def _nbytes(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+@dataclass(frozen=True)
+class Plan:
+    """How a product is cut.
+
+    Attributes:
+        count: Number of segments.
+        segment: The segment of every operation.
+        forward: The operations of the forward sweep.
+        stored: The values that cross a cut, the checkpoints.
+        nbytes: About the most memory that a product takes, in bytes.
+    """
+
+    count: int
+    segment: dict[fx.Node, int]
+    forward: set[fx.Node]
+    stored: set[fx.Node]
+    nbytes: int
 
 
-def _cut(values: Sequence[fx.Node], count: int) -> dict[fx.Node, int]:
+def _cut(values: Sequence[fx.Node], sizes: dict[fx.Node, int], count: int) -> dict[fx.Node, int]:
     """Return the segment of every value, so that all segments take about the same memory."""
-    total = sum(map(_nbytes, values)) or 1
+    total = sum(sizes[n] for n in values) or 1
     segment: dict[Any, int] = {}
     seen = now = 0
     for node in values:
@@ -56,31 +73,28 @@ def _cut(values: Sequence[fx.Node], count: int) -> dict[fx.Node, int]:
         else:
             now = max(now, min(count - 1, seen * count // total))
             segment[node] = now
-        seen += _nbytes(node)
+        seen += sizes[node]
     return segment
 
 
-def segmented(
-    module: fx.GraphModule, outputs: fx.Node, tangent: fx.Node, image: Sequence[fx.Node], count: int
-) -> Segments:
-    """Cut a traced product into segments.
+def plan_of(module: fx.GraphModule, results: Sequence[fx.Node | None], count: int, samples: int = 0) -> Plan:
+    """Assign the operations of a traced product to segments.
 
     Args:
         module: The simplified graph (see `graph.simplify`).
-        outputs: The outputs of the network.
-        tangent: Their tangent.
-        image: The entries of the product.
+        results: The outputs of the network, their tangent, and the entries of the product.
         count: Number of segments.
-
-    Returns:
-        The segments.
+        samples: Number of samples of a batch if the graph is for `resizing.SAMPLES` samples, or 0.
     """
+    outputs, tangent, *_ = results
+    assert outputs is not None
+    assert tangent is not None
     stage = stage_of_nodes(module.graph)
     nodes = [n for n in module.graph.nodes if n.op in ("call_function", "get_attr")]
+    sizes = _sizes(nodes, samples)
     order = {n: i for i, n in enumerate(nodes)}
     ahead = _ancestors([tangent])
-    values = [n for n in nodes if stage[n] == 0]
-    segment = _cut(values, count)
+    segment = _cut([n for n in nodes if stage[n] == 0], sizes, count)
     forward = {n for n in nodes if stage[n] == 0 or (stage[n] == 2 and n in ahead)}
     for n in nodes:  # a tangent is computed with the last value that it needs
         if n in forward and stage[n] > 0:
@@ -95,18 +109,100 @@ def segmented(
         needed = [a for a in inputs if a in forward and a not in stored]
         segment[n] = min([bound, *(segment[a] for a in needed)])
         stored |= {a for a in needed if segment[a] > segment[n]}
-    ahead_parts, behind_parts = [], []
-    for k in range(count):
-        mine = [n for n in nodes if n in forward and segment[n] == k]
-        kept = [n for n in mine if n in stored]
-        ends = [outputs, tangent] if k == count - 1 else []
-        ahead_parts.append(_part(module, mine, ends, kept))
-        late = [n for n in nodes if n not in forward and segment[n] == k]
-        passed = [n for n in late if any(u.op == "output" or segment[u] < k for u in n.users)]
-        behind_parts.append(_part(module, [*[m for m in mine if m not in stored], *late], [], passed))
-    held = sum(map(_nbytes, stored))
-    most = max(sum(_nbytes(n) for n in nodes if segment[n] == k and n not in stored) for k in range(count))
-    return Segments(ahead_parts, behind_parts, tuple(n.name for n in image), held + most)
+    plan = Plan(count, segment, forward, stored, 0)
+    return replace(plan, nbytes=_peak(_parts(nodes, plan, outputs, tangent), sizes))
+
+
+def _sizes(nodes: Sequence[fx.Node], samples: int) -> dict[fx.Node, int]:
+    """Return the bytes of every value. A view of an earlier value takes none."""
+    seen: set[int] = set()
+    sizes = {}
+    for n in nodes:
+        once, each = bytes_of(n)
+        value = n.meta.get("val")
+        key = value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+        sizes[n] = 0 if key in seen else once + each * samples
+        if key is not None:
+            seen.add(key)
+    return sizes
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The operations of one step of a sweep, the outputs among them, and the values that later steps read."""
+
+    nodes: list[fx.Node]
+    ends: list[fx.Node]
+    kept: list[fx.Node]
+
+
+def _parts(nodes: Sequence[fx.Node], plan: Plan, outputs: fx.Node, tangent: fx.Node) -> list[_Part]:
+    """Return the steps of the forward sweep, and then those of the backward sweep, in the order of the segments."""
+    here: list[list[fx.Node]] = [[] for _ in range(plan.count)]
+    for n in nodes:
+        here[plan.segment[n]].append(n)
+    ahead, behind = [], []
+    for k, some in enumerate(here):
+        mine = [n for n in some if n in plan.forward]
+        late = [n for n in some if n not in plan.forward]
+        ends = [outputs, tangent] if k == plan.count - 1 else []
+        ahead.append(_needed(mine, ends, [n for n in mine if n in plan.stored]))
+        passed = [n for n in late if any(u.op == "output" or plan.segment[u] < k for u in n.users)]
+        behind.append(_needed([*[m for m in mine if m not in plan.stored], *late], [], passed))
+    return [*ahead, *behind]
+
+
+def _needed(nodes: Sequence[fx.Node], ends: list[fx.Node], kept: list[fx.Node]) -> _Part:
+    needed = _ancestors([*ends, *kept], set(nodes))
+    return _Part([n for n in nodes if n in needed], ends, kept)
+
+
+def _peak(parts: list[_Part], sizes: dict[fx.Node, int]) -> int:
+    """Return the most bytes that are in use at a time, from which values are in use when."""
+    half = len(parts) // 2
+    run = [*parts[:half], *reversed(parts[half:])]
+    last = {a: i for i, part in enumerate(run) for n in part.nodes for a in n.all_input_nodes}
+    held = peak = 0
+    for i, part in enumerate(run):
+        stays = {*part.kept, *part.ends}
+        mine = set(part.nodes)
+        uses = {a: n for n in part.nodes for a in n.all_input_nodes if a in mine and a not in stays}
+        ending: dict[fx.Node, int] = {}
+        for a, n in uses.items():
+            ending[n] = ending.get(n, 0) + sizes[a]
+        live = held
+        for n in part.nodes:
+            live += sizes[n]
+            peak = max(peak, live)
+            live -= ending.get(n, 0)
+        held += sum(sizes[n] for n in part.kept)
+        held -= sum(sizes[n] for earlier in run[: i + 1] for n in earlier.kept if last.get(n) == i)
+    return peak
+
+
+def plan_within(module: fx.GraphModule, results: Sequence[fx.Node | None], memory: float, samples: int = 0) -> Plan:
+    """Return a plan with the fewest segments that take at most `memory` bytes, or else that with the fewest bytes.
+
+    The arguments are those of `plan_of`.
+    """
+    best = plan_of(module, results, 1, samples)
+    count = 2
+    while best.nbytes > memory and count <= MOST_SEGMENTS:
+        plan = plan_of(module, results, count, samples)
+        best = plan if plan.nbytes < best.nbytes else best
+        count *= 2
+    return best
+
+
+def segmented(module: fx.GraphModule, results: Sequence[fx.Node | None], plan: Plan, samples: int = 0) -> Segments:
+    """Cut a traced product into segments. The arguments are those of `plan_of`."""
+    outputs, tangent, *image = results
+    assert outputs is not None
+    assert tangent is not None
+    nodes = [n for n in module.graph.nodes if n in plan.segment]
+    parts = [_function(module, part, samples) for part in _parts(nodes, plan, outputs, tangent)]
+    names = tuple("" if n is None else n.name for n in image)
+    return Segments(parts[: plan.count], parts[plan.count :], names, plan.nbytes)
 
 
 def _ancestors(nodes: Iterable[fx.Node], among: set[fx.Node] | None = None) -> set[fx.Node]:
@@ -121,11 +217,8 @@ def _ancestors(nodes: Iterable[fx.Node], among: set[fx.Node] | None = None) -> s
     return found
 
 
-def _part(
-    module: fx.GraphModule, nodes: Sequence[fx.Node], ends: Sequence[fx.Node], kept: Sequence[fx.Node]
-) -> StagePart:
-    """Return a function of what is needed of some nodes for given results."""
-    needed = _ancestors([*ends, *kept], set(nodes))
+def _function(module: fx.GraphModule, part: _Part, samples: int) -> StagePart:
+    """Return a step as a function."""
     graph, inside, inputs = fx.Graph(), {}, []
 
     def fetch(node: fx.Node) -> fx.Node:
@@ -134,21 +227,21 @@ def _part(
             inputs.append(node.name)
         return inside[node]
 
-    mine = [n for n in nodes if n in needed]
-    outside = {a: None for n in mine for a in n.all_input_nodes} | dict.fromkeys(ends)
-    for node in outside:
-        if node not in needed:
+    mine = set(part.nodes)
+    for node in {a: None for n in part.nodes for a in n.all_input_nodes} | dict.fromkeys(part.ends):
+        if node not in mine:
             fetch(node)
-    for node in mine:
+    for node in part.nodes:
         inside[node] = graph.node_copy(node, fetch)
-    graph.output(tuple(fetch(n) for n in [*ends, *kept]))
+    graph.output(tuple(fetch(n) for n in [*part.ends, *part.kept]))
     reuse_memory(graph)
-    return StagePart(fx.GraphModule(module, graph), tuple(inputs), tuple(n.name for n in kept))
+    made = StagePart(fx.GraphModule(module, graph), tuple(inputs), tuple(n.name for n in part.kept))
+    return resized(made, samples) if samples else made
 
 
 def product(
     segments: Segments, values: dict[str, Tensor], close: Callable[[Tensor, Tensor, dict[str, Tensor]], bool]
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """Run a product.
 
     Args:
@@ -158,7 +251,7 @@ def product(
             returns whether the product can be other than zero.
 
     Returns:
-        The entries of the product; none if it is zero.
+        The entries of the product, where None is zero; an empty list if all of it is zero.
     """
     here = dict(values)
     parts = [*segments.forward, *reversed(segments.backward)]
@@ -172,4 +265,4 @@ def product(
         for name in [*part.inputs, *part.kept]:
             if uses.get(name, -1) <= i and name not in segments.results:
                 here.pop(name, None)
-    return [here[name] for name in segments.results]
+    return [here[name] if name else None for name in segments.results]

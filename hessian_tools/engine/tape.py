@@ -32,7 +32,8 @@ class Stepping(Protocol):
         rests_at_zero: Whether None as its state means zeros.
     """
 
-    rests_at_zero: bool
+    @property
+    def rests_at_zero(self) -> bool: ...
 
     def advance(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Return the outputs of one step for inputs x [N, ...], and the state after it."""
@@ -49,7 +50,7 @@ class Ref:
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class RecordedCall:
     """A call of a function.
 
     Attributes:
@@ -91,14 +92,14 @@ class Record:
         meta: A tensor without values for every `Ref`.
     """
 
-    calls: list[Call]
+    calls: list[RecordedCall]
     values: list[Ref]
     constants: dict[Ref, Tensor]
     out: Ref
     meta: dict[Ref, Tensor]
 
 
-def step(node: Stepping, x: Tensor, state: State) -> tuple[Tensor, State]:
+def run_step(node: Stepping, x: Tensor, state: State) -> tuple[Tensor, State]:
     """Run one time step of a module. While a forward pass is recorded, it is one call."""
     mode = _get_current_function_mode()
     return mode.step(node, x, state) if isinstance(mode, Tape) else node.advance(x, state)
@@ -109,7 +110,7 @@ class Tape(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[Call] = []
+        self.calls: list[RecordedCall] = []
         self.constants: dict[Ref, Tensor] = {}
         self.meta: dict[Ref, Tensor] = {}
         self.thread = threading.get_ident()
@@ -165,7 +166,7 @@ class Tape(TorchFunctionMode):
         if not any(isinstance(a, Ref) for a in pytree.tree_leaves((args, kwargs))):
             kwargs["dtype"] = outs[0].dtype  # torch's default is another one at other times
         refs = tuple(self._refs.get(id(t)) or self.new(t) for t in outs)
-        self.calls.append(Call(func, args, kwargs, refs, torch.is_grad_enabled(), node))
+        self.calls.append(RecordedCall(func, args, kwargs, refs, torch.is_grad_enabled(), node))
         self._custom.update(ref for ref, t in zip(refs, outs, strict=True) if isinstance(t.grad_fn, BackwardCFunction))
 
     def new(self, t: Tensor) -> Ref:
@@ -225,11 +226,15 @@ def _applied(tape: Tape) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.autograd.Function.apply = own
+        torch.autograd.Function.apply = own  # type: ignore[method-assign]
 
 
 def record(
-    model: nn.Module, state: dict[str, Tensor], x: Sequence[Tensor], forward: Callable[[Sequence[Tensor]], Any]
+    model: nn.Module,
+    state: dict[str, Tensor],
+    x: Sequence[Tensor],
+    forward: Callable[[Sequence[Tensor]], Any],
+    mode: FakeTensorMode | None = None,
 ) -> Record:
     """Record a forward pass, without values.
 
@@ -238,16 +243,17 @@ def record(
         state: Its parameters and buffers by name.
         x: The tensors of the inputs.
         forward: Runs the model on such tensors.
+        mode: The mode of x if these are fake tensors.
 
     Raises:
         UnrecordableError: If the calls do not tell what the forward pass computes.
     """
     tape = Tape()
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        values = {name: fake.from_tensor(t.detach()) for name, t in state.items()}
+    with mode or FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        values: dict[str, Tensor] = {name: fake.from_tensor(t.detach()) for name, t in state.items()}
         for name, _ in model.named_parameters():  # so that functions with derivatives of their own are seen
             values[name].requires_grad_(values[name].is_floating_point())
-        inputs = [fake.from_tensor(t.detach()) for t in x]
+        inputs = list(x) if mode else [fake.from_tensor(t.detach()) for t in x]
         refs = [tape.new(t) for t in [*values.values(), *inputs]]
         with _applied(tape), tape:
             inside = {f"model.{name}": t for name, t in values.items()}

@@ -13,7 +13,7 @@ once per batch and kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hessian_tools import nested
 from hessian_tools.engine.graph import Rule, StagePart, simplify, split
 from hessian_tools.engine.reasons import UntraceableError, reason_of
+from hessian_tools.engine.resizing import bytes_of, resized
 from hessian_tools.engine.rewriting import Rewriting
 from hessian_tools.engine.tape import Inside
 from hessian_tools.evaluation import twice_differentiable
@@ -45,6 +46,8 @@ class Program:
         module: The whole graph, from which `segments` makes other parts.
         results: Its outputs: those of the network, their tangent, and the entries of the product.
         folded: Whether the network runs in another order than its own (`folding`).
+        samples: The number of samples of the parts if the graph is for `resizing.SAMPLES` samples; 0 if it is for the
+            same number as the parts.
     """
 
     parts: list[StagePart]
@@ -56,15 +59,26 @@ class Program:
     module: fx.GraphModule | None = None
     results: tuple[fx.Node, ...] = ()
     folded: bool = False
+    samples: int = 0
+
+    @property
+    def kept_bytes(self) -> tuple[int, int]:
+        """About how many bytes a batch's kept values take: once, and per sample if `samples` is not 0."""
+        if self.module is None or self.constant:
+            return 0, 0
+        needed = {name for part in self.parts[2:] for name in part.inputs}
+        found = [bytes_of(n) for n in self.module.graph.nodes if n.name in needed and n.op == "call_function"]
+        return sum(once for once, _ in found), sum(each for _, each in found)
 
     @property
     def nbytes(self) -> int:
         """About how many bytes a batch's kept values take, known without running it."""
-        if self.module is None or self.constant:
-            return 0
-        needed = {name for part in self.parts[2:] for name in part.inputs}
-        found = [n.meta.get("val") for n in self.module.graph.nodes if n.name in needed and n.op == "call_function"]
-        return sum(t.numel() * t.element_size() for t in found if isinstance(t, Tensor))
+        once, each = self.kept_bytes
+        return once + each * self.samples
+
+    def resized(self, samples: int) -> Program:
+        """Return the product for batches of another number of samples, from one that was traced for many."""
+        return replace(self, parts=[resized(part, samples) for part in self.parts], samples=samples)
 
 
 def _program(

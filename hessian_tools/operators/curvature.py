@@ -1,13 +1,12 @@
 """Curvature operators of an objective: surrogate Hessian, generalized Gauss-Newton, and empirical Fisher.
 
-Products are computed by backpropagation through time over the objective's samples. Where every layer of the model
-provides the passes of `hessian_tools.chain.second_order`, those are used, in segments of time if the objective asks for
-it. Otherwise the product is traced once and replayed (`hessian_tools.engine`). A model that cannot be traced uses
-double backward.
+Products are computed by backpropagation through time over the objective's samples. The product is traced once and
+replayed (`hessian_tools.engine`). A model that cannot be traced uses double backward.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from threading import Lock
@@ -16,10 +15,9 @@ import torch
 from torch import Tensor
 
 from hessian_tools import nested
-from hessian_tools.chain import second_order, segments
 from hessian_tools.checks import refuse_autocast
 from hessian_tools.engine.linearized import Linearized
-from hessian_tools.engine.product import linearize_traced
+from hessian_tools.engine.product import kept_bytes, linearize_traced
 from hessian_tools.evaluation import differentiable
 from hessian_tools.objective import Batch, Objective, Streamed
 from hessian_tools.operators.base import Operator
@@ -49,8 +47,8 @@ class CurvatureOperator(Operator):
         memory: Bytes for the kept primals.
 
     Attributes:
-        path: How the products are computed, known after the first one: by the "layers" of the model, "traced", or by
-            "autograd", which takes more time and memory, and one thread for all batches. Empty before.
+        path: How the products are computed, known after the first one: "traced", or by "autograd", which takes more
+            time and memory, and one thread for all batches. Empty before.
         reason: Why the model could not be traced, in one line. Empty if it was.
 
     Raises:
@@ -202,25 +200,16 @@ def _by_autograd(
 
 
 @differentiable
-def batch_size_within(objective: Objective, memory: float, most: int = 2048) -> int:
-    """Return how many samples the primal of one batch can hold within `memory` bytes, measured on 8 samples.
+def product_bytes(objective: Objective) -> tuple[float, float]:
+    """Return about how many bytes the Hessian product of one batch keeps: once, and per sample.
 
-    Larger batches are faster as long as they fit, because part of the cost is per batch.
-
-    Args:
-        objective: The objective.
-        memory: Bytes for the primal of one batch.
-        most: Upper bound.
-
-    Returns:
-        The batch size. It is at least 1, except that it is 0 if one sample of a long sequence does not fit
-        (`hessian_tools.chain.segments`).
+    If the network can be traced, nothing is computed for this. Otherwise it is measured on at most 8 samples.
     """
-    if each := segments.bytes_per_sample(objective):
-        return int(min(most, memory / each))
+    if (found := kept_bytes(objective)) is not None:
+        return found
     x = objective.first_inputs(8)
-    size = linearize_hessian(objective, (x, objective.targets[0][:8])).nbytes
-    return int(max(1, min(most, memory * nested.sample_count(x) / max(size, 1))))
+    product = _by_autograd(_autograd_hessian, objective, (x, objective.targets[0][:8]), "")
+    return 0.0, product.nbytes / nested.sample_count(x)
 
 
 def _zero(v: Tensor) -> Tensor:
@@ -319,13 +308,10 @@ def _autograd_fisher(objective: Objective, batch: Batch) -> Map:
 def _linearize(
     kind: str, autograd: Callable[[Objective, Batch], Map], objective: Objective, batch: Batch, memory: float = 0
 ) -> Linearized:
-    """Return the product of a batch: from the layers' own passes, from the traced network, or else by autograd."""
-    found = segments.linearize_in_segments(objective, batch, kind) if objective.segmented else None
-    found = found or second_order.linearize(objective, batch, kind)
-    if found is None:
-        traced = linearize_traced(objective, batch, kind, memory)
-        found = _by_autograd(autograd, objective, batch, traced) if isinstance(traced, str) else traced
-    return found
+    """Return the product of a batch: from the traced network, or else by autograd."""
+    limit = objective.batch_memory or memory or math.inf
+    traced = linearize_traced(objective, batch, kind, limit)
+    return _by_autograd(autograd, objective, batch, traced) if isinstance(traced, str) else traced
 
 
 linearize_hessian = partial(_linearize, "hessian", _autograd_hessian)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hessian_tools.engine.nodes import valued
-from hessian_tools.engine.tape import State, step
+from hessian_tools.engine.tape import State, run_step
 from ikun.adapters.neuron_nodes import LibraryNode, Plan, UnfitError, library_class, library_surrogate, surrogate_plan
 from ikun.nodes.autograd import neurons
 from ikun.nodes.passes import ScanSpec
@@ -60,7 +60,7 @@ class SnnTorchNode(LibraryNode):
         before = {name: own[name] for name in names}
         before.update({k: s for k, s in [*zip(names, args, strict=False), *kwargs.items()] if s is not None})
         state = tuple(s if s.shape == input_.shape else None for s in before.values())  # None: at rest
-        y, after = step(self, input_, state)
+        y, after = run_step(self, input_, state)
         for name, value in zip(names, after, strict=True):
             setattr(self, name, value)
         handed = [value for name, value in zip(names, after, strict=True) if name != "spk"]
@@ -115,7 +115,10 @@ class SnnTorchNode(LibraryNode):
         if not kind.fixed or kind.at_once or ("spk" in names and not dense):
             return super().over_time(x, steps, state)
         before: Any = dict(zip(names, state, strict=True))
-        resets, zs, spikes, now = [], [], [], state
+        resets: list[Tensor] = []
+        zs: list[Tensor] = []
+        spikes: list[Tensor] = []
+        now = state
         for t in range(steps):
             ((_, r), (z, y)), after = self._heard_step(x[t if len(x) > 1 else 0], now)
             now = tuple(after[name] for name in names)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessian_tools.engine.tape import step
+from hessian_tools.engine.tape import run_step
 from ikun.adapters.neuron_nodes import LibraryNode, Plan, UnfitError, library_class, library_surrogate, surrogate_plan
 from ikun.adapters.spikingjelly import takes_time
 from ikun.nodes.autograd import neurons
@@ -39,7 +39,7 @@ class SpikingJellyNode(LibraryNode):
         if timed:
             y, self.v = self._run(x, start, [x], len(x))
         else:
-            y, (self.v,) = step(self, x, (start,))
+            y, (self.v,) = run_step(self, x, (start,))
         return y
 
     def advance(self, x: Tensor, state: tuple[Tensor | None, ...]) -> tuple[Tensor, tuple[Tensor | None, ...]]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from hessian_tools.engine.product import Tracing
+from hessian_tools.engine.programs import Tracing
 from hessian_tools.engine.rewriting import Rewriting
 from ikun.nodes.autograd import neurons
 from ikun.nodes.passes import OPS, ScanSpec, functions

@@ -11,7 +11,7 @@ import click
 
 from ikun_hessian.cli.click_options import options, own_options, screen_options, threads_option
 from ikun_hessian.cli.inputs import checkpoint_files
-from ikun_hessian.cli.screen import dumps, echo, show
+from ikun_hessian.cli.screen import dumps, echo, show_result
 from ikun_hessian.jobs.calibration import analyse_calibration, own_calibration
 from ikun_hessian.jobs.device import half_of_the_memory, pick
 from ikun_hessian.jobs.existing_results import existing_result
@@ -112,7 +112,7 @@ def flatness_command(
         if known:
             full += [f"files       {calibration_stem}.{{json,png,pdf}}"]
         summary = flatness_summary(result, files, calibration=known, refusal=refusal)
-        show(detail, len(found), brief_line(result), summary, full)
+        show_result(detail, len(found), brief_line(result), summary, full)
     if as_json:
         printed = [clean(dataclasses.asdict(result)) for result in found]
         echo(dumps(printed[0] if len(printed) == 1 else printed))

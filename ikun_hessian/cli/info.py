@@ -148,19 +148,19 @@ def _refuse_too_long(path: Path, found: Checkpoint, count: int) -> None:
 
     import torch
 
-    from hessian_tools.chain.segments import bytes_per_sample
     from hessian_tools.objective import make_objective
+    from hessian_tools.operators.curvature import product_bytes
     from ikun.losses import LOSSES
     from ikun_hessian.jobs.device import half_of_the_memory
 
     n = found.network
     one = torch.zeros(1, *((n.timesteps,) if n.coding == "poisson" else ()), *n.input_shape)
     batch = one, torch.zeros(1, dtype=torch.long)
-    each = bytes_per_sample(make_objective(found.build(), LOSSES[found.loss], batch, check=False))
+    each = sum(product_bytes(make_objective(found.build(), LOSSES[found.loss], batch, check=False)))
     coded = 4 * count * n.timesteps * math.prod(n.input_shape) if n.coding == "poisson" else 0
-    needed, most = (3 * 512 * (each or 0) + coded) / 2**30, half_of_the_memory("cpu")
+    needed, most = (3 * 512 * each + coded) / 2**30, half_of_the_memory("cpu")
     if needed > most:
         raise click.UsageError(
             f"{path}: T = {n.timesteps} needs about {needed:.0f} GiB, more than half of the memory of this machine. "
-            "spectrum runs such networks in segments of time; info cannot."
+            "spectrum computes such networks in smaller batches; info cannot."
         )

@@ -12,7 +12,7 @@ import click
 
 from ikun_hessian.cli.click_options import options, own_options, screen_options, threads_option
 from ikun_hessian.cli.inputs import checkpoint_files
-from ikun_hessian.cli.screen import dumps, echo, show
+from ikun_hessian.cli.screen import dumps, echo, show_result
 from ikun_hessian.jobs.device import half_of_the_memory, pick
 from ikun_hessian.jobs.existing_results import existing_result
 from ikun_hessian.jobs.landscape import analyse_landscape, write_landscape, write_surfaces, write_together
@@ -165,7 +165,7 @@ def landscape_command(
         if not as_json:
             files = f"{stem}.{{{','.join(ends)}}}{' (unchanged)' if old else ''}"
             full = [*landscape_lines(result), f"files       {files}"]
-            show(detail, len(found), brief_line(result), landscape_summary(result, files), full)
+            show_result(detail, len(found), brief_line(result), landscape_summary(result, files), full)
     if len(found) > 1:
         together = (out or checkpoints[0].parent) / ".".join(["landscapes", *([tag] if tag else [])])
         written = write_together(list(zip(_labels(checkpoints), found, strict=True)), together, surface, captioned)
@@ -240,7 +240,7 @@ def _trajectory(
     lines = [*training_path_lines(result), f"files       {stem}.{{json,png,pdf}}{' (unchanged)' if old else ''}"]
     shares = ", ".join(f"{name} {share:.1%}" for name, share in zip(result.directions, result.explained, strict=True))
     brief = f"{job.path}: {len(result.snapshots)} snapshots, {shares} of their variance, loss {result.loss:.4g}"
-    show(detail, 1, brief, "\n".join(lines), lines)
+    show_result(detail, 1, brief, "\n".join(lines), lines)
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -33,7 +33,7 @@ def echo(text: object = "", err: bool = False, newline: bool = True) -> None:
     click.echo(without_control_codes(str(text)), file=None if err else _output, err=err, nl=newline)
 
 
-def warn(text: str) -> None:
+def echo_red(text: str) -> None:
     """Print wrapped lines to standard output, in red if it is a terminal."""
     from hessian_tools.io.text import one_line
     from ikun_hessian.reports.text import paragraph
@@ -42,7 +42,7 @@ def warn(text: str) -> None:
         click.secho(one_line(line), fg="red", file=_output)
 
 
-def show(detail: str, number: int, brief: str, summary: str, full: Sequence[str]) -> None:
+def show_result(detail: str, number: int, brief: str, summary: str, full: Sequence[str]) -> None:
     """Print a result as briefly as was asked for.
 
     Args:

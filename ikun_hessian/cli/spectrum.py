@@ -12,7 +12,7 @@ import click
 
 from ikun_hessian.cli.click_options import options, own_options, screen_options, threads_option
 from ikun_hessian.cli.inputs import checkpoint_files
-from ikun_hessian.cli.screen import echo, show
+from ikun_hessian.cli.screen import echo, show_result
 from ikun_hessian.jobs.device import half_of_the_memory, pick
 from ikun_hessian.jobs.existing_results import existing_result
 from ikun_hessian.jobs.job import Own
@@ -92,7 +92,7 @@ def spectrum_command(
         names = f"{stem}.{{{','.join(files) or 'json,...'}}}{'' if files else ' (unchanged)'}"
         if not as_json:
             full = [*spectrum_lines(result), f"files       {names}"]
-            show(detail, len(found), brief_line(result), spectrum_summary(result, names), full)
+            show_result(detail, len(found), brief_line(result), spectrum_summary(result, names), full)
     if trajectory and first:
         stem = (out or checkpoints[0].parent) / ".".join([*([tag] if tag else []), "trajectory"])
         save_figure(trajectory_figure(found, captioned), stem)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ikun_hessian.cli.click_options import options, threads_option
-from ikun_hessian.cli.screen import FailedError, echo, warn
+from ikun_hessian.cli.screen import FailedError, echo, echo_red
 from ikun_hessian.jobs.device import pick
 from ikun_hessian.jobs.existing_results import hold
 from ikun_hessian.jobs.options import TRAIN
@@ -63,7 +63,7 @@ def train_command(resume: bool, force: bool, out: Path, data_dir: Path | None, d
             f"test loss {kept['test_loss']:.4g}, accuracy {kept['test_accuracy']:.1%}"
         )
         if said := learned_nothing(kept["accuracy"], kept["loss"], network.classes, {}):
-            warn(f"! {said} {_hint(spec)}")
+            echo_red(f"! {said} {_hint(spec)}")
     for failure in checkpoint.training["failures"]:
         echo(f"! {failure}")
     echo(f"{out}  (log {run_paths(out)['log'].name})")

@@ -94,6 +94,5 @@ def measured_on(objective: Objective) -> dict[str, Any]:
         "dtype": str(objective.dtype),
         "device": str(objective.device),
         "batches": objective.sizes,
-        "segmented": objective.segmented,
         "parameters": {name: p.numel() for name, p in objective.parameters.items()},
     }

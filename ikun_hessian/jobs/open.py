@@ -81,9 +81,8 @@ def open_job(
         params: Pattern of parameter names.
         surrogate: Surrogate to analyse with; None for the one used in training.
         dtype: Name of the floating-point type.
-        memory: Memory in GiB. A quarter of it is for the batches in use. If a batch does not fit, long sequences run in
-            segments of time. An eighth of it is for samples from disk. If they do not fit, each batch is read when it
-            is used.
+        memory: Memory in GiB. A quarter of it is for the batches in use. If one does not fit, it runs in segments of
+            the network. An eighth is for samples from disk. If they do not fit, each batch is read when it is used.
         data_dir: Folder of the data set; None for the download cache.
         device: "cpu" or "cuda", from `pick`.
         group: Processes that share the work. All of them must call this function.
@@ -92,7 +91,7 @@ def open_job(
         The opened checkpoint.
 
     Raises:
-        UsageError: If the samples or the options cannot be used.
+        UsageError: If the samples or the options cannot be used, or if one sample does not fit into the memory.
         ValueError: If the checkpoint or the data cannot be loaded.
     """
     from ikun.checkpoint import sha256
@@ -154,9 +153,8 @@ def make_job(
     import torch
 
     from hessian_tools.analysis.step_traces import mean_over_steps
-    from hessian_tools.chain import segments
-    from hessian_tools.chain.segments import bytes_per_sample
     from hessian_tools.objective import make_objective
+    from hessian_tools.operators.curvature import product_bytes
 
     def objective(steeper: float = 1.0, **changes: Any) -> Objective:
         network, reset = source.network(steeper, **changes)
@@ -171,15 +169,15 @@ def make_job(
             device=device,
             reset=reset,
         )
-        return dataclasses.replace(made, group=group, segmentation=segments if segmented else None)
+        return dataclasses.replace(made, group=group, batch_memory=limit)
 
-    segmented = False
-    batch_size, segmented = _cut(objective(), batch_size, memory * 2**30 / 4, group)
-    first = objective()
-    each = bytes_per_sample(
-        dataclasses.replace(first, segmentation=None)
-    )  # an autograd pass takes about three times that
-    few = max(1, min(512, int(memory * 2**30 / 12 / each))) if each else 512
+    workers = torch.get_num_threads() if device == "cpu" else 1
+    limit = memory * 2**30 / 4 / workers
+    probe = objective()
+    size = product_bytes(probe)
+    batch_size = _batch_size(probe, batch_size, size, memory * 2**30, workers, group)
+    first = probe.rebatched(batch_size)
+    few = _fitting(size, memory * 2**30 / 12, 512)  # an autograd pass takes about three times what a product keeps
     provenance = {
         "checkpoint": {"path": "" if path == Path() else str(path), "sha256": digest},
         **source.provenance,
@@ -284,33 +282,58 @@ def _version(path: Path) -> tuple[int, ...]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _cut(objective: Objective, asked: int | None, memory: float, group: Group | None) -> tuple[int, bool]:
-    """Return the batch size, and whether time is cut into segments because a batch does not fit into `memory` bytes.
+def _fitting(size: tuple[float, float], memory: float, most: int) -> int:
+    """Return how many samples, from 1 to `most`, a batch can have so that its product keeps at most `memory` bytes.
 
-    If no batch size is asked for, it is the largest that fits. On the CPU it is limited to what is fast: batches run in
-    parallel, and arrays above about 30 MB are allocated in fresh pages every time. It is at least 64 if that fits,
-    because smaller batches are mostly overhead unless the sequences are long.
+    Args:
+        size: Bytes that a product keeps once, and per sample.
+        memory: Bytes.
+        most: Upper bound.
     """
-    import torch
+    once, each = size
+    return int(max(1, min(most, (memory - once) / max(each, 1))))
 
-    from hessian_tools.chain import segments
-    from hessian_tools.chain.segments import bytes_per_sample
-    from hessian_tools.operators.curvature import batch_size_within
 
-    long = bytes_per_sample(objective) is not None
-    if asked is not None and not long:
-        return asked, False
+def _batch_size(
+    objective: Objective,
+    asked: int | None,
+    size: tuple[float, float],
+    memory: float,
+    workers: int,
+    group: Group | None,
+) -> int:
+    """Return the batch size.
+
+    If none is asked for, it is the largest with which the batches in use keep at most a quarter of the memory. On the
+    CPU it is limited to what is fast: batches run in parallel, and arrays above about 30 MB are allocated in fresh
+    pages every time. It is at least 64 if they take at most 1 GiB, because smaller batches are mostly overhead. Batches
+    have about the same size.
+
+    Args:
+        objective: The objective.
+        asked: The batch size that the user asked for.
+        size: Bytes that the product of a batch keeps once, and per sample.
+        memory: Memory in bytes.
+        workers: Number of batches in use at the same time.
+        group: Processes that share the work.
+
+    Raises:
+        UsageError: If one sample needs more memory than there is.
+    """
+    from hessian_tools.engine.product import least_bytes
+
     processes = group.size if group else 1
-    workers = torch.get_num_threads() if objective.device.type == "cpu" else 1
-    most = batch_size_within(objective, memory / workers, asked or 2048)
-    segmented = long and most < min(asked or 1, objective.samples)
-    if segmented:
-        objective = dataclasses.replace(objective, segmentation=segments)
-        most = max(1, batch_size_within(objective, memory / workers))
+    if sum(size) > memory / 4 / workers and workers * (needed := least_bytes(objective)) > memory:
+        raise UsageError(
+            f"one sample needs about {needed / 2**30:.2g} GiB of memory in each of {workers} threads, more than "
+            f"--memory {memory / 2**30:.2g}: give more --memory, or fewer --threads"
+        )
+    most = _fitting(size, memory / 4 / workers, 2048)
     if objective.device.type == "cpu":
         share = -(-objective.samples // (workers * processes))
-        most = min(most, max(1 if long else 64, min(share, batch_size_within(objective, 2**27))))
-    chosen = asked or min(most, -(-objective.samples // processes)), segmented  # every process gets a batch
+        most = min(most, max(_fitting(size, 2**30, 64), min(share, _fitting(size, 2**27, 2048))))
+    most = min(most, -(-objective.samples // processes))  # every process gets a batch
+    chosen = asked or -(-objective.samples // -(-objective.samples // most))
     return chosen if group is None else group.broadcast(chosen)
 
 

@@ -21,7 +21,6 @@ from hessian_tools.analysis.sample_curve import samples_curve
 from hessian_tools.analysis.sampling_error import grouped
 from hessian_tools.analysis.settings import SpectrumSettings
 from hessian_tools.analysis.spectrum import spectrum
-from hessian_tools.chain import segments
 from hessian_tools.objective import Loss, Objective, Streamed, make_objective
 from hessian_tools.operators.base import dense
 from hessian_tools.operators.curvature import ggn, hessian, linearize_hessian
@@ -247,8 +246,8 @@ def test_streamed_batches_give_the_numbers_of_batches_in_memory(name: str, model
     assert same(MEASURES[name](inside), MEASURES[name](streamed))
 
 
-def test_streamed_batches_give_the_same_in_segments_of_time() -> None:
-    inside, streamed = (replace(o, segmentation=segments) for o in pair(spiking(20, True), 5, (20, 1, 4, 4))[:2])
+def test_streamed_batches_give_the_same_in_segments() -> None:
+    inside, streamed = (replace(o, batch_memory=1.0) for o in pair(spiking(20, True), 5, (20, 1, 4, 4))[:2])
     for name in ("hessian", "ggn, kept", "value and gradient", "outputs"):
         assert same(MEASURES[name](inside), MEASURES[name](streamed))
 
@@ -276,9 +275,9 @@ def test_no_more_streamed_batches_are_alive_than_threads_and_one(model: Callable
 
 @pytest.mark.parametrize("segmented", [False, True])
 def test_kept_batches_count_their_inputs_and_are_read_once(segmented: bool) -> None:
-    """A segment's product keeps nothing but its inputs, that of a plain network its layers' inputs too."""
+    """A product in segments keeps nothing but its inputs."""
     _, o, inputs = pair(spiking(20, True), 2, (20, 1, 4, 4)) if segmented else pair(smooth(), 2)
-    o = replace(o, segmentation=segments if segmented else None)
+    o = replace(o, batch_memory=1.0 if segmented else 0.0)
     size = o.batches[0][0].nbytes if segmented else linearize_hessian(o, o.batches[0]).nbytes
     assert size >= 2 * 16 * 8
     op = hessian(o, memory=3.5 * size)
@@ -287,7 +286,7 @@ def test_kept_batches_count_their_inputs_and_are_read_once(segmented: bool) -> N
     inputs.reset()
     assert torch.equal(op @ vector(o), first)
     assert inputs.read.count(2) == SAMPLES // 2 - 3
-    assert inputs.peak == 3 + 1 + segmented  # whether a model runs in segments is tried on one sample
+    assert inputs.peak == 3 + 1
 
 
 def test_shapes_and_weights_are_known_without_reading_inputs() -> None:

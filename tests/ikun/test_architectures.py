@@ -5,6 +5,7 @@ Forward passes are compared with plain loops in NumPy, products with double back
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from objectives import plainly
 from torch import Tensor, nn
 
-from hessian_tools.chain import second_order, segments
+from hessian_tools.engine.linearized import Linearized
+from hessian_tools.engine.product import linearize_traced
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators import curvature as operators
-from hessian_tools.operators.base import symmetry_error
 from ikun.layer_statistics import observe
 from ikun.layers import Dropout
 from ikun.losses import LOSSES
@@ -164,15 +166,12 @@ def test_dropout_drops_a_unit_at_all_steps_or_at_none() -> None:
 
 
 # ---------------------------------------------------------------- products
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "rsnn"])
-@pytest.mark.parametrize("norm", ["none", "tdbn"])
-@pytest.mark.parametrize("kind", ["hessian", "ggn", "fisher"])
-def test_products_are_those_of_double_backward(name: str, norm: str, kind: str) -> None:
-    objective = job(network(**MODELS[name], norm=norm, dropout=0.1), "ce" if norm == "none" else "mse")
-    batch = objective.batches[0]
-    product = second_order.linearize(objective, batch, kind)
-    assert product is not None
-    exact = getattr(operators, f"_autograd_{kind}")(objective, batch)
+def check_product(objective: Objective, kind: str, memory: float = math.inf) -> None:
+    """Compare traced products with double backward of the network in plain torch."""
+    product = linearize_traced(objective, objective.batches[0], kind, memory)
+    assert isinstance(product, Linearized)
+    assert memory == math.inf or product.nbytes == 0
+    exact = getattr(operators, f"_autograd_{kind}")(plainly(objective), objective.batches[0])
     for seed in range(2):
         v = torch.randn(objective.size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         here, there = product(v), exact(v)
@@ -180,46 +179,32 @@ def test_products_are_those_of_double_backward(name: str, norm: str, kind: str) 
         assert (here - there).norm() < 1e-10 * there.norm()
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("norm", ["none", "tdbn"])
+@pytest.mark.parametrize("kind", ["hessian", "ggn", "fisher"])
+def test_products_are_those_of_double_backward(name: str, norm: str, kind: str) -> None:
+    objective = job(network(**MODELS[name], norm=norm, dropout=0.1), "ce" if norm == "none" else "mse")
+    check_product(objective, kind)
+
+
 @pytest.mark.parametrize("params", ["conv5*,fc1*", "conv4*", "conv3*,conv4*"])
 def test_products_of_only_a_resnets_last_layers_agree(params: str) -> None:
-    """The chain then begins after, inside or before a branch."""
+    """The first of them is after, inside or before a branch."""
     net = network(**MODELS["resnet"])
-    objective = make_objective(net, LOSSES["mse"], data(net), params=params)
-    product = second_order.linearize(objective, objective.batches[0], "hessian")
-    assert product is not None
-    v = torch.randn(objective.size, dtype=torch.float64)
-    exact = operators._autograd_hessian(objective, objective.batches[0])(v)
-    assert (product(v) - exact).norm() < 1e-10 * exact.norm()
+    check_product(make_objective(net, LOSSES["mse"], data(net), params=params), "hessian")
 
 
 @pytest.mark.parametrize("coded", [False, True])
-@pytest.mark.parametrize("name", [name for name in MODELS if "resnet" in name])
-def test_a_resnet_agrees_in_segments_of_time(name: str, coded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [name for name in MODELS if "resnet" in name or name == "rsnn"])
+def test_products_in_segments_agree(name: str, coded: bool) -> None:
     net = network(**MODELS[name], timesteps=5, neuron="plif", tau=1.3)
     x, y = data(net)
     if coded:
         g = torch.Generator().manual_seed(4)
         x = torch.bernoulli(x[:, None].expand(-1, 5, *x.shape[1:]), generator=g)
     objective = make_objective(net, LOSSES["mse"], (x, y))
-    v = torch.randn(objective.size, dtype=torch.float64)
     for kind in ("hessian", "ggn", "fisher"):
-        exact = getattr(operators, f"_autograd_{kind}")(objective, (x, y))(v)
-        for length in (1, 2, 5):
-            monkeypatch.setattr(segments, "length", lambda _, length=length: length)
-            product = segments.linearize_in_segments(objective, (x, y), kind)
-            assert product is not None
-            assert (product(v) - exact).norm() < 1e-10 * exact.norm()
-
-
-def test_a_recurrent_network_is_left_whole_and_to_autograd() -> None:
-    objective = replace(job(network(**MODELS["rsnn"], timesteps=20)), segmentation=segments)
-    assert not segments.possible(objective)
-    assert segments.bytes_per_sample(objective) is None
-    assert second_order.linearize(objective, objective.batches[0], "hessian") is None
-    v = torch.randn(objective.size, dtype=torch.float64)
-    exact = operators._autograd_hessian(objective, objective.batches[0])(v)
-    assert (operators.hessian(objective) @ v - exact).norm() < 1e-12 * exact.norm()
-    assert symmetry_error(operators.hessian(objective), torch.Generator().manual_seed(0)) < 1e-12
+        check_product(objective, kind, memory=1.0)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

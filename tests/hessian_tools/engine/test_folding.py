@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hessian_tools.engine.folding import Folded, fold
 from hessian_tools.engine.linearized import Linearized
-from hessian_tools.engine.tape import UnrecordableError, record, step
+from hessian_tools.engine.tape import UnrecordableError, record, run_step
 from hessian_tools.engine.trace import Program
 from hessian_tools.objective import make_objective
 from hessian_tools.operators import curvature
@@ -27,7 +27,7 @@ class Leak(nn.Module):
     rests_at_zero = True
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        y, (after,) = step(self, x, (h,))
+        y, (after,) = run_step(self, x, (h,))
         assert after is not None
         return y, after
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from engine_networks import NETWORKS, Case, Net, objective_of
 from torch import Tensor, nn
 
-from hessian_tools.chain import second_order
-from hessian_tools.engine import product as engine
+from hessian_tools.engine import programs, resizing
 from hessian_tools.engine.linearized import Linearized
 from hessian_tools.engine.product import linearize_traced
+from hessian_tools.engine.trace import Program
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators import curvature
 from hessian_tools.operators.base import dense
@@ -61,7 +61,7 @@ def test_one_sample_and_single_precision(name: str, samples: int, dtype: torch.d
     assert max(error_of(objective, kind) for kind in ORACLES) <= tol
 
 
-def test_inputs_may_be_strided_and_batches_ragged(traced: None) -> None:
+def test_inputs_may_be_strided_and_batches_ragged() -> None:
     objective = objective_of(NETWORKS["conv_bn"], 7)
     (x, y) = objective.batches[0]
     strided = replace(objective, batches=((x.transpose(2, 3).contiguous().transpose(2, 3), y),))
@@ -73,10 +73,51 @@ def test_inputs_may_be_strided_and_batches_ragged(traced: None) -> None:
         torch.testing.assert_close(dense(ragged), expected, rtol=1e-10, atol=1e-13, msg=kind)
 
 
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No network runs through the passes of its layers."""
-    monkeypatch.setattr(second_order, "linearize", lambda *_: None)
+def plain_networks() -> dict[str, Callable[[], nn.Module]]:
+    """Networks of images of 5 x 6 pixels."""
+    shape = nn.Flatten(), nn.Linear(2 * 3 * 3, 4)
+    return {
+        "stride": lambda: nn.Sequential(nn.Conv2d(1, 2, 3, stride=2, padding=1), nn.Tanh(), *shape),
+        "dilation, groups, norms": lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=2, dilation=2), nn.BatchNorm2d(4), nn.SiLU(), nn.Dropout(0.5),
+            nn.Conv2d(4, 2, 3, stride=2, padding=1, groups=2), nn.BatchNorm2d(2, affine=False), nn.ReLU(), *shape,
+        ),
+        "norms before and after": lambda: nn.Sequential(
+            nn.Flatten(), nn.BatchNorm1d(30), nn.Sequential(nn.Linear(30, 6), nn.BatchNorm1d(6), nn.GELU()),
+            nn.Identity(), nn.BatchNorm1d(6), nn.Linear(6, 4, bias=False), nn.Sigmoid(),
+        ),
+        "layer norm": lambda: nn.Sequential(nn.Flatten(), nn.Linear(30, 4), nn.LayerNorm(4)),
+        "circular padding": lambda: nn.Sequential(
+            nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"), nn.Flatten(), nn.Linear(60, 4)
+        ),
+        "norm over positions": lambda: nn.Sequential(
+            nn.Flatten(2), nn.Linear(30, 4), nn.BatchNorm1d(1), nn.Flatten()
+        ),
+        "weight norm": lambda: nn.Sequential(
+            nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(30, 4))
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", plain_networks())
+def test_products_agree_for_images(name: str) -> None:
+    torch.manual_seed(0)
+    model = plain_networks()[name]()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+            m.running_mean.normal_()  # type: ignore[union-attr, operator]
+            m.running_var.uniform_(0.5, 2)  # type: ignore[union-attr, operator]
+    data = torch.randn(7, 1, 5, 6, dtype=torch.float64), torch.arange(7) % 4
+    objective = make_objective(model.double(), F.cross_entropy, data)
+    assert max(error_of(objective, kind) for kind in ORACLES) < 1e-12
+
+
+def test_a_loss_without_a_gradient_gives_zero() -> None:
+    objective = replace(objective_of(NETWORKS["conv_bn"]), loss=lambda o, y: torch.zeros(()).double())
+    for memory in (1.0, 1e9):
+        product = linearize_traced(objective, objective.batches[0], "hessian", memory)
+        assert isinstance(product, Linearized)
+        assert product(torch.ones(objective.size).double()).abs().max() == 0
 
 
 # ---------------------------------------------------------------- networks that change tensors in place
@@ -131,7 +172,7 @@ def test_tracing_leaves_no_trace_in_the_model() -> None:
     assert float(model.seen) == seen  # a replay does not write into the buffers
 
 
-def test_weights_are_read_anew_for_every_product(traced: None) -> None:
+def test_weights_are_read_anew_for_every_product() -> None:
     objective = objective_of(NETWORKS["conv_bn"])
     for shift in (0.0, 0.1):
         with torch.no_grad():
@@ -238,7 +279,7 @@ def _storages() -> dict[int, int]:
 
 @pytest.mark.parametrize("name", ["conv_gn", "conv_bn", "encoder", "LSTM0", "out_map"])
 @pytest.mark.parametrize("kind", ORACLES)
-def test_the_counted_memory_is_what_is_freed(name: str, kind: str, traced: None) -> None:
+def test_the_counted_memory_is_what_is_freed(name: str, kind: str) -> None:
     objective = objective_of(NETWORKS[name], 16)
     linearize_traced(objective, objective.batches[0], kind)  # the trace is kept by the objective
     before = _storages()
@@ -249,7 +290,7 @@ def test_the_counted_memory_is_what_is_freed(name: str, kind: str, traced: None)
 
 
 @pytest.mark.parametrize("path", ["traced", "autograd"])
-def test_a_deleted_operator_frees_what_it_kept(path: str, traced: None) -> None:
+def test_a_deleted_operator_frees_what_it_kept(path: str) -> None:
     case = NETWORKS["conv_gn"] if path == "traced" else Case(net(_branch), (5,))
     objective = objective_of(case, 6).rebatched(2)
     op = OPERATORS["hessian"](objective, 1e9)
@@ -264,7 +305,7 @@ def test_a_deleted_operator_frees_what_it_kept(path: str, traced: None) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.5, 2.5])
-def test_operators_keep_no_more_than_the_memory_they_may_use(share: float, traced: None) -> None:
+def test_operators_keep_no_more_than_the_memory_they_may_use(share: float) -> None:
     objective = objective_of(NETWORKS["conv_gn"], 6).rebatched(2)
     v = torch.ones(objective.size, dtype=objective.dtype)
     expected = OPERATORS["hessian"](objective, 1e9) @ v
@@ -279,7 +320,7 @@ def test_operators_keep_no_more_than_the_memory_they_may_use(share: float, trace
 
 
 @pytest.mark.parametrize("kind", ORACLES)
-def test_products_are_the_same_bits_in_other_operators_and_in_threads(kind: str, traced: None) -> None:
+def test_products_are_the_same_bits_in_other_operators_and_in_threads(kind: str) -> None:
     objective = objective_of(NETWORKS["conv_bn"], 7).rebatched(2)
     block = torch.randn(objective.size, 3, dtype=objective.dtype, generator=torch.Generator().manual_seed(3))
     first = OPERATORS[kind](objective, 1e9) @ block
@@ -293,12 +334,47 @@ def test_products_are_the_same_bits_in_other_operators_and_in_threads(kind: str,
         torch.set_num_threads(1)
 
 
-def test_a_network_is_traced_once_per_shape_and_order(monkeypatch: pytest.MonkeyPatch, traced: None) -> None:
+def test_a_network_is_traced_once_per_shape_and_order(monkeypatch: pytest.MonkeyPatch) -> None:
     traces: list[Any] = []
-    real = engine.trace_product
-    monkeypatch.setattr(engine, "trace_product", lambda *args: (traces.append(args[3].shape), real(*args))[1])
+    real = programs.trace_product
+    monkeypatch.setattr(programs, "trace_product", lambda *args: (traces.append(args[3].shape), real(*args))[1])
     objective = objective_of(NETWORKS["repeat_bn"], 7).rebatched(2)
     v = torch.ones(objective.size, dtype=objective.dtype)
     for kind in ("ggn", "fisher", "ggn"):
         OPERATORS[kind](objective, 1e9) @ v
-    assert sorted(shape[0] for shape in traces) == [1, 2]
+    assert [shape[0] for shape in traces] == [resizing.SAMPLES]
+    assert objective.sizes == [2, 2, 2, 1]
+
+
+def test_a_number_that_counts_a_part_of_the_samples_is_traced_for_each_batch_size() -> None:
+    """Half of the samples is not a multiple of all samples."""
+
+    def run(s: Any, x: Tensor) -> Tensor:
+        half = len(x) // 2
+        out: Tensor = torch.tanh(s.a(torch.cat([x[:half], x[half:]])))
+        return out
+
+    objective = objective_of(Case(net(run), (5,)), 7)
+    for size in (7, 4, 1):
+        assert max(error_of(objective.rebatched(size), kind) for kind in ORACLES) <= 1e-10
+    assert [p.samples for p in objective.programs.values() if isinstance(p, Program)] == [0] * 6
+
+
+def test_a_network_that_knows_its_batch_size_is_traced_for_it() -> None:
+    objective = objective_of(Case(net(lambda s, x: torch.tanh(s.a(x.view(4, 5)))), (5,)), 4)
+    assert max(error_of(objective, kind) for kind in ORACLES) <= 1e-10
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5])
+def test_batch_sizes_that_are_sizes_of_the_network_are_kept_apart(samples: int) -> None:
+    """Two channels, five features, T = 5."""
+
+    def run(s: Any, x: Tensor) -> Tensor:
+        steps = x.unflatten(1, (5, 1)).transpose(0, 1)  # [T, N, 1]
+        y = s.a(steps.flatten(0, 1).expand(5 * len(x), 5)).unflatten(0, (5, len(x)))
+        out: Tensor = torch.tanh(y).mean(0)
+        return out
+
+    objective = objective_of(Case(net(run), (5,)), samples)
+    assert max(error_of(objective, kind) for kind in ORACLES) <= 1e-10
+    assert all(p.samples == samples for p in objective.programs.values() if isinstance(p, Program) and p.samples)

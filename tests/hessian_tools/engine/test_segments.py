@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hessian_tools.engine import segments
 from hessian_tools.engine.linearized import output_form
-from hessian_tools.engine.product import _program, _state
+from hessian_tools.engine.programs import program_of, state_of
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators.curvature import OPERATORS
 
@@ -56,13 +56,12 @@ def _objective(name: str) -> Objective:
 
 def _in_segments(o: Objective, kind: str, count: int, v: Tensor) -> tuple[Tensor, int]:
     x, y = o.batches[0]
-    state = _state(o.model)
-    program = _program(o, state, x, kind == "hessian")
+    program = program_of(o, x, kind == "hessian")
     assert not isinstance(program, str)
     assert program.module is not None
-    outputs, tangent, *image = program.results
-    cut = segments.segmented(program.module, outputs, tangent, image, count)
-    values = dict(zip(program.values, [*state.values(), x], strict=True))
+    plan = segments.plan_of(program.module, program.results, count, program.samples)
+    cut = segments.segmented(program.module, program.results, plan, program.samples)
+    values = dict(zip(program.values, [*state_of(o.model).values(), x], strict=True))
     values.update(zip(program.vector, o.split(v), strict=True))
 
     def close(outputs: Tensor, tangent: Tensor, here: dict[str, Tensor]) -> bool:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
-from hessian_tools.chain import second_order
 from hessian_tools.engine.linearized import Linearized
+from hessian_tools.engine.product import linearize_traced
 from hessian_tools.linalg.lanczos import eigenpairs
 from hessian_tools.objective import make_objective
 from hessian_tools.operators.base import dense
@@ -47,7 +47,7 @@ def cnn() -> nn.Module:
 
 
 class Branched(nn.Module):
-    """No chain of layers: through autograd."""
+    """Not a chain of layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,11 +80,11 @@ def test_products_and_eigenvalues_agree_with_curvlinops_and_pyhessian(build: Cal
     torch.testing.assert_close(objective.flatten(images), found, rtol=1e-5, atol=1e-9)
 
 
-def test_plain_networks_keep_their_hand_written_passes() -> None:
+def test_plain_networks_and_own_networks_are_traced() -> None:
     for model in (mlp(), Network(Spec(channels=2, classes=4))):
         adapted = adapt(model, X)
         objective = make_objective(adapted.model, F.cross_entropy, (X, Y), reset=adapted.reset)
-        assert isinstance(second_order.linearize(objective, objective.batches[0], "hessian"), Linearized)
+        assert isinstance(linearize_traced(objective, objective.batches[0], "hessian"), Linearized)
 
 
 # ---------------------------------------------------------------- neurons of unknown make

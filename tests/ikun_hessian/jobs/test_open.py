@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from command_tools import FAST, SHIPPED, Capture, fails
 from PIL import Image
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import cli
-from hessian_tools.chain.segments import bytes_per_sample
+from hessian_tools.engine.product import least_bytes
 from hessian_tools.objective import Objective, Streamed, make_objective
-from hessian_tools.operators.curvature import hessian
+from hessian_tools.operators.curvature import hessian, product_bytes
+from ikun.adapters.adapt_network import adapt
 from ikun.data import image_folder
 from ikun.data.spec import DataSpec
 from ikun.losses import LOSSES
 from ikun.networks import Network, Spec
 from ikun.training.loop import train
 from ikun.training.spec import TrainingSpec
+from ikun_hessian.jobs.errors import UsageError
 from ikun_hessian.jobs.job import measured_on
-from ikun_hessian.jobs.open import _cut, open_job
+from ikun_hessian.jobs.open import _batch_size, open_job
 
 
 def damaged(folder: Path) -> dict[str, Path]:
@@ -115,24 +122,110 @@ def loss_and_gradient(objective: Objective) -> tuple[float, torch.Tensor]:
     return loss.item(), torch.autograd.grad(loss, parameters)[0]
 
 
-def test_long_sequences_are_cut_where_a_batch_does_not_fit() -> None:
-    workers = torch.get_num_threads()
-
-    def cut(timesteps: int, asked: int | None, fitting: float) -> tuple[int, bool]:
+def test_batches_are_as_large_as_fits_and_of_about_the_same_size() -> None:
+    def sizes(timesteps: int, asked: int | None, fitting: float, workers: int = 1) -> list[int]:
         """Pretend that this many samples fit into a worker's memory."""
         net = Network(Spec(model="mlp", hidden=(50,), timesteps=timesteps))
-        objective = make_objective(net, LOSSES["mse"], (torch.rand(300, 1, 8, 8), torch.arange(300) % 10))
-        each = bytes_per_sample(objective) or 4 * 4 * 60 * timesteps
-        return _cut(objective, asked, workers * fitting * each, None)
+        objective = make_objective(net, LOSSES["mse"], (torch.rand(300, 1, 8, 8), torch.arange(300) % 10), check=False)
+        once, each = product_bytes(objective)
+        memory = 4 * workers * (once + fitting * each)
+        return objective.rebatched(_batch_size(objective, asked, (once, each), memory, workers, None)).sizes
 
-    assert cut(64, None, 20.5) == (20, False)
-    assert cut(64, None, 0.9) == (3, True)  # 2 segments of 8 steps for each: a quarter of the sample
-    assert cut(64, None, 0.1) == (1, True)
-    assert cut(64, 50, 50.5) == (50, False)
-    assert cut(64, 50, 49.5) == (50, True)
-    assert cut(64, 400, 300.5) == (400, False)  # the 300 that there are
-    assert cut(4, 50, 0.1) == (50, False)
-    assert cut(4, None, 0.001) == (1, False)
+    assert sizes(64, None, 20.5) == [20] * 15
+    assert sizes(64, None, 29.5) == [28] * 10 + [20]
+    assert sizes(64, None, 0.9) == [1] * 300
+    assert sizes(64, 50, 49.5) == [50] * 6
+    assert sizes(4, None, 1e4) == [300]
+    assert sizes(4, None, 1e4, workers=2) == [150] * 2
+    assert sizes(64, 400, 300.5) == [300]
+
+
+class Deep(torch.nn.Module):
+    """Forty layers: more of them can be recomputed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(20, 20) for _ in range(40))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def test_a_sample_that_does_not_fit_is_cut_or_refused_in_one_line() -> None:
+    objective = make_objective(Deep(), LOSSES["ce"], (torch.rand(3, 500, 20), torch.arange(3)), check=False)
+    objective = dataclasses.replace(objective, loss=lambda o, y: LOSSES["ce"](o.mean(1), y))
+    size = product_bytes(objective)
+    least = least_bytes(objective)
+    assert 0 < least < 0.7 * sum(size)
+    assert _batch_size(objective, None, size, 1.1 * least, 1, None) == 1
+    with pytest.raises(
+        UsageError, match=r"one sample needs about .* GiB .* --memory .*: give more --memory"
+    ) as refused:
+        _batch_size(objective, None, size, 0.9 * least, 1, None)
+    assert "\n" not in str(refused.value)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made inside hold at a time, those of a KiB or less aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.live: list[tuple[StorageWeakRef, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inside = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and (s := t.untyped_storage()).nbytes() > 1024 and s._cdata not in inside:
+                self.live.append((StorageWeakRef(s), s.nbytes()))
+        self.live = [(ref, size) for ref, size in self.live if not ref.expired()]
+        self.bytes = max(self.bytes, sum(size for _, size in self.live))
+        return out
+
+
+def own_network() -> Objective:
+    net = Network(Spec(input_shape=(1, 8, 8), channels=4, classes=3, timesteps=256))
+    return make_objective(net, LOSSES["mse"], (torch.rand(12, 1, 8, 8), torch.arange(12) % 3), check=False)
+
+
+def multi_step_network() -> Objective:
+    """SpikingJelly's modules, which take all steps at once."""
+    pytest.importorskip("spikingjelly")
+    from spikingjelly.activation_based import functional, layer, neuron, surrogate
+
+    def lif() -> torch.nn.Module:
+        return neuron.LIFNode(tau=2.0, surrogate_function=surrogate.ATan())
+
+    net = torch.nn.Sequential(
+        layer.Conv2d(1, 4, 3, padding=1), layer.BatchNorm2d(4), lif(), layer.MaxPool2d(2, 2), layer.Flatten(),
+        layer.Linear(64, 3), lif(),
+    )  # fmt: skip
+    functional.set_step_mode(net, "m")
+    x, y = torch.rand(12, 1, 8, 8), torch.arange(12) % 3
+    adapted = adapt(net, x[:2], steps=256)
+    return make_objective(adapted.model, LOSSES["mse"], (x, y), reset=adapted.reset, check=False)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("build", [own_network, multi_step_network])
+def test_products_over_256_steps_stay_within_the_memory(build: Callable[[], Objective]) -> None:
+    """With enough memory for three samples at a time, and for a tenth of a sample's kept values."""
+    objective = build()
+    v = torch.ones(objective.size)
+    expected = hessian(objective) @ v
+    size = product_bytes(objective)
+    for memory in (12 * sum(size), 1.2 * least_bytes(objective)):
+        count = _batch_size(objective, None, size, memory, 1, None)
+        cut = dataclasses.replace(objective.rebatched(count), batch_memory=memory / 4)
+        op = hessian(cut, memory / 2)
+        with Peak() as peak:
+            found = op @ v
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+        assert peak.bytes <= memory
+        assert count == (3 if memory > sum(size) * 4 else 1)
 
 
 @pytest.fixture

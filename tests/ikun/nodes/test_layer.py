@@ -1,4 +1,4 @@
-"""Tests of the fast scans against the plain network: identical spikes, equal gradients."""
+"""Tests of the nodes of ikun's own neurons against the plain network: identical spikes, equal gradients."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from neuron_passes import same, value
 from torch import Tensor, nn
 
-from ikun import spiking_layers as spikes
 from ikun.kernels import dispatch
 from ikun.kernels import scan as scan_module
 from ikun.kernels.scan import Scan, scatter, torch_slopes
@@ -18,6 +18,8 @@ from ikun.layers import MaxPool
 from ikun.losses import LOSSES
 from ikun.networks import MODELS, Network, Spec
 from ikun.neurons import NEURONS, RESETS, Dynamics, Neuron
+from ikun.nodes import passes
+from ikun.nodes.layer import spec_of
 from ikun.surrogates import FAMILIES, Surrogate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,16 +59,14 @@ def test_spikes_are_the_plain_ones_to_the_bit(
         pool = None if ties is None else MaxPool(ties)
         for x in drives(neuron, (1 if static else STEPS, 3, 41, 5, 7), dtype):  # more than one block, odd planes
             with torch.no_grad():
-                y, z, index, u = spikes._value(neuron, STEPS, pool, x)
+                found = value(neuron, STEPS, pool, x)
                 with monkeypatch.context() as patch:
                     patch.setattr(dispatch, "kernels", lambda: None)
-                    expected = spikes._value(neuron, STEPS, pool, x)
+                    expected = value(neuron, STEPS, pool, x)
                 s = neuron(x.expand(STEPS, *x.shape[1:]))
-            assert torch.equal(y, s if pool is None else pool(s))
+            assert torch.equal(found[0], s if pool is None else pool(s))
             assert 0 < s.mean() < 1
-            for found, plain in zip((y, z, index, u), expected, strict=True):
-                assert (found is None) == (plain is None)
-                assert found is None or plain is None or torch.equal(found, plain)
+            assert all(same(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @compiled
@@ -74,7 +74,7 @@ def test_whole_numbers_are_rounded_like_the_others() -> None:
     x = torch.rand(STEPS, 1, 5000) * 3
     for reset in RESETS:
         neuron = Neuron("lif", Dynamics(Surrogate.parse("atan"), threshold=1, v_reset=0, reset=reset), tau=1.7)
-        assert torch.equal(spikes._value(neuron, STEPS, None, x)[0], neuron(x))
+        assert torch.equal(value(neuron, STEPS, None, x)[0], neuron(x))
 
 
 @compiled
@@ -83,7 +83,7 @@ def test_values_that_are_not_finite_stay_visible() -> None:
     x[1, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     for reset in RESETS:
         neuron = neuron_of("lif", reset, torch.float32)
-        found, expected = spikes._value(neuron, STEPS, None, x)[0], neuron(x)
+        found, expected = value(neuron, STEPS, None, x)[0], neuron(x)
         assert torch.equal(found.isnan(), expected.isnan())
         assert torch.equal(found.nan_to_num(), expected.nan_to_num())
         assert found[1, 0, :3].isnan().all()
@@ -122,19 +122,20 @@ def test_kept_coefficients_are_the_tables(
     monkeypatch.setattr(scan_module, "PIECE", 50)  # several pieces, the last one short
     neuron = neuron_of("plif", reset, torch.float64, detach_reset=detach_reset)
     x = torch.randn(STEPS * 2, 3, 4, 5, dtype=torch.float64)
+    timed = x.unflatten(0, (STEPS, -1))
+    pool = MaxPool() if pooled else None
+    spec, gain = spec_of(neuron, timed, STEPS, pool), neuron.rates()[1]
+    assert isinstance(gain, Tensor)
+    text = passes.encode_spec(spec)
     with torch.no_grad():
-        y, layer = spikes.linearize_neurons(neuron, STEPS, False, MaxPool() if pooled else None, x)
-        z, scan = layer.z, layer.scan
-        assert z is not None
+        y, z, _, index, u = passes.spikes(timed.flatten(1), None, gain, text)
+        f1, found_c = passes.slopes(z, text)
         g = torch.randn_like(y)
-        gx, _ = layer.adjoint(g, None, True)
-    gs = scatter(g.reshape(STEPS, -1), scan)
+        gx, *_, found_e, found_gh = passes.adjoint_kept(g, None, z, None, f1, found_c, index, u, gain, text)
+    gs = scatter(g, passes._scan(spec, f1, found_c, index, u, gain))
     surrogate = neuron.dynamics.surrogate
     c, e, gh = by_hand(neuron, z, surrogate.first(z), surrogate.second(z), gs)
-    assert layer.z is None
-    assert scan.e is not None
-    assert scan.gh is not None
-    for found, expected in ((scan.c, c), (scan.e, e), (scan.gh, gh), (gx.reshape(STEPS, -1), scan.gain * gh)):
+    for found, expected in ((found_c, c), (found_e, e), (found_gh, gh), (gx, gain.detach() * gh)):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -1,0 +1,208 @@
+"""Find the traced product of a network: traced once for batches of any number of samples, or else for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hessian_tools import nested
+from hessian_tools.engine import resizing, tape
+from hessian_tools.engine.folding import Folded, fold
+from hessian_tools.engine.graph import Rule
+from hessian_tools.engine.reasons import UntraceableError
+from hessian_tools.engine.rewriting import Rewriting
+from hessian_tools.engine.trace import Program, run_stage, trace_product
+from hessian_tools.evaluation import copy_model, twice_differentiable
+
+if TYPE_CHECKING:
+    from hessian_tools.objective import Objective
+
+ROUNDING = 100  # outputs of the traced network may differ by this many units of rounding
+lock = Lock()  # held while a network is traced or cut
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """How networks with a certain kind of module are traced. Such modules have it as their attribute `tracing`.
+
+    Attributes:
+        rewriting: The mode in which the forward pass runs.
+        rules: Rules by which the traced graph is simplified.
+    """
+
+    rewriting: type[Rewriting] = Rewriting
+    rules: tuple[Rule, ...] = ()
+
+
+@dataclass(frozen=True)
+class _General:
+    """A product for as many samples as `resizing.SAMPLES`, or None if the network has none."""
+
+    program: Program | None
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model by name."""
+    return {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def program_of(objective: Objective, x: Any, second: bool, folds: bool = True) -> Program | str:
+    """Return the traced product for the shape of x, or why the network cannot be traced.
+
+    Args:
+        objective: The objective, which keeps its programs.
+        x: Inputs of the batch.
+        second: Whether the product contains the second derivatives of the model, as that of the Hessian does.
+        folds: Whether time steps may be stacked (`hessian_tools.engine.folding`).
+    """
+    leaves, _, structure = nested.flattened(x)
+    kinds = tuple((t.shape, t.stride(), t.dtype, t.device) for t in leaves)
+    key = (objective.model, tuple(objective.parameters), second, folds, structure, kinds)
+    with lock:
+        found: Program | str | None = objective.programs.get(key)
+        if found is None:
+            objective.programs[key] = found = _found(objective, x, second, folds)
+    return found
+
+
+def _found(objective: Objective, x: Any, second: bool, folds: bool) -> Program | str:
+    """Return a product whose outputs are those of the network."""
+    with torch.no_grad():
+        expected = objective.outputs(x)
+    if not isinstance(expected, Tensor):
+        return f"the network returns a {type(expected).__name__}, not a tensor"
+    values = [*state_of(objective.model).values(), *nested.tensors(x)]
+
+    def agrees(program: Program) -> bool:
+        with torch.no_grad():
+            (outputs,) = run_stage(program, 0, dict(zip(program.values, values, strict=True)))
+        return _same(outputs, expected)
+
+    if (program := _for_any_number(objective, x, expected, second, folds, agrees)) is not None:
+        return program
+    reason = "the traced network gives other outputs than the network"
+    for forward, hoist in _ways(objective, x, x, folds, None):
+        try:
+            program = _trace(objective, x, expected, second, hoist, forward)
+        except UntraceableError as error:
+            if forward is not None:
+                continue
+            return str(error)
+        if agrees(program):
+            return program
+    return reason
+
+
+def _for_any_number(
+    objective: Objective, x: Any, outputs: Tensor, second: bool, folds: bool, agrees: Callable[[Program], bool]
+) -> Program | None:
+    """Return the product that was traced for any number of samples, for that of x; None if there is none.
+
+    It is traced at the first call.
+    """
+    leaves, rebuilt, structure = nested.flattened(x)
+    orders = [resizing.layout(t) if t.dim() else None for t in leaves]
+    if None in orders or not outputs.dim() or any(len(t) != len(outputs) for t in leaves):
+        return None
+    kinds = tuple((t.shape[1:], order, t.dtype, t.device) for t, order in zip(leaves, orders, strict=True))
+    key = (objective.model, tuple(objective.parameters), second, folds, structure, kinds, outputs.shape[1:])
+
+    def fitted(general: Program) -> Program | None:
+        program = general.resized(len(outputs))
+        try:
+            return program if agrees(program) else None
+        except (RuntimeError, ValueError, IndexError):  # a number in the graph depends on the samples in another way
+            return None
+
+    if key in objective.programs:
+        known = objective.programs[key].program
+        return None if known is None else fitted(known)
+    objective.programs[key] = _General(None)
+    mode = resizing.fake_mode()
+    many = rebuilt([resizing.enlarged(t, order, mode) for t, order in zip(leaves, orders, strict=True) if order])
+    wanted = resizing.enlarged(outputs, tuple(range(outputs.dim())), mode)
+    for forward, hoist in _ways(objective, x, many, folds, mode):
+        if not hoist:
+            break
+        try:
+            general = _trace(objective, many, wanted, second, hoist, forward)
+        except UntraceableError:
+            continue
+        usable = general.module is not None and resizing.can_resize(general.module)
+        if usable and (program := fitted(general)) is not None:
+            objective.programs[key] = _General(general)
+            return program
+    return None
+
+
+def _ways(
+    objective: Objective, x: Any, traced: Any, folds: bool, mode: FakeTensorMode | None
+) -> Iterator[tuple[Folded | None, bool]]:
+    """Yield in which ways a network can run while it is traced: with stacked time steps, and with layers run once.
+
+    Args:
+        objective: The objective.
+        x: Inputs of a batch.
+        traced: The inputs that are traced, x or as many samples as `resizing.SAMPLES`.
+        folds: Whether time steps may be stacked.
+        mode: The mode of `traced`, if they are fake tensors.
+    """
+    if folds and (folded := _folded(objective, x, traced, mode)) is not None:
+        yield folded, True
+    yield None, True
+    yield None, False
+
+
+def _trace(objective: Objective, x: Any, outputs: Tensor, second: bool, hoist: bool, forward: Folded | None) -> Program:
+    """Trace the product of a copy of the model."""
+    offered = [t for m in objective.model.modules() if isinstance(t := getattr(m, "tracing", None), Tracing)]
+    tracing = offered[0] if offered else Tracing()
+    model = copy_model(objective.model, share=True)
+    if objective.reset is not None:
+        objective.reset(model)
+    rewriting = partial(tracing.rewriting, hoist)
+    state, names = state_of(objective.model), list(objective.parameters)
+    return trace_product(model, state, names, x, outputs, second, rewriting, tracing.rules, forward)
+
+
+def _folded(objective: Objective, x: Any, traced: Any, mode: FakeTensorMode | None) -> Folded | None:
+    """Return the network with its time steps stacked, if that changes no spike."""
+    _, inputs_of, _ = nested.flattened(x)
+    state = state_of(objective.model)
+    model = copy_model(objective.model, share=True)
+    if objective.reset is not None:
+        objective.reset(model)
+
+    def forward(parts: Sequence[Tensor]) -> Any:
+        return nested.call(model, inputs_of(parts))
+
+    try:
+        with twice_differentiable():
+            record = tape.record(model, state, nested.tensors(traced), forward, mode)
+        folded = fold(record)
+        if folded is None:
+            return None
+        here = folded if mode is None else folded.resized(nested.sample_count(x))
+        same = here.spikes_as([*state.values(), *nested.tensors(x)])
+    except Exception:  # tracing tells why
+        return None
+    return folded if same else None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two outputs are the same up to rounding, in which no spike differs."""
+    a, b = a.detach(), b.detach()
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not b.is_floating_point() and not b.is_complex():
+        return torch.equal(a, b)
+    size = b.abs()[b.isfinite()]
+    error = ROUNDING * torch.finfo(b.dtype).eps * float(size.max()) if len(size) else 0.0
+    return torch.allclose(a, b, rtol=0, atol=error, equal_nan=True)
