@@ -84,7 +84,7 @@ def convolution(x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry) -
     if _is_product(x, small, fewer):
         y = F.linear(x.flatten(1), small.flatten(1), bias).view(len(x), len(w), *[1] * (x.dim() - 2))
     elif winograd.suits(x, small, fewer):
-        y = winograd.convolution(x, small, bias, fewer[1][0])
+        y = winograd.fast_convolution(x, small, bias, fewer[1][0])
     elif small is w:
         return _convolved(x, w, bias, geometry)
     else:

@@ -97,7 +97,7 @@ def _in_segments(objective: Objective, batch: Batch, kind: str, program: Program
 
 def _best_plan(
     objective: Objective, x: Any, second: bool, program: Program, memory: float
-) -> tuple[Program, segments.Plan]:
+) -> tuple[Program, segments.SegmentPlan]:
     """Return how a product is cut, and the program that is cut: one without stacked time steps if that takes less."""
     assert program.module is not None
     plan = segments.plan_within(program.module, program.results, memory, program.samples)

@@ -108,7 +108,7 @@ def _for_any_number(
     It is traced at the first call.
     """
     leaves, rebuilt, structure = nested.flattened(x)
-    orders = [resizing.layout(t) if t.dim() else None for t in leaves]
+    orders = [resizing.axis_order(t) if t.dim() else None for t in leaves]
     if None in orders or not outputs.dim() or any(len(t) != len(outputs) for t in leaves):
         return None
     kinds = tuple((t.shape[1:], order, t.dtype, t.device) for t, order in zip(leaves, orders, strict=True))

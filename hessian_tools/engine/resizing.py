@@ -29,7 +29,7 @@ def fake_mode() -> FakeTensorMode:
         )
 
 
-def layout(t: Tensor) -> tuple[int, ...] | None:
+def axis_order(t: Tensor) -> tuple[int, ...] | None:
     """Return the axes of a tensor [N, ...] from the largest stride to the smallest, or None if it has gaps."""
     if t.is_contiguous():
         return tuple(range(t.dim()))

@@ -44,7 +44,7 @@ class Segments:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SegmentPlan:
     """How a product is cut.
 
     Attributes:
@@ -77,7 +77,7 @@ def _cut(values: Sequence[fx.Node], sizes: dict[fx.Node, int], count: int) -> di
     return segment
 
 
-def plan_of(module: fx.GraphModule, results: Sequence[fx.Node | None], count: int, samples: int = 0) -> Plan:
+def plan_of(module: fx.GraphModule, results: Sequence[fx.Node | None], count: int, samples: int = 0) -> SegmentPlan:
     """Assign the operations of a traced product to segments.
 
     Args:
@@ -109,7 +109,7 @@ def plan_of(module: fx.GraphModule, results: Sequence[fx.Node | None], count: in
         needed = [a for a in inputs if a in forward and a not in stored]
         segment[n] = min([bound, *(segment[a] for a in needed)])
         stored |= {a for a in needed if segment[a] > segment[n]}
-    plan = Plan(count, segment, forward, stored, 0)
+    plan = SegmentPlan(count, segment, forward, stored, 0)
     return replace(plan, nbytes=_peak(_parts(nodes, plan, outputs, tangent), sizes))
 
 
@@ -136,7 +136,7 @@ class _Part:
     kept: list[fx.Node]
 
 
-def _parts(nodes: Sequence[fx.Node], plan: Plan, outputs: fx.Node, tangent: fx.Node) -> list[_Part]:
+def _parts(nodes: Sequence[fx.Node], plan: SegmentPlan, outputs: fx.Node, tangent: fx.Node) -> list[_Part]:
     """Return the steps of the forward sweep, and then those of the backward sweep, in the order of the segments."""
     here: list[list[fx.Node]] = [[] for _ in range(plan.count)]
     for n in nodes:
@@ -180,7 +180,9 @@ def _peak(parts: list[_Part], sizes: dict[fx.Node, int]) -> int:
     return peak
 
 
-def plan_within(module: fx.GraphModule, results: Sequence[fx.Node | None], memory: float, samples: int = 0) -> Plan:
+def plan_within(
+    module: fx.GraphModule, results: Sequence[fx.Node | None], memory: float, samples: int = 0
+) -> SegmentPlan:
     """Return a plan with the fewest segments that take at most `memory` bytes, or else that with the fewest bytes.
 
     The arguments are those of `plan_of`.
@@ -194,7 +196,9 @@ def plan_within(module: fx.GraphModule, results: Sequence[fx.Node | None], memor
     return best
 
 
-def segmented(module: fx.GraphModule, results: Sequence[fx.Node | None], plan: Plan, samples: int = 0) -> Segments:
+def segmented(
+    module: fx.GraphModule, results: Sequence[fx.Node | None], plan: SegmentPlan, samples: int = 0
+) -> Segments:
     """Cut a traced product into segments. The arguments are those of `plan_of`."""
     outputs, tangent, *image = results
     assert outputs is not None

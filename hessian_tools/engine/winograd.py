@@ -4,7 +4,7 @@ Winograd's minimal filtering F(2 x 2, 3 x 3) (Lavin and Gray 2016, arXiv 1509.09
 which the dot is a matrix product over the channels, one per entry of the 4 x 4 tiles. The derivatives are adjoints of
 the same four factors, so that a Hessian product transforms every tangent once, and sums are taken in transformed space.
 
-Rounding differs from that of the direct convolution. `convolution` is therefore for derivatives, not for values.
+Rounding differs from that of the direct convolution. `fast_convolution` is therefore for derivatives, not for values.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ class _OutputsAdjoint(torch.autograd.Function):
         return None if ab is None else ab.reshape(1, -1, 1, 1).expand(ctx.shape), None, None
 
 
-def convolution(x: Tensor, w: Tensor, bias: Tensor | None, pad: int) -> Tensor:
+def fast_convolution(x: Tensor, w: Tensor, bias: Tensor | None, pad: int) -> Tensor:
     """Return the convolution of x [N, C, H, W] with w [O, C, 3, 3] and a bias [O], up to rounding.
 
     Args:

@@ -65,7 +65,7 @@ def analyze(
     from ikun_hessian.jobs.spectrum import analyse_spectrum
 
     chosen, opening = split_options(SpectrumSettings, options, timesteps, samples)
-    with opened(model, data, loss, opening) as (job, memory):
+    with opened_job(model, data, loss, opening) as (job, memory):
         settings = SpectrumSettings(**{"memory": memory, **chosen}, density=density)
         return Analysis(analyse_spectrum(job, settings, None, shown=progress))
 
@@ -106,7 +106,7 @@ def flatness(
     from ikun_hessian.jobs.flatness import analyse_flatness
 
     chosen, opening = split_options(FlatnessSettings, options, timesteps, samples)
-    with opened(model, data, loss, opening) as (job, memory):
+    with opened_job(model, data, loss, opening) as (job, memory):
         settings = FlatnessSettings(**{"memory": memory, **chosen})
         return Flatness(analyse_flatness(job, settings, None, shown=progress))
 
@@ -148,13 +148,13 @@ def landscape(
     from ikun_hessian.jobs.landscape import analyse_landscape
 
     chosen, opening = split_options(LandscapeSettings, options, timesteps, samples)
-    with opened(model, data, loss, opening) as (job, memory):
+    with opened_job(model, data, loss, opening) as (job, memory):
         settings = LandscapeSettings(**{"memory": memory, **chosen})
         return Landscape(analyse_landscape(job, settings, None, shown=progress))
 
 
 @contextmanager
-def opened(model: Any, data: Any, loss: Loss | None, opening: Opening) -> Iterator[tuple[Job, float]]:
+def opened_job(model: Any, data: Any, loss: Loss | None, opening: Opening) -> Iterator[tuple[Job, float]]:
     """Open a network for an analysis that runs inside. The random generators and torch's settings are put back after.
 
     Raises:

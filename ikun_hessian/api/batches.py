@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hessian_tools.results.batch_eigenvalues import BatchEigenvaluesResult
 from hessian_tools.results.text import headline
-from ikun_hessian.api.analyses import Loss, opened, split_options
+from ikun_hessian.api.analyses import Loss, opened_job, split_options
 from ikun_hessian.api.report import Report, latex
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def lambda_max_histogram(
     from ikun_hessian.jobs.progress_bar import Bar
 
     chosen, opening = split_options(BatchSettings, {**options, "batch_size": batch_size}, timesteps, samples)
-    with opened(model, data, loss, opening) as (job, memory), Bar(shown=progress) as bar:
+    with opened_job(model, data, loss, opening) as (job, memory), Bar(shown=progress) as bar:
         settings = BatchSettings(memory=memory, **chosen)
         found = batch_eigenvalues(job.objective, settings, provenance=job.provenance, progress=bar.update)
         return BatchHistogram(found)

@@ -20,7 +20,7 @@ from ikun_hessian.cli.screen import FailedError, echo
 from ikun_hessian.cli.signals import end_with, interrupted_by
 from ikun_hessian.experiments import preset
 from ikun_hessian.experiments.grid import run_grid
-from ikun_hessian.experiments.preset import Analysis, Preset, PresetError
+from ikun_hessian.experiments.preset import AnalysisTable, Preset, PresetError
 from ikun_hessian.experiments.selection import parse_condition
 from ikun_hessian.jobs.device import half_of_the_memory, pick
 from ikun_hessian.jobs.options import DATA_DIR, DEVICE, MOST_MEMORY, Option
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ikun_hessian.experiments.unit import Unit
 
 
-PUBLISHED = Analysis(
+PUBLISHED = AnalysisTable(
     "spectrum", "final", "published", {"samples": 1, "split": "test", "density": False, "magnitude": 50}
 )
 MEMORY = Option(

@@ -83,19 +83,19 @@ class OwnTraining:
         from ikun.checkpoint import save_atomically
 
         began = time.perf_counter()
-        seeded(self.seed)
+        seed_everything(self.seed)
         model = str(self.own.model)
         function = load_function("--model", model)
         with readable(f"model {model}"):
             network = function()
         start = self._initialized(network, out)
         network.to(device)
-        report = Report(self, out, network, start)
+        report = RunReport(self, out, network, start)
         report.describe(finished=False, seconds=0.0)
         offered = {"seed": self.seed, "report": report, "path": out}
         train = load_function("train", self.function)
         extra = {name: offered[name] for name in _parameters(train) if name in offered}
-        seeded(self.seed)
+        seed_everything(self.seed)
         with readable(f"train {self.function}"):
             weights = _weights(train(network, **self.options, **extra), network, self.function)
         if not all(torch.isfinite(t).all() for t in weights.values() if t.is_floating_point()):
@@ -144,7 +144,7 @@ class OwnTraining:
         return {"seconds": seconds, "forward_passes": passes, "layers": layers}
 
 
-class Report:
+class RunReport:
     """What a training function calls after every epoch: `report(loss=..., test_accuracy=...)`.
 
     It writes a line of the log, and the checkpoints that the study asks for.
@@ -218,7 +218,7 @@ class Report:
         return {epoch: snapshot_path(self.out, epoch) for epoch in sorted(wanted)}
 
 
-def seeded(seed: int) -> None:
+def seed_everything(seed: int) -> None:
     """Seed all random generators that training code may use."""
     import numpy as np
     import torch

@@ -13,7 +13,7 @@ from ikun_hessian.experiments.grid import run_grid
 from ikun_hessian.experiments.our_training import OurTraining
 from ikun_hessian.experiments.own_plan import own_trainings
 from ikun_hessian.experiments.own_training import OwnTraining
-from ikun_hessian.experiments.preset import Analysis, Preset, PresetError
+from ikun_hessian.experiments.preset import AnalysisTable, Preset, PresetError
 from ikun_hessian.experiments.step_sizes import check_sizes
 from ikun_hessian.experiments.study_record import STUDY_SCHEMA, others
 from ikun_hessian.experiments.unit import Step, Unit
@@ -234,7 +234,7 @@ def _moments(found: Preset, units: Sequence[Unit]) -> None:
             raise PresetError(f"{where}has snapshots: give [train] snapshots = N, or remove 'snapshots' from at")
 
 
-def _step(source: str, analysis: Analysis, memory: float) -> Step:
+def _step(source: str, analysis: AnalysisTable, memory: float) -> Step:
     options = parse_options(source, analysis.command, analysis.options)
     settings: Any
     try:

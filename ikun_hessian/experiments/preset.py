@@ -64,7 +64,7 @@ class PresetError(ValueError):
 
 
 @dataclass(frozen=True)
-class Analysis:
+class AnalysisTable:
     """One analysis of every run.
 
     Attributes:
@@ -112,7 +112,7 @@ class Preset:
     train: dict[str, Any]
     grids: tuple[dict[str, list[Any]], ...]
     when: tuple[tuple[str, str, dict[str, Any]], ...]
-    analyses: tuple[Analysis, ...]
+    analyses: tuple[AnalysisTable, ...]
     own: dict[str, Any] = field(default_factory=dict)
 
 
@@ -240,7 +240,7 @@ def _when(
             yield key, value, options
 
 
-def _analyses(path: Path, command: str, found: Any) -> Iterable[Analysis]:
+def _analyses(path: Path, command: str, found: Any) -> Iterable[AnalysisTable]:
     if found is None:
         return
     seen = set()
@@ -257,7 +257,7 @@ def _analyses(path: Path, command: str, found: Any) -> Iterable[Analysis]:
             if (moment, tag) in seen:
                 raise PresetError(f"{path}: two [[{command}]] for '{moment}' have tag '{tag}': change one tag")
             seen.add((moment, tag))
-            yield Analysis(command, moment, tag, options)
+            yield AnalysisTable(command, moment, tag, options)
 
 
 def _table(path: Path, name: str, value: Any) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def open_given(model: Any, data: Any, loss: str | Callable[..., Any] | None, ope
     memory = opening.memory or half_of_the_memory(device.partition(":")[0])
     x, y = _samples(data, opening, memory / 4)
     name = opening.name or (path.name if path else type(model).__name__)
-    found = _found(network, x, y, loss, dataclasses.replace(opening, name=name, surrogate=surrogate), kind_of(data))
+    found = _found(network, x, y, loss, dataclasses.replace(opening, name=name, surrogate=surrogate), data_kind(data))
     return make_job(source_of(found), Path(), weights_digest(network), memory=memory, device=device, **shared), memory
 
 
@@ -142,7 +142,7 @@ def objective_of(
 
     memory = opening.memory or half_of_the_memory("cpu")
     x, y = _samples(data, dataclasses.replace(opening, samples=most), memory / 4, fewer=True)
-    found = _found(network, x, y, loss, opening, kind_of(data))
+    found = _found(network, x, y, loss, opening, data_kind(data))
     adapted = found.adapted()
     objective = make_objective(
         adapted.model, found.loss, (found.x, found.y), batch_size=opening.batch_size, params=opening.params,
@@ -286,7 +286,7 @@ def weights_digest(network: nn.Module) -> str:
     return whole.hexdigest()
 
 
-def kind_of(data: Any) -> str:
+def data_kind(data: Any) -> str:
     """Name the data: the class of the data set, or of what holds the tensors."""
     inner = getattr(data, "dataset", data)
     return "tensors" if isinstance(inner, tuple | list) else type(inner).__name__

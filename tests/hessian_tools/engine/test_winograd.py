@@ -56,7 +56,7 @@ def test_winograds_convolution_is_the_convolution(size: tuple[int, int], pad: in
         assert winograd.suits(x, w, ([1, 1], [pad, pad], [1, 1], False, [0, 0], 1))
 
         def ours(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-            return winograd.convolution(x, w, bias, pad)
+            return winograd.fast_convolution(x, w, bias, pad)
 
         def plain(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
             return F.conv2d(x, w, bias, padding=pad)
@@ -66,10 +66,10 @@ def test_winograds_convolution_is_the_convolution(size: tuple[int, int], pad: in
 
 def test_two_threads_compute_the_same(small: None) -> None:
     x, w = torch.randn(64, 5, 16, 16), torch.randn(7, 5, 3, 3)
-    expected = winograd.convolution(x, w, None, 1)
+    expected = winograd.fast_convolution(x, w, None, 1)
     torch.set_num_threads(2)
     try:
-        torch.testing.assert_close(winograd.convolution(x, w, None, 1), expected)
+        torch.testing.assert_close(winograd.fast_convolution(x, w, None, 1), expected)
     finally:
         torch.set_num_threads(1)
 
