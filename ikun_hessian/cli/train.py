@@ -41,8 +41,6 @@ def train_command(resume: bool, force: bool, out: Path, data_dir: Path | None, d
         raise click.UsageError(f"{state}: an interrupted run. Use --resume to continue it, or --force to start again.")
     if out.exists() and not (force or (resume and state.exists())):
         raise click.UsageError(f"{out} exists: choose another --out, or use --force to overwrite it")
-    if spec.init == "ikun" and options["alpha"] is None:
-        echo(f"ikun initializer with alpha = {spec.alpha:g}; --alpha 1 is the literal reading of the paper", err=True)
     with Bar("train") as bar:
         checkpoint = run(
             network,
@@ -66,6 +64,8 @@ def train_command(resume: bool, force: bool, out: Path, data_dir: Path | None, d
             echo_red(f"! {said} {_hint(spec)}")
     for failure in checkpoint.training["failures"]:
         echo(f"! {failure}")
+    if spec.init == "ikun" and options["alpha"] is None:
+        echo(f"ikun initializer with alpha = {spec.alpha:g}; --alpha 1 is the literal reading of the paper")
     echo(f"{out}  (log {run_paths(out)['log'].name})")
     echo(f"next: ikun-hessian spectrum {out}")
     if any(f.startswith("NaN") for f in checkpoint.training["failures"]):

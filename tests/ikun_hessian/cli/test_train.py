@@ -52,18 +52,18 @@ def test_what_is_said_of_weights_kept_by_early_stopping_is_of_their_epoch(tmp_pa
     lines = capsys.readouterr().out.splitlines()
     assert f"weights of epoch {best['epoch']}, the best or the last finite one" in lines
     assert f"train accuracy {best['accuracy']:.1%}, test accuracy {best['test_accuracy']:.1%}" in lines
-    assert cli.run(["spectrum", path, "--top", "1", "--no-density"]) == 0
+    assert cli.run(["spectrum", path, "--top", "1", "--no-density", "--full"]) == 0
     assert f"{len(log)} epochs, weights of epoch {best['epoch']}" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--init", "xaviar"], "init must be one of ikun"),
+        (["--init", "xaviar"], "--init: no 'xaviar': did you mean 'xavier'?"),
         (["--surrogate", "atan:x"], "'x' is not a number"),
-        (["--surrogate", "stairs"], "unknown surrogate 'stairs'"),
-        (["--data", "mnist"], "unknown data set 'mnist'"),
-        (["--model", "vgg"], "model must be one of csnn, mlp"),
+        (["--surrogate", "stairs"], "--surrogate: no 'stairs'"),
+        (["--data", "mnist"], "--data: no 'mnist': did you mean 'fashion-mnist'?"),
+        (["--model", "vgg"], "--model: no 'vgg': choose one of csnn, mlp"),
         (["--lr", "-1"], "lr, alpha and gain must be positive"),
         (["--tau", "1"], "tau must exceed 1"),
         (["--subset", "99999"], "a subset of 99999"),
