@@ -120,7 +120,10 @@ def open_given(model: Any, data: Any, loss: str | Callable[..., Any] | None, ope
     memory = opening.memory or half_of_the_memory(device.partition(":")[0])
     x, y = _samples(data, opening, memory / 4)
     name = opening.name or (path.name if path else type(model).__name__)
-    found = _found(network, x, y, loss, dataclasses.replace(opening, name=name, surrogate=surrogate), data_kind(data))
+    opening = dataclasses.replace(opening, name=name, surrogate=surrogate)
+    if network is not model:  # a network of NIR takes [T, N, ...]
+        opening = dataclasses.replace(opening, time_first=True)
+    found = _found(network, x, y, loss, opening, data_kind(data))
     return make_job(source_of(found), Path(), weights_digest(network), memory=memory, device=device, **shared), memory
 
 

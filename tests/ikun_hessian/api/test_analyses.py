@@ -80,9 +80,9 @@ def test_both_roads_give_the_same_numbers(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_checkpoint_gives_the_numbers_of_the_command_line(tmp_path: Path) -> None:
     path = SHIPPED / "digits-csnn-kaiming.pt"
-    options = ["--samples", "32", "--no-density", "--top", "2", "--smallest", "0", "--operator", "ggn"]
+    options = ["--samples", "16", "--no-density", "--top", "2", "--smallest", "0", "--operator", "ggn"]
     assert cli.run(["spectrum", str(path), *options, "--out", str(tmp_path)]) == 0
-    ih.analyze(path, samples=32, top=2, smallest=0, operators="ggn").save(tmp_path / "here")
+    ih.analyze(path, samples=16, top=2, smallest=0, operators="ggn").save(tmp_path / "here")
     assert numbers(tmp_path / f"{path.stem}.spectrum.json") == numbers(tmp_path / "here.spectrum.json")
 
 
