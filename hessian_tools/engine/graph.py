@@ -19,8 +19,14 @@ Rule = Callable[[fx.Graph], None]
 STAGES = ("values", "slope", "vector", "tangent")
 
 
-def simplify(graph: fx.Graph, rules: Sequence[Rule]) -> None:
-    """Remove copies, repeated computations and unused values, and apply the rules. The graph must be functional."""
+def simplify(graph: fx.Graph, rules: Sequence[Rule], joins: bool = True) -> None:
+    """Remove copies, repeated computations and unused values, and apply the rules. The graph must be functional.
+
+    Args:
+        graph: The graph.
+        rules: Further rules.
+        joins: Whether the summands of a gradient are computed by one operation (`sums`).
+    """
     for node in list(graph.nodes):
         if node.op == "call_function" and (node.target in (aten.detach.default, aten.alias.default) or _copies(node)):
             _replace(graph, node, node.args[0])
@@ -30,7 +36,8 @@ def simplify(graph: fx.Graph, rules: Sequence[Rule]) -> None:
     _transpose_factors(graph)
     graph.eliminate_dead_code()
     join_maps(graph)
-    join_sums(graph, stage_of_nodes(graph))
+    if joins:
+        join_sums(graph, stage_of_nodes(graph))
     for rule in rules:
         rule(graph)
     graph.eliminate_dead_code()

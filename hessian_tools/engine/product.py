@@ -98,10 +98,10 @@ def _in_segments(objective: Objective, batch: Batch, kind: str, program: Program
 def _best_plan(
     objective: Objective, x: Any, second: bool, program: Program, memory: float
 ) -> tuple[Program, segments.SegmentPlan]:
-    """Return how a product is cut, and the program that is cut: one without stacked time steps if that takes less."""
+    """Return how a product is cut, and the program that is cut: one that joins no steps in time if that takes less."""
     assert program.module is not None
     plan = segments.plan_within(program.module, program.results, memory, program.samples)
-    if program.folded and plan.nbytes > memory:  # a segment then has all steps of a layer
+    if plan.nbytes > memory:
         other = program_of(objective, x, second, folds=False)
         if isinstance(other, Program) and other.module is not None and not other.constant:
             steps = segments.plan_within(other.module, other.results, memory, other.samples)

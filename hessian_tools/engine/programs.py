@@ -60,7 +60,8 @@ def program_of(objective: Objective, x: Any, second: bool, folds: bool = True) -
         objective: The objective, which keeps its programs.
         x: Inputs of the batch.
         second: Whether the product contains the second derivatives of the model, as that of the Hessian does.
-        folds: Whether time steps may be stacked (`hessian_tools.engine.folding`).
+        folds: Whether operations of several time steps may be joined (`hessian_tools.engine.folding` and `sums`). A
+            product in segments takes less memory if they are not.
     """
     leaves, _, structure = nested.flattened(x)
     kinds = tuple((t.shape, t.stride(), t.dtype, t.device) for t in leaves)
@@ -90,7 +91,7 @@ def _found(objective: Objective, x: Any, second: bool, folds: bool) -> Program |
     reason = "the traced network gives other outputs than the network"
     for forward, hoist in _ways(objective, x, x, folds, None):
         try:
-            program = _trace(objective, x, expected, second, hoist, forward)
+            program = _trace(objective, x, expected, second, hoist, forward, folds)
         except UntraceableError as error:
             if forward is not None:
                 continue
@@ -132,7 +133,7 @@ def _for_any_number(
         if not hoist:
             break
         try:
-            general = _trace(objective, many, wanted, second, hoist, forward)
+            general = _trace(objective, many, wanted, second, hoist, forward, folds)
         except UntraceableError:
             continue
         usable = general.module is not None and resizing.can_resize(general.module)
@@ -160,7 +161,9 @@ def _ways(
     yield None, False
 
 
-def _trace(objective: Objective, x: Any, outputs: Tensor, second: bool, hoist: bool, forward: Folded | None) -> Program:
+def _trace(
+    objective: Objective, x: Any, outputs: Tensor, second: bool, hoist: bool, forward: Folded | None, joins: bool
+) -> Program:
     """Trace the product of a copy of the model."""
     offered = [t for m in objective.model.modules() if isinstance(t := getattr(m, "tracing", None), Tracing)]
     tracing = offered[0] if offered else Tracing()
@@ -169,7 +172,7 @@ def _trace(objective: Objective, x: Any, outputs: Tensor, second: bool, hoist: b
         objective.reset(model)
     rewriting = partial(tracing.rewriting, hoist)
     state, names = state_of(objective.model), list(objective.parameters)
-    return trace_product(model, state, names, x, outputs, second, rewriting, tracing.rules, forward)
+    return trace_product(model, state, names, x, outputs, second, rewriting, tracing.rules, forward, joins)
 
 
 def _folded(objective: Objective, x: Any, traced: Any, mode: FakeTensorMode | None) -> Folded | None:

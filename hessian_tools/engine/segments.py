@@ -94,10 +94,11 @@ def plan_of(module: fx.GraphModule, results: Sequence[fx.Node | None], count: in
     sizes = _sizes(nodes, samples)
     order = {n: i for i, n in enumerate(nodes)}
     ahead = _ancestors([tangent])
-    segment = _cut([n for n in nodes if stage[n] == 0], sizes, count)
+    values = _ancestors([outputs])
+    segment = _cut([n for n in nodes if stage[n] == 0 and n in values], sizes, count)
     forward = {n for n in nodes if stage[n] == 0 or (stage[n] == 2 and n in ahead)}
-    for n in nodes:  # a tangent is computed with the last value that it needs
-        if n in forward and stage[n] > 0:
+    for n in nodes:  # a tangent or a derivative is computed with the last value that it needs
+        if n in forward and n not in segment:
             segment[n] = max((segment[a] for a in n.all_input_nodes if a in segment), default=0)
     stored = {n for n in forward for u in n.users if u in forward and segment[u] > segment[n]}
     stored |= {n for n in (outputs, tangent) if segment.get(n, count) < count - 1}

@@ -121,6 +121,7 @@ def _program(
 def trace_product(
     model: nn.Module, state: dict[str, Tensor], chosen: list[str], x: Any, outputs: Tensor, second: bool,
     rewriting: Callable[[], Rewriting], rules: Sequence[Rule], forward: Forward | None = None,
+    joins: bool = True,
 ) -> Program:  # fmt: skip
     """Trace the product of a batch.
 
@@ -134,6 +135,7 @@ def trace_product(
         rewriting: Makes the mode in which the forward pass runs.
         rules: Rules by which the graph is simplified.
         forward: Runs the model on its state and the tensors of x, in another way than its own.
+        joins: Whether the summands of a gradient are computed by one operation, which needs all of their values.
 
     Raises:
         UntraceableError: If the model cannot be traced, as with a branch on the values of a tensor.
@@ -160,7 +162,7 @@ def trace_product(
     for stage, group in enumerate(groups):
         for node in group:
             node.meta["stage"] = stage
-    simplify(graph, rules)
+    simplify(graph, rules, joins)
     o, tangent, *image = next(n for n in graph.nodes if n.op == "output").args[0]
     parts = split(module, [[o], [], [tangent], image] if tangent is not None else [[o]])
     values, slope, v, t = (tuple(n.name for n in group) for group in groups)
