@@ -76,11 +76,16 @@ def _counts_part(n: int) -> bool:
 
 def bytes_of(node: fx.Node) -> tuple[int, int]:
     """Return the bytes of a traced value: those that it has once, and those per sample."""
+    once = each = 0
     value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return 0, 0
-    size = value.numel() * value.element_size()
-    return (0, size // SAMPLES) if any(_counts_samples(n) for n in value.shape) else (size, 0)
+    for t in value if isinstance(value, tuple | list) else [value]:
+        if isinstance(t, Tensor):
+            size = t.numel() * t.element_size()
+            if any(_counts_samples(n) for n in t.shape):
+                each += size // SAMPLES
+            else:
+                once += size
+    return once, each
 
 
 def resized_number(n: int, samples: int) -> int:

@@ -91,7 +91,7 @@ def plan_of(module: fx.GraphModule, results: Sequence[fx.Node | None], count: in
     assert tangent is not None
     stage = stage_of_nodes(module.graph)
     nodes = [n for n in module.graph.nodes if n.op in ("call_function", "get_attr")]
-    sizes = _sizes(nodes, samples)
+    owner, sizes = _memory(nodes, samples)
     order = {n: i for i, n in enumerate(nodes)}
     ahead = _ancestors([tangent])
     values = _ancestors([outputs])
@@ -111,21 +111,23 @@ def plan_of(module: fx.GraphModule, results: Sequence[fx.Node | None], count: in
         segment[n] = min([bound, *(segment[a] for a in needed)])
         stored |= {a for a in needed if segment[a] > segment[n]}
     plan = SegmentPlan(count, segment, forward, stored, 0)
-    return replace(plan, nbytes=_peak(_parts(nodes, plan, outputs, tangent), sizes))
+    return replace(plan, nbytes=_peak(_parts(nodes, plan, outputs, tangent), owner, sizes))
 
 
-def _sizes(nodes: Sequence[fx.Node], samples: int) -> dict[fx.Node, int]:
-    """Return the bytes of every value. A view of an earlier value takes none."""
-    seen: set[int] = set()
+def _memory(nodes: Sequence[fx.Node], samples: int) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, int]]:
+    """Return for every value the one whose memory it is in, itself or one that it is a view or a part of, and sizes."""
+    first: dict[int, fx.Node] = {}
+    owner: dict[fx.Node, fx.Node] = {}
     sizes = {}
     for n in nodes:
-        once, each = bytes_of(n)
         value = n.meta.get("val")
-        key = value.untyped_storage()._cdata if isinstance(value, Tensor) else None
-        sizes[n] = 0 if key in seen else once + each * samples
-        if key is not None:
-            seen.add(key)
-    return sizes
+        source: Any = n.args[0] if n.target is operator.getitem else n
+        if isinstance(value, Tensor) and source is n:
+            source = first.setdefault(value.untyped_storage()._cdata, n)
+        owner[n] = owner.get(source, n)
+        once, each = bytes_of(n)
+        sizes[n] = once + each * samples if owner[n] is n else 0
+    return owner, sizes
 
 
 @dataclass(frozen=True)
@@ -158,26 +160,29 @@ def _needed(nodes: Sequence[fx.Node], ends: list[fx.Node], kept: list[fx.Node]) 
     return _Part([n for n in nodes if n in needed], ends, kept)
 
 
-def _peak(parts: list[_Part], sizes: dict[fx.Node, int]) -> int:
+def _peak(parts: list[_Part], owner: dict[fx.Node, fx.Node], sizes: dict[fx.Node, int]) -> int:
     """Return the most bytes that are in use at a time, from which values are in use when."""
     half = len(parts) // 2
     run = [*parts[:half], *reversed(parts[half:])]
-    last = {a: i for i, part in enumerate(run) for n in part.nodes for a in n.all_input_nodes}
-    held = peak = 0
+    last = {owner[a]: i for i, part in enumerate(run) for n in part.nodes for a in n.all_input_nodes if a in owner}
+    held: set[fx.Node] = set()
+    peak = 0
     for i, part in enumerate(run):
-        stays = {*part.kept, *part.ends}
-        mine = set(part.nodes)
-        uses = {a: n for n in part.nodes for a in n.all_input_nodes if a in mine and a not in stays}
-        ending: dict[fx.Node, int] = {}
+        stays = {owner[n] for n in (*part.kept, *part.ends)} | held
+        uses = {owner[a]: n for n in part.nodes for a in (*n.all_input_nodes, n) if a in owner}
+        ending: dict[fx.Node, list[fx.Node]] = {}
         for a, n in uses.items():
-            ending[n] = ending.get(n, 0) + sizes[a]
-        live = held
+            ending.setdefault(n, []).append(a)
+        live, inside = sum(sizes[a] for a in held), set(held)
         for n in part.nodes:
-            live += sizes[n]
+            if owner[n] not in inside:
+                inside.add(owner[n])
+                live += sizes[owner[n]]
             peak = max(peak, live)
-            live -= ending.get(n, 0)
-        held += sum(sizes[n] for n in part.kept)
-        held -= sum(sizes[n] for earlier in run[: i + 1] for n in earlier.kept if last.get(n) == i)
+            gone = [a for a in ending.get(n, ()) if a in inside and a not in stays]
+            inside.difference_update(gone)
+            live -= sum(sizes[a] for a in gone)
+        held = {a for a in stays if last.get(a, i) > i or a not in last}
     return peak
 
 

@@ -98,4 +98,4 @@ def test_more_segments_take_less_memory(kind: str) -> None:
     v = torch.randn(o.size, dtype=torch.float64)
     held = [_in_segments(o, kind, count, v, folds=False)[1] for count in (1, 2, 4)]
     assert held == sorted(held, reverse=True)
-    assert held[-1] < 0.8 * held[0]
+    assert held[-1] < 0.95 * held[0]
