@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from engine_networks import NETWORKS, Case, Net, objective_of
+from sampled import sampled
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -47,7 +48,7 @@ def error_of(objective: Objective, kind: str) -> float:
     return max(float((a - b).abs().max()) for a, b in pairs) / (scale or 1.0)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", sampled(NETWORKS, 3))
 def test_products_are_those_of_double_backward(name: str) -> None:
     case = NETWORKS[name]
     objective = objective_of(case)
@@ -279,7 +280,7 @@ def _storages() -> dict[int, int]:
     return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
 
 
-@pytest.mark.parametrize("name", ["conv_gn", "conv_bn", "encoder", "LSTM0", "out_map"])
+@pytest.mark.parametrize("name", sampled(["conv_gn", "conv_bn", "encoder", "LSTM0", "out_map"], 2))
 @pytest.mark.parametrize("kind", ORACLES)
 def test_the_counted_memory_is_what_is_freed(name: str, kind: str) -> None:
     objective = objective_of(NETWORKS[name], 16)
