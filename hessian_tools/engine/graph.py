@@ -33,7 +33,6 @@ def simplify(graph: fx.Graph, rules: Sequence[Rule], joins: bool = True) -> None
     _merge_views(graph)
     _merge_equal(graph)
     _merge_transposes(graph)
-    _transpose_factors(graph)
     graph.eliminate_dead_code()
     join_maps(graph)
     if joins:
@@ -91,33 +90,6 @@ def _merge_transposes(graph: fx.Graph) -> None:
             _replace(graph, node, source.args[0])
 
 
-def _transpose_factors(graph: fx.Graph) -> None:
-    """Transpose the factors of batched matrix products instead of their result, so that sums may add to it."""
-    for node in list(graph.nodes):
-        source = _transposed(node)
-        if source is None or source.target is not aten.bmm.default or len(source.users) > 1:
-            continue
-        with graph.inserting_before(node):
-            factors = []
-            for factor in reversed(source.args):
-                made = _transposed(factor)
-                if made is None:
-                    made = graph.call_function(aten.transpose.int, (factor, 1, 2))
-                    made.meta["val"] = factor.meta["val"].transpose(1, 2)  # type: ignore[union-attr]
-                factors.append(made)
-            product = graph.call_function(aten.bmm.default, tuple(factors))
-        product.meta["val"] = source.meta["val"].new_empty(node.meta["val"].shape)
-        _replace(graph, node, product)
-
-
-def _transposed(node: Any) -> fx.Node | None:
-    """Return what a node transposes, a batch of matrices."""
-    if not isinstance(node, fx.Node) or node.target is not aten.transpose.int or node.meta["val"].dim() != 3:
-        return None
-    source = node.args[0]
-    return source if isinstance(source, fx.Node) and {int(i) % 3 for i in node.args[1:]} == {1, 2} else None  # type: ignore[arg-type]
-
-
 def _merge_equal(graph: fx.Graph) -> None:
     """Compute equal expressions once."""
     known: dict[Hashable, fx.Node] = {}
@@ -165,6 +137,8 @@ def reuse_memory(graph: fx.Graph) -> None:
         if len(shapes) != 1 or len(types) != 1 or any("val" not in n.meta for n in (a, b)):
             continue
         for one, other in ((a, b), (b, a)):
+            if one.meta["val"].stride() != node.meta.get("val", one.meta["val"]).stride():
+                continue  # a view of the sum may need its order in memory
             if _fresh(one) and _fresh(other) and other.target is aten.bmm.default:
                 node.target, node.args = aten.baddbmm_.default, (one, *other.args)
                 graph.erase_node(other)

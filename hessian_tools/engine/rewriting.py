@@ -10,6 +10,7 @@ The values keep the operations of the network, in their order. What changes are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from hessian_tools.engine.nodes import convolution, valued
 
+BATCH = 64  # samples (of all steps) with whose values weights are compared; a trace is for any number of them
 Linear = tuple[Callable[[Tensor, Tensor | None], Tensor], Tensor, Tensor | None]  # (w, b) -> B(x, w) + b, w, b
 RESHAPES = {
     Tensor.view,
@@ -162,7 +164,7 @@ class Rewriting(TorchFunctionMode):
         a = (running_var + eps).rsqrt()
         a = a if weight is None else a * weight
         known = self._linear.get(id(input))
-        if known is None or known[1].numel() > input.numel():  # with more weights than values, folding takes longer
+        if known is None or known[1].numel() > BATCH * math.prod(input.shape[1:]):  # more weights than values
             shift = -a * running_mean
             y = input * _channels(a, input) + _channels(shift if bias is None else shift + bias, input)
         else:

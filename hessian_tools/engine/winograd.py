@@ -25,7 +25,7 @@ from hessian_tools.runtime.openmp import side_by_side
 # Measured against oneDNN's convolutions (AVX2, one thread): with fewer channels, transforms take longer than they save.
 CHANNELS = 64  # least number of input and of output channels
 WIDE = 128  # with fewer, matrix products of many tiles are slower than the convolution
-TILES = 2048
+TILES = 32  # most of them per sample
 KERNELS = ("inputs", "inputs_adjoint", "outputs", "outputs_adjoint", "weights", "weights_adjoint")
 
 
@@ -47,7 +47,7 @@ def _compiled() -> dict[str, Callable[..., Any]] | None:
 
 
 def suits(x: Tensor, w: Tensor, geometry: Sequence[Any]) -> bool:
-    """Return whether a convolution of x with w can be computed so, and faster. It depends on the shapes only."""
+    """Return whether a convolution of x with w is faster in this form. It depends on one sample's shape."""
     stride, padding, dilation, transposed, _, groups = geometry
     if x.dim() != 4 or tuple(w.shape[2:]) != (3, 3) or transposed or groups != 1 or x.device.type != "cpu":
         return False
@@ -59,7 +59,7 @@ def suits(x: Tensor, w: Tensor, geometry: Sequence[Any]) -> bool:
     if least < CHANNELS or min(x.shape[2:]) + 2 * padding[0] < 3:
         return False
     down, across = _tiles(x.shape, padding[0])
-    if least < WIDE and len(x) * down * across > TILES:
+    if least < WIDE and down * across > TILES:
         return False
     return _compiled() is not None
 
@@ -172,6 +172,28 @@ class _Map(torch.autograd.Function):
         return _Map.apply(g, *ctx.others), None, None, None, None
 
 
+class _Product(torch.autograd.Function):
+    """Products of matrices, ab, ab' or a'b. Its derivatives are such products, not transposes of them, so that the sum
+    of two of them is computed in place."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, form: str) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.form = form
+        return torch.bmm(a.transpose(1, 2) if form == "a'b" else a, b.transpose(1, 2) if form == "ab'" else b)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        a, b = ctx.saved_tensors
+        left, right = {
+            "ab": ((g, b, "ab'"), (a, g, "a'b")),
+            "ab'": ((g, b, "ab"), (g, a, "a'b")),
+            "a'b": ((b, g, "ab'"), (a, g, "ab")),
+        }[ctx.form]
+        want = ctx.needs_input_grad
+        return _Product.apply(*left) if want[0] else None, _Product.apply(*right) if want[1] else None, None
+
+
 class _Outputs(torch.autograd.Function):
     """(m, bias) -> y."""
 
@@ -215,5 +237,5 @@ def fast_convolution(x: Tensor, w: Tensor, bias: Tensor | None, pad: int) -> Ten
     shape = [len(x), len(w), x.shape[2] + 2 * pad - 2, x.shape[3] + 2 * pad - 2]
     u = _Map.apply(w, "winograd_weights", "winograd_weights_adjoint", (), ())
     v = _Map.apply(x, "winograd_inputs", "winograd_inputs_adjoint", (pad,), (list(x.shape), pad))
-    y: Tensor = _Outputs.apply(torch.bmm(u, v), bias, shape)
+    y: Tensor = _Outputs.apply(_Product.apply(u, v, "ab"), bias, shape)
     return y
