@@ -177,7 +177,7 @@ class RunReport:
         from ikun.training.log import append, loss_path
 
         self.epoch += 1
-        line = {name: float(value) for name, value in numbers.items()}
+        line = {name: float(value.detach() if hasattr(value, "detach") else value) for name, value in numbers.items()}
         append(self.paths["log"], {"epoch": self.epoch, **line})
         loss = line.get("loss", math.inf)
         if math.isnan(loss) and not self.failures:
