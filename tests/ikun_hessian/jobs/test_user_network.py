@@ -808,7 +808,7 @@ def test_flatness_calibration_and_landscape_run_on_a_user_network(capsys: Captur
     found = json.loads(Path("theirs.calibration.json").read_text())["calibration"]
     assert "ggn" in found["predictions"]
     short = ["--directions", "gradient,random1", "--points", "5", "--no-planes"]
-    assert cli.run(["landscape", "theirs.pt", *spiking[:-4], *short]) == 0
+    assert cli.run(["landscape", "theirs.pt", *spiking[:-5], *short]) == 0
     drawn = json.loads(Path("theirs.landscape.json").read_text())
     assert "no relaxed form" in drawn["refused"]["relaxed network"]
     assert drawn["network"]["library"] == "none"
