@@ -173,7 +173,10 @@ def test_bad_options_are_refused(
 
 def test_a_missing_checkpoint_is_refused(tmp_path: Path, capsys: Capture) -> None:
     fails(capsys, 2, "nothing.pt", "landscape", str(tmp_path / "nothing.pt"))
+    (tmp_path / "x").mkdir()
     trained = str(tmp_path / "x" / "a.pt")
+    for path in (trained, tmp_path / "a.pt"):
+        Path(path).touch()
     fails(
         capsys,
         2,
