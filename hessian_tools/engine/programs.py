@@ -89,9 +89,9 @@ def _found(objective: Objective, x: Any, second: bool, folds: bool) -> Program |
     if (program := _for_any_number(objective, x, expected, second, folds, agrees)) is not None:
         return program
     reason = "the traced network gives other outputs than the network"
-    for forward, hoist in _ways(objective, x, x, folds, None):
+    for model, forward, hoist in _ways(objective, x, x, folds, None):
         try:
-            program = _trace(objective, x, expected, second, hoist, forward, folds)
+            program = _trace(objective, model, x, expected, second, hoist, forward, folds)
         except UntraceableError as error:
             if forward is not None:
                 continue
@@ -129,11 +129,11 @@ def _for_any_number(
     mode = resizing.fake_mode()
     many = rebuilt([resizing.enlarged(t, order, mode) for t, order in zip(leaves, orders, strict=True) if order])
     wanted = resizing.enlarged(outputs, tuple(range(outputs.dim())), mode)
-    for forward, hoist in _ways(objective, x, many, folds, mode):
+    for model, forward, hoist in _ways(objective, x, many, folds, mode):
         if not hoist:
             break
         try:
-            general = _trace(objective, many, wanted, second, hoist, forward, folds)
+            general = _trace(objective, model, many, wanted, second, hoist, forward, folds)
         except UntraceableError:
             continue
         usable = general.module is not None and resizing.can_resize(general.module)
@@ -145,8 +145,10 @@ def _for_any_number(
 
 def _ways(
     objective: Objective, x: Any, traced: Any, folds: bool, mode: FakeTensorMode | None
-) -> Iterator[tuple[Folded | None, bool]]:
-    """Yield in which ways a network can run while it is traced: with stacked time steps, and with layers run once.
+) -> Iterator[tuple[nn.Module, Folded | None, bool]]:
+    """Yield a copy of the model, and how it can run while it is traced: with stacked steps, and with layers run once.
+
+    Stacked steps are calls of modules of the copy, so that it has to be the one that is traced.
 
     Args:
         objective: The objective.
@@ -155,19 +157,26 @@ def _ways(
         folds: Whether time steps may be stacked.
         mode: The mode of `traced`, if they are fake tensors.
     """
-    if folds and (folded := _folded(objective, x, traced, mode)) is not None:
-        yield folded, True
-    yield None, True
-    yield None, False
+    model = copy_model(objective.model, share=True)
+    if folds and (folded := _folded(objective, model, x, traced, mode)) is not None:
+        yield model, folded, True
+    yield model, None, True
+    yield model, None, False
 
 
 def _trace(
-    objective: Objective, x: Any, outputs: Tensor, second: bool, hoist: bool, forward: Folded | None, joins: bool
+    objective: Objective,
+    model: nn.Module,
+    x: Any,
+    outputs: Tensor,
+    second: bool,
+    hoist: bool,
+    forward: Folded | None,
+    joins: bool,
 ) -> Program:
-    """Trace the product of a copy of the model."""
+    """Trace the product of a copy of the objective's model."""
     offered = [t for m in objective.model.modules() if isinstance(t := getattr(m, "tracing", None), Tracing)]
     tracing = offered[0] if offered else Tracing()
-    model = copy_model(objective.model, share=True)
     if objective.reset is not None:
         objective.reset(model)
     rewriting = partial(tracing.rewriting, hoist)
@@ -175,11 +184,10 @@ def _trace(
     return trace_product(model, state, names, x, outputs, second, rewriting, tracing.rules, forward, joins)
 
 
-def _folded(objective: Objective, x: Any, traced: Any, mode: FakeTensorMode | None) -> Folded | None:
+def _folded(objective: Objective, model: nn.Module, x: Any, traced: Any, mode: FakeTensorMode | None) -> Folded | None:
     """Return the network with its time steps stacked, if that changes no spike."""
     _, inputs_of, _ = nested.flattened(x)
     state = state_of(objective.model)
-    model = copy_model(objective.model, share=True)
     if objective.reset is not None:
         objective.reset(model)
 
