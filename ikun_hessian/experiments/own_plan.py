@@ -14,6 +14,7 @@ from ikun_hessian.experiments.unit import Step
 from ikun_hessian.jobs.errors import UsageError
 from ikun_hessian.jobs.job import Own
 from ikun_hessian.jobs.options import OWN, TRAIN, Option, OptionError, read_options
+from ikun_hessian.jobs.training import ALPHA
 from ikun_hessian.jobs.user_code import called, load_function
 from ikun_hessian.jobs.user_samples import read_samples
 
@@ -77,6 +78,8 @@ def _training(
         given = read_options(OURS, {key: value for key, value in options.items() if key in ours})
     except OptionError as error:
         raise PresetError(f"{where}: {error}") from None
+    if given["alpha"] is None:
+        given["alpha"] = ALPHA.get(given["init"], 1.0)
     function = described.pop("train")
     own = Own(**described)
     for key, value in (("model", own.model), ("data", own.data), ("train", function)):

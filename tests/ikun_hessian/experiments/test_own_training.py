@@ -103,7 +103,7 @@ def test_a_study_trains_by_the_users_function_from_our_initializers(capsys: Capt
         torch.manual_seed(0)
         net = scope["Net"]()
         if init != "as_built":
-            initialize_module(net, init, generator=torch.Generator().manual_seed(0), x=x)
+            initialize_module(net, init, generator=torch.Generator().manual_seed(0), x=x, alpha=0.1)
         assert all(torch.equal(weights[name], t) for name, t in net.state_dict().items())  # lr is 0
         described = json.loads((runs / f"{init}-s0.train.json").read_text())
         assert (described["finished"], described["epochs_run"], described["training"]["lr"]) == (True, 2, 0.0)
