@@ -96,6 +96,8 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
                 parts.append(nested.call(own.model, objective.batches[i][0]))
         if not all(torch.equal(p, value.to(p)) for p, value in zip(own.parameters, values, strict=True)):
             raise ObjectiveError("a forward pass changes the network's parameters: a Hessian needs fixed weights")
+        if len({part.shape[1:] for part in parts}) > 1:
+            raise ValueError("the batches have outputs of different shapes: pad all samples to one length")
         return torch.cat(parts)
 
     return in_threads(run, items) if objective.device.type == "cpu" else map(run, items)

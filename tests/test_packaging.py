@@ -25,7 +25,7 @@ PACKAGES = ("ikun", "hessian_tools", "ikun_hessian")
 OTHER = "9.8.7"  # the version that is built here: whoever says another one read it elsewhere
 BUILD = "import sys, setuptools.build_meta as b; out = sys.argv[1]; b.build_wheel(out); b.build_sdist(out)"
 IMPORTED_AS = {"lazy-loader": "lazy_loader", "pillow": "PIL", "scikit-learn": "sklearn"}
-OPTIONAL = {"spikingjelly", "snntorch", "norse", "nir", "triton"}
+OPTIONAL = {"spikingjelly", "snntorch", "norse", "nir", "triton", "pandas"}
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -130,7 +130,7 @@ def test_the_metadata_are_those_of_the_project(metadata: Message) -> None:
     assert metadata["Author"] == "the ikun-hessian authors"
     assert metadata["Author"] in (ROOT / "LICENSE").read_text()
     assert metadata["Description-Content-Type"] == "text/markdown"
-    assert metadata.get_payload() == (ROOT / "README.md").read_text()
+    assert metadata.get_payload(decode=True).decode() == (ROOT / "README.md").read_text()
     assert set(metadata.get_all("Provides-Extra", [])) == set(PROJECT["optional-dependencies"])
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert sorted(required) == sorted(PROJECT["dependencies"])

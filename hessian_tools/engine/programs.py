@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from hessian_tools.objective import Objective
 
 ROUNDING = 100  # outputs of the traced network may differ by this many units of rounding
+DERIVATIVE_ERROR = 30  # and derivatives by this many square roots of it
+SAMPLES = 4  # at most so many samples are used to compare derivatives
 lock = Lock()  # held while a network is traced or cut
 
 
@@ -88,7 +91,7 @@ def _found(objective: Objective, x: Any, second: bool, folds: bool) -> Program |
 
     if (program := _for_any_number(objective, x, expected, second, folds, agrees)) is not None:
         return program
-    reason = "the traced network gives other outputs than the network"
+    reason = "the traced network gives other outputs or derivatives than the network"
     for model, forward, hoist in _ways(objective, x, x, folds, None):
         try:
             program = _trace(objective, model, x, expected, second, hoist, forward, folds)
@@ -96,7 +99,7 @@ def _found(objective: Objective, x: Any, second: bool, folds: bool) -> Program |
             if forward is not None:
                 continue
             return str(error)
-        if agrees(program):
+        if agrees(program) and _derives(program, objective, x):
             return program
     return reason
 
@@ -138,9 +141,55 @@ def _for_any_number(
             continue
         usable = general.module is not None and resizing.can_resize(general.module)
         if usable and (program := fitted(general)) is not None:
-            objective.programs[key] = _General(general)
-            return program
+            few = nested.selected(x, slice(SAMPLES))
+            try:
+                right = _derives(general.resized(nested.sample_count(few)), objective, few)
+            except (RuntimeError, ValueError, IndexError):  # buffers that have as many samples as x
+                right = False
+            if right:
+                objective.programs[key] = _General(general)
+                return program
     return None
+
+
+def _derives(program: Program, objective: Objective, x: Any) -> bool:
+    """Return whether the product multiplies by the Jacobian J and by its transpose as autograd does.
+
+    One backward pass of the network itself, for a random direction u of the outputs, is compared with J^T u, and its
+    norm with u . J v for v along J^T u. A program that would take more memory than a batch may take is not run for this.
+    """
+    if program.nbytes > (objective.batch_memory or math.inf):
+        return True
+    weights = list(objective.parameters.values())
+    with torch.enable_grad():
+        outputs = objective.outputs(x)
+        u = draw(outputs)
+        found = torch.autograd.grad(outputs, weights, u, allow_unused=True) if outputs.requires_grad else ()
+    expected = objective.flatten(found or [None] * len(weights))
+    size = expected.norm()
+    if not size.isfinite():
+        return True
+    if program.constant:
+        return not size.any()
+    tiny = torch.finfo(size.dtype).tiny
+    v = expected / size.clamp_min(tiny)  # so that u . J v is the norm of J^T u
+    with torch.no_grad():
+        values = dict(zip(program.values, [*state_of(objective.model).values(), *nested.tensors(x)], strict=True))
+        run_stage(program, 0, values)
+        values[program.slope] = torch.zeros_like(u)
+        run_stage(program, 1, values)
+        values.update(zip(program.vector, (part.clone() for part in objective.split(v)), strict=True))
+        (tangent,) = run_stage(program, 2, values)
+        values[program.tangent] = u
+        transposed = objective.flatten(run_stage(program, 3, values))
+    slack = DERIVATIVE_ERROR * torch.finfo(size.dtype).eps ** 0.5 * size.clamp_min(tiny)
+    return bool((transposed - expected).norm() <= slack) and bool(((tangent * u).sum() - size).abs() <= slack)
+
+
+def draw(like: Tensor) -> Tensor:
+    """Return random normal numbers, always the same."""
+    source = torch.Generator().manual_seed(0)
+    return torch.randn(like.shape, generator=source, dtype=torch.float64).to(like.device, like.dtype)
 
 
 def _ways(

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 State = tuple[Tensor | None, ...]
 ZEROS = {torch.zeros, torch.zeros_like, Tensor.new_zeros}
+PLAIN = (bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, ModuleType)
 UNBINDING = {Tensor.unbind, torch.unbind}
 
 
@@ -162,6 +165,8 @@ class Tape(TorchFunctionMode):
         outs = [t for t in pytree.tree_leaves(found) if isinstance(t, Tensor)]
         if not outs or all(id(t) in self._refs for t in outs):
             return
+        if any(holds_tensors(a) for a in pytree.tree_leaves((args, kwargs)) if not isinstance(a, Tensor)):
+            raise UnrecordableError("an argument of a function is an object that holds tensors")
         args, kwargs = pytree.tree_map_only(Tensor, self._ref, (tuple(args), dict(kwargs)))
         if not any(isinstance(a, Ref) for a in pytree.tree_leaves((args, kwargs))):
             kwargs["dtype"] = outs[0].dtype  # torch's default is another one at other times
@@ -190,6 +195,34 @@ class Tape(TorchFunctionMode):
     def known(self, t: Tensor) -> Ref:
         """Return the number of an output. Raises UnrecordableError if no recorded call made it."""
         return self._ref(t)
+
+
+def holds_tensors(value: Any, seen: set[int] | None = None) -> bool:
+    """Return whether an object has tensors in its attributes, or a function in what it closes over.
+
+    Run again, a recorded call would use them as they were.
+    """
+    if isinstance(value, Tensor):
+        return True
+    seen = set() if seen is None else seen
+    if value is None or isinstance(value, PLAIN) or id(value) in seen:
+        return False
+    seen.add(id(value))
+    if isinstance(value, partial):
+        parts = [value.func, value.args, value.keywords]
+    elif isinstance(value, MethodType):
+        parts = [value.__self__, value.__func__]
+    elif isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+        parts = [*cells, value.__defaults__, value.__kwdefaults__]
+    elif isinstance(value, dict):
+        parts = list(value.values())
+    elif isinstance(value, list | tuple | set | frozenset):
+        parts = list(value)
+    else:
+        parts = list(getattr(value, "__dict__", {}).values())
+        parts += [getattr(value, name, None) for name in getattr(type(value), "__slots__", ())]
+    return any(holds_tensors(part, seen) for part in parts)
 
 
 class Inside(nn.Module):

@@ -227,13 +227,11 @@ def test_bad_options_are_refused(
 
 def test_a_missing_checkpoint_is_refused(tmp_path: Path, capsys: Capture) -> None:
     fails(capsys, 2, "nothing.pt", "flatness", str(tmp_path / "nothing.pt"))
-    fails(
-        capsys,
-        2,
-        "two checkpoints would both write",
-        "flatness",
-        str(tmp_path / "x" / "a.pt"),
-        str(tmp_path / "a.pt"),
-        "--out",
-        "x",
-    )
+
+
+def test_two_checkpoints_of_one_name_are_refused(tmp_path: Path, capsys: Capture) -> None:
+    paths = [tmp_path / "x" / "a.pt", tmp_path / "a.pt"]
+    paths[0].parent.mkdir()
+    for path in paths:
+        path.touch()
+    fails(capsys, 2, "two checkpoints would both write", "flatness", *map(str, paths), "--out", "x")

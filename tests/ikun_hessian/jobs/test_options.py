@@ -45,7 +45,8 @@ def test_help_lists_the_choices_that_there_are() -> None:
 @pytest.mark.parametrize("command", TABLES)
 def test_the_command_line_has_the_options_of_the_table(command: str) -> None:
     params = [p for p in cli.commands[command].params if isinstance(p, click.Option)]
-    assert [p.opts[0] for p in params] == [f"--{option.name}" for option in TABLES[command]]
+    screen = ["--threads"] if command == "train" else ["--threads", "--full", "--brief", "--quiet"]
+    assert [p.opts[0] for p in params] == [*(f"--{option.name}" for option in TABLES[command]), *screen]
     assert all(option.help for option in TABLES[command])
 
 
@@ -61,7 +62,7 @@ def test_names_are_unique(table: tuple[Option, ...]) -> None:
 def test_defaults_are_those_of_the_libraries(table: tuple[Option, ...], kinds: tuple[Any, ...]) -> None:
     defaults = {field.name: field.default for kind in kinds for field in dataclasses.fields(kind)}
     found = read_options(table, {})
-    same = set(found) & set(defaults) - {"operators", "timesteps", "coding", "hidden"}  # chosen later, or parsed
+    same = set(found) & set(defaults) - {"operators", "timesteps", "coding", "hidden", "alpha"}  # chosen later, or parsed
     assert len(same) >= 4
     assert {name: found[name] for name in same} == {name: defaults[name] for name in same}
 
