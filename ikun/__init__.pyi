@@ -5,7 +5,7 @@ from .adapters.adapt_network import (
     adapt as adapt,
 )
 from .adapters.base import AdapterError as AdapterError
-from .adapters.nir import read_nir as read_nir
+from .adapters.libraries.nir import read_nir as read_nir
 from .adapters.state_dict import (
     load_weights as load_weights,
 )

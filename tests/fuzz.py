@@ -47,7 +47,7 @@ from hessian_tools.results import calibration, flatness, landscape, robustness
 from hessian_tools.results.comparability import comparable, labelled
 from hessian_tools.results.spectrum import load_spectrum, to_json
 from ikun.adapters import read_weights
-from ikun.adapters.nir import read_nir
+from ikun.adapters.libraries.nir import read_nir
 from ikun.checkpoint import load_checkpoint
 from ikun.data.spec import DataSpec
 from ikun.networks import Network, Spec

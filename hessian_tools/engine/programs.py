@@ -156,7 +156,7 @@ def _derives(program: Program, objective: Objective, x: Any) -> bool:
     """Return whether the product multiplies by the Jacobian J and by its transpose as autograd does.
 
     One backward pass of the network itself, for a random direction u of the outputs, is compared with J^T u, and its
-    norm with u . J v for v along J^T u. A program that would take more memory than a batch may take is not run for this.
+    norm with u . J v for v along J^T u. A program that would take more memory than a batch may is not run for this.
     """
     if program.nbytes > (objective.batch_memory or math.inf):
         return True

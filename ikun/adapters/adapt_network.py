@@ -21,12 +21,12 @@ from hessian_tools.evaluation import copy_model, differentiable, evaluation_mode
 from hessian_tools.function_check import found_functions
 from ikun.adapters import choices
 from ikun.adapters.base import PLAIN, AdapterError, Library, Slot, origins, run_forward
+from ikun.adapters.libraries.norse import NORSE
+from ikun.adapters.libraries.sinabs import SINABS
+from ikun.adapters.libraries.snntorch import SNNTORCH
+from ikun.adapters.libraries.spikingjelly import SPIKINGJELLY
 from ikun.adapters.node_choices import replace_neurons
-from ikun.adapters.norse import NORSE
 from ikun.adapters.readout import check_valid, parted
-from ikun.adapters.sinabs import SINABS
-from ikun.adapters.snntorch import SNNTORCH
-from ikun.adapters.spikingjelly import SPIKINGJELLY
 from ikun.adapters.time_checks import check_independence, check_steps, time_axis_of
 from ikun.adapters.time_loop import InTime, TimePlan, clear_state
 from ikun.adapters.two_jet import Jet, Steeper

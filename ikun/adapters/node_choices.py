@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ikun.adapters import norse_nodes, sinabs_nodes, snntorch_nodes, spikingjelly_nodes
 from ikun.adapters.base import Library
+from ikun.adapters.libraries import norse_nodes, sinabs_nodes, snntorch_nodes, spikingjelly_nodes
 from ikun.adapters.neuron_nodes import Fit, use_nodes
 from ikun.adapters.time_loop import InTime
 

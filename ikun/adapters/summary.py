@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hessian_tools import nested
 from ikun.adapters.adapt_network import LIBRARIES, Adapted
-from ikun.adapters.nir import NirNeuron
+from ikun.adapters.libraries.nir import NirNeuron
 from ikun.adapters.two_jet import Jet
 
 RESETS = {"subtract": "soft", "zero": "hard"}  # name in snnTorch -> name here

@@ -214,7 +214,7 @@ def _network(model: Any, path: Path | None, opening: Opening) -> tuple[nn.Module
         raise UsageError(
             "the model is a {}, but a torch.nn.Module, a NIR graph or a path is needed", type(model).__name__
         )
-    from ikun.adapters.nir import from_nir, read_nir
+    from ikun.adapters.libraries.nir import from_nir, read_nir
     from ikun.surrogates import Surrogate, spike
 
     if opening.timesteps is None and not opening.sequences:

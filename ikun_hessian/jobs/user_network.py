@@ -283,7 +283,7 @@ def _adapted(
 def _nir(path: Path, own: Own) -> Build:
     """Return a function that reads and adapts the network in a .nir file."""
     from ikun.adapters import adapt
-    from ikun.adapters.nir import read_nir
+    from ikun.adapters.libraries.nir import read_nir
 
     try:
         import nir  # noqa: F401 - checked before anything is read

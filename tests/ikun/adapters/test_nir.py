@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hessian_tools.objective import make_objective
 from ikun.adapters import AdapterError, adapt
-from ikun.adapters import nir as nir_files
-from ikun.adapters.nir import from_nir, read_nir
+from ikun.adapters.libraries import nir as nir_files
+from ikun.adapters.libraries.nir import from_nir, read_nir
 from ikun.losses import LOSSES
 from ikun.networks import Network, Spec
 from ikun.surrogates import Surrogate, spike

@@ -62,7 +62,13 @@ def test_names_are_unique(table: tuple[Option, ...]) -> None:
 def test_defaults_are_those_of_the_libraries(table: tuple[Option, ...], kinds: tuple[Any, ...]) -> None:
     defaults = {field.name: field.default for kind in kinds for field in dataclasses.fields(kind)}
     found = read_options(table, {})
-    same = set(found) & set(defaults) - {"operators", "timesteps", "coding", "hidden", "alpha"}  # chosen later, or parsed
+    same = set(found) & set(defaults) - {
+        "operators",
+        "timesteps",
+        "coding",
+        "hidden",
+        "alpha",
+    }  # chosen later, or parsed
     assert len(same) >= 4
     assert {name: found[name] for name in same} == {name: defaults[name] for name in same}
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hessian_tools.engine.tape import run_step
+from ikun.adapters.libraries.spikingjelly import takes_time
 from ikun.adapters.neuron_nodes import LibraryNode, Plan, UnfitError, library_class, library_surrogate, surrogate_plan
-from ikun.adapters.spikingjelly import takes_time
 from ikun.nodes.autograd import neurons
 from ikun.nodes.passes import ScanSpec
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from hessian_tools.engine.nodes import valued
+from ikun.adapters.libraries.sinabs import SpikeFunction
 from ikun.adapters.neuron_nodes import LibraryNode, Plan, UnfitError, library_class, surrogate_plan
-from ikun.adapters.sinabs import SpikeFunction
 from ikun.nodes.autograd import neurons
 from ikun.nodes.passes import ScanSpec
 
