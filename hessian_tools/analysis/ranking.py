@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hessian_tools.analysis.warnings import learned_nothing
+from hessian_tools.results.comparability import common_operators
 from hessian_tools.results.flatness import FlatnessResult, Metric
 from hessian_tools.results.spectrum import Eigenvalue, SpectrumResult, Trace
 
@@ -60,6 +61,49 @@ def ranking(result: SpectrumResult | FlatnessResult) -> str:
             for what in ("lambda_max", "trace")
         )
     return _verdict(tops, traces)
+
+
+def told_apart(labelled: Sequence[tuple[str, SpectrumResult]]) -> tuple[list[str], list[str]]:
+    """Say which numbers tell the lowest of several networks from the highest.
+
+    They do if the two differ by more than twice the standard error of the difference, with the errors taken as
+    independent.
+
+    Args:
+        labelled: Labels and results on the same samples.
+
+    Returns:
+        One sentence for each number that tells them apart, and the names of the others.
+    """
+    apart, others = [], []
+    for kind in common_operators(list(labelled)):
+        for name in ("lambda_max", "trace"):
+            numbers = [(label, n) for label, r in labelled if (n := _number(r, kind, name)) is not None]
+            if len(numbers) < len(labelled) or len(numbers) < 2:
+                continue
+            (low, a), *_, (high, b) = sorted(numbers, key=lambda pair: pair[1][0])
+            title = f"{NAMES.get(kind, kind)} {name}"
+            error = math.hypot(a[1], b[1])
+            if not a[2] and not b[2] and b[0] - a[0] > 2 * error:
+                by = f"{1 - a[0] / b[0]:.0%} below" if a[0] > 0 else "below"
+                far = f"{(b[0] - a[0]) / error:.1f} standard errors" if error else "exact"
+                apart.append(f"{title}: {low} is {by} {high} ({far})")
+            else:
+                others.append(title)
+    return apart, others
+
+
+def _number(result: SpectrumResult, kind: str, name: str) -> tuple[float, float, bool] | None:
+    """Return a number of a spectrum, its standard error, and whether that is unknown or only a lower limit."""
+    spectrum = result.spectra[kind]
+    number = spectrum.eigenvalues[0] if name == "lambda_max" else spectrum.trace
+    if number is None:
+        return None
+    value = number.value if isinstance(number, Eigenvalue) else number.estimate
+    if isinstance(number, Eigenvalue) and not number.converged:
+        return value, math.nan, True
+    known = _known(value, number)
+    return value, abs(known.error * value), known.least or not math.isfinite(known.error)
 
 
 def _verdict(tops: Mapping[str, Known], traces: Mapping[str, Known]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hessian_tools.analysis.ranking import told_apart
 from hessian_tools.io.json import ResultError
 from hessian_tools.results.comparability import common_operators, comparable
 from hessian_tools.results.spectrum import SpectrumResult
@@ -71,6 +72,9 @@ class Compared(Report):
             lines += [
                 f"    {label:<{width}}  lambda_max {top}, trace {trace}" for label, top, trace in self._of(operator)
             ]
+        apart, others = told_apart(self.results)
+        lines += [f"  told apart by {text}" for text in apart]
+        lines += [f"  not told apart by {', '.join(others)}"] if others else []
         return "\n".join(lines)
 
     def _of(self, operator: str) -> list[tuple[str, str, str]]:

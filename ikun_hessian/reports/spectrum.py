@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import PurePath
 
+from hessian_tools.analysis.ranking import told_apart
 from hessian_tools.analysis.warnings import is_spiking, percent_of
 from hessian_tools.linalg.trace import LEAST_FORMS
 from hessian_tools.results.comparability import by_method, common_operators, method_of
@@ -254,11 +255,19 @@ def compare_lines(labelled: list[tuple[str, SpectrumResult]]) -> list[str]:
         labelled: Labels and results.
 
     Returns:
-        A table of losses, a table of lambda_max, lambda_min and trace for each common operator, and, if one checkpoint
-        was analysed with two methods, their eigenvalues side by side.
+        What tells the networks apart, a table of losses, a table of lambda_max, lambda_min and trace for each common
+        operator, and, if one checkpoint was analysed with two methods, their eigenvalues side by side.
     """
     width = min(16, max(len(label) for label, _ in labelled))
     lines = [line for label, r in labelled if (said := not_learned(r)) for line in (f"{label}:", *said)]
+    pairs = by_method(labelled)
+    apart, others = told_apart(labelled) if not pairs else ([], [])
+    for text in apart:
+        lines += field("told apart", text)
+    if others:
+        lines += field("not apart", f"{', '.join(others)}: the difference is less than twice its error, or unknown")
+    if apart or others:
+        lines += [""]
     lines += [f"{'':<{width}} {'loss':>9} {'accuracy':>8} {'weight norm':>11}"]
     for label, r in labelled:
         norm = math.sqrt(sum(v**2 for v in r.weight_norms.values()))
@@ -278,7 +287,6 @@ def compare_lines(labelled: list[tuple[str, SpectrumResult]]) -> list[str]:
             )
     if rest := [f"{kind} ({label})" for label, r in labelled for kind in r.spectra if kind not in common]:
         lines += ["", *paragraph(f"left out because not all results have it: {', '.join(rest)}")]
-    pairs = by_method(labelled)
     for ours, theirs in pairs:
         lines += _two_methods(ours, theirs, common)
     if pairs:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hessian_tools.analysis.ranking import told_apart
 from hessian_tools.io.json import ResultError
 from hessian_tools.results.comparability import by_method, common_operators, comparable, labelled, method_of
 from hessian_tools.results.spectrum import SPECTRUM_SCHEMA, Eigenvalue, Spectrum, SpectrumResult, Trace
@@ -203,3 +204,32 @@ def test_long_names_and_sizes_fit_80_columns() -> None:
     lines = compare_lines(found)
     assert max(map(len, lines)) <= 80
     assert any("…" in line and "lanczos" in line for line in lines)
+
+
+def measured(init: str, value: float, error: float, least: float = NAN, converged: bool = True) -> SpectrumResult:
+    found = spectrum((value,))
+    (top,) = found.eigenvalues
+    top = dataclasses.replace(top, data_stderr=error, data_stderr_least=least, converged=converged)
+    return result(init, spectra={"ggn": dataclasses.replace(found, eigenvalues=(top,), trace=None)})
+
+
+@pytest.mark.parametrize(
+    ("other", "apart"),
+    [
+        (measured("kaiming", 2.0, 0.3), True),  # 1 apart, twice the error is 2 hypot(.3, .4) = 1
+        (measured("kaiming", 1.99, 0.3), True),
+        (measured("kaiming", 2.01, 0.3), False),
+        (measured("kaiming", 1.0, NAN), False),
+        (measured("kaiming", 1.0, NAN, least=0.1), False),
+        (measured("kaiming", 1.0, 0.1, converged=False), False),
+    ],
+)
+def test_networks_are_told_apart_by_twice_the_error_of_the_difference(other: SpectrumResult, apart: bool) -> None:
+    base = measured("ikun", 3.0 + 1e-9, 0.4)
+    said, others = told_apart(labelled([base, other]))
+    assert (len(said), others) == ((1, []) if apart else (0, ["GGN lambda_max"]))
+    if apart:
+        assert "kaiming is 3" in said[0]
+        assert "below ikun (2" in said[0]
+    first = compare_lines(labelled([base, other]))[0]
+    assert first.startswith("told apart" if apart else "not apart")
