@@ -264,9 +264,10 @@ def measure(options: argparse.Namespace) -> None:
     try:
         reference = candidates["PyHessian, cached graph"] = pyhessian(objective, v)
         notes.append(f"Hessian product against PyHessian's: {error(graphs['hessian'](v), reference()):.1e}")
-    except torch.OutOfMemoryError:
+    except (ImportError, torch.OutOfMemoryError) as problem:
         candidates.pop("PyHessian, cached graph", None)
-        notes.append("PyHessian's cached graph does not fit this device")
+        missing = isinstance(problem, ImportError)
+        notes.append("without pyhessian" if missing else "PyHessian's cached graph does not fit this device")
     times = {name: statistics.median(t) for name, t in milliseconds(candidates, options.rounds).items()}
     peak, bandwidth = 1e12 * options.tflops, 1e12 * options.bandwidth
     rate, copied = ceilings()

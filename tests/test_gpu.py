@@ -77,10 +77,13 @@ def pair(dtype: torch.dtype = torch.float64, device: str = "cuda", **fields: obj
 @pytest.fixture
 def no_fallback(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels and graphs, not what stands in for them with a warning."""
-    monkeypatch.setattr(cuda, "_state", {"warned": False})
+    monkeypatch.setattr(cuda, "_state", {"failed": False})
+    monkeypatch.setattr(dispatch, "_state", {"broken": False, "triton broken": False})
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         yield
+    assert not any(dispatch._state.values())
+    assert not cuda._state["failed"]
 
 
 # --- kernels (see also ikun/kernels/test_triton_kernels.py)

@@ -102,14 +102,20 @@ class _Workspace:
 
 
 _workspaces: WeakValueDictionary[tuple[Any, ...], _Workspace] = WeakValueDictionary()  # a pool is freed with its graphs
-_state = {"warned": False}
+_state = {"failed": False}
+
+
+def _cached(device: torch.device) -> int:
+    """Return how many bytes torch holds that no tensor uses."""
+    return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 class Captured:
     """A function product(v [P]) that is captured into a CUDA graph at its second call and replayed from then on.
 
     The first call warms up: kernels are compiled and algorithms are chosen. If the capture fails because the product
-    synchronizes with the device, the product runs without a graph. This warns once per process.
+    synchronizes with the device, this and all later products of the process run without a graph. It warns once. A
+    product is not captured if less memory is free than its first call took.
 
     Args:
         product: The function.
@@ -118,23 +124,38 @@ class Captured:
 
     def __init__(self, product: _Product, nbytes: int) -> None:
         self.product, self.nbytes = product, nbytes
-        self._calls = 0
+        self._calls = self._peak = 0
         self._graph: Any = None
         self._workspace: _Workspace | None = None
 
     def __call__(self, v: Tensor) -> Tensor:
         self._calls += 1
-        if self._calls == 2:
+        if self._calls == 1:
+            return self._warm_up(v)
+        if self._calls == 2 and not _state["failed"]:
             self._capture(v)
         if self._graph is None or self._workspace is None:
-            with side_stream(v.device):
-                return self.product(v)
+            return self._eager(v)
         self._workspace.v.copy_(v)
         self._graph.replay()
         return self._workspace.out.clone()
 
+    def _eager(self, v: Tensor) -> Tensor:
+        with side_stream(v.device):
+            return self.product(v.contiguous())  # in the same order of memory as in a graph, for the same bits
+
+    def _warm_up(self, v: Tensor) -> Tensor:
+        """Run the product, and note how much memory it takes."""
+        before = torch.cuda.memory_allocated(v.device)
+        torch.cuda.reset_peak_memory_stats(v.device)
+        found = self._eager(v)
+        self._peak = torch.cuda.max_memory_allocated(v.device) - before
+        return found
+
     def _capture(self, v: Tensor) -> None:
         """Capture the product, or warn if that fails."""
+        if torch.cuda.mem_get_info(v.device)[0] + _cached(v.device) < self._peak:
+            return
         key = v.device, v.dtype, len(v)
         workspace = _workspaces.get(key)
         try:
@@ -150,10 +171,10 @@ class Captured:
                 finally:
                     graph.capture_end()
         except Exception as error:
-            if not _state["warned"]:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                message = f"CUDA graph capture failed ({reason}): products run without a graph, which is slower"
-                warnings.warn(message, stacklevel=2)
-            _state["warned"] = True
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            message = f"CUDA graph capture failed ({reason}): products run without a graph, which is slower"
+            warnings.warn(message, stacklevel=2)
+            _state["failed"] = True
+            torch.cuda.empty_cache()
             return
         self._graph, self._workspace, _workspaces[key] = graph, workspace, workspace

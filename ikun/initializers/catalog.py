@@ -136,7 +136,8 @@ def initialize(
         name: Name of the initializer, one of `INITIALIZERS`.
         generator: Source of random numbers.
         x: A batch of network inputs, for initializers that measure.
-        alpha: Parameter of ikun and tdbn.
+        alpha: Parameter of ikun and tdbn. 1 is the literal reading of the theorem; `train` uses 0.1 for ikun,
+            with which small networks learn faster.
         law: Law of h of ikun and firing, one of `LAWS`.
         gain: Factor by which the variance of all weights is multiplied at the end.
 
@@ -185,7 +186,8 @@ def initialize_module(
         surrogate: Surrogate to use instead of that of the neurons, for example "atan:2".
         threshold: Threshold to use instead of that of the neurons.
         neurons: Class or classes of the spiking neurons.
-        alpha: Parameter of ikun and tdbn.
+        alpha: Parameter of ikun and tdbn. 1 is the literal reading of the theorem; `train` uses 0.1 for ikun,
+            with which small networks learn faster.
         gain: Factor by which the variance of all weights is multiplied at the end.
         reset: Function that resets the module's state before every forward pass. The default resets SpikingJelly and
             snnTorch neurons.

@@ -127,6 +127,8 @@ def _triton_if_possible(function: F) -> F:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # Triton compiles at the first call and may fail then
+                if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                    raise  # what a graph cannot contain may still run without one
                 warnings.warn(f"Triton failed ({error}): spikes run in plain torch on CUDA, slower", stacklevel=2)
                 _state["triton broken"] = True
         return function(first, *others, **named)

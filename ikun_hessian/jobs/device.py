@@ -18,6 +18,8 @@ def pick(device: str) -> str:
     """
     import torch
 
+    from hessian_tools.runtime.distributed import environment_number
+
     if device.startswith("cuda"):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:
@@ -29,6 +31,9 @@ def pick(device: str) -> str:
         torch.cuda.set_device(number if ":" in device else torch.cuda.current_device())
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    local = environment_number("LOCAL_RANK", least=0, default=0)
+    if device == "cuda" and local < torch.cuda.device_count():
+        torch.cuda.set_device(local)  # before anything is placed on the first GPU
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
@@ -37,14 +42,18 @@ def pick(device: str) -> str:
 
 
 def half_of_the_memory(device: str) -> float:
-    """Return half of the memory of the device (on the CPU: of the machine) in GiB, divided by the local processes."""
+    """Return half of the memory that this process has, in GiB.
+
+    On CUDA, that is the memory of its GPU: each process of a run has its own. On the CPU, it is that of the machine,
+    divided by the number of processes there.
+    """
     import torch
 
     from hessian_tools.runtime.distributed import environment_number
 
     if device.startswith("cuda"):
-        total = torch.cuda.mem_get_info(torch.device(device))[1]
+        total, processes = torch.cuda.mem_get_info(torch.device(device))[1], 1
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    processes = environment_number("LOCAL_WORLD_SIZE", least=1, default=1)
+        processes = environment_number("LOCAL_WORLD_SIZE", least=1, default=1)
     return max(0.1, round(total / 2**31 / processes, 1))

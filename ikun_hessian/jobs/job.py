@@ -92,7 +92,7 @@ def measured_on(objective: Objective) -> dict[str, Any]:
     """Return what the numbers depend on, in addition to settings and provenance."""
     return {
         "dtype": str(objective.dtype),
-        "device": str(objective.device),
+        "device": objective.device.type,  # not its number, which differs between ranks
         "batches": objective.sizes,
         "parameters": {name: p.numel() for name, p in objective.parameters.items()},
     }
