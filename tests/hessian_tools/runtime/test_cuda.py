@@ -96,12 +96,15 @@ class Graph:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_state", {"warned": False})
+    monkeypatch.setattr(cuda, "_state", {"failed": False})
     monkeypatch.setattr(Graph, "pools", [])
-    for name in ("synchronize", "empty_cache"):
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda *a: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    for name, size in (("memory_allocated", 10), ("memory_reserved", 10), ("max_memory_allocated", 1010)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
 
 
 @pytest.mark.usefixtures("device")
@@ -144,7 +147,30 @@ def test_a_product_that_cannot_be_captured_runs_as_it_is_after_one_warning() -> 
         other = Captured(waits, 8)
         assert torch.equal(other(v), 2 * v)
         assert torch.equal(other(v), 2 * v)
+    assert Graph.pools == []  # no other capture is tried
     assert not cuda._workspaces
+
+
+@pytest.mark.usefixtures("device")
+def test_a_product_is_not_captured_if_its_memory_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (999, 2000))
+    product, v = Captured(lambda v: 2 * v, 8), torch.randn(3)
+    assert all(torch.equal(product(v), 2 * v) for _ in range(3))
+    assert Graph.pools == []
+
+
+@pytest.mark.usefixtures("device")
+def test_every_call_gets_a_contiguous_vector() -> None:
+    seen: list[Tensor] = []
+
+    def run(v: Tensor) -> Tensor:
+        seen.append(v)
+        return v.clone()
+
+    product = Graph.owner = Captured(run, 8)
+    column = torch.arange(12.0).reshape(4, 3)[:, 1]
+    assert all(torch.equal(product(column), column) for _ in range(3))
+    assert all(v.is_contiguous() for v in seen)
 
 
 def test_a_graph_is_made_where_its_work_fits_beside_the_kept_primals() -> None:

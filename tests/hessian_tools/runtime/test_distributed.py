@@ -26,6 +26,7 @@ from hessian_tools.operators.base import Composed, Operator
 from hessian_tools.operators.curvature import OPERATORS, hessian
 from hessian_tools.resume import Phases, ResumeError
 from hessian_tools.runtime.distributed import Group, RankError, environment_number, initialize_group
+from ikun_hessian.jobs.device import half_of_the_memory
 
 RAGGED = (4, 3, 5, 1, 2)
 DIES_AT = 17  # products
@@ -276,6 +277,15 @@ def test_numbers_of_the_environment_are_checked(text: str, monkeypatch: pytest.M
     monkeypatch.setenv("WORLD_SIZE", text)
     with pytest.raises(ValueError, match="WORLD_SIZE="):
         initialize_group("cpu")
+
+
+def test_each_process_has_the_memory_of_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 64 * 2**30))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    whole = half_of_the_memory("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert half_of_the_memory("cuda") == 32
+    assert half_of_the_memory("cpu") == pytest.approx(whole / 2, abs=0.1)
 
 
 def test_numbers_of_the_environment_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
