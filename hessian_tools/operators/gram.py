@@ -1,0 +1,492 @@
+"""The whole spectrum of the Gauss-Newton matrix of few samples, from the Gram matrix of its factors.
+
+With B = R^T R the second derivative of the loss by the outputs of all N samples and J their Jacobian, the Gauss-Newton
+matrix is G = J^T B J. Its eigenvalues that are not zero are those of K = (R J) (R J)^T, which has only N C rows for C
+outputs (Dangel et al. 2022, "ViViT", arXiv 2106.02624). So its trace, log determinant and density need no probes.
+
+A row of R J is the gradient of one direction of one sample's outputs. One backward pass per output gives the gradients
+of all samples by the outputs y of every layer, because no sample depends on another. With the layer's inputs a they
+give K without J:
+
+- a linear map: the sum over positions s, s' of (a_s . a'_s') (b_s . b'_s'), where b is the gradient by y, or, if that
+  takes fewer operations, rows of J;
+- a convolution, a norm, a bias: rows of J;
+- parameters that are used in any other way: rows of J by backward passes for one sample at a time.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from hessian_tools import nested
+from hessian_tools.engine.linearized import output_form
+from hessian_tools.evaluation import differentiable
+from hessian_tools.objective import Batch, Objective
+from hessian_tools.runtime.cuda import full_precision
+
+LEAST = -1e-6  # eigenvalues of B relative to the largest one, from which on they are rounding
+SAMPLES = 5  # with which the samples of a layer's outputs are told apart
+ROWS = 8192  # largest number of rows N C
+CHUNK = 2**16  # columns of J in one product, whose sum is in double precision
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """The Gram matrix K = (R J) (R J)^T and its eigenvalues.
+
+    Attributes:
+        matrix: K [N C, N C], float64, rows ordered by sample and then by output.
+        values: Its eigenvalues in descending order [N C], which are those of G; all others of G are zero.
+        vectors: Its eigenvectors [N C, N C], one per column.
+        roots: R of every batch [n, C, C], with 1 / N of the mean over samples.
+    """
+
+    matrix: Tensor
+    values: Tensor
+    vectors: Tensor
+    roots: tuple[Tensor, ...]
+
+
+class GramError(ValueError):
+    """The objective has no Gram matrix, or one that is too large. The message says why."""
+
+
+class _MixedError(GramError):
+    """Rows of samples are not told apart as they should be."""
+
+
+@differentiable
+def gram_matrix(objective: Objective, progress: Callable[[int, int], None] | None = None) -> Gram:
+    """Compute all eigenvalues of the Gauss-Newton matrix that are not zero.
+
+    Args:
+        objective: The loss, its data and its weights. No sample may depend on another.
+        progress: Callback with the backward passes done and their total.
+
+    Returns:
+        The Gram matrix.
+
+    Raises:
+        GramError: If there are more than `ROWS` rows, the outputs of batches differ in number, or the loss is not
+            convex in the outputs.
+    """
+    if any(p.is_complex() for p in objective.parameters.values()):
+        raise GramError("the network has complex parameters")
+    try:
+        matrix, roots = _assembled(objective, True, progress)
+    except _MixedError:  # layers whose gradients by sample are not known
+        matrix, roots = _assembled(objective, False, progress)
+    values, vectors = torch.linalg.eigh(matrix)
+    return Gram(matrix, values.flip(0).clamp_min(0), vectors.flip(1), tuple(roots))
+
+
+def _assembled(
+    objective: Objective, by_layer: bool, progress: Callable[[int, int], None] | None
+) -> tuple[Tensor, list[Tensor]]:
+    """Return K and R, with rows by layer, or all of them by backward passes for each sample."""
+    weights = objective.batch_weights()
+    parts = _Parts()
+    roots: list[Tensor] = []
+    done = 0
+    for (x, y), weight in ((objective.batches[i], w) for i, w in weights.items()):
+        with full_precision(objective.device):
+            outputs, uses, others = _forward(objective, x)
+            if not by_layer:
+                uses, others = [], set(objective.parameters)
+            count = outputs[0].numel()
+            if objective.samples * count > ROWS:
+                raise GramError(
+                    f"{objective.samples} samples with {count} outputs have {objective.samples * count} rows; at most "
+                    f"{ROWS} are possible: use fewer samples"
+                )
+            if roots and count != roots[0].shape[1]:
+                raise GramError("the batches have outputs of different sizes")
+            root = _root(objective, (x, y), outputs.detach()) * weight**0.5
+            roots.append(root)
+            if outputs.requires_grad:
+                report = _reporter(progress, done, len(weights) * count)
+                _add(objective, parts, x, outputs, uses, others, root, report)
+        done += count
+    total = sum(len(root) * root.shape[1] for root in roots)
+    matrix = torch.zeros(total, total, dtype=torch.float64)
+    for rows in parts.rows.values():
+        _add_rows(matrix, torch.cat([part.flatten(0, 1) for part in rows]))
+    for pairs in parts.factors.values():
+        _add_factors(matrix, pairs)
+    matrix = (matrix + matrix.T) / 2
+    _verify(objective, matrix, roots)
+    return matrix, roots
+
+
+def _reporter(progress: Callable[[int, int], None] | None, done: int, total: int) -> Callable[[int], None]:
+    return lambda k: progress(done + k, total) if progress is not None else None
+
+
+@differentiable
+def gram_eigenvectors(objective: Objective, gram: Gram, count: int) -> Tensor:
+    """Return the eigenvectors [P, count] of the largest eigenvalues of G, by one backward pass per batch for each.
+
+    Args:
+        objective: The objective of the Gram matrix.
+        gram: The Gram matrix.
+        count: Number of eigenvectors. Eigenvalues that are zero have none, and their columns are zero.
+    """
+    found = torch.zeros(objective.size, count, dtype=torch.float64)
+    start = 0
+    for ((x, _), _), root in zip(objective.weighted_batches(), gram.roots, strict=True):
+        with full_precision(objective.device):
+            outputs = objective.outputs(x)
+            mine = gram.vectors[start : start + len(root) * root.shape[1], :count]
+            start += len(mine)
+            u = torch.einsum("nqk,nqj->nkj", root, mine.view(len(root), root.shape[1], count).to(root))
+            for j in range(count):
+                grads = torch.autograd.grad(
+                    outputs, list(objective.parameters.values()), u[..., j].reshape(outputs.shape).to(outputs),
+                    retain_graph=j + 1 < count, allow_unused=True,
+                )  # fmt: skip
+                found[:, j] += objective.flatten(grads).cpu()
+    return found / gram.values[:count].sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _verify(objective: Objective, matrix: Tensor, roots: Sequence[Tensor]) -> None:
+    """Raise GramError unless u . K u is the squared norm of J^T R^T u, for a random u."""
+    start, total = 0, torch.zeros(objective.size, dtype=torch.float64)
+    random = torch.randn(len(matrix), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for ((x, _), _), root in zip(objective.weighted_batches(), roots, strict=True):
+        with full_precision(objective.device):
+            outputs = objective.outputs(x)
+            stop = start + len(root) * root.shape[1]
+            u = torch.einsum("nqk,nq->nk", root, random[start:stop].view(root.shape[:2]).to(root))
+            start = stop
+            if outputs.requires_grad:
+                weights = list(objective.parameters.values())
+                grads = torch.autograd.grad(outputs, weights, u.reshape(outputs.shape).to(outputs), allow_unused=True)
+                total += objective.flatten(grads).double().cpu()
+    expected, found = float(total @ total), float(random @ matrix @ random)
+    slack = 30 * torch.finfo(objective.dtype).eps ** 0.5
+    if not abs(found - expected) <= slack * expected + torch.finfo(torch.float64).tiny:
+        raise _MixedError("the gradients of the layers do not give those of the network: samples depend on one another")
+
+
+# ---------------------------------------------------------------- the uses of parameters
+def _conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1,
+) -> None:  # fmt: skip
+    """Name the arguments of F.conv2d."""
+
+
+NORMS: set[Any] = {F.batch_norm, F.layer_norm, F.group_norm}
+SIGNATURES = {
+    **{f: inspect.signature(f) for f in NORMS},
+    F.linear: inspect.Signature(
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("input", "weight")]
+        + [inspect.Parameter("bias", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)]
+    ),
+    F.conv2d: inspect.signature(_conv2d),
+}
+
+
+@dataclass(eq=False)
+class _Use:
+    """A call of a layer's function with parameters. places: name of the parameter by argument."""
+
+    func: Any
+    args: dict[str, Any]
+    y: Tensor
+    version: int
+    places: dict[str, str]
+
+
+class _Uses(TorchFunctionMode):
+    """Notes in which calls the parameters are used.
+
+    Attributes:
+        uses: The calls of layers that are known.
+        others: Names of parameters that are used in other ways too.
+    """
+
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.names, self.uses, self.others = names, list[_Use](), set[str]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        y = func(*args, **kwargs)
+        mine = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) in self.names]
+        if not mine or not any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(y)):
+            return y
+        if (signature := SIGNATURES.get(func)) is not None:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            named = dict(bound.arguments)
+            places = {
+                name: self.names[id(t)] for name, t in named.items() if isinstance(t, Tensor) and id(t) in self.names
+            }
+            if set(places) <= {"weight", "bias"} and not (
+                named.get("training") or isinstance(named.get("padding"), str)
+            ):
+                named["input"] = named["input"].detach()
+                self.uses.append(_Use(func, named, y, y._version, places))
+                return y
+        self.others.update(self.names[id(t)] for t in mine)
+        return y
+
+
+def _forward(objective: Objective, x: Any) -> tuple[Tensor, list[_Use], set[str]]:
+    """Run the network on inputs. Returns its outputs, the uses of parameters in layers, and the other parameters."""
+    mode = _Uses({id(p): name for name, p in objective.parameters.items()})
+    with mode:
+        outputs = objective.outputs(x)
+    changed = {name for use in mode.uses if use.y._version != use.version for name in use.places.values()}
+    uses, others = mode.uses, mode.others | changed
+    while left := [use for use in uses if others.intersection(use.places.values())]:
+        others |= {name for use in left for name in use.places.values()}
+        uses = [use for use in uses if use not in left]
+    return outputs, uses, others
+
+
+def _root(objective: Objective, batch: Batch, outputs: Tensor) -> Tensor:
+    """Return R [n, C, C] with R^T R the second derivative of the batch's loss by the outputs of each sample."""
+    form = output_form("ggn", objective.loss, outputs, batch[1])
+    n, count = len(outputs), outputs[0].numel()
+    if form is None:
+        return torch.zeros(n, count, count, dtype=torch.float64)
+    second = torch.zeros(n, count, count, dtype=torch.float64, device=outputs.device)
+    for k in range(count):
+        unit = torch.zeros_like(outputs).reshape(n, count)
+        unit[:, k] = 1
+        second[:, :, k] = form[1](unit.view_as(outputs)).reshape(n, count)
+    values, vectors = torch.linalg.eigh((second + second.mT) / 2)
+    if float(values.min()) < LEAST * float(values.abs().max()):
+        raise GramError("the loss is not convex in the outputs: its Gauss-Newton matrix is not a Gram matrix")
+    root: Tensor = values.clamp_min(0).sqrt()[..., None] * vectors.mT
+    return root
+
+
+# ---------------------------------------------------------------- rows and factors
+@dataclass
+class _Parts:
+    """What K is made of. rows: [n, C, p] per batch by parameter; factors: (a [n, S, I], b [n, C, S, O]) per batch."""
+
+    rows: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    factors: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
+
+
+def _add(
+    objective: Objective, parts: _Parts, x: Any, outputs: Tensor, uses: list[_Use], others: set[str], root: Tensor,
+    report: Callable[[int], None],
+) -> None:  # fmt: skip
+    """Add the rows and factors of one batch."""
+    n, count = root.shape[:2]
+    ys = [use.y for use in uses]
+    strides = _strides(objective, x, uses)
+    if strides is None:
+        others = others | {name for use in uses for name in use.places.values()}
+        uses, ys, strides = [], [], []
+    found: dict[str, list[Tensor]] = defaultdict(list)
+    slopes: dict[int, list[Tensor]] = defaultdict(list)
+    factored = {i for i, use in enumerate(uses) if use.func is F.linear and _factors_pay(objective, use, n, count)}
+    shared = defaultdict(set)
+    for i, use in enumerate(uses):
+        shared[use.places.get("weight")].add(i in factored)
+    factored = {i for i in factored if shared[uses[i].places.get("weight")] == {True}}
+    for k in range(count):
+        u = root[:, k].reshape(outputs.shape).to(outputs)
+        grads = torch.autograd.grad(outputs, ys, u, retain_graph=True, allow_unused=True) if ys else ()
+        rows: dict[str, Tensor] = {}
+        for i, (use, g) in enumerate(zip(uses, grads, strict=True)):
+            g = torch.zeros_like(use.y) if g is None else g
+            a, b = (_by_sample(use, t, n, strides[i]) for t in (use.args["input"], g))
+            for place, name in use.places.items():
+                if place == "weight" and i in factored:
+                    slopes[i].append(b.reshape(n, -1, b.shape[-1]))
+                    continue
+                row = _row(use, place, a, b)
+                rows[name] = rows[name] + row if name in rows else row
+        for name, row in rows.items():
+            found[name].append(row)
+        report(k + 1)
+    for name, each in found.items():
+        parts.rows[name].append(torch.stack(each, 1))
+    joined: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for i, each in slopes.items():
+        a = _by_sample(uses[i], uses[i].args["input"], n, strides[i])
+        joined[uses[i].places["weight"]].append((a.reshape(n, -1, a.shape[-1]), torch.stack(each, 1)))
+    for name, pairs in joined.items():
+        parts.factors[name].append((torch.cat([a for a, _ in pairs], 1), torch.cat([b for _, b in pairs], 2)))
+    for name, rows_of in _one_by_one(objective, x, sorted(others), root).items():
+        parts.rows[name].append(rows_of)
+
+
+def _factors_pay(objective: Objective, use: _Use, n: int, count: int) -> bool:
+    """Return whether the products of factors take fewer operations than rows of J, for all samples."""
+    weight = use.args["weight"]
+    positions = use.y.numel() // weight.shape[0] // n
+    total = objective.samples
+    rows = total * count
+    explicit = rows * weight.numel() * (positions + rows)
+    factored = (total * positions) ** 2 * weight.shape[1] + (rows * positions) ** 2 * (weight.shape[0] + 1)
+    return bool(factored < explicit)
+
+
+def _strides(objective: Objective, x: Any, uses: list[_Use]) -> list[int] | None:
+    """Return for every use how many rows of its outputs come before those of the next sample; None if it is unclear.
+
+    The sample of row r is then r // stride % n. It is found by one backward pass for each of a few samples.
+    """
+    if not uses:
+        return []
+    few = nested.selected(x, slice(SAMPLES))
+    outputs, own, _ = _forward(objective, few)
+    n = len(outputs)
+    if len(own) != len(uses):
+        return None
+    sample = [torch.full((len(_rows(use, use.y)),), -1) for use in own]
+    for i in range(n):
+        u = torch.zeros_like(outputs)
+        u[i] = torch.randn(u[i].shape, generator=torch.Generator().manual_seed(i)).to(u)
+        grads = torch.autograd.grad(outputs, [use.y for use in own], u, retain_graph=True, allow_unused=True)
+        for use, g, known in zip(own, grads, sample, strict=True):
+            if g is not None:
+                touched = (_rows(use, g) != 0).any(1).cpu()
+                if (known[touched] >= 0).any():
+                    return None  # samples depend on one another
+                known[touched] = i
+    found = []
+    for use, known in zip(own, sample, strict=True):
+        steps, rest = divmod(len(known), n)
+        strides = [s for s in [*_inner(use, n), *range(1, steps + 1)] if not rest and steps % s == 0]
+        place = torch.arange(len(known))
+        fits = [s for s in strides if bool(((place // s % n == known) | (known < 0)).all())]
+        if not fits:
+            return None
+        found.append(fits[0])
+    return found
+
+
+def _rows(use: _Use, t: Tensor) -> Tensor:
+    """Return outputs of a call, or what has their shape, as [rows, ...] without the axes that the layer acts on."""
+    if use.func is F.linear:
+        return t.reshape(-1, t.shape[-1])
+    if use.func is F.layer_norm:
+        return t.reshape(-1, *use.args["normalized_shape"]).flatten(1)
+    return t.reshape(len(t), -1)
+
+
+def _inner(use: _Use, n: int) -> Iterator[int]:
+    """Yield how many rows lie between samples if one axis counts them."""
+    last = {F.linear: 1, F.layer_norm: len(use.args.get("normalized_shape", ()))}.get(use.func, use.y.dim() - 1)
+    axes = use.y.shape[: use.y.dim() - last]
+    for k, size in enumerate(axes):
+        if size == n:
+            yield math.prod(axes[k + 1 :])
+
+
+def _by_sample(use: _Use, t: Tensor, n: int, stride: int) -> Tensor:
+    """Return inputs or outputs of a call as [n, T, ...], with the axes that the layer acts on at the end."""
+    axes = {F.linear: 1, F.layer_norm: len(use.args.get("normalized_shape", ()))}.get(use.func, t.dim() - 1)
+    t = t.reshape(-1, n, stride, *t.shape[t.dim() - axes :])
+    return t.transpose(0, 1).flatten(1, 2)
+
+
+def _row(use: _Use, place: str, a: Tensor, b: Tensor) -> Tensor:
+    """Return the gradients [n, p] of one argument of a layer for every sample.
+
+    Args:
+        use: The call.
+        place: "weight" or "bias".
+        a: Inputs [n, T, ...].
+        b: Gradients by the outputs [n, T, ...].
+    """
+    n, args = len(b), use.args
+    if use.func is F.linear:
+        g = b.reshape(n, -1, b.shape[-1])
+        return g.sum(1) if place == "bias" else (g.mT @ a.reshape(n, -1, a.shape[-1])).flatten(1)
+    if use.func is F.conv2d:
+        if place == "bias":
+            return b.sum((1, -2, -1))
+        return torch.stack([_conv_weight(args, a[i], b[i]).flatten() for i in range(n)])
+    if place == "weight":
+        b = b * _normalized(use, a)
+    axes = len(args["normalized_shape"]) if use.func is F.layer_norm else 0
+    return b.reshape(n, -1, *b.shape[-axes:]).sum(1).flatten(1) if axes else b.reshape(*b.shape[:3], -1).sum((1, 3))
+
+
+def _conv_weight(args: dict[str, Any], a: Tensor, b: Tensor) -> Tensor:
+    """Return the gradient of a convolution's weight for one sample's inputs a [T, ...] and slopes b [T, ...]."""
+    sizes = [[v, v] if isinstance(v, int) else list(v) for v in (args["stride"], args["padding"], args["dilation"])]
+    found: Tensor = torch.ops.aten.convolution_backward(
+        b.contiguous(), a.contiguous(), args["weight"].detach(), None, *sizes, False, [0, 0], args["groups"],
+        [False, True, False],
+    )[1]  # fmt: skip
+    return found
+
+
+def _normalized(use: _Use, a: Tensor) -> Tensor:
+    """Return the outputs [n, T, ...] of a norm without its weight and bias."""
+    args = {**use.args, "weight": None, "bias": None, "input": a.flatten(0, 1)}
+    found: Tensor = use.func(**args)
+    return found.view_as(a)
+
+
+def _one_by_one(objective: Objective, x: Any, names: Sequence[str], root: Tensor) -> dict[str, Tensor]:
+    """Return the rows [n, C, p] of parameters that are used in other ways, by backward passes for each sample."""
+    if not names:
+        return {}
+    weights = [objective.parameters[name] for name in names]
+    found = {name: p.new_zeros(len(root), root.shape[1], p.numel()) for name, p in zip(names, weights, strict=True)}
+    for i, units in enumerate(root):
+        try:
+            outputs = objective.outputs(nested.selected(x, slice(i, i + 1)))
+        except RuntimeError as error:
+            raise GramError(f"the network does not run on one sample ({str(error).splitlines()[0]})") from None
+        for k, u in enumerate(units if outputs.requires_grad else ()):
+            u = u.reshape(outputs.shape).to(outputs)
+            grads = torch.autograd.grad(outputs, weights, u, retain_graph=True, allow_unused=True)
+            for name, g in zip(names, grads, strict=True):
+                if g is not None:
+                    found[name][i, k] = g.flatten()
+    return found
+
+
+# ---------------------------------------------------------------- K
+def _add_rows(matrix: Tensor, rows: Tensor) -> None:
+    """Add rows rows^T."""
+    for part in rows.split(CHUNK, 1):
+        matrix += (part @ part.T).double().cpu()
+
+
+def _add_factors(matrix: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Add the sums over positions of (a_s . a'_s') (b_s . b'_s')."""
+    for i, (a, b, rows) in enumerate(_placed(pairs)):
+        for j, (other_a, other_b, columns) in enumerate(_placed(pairs)):
+            if j <= i:
+                n, m = len(a), len(other_a)
+                inputs = torch.einsum("nsi,mti->nmst", a, other_a)
+                slopes = torch.einsum("nkso,mlto->nkmlst", b, other_b)
+                block = torch.einsum("nmst,nkmlst->nkml", inputs, slopes).reshape(n * b.shape[1], m * b.shape[1])
+                matrix[rows, columns] += block.double().cpu()
+                if j < i:
+                    matrix[columns, rows] += block.T.double().cpu()
+
+
+def _placed(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """Yield the factors of few samples at a time, with their rows of K."""
+    start = 0
+    for a, b in pairs:
+        for few_a, few_b in zip(a.split(16), b.split(16), strict=True):
+            stop = start + len(few_b) * few_b.shape[1]
+            yield few_a, few_b, slice(start, stop)
+            start = stop
