@@ -129,7 +129,7 @@ class _Choice(click.Choice[str]):
     """A choice whose error names the most similar value."""
 
     def get_invalid_choice_message(self, value: str, ctx: click.Context | None) -> str:
-        return f"no '{value}'{meant(str(value), map(str, self.choices))}"
+        return f"no '{value}'{meant(str(value), [*map(str, self.choices)])}"
 
 
 def _checked(option: Option) -> Callable[[click.Context, click.Parameter, Any], Any]:

@@ -85,7 +85,7 @@ def drawn(kind: str, values: Sequence[float], worst: float) -> Axes:
     """A run that was measured and, in another level, one that diverged before it was."""
     marks = [Mark("a", "median", i, v, v, v) for i, v in enumerate(values, 1)]
     marks += [Mark("b", "median", i, worst, worst, worst) for i in range(1, 4)]
-    marks += [Mark("c", "median", i, v, worst if worst < 0 else v, v) for i, v in enumerate(values, 1)]
+    marks += [Mark("c", "median", i, v, worst if worst < 0 else v, v, n=3) for i, v in enumerate(values, 1)]
     marks += [Mark("b", "diverged", 1, worst, note="diverged"), Mark("a", "diverged", 3, values[-1], note="diverged")]
     panel = Panel("y", "", Axis("epoch", "epoch"), Axis("y", kind), tuple(marks), ())
     ax = Figure().add_subplot()
