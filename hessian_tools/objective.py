@@ -107,6 +107,7 @@ class Objective:
             more time.
         checked: Whether `hessian_tools.checks.check` is done with. If not, the first operator does it, and sets this.
             Objectives that are made from this one (other batches, other parameters) are not checked again.
+        traces: Whether products may be traced. Without, autograd computes them, which is sooner done for one or two.
         programs: The traced products of the model, one per kind and shape of a batch (`hessian_tools.engine`).
         parts: Number of consecutive batches of each part that `regrouped` made; empty if each batch is a part.
     """
@@ -120,6 +121,7 @@ class Objective:
     batch_memory: float = 0.0
     checked: bool = False
     parts: tuple[int, ...] = ()
+    traces: bool = True
 
     def check_once(self) -> None:
         """Check the objective unless that is done (see `hessian_tools.checks.check`).

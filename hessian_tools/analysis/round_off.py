@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hessian_tools import nested
 from hessian_tools.checks import spread
+from hessian_tools.engine.product import kept_bytes
 from hessian_tools.evaluation import converted_model, copy_model
 from hessian_tools.objective import Objective, to
 from hessian_tools.operators.base import Operator
@@ -17,6 +18,8 @@ from hessian_tools.operators.base import Operator
 SAMPLES = 256  # on which both products are computed
 AGREE = 1e-3  # relative difference of outputs above which a spike differs between the two
 SAFETY = 4.0
+GRAPH = 6  # bytes of a double backward in float64, relative to those that a traced product keeps in float32
+ROOM = 2 * 2**30  # bytes for it if no limit is given
 
 
 def relative_round_off(
@@ -54,6 +57,14 @@ def relative_round_off(
     return [max(least, SAFETY * float(error)) for error in errors]
 
 
+def _fits(objective: Objective, samples: int) -> bool:
+    """Return whether the graph of a double backward in float64 fits in memory. Its size is a rough guess."""
+    if (found := kept_bytes(objective)) is None:
+        return True
+    once, each = found
+    return GRAPH * (once + each * samples) <= (objective.batch_memory or ROOM)
+
+
 @torch.no_grad()
 def _both(objective: Objective) -> tuple[Objective, Objective] | None:
     """Return the objective on a few samples in its own dtype and in float64; None if no sample is comparable."""
@@ -68,7 +79,7 @@ def _both(objective: Objective) -> tuple[Objective, Objective] | None:
     part = replace(part, batches=part.batches[:1])  # those of the first shape, if shapes differ
     like = next(iter(parameters.values()))
     batch = (nested.converted(x, like), to(y, like))
-    wide = replace(part, model=model, parameters=parameters, batches=(batch,))
+    wide = replace(part, model=model, parameters=parameters, batches=(batch,), traces=not _fits(objective, len(y)))
     outputs, exact = part.outputs(x), wide.outputs(batch[0])
     gap = (outputs.double() - exact).abs().reshape(len(exact), -1).amax(1)
     alike = gap <= AGREE * exact.abs().max()

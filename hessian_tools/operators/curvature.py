@@ -310,7 +310,7 @@ def _linearize(
 ) -> Linearized:
     """Return the product of a batch: from the traced network, or else by autograd."""
     limit = objective.batch_memory or memory or math.inf
-    traced = linearize_traced(objective, batch, kind, limit)
+    traced = linearize_traced(objective, batch, kind, limit) if objective.traces else "not asked for"
     return _by_autograd(autograd, objective, batch, traced) if isinstance(traced, str) else traced
 
 
