@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch is imported: the same bits for any alignment of arrays, as the application has them (ikun_hessian).
 os.environ.setdefault("MKL_CBWR", "AUTO")
@@ -22,6 +23,15 @@ torch.set_num_threads(1)  # keeps the order of sums
 os.environ["XDG_DATA_DIRS"] = "/nowhere"  # data sets that happen to be installed are not used
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is imported; runs its kernels in Python on the CPU
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that extended.txt lists as `extended`: by name, or by name and parameters."""
+    listed = set((Path(__file__).parent / "extended.txt").read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if not listed.isdisjoint((item.nodeid, item.nodeid.partition("[")[0])):
+            item.add_marker(pytest.mark.extended)
 
 
 @pytest.fixture

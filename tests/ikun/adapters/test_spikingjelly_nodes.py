@@ -10,7 +10,8 @@ import torch
 from node_oracle import X, compare
 from torch import Tensor, nn
 
-from ikun.adapters import adapt, node_choices, spikingjelly_nodes
+from ikun.adapters import adapt, node_choices
+from ikun.adapters.libraries import spikingjelly_nodes
 from ikun.surrogates import Surrogate, spike
 
 functional, layer, neuron, surrogate, base = (
