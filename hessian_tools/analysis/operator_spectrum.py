@@ -11,6 +11,13 @@ from torch import Tensor
 
 from hessian_tools.analysis.context import AnalysisContext, Factory, budget, require_symmetry
 from hessian_tools.analysis.eigenvectors import gradient_shares, layer_shares, participation
+from hessian_tools.analysis.exact_ggn import (
+    all_eigenvalues,
+    exact_density,
+    exact_functions,
+    exact_pairs,
+    exact_trace,
+)
 from hessian_tools.analysis.pyhessian import pyhessian_eigenpairs, pyhessian_trace
 from hessian_tools.analysis.round_off import relative_round_off
 from hessian_tools.analysis.sampling_error import data_errors, grouped, withheld
@@ -68,16 +75,26 @@ def measure(
     require_symmetry(name, asymmetry, op.dtype)
     autograd: str = run.phases.keep(f"{name}: path", lambda: {"reason": _reason(op)})["reason"]
     step = run.meter.phase(f"{name}: eigenvalues")
-    pairs = Eigenpairs(
-        **phase(
-            "eigenvalues",
-            lambda op, random: vars(_pairs(objective, op, top, smallest, settings, random, room, step)),
+    whole: Tensor | None = None
+    if settings.exact and name == "ggn":
+        every = phase("all eigenvalues", lambda op, random: all_eigenvalues(objective, top, step))
+        whole, smallest = every["values"], 0
+        pairs = Eigenpairs(
+            **phase("eigenvalues", lambda op, random: vars(exact_pairs(op, **every, tol=settings.tol))),
         )
-    )
+    else:
+        pairs = Eigenpairs(
+            **phase(
+                "eigenvalues",
+                lambda op, random: vars(_pairs(objective, op, top, smallest, settings, random, room, step)),
+            )
+        )
     exact = pairs if bool(pairs.converged.all()) else pairs.take(pairs.converged)
     spare = room - (0 if exact is pairs else len(exact.values))  # vectors available to a density
     spectral: DensityEstimate | None = None
-    if settings.density and settings.backend == "own":
+    if whole is not None:
+        spectral = exact_density(whole, exact, size)
+    elif settings.density and settings.backend == "own":
         step_density = run.meter.phase(f"{name}: density")
         counts = {"probes": settings.probes, "steps": settings.steps}
         if settings.accuracy is None:
@@ -100,12 +117,16 @@ def measure(
         )
     ends = {"nodes": torch.cat([n[spectral.atoms :] for n in spectral.nodes])} if spectral else None
     ends = ends or phase("second start", lambda op, random: {"nodes": _second_start(op, exact, random, spare)})
-    step_trace = run.meter.phase(f"{name}: trace")
-    probed = phase(
-        "trace", lambda op, random: _trace_forms(objective, op, exact, spectral, settings, random, step_trace)
-    )
-    offset = float(exact.values.sum()) if settings.backend == "own" else 0.0
-    probe_trace = estimate_forms(probed["forms"], offset, probed.get("variance", float("nan")))
+    if whole is not None:
+        probe_trace, norm = exact_trace(whole), float(whole.norm())
+    else:
+        step_trace = run.meter.phase(f"{name}: trace")
+        probed = phase(
+            "trace", lambda op, random: _trace_forms(objective, op, exact, spectral, settings, random, step_trace)
+        )
+        offset = float(exact.values.sum()) if settings.backend == "own" else 0.0
+        probe_trace = estimate_forms(probed["forms"], offset, probed.get("variance", float("nan")))
+        norm = frobenius(probed["squared"], exact)
     groups = factory(grouped(objective, run.generator("groups", index)), 0)
     spread = run.phase(
         f"{name}: error from the data",
@@ -167,15 +188,19 @@ def measure(
             overall,
             least,
         ),
-        frobenius_norm=frobenius(probed["squared"], exact),
+        frobenius_norm=norm,
         scale_free_lambda_max=free,
         scale_free=tuple(ranks),
-        density=_density(spectral),
+        density=_density(spectral) if settings.density else None,
         search=_search(pairs, size, ends["nodes"], spectral),
         gradient_share=sum(found[i].gradient for i in upper if found[i].converged),
         autograd=autograd,
         vectors=_vectors(pairs, [*upper, *lower], op) if settings.vectors else None,
-        **_functions(name, spectral, size, found[upper[0]], lowest, settings),
+        **(
+            _functions(name, spectral, size, found[upper[0]], lowest, settings)
+            if whole is None
+            else exact_functions(whole, size, settings.damping)
+        ),
     )
     return record, pairs
 

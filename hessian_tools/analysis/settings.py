@@ -30,6 +30,8 @@ class SpectrumSettings:
         steps: Lanczos steps of the density; 60 if neither this nor an accuracy is given.
         probes: Number of probes of the density; 4 if neither this nor an accuracy is given.
         trace_probes: Number of probes of the trace.
+        exact: Whether to compute all eigenvalues of the GGN from its Gram matrix, instead of probes. It needs few
+            samples: at most 8192 samples times outputs.
         damping: Damping z of effective dimension and log determinant. With None it is 1% of lambda_max, for GGN and
             Fisher only.
         noise: Scale of the weight noise of operator `smoothed`, relative to each filter's root mean square.
@@ -60,6 +62,7 @@ class SpectrumSettings:
     steps: int | None = None
     probes: int | None = None
     trace_probes: int = 32
+    exact: bool = False
     damping: float | None = None
     noise: float = 0.1
     tol: float = 1e-4
@@ -110,5 +113,7 @@ class SpectrumSettings:
             raise ValueError("method power already finds eigenvalues by magnitude: set top instead of magnitude")
         if self.method not in ("lanczos", "power") or self.backend not in ("own", "pyhessian"):
             raise ValueError("method must be lanczos or power, and backend own or pyhessian")
+        if self.exact and ("ggn" not in self.operators or self.method == "power"):
+            raise ValueError("exact is for operator ggn with method lanczos")
         if self.backend == "pyhessian" and (self.method != "power" or self.operators != ("hessian",)):
             raise ValueError("backend pyhessian works only with method power and operator hessian")

@@ -90,7 +90,7 @@ class Functional:
         estimate: The value.
         stderr: Standard error over the probes.
         ci95: 95% confidence interval over the probes.
-        probes: Number of probes.
+        probes: Number of probes; 0 if it is exact.
         quadrature_error: Change of the estimate if only half of the Lanczos steps are used.
         damping: Damping z in f; NaN if f has none.
     """
@@ -130,7 +130,7 @@ class Trace:
         estimate: The value.
         stderr: Standard error over the probes.
         ci95: 95% confidence interval over the probes.
-        probes: Number of probes.
+        probes: Number of probes; 0 if it is exact.
         data_stderr: Standard error over the data, NaN where it is only known from below.
         data_concentration: Largest share of one group of samples in the variance behind `data_stderr`.
         data_stderr_least: Lower limit in place of `data_stderr`, as for an eigenvalue.
@@ -188,7 +188,7 @@ class Density:
     Attributes:
         nodes: Nodes of each probe. The first `atoms` nodes are deflated eigenvalues.
         weights: Weights of the nodes of each probe. A deflated eigenvalue has weight 1/P.
-        probes: Number of probes.
+        probes: Number of probes; 0 if it is exact.
         steps: Number of Lanczos steps.
         atoms: Number of deflated eigenvalues.
         accuracy: Wasserstein-1 distance to the quadrature with half as many steps, relative to the range of the

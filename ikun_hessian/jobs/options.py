@@ -363,6 +363,10 @@ SPECTRUM = (
         "accuracy", float, None,
         "Wasserstein accuracy of the density, relative to the range of the spectrum. Chooses --steps and --probes.",
     ),
+    Option(
+        "exact", bool, False,
+        "Compute all eigenvalues of the GGN without probes. Needs few samples: at most 8192 samples times outputs.",
+    ),
     DAMPING,
     Option(
         "noise", float, 0.1,

@@ -117,6 +117,9 @@ def _search(r: SpectrumResult) -> list[str]:
     for name, s in r.spectra.items():
         if s.density is not None:
             d = s.density
+            if s.trace is not None and not s.trace.probes:
+                lines += field("density", f"{name}: all {d.steps} eigenvalues that are not zero, without probes")
+                continue
             text = (
                 f"{name}: {d.probes} probes with at most {d.steps} steps. The Wasserstein distance to the density "
                 f"from half of the steps is {d.accuracy:.1g} of the range"
@@ -168,7 +171,7 @@ def _traces(r: SpectrumResult) -> list[str]:
     for name, s in r.spectra.items():
         if s.trace is not None:
             t = s.trace
-            interval = _interval(t.ci95)
+            interval = _interval(t.ci95) if t.probes else "exact"
             lines.append(
                 f"{name:<9}{t.estimate:>11.5g}  {interval:<24}{_error(t):>11}  "
                 f"{t.estimate / r.num_parameters:>9.2e}  {s.frobenius_norm:>9.4g}"
@@ -212,7 +215,7 @@ def _functionals(r: SpectrumResult) -> list[str]:
         found += kinds
         for label, f in kinds:
             if f is not None:
-                interval = _interval(f.ci95)
+                interval = _interval(f.ci95) if f.probes else "exact"
                 rows.append(f"{name:<9}{label:<31}{f.estimate:>9.5g}  {interval:<22} {f.quadrature_error:.0e}")
     legend = "error: change of the Lanczos quadrature from half of the steps to all of them"
     few = any(f is not None and math.isnan(f.ci95[0]) for *_, f in found)

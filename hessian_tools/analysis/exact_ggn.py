@@ -1,0 +1,77 @@
+"""The spectrum of the Gauss-Newton matrix without probes: all its eigenvalues that are not zero are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessian_tools.linalg.lanczos import Eigenpairs, certified
+from hessian_tools.linalg.spectral_density import DensityEstimate
+from hessian_tools.linalg.trace import TraceEstimate
+from hessian_tools.objective import Objective
+from hessian_tools.operators.base import Operator
+from hessian_tools.operators.gram import gram_eigenvectors, gram_matrix
+from hessian_tools.results.spectrum import Functional
+
+DAMPING = 0.01  # relative to the largest eigenvalue, if none is given
+
+
+def all_eigenvalues(objective: Objective, top: int, progress: Callable[[int, int, float], None]) -> dict[str, Tensor]:
+    """Return all eigenvalues [r] that are not zero, in descending order, and the eigenvectors [P, k] of the largest.
+
+    Raises:
+        GramError: If the objective has no Gram matrix, or a too large one.
+    """
+    gram = gram_matrix(objective, lambda done, total: progress(done, total, float("nan")))
+    least = torch.finfo(objective.dtype).eps * float(gram.values[0]) if len(gram.values) else 0.0
+    rank = min(int((gram.values > least).sum()), objective.size)
+    values = gram.values[:rank]
+    count = max(1, min(top, rank))
+    vectors, _ = torch.linalg.qr(gram_eigenvectors(objective, gram, count))
+    return {"values": values, "vectors": vectors}
+
+
+def exact_pairs(op: Operator, values: Tensor, vectors: Tensor, tol: float) -> Eigenpairs:
+    """Return eigenpairs with their residuals, one product each, and bounds from the other eigenvalues."""
+    rest = values[vectors.shape[1] :]
+    if len(rest) + vectors.shape[1] < op.shape[0]:
+        rest = torch.cat([rest, torch.zeros(1, dtype=rest.dtype)])
+    others = rest, torch.full_like(rest, torch.finfo(op.dtype).eps * float(values[0]) if len(values) else 0.0)
+    norm = float(values[0]) if len(values) else None
+    return certified(op, vectors, tol, norm, others, steps=op.shape[0])
+
+
+def exact_density(values: Tensor, pairs: Eigenpairs, size: int) -> DensityEstimate:
+    """Return the density as one quadrature whose nodes are all eigenvalues, zero for those that are not in `values`."""
+    known = len(pairs.values)
+    nodes = torch.cat([pairs.values, values[known:], torch.zeros(1, dtype=torch.float64)])
+    weights = torch.full_like(nodes, 1 / size)
+    weights[-1] = max(0.0, 1 - (len(nodes) - 1) / size)
+    rest = values[known:]
+    forms, squares = rest.sum()[None], rest.square().sum()[None]
+    return DensityEstimate((nodes,), (weights,), known, len(values), forms, squares, (nodes,), (weights,), 0.0)
+
+
+def exact_trace(values: Tensor) -> TraceEstimate:
+    """Return the trace, without an error."""
+    total = float(values.sum())
+    return TraceEstimate(total, 0.0, (total, total), 0)
+
+
+def exact_functions(values: Tensor, size: int, damping: float | None) -> dict[str, Any]:
+    """Return the effective dimension and the log determinant, without an error."""
+    z = damping or DAMPING * (float(values[0]) if len(values) else 0.0)
+    if z <= 0:
+        return {}
+
+    def functional(value: float) -> Functional:
+        return Functional(value, 0.0, (value, value), 0, 0.0, z)
+
+    log = float((values + z).log().sum()) + (size - len(values)) * float(torch.tensor(z, dtype=torch.float64).log())
+    return {
+        "effective_dimension": functional(float((values / (values + z)).sum())),
+        "log_determinant": functional(log),
+    }
