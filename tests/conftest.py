@@ -21,13 +21,15 @@ settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile("steady")
 torch.set_num_threads(1)  # keeps the order of sums
 os.environ["XDG_DATA_DIRS"] = "/nowhere"  # data sets that happen to be installed are not used
+LONGEST = {"test_notebooks.py", "test_documents.py", "test_distributed.py", "test_interruption.py", "test_examples.py"}
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is imported; runs its kernels in Python on the CPU
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that extended.txt lists as `extended`: by name, or by name and parameters."""
+    """Mark the tests that extended.txt lists as `extended`, by name, or by name and parameters. Run the longest first."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     listed = set((Path(__file__).parent / "extended.txt").read_text(encoding="utf-8").splitlines())
     for item in items:
         if not listed.isdisjoint((item.nodeid, item.nodeid.partition("[")[0])):

@@ -180,10 +180,11 @@ def test_many_calls_keep_no_more_tensors() -> None:
     monitor = ih.Monitor((X, Y), "ce", timesteps=3)
     for step in range(2):
         monitor.measure(net, step)
-    before = live()
-    for step in range(2, 12):
+    sizes = []
+    for step in range(2, 14):
         monitor.measure(net, step)
-    assert live() <= before
+        sizes.append(live())
+    assert min(sizes[6:]) <= max(sizes[:6]), sizes  # what other tests left may come and go
 
 
 @pytest.mark.parametrize(
