@@ -28,7 +28,7 @@ if not torch.cuda.is_available():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that extended.txt lists as `extended`, by name, or by name and parameters. Run the longest first."""
+    """Mark the tests that extended.txt lists as `extended`, by name or with parameters; run the longest first."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
     listed = set((Path(__file__).parent / "extended.txt").read_text(encoding="utf-8").splitlines())
     for item in items:
