@@ -15,8 +15,10 @@ import lazy_loader
 
 # Without this, MKL on some processors (AMD with AVX-512, for one) gives other bits for other alignments of its arrays,
 # and a resumed analysis would not end with the same bits. MKL reads the variable once, so it is set before torch loads.
+# OpenMP's threads wait without spinning, so that they do not take the cores from other processes.
 if "torch" not in sys.modules:
     os.environ.setdefault("MKL_CBWR", "AUTO")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _import, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __all__ += ["__version__"]

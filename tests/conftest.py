@@ -9,6 +9,7 @@ from pathlib import Path
 
 # Before torch is imported: the same bits for any alignment of arrays, as the application has them (ikun_hessian).
 os.environ.setdefault("MKL_CBWR", "AUTO")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
