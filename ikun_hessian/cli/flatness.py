@@ -64,7 +64,12 @@ def flatness_command(
     from hessian_tools.results.calibration import CALIBRATION_SCHEMA as CALIBRATION
     from hessian_tools.results.calibration import CalibrationResult
     from hessian_tools.results.flatness import FLATNESS_SCHEMA, FlatnessResult
-    from ikun_hessian.reports.flatness import calibration_lines, flatness_comparison_lines, flatness_lines
+    from ikun_hessian.reports.flatness import (
+        calibration_lines,
+        flatness_comparison_lines,
+        flatness_lines,
+        told_apart_lines,
+    )
     from ikun_hessian.reports.summary import brief_line, flatness_summary
 
     where = pick(device)
@@ -116,5 +121,6 @@ def flatness_command(
     if as_json:
         printed = [clean(dataclasses.asdict(result)) for result in found]
         echo(dumps(printed[0] if len(printed) == 1 else printed))
-    elif len(found) > 1 and detail == "full":
-        echo("\n".join(["-" * 80, *flatness_comparison_lines(found)]))
+    elif len(found) > 1 and detail in ("summary", "full"):
+        lines = told_apart_lines(found) if detail == "summary" else flatness_comparison_lines(found)
+        echo("\n".join(["-" * 80, *lines]))

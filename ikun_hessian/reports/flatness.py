@@ -280,6 +280,28 @@ def _cell(m: Metric) -> str:
     return next((cell for cell in cells if len(cell) < COLUMN), cells[-1])
 
 
+def _sure(d: Difference) -> bool:
+    """Return whether a difference is not 0, by the interval over the draws and by its error over the data."""
+    outside = d.ci95[0] > 0 or d.ci95[1] < 0
+    return outside and math.isnan(d.data_stderr_least) and not abs(d.value) < 2 * d.data_stderr
+
+
+def told_apart_lines(found: Sequence[FlatnessResult]) -> list[str]:
+    """Return a few lines that say which metrics of the spiking loss tell several networks from the first."""
+    if why := incomparable(found):
+        return field("compared", f"no: {why}. Measure all checkpoints with the same options")
+    names, lines = labels(found), list[str]()
+    for name, result in zip(names[1:], found[1:], strict=True):
+        rows = differences(found[0], result)
+        sure = [f"{metric} ({_value(d.value)})" for metric, d in rows.items() if _sure(d)]
+        if not rows:
+            text = f"{name} and {names[0]} have different sizes, so that no noise is the same"
+        else:
+            text = f"{name} minus {names[0]}: {', '.join(sure) or 'no metric tells them apart'}"
+        lines += field("told apart", text)
+    return [*lines, *field("note", "by the same draws and samples, over draws and data; not over seeds. --full: all")]
+
+
 def _differences(first: str, rows: Mapping[str, Mapping[str, Difference]]) -> list[str]:
     """Return the table of paired differences, or why there are none."""
     if not any(rows.values()):
@@ -291,9 +313,7 @@ def _differences(first: str, rows: Mapping[str, Mapping[str, Difference]]) -> li
     for label, found in rows.items():
         lines.append(f"{label} minus {first}:")
         for name, d in found.items():
-            outside = d.ci95[0] > 0 or d.ci95[1] < 0
-            sure = outside and math.isnan(d.data_stderr_least) and not abs(d.value) < 2 * d.data_stderr
-            number = f"{_value(d.value):>11}{' *' if sure else '  '}"
+            number = f"{_value(d.value):>11}{' *' if _sure(d) else '  '}"
             lines.append(f"{shortened(name, 27):<27}{number}{_ends(d.ci95):<21}{_data_error(d):>10}")
     legend = "*: different from 0, by the interval over the draws and by two standard errors over the data"
     return [*lines, *paragraph(legend), ""]

@@ -32,7 +32,13 @@ from hessian_tools.results.flatness import FLATNESS_SCHEMA, FlatnessResult, Metr
 from hessian_tools.results.spectrum import load_spectrum
 from hessian_tools.resume import Phases
 from ikun.smoothed_operator import smoothed
-from ikun_hessian.reports.flatness import flatness_cautions, flatness_comparison_lines, flatness_lines, labels
+from ikun_hessian.reports.flatness import (
+    flatness_cautions,
+    flatness_comparison_lines,
+    flatness_lines,
+    labels,
+    told_apart_lines,
+)
 
 pytestmark = pytest.mark.usefixtures("warnings_are_errors")
 
@@ -522,9 +528,38 @@ def test_the_screen_compares_several_results(seen: FlatnessResult, beside: Flatn
     text = " ".join(screen)
     assert "The losses differ" in text
     assert "differ in norm" in text
+    starred = [line[:27].strip() for line in after if line[38:40] == " *"]
+    told = " ".join(" ".join(told_apart_lines(found)).split())
+    assert told.startswith("told apart kaiming minus ikun: ")
+    assert all(f"{name} (" in told for name in starred)
+    assert max(map(len, told_apart_lines(found))) <= 80
+    assert "no metric tells them apart" in " ".join(" ".join(told_apart_lines([seen, seen])).split())
     five = flatness_comparison_lines([*found, *found, seen])
     assert max(map(len, five)) <= 80
     assert sum(line.startswith("train loss") for line in five) == 2
+
+
+@pytest.mark.parametrize(
+    ("ci95", "error", "least", "sure"),
+    [
+        ((0.5, 1.5), 0.4, math.nan, True),
+        ((0.5, 1.5), 0.6, math.nan, False),  # less than twice the error over the data
+        ((-0.1, 2.1), 0.1, math.nan, False),
+        ((0.5, 1.5), math.nan, 0.1, False),
+    ],
+)
+def test_metrics_tell_networks_apart_by_draws_and_data(
+    ci95: tuple[float, float], error: float, least: float, sure: bool,
+    seen: FlatnessResult, beside: FlatnessResult, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    d = dataclasses.replace(
+        differences(seen, beside)["adaptive average sharpness"],
+        value=1.0, ci95=ci95, data_stderr=error, data_stderr_least=least,
+    )  # fmt: skip
+    monkeypatch.setattr("ikun_hessian.reports.flatness.differences", lambda *a: {"sharpness": d})
+    told = " ".join(" ".join(told_apart_lines([seen, beside])).split())
+    assert ("kaiming minus ikun: sharpness (1)" in told) == sure
+    assert ("no metric tells them apart" in told) != sure
 
 
 def test_results_measured_differently_are_not_compared(seen: FlatnessResult, beside: FlatnessResult) -> None:
