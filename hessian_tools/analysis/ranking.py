@@ -63,7 +63,22 @@ def ranking(result: SpectrumResult | FlatnessResult) -> str:
     return _verdict(tops, traces)
 
 
-def told_apart(labelled: Sequence[tuple[str, SpectrumResult]]) -> tuple[list[str], list[str]]:
+@dataclass(frozen=True)
+class Apart:
+    """What tells the lowest of several networks from the highest, number by number.
+
+    Attributes:
+        told: One sentence for each number that does.
+        close: Names of the numbers whose difference is at most twice its standard error.
+        unknown: Names of the numbers whose error is unknown or known only from below.
+    """
+
+    told: tuple[str, ...]
+    close: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def told_apart(labelled: Sequence[tuple[str, SpectrumResult]]) -> Apart:
     """Say which numbers tell the lowest of several networks from the highest.
 
     They do if the two differ by more than twice the standard error of the difference, with the errors taken as
@@ -71,11 +86,8 @@ def told_apart(labelled: Sequence[tuple[str, SpectrumResult]]) -> tuple[list[str
 
     Args:
         labelled: Labels and results on the same samples.
-
-    Returns:
-        One sentence for each number that tells them apart, and the names of the others.
     """
-    apart, others = [], []
+    told, close, unknown = list[str](), list[str](), list[str]()
     for kind in common_operators(list(labelled)):
         for name in ("lambda_max", "trace"):
             numbers = [(label, n) for label, r in labelled if (n := _number(r, kind, name)) is not None]
@@ -84,13 +96,15 @@ def told_apart(labelled: Sequence[tuple[str, SpectrumResult]]) -> tuple[list[str
             (low, a), *_, (high, b) = sorted(numbers, key=lambda pair: pair[1][0])
             title = f"{NAMES.get(kind, kind)} {name}"
             error = math.hypot(a[1], b[1])
-            if not a[2] and not b[2] and b[0] - a[0] > 2 * error:
+            if b[0] - a[0] <= 2 * error:  # also if the errors are only lower limits
+                close.append(title)
+            elif a[2] or b[2]:
+                unknown.append(title)
+            else:
                 by = f"{1 - a[0] / b[0]:.0%} below" if a[0] > 0 else "below"
                 far = f"{(b[0] - a[0]) / error:.1f} standard errors" if error else "exact"
-                apart.append(f"{title}: {low} is {by} {high} ({far})")
-            else:
-                others.append(title)
-    return apart, others
+                told.append(f"{title}: {low} is {by} {high} ({far})")
+    return Apart(tuple(told), tuple(close), tuple(unknown))
 
 
 def _number(result: SpectrumResult, kind: str, name: str) -> tuple[float, float, bool] | None:
@@ -117,7 +131,7 @@ def _verdict(tops: Mapping[str, Known], traces: Mapping[str, Known]) -> str:
     good |= {f"the {NAMES.get(kind, kind)} trace": trace for kind, trace in traces.items() if trace.precise}
     text = f"not by lambda_max of the {NAMES.get(worst, worst)} (data error {tops[worst]})"
     if not good:
-        return f"{text}: use more samples."
+        return f"{text}: use more samples, if there are more."
     best = min(good, key=lambda name: good[name].error)
     return f"{text}; by {best}, if two networks differ by more than {_resolved(good[best])}."
 

@@ -180,9 +180,9 @@ def _of_the_weights(result: SpectrumResult) -> Iterator[Caution]:
         size = percent_of(min(p.value for p in negative), top.value)
         yield Caution(
             MISREAD,
-            f"Negative eigenvalues (magnitude up to {size} of "
-            "lambda_max) belong to the surrogate's 2-jet. Whether the spiking loss curves down there depends on the "
-            "network: trained ones mostly curved up, untrained ones mostly down. A calibration measures it.",
+            f"Negative eigenvalues (magnitude up to {size} of lambda_max) belong to the derivatives of the surrogate. "
+            "Whether the spiking loss curves down there depends on the network: trained ones mostly curved up, "
+            "untrained ones mostly down. A calibration measures it.",
             f"Negative eigenvalues (up to {size} of lambda_max) belong to the surrogate, not to the spiking loss.",
         )
     drop = result.gradient_norm**2 / (2 * top.value) if top.value > 0 else math.nan

@@ -70,11 +70,15 @@ class Compared(Report):
         for operator in self.operators:
             lines += [f"  {operator}"]
             lines += [
-                f"    {label:<{width}}  lambda_max {top}, trace {trace}" for label, top, trace in self._of(operator)
+                f"    {label:<{width}}  lambda_max {top} (scale-free {r.spectra[operator].scale_free_lambda_max:.3g}), "
+                f"trace {trace}"
+                for (label, top, trace), (_, r) in zip(self._of(operator), self.results, strict=True)
             ]
-        apart, others = told_apart(self.results)
-        lines += [f"  told apart by {text}" for text in apart]
-        lines += [f"  not told apart by {', '.join(others)}"] if others else []
+        found = told_apart(self.results)
+        lines += [f"  told apart by {text}" for text in found.told]
+        lines += [f"  not told apart by {', '.join(found.close)}"] if found.close else []
+        lines += [f"  error known only from below: {', '.join(found.unknown)}"] if found.unknown else []
+        lines += ["  errors are over the samples, not over training seeds"]
         return "\n".join(lines)
 
     def _of(self, operator: str) -> list[tuple[str, str, str]]:

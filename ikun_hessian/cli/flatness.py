@@ -11,7 +11,7 @@ import click
 
 from ikun_hessian.cli.click_options import options, own_options, screen_options, threads_option
 from ikun_hessian.cli.inputs import checkpoint_files
-from ikun_hessian.cli.screen import dumps, echo, show_result
+from ikun_hessian.cli.screen import dumps, echo, echo_opening, show_result
 from ikun_hessian.jobs.calibration import analyse_calibration, own_calibration
 from ikun_hessian.jobs.device import half_of_the_memory, pick
 from ikun_hessian.jobs.existing_results import existing_result
@@ -82,7 +82,7 @@ def flatness_command(
     locks = click.get_current_context().with_resource(ExitStack())
     for path, stem in zip(checkpoints, stems, strict=True):
         if detail != "quiet":
-            echo(f"opening {path}", err=True)
+            echo_opening(path, own)
         job = open_job(path, own=own, **opening, memory=memory, data_dir=data_dir, device=where)
         calibration_stem = result_stem(path, out, tag, "calibration")
         old = existing_result(

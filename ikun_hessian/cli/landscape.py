@@ -12,7 +12,7 @@ import click
 
 from ikun_hessian.cli.click_options import options, own_options, screen_options, threads_option
 from ikun_hessian.cli.inputs import checkpoint_files
-from ikun_hessian.cli.screen import dumps, echo, show_result
+from ikun_hessian.cli.screen import dumps, echo, echo_opening, show_result
 from ikun_hessian.jobs.device import half_of_the_memory, pick
 from ikun_hessian.jobs.existing_results import existing_result
 from ikun_hessian.jobs.landscape import analyse_landscape, write_landscape, write_surfaces, write_together
@@ -149,7 +149,7 @@ def landscape_command(
     locks = click.get_current_context().with_resource(ExitStack())
     for path, stem in zip(checkpoints, stems, strict=True):
         if detail != "quiet":
-            echo(f"opening {path}", err=True)
+            echo_opening(path, opening["own"])
         job = open_job(path, memory=settings.memory, device=where, **opening)
         old = existing_result(
             stem, lambda path: load_result(path, LandscapeResult, LANDSCAPE_SCHEMA), settings, job, force, resume, locks
@@ -221,7 +221,7 @@ def _trajectory(
 
     def open_one(path: Path) -> Job:
         if detail != "quiet":
-            echo(f"opening {path}", err=True)
+            echo_opening(path, opening["own"])
         return open_job(path, memory=memory, device=device, **opening)
 
     job, snapshots = saved_snapshots(checkpoints, open_one)

@@ -8,9 +8,13 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from ikun_hessian.jobs.job import Own
 
 _output: IO[str] | None = None  # where results go while standard output is redirected
 
@@ -40,6 +44,12 @@ def echo_red(text: str) -> None:
 
     for line in paragraph(text):
         click.secho(one_line(line), fg="red", file=_output)
+
+
+def echo_opening(path: Path, own: Own) -> None:
+    """Say on standard error which file is opened, and which loss is taken if none was given for a user's network."""
+    assumed = own.loss is None and (own.model is not None or path.suffix == ".nir")
+    echo(f"opening {path}{' (no --loss given: mse of one-hot targets)' if assumed else ''}", err=True)
 
 
 def show_result(detail: str, number: int, brief: str, summary: str, full: Sequence[str]) -> None:

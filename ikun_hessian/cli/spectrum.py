@@ -12,7 +12,7 @@ import click
 
 from ikun_hessian.cli.click_options import options, own_options, screen_options, threads_option
 from ikun_hessian.cli.inputs import checkpoint_files
-from ikun_hessian.cli.screen import echo, show_result
+from ikun_hessian.cli.screen import echo, echo_opening, show_result
 from ikun_hessian.jobs.device import half_of_the_memory, pick
 from ikun_hessian.jobs.existing_results import existing_result
 from ikun_hessian.jobs.job import Own
@@ -80,7 +80,7 @@ def spectrum_command(
     locks = click.get_current_context().with_resource(ExitStack())
     for path, stem in zip(checkpoints, stems, strict=True):
         if first and detail != "quiet":
-            echo(f"opening {path}", err=True)
+            echo_opening(path, own)
         job = open_job(path, own=own, **opening, memory=settings.memory, data_dir=data_dir, device=where, group=group)
         old = existing_result(stem, load_spectrum, settings, job, force, resume, locks) if first else None
         old = old if group is None else group.broadcast(old)

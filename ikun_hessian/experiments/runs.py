@@ -162,11 +162,13 @@ def _named(path: Path) -> Iterator[Path]:
         if not found:
             missing = path.with_suffix(SPECTRUM)
             raise ResultError(
-                f"{missing}: cannot be read (no results next to the checkpoint): run `ikun-hessian spectrum`"
+                f"{missing}: cannot be read (no results next to the checkpoint): run `ikun-hessian spectrum {path}`"
             )
         yield from found
     elif not path.name.endswith((TRAIN, SPECTRUM, FLATNESS)):
-        raise ResultError(f"{path}: not a folder, a checkpoint (.pt) or a result (*{SPECTRUM}, *{FLATNESS}, *{TRAIN})")
+        near = next((p for end in (SPECTRUM, FLATNESS) if (p := path.with_suffix(end)).is_file()), None)
+        hint = f": did you mean {near}?" if near else f" (*{SPECTRUM}, *{FLATNESS}, *{TRAIN})"
+        raise ResultError(f"{path}: not a folder, a checkpoint (.pt) or a result{hint}")
     else:
         yield path
     known = [p for p in path.parent.glob(f"*{TRAIN}") if path.name.startswith(f"{p.name.removesuffix(TRAIN)}.")]

@@ -158,9 +158,9 @@ def _found(
     network: nn.Module, x: Any, y: Tensor, loss: str | Callable[..., Any], opening: Opening, data: str
 ) -> Opened:
     """Adapt a network and check that the loss and the targets fit."""
-    from ikun.adapters import AdapterError
+    from ikun.adapters import adapt
     from ikun_hessian.jobs.user_loss import loss_name
-    from ikun_hessian.jobs.user_network import open_network
+    from ikun_hessian.jobs.user_network import adapt_options, open_network, time_explained
 
     steps = opening.timesteps
     if opening.sequences and steps is None and getattr(x, "ndim", 0) > 1:
@@ -174,26 +174,12 @@ def _found(
         **{key: getattr(opening, key) for key in _SHARED},
     )
     reset = opening.reset if callable(opening.reset) else None
-    try:
+
+    def adapted(other: Own) -> object:
+        return adapt(network, x, **adapt_options(other))
+
+    with time_explained(own, adapted):
         return open_network(network, x, y, own, loss=named, reset=reset, surrogate=opening.surrogate)
-    except AdapterError as error:
-        if steps is None and _runs_for_steps(network, x, opening):
-            raise AdapterError("the network needs the number of time steps T: give {steps}", steps=...) from None
-        raise error
-
-
-def _runs_for_steps(network: nn.Module, x: Any, opening: Opening) -> bool:
-    """Whether a network that cannot be adapted without a number of time steps can be adapted with one."""
-    from ikun.adapters import AdapterError, adapt
-
-    names = ("library", "sequences", "time_first", "readout", "valid")
-    try:
-        adapt(
-            network, x, steps=2, output=opening.output or "spikes", **{name: getattr(opening, name) for name in names}
-        )
-    except AdapterError:
-        return False
-    return True
 
 
 _SHARED = (

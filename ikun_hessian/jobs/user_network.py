@@ -84,7 +84,36 @@ def open_own(
     code = [load_function("--model", own.model)] if own.model is not None else []
     loss = loss_name(own.loss or "mse")
     labels = replace(own, model=own.model or path.name, loss=loss)
-    return _opened(build, x, y, labels, surrogate, reset, code, partial(loss_of_option, loss), own.model is None)
+    with time_explained(own, lambda other: _built(path, other, own.model or "")(x, None, None, 1.0, reset)):
+        return _opened(build, x, y, labels, surrogate, reset, code, partial(loss_of_option, loss), own.model is None)
+
+
+@contextmanager
+def time_explained(own: Own, tried: Callable[[Own], object]) -> Iterator[None]:
+    """Say whether a network that cannot be adapted needs a number of time steps, or must not get one.
+
+    Args:
+        own: Its options.
+        tried: Adapts the network with other options.
+
+    Raises:
+        AdapterError: In place of one that is raised inside, if the network can be adapted with or without a number of
+            time steps.
+    """
+    from ikun.adapters import AdapterError
+
+    try:
+        yield
+    except AdapterError as error:
+        if "give " in str(error):  # it says what to do
+            raise
+        try:
+            tried(replace(own, timesteps=2 if own.timesteps is None else None))
+        except (AdapterError, UsageError):
+            raise error from None
+        if own.timesteps is None:
+            raise AdapterError("the network needs the number of time steps T: give {steps}", steps=...) from None
+        raise AdapterError("the network runs through time by itself: leave out {steps}", steps=...) from None
 
 
 def open_network(

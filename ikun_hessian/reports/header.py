@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hessian_tools.analysis.warnings import learned_nothing
@@ -88,6 +88,19 @@ def _alpha(training: dict[str, Any]) -> str:
     return f" ({', '.join(f'{key} {value:g}' for key, value in known.items())})" if known else ""
 
 
+def output_of(n: Mapping[str, Any]) -> str:
+    """Return which output of a network of the user's own is used, in words."""
+    chosen = str(n.get("output", "spikes"))
+    return {"spikes": "first output", "membrane": "last output"}.get(chosen, f"output {chosen}")
+
+
+def read_from(n: Mapping[str, Any]) -> str:
+    """Return which output of a network of the user's own the loss gets; empty for other networks."""
+    if "output" not in n or n.get("timesteps") is None or not n.get("readout"):
+        return ""
+    return f"; all steps of the {output_of(n)}" if n["readout"] == "none" else f"; {n['readout']} of the {output_of(n)}"
+
+
 def _own(n: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield entries about a user's network: its library, its time loop, its surrogates, and warnings."""
     library = "plain torch" if n["library"] == "none" else n["library"]
@@ -98,7 +111,7 @@ def _own(n: dict[str, Any]) -> Iterator[tuple[str, str]]:
     calls = f"one call for {n['one call']}" if n["one call"] else "run by the network itself"
     if n["timesteps"] is not None:
         readout = "none (the loss gets all steps)" if n["readout"] == "none" else n["readout"]
-        read = f", readout: {readout} of the {n['output']}" if readout else ""
+        read = f", readout: {readout} of the {output_of(n)}" if readout else ""
         padded = f", valid steps: {n['valid']}" if n.get("valid") else ""
         yield "time", f"T = {n['timesteps']}, {calls}{read}{padded}"
     places: dict[str, list[str]] = {}

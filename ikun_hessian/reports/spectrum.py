@@ -264,13 +264,8 @@ def compare_lines(labelled: list[tuple[str, SpectrumResult]]) -> list[str]:
     width = min(16, max(len(label) for label, _ in labelled))
     lines = [line for label, r in labelled if (said := not_learned(r)) for line in (f"{label}:", *said)]
     pairs = by_method(labelled)
-    apart, others = told_apart(labelled) if not pairs else ([], [])
-    for text in apart:
-        lines += field("told apart", text)
-    if others:
-        lines += field("not apart", f"{', '.join(others)}: the difference is less than twice its error, or unknown")
-    if apart or others:
-        lines += [""]
+    if not pairs:
+        lines += [*_apart(labelled), ""]
     lines += [f"{'':<{width}} {'loss':>9} {'accuracy':>8} {'weight norm':>11}"]
     for label, r in labelled:
         norm = math.sqrt(sum(v**2 for v in r.weight_norms.values()))
@@ -295,6 +290,21 @@ def compare_lines(labelled: list[tuple[str, SpectrumResult]]) -> list[str]:
     if pairs:
         lines += ["", *paragraph(_METHODS)]
     return [*lines, "", *paragraph(_ERRORS)]
+
+
+def _apart(labelled: list[tuple[str, SpectrumResult]]) -> list[str]:
+    """Return the lines that say which numbers tell the networks apart."""
+    found = told_apart(labelled)
+    lines = [line for text in found.told for line in field("told apart", text)]
+    if found.close:
+        lines += field("not apart", f"{', '.join(found.close)}: the difference is at most twice its error")
+    if found.unknown:
+        lines += field(
+            "unknown", f"{', '.join(found.unknown)}: a few samples carry the error, which is known only from below"
+        )
+    if any(r.network.get("norm") not in (None, "none") for _, r in labelled):
+        lines += field("BatchNorm", "lambda_max and trace depend on the scale of the weights: look at scale-free too")
+    return lines
 
 
 _ERRORS = (

@@ -15,6 +15,7 @@ from hessian_tools.results.provenance import Analysed
 from hessian_tools.results.spectrum import LossRise, SpectrumResult
 from hessian_tools.results.text import WithDataError
 from ikun_hessian.reports.flatness import flatness_cautions
+from ikun_hessian.reports.header import read_from
 from ikun_hessian.reports.landscape import landscape_cautions, rises
 from ikun_hessian.reports.text import SCREEN_WIDTH, shortened
 
@@ -39,7 +40,7 @@ def spectrum_summary(result: SpectrumResult, files: str = "", terminal: bool = T
     if result.loss_rise is not None:
         lines += entry("spiking loss" if is_spiking(result) else "loss", _rise(result.loss, result.loss_rise))
     lines += entry("ranking", ranking(result))
-    note = f"+-: standard error from the data; {more(len(result.warnings), terminal)}"
+    note = f"+-: standard error (data); {more(len(result.warnings), terminal)}"
     return closed(lines, main_warnings(result), files, note)
 
 
@@ -77,7 +78,7 @@ def flatness_summary(
     elif refusal:
         lines.append(one_line_entry("calibrated", f"no: {refusal}"))
     cautions = list(flatness_cautions(result))
-    note = f"+-: standard error from the data; {more(len(cautions), terminal)}"
+    note = f"+-: standard error (data); {more(len(cautions), terminal)}"
     return closed(lines, [_first_sentence(text) for text in cautions], files, note)
 
 
@@ -155,13 +156,13 @@ def opened_lines(r: Analysed) -> list[str]:
     room = SCREEN_WIDTH - LABEL - len(said) - 2
     samples = f"{d['samples']:,} samples" if "samples" in d else ""
     name = " ".join(str(part) for part in (d.get("name"), d.get("split")) if part)
-    kind = f" ({d['loss']})" if d.get("loss") else ""
+    kind = f" ({d['loss']}{read_from(n)})" if d.get("loss") else ""
     accuracy: float = getattr(r, "accuracy", math.nan)
     share = "" if math.isnan(accuracy) else f", accuracy {accuracy:.1%}"
     measured = f"{', '.join(part for part in (name, samples) if part)}; loss{kind} {r.loss:.4g}{share}"
     return [
         one_line_entry("opened", f"{shortened(path, max(room, 20))}: {said}" if path else said),
-        one_line_entry("data", measured),
+        *entry("data", measured)[:2],
     ]
 
 
@@ -181,18 +182,23 @@ def _table_head(spiking: bool) -> str:
     return f"{'curvature':<{LABEL}}{'lambda_max':<26}{'trace':<17}{whose:>23}".rstrip()
 
 
+def two_digits(error: float) -> str:
+    """Round an error to two digits, without an exponent below a million."""
+    return f"{float(f'{error:.2g}'):g}"
+
+
 def _cell(value: float, number: WithDataError) -> str:
     """Format a value with its standard error from the data."""
     if not math.isnan(number.data_stderr_least):
-        return f"{value:.3g} +- {number.data_stderr_least:.2g} or more"
-    return f"{value:.3g}" if math.isnan(number.data_stderr) else f"{value:.3g} +- {number.data_stderr:.2g}"
+        return f"{value:.3g} +- {two_digits(number.data_stderr_least)} or more"
+    return f"{value:.3g}" if math.isnan(number.data_stderr) else f"{value:.3g} +- {two_digits(number.data_stderr)}"
 
 
 def _rise(loss: float, rise: LossRise) -> str:
     """Say how much the loss itself rises under weight noise."""
     least = not math.isnan(rise.data_stderr_least)
     errors = [e for e in (rise.stderr, rise.data_stderr_least if least else rise.data_stderr) if not math.isnan(e)]
-    error = f" +- {math.hypot(*errors):.2g}{' or more' if least else ''}" if errors else ""
+    error = f" +- {two_digits(math.hypot(*errors))}{' or more' if least else ''}" if errors else ""
     change = f"rises by {rise.estimate:.3g}" if rise.estimate >= 0 else f"falls by {-rise.estimate:.3g}"
     share = f" ({rise.estimate / loss:+.0%})" if 0 < loss and abs(rise.estimate) < 100 * loss else ""
     return f"{change}{error}{share} under {rise.radius:.0%} weight noise"
@@ -204,7 +210,7 @@ def more(warnings: int, terminal: bool) -> str:
     counted = f"{warnings} warning{'' if warnings == 1 else 's'}"
     if not terminal:
         return counted
-    return f"--full: tables, {counted}" if warnings else "--full: tables"
+    return f"--resume --full: tables, {counted}" if warnings else "--resume --full: tables"
 
 
 def entry(name: str, text: str) -> list[str]:

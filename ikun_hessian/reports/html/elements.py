@@ -52,7 +52,7 @@ def number(x: float, digits: int = 4) -> str:
     """Format a number with a true minus sign, "–" if it is NaN."""
     if math.isnan(x):
         return "–"
-    return f"{x:.{digits}g}".replace("-", MINUS)
+    return f"{float(f'{x:.{digits}g}'):g}".replace("-", MINUS)  # 10 instead of 1e+01
 
 
 def value_with_error(value: float, error: float, least: float = math.nan) -> str:

@@ -98,7 +98,7 @@ def test_spectra_are_compared(tmp_path: Path) -> None:
     path = second.save(tmp_path / "b")[0]
     found = ih.compare({"ours": first, "theirs": path})
     assert [row["lambda_max"] for row in found.rows()][:2] == [3.0, 6.0]
-    assert re.search(r"ours +lambda_max 3 \+- 0.03, trace 12 \+- 0.5", repr(found))
+    assert re.search(r"ours +lambda_max 3 \+- 0.03 \(scale-free 7\), trace 12 \+- 0.5", repr(found))
     assert "theirs & hessian & $6 \\pm 0.06$" in found.cite()
     assert [p.name for p in found.save(tmp_path / "c")] == ["c.csv", "c.png", "c.pdf"]
     assert [label for label, _ in ih.compare([first, first]).results] == ["1 ikun", "2 ikun"]
