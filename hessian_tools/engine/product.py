@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,8 @@ from hessian_tools.engine.linearized import Linearized, output_form
 from hessian_tools.engine.programs import lock, program_of, state_of
 from hessian_tools.engine.trace import Program, run_stage
 from hessian_tools.runtime.storages import Storages
+
+ALIGNED = 64  # bytes, as torch aligns its own memory on the CPU
 
 if TYPE_CHECKING:
     from hessian_tools.objective import Batch, Objective
@@ -57,12 +60,19 @@ def linearize_traced(objective: Objective, batch: Batch, kind: str, memory: floa
 
     def product(v: Tensor) -> Tensor:
         here = dict(kept)
-        here.update(zip(program.vector, (part.clone() for part in objective.split(v)), strict=True))
+        here.update(zip(program.vector, _aligned(objective.split(v)), strict=True))
         (tangent,) = run_stage(program, 2, here)
         here[program.tangent] = curve(tangent).contiguous()
         return objective.flatten(run_stage(program, 3, here))
 
     return Linearized(product, storages.alive([*state.values(), *nested.tensors(x), y]), path="traced")
+
+
+def _aligned(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield tensors that are contiguous and begin at a multiple of `ALIGNED` bytes, so that sums have the same bits."""
+    for part in parts:
+        whole = part.contiguous()
+        yield whole.clone() if whole.data_ptr() % ALIGNED else whole
 
 
 def _in_segments(objective: Objective, batch: Batch, kind: str, program: Program, memory: float) -> Linearized:
@@ -80,7 +90,7 @@ def _in_segments(objective: Objective, batch: Batch, kind: str, program: Program
         values: dict[str, Any] = dict(
             zip(program.values, [*state_of(objective.model).values(), *nested.tensors(x)], strict=True)
         )
-        values.update(zip(program.vector, (part.clone() for part in objective.split(v)), strict=True))
+        values.update(zip(program.vector, _aligned(objective.split(v)), strict=True))
 
         def close(outputs: Tensor, tangent: Tensor, here: dict[str, Tensor]) -> bool:
             form = output_form(kind, objective.loss, outputs, y)
