@@ -347,7 +347,7 @@ class SpectrumResult:
             parts += [f"lambda_min {with_error(e.value, e)}" for e in s.smallest_eigenvalues[:1]]
             parts += [f"trace {with_error(s.trace.estimate, s.trace)}"] if s.trace else []
             lines.append(f"  {name}: {', '.join(parts)}")
-        return "\n".join([*lines, *([f"  {len(self.warnings)} warnings"] if self.warnings else [])])
+        return "\n".join([*lines, *([f"  {len(self.warnings)} warnings, in .warnings"] if self.warnings else [])])
 
 
 def to_json(result: SpectrumResult) -> dict[str, Any]:
