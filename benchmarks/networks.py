@@ -221,8 +221,9 @@ def peers_of(own: Own, data: tuple[Tensor, Tensor], v: Tensor, exact: Tensor, no
 def lambda_max(objective: Objective, product: Product) -> tuple[float, float]:
     """Return the largest eigenvalue by our operator, and by scipy over the user's own double backward."""
     pairs = hessian_tools.eigenpairs(
-        hessian_tools.hessian(objective, MEMORY), 1, generator=torch.Generator().manual_seed(0), tol=1e-7
-    )
+        hessian_tools.hessian(objective, MEMORY), 1, generator=torch.Generator().manual_seed(0), tol=1e-7,
+        max_basis=min(400, max(20, int(MEMORY / 8 / objective.size))),
+    )  # fmt: skip
 
     def multiply(v: Any) -> Any:
         return product(torch.from_numpy(np.ascontiguousarray(v).reshape(-1))).numpy()

@@ -59,7 +59,7 @@ def suits(x: Tensor, w: Tensor, geometry: Sequence[Any]) -> bool:
     if least < CHANNELS or min(x.shape[2:]) + 2 * padding[0] < 3:
         return False
     down, across = _tiles(x.shape, padding[0])
-    if least < WIDE and down * across > TILES:
+    if down * across == 1 or (least < WIDE and down * across > TILES):  # for one tile, transforms of weights weigh more
         return False
     return _compiled() is not None
 
