@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 COLUMN_WIDTHS = {1: 3.5, 2: 7.2}  # width of a figure in inches, by number of columns
 ACROSS = {1: 2, 2: 4}  # largest number of columns of panels in a grid, by number of columns
 FLOW = {1: 4, 2: 9}  # largest number of panels per page outside a grid, by number of columns
+MOST = 12  # panels on a page with a grid
 LINE = 0.125  # height in inches of a line of the legend or the caption
 
 
@@ -221,7 +222,14 @@ def _pages(chart: Chart, name: str, width: int) -> list[tuple[list[Panel], bool]
         return [(panels[i : i + most], True) for i in range(0, len(panels), most)]
     parts = -(-len(columns) // ACROSS[width])
     cuts = [round(i * len(columns) / parts) for i in range(parts + 1)]
-    return [([p for p in panels if p.column in columns[a:b]], False) for a, b in itertools.pairwise(cuts)]
+    rows = list(dict.fromkeys(p.row for p in panels))
+    pages = []
+    for a, b in itertools.pairwise(cuts):
+        most = MOST // (b - a)
+        for i in range(0, len(rows), most):
+            some = [p for p in panels if p.column in columns[a:b] and p.row in rows[i : i + most]]
+            pages += [(some, False)] if some else []
+    return pages
 
 
 def _figure(

@@ -412,11 +412,13 @@ def test_titles_above_four_columns_take_one_line() -> None:
         for optimizer in ("adam", "sgd")
         for run in make_study(["ikun"], (0, 1), training={"optimizer": optimizer})
     ]
-    (both,) = chart_figures(charts("init", 0.9)["ranks"](runs))
-    titles = [ax.get_title(loc="left") for ax in both.axes[:4]]
-    assert "adam, loss\u00a0≤\u00a00.02" in titles[0]
-    assert not any("\n" in title for title in titles)
-    assert collisions(both) == []
+    pages = chart_figures(charts("init", 0.9)["ranks"](runs))
+    assert [len(page.axes) for page in pages] == [12, 12]  # no page has more than twelve panels
+    for page in pages:
+        titles = [ax.get_title(loc="left") for ax in page.axes[:4]]
+        assert "adam, loss\u00a0≤\u00a00.02" in titles[0]
+        assert not any("\n" in title for title in titles)
+        assert collisions(page) == []
 
 
 def test_bare_numbers_in_the_legend_have_a_title(three: list[TrainingRun]) -> None:
