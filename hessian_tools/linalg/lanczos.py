@@ -22,6 +22,7 @@ from hessian_tools.operators.base import Operator
 ProductProgress = Callable[[int, int, float], None]
 # If the next vector is shorter than this, relative to the operator, it is round-off and the Krylov space is invariant.
 BREAKDOWN = 1e-13
+BASIS, BASIS_BYTES = 400, 4 * 2**30  # default limits of a Lanczos basis: vectors, and bytes of float64
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,8 @@ def eigenpairs(
         generator: Random generator of the start vector and of restarts in the complement.
         tol: Relative tolerance of the residuals.
         max_products: Largest number of operator products before the residuals.
-        max_basis: Largest number of basis vectors. The default is 400, or twice the number of wanted pairs if that is
-            more.
+        max_basis: Largest number of basis vectors. The default is 400, or as many as fit in 4 GiB if that is less, but
+            at least twice the number of wanted pairs and what they need.
         start: Start vector [P] instead of a random one.
         progress: Called after every product with (products done, products expected, worst relative residual).
 
@@ -223,8 +224,10 @@ def eigenpairs(
     if min(largest, smallest, magnitude) < 0 or not 1 <= wanted <= size:
         kind = f"{magnitude} by magnitude" if magnitude else f"{largest} largest and {smallest} smallest"
         raise ValueError(f"cannot find {kind} of {size} eigenvalues")
-    room = max(400, 2 * wanted) if max_basis is None else max_basis
     least = min(size, least_basis(wanted))
+    room = max_basis
+    if room is None:
+        room = max(2 * wanted, least, min(BASIS, BASIS_BYTES // (8 * size)))
     if room < least:
         gib = 8 * size / 2**30
         raise ValueError(

@@ -628,3 +628,17 @@ def test_power_iteration_flags_what_it_cannot_separate() -> None:
     pairs = power_iteration(op, 1, generator=seeded(), max_iterations=300)
     assert not pairs.converged[0]
     assert pairs.residuals[0] > 0.1
+
+
+def test_the_default_basis_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(300, 300, dtype=torch.float64, generator=generator)
+    matrix = matrix + matrix.T
+    exact = float(torch.linalg.eigvalsh(matrix)[-1])
+    found = {}
+    for size in (4 * 2**30, 300 * 8 * 12):
+        monkeypatch.setattr("hessian_tools.linalg.lanczos.BASIS_BYTES", size)
+        pairs = eigenpairs(Dense(matrix), 1, generator=torch.Generator().manual_seed(0), tol=1e-8)
+        assert abs(float(pairs.values[0]) - exact) <= float(pairs.residuals[0]) + 1e-10
+        found[size] = pairs.steps
+    assert list(found.values())[1] <= 12 < list(found.values())[0]
