@@ -167,6 +167,27 @@ def test_mistakes_are_one_line(arguments: tuple[Any, Any], options: dict[str, An
     assert "\n" not in str(caught.value)
 
 
+def test_a_network_with_a_loop_of_its_own_needs_no_steps() -> None:
+    snntorch = pytest.importorskip("snntorch")
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.spike = nn.Linear(8, 3), snntorch.Leaky(beta=0.9)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            memory, spikes, memories = self.spike.init_leaky(), [], []
+            for _ in range(4):
+                spike, memory = self.spike(self.layer(x), memory)
+                spikes.append(spike)
+                memories.append(memory)
+            return torch.stack(spikes), torch.stack(memories)
+
+    x, y = torch.rand(12, 8), torch.arange(12) % 3
+    with pytest.raises(ValueError, match=r"runs through time by itself: leave out timesteps="):
+        ih.analyze(Loop(), (x, y), "ce", timesteps=5, output="membrane")
+
+
 def test_an_unknown_option_and_an_unknown_model() -> None:
     with pytest.raises(TypeError, match=r"no option 'timestep': did you mean 'timesteps'\?"):
         ih.analyze(mlp(), samples(), "ce", timestep=4)
