@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -72,8 +74,20 @@ def program_of(objective: Objective, x: Any, second: bool, folds: bool = True) -
     with lock:
         found: Program | str | None = objective.programs.get(key)
         if found is None:
-            objective.programs[key] = found = _found(objective, x, second, folds)
+            with _without_log():
+                objective.programs[key] = found = _found(objective, x, second, folds)
     return found
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Keep torch from logging the errors of operations in a trace, after which another way is taken."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _found(objective: Objective, x: Any, second: bool, folds: bool) -> Program | str:

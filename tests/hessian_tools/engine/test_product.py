@@ -384,3 +384,22 @@ def test_batch_sizes_that_are_sizes_of_the_network_are_kept_apart(samples: int) 
     objective = objective_of(Case(net(run), (5,)), samples)
     assert max(error_of(objective, kind) for kind in ORACLES) <= 1e-10
     assert all(p.samples == samples for p in objective.programs.values() if isinstance(p, Program) and p.samples)
+
+
+def test_a_trace_that_fails_for_other_numbers_of_samples_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    class Twelve(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.two(torch.tanh(self.one(x)) + torch.zeros(12, 1))
+            return y
+
+    torch.manual_seed(0)
+    data = torch.randn(12, 4).double(), torch.arange(12) % 3
+    objective = make_objective(Twelve().double(), F.cross_entropy, data, check=False)
+    op = curvature.hessian(objective)
+    op @ torch.ones(objective.size, dtype=torch.float64)
+    assert op.path == "traced"
+    assert [r for r in caplog.records if "fake_tensor" in r.name] == []
