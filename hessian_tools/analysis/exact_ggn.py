@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,15 +45,20 @@ def exact_pairs(op: Operator, values: Tensor, vectors: Tensor, tol: float) -> Ei
     return certified(op, vectors, tol, norm, others, steps=op.shape[0])
 
 
-def exact_density(values: Tensor, pairs: Eigenpairs, size: int) -> DensityEstimate:
-    """Return the density as one quadrature whose nodes are all eigenvalues, zero for those that are not in `values`."""
-    known = len(pairs.values)
-    nodes = torch.cat([pairs.values, values[known:], torch.zeros(1, dtype=torch.float64)])
+def exact_density(values: Tensor, atoms: int, size: int) -> DensityEstimate:
+    """Return the density as one quadrature whose nodes are all eigenvalues, zero for those that are not in `values`.
+
+    Args:
+        values: All eigenvalues [r] that are not zero, in descending order.
+        atoms: How many of them count as deflated.
+        size: P, the number of eigenvalues.
+    """
+    nodes = torch.cat([values, torch.zeros(1, dtype=values.dtype)])
     weights = torch.full_like(nodes, 1 / size)
-    weights[-1] = max(0.0, 1 - (len(nodes) - 1) / size)
-    rest = values[known:]
+    weights[-1] = max(0.0, 1 - len(values) / size)
+    rest = values[atoms:]
     forms, squares = rest.sum()[None], rest.square().sum()[None]
-    return DensityEstimate((nodes,), (weights,), known, len(values), forms, squares, (nodes,), (weights,), 0.0)
+    return DensityEstimate((nodes,), (weights,), atoms, len(values), forms, squares, (nodes,), (weights,), 0.0)
 
 
 def exact_trace(values: Tensor) -> TraceEstimate:
@@ -70,7 +76,7 @@ def exact_functions(values: Tensor, size: int, damping: float | None) -> dict[st
     def functional(value: float) -> Functional:
         return Functional(value, 0.0, (value, value), 0, 0.0, z)
 
-    log = float((values + z).log().sum()) + (size - len(values)) * float(torch.tensor(z, dtype=torch.float64).log())
+    log = float((values + z).log().sum()) + (size - len(values)) * math.log(z)
     return {
         "effective_dimension": functional(float((values / (values + z)).sum())),
         "log_determinant": functional(log),

@@ -93,7 +93,7 @@ def measure(
     spare = room - (0 if exact is pairs else len(exact.values))  # vectors available to a density
     spectral: DensityEstimate | None = None
     if whole is not None:
-        spectral = exact_density(whole, exact, size)
+        spectral = exact_density(whole, len(pairs.values), size)
     elif settings.density and settings.backend == "own":
         step_density = run.meter.phase(f"{name}: density")
         counts = {"probes": settings.probes, "steps": settings.steps}

@@ -177,7 +177,7 @@ def _derives(program: Program, objective: Objective, x: Any) -> bool:
     weights = list(objective.parameters.values())
     with torch.enable_grad():
         outputs = objective.outputs(x)
-        u = draw(outputs)
+        u = _draw(outputs)
         found = torch.autograd.grad(outputs, weights, u, allow_unused=True) if outputs.requires_grad else ()
     expected = objective.flatten(found or [None] * len(weights))
     size = expected.norm()
@@ -200,7 +200,7 @@ def _derives(program: Program, objective: Objective, x: Any) -> bool:
     return bool((transposed - expected).norm() <= slack) and bool(((tangent * u).sum() - size).abs() <= slack)
 
 
-def draw(like: Tensor) -> Tensor:
+def _draw(like: Tensor) -> Tensor:
     """Return random normal numbers, always the same."""
     source = torch.Generator().manual_seed(0)
     return torch.randn(like.shape, generator=source, dtype=torch.float64).to(like.device, like.dtype)

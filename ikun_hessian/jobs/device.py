@@ -32,7 +32,7 @@ def pick(device: str) -> str:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     local = environment_number("LOCAL_RANK", least=0, default=0)
-    if device == "cuda" and local < torch.cuda.device_count():
+    if device == "cuda" and "LOCAL_RANK" in os.environ and local < torch.cuda.device_count():
         torch.cuda.set_device(local)  # before anything is placed on the first GPU
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
