@@ -117,6 +117,13 @@ def test_without_recurrent_weights_a_recurrent_network_is_feed_forward() -> None
     assert relative(one, two) < 1e-12
 
 
+def test_a_traced_product_without_its_derivatives_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folded with what a function holds, this network's product is zero; only the comparison with autograd tells."""
+    monkeypatch.setattr("hessian_tools.engine.tape.holds_tensors", lambda *a: False)
+    found = dense(smoothed(recurrent(0.0), scale=0.3, draws=6))
+    assert relative(found, dense(smoothed(recurrent(0.0, "mlp"), scale=0.3, draws=6))) < 1e-12
+
+
 def oracle(objective: Objective, scale: float, draws: int) -> tuple[Array, Array]:
     """Tangents of the output neurons' mean currents [P, N, K] and of the hidden counts [P, N, F], in NumPy."""
     x = objective.batches[0][0].transpose(0, 1).flatten(2).numpy()  # [T, N, F]
