@@ -26,7 +26,7 @@ from hessian_tools.operators.base import Composed, Operator
 from hessian_tools.operators.curvature import OPERATORS, hessian
 from hessian_tools.resume import Phases, ResumeError
 from hessian_tools.runtime.distributed import Group, RankError, environment_number, initialize_group
-from ikun_hessian.jobs.device import half_of_the_memory
+from ikun_hessian.jobs.device import half_of_the_memory, pick
 
 RAGGED = (4, 3, 5, 1, 2)
 DIES_AT = 17  # products
@@ -286,6 +286,19 @@ def test_each_process_has_the_memory_of_its_own_gpu(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert half_of_the_memory("cuda") == 32
     assert half_of_the_memory("cpu") == pytest.approx(whole / 2, abs=0.1)
+
+
+def test_only_a_rank_chooses_its_gpu_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    for name, value in (("is_available", True), ("device_count", 2), ("current_device", 1)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert pick("cuda") == "cuda"
+    assert chosen == [1]
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert pick("cuda") == "cuda"
+    assert chosen[-1] == 0
 
 
 def test_numbers_of_the_environment_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
