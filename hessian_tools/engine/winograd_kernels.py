@@ -1,166 +1,210 @@
-"""The transforms of Winograd's convolution (see `hessian_tools.engine.winograd`) as numba kernels for the CPU.
+"""The transforms of Winograd's convolution (see `hessian_tools.engine.winograd`), compiled by numba for the CPU.
 
-These are plain Python functions that `winograd` compiles. Each processes the channels first..last-1 of its output. A
-transformed tensor is [16, channels, samples * tiles], with the tiles of a sample in row-major order. Tiles have 4 x 4
-inputs, which overlap by 2, and 2 x 2 outputs.
+A transform maps every tile t to M t M' [6, 6]. M is B' for tiles of the inputs [6, 6], A for tiles of the outputs
+[4, 4], and G for kernels [3, 3]. The matrices follow from the points 0, 3/4, -3/4, 3/2, -3/2 and infinity. A
+transformed tensor is [36, channels, tiles]. Each function processes the channels first..last-1 of it.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, disable-error-code="misc"
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
+
+BLOCK = 64  # tiles that are transformed together, so that their entries are vectors
+A, B = 9 / 16, 9 / 4  # squares of the points
+AB, A_B = A * B, A + B
+ROOT_A, ROOT_B = 3 / 4, 3 / 2
+G0, GA, GB = 64 / 81, -128 / 243, 32 / 243  # 1 / product of the differences to the other points
 
 
-def inputs(x, pad, down, across, first, last, out):
-    """Write B' d B of every tile d of x [N, C, H, W] to out."""
+def _compiled(function):
+    try:
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # no writable directory for the cache
+        return njit(nogil=True, error_model="numpy")(function)
+
+
+@njit(inline="always", error_model="numpy")
+def _map(size, d, r, many):
+    """Write M d to r. Row k of d and of r begins at k * many, and d has as many rows as `size` has entries."""
+    one = d.dtype.type
+    a, b, ab, a_b, root_a, root_b = one(A), one(B), one(AB), one(A_B), one(ROOT_A), one(ROOT_B)
+    if len(size) == 6:
+        for z in range(many):
+            d0, d1, d2 = d[z], d[many + z], d[2 * many + z]
+            d3, d4, d5 = d[3 * many + z], d[4 * many + z], d[5 * many + z]
+            e, f = d4 - b * d2, root_a * (d3 - b * d1)
+            u, v = d4 - a * d2, root_b * (d3 - a * d1)
+            r[z] = ab * d0 - a_b * d2 + d4
+            r[many + z] = e + f
+            r[2 * many + z] = e - f
+            r[3 * many + z] = u + v
+            r[4 * many + z] = u - v
+            r[5 * many + z] = ab * d1 - a_b * d3 + d5
+    else:
+        for z in range(many):
+            d0, d1, d2, d3 = d[z], d[many + z], d[2 * many + z], d[3 * many + z]
+            e, f = d0 + a * d2, root_a * (d1 + a * d3)
+            u, v = d0 + b * d2, root_b * (d1 + b * d3)
+            r[z] = d0
+            r[many + z] = e + f
+            r[2 * many + z] = e - f
+            r[3 * many + z] = u + v
+            r[4 * many + z] = u - v
+            r[5 * many + z] = d3
+
+
+@njit(inline="always", error_model="numpy")
+def _adjoint(size, d, r, many):
+    """Write M' d to r."""
+    one = d.dtype.type
+    a, b, ab, a_b, root_a, root_b = one(A), one(B), one(AB), one(A_B), one(ROOT_A), one(ROOT_B)
+    for z in range(many):
+        d0, d1, d2 = d[z], d[many + z], d[2 * many + z]
+        d3, d4, d5 = d[3 * many + z], d[4 * many + z], d[5 * many + z]
+        e, f, u, v = d1 + d2, root_a * (d1 - d2), d3 + d4, root_b * (d3 - d4)
+        if len(size) == 6:
+            r[z] = ab * d0
+            r[many + z] = ab * d5 - b * f - a * v
+            r[2 * many + z] = -a_b * d0 - b * e - a * u
+            r[3 * many + z] = f + v - a_b * d5
+            r[4 * many + z] = d0 + e + u
+            r[5 * many + z] = d5
+        else:
+            r[z] = d0 + e + u
+            r[many + z] = f + v
+            r[2 * many + z] = a * e + b * u
+            r[3 * many + z] = a * f + b * v + d5
+
+
+@_compiled
+def images(size, x, pad, down, across, first, last, out):
+    """Write the transforms of the tiles of x [N, C, H, W] to out [36, C, N * down * across].
+
+    Tiles of 6 x 6 overlap by 2, tiles of 4 x 4 do not. `size` is a tuple of 6 or 4 entries: numba compiles one version
+    for each, in which the size is a constant.
+    """
     count, _, height, width = x.shape
-    wide = 2 * across + 2
-    plane, r = np.zeros((2 * down + 2, wide), x.dtype), np.empty((4, wide), x.dtype)
+    rows = len(size)
+    many = count * down * across
+    plane = np.zeros((max(4 * down - 4 + rows, pad + height), max(4 * across - 4 + rows, pad + width)), x.dtype)
+    d, r = np.zeros(rows * rows * BLOCK, x.dtype), np.empty(6 * rows * BLOCK, x.dtype)
+    e = np.empty(6 * BLOCK, x.dtype)
     for c in range(first, last):
+        p = q = 0
         for n in range(count):
             for i in range(height):
                 plane[pad + i, pad : pad + width] = x[n, c, i]
             for i in range(down):
-                d0, d1, d2, d3 = plane[2 * i], plane[2 * i + 1], plane[2 * i + 2], plane[2 * i + 3]
-                for j in range(wide):
-                    r[0, j] = d0[j] - d2[j]
-                    r[1, j] = d1[j] + d2[j]
-                    r[2, j] = d2[j] - d1[j]
-                    r[3, j] = d1[j] - d3[j]
-                p = (n * down + i) * across
-                for a in range(4):
-                    ra = r[a]
-                    o0, o1 = out[4 * a, c, p : p + across], out[4 * a + 1, c, p : p + across]
-                    o2, o3 = out[4 * a + 2, c, p : p + across], out[4 * a + 3, c, p : p + across]
-                    for j in range(across):
-                        e0, e1, e2, e3 = ra[2 * j], ra[2 * j + 1], ra[2 * j + 2], ra[2 * j + 3]
-                        o0[j] = e0 - e2
-                        o1[j] = e1 + e2
-                        o2[j] = e2 - e1
-                        o3[j] = e1 - e3
+                for j in range(across):
+                    for k in range(rows):
+                        for m in range(rows):
+                            d[(k * rows + m) * BLOCK + q] = plane[4 * i + k, 4 * j + m]
+                    q += 1
+                    if q == BLOCK or p + q == many:
+                        _map(size, d, r, rows * BLOCK)
+                        for k in range(6):
+                            _map(size, r[k * rows * BLOCK : (k + 1) * rows * BLOCK], e, BLOCK)
+                            for m in range(6):
+                                out[6 * k + m, c, p : p + q] = e[m * BLOCK : m * BLOCK + q]
+                        p, q = p + q, 0
 
 
-def inputs_adjoint(v, pad, down, across, first, last, out):
-    """Write the adjoint of `inputs` of v to out [N, C, H, W]."""
+@_compiled
+def images_adjoint(size, v, bias, pad, down, across, first, last, out):
+    """Write the adjoint of `images` of v, plus the bias if it is not empty, to out [N, C, H, W]."""
     count, _, height, width = out.shape
-    wide = 2 * across + 2
-    plane, r = np.empty((2 * down + 2, wide), v.dtype), np.empty((4, wide), v.dtype)
+    rows = len(size)
+    many = count * down * across
+    plane = np.zeros((max(4 * down - 4 + rows, pad + height), max(4 * across - 4 + rows, pad + width)), v.dtype)
+    d, r = np.zeros(36 * BLOCK, v.dtype), np.empty(6 * rows * BLOCK, v.dtype)
+    e = np.empty((rows, rows * BLOCK), v.dtype)
     for c in range(first, last):
+        shift = bias[c] if len(bias) else v.dtype.type(0)
+        p = q = held = 0
         for n in range(count):
-            plane[:] = 0
+            plane[:] = shift
             for i in range(down):
-                p = (n * down + i) * across
-                for a in range(4):
-                    ra = r[a]
-                    v0, v1 = v[4 * a, c, p : p + across], v[4 * a + 1, c, p : p + across]
-                    v2, v3 = v[4 * a + 2, c, p : p + across], v[4 * a + 3, c, p : p + across]
-                    ra[0] = 0
-                    ra[1] = 0
-                    for j in range(across):
-                        ra[2 * j] += v0[j]
-                        ra[2 * j + 1] += v1[j] - v2[j] + v3[j]
-                        ra[2 * j + 2] = v1[j] + v2[j] - v0[j]
-                        ra[2 * j + 3] = -v3[j]
-                d0, d1, d2, d3 = plane[2 * i], plane[2 * i + 1], plane[2 * i + 2], plane[2 * i + 3]
-                for j in range(wide):
-                    d0[j] += r[0, j]
-                    d1[j] += r[1, j] - r[2, j] + r[3, j]
-                    d2[j] = r[1, j] + r[2, j] - r[0, j]
-                    d3[j] = -r[3, j]
+                for j in range(across):
+                    if q == held:
+                        p, q, held = p + held, 0, min(BLOCK, many - p - held)
+                        for k in range(36):
+                            d[k * BLOCK : k * BLOCK + held] = v[k, c, p : p + held]
+                        _adjoint(size, d, r, 6 * BLOCK)
+                        for k in range(rows):
+                            _adjoint(size, r[k * 6 * BLOCK : (k + 1) * 6 * BLOCK], e[k], BLOCK)
+                    for k in range(rows):
+                        for m in range(rows):
+                            plane[4 * i + k, 4 * j + m] += e[k, m * BLOCK + q]
+                    q += 1
             for i in range(height):
                 out[n, c, i] = plane[pad + i, pad : pad + width]
 
 
-def outputs(m, bias, down, across, first, last, out):
-    """Write A' m A + bias of every tile to out [N, O, H, W]. The bias may be empty."""
-    count, _, height, width = out.shape
-    r = np.empty((2, 4, across), m.dtype)
-    plane = np.empty((2, 2 * across), m.dtype)
+@_compiled
+def kernels(w, first, last, out):
+    """Write the transforms of w [O, C, 9] to out [36, O, C]."""
+    one = w.dtype.type
+    a, b, g0, ga, gb = one(A), one(B), one(G0), one(GA), one(GB)
+    half_a, half_b = one(GA * ROOT_A), one(GB * ROOT_B)
+    d, r = np.zeros((3, 3 * BLOCK), w.dtype), np.empty((6, 3 * BLOCK), w.dtype)
     for o in range(first, last):
-        shift = bias[o] if bias.shape[0] > 0 else m.dtype.type(0)
-        for n in range(count):
-            for i in range(down):
-                p = (n * down + i) * across
-                for b in range(4):
-                    m0, m1 = m[b, o, p : p + across], m[4 + b, o, p : p + across]
-                    m2, m3 = m[8 + b, o, p : p + across], m[12 + b, o, p : p + across]
-                    for j in range(across):
-                        r[0, b, j] = m0[j] + m1[j] + m2[j]
-                        r[1, b, j] = m1[j] - m2[j] - m3[j]
-                for a in range(2):
-                    r0, r1, r2, r3, row = r[a, 0], r[a, 1], r[a, 2], r[a, 3], plane[a]
-                    for j in range(across):
-                        row[2 * j] = r0[j] + r1[j] + r2[j] + shift
-                        row[2 * j + 1] = r1[j] - r2[j] - r3[j] + shift
-                out[n, o, 2 * i] = plane[0, :width]
-                if 2 * i + 1 < height:
-                    out[n, o, 2 * i + 1] = plane[1, :width]
+        for p in range(0, w.shape[1], BLOCK):
+            end = min(p + BLOCK, w.shape[1])
+            for q in range(end - p):
+                for k in range(3):
+                    for m in range(3):
+                        d[k, m * BLOCK + q] = w[o, p + q, 3 * k + m]
+            for z in range(3 * BLOCK):
+                d0, d1, d2 = d[0, z], d[1, z], d[2, z]
+                e, f, u, v = ga * (d0 + a * d2), half_a * d1, gb * (d0 + b * d2), half_b * d1
+                r[0, z] = g0 * d0
+                r[1, z] = e + f
+                r[2, z] = e - f
+                r[3, z] = u + v
+                r[4, z] = u - v
+                r[5, z] = d2
+            for k in range(6):
+                row = r[k]
+                o0, o1, o2 = out[6 * k, o, p:end], out[6 * k + 1, o, p:end], out[6 * k + 2, o, p:end]
+                o3, o4, o5 = out[6 * k + 3, o, p:end], out[6 * k + 4, o, p:end], out[6 * k + 5, o, p:end]
+                for z in range(end - p):
+                    d0, d1, d2 = row[z], row[BLOCK + z], row[2 * BLOCK + z]
+                    e, f, u, v = ga * (d0 + a * d2), half_a * d1, gb * (d0 + b * d2), half_b * d1
+                    o0[z] = g0 * d0
+                    o1[z] = e + f
+                    o2[z] = e - f
+                    o3[z] = u + v
+                    o4[z] = u - v
+                    o5[z] = d2
 
 
-def outputs_adjoint(g, down, across, first, last, out):
-    """Write the adjoint of `outputs` of g [N, O, H, W] to out."""
-    count, _, height, width = g.shape
-    plane = np.zeros((2, 2 * across), g.dtype)
-    r = np.empty((4, 2 * across), g.dtype)
+@_compiled
+def kernels_adjoint(u, first, last, out):
+    """Write the adjoint of `kernels` of u [36, O, C] to out [O, C, 9]."""
+    one = u.dtype.type
+    a, b, g0, ga, gb = one(A), one(B), one(G0), one(GA), one(GB)
+    half_a, half_b = one(GA * ROOT_A), one(GB * ROOT_B)
+    r, d = np.zeros((6, 3 * BLOCK), u.dtype), np.empty((3, 3 * BLOCK), u.dtype)
     for o in range(first, last):
-        for n in range(count):
-            for i in range(down):
-                plane[0, :width] = g[n, o, 2 * i]
-                if 2 * i + 1 < height:
-                    plane[1, :width] = g[n, o, 2 * i + 1]
-                else:
-                    plane[1] = 0
-                for j in range(2 * across):
-                    r[0, j] = plane[0, j]
-                    r[1, j] = plane[0, j] + plane[1, j]
-                    r[2, j] = plane[0, j] - plane[1, j]
-                    r[3, j] = -plane[1, j]
-                p = (n * down + i) * across
-                for a in range(4):
-                    ra = r[a]
-                    o0, o1 = out[4 * a, o, p : p + across], out[4 * a + 1, o, p : p + across]
-                    o2, o3 = out[4 * a + 2, o, p : p + across], out[4 * a + 3, o, p : p + across]
-                    for j in range(across):
-                        e, f = ra[2 * j], ra[2 * j + 1]
-                        o0[j] = e
-                        o1[j] = e + f
-                        o2[j] = e - f
-                        o3[j] = -f
-
-
-def weights(w, first, last, out):
-    """Write G w G' of every kernel of w [O, C, 3, 3] to out [16, O, C]."""
-    half = w.dtype.type(0.5)
-    r = np.empty((4, 3), w.dtype)
-    for o in range(first, last):
-        for c in range(w.shape[1]):
-            for k in range(3):
-                a, b, d = w[o, c, 0, k], w[o, c, 1, k], w[o, c, 2, k]
-                r[0, k] = a
-                r[1, k] = half * (a + b + d)
-                r[2, k] = half * (a - b + d)
-                r[3, k] = d
-            for k in range(4):
-                a, b, d = r[k, 0], r[k, 1], r[k, 2]
-                out[4 * k, o, c] = a
-                out[4 * k + 1, o, c] = half * (a + b + d)
-                out[4 * k + 2, o, c] = half * (a - b + d)
-                out[4 * k + 3, o, c] = d
-
-
-def weights_adjoint(u, first, last, out):
-    """Write the adjoint of `weights` of u [16, O, C] to out [O, C, 3, 3]."""
-    half = u.dtype.type(0.5)
-    r = np.empty((3, 4), u.dtype)
-    for o in range(first, last):
-        for c in range(u.shape[2]):
-            for k in range(4):
-                a, b, d, e = u[k, o, c], u[4 + k, o, c], u[8 + k, o, c], u[12 + k, o, c]
-                r[0, k] = a + half * (b + d)
-                r[1, k] = half * (b - d)
-                r[2, k] = half * (b + d) + e
-            for k in range(3):
-                a, b, d, e = r[k, 0], r[k, 1], r[k, 2], r[k, 3]
-                out[o, c, k, 0] = a + half * (b + d)
-                out[o, c, k, 1] = half * (b - d)
-                out[o, c, k, 2] = half * (b + d) + e
+        for p in range(0, u.shape[2], BLOCK):
+            end = min(p + BLOCK, u.shape[2])
+            for k in range(6):
+                row = r[k]
+                u0, u1, u2 = u[6 * k, o, p:end], u[6 * k + 1, o, p:end], u[6 * k + 2, o, p:end]
+                u3, u4, u5 = u[6 * k + 3, o, p:end], u[6 * k + 4, o, p:end], u[6 * k + 5, o, p:end]
+                for z in range(end - p):
+                    e, f = ga * (u1[z] + u2[z]), gb * (u3[z] + u4[z])
+                    row[z] = g0 * u0[z] + e + f
+                    row[BLOCK + z] = half_a * (u1[z] - u2[z]) + half_b * (u3[z] - u4[z])
+                    row[2 * BLOCK + z] = a * e + b * f + u5[z]
+            for z in range(3 * BLOCK):
+                e, f = ga * (r[1, z] + r[2, z]), gb * (r[3, z] + r[4, z])
+                d[0, z] = g0 * r[0, z] + e + f
+                d[1, z] = half_a * (r[1, z] - r[2, z]) + half_b * (r[3, z] - r[4, z])
+                d[2, z] = a * e + b * f + r[5, z]
+            for q in range(end - p):
+                for k in range(3):
+                    for m in range(3):
+                        out[o, p + q, 3 * k + m] = d[k, m * BLOCK + q]
