@@ -18,13 +18,13 @@ def selection(s: Tensor, ties: str) -> Tensor:
     """
     height, width = s.shape[-2] // 2, s.shape[-1] // 2
     cut = s[..., : 2 * height, : 2 * width]
-    windows = torch.stack([cut[..., i::2, j::2] for i in (0, 1) for j in (0, 1)])
-    best, chosen = windows[0], torch.zeros_like(windows[0], dtype=torch.int32)
-    for k in range(1, 4):
-        better = windows[k] > best if ties == "first" else windows[k] >= best
-        best = torch.where(better, windows[k], best)
-        chosen.masked_fill_(better, k)
     kind = torch.int32 if s[0].numel() < 2**31 else torch.int64
+    best = cut[..., ::2, ::2]
+    beyond = torch.zeros_like(best, dtype=kind, memory_format=torch.contiguous_format)  # the window's first entry
+    for i, j in ((0, 1), (1, 0), (1, 1)):
+        entry = cut[..., i::2, j::2]
+        better = entry > best if ties == "first" else entry >= best
+        best = torch.where(better, entry, best)
+        beyond.masked_fill_(better, i * s.shape[-1] + j)
     places = torch.arange(s[0].numel(), device=s.device, dtype=kind).view(s.shape[1:])
-    corners = places[..., : 2 * height : 2, : 2 * width : 2]
-    return corners + (chosen // 2) * s.shape[-1] + chosen % 2
+    return beyond.add_(places[..., : 2 * height : 2, : 2 * width : 2])

@@ -58,6 +58,18 @@ def _lorentz(x: Tensor, a: float) -> Tensor:
     return (1 + (math.pi * a / 2 * x).square()).reciprocal()
 
 
+def _logistic_first(x: Tensor, a: float) -> Tensor:
+    """Return a s(ax) s(-ax), for s the logistic function."""
+    e = torch.exp(-(a * x).abs())
+    return a * e / (1 + e).square()
+
+
+def _logistic_second(x: Tensor, a: float) -> Tensor:
+    """Return -a^2 s(ax) s(-ax) tanh(ax / 2)."""
+    e = torch.exp(-(a * x).abs())
+    return a**2 * e * (e - 1) / (1 + e) ** 3 * x.sign()
+
+
 def _triangle_first(x: Tensor, w: float) -> Tensor:
     return (1 - x.abs() / w).clamp_min(0) / w
 
@@ -119,8 +131,8 @@ FAMILIES: dict[str, Family] = {
         4.0,
         +1,
         primitive=lambda x, a: torch.sigmoid(a * x),
-        first=lambda x, a: a * torch.sigmoid(a * x) * torch.sigmoid(-a * x),
-        second=lambda x, a: -(a**2) * torch.sigmoid(a * x) * torch.sigmoid(-a * x) * torch.tanh(a * x / 2),
+        first=_logistic_first,
+        second=_logistic_second,
         peak=lambda a: a / 4,
         area=_one,
         length=lambda a: 1 / a,
@@ -130,8 +142,8 @@ FAMILIES: dict[str, Family] = {
         2.0,
         +1,
         primitive=lambda x, k: torch.sigmoid(2 * k * x),
-        first=lambda x, k: 2 * k * torch.sigmoid(2 * k * x) * torch.sigmoid(-2 * k * x),
-        second=lambda x, k: -4 * k**2 * torch.tanh(k * x) * torch.sigmoid(2 * k * x) * torch.sigmoid(-2 * k * x),
+        first=lambda x, k: _logistic_first(x, 2 * k),
+        second=lambda x, k: _logistic_second(x, 2 * k),
         peak=lambda k: k / 2,
         area=_one,
         length=lambda k: 1 / k,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hessian_tools.runtime.openmp import side_by_side
 
-CHANNELS = 64  # least number of input and of output channels: with fewer, transforms take longer than they save
+CHANNELS = 24  # least number of input and of output channels: with fewer, transforms take longer than they save
 INPUTS, OUTPUTS = (0,) * 6, (0,) * 4  # sizes of tiles, as the kernels take them
 
 

@@ -59,10 +59,11 @@ from ikun.kernels.scan import (
     torch_tangent,
 )
 from ikun.neurons import Dynamics
+from ikun.pooling import selection
 from ikun.surrogates import Surrogate
 
 GRAIN = 32768  # elements per thread; below this, another thread is not worth its overhead
-KERNELS = ("value", "slopes", "tangent", "adjoint", "adjoint_tangent")
+KERNELS = ("value", "slopes", "select", "tangent", "adjoint", "adjoint_tangent")
 # Set to True after a kernel has failed to compile; plain torch is used from then on.
 _state = {"broken": False, "triton broken": False}
 
@@ -285,6 +286,33 @@ def value(
     rates = (*rates, hard, rates[4] if hard else -rates[3])
     done = _launch("value", z, height * width, (x, z, u, state), rates, index, out, (height, width, last))
     return None if done is None else (out, z, index, u)
+
+
+def select(s: Tensor, plane: tuple[int, int], ties: str) -> tuple[Tensor, Tensor]:
+    """Pool spikes.
+
+    Args:
+        s: Spikes [T, M].
+        plane: Height and width of a pooled plane.
+        ties: Tie rule, "first" or "last".
+
+    Returns:
+        The pooled spikes [T, Q], and their positions in 0..M-1.
+    """
+    height, width = plane
+    if s.device.type == "cpu" and usable(s) and s.shape[1] < 2**31 and (found := kernels()) is not None:
+        planes, each = s.shape[1] // (height * width), (height // 2) * (width // 2)
+        y = s.new_empty(len(s), planes, each)
+        index = torch.empty(y.shape, dtype=torch.int32)
+        flat = s.contiguous().view(len(s), planes, -1).numpy()
+        try:
+            fixed = flat, height, width, ties == "last"
+            _on_threads(found["select"], fixed, (y.numpy(), index.numpy()), planes, s.numel())
+            return y.flatten(1), index.flatten(1)
+        except Exception as error:
+            _numba_failed(error)
+    index = selection(s.view(len(s), -1, *plane), ties).flatten(1)
+    return s.gather(1, index.long()), index
 
 
 def _gx(scan: Scan) -> Tensor:

@@ -70,6 +70,26 @@ def value(
             state[0, lo : lo + n] = v[:n]
 
 
+def select(s, height, width, ties, first, last, out, index):
+    """Write the entries that max-pooling selects from the planes first..last-1 of every step, and their positions."""
+    # s: [T, planes, height * width]; out, index: [T, planes, Q]
+    for t in range(s.shape[0]):
+        for plane in range(first, last):
+            j = 0
+            st, ot, it = s[t, plane], out[t, plane], index[t, plane]
+            for row in range(height // 2):
+                corner = 2 * row * width
+                for i in range(width // 2):
+                    q = corner + 2 * i
+                    best, k = st[q], 0
+                    for w, place in ((st[q + 1], 1), (st[q + width], width), (st[q + width + 1], width + 1)):
+                        better = w >= best if ties else w > best
+                        best, k = (w, place) if better else (best, k)
+                    ot[j] = best
+                    it[j] = plane * height * width + q + k
+                    j += 1
+
+
 def tangent(x, f1, c, u, state, decay, gain, dgain, index, block, first, last, out):
     """Write the tangent of the spikes to out."""
     steps, size = f1.shape

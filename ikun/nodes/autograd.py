@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ikun.nodes.passes import ScanSpec, decode_spec, encode_spec, pass_of
-from ikun.pooling import selection
 
 Slopes = Callable[[Tensor], tuple[Tensor, ...]]  # z -> f'(z), f''(z), and dv/dh if it is not that of the equations
 Values = tuple[Tensor, Tensor, Tensor]  # spikes, h - threshold, and potentials after the step, each [T, N, ...]
@@ -97,8 +96,7 @@ def _given(x: Tensor, v0: Tensor | None, gain: Tensor | None, spec: str, values:
     y, z, v = (t.reshape(len(t), -1) for t in values)
     index, u = torch.empty(0, dtype=torch.int32, device=x.device), x.new_empty(0)
     if s.plane is not None:
-        index = selection(y.view(s.steps, -1, *s.plane), s.ties).flatten(1)
-        y = y.gather(1, index.long())
+        y, index = pass_of("select")(y, spec)
     if gain is not None:
         start = torch.full_like(v[:1], s.v_reset) if v0 is None else v0
         u = x - torch.cat([start, v[:-1]]) + s.v_reset

@@ -17,7 +17,6 @@ from torch import Tensor
 from ikun.kernels import dispatch as fused
 from ikun.kernels.scan import Scan, reset_slope, scalar
 from ikun.neurons import Dynamics, step
-from ikun.pooling import selection
 from ikun.surrogates import Surrogate
 
 
@@ -160,9 +159,7 @@ def spikes(
         ss.append(spike)
     y, index = torch.stack(ss), torch.empty(0, dtype=torch.int32, device=x.device)
     if s.plane is not None:
-        planes = y.view(s.steps, -1, *s.plane)
-        index = selection(planes, s.ties).flatten(1)
-        y = y.gather(1, index.long())
+        y, index = fused.select(y, s.plane, s.ties)
     return (
         y,
         torch.stack(zs),
@@ -170,6 +167,12 @@ def spikes(
         index,
         torch.stack(us) if gain is not None else none,
     )
+
+
+def select(y: Tensor, spec: str) -> tuple[Tensor, Tensor]:
+    """Return the spikes [T, Q] that max-pooling selects among spikes [T, M], and their positions [T, Q]."""
+    s = decode_spec(spec)
+    return fused.select(y, (s.height, s.width), s.ties)
 
 
 def slopes(z: Tensor, spec: str) -> tuple[Tensor, Tensor]:
@@ -244,7 +247,7 @@ def adjoint_tangent(
     return gx, _end(f1, state), _total(total, f1)
 
 
-PASSES = (spikes, slopes, reset_slopes, tangent, adjoint, adjoint_kept, adjoint_tangent)
+PASSES = (spikes, select, slopes, reset_slopes, tangent, adjoint, adjoint_kept, adjoint_tangent)
 _ops: dict[str, Any] = {}
 OPS: dict[str, Any] = {}
 _direct: dict[str, Callable[..., Any]] = {}
@@ -289,6 +292,12 @@ def _(x: Tensor, v0: Any, gain: Any, spec: str) -> Any:
         x.new_empty((s.steps, q) if s.height else (0,), dtype=torch.int32),
         x.new_empty((0,) if gain is None else (s.steps, m)),
     )
+
+
+@_ops["select"].register_fake
+def _(y: Tensor, spec: str) -> Any:
+    shape = len(y), decode_spec(spec).outputs(y.shape[1])
+    return y.new_empty(shape), y.new_empty(shape, dtype=torch.int32)
 
 
 @_ops["slopes"].register_fake
