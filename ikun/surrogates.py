@@ -66,8 +66,9 @@ def _logistic_first(x: Tensor, a: float) -> Tensor:
 
 def _logistic_second(x: Tensor, a: float) -> Tensor:
     """Return -a^2 s(ax) s(-ax) tanh(ax / 2)."""
-    e = torch.exp(-(a * x).abs())
-    return a**2 * e * (e - 1) / (1 + e) ** 3 * x.sign()
+    y = -(a * x).abs()
+    e = torch.exp(y)
+    return a**2 * e * torch.expm1(y) / (1 + e) ** 3 * x.sign()
 
 
 def _triangle_first(x: Tensor, w: float) -> Tensor:
