@@ -37,21 +37,28 @@ def growth(run: Callable[[], object]) -> int:
 def eigenpairs(size: int, memory: float) -> None:
     import torch
 
-    from hessian_tools.analysis.context import budget
+    from hessian_tools.analysis.memory import budget
     from hessian_tools.linalg.lanczos import eigenpairs
     from hessian_tools.operators.base import Composed
 
-    room, kept = budget(memory * 2**30, size, TOP)
+    room = budget(memory * 2**30, size, TOP, dtype=torch.float32)
     diagonal = torch.linspace(-1, 1, size)
     diagonal[: TOP + 10] = torch.linspace(2, 30, TOP + 10)
     op = Composed(size, torch.float32, torch.device("cpu"), lambda block: diagonal[:, None] * block)
     before = _status("VmHWM")
-    pairs = eigenpairs(op, TOP, generator=torch.Generator().manual_seed(0), tol=1e-4, max_basis=room)
+    pairs = eigenpairs(
+        op,
+        TOP,
+        generator=torch.Generator().manual_seed(0),
+        tol=1e-4,
+        max_basis=room.vectors,
+        basis_dtype=room.basis_dtype,
+    )
     used = (_status("VmHWM") - before) / 2**30
     print(
-        f"P = {size:,}, top {TOP}, --memory {memory:g}: basis of {room} vectors, {pairs.products} products, "
-        f"{int(pairs.converged.sum())} converged\n"
-        f"peak {used:.2f} GiB; allowed for basis, pairs and work {memory - kept / 2**30:.2f} GiB"
+        f"P = {size:,}, top {TOP}, --memory {memory:g}: basis of {room.vectors} vectors ({room.basis_dtype}), "
+        f"{pairs.products} products, {int(pairs.converged.sum())} converged\n"
+        f"peak {used:.2f} GiB; allowed for basis, pairs and work {memory - room.kept / 2**30:.2f} GiB"
     )
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 
 from hessian_tools.analysis.settings import SpectrumSettings
-from hessian_tools.linalg.lanczos import least_basis
 from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator
 from hessian_tools.progress import Meter
@@ -94,35 +93,3 @@ class AnalysisContext:
     def generator(self, phase: str, index: int) -> torch.Generator:
         """Return an independent random stream for each phase and each operator (by its index)."""
         return stream(self.settings.seed, index, *phase.encode())
-
-
-def budget(memory: float, size: int, wanted: int, steps: int = 0) -> tuple[int, float]:
-    """Divide the available memory between the Lanczos basis and stored primals.
-
-    The basis gets what the eigenpairs and a density with `steps` steps need, and beyond that up to half of the memory
-    and at most 400 vectors. Its peak includes the eigenpairs copied out of it and a few work vectors, all in float64.
-
-    Args:
-        memory: Memory in bytes.
-        size: Number P of parameters.
-        wanted: Number of eigenpairs.
-        steps: Lanczos steps of a density.
-
-    Returns:
-        The number of vectors in the Lanczos basis, and the bytes for stored primals.
-
-    Raises:
-        ValueError: If nine tenths of the memory do not suffice for the smallest possible basis.
-    """
-    vector, work = 8 * size, wanted + 4
-    least = max(least_basis(wanted), steps)
-    comfortable = max(least_basis(wanted) + 10, steps)
-    half, most = (int(share * memory / vector) - work for share in (0.5, 0.9))
-    if most < least:
-        needed = vector * (least + work) / 0.9 / 2**30
-        raise ValueError(
-            f"{wanted} eigenpairs and {steps} density steps for {size:,} parameters need {needed:.1f} GiB of memory, "
-            f"but memory is {memory / 2**30:.1f} GiB. Raise memory, or ask for fewer eigenpairs or steps."
-        )
-    room = min(max(400, comfortable), max(half, min(most, comfortable)))
-    return room, memory - vector * (room + work)

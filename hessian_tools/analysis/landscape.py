@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hessian_tools.analysis.context import AnalysisError, budget, require_symmetry
+from hessian_tools.analysis.context import AnalysisError, require_symmetry
+from hessian_tools.analysis.memory import budget
 from hessian_tools.evaluation import differentiable
 from hessian_tools.io.json import clean
 from hessian_tools.io.versions import versions
@@ -334,15 +335,15 @@ def find_directions(
 
 def _eigenpairs(work: LandscapeWork, largest: int, smallest: int) -> tuple[Eigenpairs, float]:
     """Return outermost eigenpairs of the surrogate Hessian, and its symmetry error."""
-    room, kept = budget(work.settings.memory * 2**30, work.objectives[0].size, largest + smallest)
-    op = hessian(work.objectives[0], kept)
+    room = budget(work.settings.memory * 2**30, work.objectives[0].size, largest + smallest)
+    op = hessian(work.objectives[0], room.kept)
     random, start = (stream(work.settings.seed, 0, *name) for name in (b"symmetry", b"eigenvalues"))
     error: float = work.products("symmetry", op, lambda op: {"error": symmetry_error(op, random)})["error"]
     require_symmetry("hessian", error, op.dtype)
     step = work.meter.phase("eigenvalues")
 
     def compute(op: Operator) -> dict[str, Any]:
-        return vars(eigenpairs(op, largest, smallest, generator=start, tol=TOL, max_basis=room, progress=step))
+        return vars(eigenpairs(op, largest, smallest, generator=start, tol=TOL, max_basis=room.vectors, progress=step))
 
     return Eigenpairs(**work.products("eigenvalues", op, compute)), error
 

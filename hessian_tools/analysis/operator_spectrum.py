@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessian_tools.analysis.context import AnalysisContext, Factory, budget, require_symmetry
+from hessian_tools.analysis.context import AnalysisContext, Factory, require_symmetry
 from hessian_tools.analysis.eigenvectors import gradient_shares, layer_shares, participation
 from hessian_tools.analysis.exact_ggn import (
     all_eigenvalues,
@@ -18,6 +18,7 @@ from hessian_tools.analysis.exact_ggn import (
     exact_pairs,
     exact_trace,
 )
+from hessian_tools.analysis.memory import Budget, budget, budget_of
 from hessian_tools.analysis.pyhessian import pyhessian_eigenpairs, pyhessian_trace
 from hessian_tools.analysis.round_off import relative_round_off
 from hessian_tools.analysis.sampling_error import data_errors, grouped, withheld
@@ -65,8 +66,8 @@ def measure(
     smallest = 0 if one_end else min(settings.smallest, size - top)
     steps = settings.steps or (0 if settings.accuracy else STEPS)
     steps = min(steps, size) if settings.density and settings.backend == "own" else 0
-    room, kept = budget(settings.memory * 2**30, size, top + smallest, steps)
-    op = factory(objective, kept)
+    room = budget_of(objective, settings.memory, top + smallest, steps)
+    op = factory(objective, room.kept)
 
     def phase(part: str, compute: Callable[[Operator, torch.Generator], dict[str, Any]]) -> dict[str, Any]:
         return run.phase(f"{name}: {part}", op, lambda op: compute(op, run.generator(part, index)))
@@ -90,7 +91,7 @@ def measure(
             )
         )
     exact = pairs if bool(pairs.converged.all()) else pairs.take(pairs.converged)
-    spare = room - (0 if exact is pairs else len(exact.values))  # vectors available to a density
+    spare = room.vectors - (0 if exact is pairs else len(exact.values))  # vectors available to a density
     spectral: DensityEstimate | None = None
     if whole is not None:
         spectral = exact_density(whole, len(pairs.values), size)
@@ -110,13 +111,16 @@ def measure(
                         generator=random,
                         deflate=exact,
                         max_vectors=spare,
+                        basis_dtype=room.basis_dtype,
                         progress=step_density,
                     )
                 ),
             )
         )
     ends = {"nodes": torch.cat([n[spectral.atoms :] for n in spectral.nodes])} if spectral else None
-    ends = ends or phase("second start", lambda op, random: {"nodes": _second_start(op, exact, random, spare)})
+    ends = ends or phase(
+        "second start", lambda op, random: {"nodes": _second_start(op, exact, random, spare, room.basis_dtype)}
+    )
     if whole is not None:
         probe_trace, norm = exact_trace(whole), float(whole.norm())
     else:
@@ -212,7 +216,7 @@ def _pairs(
     smallest: int,
     settings: SpectrumSettings,
     generator: torch.Generator,
-    room: int,
+    room: Budget,
     progress: Callable[[int, int, float], None],
 ) -> Eigenpairs:
     """Compute the eigenpairs with the method and the backend of the settings."""
@@ -228,7 +232,8 @@ def _pairs(
         generator=generator,
         tol=settings.tol,
         max_products=settings.max_products,
-        max_basis=room,
+        max_basis=room.vectors,
+        basis_dtype=room.basis_dtype,
         progress=progress,
     )
 
@@ -254,11 +259,13 @@ def _two_ends(found: Sequence[Eigenvalue], top: int, settings: SpectrumSettings)
     return upper, lower
 
 
-def _second_start(op: Operator, exact: Eigenpairs, generator: torch.Generator, room: int) -> Tensor:
+def _second_start(
+    op: Operator, exact: Eigenpairs, generator: torch.Generator, room: int, basis_dtype: torch.dtype
+) -> Tensor:
     """Ritz values [m] on the complement of the converged eigenvectors, from another random start vector."""
     if exact.values.numel() == op.shape[0]:
         return torch.empty(0, dtype=torch.float64)
-    alpha, beta = tridiagonal(op, random_vector(op, generator), min(STEPS, room), exact.vectors)
+    alpha, beta = tridiagonal(op, random_vector(op, generator), min(STEPS, room), exact.vectors, basis_dtype)
     nodes, _ = quadrature(alpha, beta)
     return nodes
 
@@ -347,7 +354,7 @@ def lambda_max(run: AnalysisContext, name: str, op: Operator, start: Tensor) -> 
     Returns:
         The eigenvalue; NaN if it did not converge in 100 products.
     """
-    room, _ = budget(run.settings.memory * 2**30, op.shape[0], 1)
+    room = budget(run.settings.memory * 2**30, op.shape[0], 1, dtype=op.dtype)
     step = run.meter.phase(name)
 
     def compute(op: Operator) -> dict[str, Any]:
@@ -357,7 +364,8 @@ def lambda_max(run: AnalysisContext, name: str, op: Operator, start: Tensor) -> 
             generator=torch.Generator(),
             tol=1e-3,
             max_products=100,
-            max_basis=min(100, room),
+            max_basis=min(100, room.vectors),
+            basis_dtype=room.basis_dtype,
             start=start,
             progress=step,
         )
@@ -375,14 +383,15 @@ def _largest(
     progress: Callable[[int, int, float], None],
 ) -> list[float]:
     """Return the largest eigenvalues that converged, in descending order."""
-    room, _ = budget(settings.memory * 2**30, op.shape[0], count)
+    room = budget(settings.memory * 2**30, op.shape[0], count, dtype=op.dtype)
     found = eigenpairs(
         op,
         count,
         generator=generator,
         tol=settings.tol,
         max_products=settings.max_products,
-        max_basis=room,
+        max_basis=room.vectors,
+        basis_dtype=room.basis_dtype,
         progress=progress,
     )
     return sorted(found.values[found.converged].tolist(), reverse=True)

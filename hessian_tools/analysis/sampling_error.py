@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hessian_tools.linalg.lanczos import Eigenpairs, orthogonalize
+from hessian_tools.linalg.basis import orthogonalize
+from hessian_tools.linalg.lanczos import Eigenpairs
 from hessian_tools.linalg.trace import rademacher
 from hessian_tools.objective import Objective
 

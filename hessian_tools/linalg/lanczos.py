@@ -1,7 +1,8 @@
 """Eigenpairs of a symmetric operator by thick-restart Lanczos.
 
 Products are computed in the operator's dtype. The recurrence, its dot products and the reorthogonalization (twice
-against the whole basis) are in float64. Without that, spurious copies of converged eigenvalues appear.
+against the whole basis) are in float64. Without that, spurious copies of converged eigenvalues appear. The basis is
+stored in float64 or, to save memory, in float32.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hessian_tools.linalg.basis import combined, orthogonalize, rotate
 from hessian_tools.linalg.error_bounds import random_start_bound, temple_bounds
 from hessian_tools.operators.base import Operator
 
@@ -79,22 +81,6 @@ class Eigenpairs:
 def random_vector(op: Operator, generator: torch.Generator) -> Tensor:
     """Draw a standard normal vector [P], float64. It is drawn on the CPU, so a seed gives the same on any device."""
     return torch.randn(op.shape[0], dtype=torch.float64, generator=generator).to(op.device)
-
-
-def orthogonalize(v: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthogonalize a vector against a basis, twice.
-
-    Args:
-        v: Vector [P] or block [P, k].
-        basis: Orthonormal columns [P, j].
-
-    Returns:
-        v minus its part in the span of the basis, and the coefficients of that part [j] or [j, k].
-    """
-    first = basis.T @ v
-    v = (basis @ first).neg_().add_(v)
-    second = basis.T @ v
-    return (basis @ second).neg_().add_(v), first + second
 
 
 def certified(
@@ -178,6 +164,7 @@ def eigenpairs(
     tol: float = 1e-4,
     max_products: int = 1000,
     max_basis: int | None = None,
+    basis_dtype: torch.dtype = torch.float64,
     start: Tensor | None = None,
     progress: ProductProgress | None = None,
 ) -> Eigenpairs:
@@ -186,8 +173,8 @@ def eigenpairs(
     The search stops when every wanted pair has a residual of at most tol * ||A||, or after `max_products` products,
     when some pairs are reported as not converged. The explicit residuals take one more product per pair.
 
-    A full basis restarts from the best Ritz vectors. The peak memory is max_basis + wanted + 6 vectors of P float64,
-    plus the memory of a product.
+    A full basis restarts from the best Ritz vectors. The peak memory is max_basis vectors of P numbers of `basis_dtype`
+    and wanted + 6 vectors of P float64, plus the memory of a product.
 
     Copies of a multiple eigenvalue are found only by round-off, or when the Krylov space that contains the first copy
     becomes invariant. At a loose tolerance some can be missing; a search of the complement from another start finds
@@ -204,6 +191,9 @@ def eigenpairs(
         max_products: Largest number of operator products before the residuals.
         max_basis: Largest number of basis vectors. The default is 400, or as many as fit in 4 GiB if that is less, but
             at least twice the number of wanted pairs and what they need.
+        basis_dtype: torch.float64, or torch.float32 for half of the memory (see `hessian_tools.linalg.basis`). With
+            float32 the search can only reach residuals of about 1e-7 ||A||, as with products in float32. Vectors,
+            values and residuals are computed in float64 from products with the vectors, so that they hold in any case.
         start: Start vector [P] instead of a random one.
         progress: Called after every product with (products done, products expected, worst relative residual).
 
@@ -227,15 +217,16 @@ def eigenpairs(
     least = min(size, least_basis(wanted))
     room = max_basis
     if room is None:
-        room = max(2 * wanted, least, min(BASIS, BASIS_BYTES // (8 * size)))
+        room = max(2 * wanted, least, min(BASIS, BASIS_BYTES // (basis_dtype.itemsize * size)))
     if room < least:
-        gib = 8 * size / 2**30
+        gib = basis_dtype.itemsize * size / 2**30
         raise ValueError(
-            f"{wanted} eigenpairs need a basis of {least} vectors of {size} float64 ({least * gib:.3g} GiB), "
-            f"but only {room} ({room * gib:.3g} GiB) are allowed: ask for fewer pairs or allow more memory"
+            f"{wanted} eigenpairs need a basis of {least} vectors of {size} {str(basis_dtype).removeprefix('torch.')} "
+            f"({least * gib:.3g} GiB), but only {room} ({room * gib:.3g} GiB) are allowed: ask for fewer pairs or "
+            "allow more memory"
         )
     room = min(size, room)
-    basis = torch.empty(room, size, dtype=torch.float64, device=op.device)  # one vector per row
+    basis = torch.empty(room, size, dtype=basis_dtype, device=op.device)  # one vector per row
     t = torch.zeros(room, room, dtype=torch.float64)
     v = random_vector(op, generator) if start is None else start.to(op.device, torch.float64)
     basis[0] = v / v.norm()
@@ -285,18 +276,19 @@ def eigenpairs(
                 settled = done > deadline and checks[-1][1] <= 0.3 * tol
         report()
         if settled or (last and j >= wanted):
-            vectors = (y[:, index].T.to(op.device) @ basis[:j]).T
+            vectors = combined(basis[:j], y[:, index].to(op.device))
             del basis
             rest = torch.ones(j, dtype=torch.bool).index_fill(0, index, False)
             complete = complete or j == size
             steps = 0 if start is not None else steps or j
             seen = size if complete else steps
-            others = ritz[rest], estimates[rest]
+            rounding = 0.0 if basis_dtype == torch.float64 else torch.finfo(basis_dtype).eps * scale
+            others = ritz[rest], estimates[rest] + rounding
             pairs = certified(op, vectors, tol, float(ritz.abs().max()), others, report, seen, unit)
             return dataclasses.replace(pairs, products=op.products - before, steps=steps, complete=complete)
         if j == room:
             kept = _survivors(ritz, largest, smallest, magnitude, room)
-            _rotate(basis[:j], y[:, kept].to(op.device))
+            rotate(basis[:j], y[:, kept].to(op.device))
             t.zero_()
             j = len(kept)
             t[:j, :j] = torch.diag(ritz[kept])
@@ -329,13 +321,6 @@ def _survivors(ritz: Tensor, largest: int, smallest: int, magnitude: int, room: 
     index = _wanted(ritz, top, keep - top, keep if magnitude else 0)
     kept: Tensor = torch.cat([index, torch.tensor([0, len(ritz) - 1])]).unique()
     return kept
-
-
-def _rotate(basis: Tensor, y: Tensor) -> None:
-    """Replace the first k rows of basis [j, P] by y^T basis for y [j, k], with a buffer of about one row."""
-    k = y.shape[1]
-    for piece in basis.split(max(1024, basis.shape[1] // k), 1):
-        piece[:k] = y.T @ piece
 
 
 def expected_products(checks: Sequence[tuple[int, float]], target: float, done: int, most: int) -> int:

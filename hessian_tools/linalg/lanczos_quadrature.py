@@ -11,13 +11,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hessian_tools.linalg.lanczos import BREAKDOWN, orthogonalize, power_of_two
+from hessian_tools.linalg.basis import orthogonalize
+from hessian_tools.linalg.lanczos import BREAKDOWN, power_of_two
 from hessian_tools.operators.base import Operator
 
 
-def tridiagonal(op: Operator, start: Tensor, steps: int, deflate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def tridiagonal(
+    op: Operator,
+    start: Tensor,
+    steps: int,
+    deflate: Tensor | None = None,
+    basis_dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
     """Return the Lanczos coefficients (alpha [m], beta [m - 1]) of A from one start vector [P] (see `tridiagonals`)."""
-    alpha, beta = tridiagonals(op, [start], steps, deflate)[0]
+    alpha, beta = tridiagonals(op, [start], steps, deflate, basis_dtype=basis_dtype)[0]
     return alpha, beta[:-1]
 
 
@@ -27,11 +34,12 @@ def tridiagonals(
     steps: int,
     deflate: Tensor | None = None,
     stop: Callable[[list[float], list[float]], bool] | None = None,
+    basis_dtype: torch.dtype = torch.float64,
 ) -> list[tuple[Tensor, Tensor]]:
     """Run the Lanczos process from several start vectors.
 
     The runs are independent, but each step multiplies one block with a vector of every run, so an operator that keeps
-    no primal recomputes it only once per step. The bases take steps * len(starts) vectors of P float64.
+    no primal recomputes it only once per step. The bases take steps * len(starts) vectors [P] of `basis_dtype`.
 
     Args:
         op: The operator A.
@@ -39,6 +47,7 @@ def tridiagonals(
         steps: Largest number of steps.
         deflate: Orthonormal columns Q [P, k]. If given, the process is that of (I - Q Q^T) A (I - Q Q^T).
         stop: Called with (alpha, beta) after every step of every run. If it returns true, that run ends.
+        basis_dtype: torch.float64, or torch.float32 for half of the memory (see `hessian_tools.linalg.basis`).
 
     Returns:
         For each start, the coefficients (alpha [m], beta [m]) with m <= steps, float64 on the CPU. The last beta leads
@@ -54,7 +63,7 @@ def tridiagonals(
     vectors = [orthogonalize(start.to(device, torch.float64), fixed)[0] for start in starts]
     active = [i for i, v in enumerate(vectors) if v.norm() > 0]
     vectors = [v / v.norm() for v in vectors]
-    bases = [torch.empty(steps, size, dtype=torch.float64, device=device) for _ in vectors]  # one vector per row
+    bases = [torch.empty(steps, size, dtype=basis_dtype, device=device) for _ in vectors]  # one vector per row
     alphas: list[list[float]] = [[] for _ in vectors]
     betas: list[list[float]] = [[] for _ in vectors]
     units = [1.0 for _ in vectors]

@@ -10,11 +10,11 @@ import dataclasses
 
 import torch
 
+from hessian_tools.linalg.basis import orthogonalize
 from hessian_tools.linalg.lanczos import (
     Eigenpairs,
     ProductProgress,
     certified,
-    orthogonalize,
     power_of_two,
     random_vector,
 )

@@ -15,7 +15,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from hessian_tools.linalg.lanczos import Eigenpairs, ProductProgress, orthogonalize
+from hessian_tools.linalg.basis import orthogonalize
+from hessian_tools.linalg.lanczos import Eigenpairs, ProductProgress
 from hessian_tools.linalg.lanczos_quadrature import quadrature, tridiagonals
 from hessian_tools.linalg.trace import LEAST_ACCURACY, rademacher
 from hessian_tools.operators.base import Operator
@@ -81,6 +82,7 @@ def density(
     generator: torch.Generator,
     deflate: Eigenpairs | None = None,
     max_vectors: int | None = None,
+    basis_dtype: torch.dtype = torch.float64,
     progress: ProductProgress | None = None,
 ) -> DensityEstimate:
     """Estimate the spectral density of an operator.
@@ -96,8 +98,9 @@ def density(
             uniform on the sphere and a failure probability of 5%. The accuracy that was reached is in the result.
         generator: Random generator of the probes.
         deflate: Converged eigenpairs to take out exactly.
-        max_vectors: Largest number of vectors of P float64 in the Lanczos bases. Probes whose bases fit together run
-            together.
+        max_vectors: Largest number of vectors [P] in the Lanczos bases. Probes whose bases fit together run together.
+        basis_dtype: torch.float64, or torch.float32 for half of the memory of the bases (see
+            `hessian_tools.linalg.basis`).
         progress: Called after every step of every probe with (products done, products expected, NaN).
 
     Returns:
@@ -120,9 +123,10 @@ def density(
         raise ValueError(f"a density needs at least one probe and one step, but they are {count} and {most}")
     most = min(most, size - len(atoms))
     if max_vectors is not None and most > max_vectors:
+        vector = size * basis_dtype.itemsize / 2**30
         raise ValueError(
-            f"{most} steps need {most * size * 8 / 2**30:.3g} GiB for the Lanczos basis, but only {max_vectors} "
-            f"vectors ({max_vectors * size * 8 / 2**30:.3g} GiB) are allowed: allow more memory or fewer steps"
+            f"{most} steps need {most * vector:.3g} GiB for the Lanczos basis, but only {max_vectors} vectors "
+            f"({max_vectors * vector:.3g} GiB) are allowed: allow more memory or fewer steps"
         )
     done = 0
 
@@ -153,7 +157,7 @@ def density(
     runs: list[tuple[float, Tensor, Tensor]] = []  # ||z||^2 on the complement, alpha, beta
     for first in range(0, count, group):
         starts = [draw() for _ in range(first, min(first + group, count))]
-        found = tridiagonals(op, starts, most, basis, stop)
+        found = tridiagonals(op, starts, most, basis, stop, basis_dtype)
         runs += [(float(z @ z), *coefficients) for z, coefficients in zip(starts, found, strict=True)]
     fine = [whole(a, b) for _, a, b in runs]
     coarse = [whole(a[: len(a) // 2 or 1], b) for _, a, b in runs]

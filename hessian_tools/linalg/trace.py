@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hessian_tools.linalg.lanczos import Eigenpairs, orthogonalize
+from hessian_tools.linalg.basis import orthogonalize
+from hessian_tools.linalg.lanczos import Eigenpairs
 from hessian_tools.linalg.mean_interval import mean_interval
 from hessian_tools.operators.base import Operator
 

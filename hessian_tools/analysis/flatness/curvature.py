@@ -11,9 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hessian_tools.analysis.context import AnalysisError, Factory, budget, require_symmetry
+from hessian_tools.analysis.context import AnalysisError, Factory, require_symmetry
 from hessian_tools.analysis.flatness.context import Work
 from hessian_tools.analysis.flatness.relative import fisher_rao, matrices, relative_flatness
+from hessian_tools.analysis.memory import budget
 from hessian_tools.analysis.sampling_error import data_errors, grouped, withheld
 from hessian_tools.analysis.settings import PROBES, STEPS
 from hessian_tools.linalg import spectral_functions as functions
@@ -66,7 +67,8 @@ def operator_metrics(work: Work, name: str, factory: Factory) -> dict[str, Metri
     objective, run = work.objective, work.run
     top = min(TOP, objective.size)
     ends = top, min(SMALLEST, objective.size - top) if name == "hessian" else 0
-    room, kept = budget(run.settings.memory * 2**30, objective.size, sum(ends), STEPS if name == "ggn" else 0)
+    divided = budget(run.settings.memory * 2**30, objective.size, sum(ends), STEPS if name == "ggn" else 0)
+    room, kept = divided.vectors, divided.kept
     valid = MATCHED if name.startswith("smoothed") else SURROGATE
     random, scale = run.generator(f"{name}: symmetry", 0), filter_norms(objective)
     found: dict[str, Metric] = {}
@@ -197,7 +199,7 @@ def _functionals(work: Work, op: CurvatureOperator, pairs: Eigenpairs, room: int
     step = run.meter.phase(title)
 
     def compute(op: Operator) -> dict[str, Any]:
-        steps = {"steps": min(STEPS, spare), "max_vectors": spare}
+        steps: dict[str, Any] = {"steps": min(STEPS, spare), "max_vectors": spare}
         return vars(
             density(op, probes=PROBES, **steps, generator=run.generator(title, 0), deflate=exact, progress=step)
         )
