@@ -22,12 +22,12 @@ from hessian_tools.analysis.memory import Budget, budget, budget_of
 from hessian_tools.analysis.pyhessian import pyhessian_eigenpairs, pyhessian_trace
 from hessian_tools.analysis.round_off import relative_round_off
 from hessian_tools.analysis.sampling_error import data_errors, grouped, withheld
-from hessian_tools.analysis.settings import PROBES, STEPS, SpectrumSettings
+from hessian_tools.analysis.settings import STEPS, SpectrumSettings
 from hessian_tools.linalg import spectral_functions as functions
 from hessian_tools.linalg.lanczos import Eigenpairs, eigenpairs, excess, random_vector
 from hessian_tools.linalg.lanczos_quadrature import quadrature, tridiagonal
 from hessian_tools.linalg.power_iteration import power_iteration
-from hessian_tools.linalg.spectral_density import DensityEstimate, density
+from hessian_tools.linalg.spectral_density import DensityEstimate, default_probes, density
 from hessian_tools.linalg.trace import LEAST_PROBES, estimate_forms, form_variance, frobenius, probe_moments
 from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator, scaled, symmetry_error
@@ -99,7 +99,7 @@ def measure(
         step_density = run.meter.phase(f"{name}: density")
         counts = {"probes": settings.probes, "steps": settings.steps}
         if settings.accuracy is None:
-            counts = {"probes": settings.probes or PROBES, "steps": min(settings.steps or STEPS, spare)}
+            counts = {"probes": settings.probes or default_probes(size), "steps": min(settings.steps or STEPS, spare)}
         spectral = DensityEstimate(
             **phase(
                 "density",

@@ -15,7 +15,7 @@ from hessian_tools.evaluation import converted_model, copy_model
 from hessian_tools.objective import Objective, to
 from hessian_tools.operators.base import Operator
 
-SAMPLES = 256  # on which both products are computed
+SAMPLES = 256  # at most so many samples, and at most one batch, are used
 AGREE = 1e-3  # relative difference of outputs above which a spike differs between the two
 SAFETY = 4.0
 GRAPH = 6  # bytes of a double backward in float64, relative to those that a traced product keeps in float32
@@ -27,8 +27,10 @@ def relative_round_off(
 ) -> list[float]:
     """Estimate the round-off of an operator's products, relative to the size of the operator.
 
-    The products with each vector are computed in the objective's dtype and in float64, on at most 256 samples. Samples
-    for which a spike differs between the two are left out: that is not round-off of a product.
+    The products with each vector are computed in the objective's dtype and in float64, on at most 256 samples and at
+    most as many as one batch has. With fewer samples the estimate is larger, because the errors of samples average out.
+    Samples for which a spike differs between the two are left out: that is not round-off of a product. In a group, each
+    process computes the products with some of the vectors.
 
     Args:
         objective: The objective.
@@ -49,12 +51,20 @@ def relative_round_off(
         return [least] * count
     if pair is None:
         return [least] * count
-    narrow, wide = (factory(o, 0) @ vectors.to(o.device, o.dtype) for o in pair)
-    size = float(wide.norm(dim=0).max())
-    if size == 0:
-        return [least] * count
-    errors = (narrow.double() - wide).norm(dim=0) / size
-    return [max(least, SAFETY * float(error)) for error in errors]
+    group = objective.group
+    own = range(count) if group is None else range(group.rank, count, group.size)
+    norms = torch.zeros(2, count, dtype=torch.float64, device=objective.device)
+    if own:
+        narrow, wide = (factory(o, 0) @ vectors[:, list(own)].to(o.device, o.dtype) for o in pair)
+        norms[:, list(own)] = torch.stack([wide.norm(dim=0), (narrow.double() - wide).norm(dim=0)])
+    sizes, errors = objective.summed(norms)
+    size = float(sizes.max())
+    return [max(least, SAFETY * float(error) / size) if size else least for error in errors]
+
+
+def round_off_samples(objective: Objective) -> int:
+    """Return on how many samples the products are compared."""
+    return min(SAMPLES, objective.samples, max(objective.sizes))
 
 
 def _fits(objective: Objective, samples: int) -> bool:
@@ -68,7 +78,7 @@ def _fits(objective: Objective, samples: int) -> bool:
 @torch.no_grad()
 def _both(objective: Objective) -> tuple[Objective, Objective] | None:
     """Return the objective on a few samples in its own dtype and in float64; None if no sample is comparable."""
-    index = spread(objective.samples, SAMPLES)
+    index = spread(objective.samples, round_off_samples(objective))
     part = replace(objective.regrouped([index]), group=None)
     if objective.reset is not None:
         objective.reset(objective.model)  # a state with an autograd graph belongs to another dtype

@@ -28,7 +28,8 @@ class SpectrumSettings:
         accuracy: Wasserstein accuracy of the density, relative to the range of the spectrum. It determines the steps
             and the probes that are not given.
         steps: Lanczos steps of the density; 60 if neither this nor an accuracy is given.
-        probes: Number of probes of the density; 4 if neither this nor an accuracy is given.
+        probes: Number of probes of the density. If neither this nor an accuracy is given: 4, or 2 for more than about
+            400,000 parameters (see `hessian_tools.linalg.spectral_density.default_probes`).
         trace_probes: Number of probes of the trace.
         exact: Whether to compute all eigenvalues of the GGN from its Gram matrix, instead of probes. It needs few
             samples: at most 8192 samples times outputs.

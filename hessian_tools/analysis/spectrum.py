@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from hessian_tools.analysis.measured_diagonal import measured_diagonal
 from hessian_tools.analysis.operator_spectrum import lambda_max, measure
 from hessian_tools.analysis.sample_curve import samples_curve
 from hessian_tools.analysis.sampling_error import withheld
-from hessian_tools.analysis.settings import PROBES, STEPS, SpectrumSettings
+from hessian_tools.analysis.settings import STEPS, SpectrumSettings
 from hessian_tools.analysis.step_traces import step_forms, step_traces
 from hessian_tools.analysis.warnings import warnings_of
 from hessian_tools.evaluation import differentiable
@@ -27,6 +27,7 @@ from hessian_tools.io.errors import ObjectiveError
 from hessian_tools.io.json import clean
 from hessian_tools.io.versions import versions
 from hessian_tools.linalg.lanczos import random_vector
+from hessian_tools.linalg.spectral_density import default_probes
 from hessian_tools.nonfinite import first_not_finite
 from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator
@@ -82,7 +83,12 @@ def spectrum(
     if settings.per_step and over_time is None:
         raise ValueError("per_step needs the objective with outputs over time: set over_time")
     began, weights = time.perf_counter(), objective.weights()
-    run = AnalysisContext(settings, phases or Phases(), Meter(_expected(settings, variants or {}), progress), smoothed)
+    run = AnalysisContext(
+        settings,
+        phases or Phases(),
+        Meter(expected_products(settings, variants or (), objective.size), progress),
+        smoothed,
+    )
     sources: dict[str, Objective] = {}
     for name in settings.operators:
         source = relaxed if name == "relaxed" else objective
@@ -194,6 +200,7 @@ def _spectra(
                 op = _factory(name, run)(variant, run.settings.memory * 2**30)
                 start = _near(pairs.vectors[:, 0], op, run.generator("variant", i))
                 sensitivity[label] = lambda_max(run, f"{name}: {label}", op, start)
+        del pairs  # up to gigabytes, which the next operator needs
     return spectra, blocks, sensitivity
 
 
@@ -231,13 +238,16 @@ def layer_objectives(objective: Objective) -> dict[str, Objective]:
     }
 
 
-def _expected(settings: SpectrumSettings, variants: Mapping[str, Objective]) -> dict[str, int]:
-    """Estimate the products of every phase, for the progress bar.
+def expected_products(settings: SpectrumSettings, variants: Iterable[str], size: int) -> dict[str, int]:
+    """Estimate the products of every phase. For the progress bar, each phase corrects its own estimate as it runs.
 
-    Each phase corrects its own estimate as it runs.
+    Args:
+        settings: Settings of the analysis.
+        variants: Labels of the variants.
+        size: Number P of parameters.
     """
     expected: dict[str, int] = {}
-    probes, steps = settings.probes or PROBES, settings.steps or STEPS
+    probes, steps = settings.probes or default_probes(size), settings.steps or STEPS
     for name in settings.operators:
         expected[f"{name}: eigenvalues"] = 20 + 5 * (settings.top + settings.smallest)
         expected[f"{name}: density"] = probes * steps if settings.density else 0

@@ -12,6 +12,7 @@ from hessian_tools.results.spectrum import Spectrum, SpectrumResult
 CONCENTRATED = 0.3  # share of one group in a variance, as in `sampling_error.CONCENTRATED` (this module needs no torch)
 # Importance of a warning: the numbers are wrong or mean nothing, they are uncertain, they are easily misread, a remark.
 INVALID, UNCERTAIN, MISREAD, REMARK = range(4)
+USUAL_PROBES = 4  # of a density, as in `linalg.spectral_density.MOST_DEFAULT`
 CHANCE = 2.0  # an accuracy below this multiple of guessing, or nearer to guessing than to 1, counts as not learned
 
 
@@ -99,6 +100,7 @@ def _cautions(result: SpectrumResult) -> Iterator[Caution]:
         return
     for kind, s in result.spectra.items():
         yield from _of_operator(kind, s)
+    yield from _of_the_probes(result)
     yield from _of_the_data(result)
     yield from _of_the_damping(result)
     yield from _of_the_weights(result)
@@ -126,6 +128,21 @@ def _of_operator(kind: str, s: Spectrum) -> Iterator[Caution]:
     if lost := sum(not p.converged for p in (*s.eigenvalues, *s.smallest_eigenvalues)):
         text = f"{lost} eigenvalue(s) of the {kind} did not converge"
         yield Caution(UNCERTAIN, f"{text}. They are only accurate to their residual.", f"{text}.")
+
+
+def _of_the_probes(result: SpectrumResult) -> Iterator[Caution]:
+    """Yield a remark if the densities have fewer probes than usual."""
+    if result.settings.get("probes") is not None or result.settings.get("accuracy") is not None:
+        return
+    found = [s.density.probes for s in result.spectra.values() if s.density is not None]
+    if found and 0 < max(found) < USUAL_PROBES:
+        yield Caution(
+            REMARK,
+            f"The densities have {max(found)} probes instead of {USUAL_PROBES}, which is enough for "
+            f"{result.num_parameters:,} parameters: their mean is within 1% of the range of the spectrum. Standard "
+            "errors of functions of the spectrum come from as few values. Set probes for more.",
+            "",
+        )
 
 
 def _of_the_data(result: SpectrumResult) -> Iterator[Caution]:

@@ -19,7 +19,7 @@ from ikun_hessian.jobs.job import Own
 from ikun_hessian.jobs.open import open_job
 from ikun_hessian.jobs.options import RESULTS, SPECTRUM
 from ikun_hessian.jobs.results import result_stems
-from ikun_hessian.jobs.spectrum import analyse_spectrum, spectrum_settings, write_spectrum
+from ikun_hessian.jobs.spectrum import analyse_spectrum, expectation, spectrum_settings, write_spectrum
 
 if TYPE_CHECKING:
     from hessian_tools.results.spectrum import SpectrumResult
@@ -84,6 +84,8 @@ def spectrum_command(
         job = open_job(path, own=own, **opening, memory=settings.memory, data_dir=data_dir, device=where, group=group)
         old = existing_result(stem, load_spectrum, settings, job, force, resume, locks) if first else None
         old = old if group is None else group.broadcast(old)
+        if old is None and detail != "quiet" and (line := expectation(job, settings)) and first:
+            echo(line, err=True)
         result = old or analyse_spectrum(job, settings, stem, group, shown=detail != "quiet")
         found.append(result)
         if not first:

@@ -358,7 +358,7 @@ SPECTRUM = (
     ),
     Option("density", bool, True, "Whether to estimate the spectral density.", opposite="no-density"),
     Option("steps", int, None, "Lanczos steps per density probe [default: 60, or chosen by --accuracy]."),
-    Option("probes", int, None, "Number of density probes [default: 4, or chosen by --accuracy]."),
+    Option("probes", int, None, "Number of density probes [default: 2 to 4, or chosen by --accuracy]."),
     Option(
         "accuracy", float, None,
         "Wasserstein accuracy of the density, relative to the range of the spectrum. Chooses --steps and --probes.",

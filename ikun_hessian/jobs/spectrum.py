@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from hessian_tools.results.spectrum import SpectrumResult
     from hessian_tools.runtime.distributed import Group
 
+LONG = 60.0  # seconds from which an analysis says beforehand what it will take
+
 
 def spectrum_settings(
     memory: float, operators: tuple[str, ...], curve: str | None, **options: Any
@@ -97,6 +99,27 @@ def analyse_spectrum(
             progress=bar.update,
             phases=Phases(Path(f"{stem}.resume") if stem else None, clean(key), group),
         )
+
+
+def expectation(job: Job, settings: SpectrumSettings) -> str:
+    """Return a line that says how long an analysis will take, or "" if it is less than a minute.
+
+    Args:
+        job: The opened checkpoint. In a group, every process must call this function.
+        settings: What to compute.
+    """
+    from hessian_tools.analysis.estimate import estimate
+    from hessian_tools.analysis.spectrum import expected_products
+
+    found = estimate(job.objective, settings, expected_products(settings, job.variants, job.objective.size))
+    if found.seconds < LONG:
+        return ""
+    minutes = max(1, round(found.seconds / 60))
+    taken = f"{minutes // 60} h {minutes % 60} min" if minutes >= 100 else f"{minutes} min"
+    return (
+        f"expected    about {taken} in all, {found.memory / 2**30:.1f} GiB of memory ({found.products:,} products of "
+        f"{found.product_seconds:.2g} s)"
+    )
 
 
 def write_spectrum(result: SpectrumResult, stem: Path, figures: bool = True, captioned: bool = True) -> list[str]:

@@ -110,7 +110,8 @@ def network() -> Operator:
 def test_eigenpairs_of_a_network_are_those_of_a_basis_in_float64() -> None:
     op = network()
     narrow, wide = (found(op, d, largest=4, smallest=2, max_basis=40) for d in (torch.float32, torch.float64))
-    assert bool(narrow.converged.all()) and bool(wide.converged.all())
+    assert bool(narrow.converged.all())
+    assert bool(wide.converged.all())
     assert bool(((narrow.values - wide.values).abs() <= narrow.bounds + wide.bounds).all())
     assert float((narrow.values - wide.values).abs().max()) < 1e-6 * wide.norm
     for pairs in (narrow, wide):

@@ -1,0 +1,107 @@
+"""Estimate before a spectrum analysis how long it will take and how much memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hessian_tools.analysis.memory import budget_of
+from hessian_tools.analysis.round_off import round_off_samples
+from hessian_tools.analysis.sampling_error import PROBES as DATA_PROBES
+from hessian_tools.analysis.settings import STEPS, SpectrumSettings
+from hessian_tools.linalg.basis import orthogonalize
+from hessian_tools.objective import Objective
+from hessian_tools.operators.curvature import OPERATORS
+
+# Time of a product relative to one with the Hessian: measured on the networks of docs/speed.md, 0.65 to 0.8.
+RELATIVE = {"hessian": 1.0, "relaxed": 1.0, "ggn": 0.75, "fisher": 0.75, "smoothed": 0.75}
+ROUND_OFF = 4.0  # a product in its dtype and one in float64, of a batch that is traced for this
+FORWARD = 1 / 3  # a forward pass, relative to a product
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate of what an analysis takes.
+
+    Attributes:
+        seconds: Time.
+        products: Number of products with all operators.
+        product_seconds: Time of one product with the first operator, measured.
+        memory: Largest memory of the process in bytes, or of the device.
+    """
+
+    seconds: float
+    products: int
+    product_seconds: float
+    memory: float
+
+
+def estimate(objective: Objective, settings: SpectrumSettings, expected: Mapping[str, int]) -> Estimate:
+    """Measure one product and one orthogonalization, and count how many of them an analysis needs.
+
+    The number of products until the eigenvalues converge is not known beforehand, so the estimate is good to a factor
+    of about 1.5.
+
+    Args:
+        objective: The loss, its data and its weights. In a group, every process must call this function.
+        settings: Settings of the analysis.
+        expected: Expected products of every phase of the analysis (see `hessian_tools.analysis.spectrum`).
+
+    Returns:
+        The estimate.
+
+    Raises:
+        ValueError: If the memory does not suffice.
+    """
+    size = objective.size
+    pairs = min(settings.magnitude or settings.top + settings.smallest, size)
+    steps = min(settings.steps or STEPS, size) if settings.density else 0
+    room = budget_of(objective, settings.memory, pairs, steps)
+    first = settings.operators[0]
+    op = OPERATORS.get(first, OPERATORS["hessian"])(objective, room.kept)
+    v = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(op.device)
+    op @ v  # the network is traced, and the primals are computed
+    began = time.perf_counter()
+    float((op @ v)[0])  # waits for the device
+    product = time.perf_counter() - began
+    rows = v.to(room.basis_dtype).expand(4, -1).contiguous() / v.norm()
+    orthogonalize(v, rows.T)
+    began = time.perf_counter()
+    float(orthogonalize(v, rows.T)[0][0])
+    row = (time.perf_counter() - began) / 4
+    del rows
+    if objective.group is not None:
+        product, row = objective.group.broadcast((product, row))
+    filled = min(room.vectors, max(steps, expected.get(f"{first}: eigenvalues", 0)))
+    memory = _held(op.device) + size * (room.basis_dtype.itemsize * filled + 8 * (pairs + 4))
+    hessian = product / RELATIVE.get(first, 1.0)
+    seconds, products = 0.0, 0
+    for name in settings.operators:
+        unit = hessian * RELATIVE.get(name, 1.0)
+        found = pairs if name == first else min(settings.magnitude or settings.top, size)
+        counts = {
+            "symmetry": 2,
+            "error from the data": found + DATA_PROBES,
+            **{what: n for key, n in expected.items() for of, _, what in [key.partition(": ")] if of == name},
+        }
+        counts["eigenvalues"] = counts.get("eigenvalues", 0) + found  # for the residuals
+        products += sum(counts.values())
+        rounding = ROUND_OFF * found * round_off_samples(objective) / objective.samples
+        seconds += unit * (sum(counts.values()) + (rounding if objective.dtype == torch.float32 else 0))
+        seconds += row * (counts["eigenvalues"] * room.vectors / 2)
+        seconds += row * counts.get("density", 0) * (steps / 2 + found)
+    seconds += hessian * FORWARD * settings.draws
+    return Estimate(seconds, products, product, memory)
+
+
+def _held(device: torch.device) -> float:
+    """Return the bytes that this process holds now: on the device, or in memory if the system tells."""
+    if device.type == "cuda":
+        return float(torch.cuda.memory_reserved(device))
+    statm = Path("/proc/self/statm")
+    return float(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0.0
