@@ -210,9 +210,11 @@ def _work(units: Sequence[Unit], jobs: int) -> dict[str, str]:
     if not left:
         return failures
     with _bar(units, left) as say:
-        loky = type(get_active_backend()[0]).__name__ == "LokyBackend"  # its workers are children of this process
+        backend = get_active_backend()[0]
+        loky = type(backend).__name__ == "LokyBackend"  # its workers are children of this process
         watched = {"initializer": end_with, "initargs": (os.getpid(),)} if loky else {}
-        pool = Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch="all", **watched)
+        form = "generator_unordered" if backend.supports_return_generator else "list"  # Ray's has only lists
+        pool = Parallel(n_jobs=jobs, return_as=form, pre_dispatch="all", **watched)
         for name, why in pool(delayed(_named)(unit) for unit in left):
             if why:
                 failures[name] = why
