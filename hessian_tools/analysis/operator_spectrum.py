@@ -91,7 +91,8 @@ def measure(
             )
         )
     exact = pairs if bool(pairs.converged.all()) else pairs.take(pairs.converged)
-    spare = room.vectors - (0 if exact is pairs else len(exact.values))  # vectors available to a density
+    copied = 0 if exact is pairs else 8 // room.basis_dtype.itemsize * len(exact.values)
+    spare = max(5, room.vectors - copied)  # vectors available to a density
     spectral: DensityEstimate | None = None
     if whole is not None:
         spectral = exact_density(whole, len(pairs.values), size)

@@ -6,7 +6,7 @@ Precision is as in `hessian_tools.linalg.lanczos`: float64 for all but the produ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def tridiagonal(
 
 def tridiagonals(
     op: Operator,
-    starts: Sequence[Tensor],
+    starts: Iterable[Tensor],
     steps: int,
     deflate: Tensor | None = None,
     stop: Callable[[list[float], list[float]], bool] | None = None,
@@ -39,7 +39,7 @@ def tridiagonals(
     """Run the Lanczos process from several start vectors.
 
     The runs are independent, but each step multiplies one block with a vector of every run, so an operator that keeps
-    no primal recomputes it only once per step. The bases take steps * len(starts) vectors [P] of `basis_dtype`.
+    no primal recomputes it only once per step. The bases take `steps` vectors [P] per start, of `basis_dtype`.
 
     Args:
         op: The operator A.

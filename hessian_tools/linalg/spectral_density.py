@@ -9,6 +9,7 @@ and ||A z||^2.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -148,18 +149,21 @@ def density(
         fine = whole(a, b)
         return wasserstein(*whole(a[: m // 2], b), *fine) <= threshold * float(fine[0].max() - fine[0].min())
 
-    def draw() -> Tensor:
-        z = rademacher(op, 1, generator)[:, 0]
-        if basis is not None:
-            z, _ = orthogonalize(z, basis)
-        return z if float(z @ z) > 1e-20 * size else torch.zeros_like(z)
+    squares: list[float] = []  # ||z||^2 of every probe on the complement
+
+    def drawn(number: int) -> Iterator[Tensor]:  # one at a time, so that a probe is freed when it is part of a basis
+        for _ in range(number):
+            z = rademacher(op, 1, generator)[:, 0]
+            if basis is not None:
+                z, _ = orthogonalize(z, basis)
+            squares.append(float(z @ z) if float(z @ z) > 1e-20 * size else 0.0)
+            yield z if squares[-1] else torch.zeros_like(z)
 
     group = count if max_vectors is None else max_vectors // most if most else 1
-    runs: list[tuple[float, Tensor, Tensor]] = []  # ||z||^2 on the complement, alpha, beta
+    found: list[tuple[Tensor, Tensor]] = []  # alpha, beta
     for first in range(0, count, group):
-        starts = [draw() for _ in range(first, min(first + group, count))]
-        found = tridiagonals(op, starts, most, basis, stop, basis_dtype)
-        runs += [(float(z @ z), *coefficients) for z, coefficients in zip(starts, found, strict=True)]
+        found += tridiagonals(op, drawn(min(group, count - first)), most, basis, stop, basis_dtype)
+    runs = [(square, *coefficients) for square, coefficients in zip(squares, found, strict=True)]
     fine = [whole(a, b) for _, a, b in runs]
     coarse = [whole(a[: len(a) // 2 or 1], b) for _, a, b in runs]
     unknown = any(len(a) == 1 and float(b[0]) for _, a, b in runs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 
 from hessian_tools.analysis.settings import SpectrumSettings
 from hessian_tools.analysis.spectrum import spectrum
-from hessian_tools.analysis.warnings import learned_nothing
+from hessian_tools.analysis.warnings import learned_nothing, warnings_of
 from hessian_tools.objective import make_objective
 from hessian_tools.perturbation import class_count, count_correct
 from hessian_tools.results.spectrum import SpectrumResult
@@ -196,3 +197,12 @@ def test_classes_are_known_from_labels() -> None:
         (torch.zeros(3, dtype=torch.complex64), None),
     ):
         assert class_count(labels) == count
+
+
+def test_fewer_probes_than_usual_are_said() -> None:
+    torch.manual_seed(0)
+    target = make_objective(nn.Linear(4, 3), F.cross_entropy, (torch.randn(32, 4), torch.randint(0, 3, (32,))))
+    asked = spectrum(target, SpectrumSettings(top=2, smallest=2, probes=2, steps=4, operators=("ggn",)))
+    chosen = dataclasses.replace(asked, settings={**asked.settings, "probes": None})
+    assert not any("probes instead of 4" in text for text in warnings_of(asked))
+    assert any("2 probes instead of 4" in text for text in warnings_of(chosen))

@@ -19,7 +19,7 @@ from torch import Tensor
 from hessian_tools.analysis.settings import SpectrumSettings
 from hessian_tools.linalg.lanczos import certified, eigenpairs
 from hessian_tools.linalg.lanczos_quadrature import quadrature, tridiagonal, tridiagonals
-from hessian_tools.linalg.spectral_density import DensityEstimate, density, wasserstein
+from hessian_tools.linalg.spectral_density import DensityEstimate, default_probes, density, wasserstein
 from hessian_tools.linalg.trace import (
     estimate,
     estimate_forms,
@@ -452,3 +452,22 @@ def test_an_accuracy_that_cannot_be_reached_is_refused(accuracy: float) -> None:
         density(op, accuracy=accuracy, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="accuracy must lie between 1e-12 and 1"):
         SpectrumSettings(accuracy=accuracy)
+
+
+@pytest.mark.parametrize(("size", "probes"), [(10, 4), (100_000, 4), (250_000, 3), (500_000, 2), (10**9, 2)])
+def test_large_operators_need_fewer_probes(size: int, probes: int) -> None:
+    assert default_probes(size) == probes
+
+
+def test_few_probes_of_a_large_operator_are_as_accurate_as_they_promise() -> None:
+    """Coupled pairs, whose eigenvalues are 1 and -1: the signs of a probe decide between them."""
+    size = 500_000
+
+    def swap(block: Tensor) -> Tensor:
+        return block.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+    op = Composed(size, torch.float64, torch.device("cpu"), swap)
+    found = density(op, probes=default_probes(size), steps=4, generator=seeded(), basis_dtype=torch.float32)
+    nodes, weights = torch.cat(found.nodes), torch.cat(found.weights) / found.probes
+    exact = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    assert wasserstein(nodes, weights, exact, torch.full((2,), 0.5)) < 0.01 * 2

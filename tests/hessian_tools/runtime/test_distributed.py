@@ -18,6 +18,7 @@ import torch
 from draws import seeded
 from torch import Tensor, nn
 
+from hessian_tools.analysis.round_off import relative_round_off
 from hessian_tools.linalg.lanczos import eigenpairs
 from hessian_tools.linalg.spectral_density import density
 from hessian_tools.linalg.trace import probe_forms, trace
@@ -32,10 +33,10 @@ RAGGED = (4, 3, 5, 1, 2)
 DIES_AT = 17  # products
 
 
-def objective(sizes: tuple[int, ...] = RAGGED) -> Objective:
+def objective(sizes: tuple[int, ...] = RAGGED, dtype: torch.dtype = torch.float64) -> Objective:
     torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-    x, y = torch.randn(sum(sizes), 4, dtype=torch.float64), torch.randint(0, 3, (sum(sizes),))
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+    x, y = torch.randn(sum(sizes), 4, dtype=dtype), torch.randint(0, 3, (sum(sizes),))
     return make_objective(model, nn.functional.cross_entropy, list(zip(x.split(sizes), y.split(sizes), strict=True)))
 
 
@@ -58,6 +59,8 @@ def measured(whole: Objective) -> dict[str, Tensor]:
     found["trace"] = torch.tensor([estimate.estimate, estimate.stderr])
     spread = density(op, probes=2, steps=12, generator=seeded(3))
     found["density"] = torch.stack([torch.stack(spread.nodes), torch.stack(spread.weights)])
+    narrow = dataclasses.replace(objective(dtype=torch.float32), group=whole.group)
+    found["round-off"] = torch.tensor(relative_round_off(narrow, hessian, block[:, :3]), dtype=torch.float64)
     return found
 
 

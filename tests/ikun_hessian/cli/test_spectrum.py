@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -219,3 +220,17 @@ def test_bad_options_are_refused(
 ) -> None:
     fails(capsys, 2, message, "spectrum", str(trained / "a.pt"), "--out", str(tmp_path), *options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_long_analysis_says_beforehand_what_it_takes(
+    trained: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["spectrum", str(trained / "a.pt"), *FAST, "--no-density", "--out", str(tmp_path)]
+    assert cli.run([*asked, "--tag", "short"]) == 0
+    assert "expected" not in capsys.readouterr().err
+    monkeypatch.setattr("ikun_hessian.jobs.spectrum.LONG", 0.0)
+    assert cli.run(asked) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"expected    about \d+ min in all, \d+\.\d GiB of memory \(\d+ products of [\d.e-]+ s\)", said)
+    assert cli.run([*asked, "--force", "--quiet"]) == 0
+    assert "expected" not in capsys.readouterr().err

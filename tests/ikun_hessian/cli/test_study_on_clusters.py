@@ -38,6 +38,7 @@ smallest = 0
 density = false
 """
 
+
 @contextmanager
 def dask() -> Iterator[AbstractContextManager[Any]]:
     distributed = pytest.importorskip("dask.distributed")
