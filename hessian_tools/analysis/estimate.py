@@ -22,6 +22,7 @@ from hessian_tools.operators.curvature import OPERATORS
 RELATIVE = {"hessian": 1.0, "relaxed": 1.0, "ggn": 0.75, "fisher": 0.75, "smoothed": 0.75}
 ROUND_OFF = 4.0  # a product in its dtype and one in float64, of a batch that is traced for this
 FORWARD = 1 / 3  # a forward pass, relative to a product
+WORK = 8  # vectors of P float64 in a step of Lanczos or of a density, and models of variants
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def estimate(objective: Objective, settings: SpectrumSettings, expected: Mapping
     if objective.group is not None:
         product, row = objective.group.broadcast((product, row))
     filled = min(room.vectors, max(steps, expected.get(f"{first}: eigenvalues", 0)))
-    memory = _held(op.device) + size * (room.basis_dtype.itemsize * filled + 8 * (pairs + 4))
+    memory = _held(op.device) + size * (room.basis_dtype.itemsize * filled + 8 * (pairs + WORK))
     hessian = product / RELATIVE.get(first, 1.0)
     seconds, products = 0.0, 0
     for name in settings.operators:

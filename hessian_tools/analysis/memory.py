@@ -10,6 +10,9 @@ from hessian_tools.engine.product import kept_bytes
 from hessian_tools.linalg.lanczos import BASIS, least_basis
 from hessian_tools.objective import Objective
 
+TEMPORARY = 1.75  # what a product takes while it is computed, relative to what it keeps; measured
+PROCESS = 0.75 * 2**30  # bytes of PyTorch, Python and copies of the network, but at most an eighth of the memory
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -42,7 +45,8 @@ def budget(
         wanted: Number of eigenpairs.
         steps: Lanczos steps of a density.
         dtype: The dtype of the operator.
-        in_use: Bytes that batches take while they are processed, at most a quarter of the memory.
+        in_use: Bytes that batches take while they are processed, and other things. At most a quarter of the memory
+            counts.
 
     Returns:
         The division.
@@ -69,7 +73,7 @@ def budget(
 
 
 def budget_of(objective: Objective, memory: float, wanted: int, steps: int = 0) -> Budget:
-    """Divide the memory for an objective (see `budget`), less what its batches take while they are processed.
+    """Divide the memory for an objective (see `budget`), less what its batches and the process itself take.
 
     Args:
         objective: The objective.
@@ -84,7 +88,8 @@ def budget_of(objective: Objective, memory: float, wanted: int, steps: int = 0) 
     found = budget(memory * 2**30, size, wanted, steps, dtype)
     if found.vectors >= BASIS and found.basis_dtype == torch.float64:  # there is memory enough
         return found
-    return budget(memory * 2**30, size, wanted, steps, dtype, in_use(objective))
+    busy = in_use(objective) + min(PROCESS, memory * 2**30 / 8)
+    return budget(memory * 2**30, size, wanted, steps, dtype, busy)
 
 
 def in_use(objective: Objective) -> float:
@@ -93,4 +98,4 @@ def in_use(objective: Objective) -> float:
         return 0.0
     once, each = found
     workers = torch.get_num_threads() if objective.device.type == "cpu" else 1
-    return min(workers, len(objective.share)) * (once + each * max(objective.sizes))
+    return TEMPORARY * min(workers, len(objective.share)) * (once + each * max(objective.sizes))
