@@ -52,11 +52,14 @@ def relative_round_off(
     if pair is None:
         return [least] * count
     group = objective.group
-    own = range(count) if group is None else range(group.rank, count, group.size)
+    own = torch.arange(count) if group is None else torch.arange(count)[group.rank :: group.size]
     norms = torch.zeros(2, count, dtype=torch.float64, device=objective.device)
-    if own:
-        narrow, wide = (factory(o, 0) @ vectors[:, list(own)].to(o.device, o.dtype) for o in pair)
-        norms[:, list(own)] = torch.stack([wide.norm(dim=0), (narrow.double() - wide).norm(dim=0)])
+    narrow, wide = (factory(o, o.batch_memory or ROOM) for o in pair)
+    for some in own.split(torch.get_num_threads()) if len(own) else ():  # a few at a time, to save memory
+        columns = vectors[:, some]
+        image = (wide @ columns).double()
+        norms[0, some] = image.norm(dim=0)
+        norms[1, some] = ((narrow @ columns).double() - image).norm(dim=0)
     sizes, errors = objective.summed(norms)
     size = float(sizes.max())
     return [max(least, SAFETY * float(error) / size) if size else least for error in errors]
