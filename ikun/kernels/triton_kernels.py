@@ -25,6 +25,7 @@ NEURONS = 512  # neurons per block, four per thread
 PROGRAMS = 16  # programs per multiprocessor, of 128 threads each
 WIDE = 2**31 - 2**24  # from this number of neurons on, positions (also those past the last block) need 64 bits
 EXACT = {"enable_fp_fusion": False}  # no fused multiply-adds, so that the spikes are identical to those of torch
+FUSED = {"enable_fp_fusion": True}  # said because versions of Triton differ in what they do otherwise
 
 
 # ---------------------------------------------------------------- kernels
@@ -277,10 +278,10 @@ class _Launch:
         self.window = {"WINDOW": window}
 
     def __call__(self, kernel: Any, *tensors: Tensor | None, **options: Any) -> None:
-        """Launch a kernel on tensors, with compile-time options."""
+        """Launch a kernel on tensors, with compile-time options. Multiply-adds are fused unless EXACT is given."""
         arrays = [t if t is None else t.contiguous() for t in tensors]
         with torch.cuda.device_of(self.like):
-            kernel[(self.programs,)](*arrays, *self.numbers, **self.fixed, **options)
+            kernel[(self.programs,)](*arrays, *self.numbers, **self.fixed, **{**FUSED, **options})
 
     def totals(self, learned: bool) -> Tensor | None:
         """Return an empty tensor for the partial sums of dL/dgain, or None without a learned decay."""

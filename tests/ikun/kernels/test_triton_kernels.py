@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import itertools
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -301,37 +296,3 @@ def test_failing_triton_warns_once_and_falls_back(monkeypatch: pytest.MonkeyPatc
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dispatch.tangent(scan, scan.f1)
-
-
-# ---------------------------------------------------------------- compiled, though not run
-COMPILE = """
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from ikun.kernels import triton_kernels as scans
-
-names = {"index": "*i64", "totals": "*fp64", "steps": "i32", "size": "i32", "outputs": "i32", "blocks": "i32"}
-for kernel in (scans._value, scans._tangent, scans._adjoint, scans._adjoint_tangent):
-    exact = scans.EXACT if kernel is scans._value else {}
-    for i, (real, plane) in enumerate((("fp32", (28, 28)), ("fp64", (7, 5)), ("fp32", None))):
-        height, width = plane or (1, 1)
-        window = 4 if plane else 1
-        fixed = {"HEIGHT": height, "WIDTH": width, "WINDOW": window, "BLOCK": scans.NEURONS // window, "LONG": i == 1,
-                 "HARD": i % 2 == 0, "LAST": i == 1, "STATIC": i % 2 == 0, "REPEATED": i % 2 == 1}
-        absent = ((), ("u", "gh", "totals"), ("index", "state"))[i]
-        fixed |= dict.fromkeys((*absent, "z", "e") if i == 2 and kernel is scans._adjoint else absent)
-        fixed = {n: fixed[n] for n in kernel.arg_names if n in fixed}
-        signature = {n: "constexpr" if n in fixed else names.get(n, "*" + real) for n in kernel.arg_names}
-        ptx = compile(ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 90, 32), options=exact).asm["ptx"]
-        assert ("fma." in ptx) == (not exact), (kernel, fixed)
-print("compiled")
-"""
-
-
-def test_kernels_compile_for_a_hopper_and_the_one_of_the_spikes_has_no_fused_multiply_add(tmp_path: Path) -> None:
-    if importlib.util.find_spec("triton.backends.nvidia") is None:
-        pytest.skip("this Triton has no compiler for CUDA")
-    root = Path(__file__).parents[3]
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
-    assert done.stdout == "compiled\n", done.stderr
