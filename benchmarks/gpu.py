@@ -7,6 +7,9 @@ is sum over operations of max(operations / peak, bytes / bandwidth), divided by 
 has to read and write once; temporaries of element-wise formulas are left out, as is what fits the caches.
 
 --count prints what is counted and needs no device. Peak and bandwidth are an H200's unless they are given.
+
+--all runs this, the tests that need a GPU, and a comparison of whole commands on the CPU and the GPU, in less than ten
+minutes, and writes one report in Markdown (gpu_report.py).
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from benchmarks import gpu_report  # noqa: E402
 from hessian_tools.analysis.pyhessian import _Live  # noqa: E402
 from hessian_tools.engine.linearized import Linearized  # noqa: E402
 from hessian_tools.objective import Objective, make_objective  # noqa: E402
@@ -227,14 +231,14 @@ def milliseconds(candidates: dict[str, Callable[[], object]], rounds: int) -> di
     return times
 
 
-def ceilings() -> tuple[float, float]:
+def ceilings(size: int) -> tuple[float, float]:
     """(operations a second of a large float32 product, bytes a second of a large copy) on this device."""
-    a, b = torch.randn(2, 8192, 8192, device="cuda").unbind()
-    source = torch.randn(2**29, device="cuda")
+    a, b = torch.randn(2, size, size, device="cuda").unbind()
+    source = torch.randn(8 * size**2, device="cuda")
     target = torch.empty_like(source)
     times = milliseconds({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, 10)
     product, copied = (1e-3 * statistics.median(times[name]) for name in ("product", "copy"))
-    return 2 * 8192**3 / product, 2 * WORD * source.numel() / copied
+    return 2 * size**3 / product, 2 * WORD * source.numel() / copied
 
 
 def pyhessian(objective: Objective, v: Tensor) -> Callable[[], Tensor]:
@@ -270,7 +274,7 @@ def measure(options: argparse.Namespace) -> None:
         notes.append("without pyhessian" if missing else "PyHessian's cached graph does not fit this device")
     times = {name: statistics.median(t) for name, t in milliseconds(candidates, options.rounds).items()}
     peak, bandwidth = 1e12 * options.tflops, 1e12 * options.bandwidth
-    rate, copied = ceilings()
+    rate, copied = ceilings(options.size)
     works = counted(options.channels, options.steps, options.batch)
     of = dict(zip(candidates, ("gradient", "gradient", "hessian", "hessian", "ggn", "hessian"), strict=False))
     print(
@@ -298,7 +302,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--tflops", type=float, default=67.0, help="the device's float32 peak (H200: 67)")
     parser.add_argument("--bandwidth", type=float, default=4.8, help="of its memory, TB/s (H200: 4.8)")
+    parser.add_argument("--size", type=int, default=8192, help="of the matrices whose product is timed")
+    every = parser.add_argument_group("the report")
+    every.add_argument("--all", action="store_true", help="run everything that needs a GPU and write a report")
+    every.add_argument("--out", default="gpu-report.md", help="file of the report")
+    every.add_argument("--spectrum", default="", help="options of the command spectrum")
+    every.add_argument("--checkpoints", type=int, default=3, help="how many of the shipped checkpoints")
+    every.add_argument("--tests", default="", help="what pytest runs, instead of all tests that need a GPU")
+    every.add_argument("--python", default="", help="command that starts Python")
     options = parser.parse_args()
+    if options.all:
+        sys.exit(gpu_report.write_report(options))
     if options.count:
         print("| | TFLOP | GB | least ms |\n|---|---|---|---|")
         for name, works in counted(options.channels, options.steps, options.batch).items():

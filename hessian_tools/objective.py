@@ -303,9 +303,14 @@ def make_objective(
 
     Raises:
         ValueError: If there are no samples, if no parameter matches `params`, if a selected weight is NaN or infinite,
-            or if the number of inputs differs from the number of targets.
+            if the number of inputs differs from the number of targets, or if the device has no float64.
         ObjectiveError: If a check fails.
     """
+    where = {p.device.type for p in model.parameters()} if device is None else {torch.device(device).type}
+    if "mps" in where:
+        raise ValueError(
+            "device mps has no float64, in which sums and derivatives of the loss are computed: use the cpu"
+        )
     original, model = model, copy_model(model)
     model = model.to(device=device)
     if dtype is not None:

@@ -22,7 +22,14 @@ settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile("steady")
 torch.set_num_threads(1)  # keeps the order of sums
 os.environ["XDG_DATA_DIRS"] = "/nowhere"  # data sets that happen to be installed are not used
-LONGEST = {"test_notebooks.py", "test_documents.py", "test_distributed.py", "test_interruption.py", "test_examples.py"}
+LONGEST = {
+    "test_pretend_device.py",
+    "test_notebooks.py",
+    "test_documents.py",
+    "test_distributed.py",
+    "test_interruption.py",
+    "test_examples.py",
+}
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is imported; runs its kernels in Python on the CPU
 

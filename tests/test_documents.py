@@ -34,6 +34,7 @@ NOT_RUN = {
     "docs/event-data.md": ["a download"],
     "docs/findings.md": ["minutes", "hours", "minutes", "needs the repository's benchmarks"],
     "docs/findings/README.md": ["minutes"],
+    "docs/gpu.md": ["needs a GPU"],
     "docs/index.md": ["installs"],
     "docs/long-runs.md": ["sets an environment variable"],
     "docs/presets.md": ["needs the study above"],

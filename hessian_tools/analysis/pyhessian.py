@@ -6,6 +6,7 @@ an arbitrary network, and counts the operator products, which PyHessian does not
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -63,7 +64,8 @@ def _run(objective: Objective, seed: int, method: Callable[[Any], Any]) -> tuple
     cuda = objective.device.type == "cuda"
     dtype = torch.get_default_dtype()
     fork = torch.random.fork_rng([objective.device] if cuda else [])
-    with fork, warnings.catch_warnings(), full_precision(objective.device):
+    here = torch.cuda.device(objective.device) if cuda else contextlib.nullcontext()  # it uses the current device
+    with here, fork, warnings.catch_warnings(), full_precision(objective.device):
         warnings.filterwarnings("ignore", "Using backward\\(\\) with create_graph=True")
         torch.manual_seed(seed)  # PyHessian uses the global generator and the default dtype
         torch.set_default_dtype(objective.dtype)

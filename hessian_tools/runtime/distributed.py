@@ -1,4 +1,4 @@
-"""Data parallelism over processes started by torchrun, with gloo between CPUs and NCCL between GPUs.
+"""Data parallelism over processes started by torchrun, with gloo between CPUs and NCCL for sums between GPUs.
 
 Every rank runs the same algorithm on the same vectors. For a product, each rank computes its share of the batches, and
 one sum over the ranks gives all of them the same result. All ranks must run on the same kind of machine: what they
@@ -23,6 +23,8 @@ from torch import Tensor
 T = TypeVar("T")
 # How long a rank waits for a slower one. A dead rank is noticed at once by its closed connection.
 TIMEOUT = timedelta(minutes=30)
+# How long a sum between GPUs may take. NCCL does not notice a dead rank. All ranks have met over gloo before the sum.
+SUM_TIMEOUT = timedelta(minutes=3)
 
 
 class RankError(RuntimeError):
@@ -38,16 +40,22 @@ class Group:
     Attributes:
         rank: Number of this process, 0 to size - 1.
         size: Number of processes.
+        gpus: The NCCL group that sums tensors on GPUs; None if the run is on the CPU.
     """
 
     rank: int
     size: int
+    gpus: dist.ProcessGroup | None = None
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over the ranks on every rank, with the shape and device of `tensor` and bit-identical."""
         total = tensor.clone(memory_format=torch.contiguous_format)
+        between_gpus = self.gpus is not None and total.device.type == "cuda"
         with _answering(self.rank, self.size):
-            dist.all_reduce(total)
+            if between_gpus:
+                torch.cuda.current_stream(total.device).synchronize()  # so that the sum does not wait for the product
+                dist.all_reduce(torch.zeros(1))  # over gloo, which notices a dead rank at once
+            dist.all_reduce(total, group=self.gpus if between_gpus else None)
         return total
 
     def broadcast(self, obj: T) -> T:
@@ -117,15 +125,14 @@ def initialize_group(device: torch.device | str) -> Group | None:
         torch.cuda.set_device(local)
         # Collectives wait for their result and raise in this thread, instead of a watchdog that ends the process.
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-        backend = "nccl"
-    else:
-        backend = "gloo"
+    gpus = None
     with _answering(rank, size):
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT)
-    group = Group(rank, size)
-    if backend == "gloo":
-        # Its threads could otherwise abort a process that ends with an error, which hides the exit code.
-        atexit.register(group.close)
+        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=TIMEOUT)
+        if torch.device(device).type == "cuda":
+            gpus = dist.new_group(backend="nccl", timeout=SUM_TIMEOUT)
+    group = Group(rank, size, gpus)
+    # Threads of gloo could otherwise abort a process that ends with an error, which hides the exit code.
+    atexit.register(group.close)
     return group
 
 

@@ -119,7 +119,9 @@ def _end(like: Tensor, state: Tensor | None) -> Tensor:
 
 
 def _total(value: Any, like: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(())
+    if isinstance(value, Tensor):
+        return value.to(like.dtype).reshape(())
+    return like.new_full((), value)  # does not copy from the host, which a captured graph must not
 
 
 # ---------------------------------------------------------------- the passes
@@ -148,7 +150,7 @@ def spikes(
         found = fused.value(x, s.steps, rates, s.reset == "hard", s.plane, s.ties == "last", gain is not None, state)
         if found is not None:
             y, z, index, u = found
-            index = torch.empty(0, dtype=torch.int32) if index is None else index
+            index = x.new_empty(0, dtype=torch.int32) if index is None else index
             return y, z, _end(x, state), index, none if u is None else u
     v, zs, ss, us = torch.full_like(x[0], s.v_reset) if state is None else state[0], [], [], []
     for t in range(s.steps):
@@ -157,7 +159,7 @@ def spikes(
         h, spike, v = step(current, v, decay, rate, d)
         zs.append(h - s.threshold)
         ss.append(spike)
-    y, index = torch.stack(ss), torch.empty(0, dtype=torch.int32, device=x.device)
+    y, index = torch.stack(ss), x.new_empty(0, dtype=torch.int32)
     if s.plane is not None:
         y, index = fused.select(y, s.plane, s.ties)
     return (

@@ -14,12 +14,14 @@ def pick(device: str) -> str:
         device: "cpu", "cuda", "cuda:N" for the CUDA device of this number, or "auto" for CUDA if there is a device.
 
     Raises:
-        UsageError: If PyTorch does not find the CUDA device that was asked for.
+        UsageError: If PyTorch does not find the CUDA device that was asked for, or for "mps".
     """
     import torch
 
     from hessian_tools.runtime.distributed import environment_number
 
+    if device == "mps":
+        raise UsageError("--device mps: this device has no float64, which curvature needs: use --device cpu")
     if device.startswith("cuda"):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:

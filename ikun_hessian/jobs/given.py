@@ -99,7 +99,7 @@ def open_given(model: Any, data: Any, loss: str | Callable[..., Any] | None, ope
     shared: dict[str, Any] = {key: getattr(opening, key) for key in ("batch_size", "params", "dtype")}
     if path is not None and path.suffix != ".nir" and data is None:
         device = opening.device or "cpu"
-        memory = opening.memory or half_of_the_memory(device.partition(":")[0])
+        memory = opening.memory or half_of_the_memory(device)
         samples = "all" if opening.samples is None else str(opening.samples)
         job = open_job(
             path, samples=samples, split=opening.split, surrogate=opening.surrogate, memory=memory, data_dir=None,
@@ -117,7 +117,7 @@ def open_given(model: Any, data: Any, loss: str | Callable[..., Any] | None, ope
         raise UsageError(LOSS_NEEDED, loss=...)
     network, surrogate = _network(model, path, opening)
     device = opening.device or str(next((p.device for p in network.parameters()), "cpu"))
-    memory = opening.memory or half_of_the_memory(device.partition(":")[0])
+    memory = opening.memory or half_of_the_memory(device)
     x, y = _samples(data, opening, memory / 4)
     name = opening.name or (path.name if path else type(model).__name__)
     opening = dataclasses.replace(opening, name=name, surrogate=surrogate)

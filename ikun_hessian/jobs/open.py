@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,9 +152,15 @@ def make_job(
     """
     import torch
 
+    from hessian_tools import nested
     from hessian_tools.analysis.step_traces import mean_over_steps
-    from hessian_tools.objective import make_objective
+    from hessian_tools.objective import make_objective, to
     from hessian_tools.operators.curvature import product_bytes
+
+    # moved and converted once, not for every objective
+    like = torch.empty(0, dtype=getattr(torch, dtype), device=device)
+    held = isinstance(source.x, torch.Tensor | Mapping | tuple | list)
+    samples = (nested.converted(source.x, like) if held else source.x, to(source.y, like))
 
     def objective(steeper: float = 1.0, **changes: Any) -> Objective:
         network, reset = source.network(steeper, **changes)
@@ -162,10 +168,10 @@ def make_job(
         made = make_objective(
             network,
             mean_over_steps(source.loss) if once else source.loss,
-            (source.x, source.y),
+            samples,
             batch_size=batch_size,
             params=params,
-            dtype=getattr(torch, dtype),
+            dtype=like.dtype,
             device=device,
             reset=reset,
         )
@@ -175,8 +181,8 @@ def make_job(
     limit = memory * 2**30 / 4 / workers
     probe = objective()
     size = product_bytes(probe)
-    batch_size = _batch_size(probe, batch_size, size, memory * 2**30, workers, group)
-    first = probe.rebatched(batch_size)
+    asked, batch_size = batch_size, _batch_size(probe, batch_size, size, memory * 2**30, workers, group)
+    first = probe if asked else probe.rebatched(batch_size)  # without a copy of the samples
     few = _fitting(size, memory * 2**30 / 12, 512)  # an autograd pass takes about three times what a product keeps
     provenance = {
         "checkpoint": {"path": "" if path == Path() else str(path), "sha256": digest},

@@ -157,7 +157,7 @@ DATA_DIR = Option(
 )
 DEVICE = Option(
     "device", str, "auto", "Device to compute on.", metavar="auto, cpu, cuda or cuda:N",
-    pattern="auto|cpu|cuda(:[0-9]{1,3})?", preset=False,
+    pattern="auto|cpu|cuda(:[0-9]{1,3})?|mps", preset=False,  # mps is refused with the reason
 )  # fmt: skip
 JSON = Option("json", bool, False, "Print JSON to standard output, and nothing else.", renamed="as_json", preset=False)
 DAMPING = Option(

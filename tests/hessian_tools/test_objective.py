@@ -121,6 +121,12 @@ def test_bad_input() -> None:
         make_objective(model, mse, (x, y))
 
 
+def test_a_device_without_float64_is_refused_in_one_line() -> None:
+    model, data = toy()
+    with pytest.raises(ValueError, match=r"^device mps has no float64, in which .* are computed: use the cpu$"):
+        make_objective(model, mse, data, device="mps")
+
+
 def test_rebatched_keeps_order() -> None:
     model, (x, y) = toy()
     objective = make_objective(model, mse, (x, y), batch_size=4).rebatched(3)

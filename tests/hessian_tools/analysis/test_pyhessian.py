@@ -132,3 +132,15 @@ def test_a_zero_hessian_gives_zeros_and_one_that_is_not_finite_is_refused() -> N
     with pytest.raises(FloatingPointError, match="not finite"):
         pyhessian_eigenpairs(broken, hessian(broken), 1, tol=1e-2, seed=0)
     assert all(p.grad is None for p in target.model.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_it_runs_on_the_device_of_the_objective_and_not_on_the_current_one() -> None:
+    here = spiking()
+    there = make_objective(here.model, here.loss, list(here.batches), device="cuda:1")
+    expected, found = (pyhessian_eigenpairs(o, hessian(o), 1, tol=1e-2, seed=0) for o in (here, there))
+    assert found.vectors.device == torch.device("cuda", 1)
+    torch.testing.assert_close(found.values.cpu(), expected.values, rtol=1e-2, atol=0)
+    assert len(pyhessian_trace(there, seed=0, max_iterations=5)) > 0
+    assert torch.cuda.current_device() == 0

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from draws import seeded
 from torch import Tensor, nn
 
@@ -140,6 +141,40 @@ def rank_of_a_dying_run(folder: Path, dying: int) -> None:
         (folder / f"survivor-of-{dying}.json").write_text(json.dumps(left))
 
 
+def rank_of_a_dying_run_on_gpus(folder: Path) -> None:
+    """Rank 1 ends before the third sum. Sums between GPUs wait for it for ever, as NCCL's do for minutes."""
+    from pretend_device.device import pretend_device
+
+    gloo, asked = dist.all_reduce, []
+
+    def all_reduce(t: Tensor, group: Any = None) -> None:
+        if group is None:
+            gloo(t)
+            return
+        asked.append(group)
+        assert t.is_cuda
+        if len(asked) == 3:
+            time.sleep(3600)
+        host = t.cpu()
+        gloo(host)
+        t.copy_(host)
+
+    dist.all_reduce, dist.new_group = all_reduce, lambda **options: options
+    with pretend_device():
+        group = initialize_group("cuda")
+        assert group is not None
+        sums = [group.sum(torch.full((2,), group.rank + 1.0, device="cuda")).tolist() for _ in range(2)]
+        assert group.broadcast(group.rank) == 0
+        if group.rank == 1:
+            os._exit(1)
+        try:
+            group.sum(torch.ones(2, device="cuda"))
+        except RankError as error:
+            timeout = asked[0]["timeout"].total_seconds()
+            left = {"error": str(error), "sums": sums, "backend": asked[0]["backend"], "timeout": timeout}
+            (folder / "survivor-on-gpus.json").write_text(json.dumps(left))
+
+
 def start(folder: Path, *arguments: str) -> list[subprocess.Popen[bytes]]:
     """Two ranks of this file, as torchrun would start them."""
     with socket.socket() as free:
@@ -206,6 +241,20 @@ def test_the_survivor_says_so_at_once_and_the_run_can_be_resumed(
         assert all(torch.equal(whole[name], value) for name, value in found[f"died-{dying} read"].items())
 
 
+def test_a_dead_rank_is_noticed_before_a_sum_between_gpus(tmp_path: Path) -> None:
+    first, second = start(tmp_path, "gpus")
+    try:
+        assert second.wait(60) == 1
+        assert first.wait(60) == 0
+    finally:
+        first.kill()
+    left = json.loads((tmp_path / "survivor-on-gpus.json").read_text())
+    assert left["error"].startswith("rank 0 of 2: another process of the run has died or does not answer (")
+    assert left["sums"] == [[3, 3], [3, 3]]
+    assert left["backend"] == "nccl"
+    assert left["timeout"] <= 300  # if the rank dies within the sum
+
+
 def test_the_first_rank_alone_reads_and_writes(folder: Path, ranks: list[dict[str, Any]]) -> None:
     assert not (folder / "second").exists()
     assert not list(folder.glob("died-*.journal"))
@@ -268,6 +317,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if len(sys.argv) == 2:
         rank_of_a_run(Path(sys.argv[1]))
+    elif sys.argv[2] == "gpus":
+        rank_of_a_dying_run_on_gpus(Path(sys.argv[1]))
     else:
         rank_of_a_dying_run(Path(sys.argv[1]), int(sys.argv[2]))
 

@@ -113,6 +113,18 @@ def test_a_job_is_what_the_options_say(trained: Path) -> None:
     torch.testing.assert_close(loss_and_gradient(job.another())[1], gradient)
 
 
+@pytest.mark.parametrize("batch_size", [16, None])
+def test_all_objectives_of_a_job_share_its_samples(trained: Path, batch_size: int | None) -> None:
+    job = open_job(
+        trained / "a.pt", samples="60", split="test", batch_size=batch_size, params="*", surrogate=None, dtype="float64",
+        memory=1.0, data_dir=None, device="cpu",
+    )  # fmt: skip
+    for other in (job.another(), job.another(2.0), job.another(ties="last")):
+        for (x, y), (other_x, other_y) in zip(job.objective.batches, other.batches, strict=True):
+            assert other_x.data_ptr() == x.data_ptr()  # converted to float64 only once
+            assert other_y.data_ptr() == y.data_ptr()
+
+
 def loss_and_gradient(objective: Objective) -> tuple[float, torch.Tensor]:
     """Of the first batch, with respect to the first parameter."""
     (x, y), parameters = objective.batches[0], list(objective.parameters.values())
