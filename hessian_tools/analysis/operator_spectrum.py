@@ -27,7 +27,7 @@ from hessian_tools.linalg import spectral_functions as functions
 from hessian_tools.linalg.lanczos import Eigenpairs, eigenpairs, excess, random_vector
 from hessian_tools.linalg.lanczos_quadrature import quadrature, tridiagonal
 from hessian_tools.linalg.power_iteration import power_iteration
-from hessian_tools.linalg.spectral_density import DensityEstimate, default_probes, density
+from hessian_tools.linalg.spectral_density import SETTLED, DensityEstimate, default_probes, density
 from hessian_tools.linalg.trace import LEAST_PROBES, estimate_forms, form_variance, frobenius, probe_moments
 from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator, scaled, symmetry_error
@@ -98,9 +98,10 @@ def measure(
         spectral = exact_density(whole, len(pairs.values), size)
     elif settings.density and settings.backend == "own":
         step_density = run.meter.phase(f"{name}: density")
-        counts = {"probes": settings.probes, "steps": settings.steps}
+        counts: dict[str, Any] = {"probes": settings.probes, "steps": settings.steps}
         if settings.accuracy is None:
             counts = {"probes": settings.probes or default_probes(size), "steps": min(settings.steps or STEPS, spare)}
+            counts["settled"] = 0.0 if settings.steps else SETTLED
         spectral = DensityEstimate(
             **phase(
                 "density",

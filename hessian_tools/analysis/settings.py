@@ -27,7 +27,8 @@ class SpectrumSettings:
         density: Whether to compute the spectral density.
         accuracy: Wasserstein accuracy of the density, relative to the range of the spectrum. It determines the steps
             and the probes that are not given.
-        steps: Lanczos steps of the density; 60 if neither this nor an accuracy is given.
+        steps: Lanczos steps of the density. If neither this nor an accuracy is given: at most 60, until twice as many
+            move the density by at most 0.1% of its range.
         probes: Number of probes of the density. If neither this nor an accuracy is given: 4, or 2 for more than about
             400,000 parameters (see `hessian_tools.linalg.spectral_density.default_probes`).
         trace_probes: Number of probes of the trace.

@@ -247,7 +247,7 @@ def expected_products(settings: SpectrumSettings, variants: Iterable[str], size:
         size: Number P of parameters.
     """
     expected: dict[str, int] = {}
-    probes, steps = settings.probes or default_probes(size), settings.steps or STEPS
+    probes, steps = settings.probes or default_probes(size), settings.steps or STEPS // 2
     for name in settings.operators:
         expected[f"{name}: eigenvalues"] = 20 + 5 * (settings.top + settings.smallest)
         expected[f"{name}: density"] = probes * steps if settings.density else 0

@@ -24,6 +24,7 @@ from hessian_tools.operators.base import Operator
 
 _MOST_PROBES = 64  # largest number of probes chosen by an accuracy
 MOST_DEFAULT, DEFAULT_ACCURACY = 4, 0.01  # of `default_probes`
+SETTLED = 1e-3  # a change of the quadrature that no figure shows, relative to its range
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def density(
     probes: int | None = None,
     steps: int | None = None,
     accuracy: float | None = None,
+    settled: float = 0.0,
     generator: torch.Generator,
     deflate: Eigenpairs | None = None,
     max_vectors: int | None = None,
@@ -98,6 +100,8 @@ def density(
             of steps is doubled (8, 16, 32, ...) until a doubling moves the quadrature of the probe by at most t/2; it
             is at most 12/t + 1/2 and at most `max_vectors`. Both bounds are from Chen, Trogdon & Ubaru 2021, for probes
             uniform on the sphere and a failure probability of 5%. The accuracy that was reached is in the result.
+        settled: The given or default steps are doubled, too (8, 16, 32, ...), until a doubling moves the quadrature by
+            at most this distance. 0: all of them are made.
         generator: Random generator of the probes.
         deflate: Converged eigenpairs to take out exactly.
         max_vectors: Largest number of vectors [P] in the Lanczos bases. Probes whose bases fit together run together.
@@ -118,7 +122,7 @@ def density(
     size = op.shape[0]
     atoms = torch.empty(0, dtype=torch.float64) if deflate is None else deflate.values
     basis = None if deflate is None else deflate.vectors
-    threshold = 0.0 if accuracy is None or steps is not None else accuracy / 2
+    threshold = settled if accuracy is None or steps is not None else accuracy / 2
     count, most = _chosen(size, accuracy, max_vectors)
     count, most = count if probes is None else probes, most if steps is None else steps
     if count < 1 or most < 1:

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hessian_tools.runtime.cores import available_cores
 from ikun.data.arrays import Int64Array, UInt8Array
 from ikun.data.download import DataError, expand, reason
 
@@ -162,7 +163,7 @@ def decoded(path: Path, size: int) -> UInt8Array:
 @cache
 def _pool() -> ThreadPoolExecutor:
     """Return the threads that decode, the same ones in every call."""
-    return ThreadPoolExecutor(os.cpu_count(), "decode")
+    return ThreadPoolExecutor(available_cores(), "decode")
 
 
 def _existing(root: Path, split: str) -> Path:

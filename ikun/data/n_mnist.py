@@ -28,6 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hessian_tools.runtime.cores import available_cores
 from ikun.data.arrays import Int64Array
 from ikun.data.download import DataError, data_folder, fetch, read_up_to, reason
 
@@ -217,7 +218,7 @@ def _opened(path: Path, process: int, size: int, modified: int) -> zipfile.ZipFi
 @cache
 def _pool() -> ThreadPoolExecutor:
     """Return the threads that read, the same ones in every call."""
-    return ThreadPoolExecutor(os.cpu_count(), "events")
+    return ThreadPoolExecutor(available_cores(), "events")
 
 
 def _files(folder: Path, split: str) -> list[tuple[str, int]]:

@@ -67,7 +67,7 @@ def threads_option(command: Command) -> Command:
         type=click.IntRange(1),
         callback=_set_threads,
         expose_value=False,
-        help="Number of CPU threads [default: all cores].",
+        help="Number of CPU threads [default: the cores that this process may use].",
     )(command)
     return added
 

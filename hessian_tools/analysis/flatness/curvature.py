@@ -19,7 +19,7 @@ from hessian_tools.analysis.sampling_error import data_errors, grouped, withheld
 from hessian_tools.analysis.settings import PROBES, STEPS
 from hessian_tools.linalg import spectral_functions as functions
 from hessian_tools.linalg.lanczos import Eigenpairs, eigenpairs
-from hessian_tools.linalg.spectral_density import DensityEstimate, density
+from hessian_tools.linalg.spectral_density import SETTLED, DensityEstimate, density
 from hessian_tools.linalg.trace import estimate_forms, form_variance, probe_moments
 from hessian_tools.operators.base import Operator, symmetry_error
 from hessian_tools.operators.curvature import CurvatureOperator, fisher, hessian
@@ -199,7 +199,7 @@ def _functionals(work: Work, op: CurvatureOperator, pairs: Eigenpairs, room: int
     step = run.meter.phase(title)
 
     def compute(op: Operator) -> dict[str, Any]:
-        steps: dict[str, Any] = {"steps": min(STEPS, spare), "max_vectors": spare}
+        steps: dict[str, Any] = {"steps": min(STEPS, spare), "settled": SETTLED, "max_vectors": spare}
         return vars(
             density(op, probes=PROBES, **steps, generator=run.generator(title, 0), deflate=exact, progress=step)
         )

@@ -116,8 +116,8 @@ def test_a_job_is_what_the_options_say(trained: Path) -> None:
 @pytest.mark.parametrize("batch_size", [16, None])
 def test_all_objectives_of_a_job_share_its_samples(trained: Path, batch_size: int | None) -> None:
     job = open_job(
-        trained / "a.pt", samples="60", split="test", batch_size=batch_size, params="*", surrogate=None, dtype="float64",
-        memory=1.0, data_dir=None, device="cpu",
+        trained / "a.pt", samples="60", split="test", batch_size=batch_size, params="*", surrogate=None,
+        dtype="float64", memory=1.0, data_dir=None, device="cpu",
     )  # fmt: skip
     for other in (job.another(), job.another(2.0), job.another(ties="last")):
         for (x, y), (other_x, other_y) in zip(job.objective.batches, other.batches, strict=True):
