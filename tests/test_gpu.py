@@ -124,6 +124,19 @@ def test_a_training_gradient_is_the_cpus(neuron: str) -> None:
         assert (found - expected).norm() < 1e-10 * expected.norm()
 
 
+@pytest.mark.usefixtures("no_fallback")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_kernels_and_graphs_run_on_the_device_of_their_tensors_and_not_on_the_current_one() -> None:
+    pytest.importorskip("triton")
+    here, there = (OPERATORS["ggn"](pair(device=device, neuron="lif"), 2**30) for device in ("cpu", "cuda:1"))
+    v = torch.randn(here.shape[0], dtype=torch.float64)
+    expected = here @ v
+    for _ in range(3):
+        torch.testing.assert_close((there @ v.to("cuda:1")).cpu(), expected, rtol=1e-9, atol=1e-12)
+    graphs_of(there)
+    assert torch.cuda.current_device() == 0
+
+
 # ---------------------------------------------------------------- graphs
 def graphs_of(op: CurvatureOperator) -> list[Captured]:
     assert op._kept

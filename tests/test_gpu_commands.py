@@ -23,6 +23,19 @@ COMMANDS = {
     "flatness": ["--draws", "4", "--samples", "16"],
     "landscape": ["--points", "5", "--plane-points", "3", "--directions", "top1,random1,random2", "--samples", "32"],
 }
+ONE = ["--samples", "16", "--top", "1", "--smallest", "0", "--no-density", "--memory", "1"]
+ANALYSES = {
+    "exact": ["--operator", "ggn", "--exact"],
+    "diagonal": ["--operator", "relaxed", "--diagonal", "--diagonal-probes", "2"],
+    "pyhessian": ["--operator", "hessian", "--backend", "pyhessian", "--method", "power"],
+    "layers": ["--operator", "ggn", "--per-layer"],
+    "steps": ["--operator", "ggn", "--per-step"],
+    "curve": ["--operator", "ggn", "--samples-curve", "4,8", "--resamples", "2"],
+    "scaled": ["--operator", "ggn", "--scaled", "1"],
+    "fisher": ["--operator", "fisher", "--method", "power"],
+    "segments": ["--operator", "hessian", "--memory", "0.0005", "--batch-size", "8"],
+}
+SHORT = 3  # of these by default
 SKIPPED = {"seconds", "time", "path", "device", "versions", "products", "environment", "converged", "residual"}
 
 
@@ -69,6 +82,21 @@ def test_a_command_gives_the_numbers_of_the_cpu(command: str, folder: Path) -> N
     here, there = results
     assert here.keys() == there.keys()
     assert len(here) > 20
+    for place, expected in here.items():
+        assert there[place] == pytest.approx(expected, rel=5e-3, abs=1e-4, nan_ok=True), place
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.extended] if i >= SHORT else []) for i, n in enumerate(ANALYSES)]
+)
+def test_an_analysis_gives_the_numbers_of_the_cpu(name: str, folder: Path, tmp_path: Path) -> None:
+    results = []
+    for device in ("cpu", "cuda"):
+        options = [*ONE, *ANALYSES[name], "--device", device, "--out", str(tmp_path / device)]
+        assert cli.run(["spectrum", str(folder / "c.pt"), *options]) == 0
+        results.append(numbers(json.loads((tmp_path / device / "c.spectrum.json").read_text())))
+    here, there = results
+    assert here.keys() == there.keys()
     for place, expected in here.items():
         assert there[place] == pytest.approx(expected, rel=5e-3, abs=1e-4, nan_ok=True), place
 

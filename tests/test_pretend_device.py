@@ -15,7 +15,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-SMALL = "a_training_gradient or (replayed and hessian-fields1)"
+SMALL = "a_training_gradient or (replayed and hessian-fields1) or current_one"
 GROUPS: dict[str, list[str]] = {
     "refusals": ["tests/pretend_device/refusals.py"],
     "products": [

@@ -23,6 +23,8 @@ DAMPING = 0.01  # relative to the largest eigenvalue, if none is given
 def all_eigenvalues(objective: Objective, top: int, progress: Callable[[int, int, float], None]) -> dict[str, Tensor]:
     """Return all eigenvalues [r] that are not zero, in descending order, and the eigenvectors [P, k] of the largest.
 
+    The eigenvalues are on the CPU, as those of an iterative method are, and the eigenvectors on the objective's device.
+
     Raises:
         GramError: If the objective has no Gram matrix, or a too large one.
     """
@@ -32,7 +34,7 @@ def all_eigenvalues(objective: Objective, top: int, progress: Callable[[int, int
     values = gram.values[:rank]
     count = max(1, min(top, rank))
     vectors, _ = torch.linalg.qr(gram_eigenvectors(objective, gram, count))
-    return {"values": values, "vectors": vectors}
+    return {"values": values, "vectors": vectors.to(objective.device)}
 
 
 def exact_pairs(op: Operator, values: Tensor, vectors: Tensor, tol: float) -> Eigenpairs:

@@ -62,6 +62,7 @@ def diagonal(
     size = op.shape[0]
     exact = size <= probes
     count, done = (size, 0) if exact else (probes, 0)
+    known = None if deflate is None else deflate.values.to(op.device)  # eigenvalues are on the CPU
     values, centre, squares = (torch.zeros(size, dtype=torch.float64, device=op.device) for _ in range(3))
     while done < count:
         n = min(BLOCK, count - done)
@@ -73,8 +74,8 @@ def diagonal(
         else:
             signs = rademacher(op, n, generator)
             images = (op @ signs).double()
-            if deflate is not None:
-                images -= deflate.vectors @ (deflate.values[:, None] * (deflate.vectors.T @ signs))
+            if deflate is not None and known is not None:
+                images -= deflate.vectors @ (known[:, None] * (deflate.vectors.T @ signs))
             entries = signs * images
             if not done:
                 centre = entries.mean(1)  # a rough mean, so that the sum of squares does not cancel
@@ -87,6 +88,6 @@ def diagonal(
         return DiagonalEstimate(values.cpu(), torch.zeros(size, dtype=torch.float64), count, True)
     values /= count
     variance = (squares / count - (values - centre).square()).clamp_min(0) * count / (count - 1)
-    if deflate is not None:
-        values += deflate.vectors.square() @ deflate.values
+    if deflate is not None and known is not None:
+        values += deflate.vectors.square() @ known
     return DiagonalEstimate(values.cpu(), (variance / count).sqrt().cpu(), count, False)
