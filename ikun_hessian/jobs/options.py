@@ -357,8 +357,8 @@ SPECTRUM = (
         renamed="operators", multiple=True,
     ),
     Option("density", bool, True, "Whether to estimate the spectral density.", opposite="no-density"),
-    Option("steps", int, None, 
-        "Lanczos steps per density probe [default: at most 60, until twice as many move it by less than 0.1% of its "
+    Option("steps", int, None,
+        "Lanczos steps per density probe [default: at most 60, until half as many give the same to 0.1% of its "
         "range, or chosen by --accuracy].",
     ),
     Option("probes", int, None, "Number of density probes [default: 2 to 4, or chosen by --accuracy]."),
