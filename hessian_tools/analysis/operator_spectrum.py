@@ -17,6 +17,7 @@ from hessian_tools.analysis.exact_ggn import (
     exact_functions,
     exact_pairs,
     exact_trace,
+    is_cheaper,
 )
 from hessian_tools.analysis.memory import Budget, budget, budget_of
 from hessian_tools.analysis.pyhessian import pyhessian_eigenpairs, pyhessian_trace
@@ -32,6 +33,7 @@ from hessian_tools.linalg.trace import LEAST_PROBES, estimate_forms, form_varian
 from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator, scaled, symmetry_error
 from hessian_tools.operators.curvature import OPERATORS, CurvatureOperator
+from hessian_tools.operators.gram import GramError
 from hessian_tools.perturbation import filter_norms
 from hessian_tools.results.spectrum import Density, Eigenvalue, Functional, Search, Spectrum, Trace
 
@@ -77,8 +79,7 @@ def measure(
     autograd: str = run.phases.keep(f"{name}: path", lambda: {"reason": _reason(op)})["reason"]
     step = run.meter.phase(f"{name}: eigenvalues")
     whole: Tensor | None = None
-    if settings.exact and name == "ggn":
-        every = phase("all eigenvalues", lambda op, random: all_eigenvalues(objective, top, step))
+    if name == "ggn" and (every := _all_eigenvalues(run, objective, phase, top, step)) is not None:
         whole, smallest = every["values"], 0
         pairs = Eigenpairs(
             **phase("eigenvalues", lambda op, random: vars(exact_pairs(op, **every, tol=settings.tol))),
@@ -209,6 +210,31 @@ def measure(
         ),
     )
     return record, pairs
+
+
+def _all_eigenvalues(
+    run: AnalysisContext,
+    objective: Objective,
+    phase: Callable[..., dict[str, Any]],
+    top: int,
+    progress: Callable[[int, int, float], None],
+) -> dict[str, Tensor] | None:
+    """Return all eigenvalues of the GGN and eigenvectors of the largest; None if they are not to be computed so."""
+    settings = run.settings
+    given = settings.exact
+    if given is None:
+        chosen = (settings.steps, settings.probes, settings.accuracy)
+        usual = settings.method == "lanczos" and settings.density and all(value is None for value in chosen)
+        if not (usual and is_cheaper(objective, settings.memory)):
+            return None
+    elif not given:
+        return None
+    try:
+        return phase("all eigenvalues", lambda op, random: all_eigenvalues(objective, top, progress))
+    except GramError:
+        if given:
+            raise
+        return None
 
 
 def _pairs(

@@ -33,7 +33,8 @@ class SpectrumSettings:
             400,000 parameters (see `hessian_tools.linalg.spectral_density.default_probes`).
         trace_probes: Number of probes of the trace.
         exact: Whether to compute all eigenvalues of the GGN from its Gram matrix, instead of probes. It needs few
-            samples: at most 8192 samples times outputs.
+            samples: at most 8192 samples times outputs. None: where it takes less time (see
+            `hessian_tools.analysis.exact_ggn.is_cheaper`), unless steps, probes or an accuracy are given.
         damping: Damping z of effective dimension and log determinant. With None it is 1% of lambda_max, for GGN and
             Fisher only.
         noise: Scale of the weight noise of operator `smoothed`, relative to each filter's root mean square.
@@ -64,7 +65,7 @@ class SpectrumSettings:
     steps: int | None = None
     probes: int | None = None
     trace_probes: int = 32
-    exact: bool = False
+    exact: bool | None = None
     damping: float | None = None
     noise: float = 0.1
     tol: float = 1e-4

@@ -367,8 +367,9 @@ SPECTRUM = (
         "Wasserstein accuracy of the density, relative to the range of the spectrum. Chooses --steps and --probes.",
     ),
     Option(
-        "exact", bool, False,
-        "Compute all eigenvalues of the GGN without probes. Needs few samples: at most 8192 samples times outputs.",
+        "exact", bool, None,
+        "Compute all eigenvalues of the GGN without probes. Needs few samples: at most 8192 samples times outputs "
+        "[default: up to 1500, where it takes less time].", opposite="no-exact",
     ),
     DAMPING,
     Option(
