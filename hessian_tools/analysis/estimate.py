@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from hessian_tools.analysis.memory import budget_of
+from hessian_tools.analysis.memory import Budget, budget_of
 from hessian_tools.analysis.round_off import round_off_samples
 from hessian_tools.analysis.sampling_error import PROBES as DATA_PROBES
 from hessian_tools.analysis.settings import STEPS, SpectrumSettings
@@ -42,31 +42,36 @@ class Estimate:
     memory: float
 
 
-def estimate(objective: Objective, settings: SpectrumSettings, expected: Mapping[str, int]) -> Estimate:
-    """Measure one product and one orthogonalization, and count how many of them an analysis needs.
+@dataclass(frozen=True)
+class Costs:
+    """What was measured.
 
-    The number of products until the eigenvalues converge is not known beforehand, so the estimate is good to a factor
-    of about 1.5.
+    Attributes:
+        product: Seconds of a product with the Hessian.
+        row: Seconds to orthogonalize against one vector of the Lanczos basis.
+        held: Bytes that the process holds.
+    """
+
+    product: float
+    row: float
+    held: float
+
+
+def measure_costs(objective: Objective, settings: SpectrumSettings) -> Costs:
+    """Measure one product and one orthogonalization.
 
     Args:
         objective: The loss, its data and its weights. In a group, every process must call this function.
         settings: Settings of the analysis.
-        expected: Expected products of every phase of the analysis (see `hessian_tools.analysis.spectrum`).
-
-    Returns:
-        The estimate.
 
     Raises:
         ValueError: If the memory does not suffice.
     """
-    size = objective.size
-    pairs = min(settings.magnitude or settings.top + settings.smallest, size)
-    steps = min(settings.steps or STEPS, size) if settings.density else 0
-    room = budget_of(objective, settings.memory, pairs, steps)
-    first = settings.operators[0]
+    room, first = _room(objective, settings), settings.operators[0]
     op = OPERATORS.get(first, OPERATORS["hessian"])(objective, room.kept)
-    v = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(op.device)
-    op @ v  # the network is traced, and the primals are computed
+    v = torch.randn(objective.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(op.device)
+    for _ in range(2):
+        op @ v  # the network is traced, primals are computed, and on CUDA a graph is captured
     began = time.perf_counter()
     float((op @ v)[0])  # waits for the device
     product = time.perf_counter() - began
@@ -75,29 +80,67 @@ def estimate(objective: Objective, settings: SpectrumSettings, expected: Mapping
     began = time.perf_counter()
     float(orthogonalize(v, rows.T)[0][0])
     row = (time.perf_counter() - began) / 4
-    del rows
     if objective.group is not None:
         product, row = objective.group.broadcast((product, row))
+    return Costs(product / RELATIVE.get(first, 1.0), row, _held(op.device))
+
+
+def estimate(
+    objective: Objective, settings: SpectrumSettings, expected: Mapping[str, int], costs: Costs | None = None
+) -> Estimate:
+    """Count the products that an analysis needs, and multiply them by their time.
+
+    The number of products until the eigenvalues converge is not known beforehand, so the estimate is good to a factor
+    of about 1.5.
+
+    Args:
+        objective: The loss, its data and its weights. In a group, every process must call this function.
+        settings: Settings of the analysis.
+        expected: Expected products of every phase of the analysis (see `hessian_tools.analysis.spectrum`).
+        costs: What a product takes; None: it is measured.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        ValueError: If the memory does not suffice.
+    """
+    costs = costs or measure_costs(objective, settings)
+    size, first, room = objective.size, settings.operators[0], _room(objective, settings)
+    pairs, steps = _pairs(settings, size), _steps(settings, size)
     filled = min(room.vectors, max(steps, expected.get(f"{first}: eigenvalues", 0)))
-    memory = _held(op.device) + size * (room.basis_dtype.itemsize * filled + 8 * (pairs + WORK))
-    hessian = product / RELATIVE.get(first, 1.0)
+    memory = costs.held + size * (room.basis_dtype.itemsize * filled + 8 * (pairs + WORK))
     seconds, products = 0.0, 0
     for name in settings.operators:
-        unit = hessian * RELATIVE.get(name, 1.0)
+        unit = costs.product * RELATIVE.get(name, 1.0)
         found = pairs if name == first else min(settings.magnitude or settings.top, size)
         counts = {
             "symmetry": 2,
             "error from the data": found + DATA_PROBES,
             **{what: n for key, n in expected.items() for of, _, what in [key.partition(": ")] if of == name},
         }
-        counts["eigenvalues"] = counts.get("eigenvalues", 0) + found  # for the residuals
+        searched = counts.get("eigenvalues", 0)
+        counts["eigenvalues"] = searched + found  # for the residuals
         products += sum(counts.values())
         rounding = ROUND_OFF * found * round_off_samples(objective) / objective.samples
         seconds += unit * (sum(counts.values()) + (rounding if objective.dtype == torch.float32 else 0))
-        seconds += row * (counts["eigenvalues"] * room.vectors / 2)
-        seconds += row * counts.get("density", 0) * (steps / 2 + found)
-    seconds += hessian * FORWARD * settings.draws
-    return Estimate(seconds, products, product, memory)
+        seconds += costs.row * counts["eigenvalues"] * min(room.vectors, searched) / 2
+        seconds += costs.row * counts.get("density", 0) * (steps / 2 + found)
+    seconds += costs.product * FORWARD * settings.draws
+    return Estimate(seconds, products, costs.product * RELATIVE.get(first, 1.0), memory)
+
+
+def _pairs(settings: SpectrumSettings, size: int) -> int:
+    return min(settings.magnitude or settings.top + settings.smallest, size)
+
+
+def _steps(settings: SpectrumSettings, size: int) -> int:
+    return min(settings.steps or STEPS, size) if settings.density else 0
+
+
+def _room(objective: Objective, settings: SpectrumSettings) -> Budget:
+    size = objective.size
+    return budget_of(objective, settings.memory, _pairs(settings, size), _steps(settings, size))
 
 
 def _held(device: torch.device) -> float:

@@ -42,6 +42,8 @@ class SpectrumSettings:
         seed: Random seed.
         memory: Memory in GiB for stored primals, the Lanczos basis and eigenvectors.
         max_products: Largest number of products for the eigenpairs of one operator.
+        time: Seconds that the analysis may take, or None. Parts are left out as needed (see
+            `hessian_tools.analysis.time_budget`), and a warning names them.
         per_layer: Whether to compute the spectrum of each layer's diagonal block too.
         diagonal: Whether to compute the diagonal of every operator too.
         diagonal_probes: Number of probes of a diagonal that is not computed exactly.
@@ -72,6 +74,7 @@ class SpectrumSettings:
     seed: int = 0
     memory: float = 4.0
     max_products: int = 1000
+    time: float | None = None
     per_layer: bool = False
     vectors: bool = False
     diagonal: bool = False
@@ -110,6 +113,8 @@ class SpectrumSettings:
         if self.draws and (self.draws < 4 or self.draws % 2):
             raise ValueError(f"draws must be even and at least 4 (they form antithetic pairs), or 0, not {self.draws}")
         check_scale("noise", self.noise)
+        if self.time is not None and not 0 < self.time < math.inf:
+            raise ValueError(f"time must be a positive number of seconds, not {self.time}")
         if self.damping is not None and not 0 < self.damping < math.inf:
             raise ValueError(f"damping must be a positive number, not {self.damping}")
         if self.magnitude and self.method == "power":

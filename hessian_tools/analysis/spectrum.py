@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hessian_tools.analysis.context import AnalysisContext, AnalysisError, Factory, SmoothedFactory
+from hessian_tools.analysis.estimate import estimate, measure_costs
 from hessian_tools.analysis.flatness.average_sharpness import average_sharpness
 from hessian_tools.analysis.flatness.settings import RADIUS
 from hessian_tools.analysis.measured_diagonal import measured_diagonal
@@ -21,6 +22,7 @@ from hessian_tools.analysis.sample_curve import samples_curve
 from hessian_tools.analysis.sampling_error import withheld
 from hessian_tools.analysis.settings import STEPS, SpectrumSettings
 from hessian_tools.analysis.step_traces import step_forms, step_traces
+from hessian_tools.analysis.time_budget import fit
 from hessian_tools.analysis.warnings import warnings_of
 from hessian_tools.evaluation import differentiable
 from hessian_tools.io.errors import ObjectiveError
@@ -83,12 +85,13 @@ def spectrum(
     if settings.per_step and over_time is None:
         raise ValueError("per_step needs the objective with outputs over time: set over_time")
     began, weights = time.perf_counter(), objective.weights()
-    run = AnalysisContext(
-        settings,
-        phases or Phases(),
-        Meter(expected_products(settings, variants or (), objective.size), progress),
-        smoothed,
-    )
+    phases, cuts = phases or Phases(), []
+    if settings.time is not None:
+        fitted = phases.keep("cut to the time", partial(_fitted, objective, settings, variants or {}))
+        settings, cuts = SpectrumSettings(**fitted["settings"]), fitted["cuts"]
+        variants = variants if fitted["variants"] else None
+    meter = Meter(expected_products(settings, variants or (), objective.size), progress)
+    run = AnalysisContext(settings, phases, meter, smoothed)
     sources: dict[str, Objective] = {}
     for name in settings.operators:
         source = relaxed if name == "relaxed" else objective
@@ -127,7 +130,7 @@ def spectrum(
     result = SpectrumResult(
         schema=SPECTRUM_SCHEMA,
         **known,
-        settings=clean(dataclasses.asdict(settings)),
+        settings={**clean(dataclasses.asdict(settings)), **({"cuts": cuts} if cuts else {})},
         num_parameters=objective.size,
         parameters={name: p.numel() for name, p in objective.parameters.items()},
         weight_norms={name: float(p.detach().double().norm()) for name, p in objective.parameters.items()},
@@ -150,6 +153,19 @@ def spectrum(
     if not torch.equal(weights, objective.weights()):
         raise ObjectiveError("a forward pass changes the network's parameters: a Hessian needs fixed weights")
     return dataclasses.replace(result, warnings=warnings_of(result))
+
+
+def _fitted(objective: Objective, settings: SpectrumSettings, variants: Mapping[str, Objective]) -> dict[str, Any]:
+    """Return what of an analysis fits its time, as plain values."""
+    assert settings.time is not None
+    costs = measure_costs(objective, settings)
+
+    def seconds(chosen: SpectrumSettings, with_variants: bool) -> float:
+        expected = expected_products(chosen, variants if with_variants else (), objective.size)
+        return estimate(objective, chosen, expected, costs).seconds
+
+    found = fit(settings, settings.time, seconds)
+    return {"settings": dataclasses.asdict(found.settings), "variants": found.variants, "cuts": list(found.cuts)}
 
 
 def _loss_rise(objective: Objective, run: AnalysisContext) -> LossRise | None:

@@ -100,6 +100,9 @@ def _cautions(result: SpectrumResult) -> Iterator[Caution]:
         return
     for kind, s in result.spectra.items():
         yield from _of_operator(kind, s)
+    if cuts := result.settings.get("cuts"):
+        text = f"Left out, to fit {result.settings['time']:g} s: {'; '.join(cuts)}."
+        yield Caution(UNCERTAIN, text, text)
     yield from _of_the_probes(result)
     yield from _of_the_data(result)
     yield from _of_the_damping(result)

@@ -97,12 +97,12 @@ def winograd_outputs_adjoint(g: Tensor) -> Tensor:
 
 def winograd_weights(w: Tensor) -> Tensor:
     """Transform weights [O, C, 3, 3] to [36, O, C]."""
-    return _run("kernels", (w.flatten(2),), len(w), w.new_empty(36, *w.shape[:2]))
+    return _run("weights", (w.flatten(2),), len(w), w.new_empty(36, *w.shape[:2]))
 
 
 def winograd_weights_adjoint(u: Tensor) -> Tensor:
     """The adjoint of `winograd_weights`."""
-    flat = _run("kernels_adjoint", (u,), u.shape[1], u.new_empty(*u.shape[1:], 9))
+    flat = _run("weights_adjoint", (u,), u.shape[1], u.new_empty(*u.shape[1:], 9))
     return flat.view(*u.shape[1:], 3, 3)
 
 

@@ -143,7 +143,7 @@ def images_adjoint(size, v, bias, pad, down, across, first, last, out):
 
 
 @_compiled
-def kernels(w, first, last, out):
+def weights(w, first, last, out):
     """Write the transforms of w [O, C, 9] to out [36, O, C]."""
     one = w.dtype.type
     a, b, g0, ga, gb = one(A), one(B), one(G0), one(GA), one(GB)
@@ -181,8 +181,8 @@ def kernels(w, first, last, out):
 
 
 @_compiled
-def kernels_adjoint(u, first, last, out):
-    """Write the adjoint of `kernels` of u [36, O, C] to out [O, C, 9]."""
+def weights_adjoint(u, first, last, out):
+    """Write the adjoint of `weights` of u [36, O, C] to out [O, C, 9]."""
     one = u.dtype.type
     a, b, g0, ga, gb = one(A), one(B), one(G0), one(GA), one(GB)
     half_a, half_b = one(GA * ROOT_A), one(GB * ROOT_B)

@@ -376,6 +376,12 @@ SPECTRUM = (
         "noise", float, 0.1,
         "Standard deviation of the weight noise of operator smoothed, relative to each filter's RMS.",
     ),
+    Option(
+        "time", str, None,
+        "Time that the analysis of a checkpoint may take, for example 5m. What does not fit is left out, and a warning "
+        "says what.",
+        metavar="TIME",
+    ),
     Option("tol", float, 1e-4, "Residual, relative to the norm, at which an eigenpair has converged."),
     Option(
         "per-layer", bool, False,

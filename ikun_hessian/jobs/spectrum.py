@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ LONG = 60.0  # seconds from which an analysis says beforehand what it will take
 
 
 def spectrum_settings(
-    memory: float, operators: tuple[str, ...], curve: str | None, **options: Any
+    memory: float, operators: tuple[str, ...], curve: str | None, time: str | None = None, **options: Any
 ) -> tuple[SpectrumSettings, dict[str, Any]]:
     """Split the options of `spectrum` into settings of the analysis and arguments of `open_job`.
 
@@ -28,13 +29,14 @@ def spectrum_settings(
         memory: Memory in GiB.
         operators: Names of the operators; empty for the default.
         curve: Growing sample counts, for example "1,16,64"; None for no curve.
+        time: Time that an analysis may take, for example "90s", "5m" or "1.5h"; None for no limit.
         options: The other options, by parameter name.
 
     Returns:
         The settings, and the arguments of `open_job` that the results depend on.
 
     Raises:
-        UsageError: If `curve` is not such a list.
+        UsageError: If `curve` is not such a list, or `time` not such a time.
         ValueError: If a setting has an invalid value.
     """
     from hessian_tools.analysis.settings import SpectrumSettings
@@ -45,8 +47,22 @@ def spectrum_settings(
         operators=tuple(dict.fromkeys(operators)) or SpectrumSettings.operators,
         samples_curve=_counts(curve),
         memory=memory,
+        time=None if time is None else _seconds(time),
     )
     return settings, opening
+
+
+def _seconds(text: str) -> float:
+    units = {"s": 1, "m": 60, "min": 60, "h": 3600}
+    number = text.strip().rstrip("smhin ")
+    unit = text.strip()[len(number) :].strip()
+    try:
+        found = float(number) * units[unit or "s"]
+    except (ValueError, KeyError):
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise UsageError(f"--time '{text}' is not a time like 90s, 5m or 1.5h")
+    return found
 
 
 def _counts(text: str | None) -> tuple[int, ...]:
