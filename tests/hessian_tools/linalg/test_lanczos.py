@@ -540,6 +540,19 @@ def test_cuda_agrees_with_the_cpu(end: dict[str, int]) -> None:
     torch.testing.assert_close(there.residuals, here.residuals, rtol=1e-3, atol=1e-10)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_basis_in_float32_is_on_the_device_too() -> None:
+    values = torch.cat([torch.linspace(-1, 1, 2000), torch.arange(2.0, 8)])
+    here, there = (
+        eigenpairs(diagonal(values.to(d)), 4, generator=seeded(), max_basis=15, basis_dtype=torch.float32)
+        for d in ("cpu", "cuda")
+    )
+    assert there.vectors.is_cuda
+    assert there.converged.all()
+    torch.testing.assert_close(there.values, here.values, rtol=1e-6, atol=0)
+
+
 # ---------------------------------------------------------------- progress
 def test_progress_tells_products_and_the_worst_residual() -> None:
     op, _ = laplacian()
