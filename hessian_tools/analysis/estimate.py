@@ -85,7 +85,7 @@ def measure_costs(objective: Objective, settings: SpectrumSettings) -> Costs:
     return Costs(product / RELATIVE.get(first, 1.0), row, _held(op.device))
 
 
-def estimate(
+def estimate_time(
     objective: Objective, settings: SpectrumSettings, expected: Mapping[str, int], costs: Costs | None = None
 ) -> Estimate:
     """Count the products that an analysis needs, and multiply them by their time.

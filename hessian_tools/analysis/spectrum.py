@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hessian_tools.analysis.context import AnalysisContext, AnalysisError, Factory, SmoothedFactory
-from hessian_tools.analysis.estimate import estimate, measure_costs
+from hessian_tools.analysis.estimate import estimate_time, measure_costs
 from hessian_tools.analysis.flatness.average_sharpness import average_sharpness
 from hessian_tools.analysis.flatness.settings import RADIUS
 from hessian_tools.analysis.measured_diagonal import measured_diagonal
@@ -90,7 +90,7 @@ def spectrum(
         fitted = phases.keep("cut to the time", partial(_fitted, objective, settings, variants or {}))
         settings, cuts = SpectrumSettings(**fitted["settings"]), fitted["cuts"]
         variants = variants if fitted["variants"] else None
-    meter = Meter(expected_products(settings, variants or (), objective.size), progress)
+    meter = Meter(planned_products(settings, variants or (), objective.size), progress)
     run = AnalysisContext(settings, phases, meter, smoothed)
     sources: dict[str, Objective] = {}
     for name in settings.operators:
@@ -161,8 +161,8 @@ def _fitted(objective: Objective, settings: SpectrumSettings, variants: Mapping[
     costs = measure_costs(objective, settings)
 
     def seconds(chosen: SpectrumSettings, with_variants: bool) -> float:
-        expected = expected_products(chosen, variants if with_variants else (), objective.size)
-        return estimate(objective, chosen, expected, costs).seconds
+        expected = planned_products(chosen, variants if with_variants else (), objective.size)
+        return estimate_time(objective, chosen, expected, costs).seconds
 
     found = fit(settings, settings.time, seconds)
     return {"settings": dataclasses.asdict(found.settings), "variants": found.variants, "cuts": list(found.cuts)}
@@ -254,7 +254,7 @@ def layer_objectives(objective: Objective) -> dict[str, Objective]:
     }
 
 
-def expected_products(settings: SpectrumSettings, variants: Iterable[str], size: int) -> dict[str, int]:
+def planned_products(settings: SpectrumSettings, variants: Iterable[str], size: int) -> dict[str, int]:
     """Estimate the products of every phase. For the progress bar, each phase corrects its own estimate as it runs.
 
     Args:

@@ -98,11 +98,12 @@ def _cautions(result: SpectrumResult) -> Iterator[Caution]:
         zero = f"The {name} is zero: no surrogate gradient reaches these weights."
         yield Caution(INVALID, f"{zero} A layer may be far from its threshold.", zero)
         return
+    if cuts := result.settings.get("cuts"):
+        limit = f"To fit {result.settings['time']:g} s,"
+        said = f"{limit} something was left out of the analysis (--full says what)."
+        yield Caution(UNCERTAIN, f"{limit} these were left out: {'; '.join(cuts)}.", said)
     for kind, s in result.spectra.items():
         yield from _of_operator(kind, s)
-    if cuts := result.settings.get("cuts"):
-        text = f"Left out, to fit {result.settings['time']:g} s: {'; '.join(cuts)}."
-        yield Caution(UNCERTAIN, text, text)
     yield from _of_the_probes(result)
     yield from _of_the_data(result)
     yield from _of_the_damping(result)

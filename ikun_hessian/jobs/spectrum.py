@@ -124,10 +124,10 @@ def expectation(job: Job, settings: SpectrumSettings) -> str:
         job: The opened checkpoint. In a group, every process must call this function.
         settings: What to compute.
     """
-    from hessian_tools.analysis.estimate import estimate
-    from hessian_tools.analysis.spectrum import expected_products
+    from hessian_tools.analysis.estimate import estimate_time
+    from hessian_tools.analysis.spectrum import planned_products
 
-    found = estimate(job.objective, settings, expected_products(settings, job.variants, job.objective.size))
+    found = estimate_time(job.objective, settings, planned_products(settings, job.variants, job.objective.size))
     if found.seconds < LONG:
         return ""
     minutes = max(1, round(found.seconds / 60))

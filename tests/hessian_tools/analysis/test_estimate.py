@@ -8,10 +8,10 @@ import pytest
 import torch
 from objectives import spiking_objective
 
-from hessian_tools.analysis.estimate import Estimate, estimate
+from hessian_tools.analysis.estimate import Estimate, estimate_time
 from hessian_tools.analysis.memory import TEMPORARY, budget_of, in_use
 from hessian_tools.analysis.settings import SpectrumSettings
-from hessian_tools.analysis.spectrum import expected_products, spectrum
+from hessian_tools.analysis.spectrum import planned_products, spectrum
 from hessian_tools.engine.product import kept_bytes
 from hessian_tools.objective import Objective
 
@@ -24,7 +24,7 @@ def objective() -> Objective:
 
 
 def of(objective: Objective, settings: SpectrumSettings) -> Estimate:
-    return estimate(objective, settings, expected_products(settings, ("slope x 2",), objective.size))
+    return estimate_time(objective, settings, planned_products(settings, ("slope x 2",), objective.size))
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from hessian_tools.analysis import time_budget
-from hessian_tools.analysis.estimate import Costs, estimate
+from hessian_tools.analysis.estimate import Costs, estimate_time
 from hessian_tools.analysis.settings import SpectrumSettings
-from hessian_tools.analysis.spectrum import expected_products, spectrum
+from hessian_tools.analysis.spectrum import planned_products, spectrum
 from hessian_tools.analysis.time_budget import CUTS, MARGIN, fit
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.resume import Phases
@@ -29,8 +29,8 @@ def seconds_of(product: float) -> time_budget.Callable[[SpectrumSettings, bool],
     o, costs = objective(), Costs(product, 0.0, 0.0)
 
     def seconds(settings: SpectrumSettings, variants: bool) -> float:
-        expected = expected_products(settings, ["a", "b"] if variants else [], o.size)
-        return estimate(o, settings, expected, costs).seconds
+        expected = planned_products(settings, ["a", "b"] if variants else [], o.size)
+        return estimate_time(o, settings, expected, costs).seconds
 
     return seconds
 
@@ -62,7 +62,7 @@ def test_the_result_says_what_was_left_out_and_keeps_it_when_resumed(
     assert first.settings["cuts"]
     assert not first.sensitivity
     assert first.spectra["hessian"].density is None
-    (said,) = (w for w in first.warnings if w.startswith("Left out, to fit 5 s"))
+    (said,) = (w for w in first.warnings if w.startswith("To fit 5 s, these were left out"))
     assert all(cut in said for cut in first.settings["cuts"])
     monkeypatch.setattr("hessian_tools.analysis.spectrum.measure_costs", lambda *_: Costs(1e-9, 0.0, 0.0))
     again = spectrum(o, asked, variants={"slope x 2": o}, phases=Phases(tmp_path / "a.resume", {}))

@@ -17,6 +17,8 @@ from hessian_tools.analysis.settings import SpectrumSettings
 from ikun.networks import Spec
 from ikun.training.spec import TrainingSpec
 from ikun_hessian.cli.main import cli, run
+from ikun_hessian.jobs import spectrum
+from ikun_hessian.jobs.errors import UsageError
 from ikun_hessian.jobs.job import Own
 from ikun_hessian.jobs.options import (
     FLATNESS,
@@ -120,3 +122,14 @@ def test_the_tables_load_without_heavy_modules() -> None:
     heavy = {"torch", "numpy", "click"}
     code = f"import sys, ikun_hessian.jobs.options; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("5m", 300), ("1.5h", 5400), (" 2 min ", 120)])
+def test_times(text: str, seconds: float) -> None:
+    assert spectrum._seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "m", "5x", "0", "-3m", "nan", "inf", "5ms", "1h30"])
+def test_texts_that_are_no_times(text: str) -> None:
+    with pytest.raises(UsageError, match=r"is not a time like 90s, 5m or 1\.5h"):
+        spectrum._seconds(text)
