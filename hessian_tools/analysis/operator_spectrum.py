@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,6 +37,9 @@ from hessian_tools.operators.curvature import OPERATORS, CurvatureOperator
 from hessian_tools.operators.gram import GramError
 from hessian_tools.perturbation import filter_norms
 from hessian_tools.results.spectrum import Density, Eigenvalue, Functional, Search, Spectrum, Trace
+
+ENOUGH = 0.3  # error of the probes relative to that from the data, which then grows by 4%
+FIRST, LEAST = 8, 12  # probes of a trace from which the number of further ones follows, and fewest in all
 
 
 def measure(
@@ -124,22 +128,25 @@ def measure(
     ends = ends or phase(
         "second start", lambda op, random: {"nodes": _second_start(op, exact, random, spare, room.basis_dtype)}
     )
-    if whole is not None:
-        probe_trace, norm = exact_trace(whole), float(whole.norm())
-    else:
-        step_trace = run.meter.phase(f"{name}: trace")
-        probed = phase(
-            "trace", lambda op, random: _trace_forms(objective, op, exact, spectral, settings, random, step_trace)
-        )
-        offset = float(exact.values.sum()) if settings.backend == "own" else 0.0
-        probe_trace = estimate_forms(probed["forms"], offset, probed.get("variance", float("nan")))
-        norm = frobenius(probed["squared"], exact)
     groups = factory(grouped(objective, torch.Generator().manual_seed(0)), 0)  # the same errors for every seed
     spread = run.phase(
         f"{name}: error from the data",
         groups,
         lambda groups: data_errors(groups, pairs, exact, run.generator("data", index)),
     )
+    if whole is not None:
+        probe_trace, norm = exact_trace(whole), float(whole.norm())
+    else:
+        step_trace = run.meter.phase(f"{name}: trace")
+        probed = phase(
+            "trace",
+            lambda op, random: _trace_forms(
+                objective, op, exact, spectral, settings, random, step_trace, ENOUGH * spread["trace"]
+            ),
+        )
+        offset = float(exact.values.sum()) if settings.backend == "own" else 0.0
+        probe_trace = estimate_forms(probed["forms"], offset, probed.get("variance", float("nan")))
+        norm = frobenius(probed["squared"], exact)
     free = lambda_max(
         run,
         f"{name}: scale-free",
@@ -343,10 +350,12 @@ def _trace_forms(
     settings: SpectrumSettings,
     generator: torch.Generator,
     progress: Callable[[int, int, float], None],
+    enough: float,
 ) -> dict[str, Any]:
-    """Return z'Az (forms) and ||Az||^2 (squared) of `trace_probes` probes, including those of the density.
+    """Return z'Az (forms) and ||Az||^2 (squared) of probes, including those of the density.
 
-    "variance" is that of z'Az (see `form_variance`), from the probes that are not those of the density.
+    "variance" is that of z'Az (see `form_variance`), from the probes that are not those of the density. From the first
+    `FIRST` of them follows how many give the standard error `enough` (NaN: not known); at most `trace_probes` are made.
     """
     if settings.backend == "pyhessian":  # its own estimator, without deflation
         forms = pyhessian_trace(objective, seed=settings.seed)
@@ -356,8 +365,14 @@ def _trace_forms(
     if spectral is not None:
         quadratic.append(spectral.quadratic)
         squared.append(spectral.squared)
-    missing = first = max(0, settings.trace_probes - sum(len(q) for q in quadratic))
+    given = sum(len(q) for q in quadratic)
+    missing = first = max(0, settings.trace_probes - given)
     while missing > 0:
+        if len(own) == FIRST and enough > 0:
+            needed = max(LEAST, math.ceil(form_variance(own, entries) / enough**2))
+            missing = min(missing, max(0, needed - given - FIRST))
+            if not missing:
+                break
         count = min(missing, 4)
         q, s, e = probe_moments(op, count, generator, exact)
         quadratic.append(q)

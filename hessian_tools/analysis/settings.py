@@ -31,7 +31,8 @@ class SpectrumSettings:
             move the density by at most 0.1% of its range.
         probes: Number of probes of the density. If neither this nor an accuracy is given: 4, or 2 for more than about
             400,000 parameters (see `hessian_tools.linalg.spectral_density.default_probes`).
-        trace_probes: Number of probes of the trace.
+        trace_probes: Largest number of probes of the trace. Fewer are made if their error is below 0.3 of that from
+            the data.
         exact: Whether to compute all eigenvalues of the GGN from its Gram matrix, instead of probes. It needs few
             samples: at most 8192 samples times outputs. None: where it takes less time (see
             `hessian_tools.analysis.exact_ggn.is_cheaper`), unless steps, probes or an accuracy are given.
