@@ -30,7 +30,7 @@ NOT_RUN = {
     "README.md": ["installs", "a network of yours", "minutes", "installs"],
     "checkpoints/README.md": ["minutes"],
     "docs/calibration.md": ["minutes"],
-    "docs/cluster.md": ["starts several processes", "a cluster"],
+    "docs/cluster.md": ["starts several processes", "a cluster", "a cluster"],
     "docs/event-data.md": ["a download"],
     "docs/findings.md": ["minutes", "hours", "minutes", "needs the repository's benchmarks"],
     "docs/findings/README.md": ["minutes"],
