@@ -18,7 +18,7 @@ from torch import Tensor
 from hessian_tools import nested
 from hessian_tools.evaluation import copy_model
 from hessian_tools.io.errors import ObjectiveError
-from hessian_tools.objective import Objective
+from hessian_tools.objective import Objective, Streamed
 from hessian_tools.runtime.cuda import full_precision
 from hessian_tools.runtime.threads import in_threads
 from hessian_tools.seeding import stream
@@ -64,7 +64,8 @@ def noise(objective: Objective, seed: int, index: int) -> Tensor:
 def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequence[S]) -> Iterator[Tensor]:
     """Compute the network's outputs [N, ...] on all samples at several points in weight space.
 
-    On the CPU the points run in parallel, one thread each. The objective's own model is not changed.
+    On the CPU the points run in parallel, one thread each. The objective's own model is not changed. In a group the
+    processes share the batches if all of them have one shape, so every process must ask for the same points.
 
     Args:
         objective: The objective.
@@ -74,7 +75,9 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
     Returns:
         An iterator over the outputs, in the order of `items`.
     """
-    own = local()
+    own, sizes = local(), objective.sizes
+    divided = objective.group is not None and _alike(objective)  # otherwise one process only could find an error
+    share = objective.share if divided else range(len(sizes))
     if objective.reset is not None:
         objective.reset(objective.model)  # deepcopy fails on a state that has an autograd graph
 
@@ -88,7 +91,7 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
         for p, value in zip(own.parameters, values, strict=True):
             p.copy_(value)
         parts = []
-        for i in range(len(objective.batches)):
+        for i in share or range(1):
             if objective.reset is not None:
                 objective.reset(own.model)
             with full_precision(objective.device):
@@ -98,9 +101,23 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
             raise ObjectiveError("a forward pass changes the network's parameters: a Hessian needs fixed weights")
         if len({part.shape[1:] for part in parts}) > 1:
             raise ValueError("the batches have outputs of different shapes: pad all samples to one length")
-        return torch.cat(parts)
+        if not divided:
+            return torch.cat(parts)
+        whole: Tensor = parts[0].new_zeros(sum(sizes), *parts[0].shape[1:])
+        places = whole.split(sizes)
+        for i, part in zip(share, parts, strict=False):  # a process without a batch ran one for its shape only
+            places[i].copy_(part)
+        return whole
 
-    return in_threads(run, items) if objective.device.type == "cpu" else map(run, items)
+    found = in_threads(run, items) if objective.device.type == "cpu" else map(run, items)
+    return map(objective.summed, found) if divided else found
+
+
+def _alike(objective: Objective) -> bool:
+    """Return whether the batches differ in nothing but their number of samples."""
+    if isinstance(objective.batches, Streamed):
+        return True
+    return len({nested.signature(batch) for batch in objective.batches}) == 1
 
 
 def targets(objective: Objective) -> Tensor:

@@ -26,6 +26,7 @@ from hessian_tools.linalg.trace import probe_forms, trace
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators.base import Composed, Operator
 from hessian_tools.operators.curvature import OPERATORS, hessian
+from hessian_tools.perturbation import outputs_at
 from hessian_tools.resume import Phases, ResumeError
 from hessian_tools.runtime.distributed import Group, RankError, environment_number, initialize_group
 from ikun_hessian.jobs.device import half_of_the_memory, pick
@@ -60,6 +61,7 @@ def measured(whole: Objective) -> dict[str, Tensor]:
     found["trace"] = torch.tensor([estimate.estimate, estimate.stderr])
     spread = density(op, probes=2, steps=12, generator=seeded(3))
     found["density"] = torch.stack([torch.stack(spread.nodes), torch.stack(spread.weights)])
+    found["outputs"] = torch.stack(list(outputs_at(whole, lambda t: (1 + t) * whole.weights(), [0.0, 0.1, 0.2])))
     narrow = dataclasses.replace(objective(dtype=torch.float32), group=whole.group)
     found["round-off"] = torch.tensor(relative_round_off(narrow, hessian, block[:, :3]), dtype=torch.float64)
     return found
@@ -110,6 +112,7 @@ def rank_of_a_run(folder: Path) -> None:
     found["one batch"] = {
         "product": hessian(one_batch) @ one_batch.weights(),
         "forms": one_batch.value_and_gradient()[1],
+        "outputs": next(iter(outputs_at(one_batch, lambda _: one_batch.weights(), [0]))),
     }
     mine = folder if group.rank == 0 else folder / "second"
     for name in ("whole", "died-0", "died-1"):
@@ -223,6 +226,9 @@ def test_a_rank_without_batches_gives_zeros(ranks: list[dict[str, Any]]) -> None
     for found in (r["one batch"] for r in ranks):
         torch.testing.assert_close(found["product"], hessian(alone) @ alone.weights(), rtol=1e-12, atol=1e-15)
         torch.testing.assert_close(found["forms"], alone.value_and_gradient()[1], rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(
+            found["outputs"], alone.outputs(alone.batches[0][0]).detach(), rtol=1e-12, atol=1e-15
+        )
 
 
 @pytest.mark.parametrize("dying", [0, 1])
