@@ -201,7 +201,11 @@ def warned(**changes: object) -> str:
 def test_warnings_follow_from_the_numbers() -> None:
     clean = sample()
     spectrum = clean.spectra["hessian"]
-    assert warnings_of(sample(spectra={"ggn": clean.spectra["ggn"]}, sensitivity={})) == ()
+    chosen = {**clean.settings, "probes": 2}
+    assert warnings_of(sample(spectra={"ggn": clean.spectra["ggn"]}, sensitivity={}, settings=chosen)) == ()
+    assert "have 2 probes instead of 4" in warned(settings={**clean.settings, "probes": None})
+    cut = {**clean.settings, "time": 60.0, "cuts": ["this", "that"]}
+    assert "To fit 60 s, these were left out: this; that." in warned(settings=cut)
     assert "Negative eigenvalues (magnitude up to 33%" in warned()
     vague = dataclasses.replace(spectrum, eigenvalues=(pair(3.0, data_stderr=1.5),))
     assert "a 50% standard error from the data" in warned(spectra={"hessian": vague})
