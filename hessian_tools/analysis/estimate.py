@@ -21,6 +21,7 @@ from hessian_tools.operators.curvature import OPERATORS
 # Time of a product relative to one with the Hessian: measured on the networks of docs/speed.md, 0.65 to 0.8.
 RELATIVE = {"hessian": 1.0, "relaxed": 1.0, "ggn": 0.75, "fisher": 0.75, "smoothed": 0.75}
 ROUND_OFF = 4.0  # a product in its dtype and one in float64, of a batch that is traced for this
+PART = 50  # products with the operator of a subset of the samples
 FORWARD = 1 / 3  # a forward pass, relative to a product
 WORK = 8  # vectors of P float64 in a step of Lanczos or of a density, and models of variants
 
@@ -123,11 +124,26 @@ def estimate_time(
         counts["eigenvalues"] = searched + found  # for the residuals
         products += sum(counts.values())
         rounding = ROUND_OFF * found * round_off_samples(objective) / objective.samples
-        seconds += unit * (sum(counts.values()) + (rounding if objective.dtype == torch.float32 else 0))
-        seconds += costs.row * counts["eigenvalues"] * min(room.vectors, searched) / 2
-        seconds += costs.row * counts.get("density", 0) * (steps / 2 + found)
+        taken = unit * (sum(counts.values()) + (rounding if objective.dtype == torch.float32 else 0))
+        taken += costs.row * counts["eigenvalues"] * min(room.vectors, searched) / 2
+        taken += costs.row * counts.get("density", 0) * (steps / 2 + found)
+        repeats, others = _extras(objective, settings) if name == first else (0, 0.0)
+        seconds += taken * (1 + repeats) + unit * others
+        products += repeats * sum(counts.values()) + round(others)
     seconds += costs.product * FORWARD * settings.draws
     return Estimate(seconds, products, costs.product * RELATIVE.get(first, 1.0), memory)
+
+
+def _extras(objective: Objective, settings: SpectrumSettings) -> tuple[int, float]:
+    """Return how often the analysis of the first operator is repeated for layers, and other products that are needed.
+
+    A product with the block of a layer takes about the time of a product with the whole operator.
+    """
+    layers = len({name.rpartition(".")[0] or name for name in objective.parameters}) if settings.per_layer else 0
+    total = objective.samples
+    parts = [(n / total, 1 if n == total else settings.resamples) for n in settings.samples_curve]
+    curve = sum(share * count * PART for share, count in parts)
+    return layers, curve + (settings.trace_probes if settings.per_step else 0)
 
 
 def _pairs(settings: SpectrumSettings, size: int) -> int:

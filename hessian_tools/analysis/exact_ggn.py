@@ -14,7 +14,7 @@ from hessian_tools.linalg.spectral_density import DensityEstimate
 from hessian_tools.linalg.trace import TraceEstimate
 from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator
-from hessian_tools.operators.gram import gram_eigenvectors, gram_matrix
+from hessian_tools.operators.gram import gram_eigenvectors, gram_matrix, gram_numbers
 from hessian_tools.results.spectrum import Functional
 
 DAMPING = 0.01  # relative to the largest eigenvalue, if none is given
@@ -25,8 +25,7 @@ FEW_ROWS = 1500  # samples times outputs, up to which the Gram matrix takes less
 def is_cheaper(objective: Objective, memory: float) -> bool:
     """Return whether all eigenvalues take less time than a few of them by the Lanczos process and a density.
 
-    That was measured for at most `FEW_ROWS` samples times outputs. The rows of J of all parameters but matrices, which
-    are kept, may take a quarter of the memory.
+    That was measured for at most `FEW_ROWS` samples times outputs. What is kept may take a quarter of the memory.
 
     Args:
         objective: The loss, its data and its weights.
@@ -35,8 +34,7 @@ def is_cheaper(objective: Objective, memory: float) -> bool:
     if objective.group is not None or objective.samples > FEW_ROWS:
         return False
     rows = objective.samples * objective.outputs(objective.batches[0][0])[0].numel()
-    kept = sum(p.numel() for p in objective.parameters.values() if p.dim() != 2)
-    return rows <= FEW_ROWS and 4 * rows * kept * objective.dtype.itemsize <= memory * 2**30
+    return rows <= FEW_ROWS and 4 * gram_numbers(objective) * objective.dtype.itemsize <= memory * 2**30
 
 
 def all_eigenvalues(objective: Objective, top: int, progress: Callable[[int, int, float], None]) -> dict[str, Tensor]:

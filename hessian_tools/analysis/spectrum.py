@@ -85,7 +85,7 @@ def spectrum(
     if settings.per_step and over_time is None:
         raise ValueError("per_step needs the objective with outputs over time: set over_time")
     began, weights = time.perf_counter(), objective.weights()
-    phases, cuts = phases or Phases(), []
+    phases, cuts, asked = phases or Phases(), [], dataclasses.asdict(settings)
     if settings.time is not None:
         fitted = phases.keep("cut to the time", partial(_fitted, objective, settings, variants or {}))
         settings, cuts = SpectrumSettings(**fitted["settings"]), fitted["cuts"]
@@ -130,7 +130,7 @@ def spectrum(
     result = SpectrumResult(
         schema=SPECTRUM_SCHEMA,
         **known,
-        settings={**clean(dataclasses.asdict(settings)), **({"cuts": cuts} if cuts else {})},
+        settings=clean(_recorded(settings, cuts, asked)),
         num_parameters=objective.size,
         parameters={name: p.numel() for name, p in objective.parameters.items()},
         weight_norms={name: float(p.detach().double().norm()) for name, p in objective.parameters.items()},
@@ -166,6 +166,13 @@ def _fitted(objective: Objective, settings: SpectrumSettings, variants: Mapping[
 
     found = fit(settings, settings.time, seconds)
     return {"settings": dataclasses.asdict(found.settings), "variants": found.variants, "cuts": list(found.cuts)}
+
+
+def _recorded(settings: SpectrumSettings, cuts: list[str], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as a result keeps them: those that were used, what was left out, and what was asked for there."""
+    used = dataclasses.asdict(settings)
+    changed = {name: value for name, value in asked.items() if value != used[name]}
+    return {**used, "cuts": cuts, "asked": changed} if cuts else used
 
 
 def _loss_rise(objective: Objective, run: AnalysisContext) -> LossRise | None:
@@ -269,6 +276,7 @@ def planned_products(settings: SpectrumSettings, variants: Iterable[str], size: 
         expected[f"{name}: density"] = probes * steps if settings.density else 0
         expected[f"{name}: trace"] = max(0, settings.trace_probes - probes * settings.density)
         expected[f"{name}: scale-free"] = 25
+        expected[f"{name}: scale-free ranks"] = 20 + 5 * settings.scaled if settings.scaled > 1 else 0
         expected[f"{name}: diagonal"] = settings.diagonal_probes if settings.diagonal else 0
     for label in variants:
         expected[f"{settings.operators[0]}: {label}"] = 25

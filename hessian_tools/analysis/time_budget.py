@@ -42,6 +42,11 @@ def _fewer_pairs(f: Fitted) -> Fitted:
     return replace(f, settings=replace(s, **fewer))  # type: ignore[arg-type]
 
 
+def _first_operator(f: Fitted) -> Fitted:
+    operators = f.settings.operators[:1]
+    return replace(f, settings=replace(f.settings, operators=operators, exact=f.settings.exact and "ggn" in operators))
+
+
 # In this order: first what changes the numbers least.
 CUTS: tuple[tuple[str, Callable[[Fitted], Fitted]], ...] = (
     ("layers, steps, diagonals and subsets of the data", _without_extras),
@@ -53,7 +58,7 @@ CUTS: tuple[tuple[str, Callable[[Fitted], Fitted]], ...] = (
     ),
     ("all densities", lambda f: replace(f, settings=replace(f.settings, density=False))),
     ("more than 3 largest eigenvalues and 1 smallest", _fewer_pairs),
-    ("operators but the first", lambda f: replace(f, settings=replace(f.settings, operators=f.settings.operators[:1]))),
+    ("operators but the first", _first_operator),
     (
         "more than 4 draws of weight noise",
         lambda f: replace(f, settings=replace(f.settings, draws=min(f.settings.draws, 4))),

@@ -38,6 +38,7 @@ from hessian_tools.runtime.cuda import full_precision
 LEAST = -1e-6  # eigenvalues of B relative to the largest one, from which on they are rounding
 SAMPLES = 5  # with which the samples of a layer's outputs are told apart
 ROWS = 8192  # largest number of rows N C
+BLOCK = 16  # samples whose factors are multiplied at a time
 CHUNK = 2**16  # columns of J in one product, whose sum is in double precision
 
 
@@ -131,6 +132,30 @@ def _assembled(
 
 def _reporter(progress: Callable[[int, int], None] | None, done: int, total: int) -> Callable[[int], None]:
     return lambda k: progress(done + k, total) if progress is not None else None
+
+
+@differentiable
+def gram_numbers(objective: Objective) -> int:
+    """Return about how many numbers `gram_matrix` keeps at a time: rows of J, factors, and blocks of products of them.
+
+    Args:
+        objective: The objective. Only a few samples of its first batch are run.
+    """
+    outputs, uses, others = _forward(objective, nested.selected(objective.batches[0][0], slice(SAMPLES)))
+    n, count, samples = len(outputs), outputs[0].numel(), objective.samples
+    if _strides(objective, objective.batches[0][0], uses) is None:
+        others, uses = set(objective.parameters), []
+    factored = _factored(objective, uses, n, count)
+    places: dict[str, int] = defaultdict(int)  # positions by weight: those of all calls are multiplied together
+    for i in factored:
+        places[uses[i].places["weight"]] += uses[i].y.numel() // uses[i].y.shape[-1] // n
+    rows = sum(p.numel() for name, p in objective.parameters.items() if name not in places)
+    factors = block = 0
+    for name, positions in places.items():
+        outs, ins = objective.parameters[name].shape
+        factors += positions * (ins + count * outs)
+        block = max(block, 2 * (min(BLOCK, samples) * count * positions) ** 2)  # the products, and a permuted copy
+    return samples * (count * rows + factors) + block
 
 
 @differentiable
@@ -297,11 +322,7 @@ def _add(
         uses, ys, strides = [], [], []
     found: dict[str, list[Tensor]] = defaultdict(list)
     slopes: dict[int, list[Tensor]] = defaultdict(list)
-    factored = {i for i, use in enumerate(uses) if use.func is F.linear and _factors_pay(objective, use, n, count)}
-    shared = defaultdict(set)
-    for i, use in enumerate(uses):
-        shared[use.places.get("weight")].add(i in factored)
-    factored = {i for i in factored if shared[uses[i].places.get("weight")] == {True}}
+    factored = _factored(objective, uses, n, count)
     for k in range(count):
         u = root[:, k].reshape(outputs.shape).to(outputs)
         grads = torch.autograd.grad(outputs, ys, u, retain_graph=True, allow_unused=True) if ys else ()
@@ -328,6 +349,15 @@ def _add(
         parts.factors[name].append((torch.cat([a for a, _ in pairs], 1), torch.cat([b for _, b in pairs], 2)))
     for name, rows_of in _one_by_one(objective, x, sorted(others), root).items():
         parts.rows[name].append(rows_of)
+
+
+def _factored(objective: Objective, uses: list[_Use], n: int, count: int) -> set[int]:
+    """Return which uses are summed by factors. All uses of a weight are, or none."""
+    factored = {i for i, use in enumerate(uses) if use.func is F.linear and _factors_pay(objective, use, n, count)}
+    shared = defaultdict(set)
+    for i, use in enumerate(uses):
+        shared[use.places.get("weight")].add(i in factored)
+    return {i for i in factored if shared[uses[i].places.get("weight")] == {True}}
 
 
 def _factors_pay(objective: Objective, use: _Use, n: int, count: int) -> bool:
@@ -486,7 +516,7 @@ def _placed(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor
     """Yield the factors of few samples at a time, with their rows of K."""
     start = 0
     for a, b in pairs:
-        for few_a, few_b in zip(a.split(16), b.split(16), strict=True):
+        for few_a, few_b in zip(a.split(BLOCK), b.split(BLOCK), strict=True):
             stop = start + len(few_b) * few_b.shape[1]
             yield few_a, few_b, slice(start, stop)
             start = stop

@@ -98,8 +98,9 @@ def _differences(old: Analysed, settings: Any, job: Job) -> Iterator[str]:
         yield f"{_shown(samples)} samples; now {_shown(job.objective.samples)}"
     asked = json.loads(json.dumps(dataclasses.asdict(settings)))
     usual = {f.name: f.default for f in dataclasses.fields(settings)}  # settings that an older version did not know
+    made = {**usual, **old.settings, **old.settings.get("asked", {})}  # asked: where parts were left out to fit a time
     parts = (
-        ({**usual, **old.settings}, {name: v for name, v in asked.items() if name != "memory"}),  # it changes no number
+        (made, {name: v for name, v in asked.items() if name != "memory"}),  # it changes no number
         (old.data, {name: value for name, value in job.provenance["data"].items() if name != "sha256"}),
         (old.network, job.provenance["network"]),
         ({"dtype": old.dtype}, {"dtype": here["dtype"].removeprefix("torch.")}),

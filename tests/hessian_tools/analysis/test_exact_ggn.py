@@ -6,12 +6,16 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from hessian_tools.analysis.exact_ggn import is_cheaper
 from hessian_tools.analysis.settings import SpectrumSettings
 from hessian_tools.analysis.spectrum import spectrum
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators.base import dense
 from hessian_tools.operators.curvature import ggn
+from hessian_tools.operators.gram import gram_numbers
 from ikun.losses import LOSSES
 from ikun.networks import Network, Spec
 
@@ -69,3 +73,34 @@ def test_it_agrees_with_lanczos_and_probes() -> None:
 def test_it_is_for_the_ggn(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="exact is for operator ggn with method lanczos"):
         SpectrumSettings(exact=True, **settings)  # type: ignore[arg-type]
+
+
+class Tokens(nn.Module):
+    """An embedding of tokens, a linear layer at every position, and outputs of their mean."""
+
+    def __init__(self, words: int, width: int, classes: int) -> None:
+        super().__init__()
+        self.words, self.each, self.out = nn.Embedding(words, width), nn.Linear(width, width), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(torch.tanh(self.each(self.words(x))).mean(1))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("words", "width", "classes", "samples", "positions", "least"),
+    [
+        (5000, 8, 10, 100, 4, 1000 * 40_000),  # rows of J of the embedding
+        (2, 192, 10, 100, 80, 1000 * 192**2),  # rows of J are fewer operations than factors
+        (2, 512, 100, 15, 20, (15 * 100 * 20) ** 2),  # products of factors at all pairs of positions
+    ],
+)
+def test_all_eigenvalues_are_not_chosen_where_they_take_too_much_memory(
+    words: int, width: int, classes: int, samples: int, positions: int, least: int
+) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randint(0, words, (samples, positions)), torch.arange(samples) % classes
+    objective = make_objective(Tokens(words, width, classes), F.cross_entropy, (x, y))
+    assert least < gram_numbers(objective) < 3 * least
+    assert not is_cheaper(objective, 12 * least / 2**30)
+    assert is_cheaper(objective, 50 * least / 2**30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,26 @@ def test_the_result_says_what_was_left_out_and_keeps_it_when_resumed(
     assert again.spectra == first.spectra
     free = spectrum(o, asked)
     assert "cuts" not in free.settings
+
+
+@pytest.mark.parametrize(
+    "extra", [{"per_layer": True}, {"samples_curve": (10, 90)}, {"per_step": True}, {"scaled": 5}, {"diagonal": True}]
+)
+def test_extras_take_time_and_are_left_out_first(extra: dict[str, Any]) -> None:
+    seconds, asked = seconds_of(0.1), SpectrumSettings(**extra)
+    assert seconds(asked, True) > seconds(SpectrumSettings(), True)
+    found = fit(asked, MARGIN * seconds(SpectrumSettings(), True), seconds)
+    assert (found.settings, found.variants, found.cuts) == (SpectrumSettings(), True, (CUTS[0][0],))
+
+
+def test_layers_take_as_many_products_each_as_the_operator() -> None:
+    whole, layers = (seconds_of(0.1)(SpectrumSettings(("hessian",), per_layer=p, draws=0), False) for p in (0, 1))
+    assert layers == pytest.approx(3 * whole)
+
+
+def test_an_operator_that_is_left_out_need_not_be_exact() -> None:
+    found = fit(SpectrumSettings(exact=True), 1e-3, seconds_of(0.1))
+    assert (found.settings.operators, found.settings.exact) == (("hessian",), False)
 
 
 @pytest.mark.parametrize("time", [0.0, -1.0, float("nan"), float("inf")])

@@ -31,6 +31,16 @@ def test_spectrum_leaves_results_and_figures(analysed: Path, capsys: Capture) ->
     assert set(raw["sensitivity"]) == {"slope x 1/2", "slope x 2", "ties reversed"}
 
 
+def test_a_result_that_was_cut_to_a_time_is_kept_by_the_same_command(analysed: Path, capsys: Capture) -> None:
+    short = ["spectrum", str(analysed / "a.pt"), "--samples", "20", "--tag", "short", "--time", "0.001s", "--resume"]
+    assert cli.run(short) == 0
+    written = (analysed / "a.short.spectrum.json").read_bytes()
+    assert json.loads(written)["settings"]["cuts"]
+    assert cli.run(short) == 0
+    assert (analysed / "a.short.spectrum.json").read_bytes() == written
+    fails(capsys, 2, "was made with top 10; now 4.", *short, "--top", "4")
+
+
 def test_other_settings_do_not_overwrite(analysed: Path, capsys: Capture) -> None:
     path = str(analysed / "a.pt")
     before = (analysed / "a.spectrum.json").read_bytes()
