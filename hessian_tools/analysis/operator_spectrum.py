@@ -229,16 +229,15 @@ def _all_eigenvalues(
     """Return all eigenvalues of the GGN and eigenvectors of the largest; None if they are not to be computed so."""
     settings = run.settings
     given = settings.exact
-    if given is None:
-        chosen = (settings.steps, settings.probes, settings.accuracy)
-        usual = settings.method == "lanczos" and settings.density and all(value is None for value in chosen)
-        if not (usual and is_cheaper(objective, settings.memory)):
-            return None
-    elif not given:
+    chosen = (settings.steps, settings.probes, settings.accuracy)
+    usual = settings.method == "lanczos" and settings.density and all(value is None for value in chosen)
+    if given is False or (given is None and not usual):
         return None
     try:
+        if given is None and not is_cheaper(objective, settings.memory):
+            return None
         return phase("all eigenvalues", lambda op, random: all_eigenvalues(objective, top, progress))
-    except GramError:
+    except (GramError, RuntimeError):  # torch raises the second, for want of memory or in networks not foreseen here
         if given:
             raise
         return None
