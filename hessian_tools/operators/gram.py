@@ -141,10 +141,10 @@ def gram_numbers(objective: Objective) -> int:
     Args:
         objective: The objective. Only a few samples of its first batch are run.
     """
-    outputs, uses, others = _forward(objective, nested.selected(objective.batches[0][0], slice(SAMPLES)))
+    outputs, uses, _ = _forward(objective, nested.selected(objective.batches[0][0], slice(SAMPLES)))
     n, count, samples = len(outputs), outputs[0].numel(), objective.samples
     if _strides(objective, objective.batches[0][0], uses) is None:
-        others, uses = set(objective.parameters), []
+        uses = []
     factored = _factored(objective, uses, n, count)
     places: dict[str, int] = defaultdict(int)  # positions by weight: those of all calls are multiplied together
     for i in factored:
