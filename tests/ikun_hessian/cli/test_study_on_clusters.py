@@ -49,12 +49,12 @@ def dask() -> Iterator[AbstractContextManager[Any]]:
 
 @contextmanager
 def ray() -> Iterator[AbstractContextManager[Any]]:
-    ray = pytest.importorskip("ray")
-    from ray.util.joblib import register_ray
+    backend = pytest.importorskip("ray.util.joblib")  # a folder /tmp/ray, as Ray leaves it, can be imported as ray
+    import ray
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        register_ray()
+        backend.register_ray()
         yield joblib.parallel_config("ray")
     finally:
         ray.shutdown()
