@@ -15,6 +15,8 @@ from hessian_tools.results.text import with_error
 from ikun_hessian.reports.header import not_learned, opened
 from ikun_hessian.reports.text import field, paragraph, shortened, warning
 
+DEFINITE = ("ggn", "fisher")  # operators without negative eigenvalues, for a convex loss
+
 
 def spectrum_lines(result: SpectrumResult) -> list[str]:
     """Return the lines that `spectrum` and `info` print for a result."""
@@ -54,6 +56,9 @@ def _state(r: SpectrumResult) -> list[str]:
 def _minimum(r: SpectrumResult) -> list[str]:
     """Say whether the weights can be at a minimum of the surrogate loss."""
     name, s = r.main
+    blind = f"unknown: the {name} cannot be negative for a convex loss (use operator hessian)"
+    if not s.smallest_eigenvalues and name in DEFINITE:
+        return field("minimum?", blind)
     if not s.smallest_eigenvalues:
         return field("minimum?", "unknown: the smallest eigenvalues were not computed (use --smallest)")
     top, low = s.eigenvalues[0], s.smallest_eigenvalues[0]
@@ -63,6 +68,8 @@ def _minimum(r: SpectrumResult) -> list[str]:
         verdict = f"no: lambda_min of the {name} is {low.value:.4g} and lambda_max is {top.value:.4g}"
         if top.value > 0:
             verdict += f" (|lambda_min| is {-low.value / top.value:.1%} of lambda_max)"
+    elif name in DEFINITE:
+        verdict = blind
     else:
         verdict = f"yes, within the numerical error: lambda_min = {low.value:.3g} +- {low.residual:.1g} is not negative"
     return field("minimum?", verdict)

@@ -49,6 +49,17 @@ def test_the_screen_fits_80_columns_and_holds_the_numbers(scale: float) -> None:
     assert max(map(len, compared)) <= 80
 
 
+@pytest.mark.parametrize("computed", [True, False])
+def test_a_ggn_does_not_tell_a_minimum(computed: bool) -> None:
+    result = sample()
+    hessian = result.spectra["hessian"]
+    low = tuple(dataclasses.replace(e, value=0.0) for e in hessian.smallest_eigenvalues) if computed else ()
+    ggn = dataclasses.replace(hessian, smallest_eigenvalues=low)
+    text = " ".join(" ".join(spectrum_lines(dataclasses.replace(result, spectra={"ggn": ggn}))).split())
+    assert "minimum? unknown: the ggn cannot be negative for a convex loss (use operator hessian)" in text
+    assert "use --smallest" not in text
+
+
 def test_layers_are_listed_when_there_are_blocks() -> None:
     result = sample()
     lines = spectrum_lines(dataclasses.replace(result, blocks={"fc1": result.spectra["hessian"]}))
