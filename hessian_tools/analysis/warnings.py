@@ -100,7 +100,7 @@ def _cautions(result: SpectrumResult) -> Iterator[Caution]:
         return
     if cuts := result.settings.get("cuts"):
         limit = f"To fit {result.settings['time']:g} s,"
-        said = f"{limit} something was left out of the analysis (--full says what)."
+        said = f"{limit} {len(cuts)} part{'s' * (len(cuts) > 1)} of the analysis were left out; all warnings say which."
         yield Caution(UNCERTAIN, f"{limit} these were left out: {'; '.join(cuts)}.", said)
     for kind, s in result.spectra.items():
         yield from _of_operator(kind, s)

@@ -19,7 +19,7 @@ from hessian_tools import nested
 from hessian_tools.engine import resizing, tape
 from hessian_tools.engine.folding import Folded, fold
 from hessian_tools.engine.graph import Rule
-from hessian_tools.engine.reasons import UntraceableError
+from hessian_tools.engine.reasons import UntraceableError, reason_of
 from hessian_tools.engine.rewriting import Rewriting
 from hessian_tools.engine.trace import Program, run_stage, trace_product
 from hessian_tools.evaluation import copy_model, twice_differentiable
@@ -113,8 +113,13 @@ def _found(objective: Objective, x: Any, second: bool, folds: bool) -> Program |
             if forward is not None:
                 continue
             return str(error)
-        if agrees(program) and _derives(program, objective, x):
-            return program
+        try:
+            if agrees(program) and _derives(program, objective, x):
+                return program
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # an operation that fails when it is called by itself, as oneDNN's LSTM does
+            reason = reason_of(error)
     return reason
 
 

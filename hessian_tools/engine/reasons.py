@@ -25,6 +25,7 @@ _MEANINGS = (
     (".numpy() is not supported", "the forward pass uses NumPy"),
     ("dynamo-optimized", "the forward pass calls a function compiled by torch.compile"),
     ("fake impl", "the forward pass uses an operation without a fake kernel (torch.library.register_fake)"),
+    ("Expected a proper Tensor but got None", "an operation cannot be replayed, such as oneDNN's LSTM in float32"),
     ("mutate a non-functional tensor", "the forward pass changes a tensor in place that is not a buffer of the model"),
 )
 

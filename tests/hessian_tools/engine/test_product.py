@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import warnings
 import weakref
@@ -403,3 +404,25 @@ def test_a_trace_that_fails_for_other_numbers_of_samples_logs_nothing(caplog: py
     op @ torch.ones(objective.size, dtype=torch.float64)
     assert op.path == "traced"
     assert [r for r in caplog.records if "fake_tensor" in r.name] == []
+
+
+def test_an_lstm_in_float32_has_the_products_of_float64() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 5, 8), torch.arange(20) % 3
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.out = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.out(self.layers(x)[0][:, -1])
+            return found
+
+    net = Last()
+    narrow = make_objective(net, F.cross_entropy, (x, y))
+    wide = make_objective(copy.deepcopy(net).double(), F.cross_entropy, (x.double(), y))
+    v = torch.randn(narrow.size, dtype=torch.float64)
+    for kind in ("hessian", "ggn"):
+        found, expected = (curvature.OPERATORS[kind](o, 2**30) @ v for o in (narrow, wide))
+        assert torch.linalg.vector_norm(found - expected) < 1e-5 * torch.linalg.vector_norm(expected)
