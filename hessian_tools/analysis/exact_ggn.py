@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hessian_tools.analysis.settings import SpectrumSettings
 from hessian_tools.linalg.lanczos import Eigenpairs, certified
 from hessian_tools.linalg.spectral_density import DensityEstimate
 from hessian_tools.linalg.trace import TraceEstimate
@@ -19,6 +20,13 @@ from hessian_tools.results.spectrum import Functional
 
 DAMPING = 0.01  # relative to the largest eigenvalue, if none is given
 FEW_ROWS = 1500  # samples times outputs, up to which the Gram matrix takes less time than Lanczos and probes
+
+
+def exact_by_default(objective: Objective, settings: SpectrumSettings) -> bool:
+    """Return whether settings leave it open if all eigenvalues are computed, and it takes less time."""
+    chosen = (settings.exact, settings.steps, settings.probes, settings.accuracy)
+    usual = settings.method == "lanczos" and settings.density and all(value is None for value in chosen)
+    return usual and is_cheaper(objective, settings.memory)
 
 
 @torch.no_grad()

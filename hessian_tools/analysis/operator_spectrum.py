@@ -14,11 +14,11 @@ from hessian_tools.analysis.context import AnalysisContext, Factory, require_sym
 from hessian_tools.analysis.eigenvectors import gradient_shares, layer_shares, participation
 from hessian_tools.analysis.exact_ggn import (
     all_eigenvalues,
+    exact_by_default,
     exact_density,
     exact_functions,
     exact_pairs,
     exact_trace,
-    is_cheaper,
 )
 from hessian_tools.analysis.memory import Budget, budget, budget_of
 from hessian_tools.analysis.pyhessian import pyhessian_eigenpairs, pyhessian_trace
@@ -228,13 +228,9 @@ def _all_eigenvalues(
 ) -> dict[str, Tensor] | None:
     """Return all eigenvalues of the GGN and eigenvectors of the largest; None if they are not to be computed so."""
     settings = run.settings
-    given = settings.exact
-    chosen = (settings.steps, settings.probes, settings.accuracy)
-    usual = settings.method == "lanczos" and settings.density and all(value is None for value in chosen)
-    if given is False or (given is None and not usual):
-        return None
+    given = bool(settings.exact) and settings.time is None
     try:
-        if given is None and not is_cheaper(objective, settings.memory):
+        if not (settings.exact or exact_by_default(objective, settings)):
             return None
         return phase("all eigenvalues", lambda op, random: all_eigenvalues(objective, top, progress))
     except (GramError, RuntimeError):  # torch raises the second, for want of memory or in networks not foreseen here

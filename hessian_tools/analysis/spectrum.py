@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hessian_tools.analysis.context import AnalysisContext, AnalysisError, Factory, SmoothedFactory
 from hessian_tools.analysis.estimate import estimate_time, measure_costs
+from hessian_tools.analysis.exact_ggn import exact_by_default
 from hessian_tools.analysis.flatness.average_sharpness import average_sharpness
 from hessian_tools.analysis.flatness.settings import RADIUS
 from hessian_tools.analysis.measured_diagonal import measured_diagonal
@@ -157,14 +158,17 @@ def spectrum(
 
 def _fitted(objective: Objective, settings: SpectrumSettings, variants: Mapping[str, Objective]) -> dict[str, Any]:
     """Return what of an analysis fits its time, as plain values."""
-    assert settings.time is not None
+    limit = settings.time
+    assert limit is not None
+    if "ggn" in settings.operators and exact_by_default(objective, settings):
+        settings = dataclasses.replace(settings, exact=True)  # not by fewer probes, which would take longer
     costs = measure_costs(objective, settings)
 
     def seconds(chosen: SpectrumSettings, with_variants: bool) -> float:
         expected = planned_products(chosen, variants if with_variants else (), objective.size)
         return estimate_time(objective, chosen, expected, costs).seconds
 
-    found = fit(settings, settings.time, seconds)
+    found = fit(settings, limit, seconds)
     return {"settings": dataclasses.asdict(found.settings), "variants": found.variants, "cuts": list(found.cuts)}
 
 

@@ -97,3 +97,10 @@ def test_an_operator_that_is_left_out_need_not_be_exact() -> None:
 def test_times_that_are_none(time: float) -> None:
     with pytest.raises(ValueError, match="time must be a positive number of seconds"):
         SpectrumSettings(time=time)
+
+
+def test_all_eigenvalues_stay_where_they_are_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hessian_tools.analysis.spectrum.measure_costs", lambda *_: Costs(0.1, 0.0, 0.0))
+    found = spectrum(objective(), SpectrumSettings(operators=("ggn",), time=1.0))
+    assert found.settings["cuts"]
+    assert found.spectra["ggn"].trace.probes == 0
