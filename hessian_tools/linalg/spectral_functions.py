@@ -54,8 +54,8 @@ def negative_share(density: DensityEstimate, size: int) -> Functional:
 
     This is a ratio of two means over probes. The standard error is by the delta method, and the interval is clipped to
     [0, 1]. Since |x| has a kink, the quadrature error decreases slowly with the number of steps. More probes do not
-    reduce it, and the interval does not contain it. Where the bulk is tiny beside eigenvalues that are not deflated, the
-    nodes can miss the negative part, and the errors are then far too small.
+    reduce it, and the interval does not contain it. Where the bulk is tiny beside eigenvalues that are not deflated,
+    the nodes can miss the negative part, and the errors are then far too small.
 
     Args:
         density: The density of A.

@@ -471,3 +471,16 @@ def test_few_probes_of_a_large_operator_are_as_accurate_as_they_promise() -> Non
     nodes, weights = torch.cat(found.nodes), torch.cat(found.weights) / found.probes
     exact = torch.tensor([-1.0, 1.0], dtype=torch.float64)
     assert wasserstein(nodes, weights, exact, torch.full((2,), 0.5)) < 0.01 * 2
+
+
+def test_a_settled_density_makes_fewer_steps_and_is_the_same() -> None:
+    op = spread()
+    whole, settled = (
+        density(op, probes=3, steps=60, settled=s, generator=torch.Generator().manual_seed(0)) for s in (0.0, 0.05)
+    )
+    assert (whole.steps, settled.steps) == (60, 16)
+    assert settled.accuracy <= 0.05
+    for i in range(3):
+        moved = wasserstein(whole.nodes[i], whole.weights[i], settled.nodes[i], settled.weights[i])
+        assert moved < 0.05 * 4  # the range of the spectrum
+    torch.testing.assert_close(settled.quadratic, whole.quadratic)

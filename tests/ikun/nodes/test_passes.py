@@ -111,3 +111,15 @@ def test_passes_resume_from_their_state(
         assert not expected[k].numel() or torch.equal(torch.cat([early[k], late[k]]), expected[k])
     for k in (4, 5):
         torch.testing.assert_close(early[k] + late[k], expected[k])
+
+
+@pytest.mark.parametrize("ties", ["first", "last"])
+@pytest.mark.parametrize("shape", [(3, 2, 4, 7, 9), (1, 5, 1, 2, 2), (2, 3, 8, 16, 16)])
+def test_the_kernel_selects_the_entries_of_plain_torch(shape: tuple[int, ...], ties: str) -> None:
+    if dispatch.kernels() is None:
+        pytest.skip("numba is not usable")
+    for s in (torch.randn(shape).sign(), torch.randn(shape, dtype=torch.float64)):
+        y, index = dispatch.select(s.flatten(1), shape[-2:], ties)
+        expected = selection(s, ties).flatten(1)
+        assert torch.equal(index, expected)
+        assert torch.equal(y, s.flatten(1).gather(1, expected.long()))
