@@ -19,7 +19,7 @@ from hessian_tools.operators.gram import gram_eigenvectors, gram_matrix, gram_nu
 from hessian_tools.results.spectrum import Functional
 
 DAMPING = 0.01  # relative to the largest eigenvalue, if none is given
-FEW_ROWS = 1500  # samples times outputs, up to which the Gram matrix takes less time than Lanczos and probes
+FEW_ROWS = 1500  # samples times outputs: with as many, the Gram matrix takes as long as Lanczos and probes
 
 
 def exact_by_default(objective: Objective, settings: SpectrumSettings) -> bool:
@@ -33,7 +33,8 @@ def exact_by_default(objective: Objective, settings: SpectrumSettings) -> bool:
 def is_cheaper(objective: Objective, memory: float) -> bool:
     """Return whether all eigenvalues take less time than a few of them by the Lanczos process and a density.
 
-    That was measured for at most `FEW_ROWS` samples times outputs. What is kept may take a quarter of the memory.
+    With `FEW_ROWS` samples times outputs it takes as long on a network of 6,056 parameters, and with fewer less. What is
+    kept may take a quarter of the memory.
 
     Args:
         objective: The loss, its data and its weights.

@@ -369,7 +369,7 @@ SPECTRUM = (
     Option(
         "exact", bool, None,
         "Compute all eigenvalues of the GGN without probes. Needs few samples: at most 8192 samples times outputs "
-        "[default: up to 1500, where it takes less time].", opposite="no-exact",
+        "[default: up to 1500, where it takes no more time].", opposite="no-exact",
     ),
     DAMPING,
     Option(
