@@ -33,8 +33,8 @@ def exact_by_default(objective: Objective, settings: SpectrumSettings) -> bool:
 def is_cheaper(objective: Objective, memory: float) -> bool:
     """Return whether all eigenvalues take less time than a few of them by the Lanczos process and a density.
 
-    With `FEW_ROWS` samples times outputs it takes as long on a network of 6,056 parameters, and with fewer less. What is
-    kept may take a quarter of the memory.
+    With `FEW_ROWS` samples times outputs it takes as long on a network of 6,056 parameters. What is kept may take a
+    quarter of the memory.
 
     Args:
         objective: The loss, its data and its weights.
