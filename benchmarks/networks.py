@@ -41,6 +41,7 @@ if __name__ == "__main__":
     _threads()
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
+import ikun_hessian  # noqa: E402, F401, I001  # sets the environment of torch as the commands have it
 import numpy as np  # noqa: E402
 import peers  # noqa: E402
 import torch  # noqa: E402

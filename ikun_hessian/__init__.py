@@ -13,6 +13,7 @@ from typing import Any
 
 import lazy_loader
 
+from hessian_tools.runtime.allocator import keep_freed_memory
 from hessian_tools.runtime.cores import available_cores
 
 # Without this, MKL on some processors (AMD with AVX-512, for one) gives other bits for other alignments of its arrays,
@@ -23,6 +24,7 @@ if "torch" not in sys.modules:
     os.environ.setdefault("MKL_CBWR", "AUTO")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
+    keep_freed_memory()
 
 _import, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __all__ += ["__version__"]

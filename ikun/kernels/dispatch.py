@@ -32,7 +32,6 @@ torch.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial, wraps
@@ -45,13 +44,12 @@ import torch
 from torch import Tensor
 
 from hessian_tools.runtime.openmp import side_by_side
-from ikun.kernels import numba_kernels as numba_scans
+from ikun.kernels.families import constants
 from ikun.kernels.scan import (
     BLOCK,
     F,
     Number,
     Scan,
-    begin_second,
     reset_slope,
     torch_adjoint,
     torch_adjoint_tangent,
@@ -60,7 +58,6 @@ from ikun.kernels.scan import (
 )
 from ikun.neurons import Dynamics
 from ikun.pooling import selection
-from ikun.surrogates import Surrogate
 
 GRAIN = 32768  # elements per thread; below this, another thread is not worth its overhead
 KERNELS = ("value", "slopes", "select", "tangent", "adjoint", "adjoint_tangent")
@@ -71,10 +68,12 @@ _state = {"broken": False, "triton broken": False}
 @cache
 def _compiled() -> dict[str, Callable[..., Any]] | None:
     """Return the numba kernels by name, or None after a warning if numba cannot be used."""
-    sources: dict[str, Any] = {name: getattr(numba_scans, name) for name in KERNELS}
     try:
         import numba
 
+        from ikun.kernels import numba_kernels
+
+        sources: dict[str, Any] = {name: getattr(numba_kernels, name) for name in KERNELS}
         try:
             return {
                 name: numba.njit(nogil=True, cache=True, error_model="numpy")(source)
@@ -204,42 +203,15 @@ def _launch(
         return None
 
 
-def jet(surrogate: Surrogate) -> tuple[int, float, float, float] | None:
-    """Return the constants (family, p, q, k) with which the kernels compute f' and f'' of a surrogate.
-
-    f' is given in `numba_kernels`. f'' is k z f'^2 (LORENTZ), k sign(z) f'^1.5 (BUMP), k sign(z) (TRIANGLE) or 0
-    (RECT).
-
-    Args:
-        surrogate: The surrogate.
-
-    Returns:
-        The constants, or None for a surrogate that the kernels do not support.
-    """
-    width = surrogate.parameter
-    match surrogate.name:
-        case "atan":
-            q = (math.pi * width / 2) ** 2
-            return numba_scans.LORENTZ, surrogate.peak, q, -2 * q / surrogate.peak
-        case "fast_sigmoid" | "superspike" | "softsign":
-            return numba_scans.BUMP, surrogate.peak, width, -2 * width / math.sqrt(surrogate.peak)
-        case "triangle" | "linear":
-            return numba_scans.TRIANGLE, 1 / width, width**-2, -(width**-2)
-        case "rect":
-            return numba_scans.RECT, 1 / width, width / 2, 0.0
-        case _:
-            return None
-
-
 def slopes(d: Dynamics, z: Tensor) -> tuple[Tensor, Tensor]:
     """Return the derivatives f1 and c [T, M] at z = h - threshold [T, M]."""
     f1, c = torch.empty_like(z), torch.empty_like(z)
-    known = None if d.relaxed or z.device.type != "cpu" or not usable(z) else jet(d.surrogate)
-    if known is not None and (found := kernels()) is not None:
+    if not d.relaxed and z.device.type == "cpu" and usable(z) and (found := kernels()) is not None:
         flat = [t.view(-1).numpy() for t in (z, f1, c)]
-        numbers = [flat[0].dtype.type(r) for r in (*known[1:3], *reset_slope(d))]
+        family, p, q, _ = constants(d.surrogate)
+        numbers = [flat[0].dtype.type(r) for r in (p, q, *reset_slope(d))]
         try:
-            fixed = (flat[0], known[0], *numbers, d.reset == "soft")
+            fixed = (flat[0], family, *numbers, d.reset == "soft")
             _on_threads(found["slopes"], fixed, flat[1:], z.numel(), z.numel())
             return f1, c
         except Exception as error:
@@ -333,11 +305,8 @@ def tangent(scan: Scan, dx: Tensor, dgain: Number = 0.0, state: Tensor | None = 
 def adjoint(scan: Scan, g: Tensor, z: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Number]:
     """Compute the adjoint of the scan. See `ikun.kernels.scan.torch_adjoint`."""
     out, kept = _gx(scan), (None,) * 3 if z is None else (z, scan.e, scan.gh)
-    known = None if scan.surrogate is None else jet(scan.surrogate)
-    if z is not None and known is None:
-        begin_second(scan, z)
-    family, k = (-1, 0.0) if known is None else (known[0], known[3])
-    tensors, rates = (g, scan.f1, scan.c, scan.u, *kept, state), (scan.decay, scan.gain, *scan.reset, k)
+    family, _, q, k = (-1, 0.0, 0.0, 0.0) if scan.surrogate is None else constants(scan.surrogate)
+    tensors, rates = (g, scan.f1, scan.c, scan.u, *kept, state), (scan.decay, scan.gain, *scan.reset, q, k)
     total = _launch("adjoint", scan.f1, scan.unit, tensors, rates, scan.index, out, (family,))
     return torch_adjoint(scan, g, z, state) if total is None else (out, total)
 

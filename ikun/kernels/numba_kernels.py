@@ -1,6 +1,6 @@
 """The scans of `ikun.kernels.dispatch` as numba kernels for the CPU.
 
-These are plain Python functions that `dispatch` compiles. A scan processes the blocks first..last-1 of `block` neurons
+`dispatch` compiles these functions. A scan processes the blocks first..last-1 of `block` neurons
 each, so that the state of a block stays in the cache over all steps. An empty array stands for an array that is not
 used. `slopes` processes the entries first..last-1 of flat arrays.
 """
@@ -9,11 +9,44 @@ used. `slopes` processes the entries first..last-1 of flat arrays.
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
+
+from ikun.kernels.families import BUMP, GAUSS, LAPLACE, LOGISTIC, LORENTZ, RECT, TRIANGLE
 
 CACHED = 4096  # entries that an element-wise pass processes at a time
-# Families of f' that need no transcendental function, with f'(z) given below in this order. f'' follows from z and f'.
-# p / (1 + q z^2), p / (1 + q |z|)^2, max(0, p - q |z|), and p where |z| < q (else 0)
-LORENTZ, BUMP, TRIANGLE, RECT = range(4)
+
+
+@njit(error_model="numpy")
+def _room(entries, like):
+    """Return the arguments y, e, d, powers and words of `_exponentials`."""
+    room = np.zeros((4, entries), like.dtype)
+    return room[0], room[1], room[2], room[3], room[3].view(np.int32).reshape(entries, like.itemsize // 4)
+
+
+@njit(error_model="numpy")
+def _exponentials(y, many, e, d, powers, words):
+    """Write exp(y) to e and exp(y) - 1 to d, for y <= 0.
+
+    y is n log 2 + r with |r| <= log(2) / 2, and exp(r) - 1 a Taylor polynomial. 2^n is made from its bits: powers and
+    words, the same memory as 32-bit integers [entries, 1 or 2], are zero at first. Below -87 (-708 in float64), where
+    exp(y) nears the smallest number, the result is that of -87 (-708). LLVM vectorizes this, but not calls of exp.
+    """
+    one = y.dtype.type
+    double = one(1e-300) > one(0)
+    least, last, bias, shift = (one(-708), 1, 1023, 20) if double else (one(-87), 0, 127, 23)
+    for i in range(many):
+        x = least if y[i] < least else y[i]
+        n = np.floor(x * one(1.4426950408889634) + one(0.5))
+        r = (x - n * one(0.693359375)) - n * one(-2.12194440054690583e-4)  # log 2 in two parts
+        words[i, last] = np.int32(np.int32(n) + bias) << shift
+        s = one(1 / 6227020800)
+        for k in (479001600, 39916800, 3628800, 362880, 40320, 5040, 720, 120, 24, 6, 2, 1):
+            s = s * r + one(1 / k)
+        d[i] = s * r
+    for i in range(many):
+        m = powers[i] * d[i]
+        e[i] = powers[i] + m
+        d[i] = (powers[i] - one(1)) + m
 
 
 def value(
@@ -125,7 +158,7 @@ def tangent(x, f1, c, u, state, decay, gain, dgain, index, block, first, last, o
             state[0, lo : lo + n] = v[:n]
 
 
-def adjoint(g, f1, c, u, z, e, gh, state, decay, gain, ra, rb, k, family, index, block, first, last, out):
+def adjoint(g, f1, c, u, z, e, gh, state, decay, gain, ra, rb, q, k, family, index, block, first, last, out):
     """Write the adjoint of the input to out, and e and gh if z is given. Return dL/dgain."""
     steps, size = f1.shape
     pooled, learned, static = index.shape[0] > 0, u.shape[0] > 0, out.shape[0] == 1
@@ -133,6 +166,7 @@ def adjoint(g, f1, c, u, z, e, gh, state, decay, gain, ra, rb, k, family, index,
     one, zero = f1.dtype.type(1), f1.dtype.type(0)
     v, s = np.empty(block, f1.dtype), np.empty(block, f1.dtype)
     per = index.shape[1] * block // size if pooled else 0
+    exponent, exp, exp1, powers, words = _room(block if keep and family == LOGISTIC else 0, f1)
     total = 0.0
     for b in range(first, last):
         lo = b * block
@@ -159,6 +193,19 @@ def adjoint(g, f1, c, u, z, e, gh, state, decay, gain, ra, rb, k, family, index,
                 if family == LORENTZ:
                     for i in range(n):
                         et[i] = k * zt[i] * (ft[i] * ft[i])
+                elif family == GAUSS:
+                    for i in range(n):
+                        et[i] = k * zt[i] * ft[i]
+                elif family == LAPLACE:
+                    for i in range(n):
+                        et[i] = k * ft[i] * (one if zt[i] > zero else (-one if zt[i] < zero else zero))
+                elif family == LOGISTIC:
+                    for i in range(n):
+                        exponent[i] = -q * abs(zt[i])
+                    _exponentials(exponent, n, exp, exp1, powers, words)
+                    for i in range(n):
+                        side = one if zt[i] > zero else (-one if zt[i] < zero else zero)
+                        et[i] = k * ft[i] * side * -exp1[i] / (one + exp[i])
                 elif family == BUMP:
                     for i in range(n):
                         et[i] = k * ft[i] * np.sqrt(ft[i]) * (one if zt[i] > zero else (-one if zt[i] < zero else zero))
@@ -261,12 +308,20 @@ def adjoint_tangent(g, x, f1, c, e, u, gh, begin, state, decay, gain, dgain, ind
 def slopes(z, family, p, q, a, b, soft, first, last, f1, c):
     """Write f' to f1 and dv/dh to c at z = h - threshold."""
     one, zero = z.dtype.type(1), z.dtype.type(0)
+    exponent, exp, exp1, powers, words = _room(CACHED, z)
     for lo in range(first, last, CACHED):
         n = min(CACHED, last - lo)
         zt, ft, ct = z[lo : lo + n], f1[lo : lo + n], c[lo : lo + n]
         if family == LORENTZ:
             for i in range(n):
                 ft[i] = p / (one + q * zt[i] * zt[i])
+        elif family in (LOGISTIC, LAPLACE, GAUSS):
+            for i in range(n):
+                exponent[i] = -q * (zt[i] * zt[i] if family == GAUSS else abs(zt[i]))
+            _exponentials(exponent, n, exp, exp1, powers, words)
+            for i in range(n):
+                w = one / (one + exp[i]) if family == LOGISTIC else one
+                ft[i] = p * exp[i] * w * w
         elif family == BUMP:
             for i in range(n):
                 u = one / (one + q * abs(zt[i]))
