@@ -50,6 +50,7 @@ from ikun.kernels.scan import (
     F,
     Number,
     Scan,
+    dv_dtype,
     reset_slope,
     torch_adjoint,
     torch_adjoint_tangent,
@@ -204,14 +205,14 @@ def _launch(
 
 
 def slopes(d: Dynamics, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the derivatives f1 and c [T, M] at z = h - threshold [T, M]."""
-    f1, c = torch.empty_like(z), torch.empty_like(z)
+    """Return the derivatives f1 and c [T, M] at z = h - threshold [T, M]. c has the dtype of `dv_dtype`."""
+    f1, c = torch.empty_like(z), torch.empty_like(z, dtype=dv_dtype(d, z.dtype))
     if not d.relaxed and z.device.type == "cpu" and usable(z) and (found := kernels()) is not None:
         flat = [t.view(-1).numpy() for t in (z, f1, c)]
         family, p, q, _ = constants(d.surrogate)
         numbers = [flat[0].dtype.type(r) for r in (p, q, *reset_slope(d))]
         try:
-            fixed = (flat[0], family, *numbers, d.reset == "soft")
+            fixed = (flat[0], family, *numbers, d.reset == "soft", d.detach_reset)
             _on_threads(found["slopes"], fixed, flat[1:], z.numel(), z.numel())
             return f1, c
         except Exception as error:

@@ -125,6 +125,7 @@ def select(s, height, width, ties, first, last, out, index):
 
 def tangent(x, f1, c, u, state, decay, gain, dgain, index, block, first, last, out):
     """Write the tangent of the spikes to out."""
+    real = f1.dtype.type
     steps, size = f1.shape
     pooled, learned, static = index.shape[0] > 0, u.shape[0] > 0, x.shape[0] == 1
     carried = state.shape[0] > 0
@@ -143,12 +144,12 @@ def tangent(x, f1, c, u, state, decay, gain, dgain, index, block, first, last, o
                 ut = u[t, lo : lo + n]
                 for i in range(n):
                     h = decay * v[i] + gain * xt[i] + dgain * ut[i]
-                    v[i] = ct[i] * h
+                    v[i] = real(ct[i]) * h
                     target[i] = ft[i] * h
             else:
                 for i in range(n):
                     h = decay * v[i] + gain * xt[i]
-                    v[i] = ct[i] * h
+                    v[i] = real(ct[i]) * h
                     target[i] = ft[i] * h
             if pooled:
                 start = b * per
@@ -160,6 +161,7 @@ def tangent(x, f1, c, u, state, decay, gain, dgain, index, block, first, last, o
 
 def adjoint(g, f1, c, u, z, e, gh, state, decay, gain, ra, rb, q, k, family, index, block, first, last, out):
     """Write the adjoint of the input to out, and e and gh if z is given. Return dL/dgain."""
+    real = f1.dtype.type
     steps, size = f1.shape
     pooled, learned, static = index.shape[0] > 0, u.shape[0] > 0, out.shape[0] == 1
     keep, carried = z.shape[0] > 0, state.shape[0] > 0
@@ -187,7 +189,7 @@ def adjoint(g, f1, c, u, z, e, gh, state, decay, gain, ra, rb, q, k, family, ind
             if learned:
                 ut = u[t, lo : lo + n]
                 for i in range(n):
-                    total += (ft[i] * gt[i] + ct[i] * v[i]) * ut[i]
+                    total += (ft[i] * gt[i] + real(ct[i]) * v[i]) * ut[i]
             if keep:
                 zt, et = z[t, lo : lo + n], e[t, lo : lo + n]
                 if family == LORENTZ:
@@ -221,15 +223,15 @@ def adjoint(g, f1, c, u, z, e, gh, state, decay, gain, ra, rb, q, k, family, ind
                 if learned:
                     at = gh[t, lo : lo + n]
                     for i in range(n):
-                        at[i] = ft[i] * gt[i] + ct[i] * v[i]
+                        at[i] = ft[i] * gt[i] + real(ct[i]) * v[i]
             if static:
                 for i in range(n):
-                    h = ft[i] * gt[i] + ct[i] * v[i]
+                    h = ft[i] * gt[i] + real(ct[i]) * v[i]
                     v[i] = decay * h
                     ot[i] += gain * h
             else:
                 for i in range(n):
-                    h = ft[i] * gt[i] + ct[i] * v[i]
+                    h = ft[i] * gt[i] + real(ct[i]) * v[i]
                     v[i] = decay * h
                     ot[i] = gain * h
         if carried:
@@ -239,6 +241,7 @@ def adjoint(g, f1, c, u, z, e, gh, state, decay, gain, ra, rb, q, k, family, ind
 
 def adjoint_tangent(g, x, f1, c, e, u, gh, begin, state, decay, gain, dgain, index, block, first, last, out):
     """Write the tangent of the adjoint of the input to out. Return (dL/dgain)'."""
+    real = f1.dtype.type
     steps, size = f1.shape
     pooled, learned = index.shape[0] > 0, u.shape[0] > 0
     static_in, static = x.shape[0] == 1, out.shape[0] == 1
@@ -260,12 +263,12 @@ def adjoint_tangent(g, x, f1, c, e, u, gh, begin, state, decay, gain, dgain, ind
                     total += gt[i] * (xt[i] - v[i])
                     h = decay * v[i] + gain * xt[i] + dgain * ut[i]
                     ht[i] = h
-                    v[i] = ct[i] * h
+                    v[i] = real(ct[i]) * h
             else:
                 for i in range(n):
                     h = decay * v[i] + gain * xt[i]
                     ht[i] = h
-                    v[i] = ct[i] * h
+                    v[i] = real(ct[i]) * h
         v[:] = 0
         if carried:
             v[:n] = state[0, lo : lo + n]
@@ -283,7 +286,7 @@ def adjoint_tangent(g, x, f1, c, e, u, gh, begin, state, decay, gain, dgain, ind
             if learned:
                 ut, at = u[t, lo : lo + n], gh[t, lo : lo + n]
                 for i in range(n):
-                    h = ft[i] * gt[i] + ct[i] * v[i] + et[i] * ht[i]
+                    h = ft[i] * gt[i] + real(ct[i]) * v[i] + et[i] * ht[i]
                     total += h * ut[i]
                     v[i] = decay * h - dgain * at[i]
                     if static:
@@ -292,12 +295,12 @@ def adjoint_tangent(g, x, f1, c, e, u, gh, begin, state, decay, gain, dgain, ind
                         ot[i] = gain * h + dgain * at[i]
             elif static:
                 for i in range(n):
-                    h = ft[i] * gt[i] + ct[i] * v[i] + et[i] * ht[i]
+                    h = ft[i] * gt[i] + real(ct[i]) * v[i] + et[i] * ht[i]
                     v[i] = decay * h
                     ot[i] += gain * h
             else:
                 for i in range(n):
-                    h = ft[i] * gt[i] + ct[i] * v[i] + et[i] * ht[i]
+                    h = ft[i] * gt[i] + real(ct[i]) * v[i] + et[i] * ht[i]
                     v[i] = decay * h
                     ot[i] = gain * h
         if carried:
@@ -305,7 +308,7 @@ def adjoint_tangent(g, x, f1, c, e, u, gh, begin, state, decay, gain, dgain, ind
     return total
 
 
-def slopes(z, family, p, q, a, b, soft, first, last, f1, c):
+def slopes(z, family, p, q, a, b, soft, detached, first, last, f1, c):
     """Write f' to f1 and dv/dh to c at z = h - threshold."""
     one, zero = z.dtype.type(1), z.dtype.type(0)
     exponent, exp, exp1, powers, words = _room(CACHED, z)
@@ -333,7 +336,10 @@ def slopes(z, family, p, q, a, b, soft, first, last, f1, c):
         elif family == RECT:
             for i in range(n):
                 ft[i] = (p if abs(zt[i]) < q else zero) + (zt[i] - zt[i])
-        if soft:
+        if detached:  # c may be of integers
+            for i in range(n):
+                ct[i] = 1 if soft or zt[i] < zero else 0
+        elif soft:
             for i in range(n):
                 ct[i] = one + (a + b * zt[i]) * ft[i]
         else:

@@ -34,7 +34,7 @@ class Scan:
 
     Attributes:
         f1: f'(h - threshold) [T, M].
-        c: dv/dh [T, M].
+        c: dv/dh [T, M], of the dtype of `dv_dtype`, or of f1's.
         decay: Factor of the previous potential.
         gain: Factor of the input current.
         static: Whether the input is the same at all steps, so that x is [1, M].
@@ -110,6 +110,11 @@ def reset_slope(d: Dynamics) -> tuple[float, float]:
     return (-d.threshold, 0.0) if d.reset == "soft" else (d.v_reset - d.threshold, -1.0)
 
 
+def dv_dtype(d: Dynamics, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of dv/dh: uint8 where it is 0 or 1 (a detached reset), which takes less memory."""
+    return torch.uint8 if d.detach_reset and not d.relaxed else dtype
+
+
 def torch_slopes(d: Dynamics, z: Tensor, f1: Tensor, c: Tensor) -> None:
     """Write the derivatives f1 and c at z = h - threshold, each [T, M]."""
 
@@ -120,7 +125,7 @@ def torch_slopes(d: Dynamics, z: Tensor, f1: Tensor, c: Tensor) -> None:
         elif d.relaxed:
             c.copy_(1 - d.surrogate.primitive(z))
         else:
-            torch.lt(z, 0, out=c)  # writes floats directly, which is much faster than converting a mask
+            torch.lt(z, 0, out=c)  # writes numbers directly, which is much faster than converting a mask
         if not d.detach_reset:
             a, b = reset_slope(d)
             c.addcmul_(a + b * z, f1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ikun.kernels import dispatch as fused
-from ikun.kernels.scan import Scan, reset_slope, scalar
+from ikun.kernels.scan import Scan, dv_dtype, reset_slope, scalar
 from ikun.neurons import Dynamics, step
 from ikun.surrogates import Surrogate
 
@@ -187,7 +187,7 @@ def reset_slopes(z: Tensor, f1: Tensor, spec: str) -> Tensor:
     d = decode_spec(spec).dynamics
     a, b = reset_slope(d)
     k = torch.ones_like(z) if d.reset == "soft" else (z < 0).to(z)
-    return k.addcmul_(a + b * z, f1)
+    return k.to(torch.uint8) if d.detach_reset else k.addcmul_(a + b * z, f1)
 
 
 def tangent(
@@ -304,12 +304,12 @@ def _(y: Tensor, spec: str) -> Any:
 
 @_ops["slopes"].register_fake
 def _(z: Tensor, spec: str) -> Any:
-    return torch.empty_like(z), torch.empty_like(z)
+    return torch.empty_like(z), torch.empty_like(z, dtype=dv_dtype(decode_spec(spec).dynamics, z.dtype))
 
 
 @_ops["reset_slopes"].register_fake
 def _(z: Tensor, f1: Tensor, spec: str) -> Any:
-    return torch.empty_like(z)
+    return torch.empty_like(z, dtype=torch.uint8 if decode_spec(spec).detach_reset else None)
 
 
 @_ops["tangent"].register_fake

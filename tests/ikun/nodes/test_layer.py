@@ -136,7 +136,7 @@ def test_kept_coefficients_are_the_tables(
     surrogate = neuron.dynamics.surrogate
     c, e, gh = by_hand(neuron, z, surrogate.first(z), surrogate.second(z), gs)
     for found, expected in ((found_c, c), (found_e, e), (found_gh, gh), (gx, gain.detach() * gh)):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found.to(expected), expected, rtol=1e-12, atol=1e-12)
 
 
 # ---------------------------------------------------------------- the neurons of a network as nodes
