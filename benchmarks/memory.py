@@ -37,7 +37,7 @@ def growth(run: Callable[[], object]) -> int:
 def eigenpairs(size: int, memory: float) -> None:
     import torch
 
-    from hessian_tools.analysis.memory import budget
+    from hessian_tools.analysis.planning.memory import budget
     from hessian_tools.linalg.lanczos import eigenpairs
     from hessian_tools.operators.base import Composed
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hessian_tools.analysis.context import AnalysisError, require_symmetry
-from hessian_tools.analysis.memory import budget
+from hessian_tools.analysis.planning.memory import budget
 from hessian_tools.evaluation import differentiable
 from hessian_tools.io.json import clean
 from hessian_tools.io.versions import versions

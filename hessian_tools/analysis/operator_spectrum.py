@@ -20,7 +20,7 @@ from hessian_tools.analysis.exact_ggn import (
     exact_pairs,
     exact_trace,
 )
-from hessian_tools.analysis.memory import Budget, budget, budget_of
+from hessian_tools.analysis.planning.memory import Budget, budget, budget_of
 from hessian_tools.analysis.pyhessian import pyhessian_eigenpairs, pyhessian_trace
 from hessian_tools.analysis.round_off import relative_round_off
 from hessian_tools.analysis.sampling_error import data_errors, grouped, withheld

@@ -44,7 +44,7 @@ class SpectrumSettings:
         memory: Memory in GiB for stored primals, the Lanczos basis and eigenvectors.
         max_products: Largest number of products for the eigenpairs of one operator.
         time: Seconds that the analysis may take, or None. Parts are left out as needed (see
-            `hessian_tools.analysis.time_budget`), and a warning names them.
+            `hessian_tools.analysis.planning.time_budget`), and a warning names them.
         per_layer: Whether to compute the spectrum of each layer's diagonal block too.
         diagonal: Whether to compute the diagonal of every operator too.
         diagonal_probes: Number of probes of a diagonal that is not computed exactly.

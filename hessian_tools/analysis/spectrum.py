@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from hessian_tools.analysis.context import AnalysisContext, AnalysisError, Factory, SmoothedFactory
-from hessian_tools.analysis.estimate import estimate_time, measure_costs
 from hessian_tools.analysis.exact_ggn import exact_by_default
 from hessian_tools.analysis.flatness.average_sharpness import average_sharpness
 from hessian_tools.analysis.flatness.settings import RADIUS
 from hessian_tools.analysis.measured_diagonal import measured_diagonal
 from hessian_tools.analysis.operator_spectrum import lambda_max, measure
+from hessian_tools.analysis.planning.estimate import estimate_time, measure_costs
+from hessian_tools.analysis.planning.time_budget import fit
 from hessian_tools.analysis.sample_curve import samples_curve
 from hessian_tools.analysis.sampling_error import withheld
 from hessian_tools.analysis.settings import STEPS, SpectrumSettings
 from hessian_tools.analysis.step_traces import step_forms, step_traces
-from hessian_tools.analysis.time_budget import fit
 from hessian_tools.analysis.warnings import warnings_of
 from hessian_tools.evaluation import differentiable
 from hessian_tools.io.errors import ObjectiveError

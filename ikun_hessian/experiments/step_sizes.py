@@ -20,7 +20,7 @@ def check_sizes(where: str, sizes: Mapping[str, int], steps: Sequence[Step]) -> 
     Raises:
         PresetError: If an analysis is impossible.
     """
-    from hessian_tools.analysis.memory import budget
+    from hessian_tools.analysis.planning.memory import budget
     from ikun.surrogates import Surrogate
 
     for step in steps:

@@ -124,7 +124,7 @@ def expectation(job: Job, settings: SpectrumSettings) -> str:
         job: The opened checkpoint. In a group, every process must call this function.
         settings: What to compute.
     """
-    from hessian_tools.analysis.estimate import estimate_time
+    from hessian_tools.analysis.planning.estimate import estimate_time
     from hessian_tools.analysis.spectrum import planned_products
 
     found = estimate_time(job.objective, settings, planned_products(settings, job.variants, job.objective.size))

@@ -14,7 +14,7 @@ from torch import Tensor
 from hessian_tools.analysis.context import AnalysisError, Factory, require_symmetry
 from hessian_tools.analysis.flatness.context import Work
 from hessian_tools.analysis.flatness.relative import fisher_rao, matrices, relative_flatness
-from hessian_tools.analysis.memory import budget
+from hessian_tools.analysis.planning.memory import budget
 from hessian_tools.analysis.sampling_error import data_errors, grouped, withheld
 from hessian_tools.analysis.settings import PROBES, STEPS
 from hessian_tools.linalg import spectral_functions as functions

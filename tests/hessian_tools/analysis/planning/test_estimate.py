@@ -8,8 +8,8 @@ import pytest
 import torch
 from objectives import spiking_objective
 
-from hessian_tools.analysis.estimate import Estimate, estimate_time
-from hessian_tools.analysis.memory import TEMPORARY, budget_of, in_use
+from hessian_tools.analysis.planning.estimate import Estimate, estimate_time
+from hessian_tools.analysis.planning.memory import TEMPORARY, budget_of, in_use
 from hessian_tools.analysis.settings import SpectrumSettings
 from hessian_tools.analysis.spectrum import planned_products, spectrum
 from hessian_tools.engine.product import kept_bytes

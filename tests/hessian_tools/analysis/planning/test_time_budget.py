@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hessian_tools.analysis import time_budget
-from hessian_tools.analysis.estimate import Costs, estimate_time
+from hessian_tools.analysis.planning import time_budget
+from hessian_tools.analysis.planning.estimate import Costs, estimate_time
+from hessian_tools.analysis.planning.time_budget import CUTS, MARGIN, fit
 from hessian_tools.analysis.settings import SpectrumSettings
 from hessian_tools.analysis.spectrum import planned_products, spectrum
-from hessian_tools.analysis.time_budget import CUTS, MARGIN, fit
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.resume import Phases
 

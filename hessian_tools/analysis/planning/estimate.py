@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from hessian_tools.analysis.memory import Budget, budget_of
+from hessian_tools.analysis.planning.memory import Budget, budget_of
 from hessian_tools.analysis.round_off import round_off_samples
 from hessian_tools.analysis.sampling_error import PROBES as DATA_PROBES
 from hessian_tools.analysis.settings import STEPS, SpectrumSettings
