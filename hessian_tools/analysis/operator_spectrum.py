@@ -22,9 +22,9 @@ from hessian_tools.analysis.exact_ggn import (
 )
 from hessian_tools.analysis.planning.memory import Budget, budget, budget_of
 from hessian_tools.analysis.pyhessian import pyhessian_eigenpairs, pyhessian_trace
-from hessian_tools.analysis.round_off import relative_round_off
-from hessian_tools.analysis.sampling_error import data_errors, grouped, withheld
 from hessian_tools.analysis.settings import STEPS, SpectrumSettings
+from hessian_tools.analysis.uncertainty.round_off import relative_round_off
+from hessian_tools.analysis.uncertainty.sampling_error import data_errors, grouped, withheld
 from hessian_tools.linalg import spectral_functions as functions
 from hessian_tools.linalg.lanczos import Eigenpairs, eigenpairs, excess, random_vector
 from hessian_tools.linalg.lanczos_quadrature import quadrature, tridiagonal

@@ -20,10 +20,10 @@ from hessian_tools.analysis.measured_diagonal import measured_diagonal
 from hessian_tools.analysis.operator_spectrum import lambda_max, measure
 from hessian_tools.analysis.planning.estimate import estimate_time, measure_costs
 from hessian_tools.analysis.planning.time_budget import fit
-from hessian_tools.analysis.sample_curve import samples_curve
-from hessian_tools.analysis.sampling_error import withheld
 from hessian_tools.analysis.settings import STEPS, SpectrumSettings
 from hessian_tools.analysis.step_traces import step_forms, step_traces
+from hessian_tools.analysis.uncertainty.sample_curve import samples_curve
+from hessian_tools.analysis.uncertainty.sampling_error import withheld
 from hessian_tools.analysis.warnings import warnings_of
 from hessian_tools.evaluation import differentiable
 from hessian_tools.io.errors import ObjectiveError

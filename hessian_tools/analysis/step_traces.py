@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessian_tools.analysis.sampling_error import samples_concentration, withheld
+from hessian_tools.analysis.uncertainty.sampling_error import samples_concentration, withheld
 from hessian_tools.evaluation import differentiable
 from hessian_tools.linalg.trace import estimate_forms
 from hessian_tools.objective import Loss, Objective

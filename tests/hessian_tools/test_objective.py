@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from hessian_tools.analysis.flatness.worst_case import m_sharpness, sam_sharpness
 from hessian_tools.analysis.pyhessian import pyhessian_trace
-from hessian_tools.analysis.sample_curve import samples_curve
-from hessian_tools.analysis.sampling_error import grouped
 from hessian_tools.analysis.settings import SpectrumSettings
 from hessian_tools.analysis.spectrum import spectrum
+from hessian_tools.analysis.uncertainty.sample_curve import samples_curve
+from hessian_tools.analysis.uncertainty.sampling_error import grouped
 from hessian_tools.objective import Loss, Objective, Streamed, make_objective
 from hessian_tools.operators.base import dense
 from hessian_tools.operators.curvature import ggn, hessian, linearize_hessian

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from hessian_tools.analysis.flatness.settings import DRAWS, LPF_SIGMA, RADIUS
-from hessian_tools.analysis.sampling_error import samples_concentration
+from hessian_tools.analysis.uncertainty.sampling_error import samples_concentration
 from hessian_tools.evaluation import differentiable
 from hessian_tools.linalg import trace
 from hessian_tools.objective import Objective

@@ -15,8 +15,8 @@ from hessian_tools.analysis.context import AnalysisError, Factory, require_symme
 from hessian_tools.analysis.flatness.context import Work
 from hessian_tools.analysis.flatness.relative import fisher_rao, matrices, relative_flatness
 from hessian_tools.analysis.planning.memory import budget
-from hessian_tools.analysis.sampling_error import data_errors, grouped, withheld
 from hessian_tools.analysis.settings import PROBES, STEPS
+from hessian_tools.analysis.uncertainty.sampling_error import data_errors, grouped, withheld
 from hessian_tools.linalg import spectral_functions as functions
 from hessian_tools.linalg.lanczos import Eigenpairs, eigenpairs
 from hessian_tools.linalg.spectral_density import SETTLED, DensityEstimate, density

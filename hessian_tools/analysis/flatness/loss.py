@@ -18,7 +18,7 @@ from hessian_tools.analysis.flatness.average_sharpness import (
 from hessian_tools.analysis.flatness.context import Work
 from hessian_tools.analysis.flatness.critical_sharpness import critical_sharpness
 from hessian_tools.analysis.flatness.worst_case import WorstCase, m_sharpness, sam_sharpness, worst_case
-from hessian_tools.analysis.sampling_error import GROUPS, withheld
+from hessian_tools.analysis.uncertainty.sampling_error import GROUPS, withheld
 from hessian_tools.operators.base import Operator
 from hessian_tools.results.flatness import BOUND, MIXED, TRUE, Metric
 from hessian_tools.seeding import stream

@@ -87,7 +87,7 @@ def differences(first: FlatnessResult, other: FlatnessResult) -> dict[str, Diffe
         raise ValueError(f"results cannot be compared: {why}")
     import torch
 
-    from hessian_tools.analysis.sampling_error import GROUPS, concentration, standard_error, withheld
+    from hessian_tools.analysis.uncertainty.sampling_error import GROUPS, concentration, standard_error, withheld
     from hessian_tools.linalg.trace import estimate
 
     found: dict[str, Difference] = {}

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hessian_tools.analysis.sampling_error import concentration, standard_error
+from hessian_tools.analysis.uncertainty.sampling_error import concentration, standard_error
 from hessian_tools.evaluation import copy_model, differentiable
 from hessian_tools.objective import Objective
 from hessian_tools.perturbation import mean_loss, noise, noise_scales, outputs_at

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from hessian_tools.analysis.planning.memory import Budget, budget_of
-from hessian_tools.analysis.round_off import round_off_samples
-from hessian_tools.analysis.sampling_error import PROBES as DATA_PROBES
 from hessian_tools.analysis.settings import STEPS, SpectrumSettings
+from hessian_tools.analysis.uncertainty.round_off import round_off_samples
+from hessian_tools.analysis.uncertainty.sampling_error import PROBES as DATA_PROBES
 from hessian_tools.linalg.basis import orthogonalize
 from hessian_tools.objective import Objective
 from hessian_tools.operators.curvature import OPERATORS

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from draws import seeded
 from torch import Tensor, nn
 
-from hessian_tools.analysis.round_off import relative_round_off
+from hessian_tools.analysis.uncertainty.round_off import relative_round_off
 from hessian_tools.linalg.lanczos import eigenpairs
 from hessian_tools.linalg.spectral_density import density
 from hessian_tools.linalg.trace import probe_forms, trace

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hessian_tools.analysis.sample_curve import samples_curve, subsets
+from hessian_tools.analysis.uncertainty.sample_curve import samples_curve, subsets
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators.base import Operator
 from hessian_tools.operators.curvature import hessian

@@ -13,7 +13,7 @@ from draws import seeded
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
-from hessian_tools.analysis.sampling_error import (
+from hessian_tools.analysis.uncertainty.sampling_error import (
     GROUPS,
     concentration,
     data_errors,
