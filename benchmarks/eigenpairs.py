@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from scipy.sparse.linalg import eigsh  # noqa: E402
 
-from hessian_tools.analysis.pyhessian import _Live  # noqa: E402
+from hessian_tools.analysis.operator_spectrum.pyhessian import _Live  # noqa: E402
 from hessian_tools.linalg.lanczos import Eigenpairs, certified, eigenpairs  # noqa: E402
 from hessian_tools.objective import Objective, make_objective  # noqa: E402
 from hessian_tools.operators.base import to_scipy  # noqa: E402

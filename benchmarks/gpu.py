@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks import gpu_report  # noqa: E402
-from hessian_tools.analysis.pyhessian import _Live  # noqa: E402
+from hessian_tools.analysis.operator_spectrum.pyhessian import _Live  # noqa: E402
 from hessian_tools.engine.linearized import Linearized  # noqa: E402
 from hessian_tools.objective import Objective, make_objective  # noqa: E402
 from hessian_tools.operators.curvature import linearize_ggn, linearize_hessian  # noqa: E402

@@ -30,7 +30,7 @@ TESTS = [
     "tests/test_gpu_commands.py",
     "tests/ikun/kernels/test_triton_kernels.py",
     "tests/hessian_tools/linalg/test_lanczos.py",
-    "tests/hessian_tools/analysis/test_pyhessian.py",
+    "tests/hessian_tools/analysis/operator_spectrum/test_pyhessian.py",
     "tests/ikun/data/test_datasets.py",
 ]
 TOLERANCE = 2e-3  # relative, between the same numbers in float32 on the CPU and on the GPU

@@ -11,15 +11,6 @@ from .analysis.calibration import (
     calibrate as calibrate,
 )
 from .analysis.context import AnalysisError as AnalysisError
-from .analysis.eigenvectors import (
-    gradient_shares as gradient_shares,
-)
-from .analysis.eigenvectors import (
-    layer_shares as layer_shares,
-)
-from .analysis.eigenvectors import (
-    participation as participation,
-)
 from .analysis.flatness.average_sharpness import (
     average_sharpness as average_sharpness,
 )
@@ -47,13 +38,22 @@ from .analysis.flatness.worst_case import (
 from .analysis.flatness.worst_case import (
     worst_case as worst_case,
 )
-from .analysis.jacobian_diagonal import jacobian_diagonal as jacobian_diagonal
 from .analysis.landscape import (
     LandscapeSettings as LandscapeSettings,
 )
 from .analysis.landscape import (
     landscape as landscape,
 )
+from .analysis.operator_spectrum.eigenvectors import (
+    gradient_shares as gradient_shares,
+)
+from .analysis.operator_spectrum.eigenvectors import (
+    layer_shares as layer_shares,
+)
+from .analysis.operator_spectrum.eigenvectors import (
+    participation as participation,
+)
+from .analysis.operator_spectrum.jacobian_diagonal import jacobian_diagonal as jacobian_diagonal
 from .analysis.settings import SpectrumSettings as SpectrumSettings
 from .analysis.spectrum import (
     layer_objectives as layer_objectives,

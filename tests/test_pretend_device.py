@@ -21,7 +21,7 @@ GROUPS: dict[str, list[str]] = {
     "products": [
         "tests/test_gpu.py",
         "tests/hessian_tools/linalg/test_lanczos.py",
-        "tests/hessian_tools/analysis/test_pyhessian.py",
+        "tests/hessian_tools/analysis/operator_spectrum/test_pyhessian.py",
         "tests/ikun/data/test_datasets.py",
         "-m",
         "gpu and not extended",

@@ -35,7 +35,8 @@ class SpectrumSettings:
             the data.
         exact: Whether to compute all eigenvalues of the GGN from its Gram matrix, instead of probes. It needs few
             samples: at most 8192 samples times outputs. None: where it takes less time (see
-            `hessian_tools.analysis.exact_ggn.is_cheaper`), unless steps, probes or an accuracy are given.
+            `hessian_tools.analysis.operator_spectrum.exact_ggn.is_cheaper`), unless steps, probes or an accuracy are
+            given.
         damping: Damping z of effective dimension and log determinant. With None it is 1% of lambda_max, for GGN and
             Fisher only.
         noise: Scale of the weight noise of operator `smoothed`, relative to each filter's root mean square.

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from hessian_tools.analysis.context import AnalysisContext, AnalysisError, Factory, SmoothedFactory
-from hessian_tools.analysis.exact_ggn import exact_by_default
 from hessian_tools.analysis.flatness.average_sharpness import average_sharpness
 from hessian_tools.analysis.flatness.settings import RADIUS
-from hessian_tools.analysis.measured_diagonal import measured_diagonal
-from hessian_tools.analysis.operator_spectrum import lambda_max, measure
+from hessian_tools.analysis.operator_spectrum.eigenvalues import lambda_max
+from hessian_tools.analysis.operator_spectrum.exact_ggn import exact_by_default
+from hessian_tools.analysis.operator_spectrum.measure import measure
+from hessian_tools.analysis.operator_spectrum.measured_diagonal import measured_diagonal
+from hessian_tools.analysis.operator_spectrum.step_traces import step_forms, step_traces
 from hessian_tools.analysis.planning.estimate import estimate_time, measure_costs
 from hessian_tools.analysis.planning.time_budget import fit
 from hessian_tools.analysis.settings import STEPS, SpectrumSettings
-from hessian_tools.analysis.step_traces import step_forms, step_traces
 from hessian_tools.analysis.uncertainty.sample_curve import samples_curve
 from hessian_tools.analysis.uncertainty.sampling_error import withheld
 from hessian_tools.analysis.warnings import warnings_of
@@ -64,7 +65,7 @@ def spectrum(
         relaxed: Objective of the relaxed network, for the operator `relaxed`.
         smoothed: Function that makes the operator `smoothed` (`ikun.smoothed`).
         over_time: For the traces per time step, the objective with outputs over time [N, T, ...] and a loss that is a
-            mean over steps (`hessian_tools.analysis.step_traces`).
+            mean over steps (`hessian_tools.analysis.operator_spectrum.step_traces`).
         provenance: The dicts `checkpoint`, `data`, `network`, `training` and `activity` of the result.
         progress: Progress callback.
         phases: Storage of finished phases and products, to resume an interrupted run.

@@ -153,7 +153,7 @@ def make_job(
     import torch
 
     from hessian_tools import nested
-    from hessian_tools.analysis.step_traces import mean_over_steps
+    from hessian_tools.analysis.operator_spectrum.step_traces import mean_over_steps
     from hessian_tools.objective import make_objective, to
     from hessian_tools.operators.curvature import product_bytes
 

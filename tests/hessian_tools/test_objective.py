@@ -16,7 +16,7 @@ from objectives import spiking_network
 from torch import Tensor, nn
 
 from hessian_tools.analysis.flatness.worst_case import m_sharpness, sam_sharpness
-from hessian_tools.analysis.pyhessian import pyhessian_trace
+from hessian_tools.analysis.operator_spectrum.pyhessian import pyhessian_trace
 from hessian_tools.analysis.settings import SpectrumSettings
 from hessian_tools.analysis.spectrum import spectrum
 from hessian_tools.analysis.uncertainty.sample_curve import samples_curve

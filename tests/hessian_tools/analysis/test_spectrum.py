@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from hessian_tools.analysis.context import AnalysisError
-from hessian_tools.analysis.eigenvectors import layer_shares
+from hessian_tools.analysis.operator_spectrum.eigenvectors import layer_shares
 from hessian_tools.analysis.settings import SpectrumSettings
 from hessian_tools.analysis.spectrum import spectrum
 from hessian_tools.objective import Objective, make_objective

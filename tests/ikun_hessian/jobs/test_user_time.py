@@ -13,7 +13,7 @@ from command_tools import Capture, fails
 from torch import Tensor, nn
 
 import cli
-from hessian_tools.analysis.step_traces import step_forms
+from hessian_tools.analysis.operator_spectrum.step_traces import step_forms
 from hessian_tools.operators.base import dense
 from hessian_tools.operators.curvature import hessian
 from hessian_tools.results.spectrum import load_spectrum

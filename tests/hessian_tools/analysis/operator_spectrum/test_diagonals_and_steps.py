@@ -15,10 +15,10 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from hessian_tools.analysis.jacobian_diagonal import jacobian_diagonal, rows_needed
+from hessian_tools.analysis.operator_spectrum.jacobian_diagonal import jacobian_diagonal, rows_needed
+from hessian_tools.analysis.operator_spectrum.step_traces import mean_over_steps, step_forms, step_traces
 from hessian_tools.analysis.settings import SpectrumSettings
 from hessian_tools.analysis.spectrum import spectrum
-from hessian_tools.analysis.step_traces import mean_over_steps, step_forms, step_traces
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators.base import dense
 from hessian_tools.operators.curvature import hessian

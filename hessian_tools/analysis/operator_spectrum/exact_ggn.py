@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hessian_tools.analysis.context import AnalysisContext
 from hessian_tools.analysis.settings import SpectrumSettings
 from hessian_tools.linalg.lanczos import Eigenpairs, certified
 from hessian_tools.linalg.spectral_density import DensityEstimate
 from hessian_tools.linalg.trace import TraceEstimate
 from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator
-from hessian_tools.operators.gram import gram_eigenvectors, gram_matrix, gram_numbers
+from hessian_tools.operators.gram import GramError, gram_eigenvectors, gram_matrix, gram_numbers
 from hessian_tools.results.spectrum import Functional
 
 DAMPING = 0.01  # relative to the largest eigenvalue, if none is given
@@ -61,6 +62,26 @@ def all_eigenvalues(objective: Objective, top: int, progress: Callable[[int, int
     count = max(1, min(top, rank))
     vectors, _ = torch.linalg.qr(gram_eigenvectors(objective, gram, count))
     return {"values": values, "vectors": vectors.to(objective.device)}
+
+
+def all_eigenvalues_if_chosen(
+    run: AnalysisContext,
+    objective: Objective,
+    phase: Callable[..., dict[str, Any]],
+    top: int,
+    progress: Callable[[int, int, float], None],
+) -> dict[str, Tensor] | None:
+    """Return all eigenvalues of the GGN and eigenvectors of the largest; None if they are not to be computed so."""
+    settings = run.settings
+    given = bool(settings.exact) and settings.time is None
+    try:
+        if not (settings.exact or exact_by_default(objective, settings)):
+            return None
+        return phase("all eigenvalues", lambda op, random: all_eigenvalues(objective, top, progress))
+    except (GramError, RuntimeError):  # torch raises the second, for want of memory or in networks not foreseen here
+        if given:
+            raise
+        return None
 
 
 def exact_pairs(op: Operator, values: Tensor, vectors: Tensor, tol: float) -> Eigenpairs:

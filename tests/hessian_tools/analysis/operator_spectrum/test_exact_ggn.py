@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessian_tools.analysis.exact_ggn import is_cheaper
+from hessian_tools.analysis.operator_spectrum.exact_ggn import is_cheaper
 from hessian_tools.analysis.settings import SpectrumSettings
 from hessian_tools.analysis.spectrum import spectrum
 from hessian_tools.objective import Objective, make_objective

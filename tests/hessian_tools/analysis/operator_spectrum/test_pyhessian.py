@@ -10,7 +10,7 @@ import torch
 from objectives import spiking_objective, trained_smooth
 from torch import Tensor, nn
 
-from hessian_tools.analysis.pyhessian import pyhessian_eigenpairs, pyhessian_trace
+from hessian_tools.analysis.operator_spectrum.pyhessian import pyhessian_eigenpairs, pyhessian_trace
 from hessian_tools.linalg.lanczos import eigenpairs
 from hessian_tools.linalg.trace import estimate
 from hessian_tools.objective import make_objective

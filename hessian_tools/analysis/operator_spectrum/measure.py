@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,35 +10,35 @@ import torch
 from torch import Tensor
 
 from hessian_tools.analysis.context import AnalysisContext, Factory, require_symmetry
-from hessian_tools.analysis.eigenvectors import gradient_shares, layer_shares, participation
-from hessian_tools.analysis.exact_ggn import (
-    all_eigenvalues,
-    exact_by_default,
+from hessian_tools.analysis.operator_spectrum.eigenvalues import (
+    chosen_eigenpairs,
+    lambda_max,
+    largest_eigenvalues,
+    two_ends,
+)
+from hessian_tools.analysis.operator_spectrum.eigenvectors import gradient_shares, layer_shares, participation
+from hessian_tools.analysis.operator_spectrum.exact_ggn import (
+    all_eigenvalues_if_chosen,
     exact_density,
     exact_functions,
     exact_pairs,
     exact_trace,
 )
-from hessian_tools.analysis.planning.memory import Budget, budget, budget_of
-from hessian_tools.analysis.pyhessian import pyhessian_eigenpairs, pyhessian_trace
+from hessian_tools.analysis.operator_spectrum.trace import trace_forms
+from hessian_tools.analysis.planning.memory import budget_of
 from hessian_tools.analysis.settings import STEPS, SpectrumSettings
 from hessian_tools.analysis.uncertainty.round_off import relative_round_off
 from hessian_tools.analysis.uncertainty.sampling_error import data_errors, grouped, withheld
 from hessian_tools.linalg import spectral_functions as functions
-from hessian_tools.linalg.lanczos import Eigenpairs, eigenpairs, excess, random_vector
+from hessian_tools.linalg.lanczos import Eigenpairs, excess, random_vector
 from hessian_tools.linalg.lanczos_quadrature import quadrature, tridiagonal
-from hessian_tools.linalg.power_iteration import power_iteration
 from hessian_tools.linalg.spectral_density import SETTLED, DensityEstimate, default_probes, density
-from hessian_tools.linalg.trace import LEAST_PROBES, estimate_forms, form_variance, frobenius, probe_moments
+from hessian_tools.linalg.trace import LEAST_PROBES, estimate_forms, frobenius
 from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator, scaled, symmetry_error
 from hessian_tools.operators.curvature import OPERATORS, CurvatureOperator
-from hessian_tools.operators.gram import GramError
 from hessian_tools.perturbation import filter_norms
 from hessian_tools.results.spectrum import Density, Eigenvalue, Functional, Search, Spectrum, Trace
-
-ENOUGH = 0.3  # error of the probes relative to that from the data, which then grows by 4%
-FIRST, LEAST = 8, 12  # probes of a trace from which the number of further ones follows, and fewest in all
 
 
 def measure(
@@ -83,7 +82,7 @@ def measure(
     autograd: str = run.phases.keep(f"{name}: path", lambda: {"reason": _reason(op)})["reason"]
     step = run.meter.phase(f"{name}: eigenvalues")
     whole: Tensor | None = None
-    if name == "ggn" and (every := _all_eigenvalues(run, objective, phase, top, step)) is not None:
+    if name == "ggn" and (every := all_eigenvalues_if_chosen(run, objective, phase, top, step)) is not None:
         whole, smallest = every["values"], 0
         pairs = Eigenpairs(
             **phase("eigenvalues", lambda op, random: vars(exact_pairs(op, **every, tol=settings.tol))),
@@ -92,7 +91,7 @@ def measure(
         pairs = Eigenpairs(
             **phase(
                 "eigenvalues",
-                lambda op, random: vars(_pairs(objective, op, top, smallest, settings, random, room, step)),
+                lambda op, random: vars(chosen_eigenpairs(objective, op, top, smallest, settings, random, room, step)),
             )
         )
     exact = pairs if bool(pairs.converged.all()) else pairs.take(pairs.converged)
@@ -103,24 +102,11 @@ def measure(
         spectral = exact_density(whole, len(pairs.values), size)
     elif settings.density and settings.backend == "own":
         step_density = run.meter.phase(f"{name}: density")
-        counts: dict[str, Any] = {"probes": settings.probes, "steps": settings.steps}
-        if settings.accuracy is None:
-            counts = {"probes": settings.probes or default_probes(size), "steps": min(settings.steps or STEPS, spare)}
-            counts["settled"] = 0.0 if settings.steps else SETTLED
         spectral = DensityEstimate(
             **phase(
                 "density",
                 lambda op, random: vars(
-                    density(
-                        op,
-                        **counts,
-                        accuracy=settings.accuracy,
-                        generator=random,
-                        deflate=exact,
-                        max_vectors=spare,
-                        basis_dtype=room.basis_dtype,
-                        progress=step_density,
-                    )
+                    _density_by_probes(op, exact, settings, random, spare, room.basis_dtype, step_density)
                 ),
             )
         )
@@ -140,8 +126,8 @@ def measure(
         step_trace = run.meter.phase(f"{name}: trace")
         probed = phase(
             "trace",
-            lambda op, random: _trace_forms(
-                objective, op, exact, spectral, settings, random, step_trace, ENOUGH * spread["trace"]
+            lambda op, random: trace_forms(
+                objective, op, exact, spectral, settings, random, step_trace, spread["trace"]
             ),
         )
         offset = float(exact.values.sum()) if settings.backend == "own" else 0.0
@@ -160,7 +146,7 @@ def measure(
         ranks = run.phase(
             f"{name}: scale-free ranks",
             scaled(op, filter_norms(objective)),
-            lambda op: {"values": _largest(op, scales, settings, run.generator("scale", index), step_ranks)},
+            lambda op: {"values": largest_eigenvalues(op, scales, settings, run.generator("scale", index), step_ranks)},
         )["values"]
     known = factory in OPERATORS.values()  # another operator is random itself, or fixes its dtype
     rounding = run.phases.keep(
@@ -185,7 +171,7 @@ def measure(
         strict=True,
     )
     found = [Eigenvalue(*column) for column in columns]
-    upper, lower = _two_ends(found, top, settings)
+    upper, lower = two_ends(found, top, settings)
     lowest = min((e for e in found), key=lambda e: e.value)
     error, least = withheld(spread["trace"], overall)
     record = Spectrum(
@@ -219,51 +205,29 @@ def measure(
     return record, pairs
 
 
-def _all_eigenvalues(
-    run: AnalysisContext,
-    objective: Objective,
-    phase: Callable[..., dict[str, Any]],
-    top: int,
-    progress: Callable[[int, int, float], None],
-) -> dict[str, Tensor] | None:
-    """Return all eigenvalues of the GGN and eigenvectors of the largest; None if they are not to be computed so."""
-    settings = run.settings
-    given = bool(settings.exact) and settings.time is None
-    try:
-        if not (settings.exact or exact_by_default(objective, settings)):
-            return None
-        return phase("all eigenvalues", lambda op, random: all_eigenvalues(objective, top, progress))
-    except (GramError, RuntimeError):  # torch raises the second, for want of memory or in networks not foreseen here
-        if given:
-            raise
-        return None
-
-
-def _pairs(
-    objective: Objective,
+def _density_by_probes(
     op: Operator,
-    top: int,
-    smallest: int,
+    exact: Eigenpairs,
     settings: SpectrumSettings,
     generator: torch.Generator,
-    room: Budget,
+    vectors: int,
+    basis_dtype: torch.dtype,
     progress: Callable[[int, int, float], None],
-) -> Eigenpairs:
-    """Compute the eigenpairs with the method and the backend of the settings."""
-    if settings.backend == "pyhessian":
-        return pyhessian_eigenpairs(objective, op, top, tol=settings.tol, seed=settings.seed)
-    if settings.method == "power":
-        return power_iteration(op, top, generator=generator, tol=settings.tol, progress=progress)
-    return eigenpairs(
+) -> DensityEstimate:
+    """Estimate the density with the probes and steps of the settings, and at most so many vectors in memory."""
+    counts: dict[str, Any] = {"probes": settings.probes, "steps": settings.steps}
+    if settings.accuracy is None:
+        probes = settings.probes or default_probes(op.shape[0])
+        counts = {"probes": probes, "steps": min(settings.steps or STEPS, vectors)}
+        counts["settled"] = 0.0 if settings.steps else SETTLED
+    return density(
         op,
-        0 if settings.magnitude else top,
-        smallest,
-        magnitude=top if settings.magnitude else 0,
+        **counts,
+        accuracy=settings.accuracy,
         generator=generator,
-        tol=settings.tol,
-        max_products=settings.max_products,
-        max_basis=room.vectors,
-        basis_dtype=room.basis_dtype,
+        deflate=exact,
+        max_vectors=vectors,
+        basis_dtype=basis_dtype,
         progress=progress,
     )
 
@@ -273,20 +237,6 @@ def _reason(op: Operator) -> str:
     if getattr(op, "path", "") == "" and isinstance(op, CurvatureOperator):  # it made no product yet
         op @ torch.zeros(op.shape[0], dtype=op.dtype, device=op.device)
     return str(getattr(op, "reason", ""))
-
-
-def _two_ends(found: Sequence[Eigenvalue], top: int, settings: SpectrumSettings) -> tuple[list[int], list[int]]:
-    """Return the indices of the largest eigenvalues, descending, and of the smallest, ascending.
-
-    Eigenvalues that were found by magnitude are split by sign, unless all are negative.
-    """
-    order = sorted(range(len(found)), key=lambda i: -found[i].value)
-    upper = [i for i in order if i < top]
-    lower = [i for i in reversed(order) if i >= top]
-    if (settings.magnitude or settings.method == "power") and found[upper[0]].value >= 0:
-        lower = [i for i in reversed(upper) if found[i].value < 0]
-        upper = [i for i in upper if found[i].value >= 0]
-    return upper, lower
 
 
 def _second_start(
@@ -335,104 +285,6 @@ def _functions(
             found["effective_dimension"] = functions.effective_dimension(spectral, size, damping, slack)
             found["log_determinant"] = functions.log_determinant(spectral, size, damping, slack)
     return found
-
-
-def _trace_forms(
-    objective: Objective,
-    op: Operator,
-    exact: Eigenpairs,
-    spectral: DensityEstimate | None,
-    settings: SpectrumSettings,
-    generator: torch.Generator,
-    progress: Callable[[int, int, float], None],
-    enough: float,
-) -> dict[str, Any]:
-    """Return z'Az (forms) and ||Az||^2 (squared) of probes, including those of the density.
-
-    "variance" is that of z'Az (see `form_variance`), from the probes that are not those of the density. From the first
-    `FIRST` of them follows how many give the standard error `enough` (NaN: not known); at most `trace_probes` are made.
-    """
-    if settings.backend == "pyhessian":  # its own estimator, without deflation
-        forms = pyhessian_trace(objective, seed=settings.seed)
-        op.products += len(forms)
-        return {"forms": forms, "squared": torch.full((1,), torch.nan)}
-    quadratic, squared, entries, own = [], [], torch.zeros(op.shape[0], dtype=torch.float64), torch.empty(0)
-    if spectral is not None:
-        quadratic.append(spectral.quadratic)
-        squared.append(spectral.squared)
-    given = sum(len(q) for q in quadratic)
-    missing = first = max(0, settings.trace_probes - given)
-    while missing > 0:
-        if len(own) == FIRST and enough > 0:
-            needed = max(LEAST, math.ceil(form_variance(own, entries) / enough**2))
-            missing = min(missing, max(0, needed - given - FIRST))
-            if not missing:
-                break
-        count = min(missing, 4)
-        q, s, e = probe_moments(op, count, generator, exact)
-        quadratic.append(q)
-        squared.append(s)
-        entries += e
-        own = torch.cat([own, s])
-        missing -= count
-        progress(first - missing, first, float("nan"))
-    variance = form_variance(own, entries)
-    return {"forms": torch.cat(quadratic), "squared": torch.cat(squared), "variance": variance}
-
-
-def lambda_max(run: AnalysisContext, name: str, op: Operator, start: Tensor) -> float:
-    """Compute the largest eigenvalue of an operator, with a tolerance of 1e-3 of its norm.
-
-    Args:
-        run: Settings, progress and stored phases of the analysis.
-        name: Name of the phase.
-        op: The operator.
-        start: Start vector [P].
-
-    Returns:
-        The eigenvalue; NaN if it did not converge in 100 products.
-    """
-    room = budget(run.settings.memory * 2**30, op.shape[0], 1, dtype=op.dtype)
-    step = run.meter.phase(name)
-
-    def compute(op: Operator) -> dict[str, Any]:
-        pairs = eigenpairs(
-            op,
-            1,
-            generator=torch.Generator(),
-            tol=1e-3,
-            max_products=100,
-            max_basis=min(100, room.vectors),
-            basis_dtype=room.basis_dtype,
-            start=start,
-            progress=step,
-        )
-        return {"value": float(pairs.values[0]) if bool(pairs.converged[0]) else float("nan")}
-
-    value: float = run.phase(name, op, compute)["value"]
-    return value
-
-
-def _largest(
-    op: Operator,
-    count: int,
-    settings: SpectrumSettings,
-    generator: torch.Generator,
-    progress: Callable[[int, int, float], None],
-) -> list[float]:
-    """Return the largest eigenvalues that converged, in descending order."""
-    room = budget(settings.memory * 2**30, op.shape[0], count, dtype=op.dtype)
-    found = eigenpairs(
-        op,
-        count,
-        generator=generator,
-        tol=settings.tol,
-        max_products=settings.max_products,
-        max_basis=room.vectors,
-        basis_dtype=room.basis_dtype,
-        progress=progress,
-    )
-    return sorted(found.values[found.converged].tolist(), reverse=True)
 
 
 def _vectors(pairs: Eigenpairs, order: Sequence[int], op: Operator) -> Any:

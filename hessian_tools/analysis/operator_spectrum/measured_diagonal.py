@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hessian_tools.analysis.context import AnalysisContext, Factory
-from hessian_tools.analysis.jacobian_diagonal import jacobian_diagonal, rows_needed
+from hessian_tools.analysis.operator_spectrum.jacobian_diagonal import jacobian_diagonal, rows_needed
 from hessian_tools.linalg.diagonal import diagonal
 from hessian_tools.linalg.lanczos import Eigenpairs
 from hessian_tools.objective import Objective

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hessian_tools.analysis.eigenvectors import gradient_shares, layer_shares, participation
+from hessian_tools.analysis.operator_spectrum.eigenvectors import gradient_shares, layer_shares, participation
 from hessian_tools.objective import Objective, make_objective
 from hessian_tools.perturbation import filter_norms
 
