@@ -16,8 +16,6 @@ give K without J:
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,17 +24,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from hessian_tools import nested
 from hessian_tools.engine.linearized import output_form
 from hessian_tools.evaluation import differentiable
 from hessian_tools.objective import Batch, Objective
+from hessian_tools.operators.layer_gradients import (
+    SAMPLES,
+    LayerUse,
+    by_sample,
+    forward_with_uses,
+    gradient_rows,
+    sample_strides,
+)
 from hessian_tools.runtime.cuda import full_precision
 
 LEAST = -1e-6  # eigenvalues of B relative to the largest one, from which on they are rounding
-SAMPLES = 5  # with which the samples of a layer's outputs are told apart
 ROWS = 8192  # largest number of rows N C
 BLOCK = 16  # samples whose factors are multiplied at a time
 CHUNK = 2**16  # columns of J in one product, whose sum is in double precision
@@ -102,7 +105,7 @@ def _assembled(
     done = 0
     for (x, y), weight in ((objective.batches[i], w) for i, w in weights.items()):
         with full_precision(objective.device):
-            outputs, uses, others = _forward(objective, x)
+            outputs, uses, others = forward_with_uses(objective, x)
             if not by_layer:
                 uses, others = [], set(objective.parameters)
             count = outputs[0].numel()
@@ -141,9 +144,9 @@ def gram_numbers(objective: Objective) -> int:
     Args:
         objective: The objective. Only a few samples of its first batch are run.
     """
-    outputs, uses, _ = _forward(objective, nested.selected(objective.batches[0][0], slice(SAMPLES)))
+    outputs, uses, _ = forward_with_uses(objective, nested.selected(objective.batches[0][0], slice(SAMPLES)))
     n, count, samples = len(outputs), outputs[0].numel(), objective.samples
-    if _strides(objective, objective.batches[0][0], uses) is None:
+    if sample_strides(objective, objective.batches[0][0], uses) is None:
         uses = []
     factored = _factored(objective, uses, n, count)
     places: dict[str, int] = defaultdict(int)  # positions by weight: those of all calls are multiplied together
@@ -204,84 +207,6 @@ def _verify(objective: Objective, matrix: Tensor, roots: Sequence[Tensor]) -> No
         raise _MixedError("the gradients of the layers do not give those of the network: samples depend on one another")
 
 
-# ---------------------------------------------------------------- the uses of parameters
-def _conv2d(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
-    groups: int = 1,
-) -> None:  # fmt: skip
-    """Name the arguments of F.conv2d."""
-
-
-NORMS: set[Any] = {F.batch_norm, F.layer_norm, F.group_norm}
-SIGNATURES = {
-    **{f: inspect.signature(f) for f in NORMS},
-    F.linear: inspect.Signature(
-        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("input", "weight")]
-        + [inspect.Parameter("bias", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)]
-    ),
-    F.conv2d: inspect.signature(_conv2d),
-}
-
-
-@dataclass(eq=False)
-class _Use:
-    """A call of a layer's function with parameters. places: name of the parameter by argument."""
-
-    func: Any
-    args: dict[str, Any]
-    y: Tensor
-    version: int
-    places: dict[str, str]
-
-
-class _Uses(TorchFunctionMode):
-    """Notes in which calls the parameters are used.
-
-    Attributes:
-        uses: The calls of layers that are known.
-        others: Names of parameters that are used in other ways too.
-    """
-
-    def __init__(self, names: dict[int, str]) -> None:
-        super().__init__()
-        self.names, self.uses, self.others = names, list[_Use](), set[str]()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        y = func(*args, **kwargs)
-        mine = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and id(t) in self.names]
-        if not mine or not any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(y)):
-            return y
-        if (signature := SIGNATURES.get(func)) is not None:
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            named = dict(bound.arguments)
-            places = {
-                name: self.names[id(t)] for name, t in named.items() if isinstance(t, Tensor) and id(t) in self.names
-            }
-            if set(places) <= {"weight", "bias"} and not (
-                named.get("training") or isinstance(named.get("padding"), str)
-            ):
-                named["input"] = named["input"].detach()
-                self.uses.append(_Use(func, named, y, y._version, places))
-                return y
-        self.others.update(self.names[id(t)] for t in mine)
-        return y
-
-
-def _forward(objective: Objective, x: Any) -> tuple[Tensor, list[_Use], set[str]]:
-    """Run the network on inputs. Returns its outputs, the uses of parameters in layers, and the other parameters."""
-    mode = _Uses({id(p): name for name, p in objective.parameters.items()})
-    with mode:
-        outputs = objective.outputs(x)
-    changed = {name for use in mode.uses if use.y._version != use.version for name in use.places.values()}
-    uses, others = mode.uses, mode.others | changed
-    while left := [use for use in uses if others.intersection(use.places.values())]:
-        others |= {name for use in left for name in use.places.values()}
-        uses = [use for use in uses if use not in left]
-    return outputs, uses, others
-
-
 def _root(objective: Objective, batch: Batch, outputs: Tensor) -> Tensor:
     """Return R [n, C, C] with R^T R the second derivative of the batch's loss by the outputs of each sample."""
     form = output_form("ggn", objective.loss, outputs, batch[1])
@@ -300,7 +225,6 @@ def _root(objective: Objective, batch: Batch, outputs: Tensor) -> Tensor:
     return root
 
 
-# ---------------------------------------------------------------- rows and factors
 @dataclass
 class _Parts:
     """What K is made of. rows: [n, C, p] per batch by parameter; factors: (a [n, S, I], b [n, C, S, O]) per batch."""
@@ -310,13 +234,13 @@ class _Parts:
 
 
 def _add(
-    objective: Objective, parts: _Parts, x: Any, outputs: Tensor, uses: list[_Use], others: set[str], root: Tensor,
+    objective: Objective, parts: _Parts, x: Any, outputs: Tensor, uses: list[LayerUse], others: set[str], root: Tensor,
     report: Callable[[int], None],
 ) -> None:  # fmt: skip
     """Add the rows and factors of one batch."""
     n, count = root.shape[:2]
     ys = [use.y for use in uses]
-    strides = _strides(objective, x, uses)
+    strides = sample_strides(objective, x, uses)
     if strides is None:
         others = others | {name for use in uses for name in use.places.values()}
         uses, ys, strides = [], [], []
@@ -329,12 +253,12 @@ def _add(
         rows: dict[str, Tensor] = {}
         for i, (use, g) in enumerate(zip(uses, grads, strict=True)):
             g = torch.zeros_like(use.y) if g is None else g
-            a, b = (_by_sample(use, t, n, strides[i]) for t in (use.args["input"], g))
+            a, b = (by_sample(use, t, n, strides[i]) for t in (use.args["input"], g))
             for place, name in use.places.items():
                 if place == "weight" and i in factored:
                     slopes[i].append(b.reshape(n, -1, b.shape[-1]))
                     continue
-                row = _row(use, place, a, b)
+                row = gradient_rows(use, place, a, b)
                 rows[name] = rows[name] + row if name in rows else row
         for name, row in rows.items():
             found[name].append(row)
@@ -343,7 +267,7 @@ def _add(
         parts.rows[name].append(torch.stack(each, 1))
     joined: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for i, each in slopes.items():
-        a = _by_sample(uses[i], uses[i].args["input"], n, strides[i])
+        a = by_sample(uses[i], uses[i].args["input"], n, strides[i])
         joined[uses[i].places["weight"]].append((a.reshape(n, -1, a.shape[-1]), torch.stack(each, 1)))
     for name, pairs in joined.items():
         parts.factors[name].append((torch.cat([a for a, _ in pairs], 1), torch.cat([b for _, b in pairs], 2)))
@@ -351,7 +275,7 @@ def _add(
         parts.rows[name].append(rows_of)
 
 
-def _factored(objective: Objective, uses: list[_Use], n: int, count: int) -> set[int]:
+def _factored(objective: Objective, uses: list[LayerUse], n: int, count: int) -> set[int]:
     """Return which uses are summed by factors. All uses of a weight are, or none."""
     factored = {i for i, use in enumerate(uses) if use.func is F.linear and _factors_pay(objective, use, n, count)}
     shared = defaultdict(set)
@@ -360,7 +284,7 @@ def _factored(objective: Objective, uses: list[_Use], n: int, count: int) -> set
     return {i for i in factored if shared[uses[i].places.get("weight")] == {True}}
 
 
-def _factors_pay(objective: Objective, use: _Use, n: int, count: int) -> bool:
+def _factors_pay(objective: Objective, use: LayerUse, n: int, count: int) -> bool:
     """Return whether the products of factors take fewer operations than rows of J, for all samples."""
     weight = use.args["weight"]
     positions = use.y.numel() // weight.shape[0] // n
@@ -369,106 +293,6 @@ def _factors_pay(objective: Objective, use: _Use, n: int, count: int) -> bool:
     explicit = rows * weight.numel() * (positions + rows)
     factored = (total * positions) ** 2 * weight.shape[1] + (rows * positions) ** 2 * (weight.shape[0] + 1)
     return bool(factored < explicit)
-
-
-def _strides(objective: Objective, x: Any, uses: list[_Use]) -> list[int] | None:
-    """Return for every use how many rows of its outputs come before those of the next sample; None if it is unclear.
-
-    The sample of row r is then r // stride % n. It is found by one backward pass for each of a few samples.
-    """
-    if not uses:
-        return []
-    few = nested.selected(x, slice(SAMPLES))
-    outputs, own, _ = _forward(objective, few)
-    n = len(outputs)
-    if len(own) != len(uses):
-        return None
-    sample = [torch.full((len(_rows(use, use.y)),), -1) for use in own]
-    for i in range(n):
-        u = torch.zeros_like(outputs)
-        u[i] = torch.randn(u[i].shape, generator=torch.Generator().manual_seed(i)).to(u)
-        grads = torch.autograd.grad(outputs, [use.y for use in own], u, retain_graph=True, allow_unused=True)
-        for use, g, known in zip(own, grads, sample, strict=True):
-            if g is not None:
-                touched = (_rows(use, g) != 0).any(1).cpu()
-                if (known[touched] >= 0).any():
-                    return None  # samples depend on one another
-                known[touched] = i
-    found = []
-    for use, known in zip(own, sample, strict=True):
-        steps, rest = divmod(len(known), n)
-        strides = [s for s in [*_inner(use, n), *range(1, steps + 1)] if not rest and steps % s == 0]
-        place = torch.arange(len(known))
-        fits = [s for s in strides if bool(((place // s % n == known) | (known < 0)).all())]
-        if not fits:
-            return None
-        found.append(fits[0])
-    return found
-
-
-def _rows(use: _Use, t: Tensor) -> Tensor:
-    """Return outputs of a call, or what has their shape, as [rows, ...] without the axes that the layer acts on."""
-    if use.func is F.linear:
-        return t.reshape(-1, t.shape[-1])
-    if use.func is F.layer_norm:
-        return t.reshape(-1, *use.args["normalized_shape"]).flatten(1)
-    return t.reshape(len(t), -1)
-
-
-def _inner(use: _Use, n: int) -> Iterator[int]:
-    """Yield how many rows lie between samples if one axis counts them."""
-    last = {F.linear: 1, F.layer_norm: len(use.args.get("normalized_shape", ()))}.get(use.func, use.y.dim() - 1)
-    axes = use.y.shape[: use.y.dim() - last]
-    for k, size in enumerate(axes):
-        if size == n:
-            yield math.prod(axes[k + 1 :])
-
-
-def _by_sample(use: _Use, t: Tensor, n: int, stride: int) -> Tensor:
-    """Return inputs or outputs of a call as [n, T, ...], with the axes that the layer acts on at the end."""
-    axes = {F.linear: 1, F.layer_norm: len(use.args.get("normalized_shape", ()))}.get(use.func, t.dim() - 1)
-    t = t.reshape(-1, n, stride, *t.shape[t.dim() - axes :])
-    return t.transpose(0, 1).flatten(1, 2)
-
-
-def _row(use: _Use, place: str, a: Tensor, b: Tensor) -> Tensor:
-    """Return the gradients [n, p] of one argument of a layer for every sample.
-
-    Args:
-        use: The call.
-        place: "weight" or "bias".
-        a: Inputs [n, T, ...].
-        b: Gradients by the outputs [n, T, ...].
-    """
-    n, args = len(b), use.args
-    if use.func is F.linear:
-        g = b.reshape(n, -1, b.shape[-1])
-        return g.sum(1) if place == "bias" else (g.mT @ a.reshape(n, -1, a.shape[-1])).flatten(1)
-    if use.func is F.conv2d:
-        if place == "bias":
-            return b.sum((1, -2, -1))
-        return torch.stack([_conv_weight(args, a[i], b[i]).flatten() for i in range(n)])
-    if place == "weight":
-        b = b * _normalized(use, a)
-    axes = len(args["normalized_shape"]) if use.func is F.layer_norm else 0
-    return b.reshape(n, -1, *b.shape[-axes:]).sum(1).flatten(1) if axes else b.reshape(*b.shape[:3], -1).sum((1, 3))
-
-
-def _conv_weight(args: dict[str, Any], a: Tensor, b: Tensor) -> Tensor:
-    """Return the gradient of a convolution's weight for one sample's inputs a [T, ...] and slopes b [T, ...]."""
-    sizes = [[v, v] if isinstance(v, int) else list(v) for v in (args["stride"], args["padding"], args["dilation"])]
-    found: Tensor = torch.ops.aten.convolution_backward(
-        b.contiguous(), a.contiguous(), args["weight"].detach(), None, *sizes, False, [0, 0], args["groups"],
-        [False, True, False],
-    )[1]  # fmt: skip
-    return found
-
-
-def _normalized(use: _Use, a: Tensor) -> Tensor:
-    """Return the outputs [n, T, ...] of a norm without its weight and bias."""
-    args = {**use.args, "weight": None, "bias": None, "input": a.flatten(0, 1)}
-    found: Tensor = use.func(**args)
-    return found.view_as(a)
 
 
 def _one_by_one(objective: Objective, x: Any, names: Sequence[str], root: Tensor) -> dict[str, Tensor]:
@@ -491,7 +315,6 @@ def _one_by_one(objective: Objective, x: Any, names: Sequence[str], root: Tensor
     return found
 
 
-# ---------------------------------------------------------------- K
 def _add_rows(matrix: Tensor, rows: Tensor) -> None:
     """Add rows rows^T."""
     for part in rows.split(CHUNK, 1):
