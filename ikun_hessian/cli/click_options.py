@@ -14,7 +14,8 @@ from click.core import ParameterSource
 
 from ikun_hessian.cli.screen import only_ours
 from ikun_hessian.jobs.job import Own
-from ikun_hessian.jobs.options import OWN, Option, meant, out_of
+from ikun_hessian.jobs.options import OWN
+from ikun_hessian.jobs.schema import Option, meant, out_of
 
 Command = Callable[..., Any]
 

@@ -28,7 +28,7 @@ from ikun_hessian.cli.study import study_command
 from ikun_hessian.cli.train import train_command
 from ikun_hessian.jobs import user_code
 from ikun_hessian.jobs.errors import in_options
-from ikun_hessian.jobs.options import meant
+from ikun_hessian.jobs.schema import meant
 
 
 class _Commands(click.Group):

@@ -23,7 +23,8 @@ from ikun_hessian.experiments.grid import run_grid
 from ikun_hessian.experiments.preset import AnalysisTable, Preset, PresetError
 from ikun_hessian.experiments.selection import parse_condition
 from ikun_hessian.jobs.device import half_of_the_memory, pick
-from ikun_hessian.jobs.options import DATA_DIR, DEVICE, MOST_MEMORY, Option
+from ikun_hessian.jobs.options import DATA_DIR, DEVICE, MOST_MEMORY
+from ikun_hessian.jobs.schema import Option
 
 if TYPE_CHECKING:
     from ikun_hessian.experiments.plan import StudyPlan

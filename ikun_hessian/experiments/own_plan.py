@@ -13,7 +13,8 @@ from ikun_hessian.experiments.step_sizes import check_sizes
 from ikun_hessian.experiments.unit import Step
 from ikun_hessian.jobs.errors import UsageError
 from ikun_hessian.jobs.job import Own
-from ikun_hessian.jobs.options import OWN, TRAIN, Option, OptionError, read_options
+from ikun_hessian.jobs.options import OWN, TRAIN
+from ikun_hessian.jobs.schema import Option, OptionError, read_options
 from ikun_hessian.jobs.training import ALPHA
 from ikun_hessian.jobs.user_code import called, load_function
 from ikun_hessian.jobs.user_samples import read_samples

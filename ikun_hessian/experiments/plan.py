@@ -19,8 +19,9 @@ from ikun_hessian.experiments.study_record import STUDY_SCHEMA, others
 from ikun_hessian.experiments.unit import Step, Unit
 from ikun_hessian.jobs.errors import in_options
 from ikun_hessian.jobs.flatness import flatness_settings
-from ikun_hessian.jobs.options import FLATNESS, ROBUSTNESS, SPECTRUM, TRAIN, OptionError, meant, read_options
+from ikun_hessian.jobs.options import FLATNESS, ROBUSTNESS, SPECTRUM, TRAIN
 from ikun_hessian.jobs.robustness import robustness_settings
+from ikun_hessian.jobs.schema import OptionError, meant, read_options
 from ikun_hessian.jobs.spectrum import spectrum_settings
 from ikun_hessian.jobs.training import specifications
 

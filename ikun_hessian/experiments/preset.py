@@ -44,7 +44,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ikun_hessian.jobs.options import meant
+from ikun_hessian.jobs.schema import meant
 
 FOLDER = Path(__file__).parent / "presets"
 LONGEST = 1000  # characters of an error message

@@ -20,18 +20,8 @@ from ikun_hessian.cli.main import cli, run
 from ikun_hessian.jobs import spectrum
 from ikun_hessian.jobs.errors import UsageError
 from ikun_hessian.jobs.job import Own
-from ikun_hessian.jobs.options import (
-    FLATNESS,
-    OPENING_PARAMETERS,
-    OWN,
-    RESULTS,
-    ROBUSTNESS,
-    SPECTRUM,
-    TRAIN,
-    Option,
-    OptionError,
-    read_options,
-)
+from ikun_hessian.jobs.options import FLATNESS, OPENING_PARAMETERS, OWN, RESULTS, ROBUSTNESS, SPECTRUM, TRAIN
+from ikun_hessian.jobs.schema import Option, OptionError, read_options
 
 TABLES = {"train": TRAIN, "spectrum": (*SPECTRUM, *OWN, *RESULTS), "flatness": (*FLATNESS, *OWN, *RESULTS)}
 
