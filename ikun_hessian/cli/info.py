@@ -108,7 +108,7 @@ def _show_own(path: Path, own: Own, as_json: bool) -> None:
     from hessian_tools import nested
     from ikun.adapters.layer_activity import layer_activity
     from ikun_hessian.jobs.device import half_of_the_memory
-    from ikun_hessian.jobs.user_network import located, open_own
+    from ikun_hessian.jobs.user.network import located, open_own
 
     found = open_own(path, own, samples="all", surrogate=None, memory=half_of_the_memory("cpu"))
     adapted = found.adapted()

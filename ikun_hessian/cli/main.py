@@ -26,9 +26,9 @@ from ikun_hessian.cli.signals import end_by_signals, interrupted_by
 from ikun_hessian.cli.spectrum import spectrum_command
 from ikun_hessian.cli.study import study_command
 from ikun_hessian.cli.train import train_command
-from ikun_hessian.jobs import user_code
 from ikun_hessian.jobs.errors import in_options
 from ikun_hessian.jobs.schema import meant
+from ikun_hessian.jobs.user import code as user_code
 
 
 class _Commands(click.Group):

@@ -16,8 +16,8 @@ from ikun_hessian.jobs.job import Own
 from ikun_hessian.jobs.options import OWN, TRAIN
 from ikun_hessian.jobs.schema import Option, OptionError, read_options
 from ikun_hessian.jobs.training import ALPHA
-from ikun_hessian.jobs.user_code import called, load_function
-from ikun_hessian.jobs.user_samples import read_samples
+from ikun_hessian.jobs.user.code import called, load_function
+from ikun_hessian.jobs.user.samples import read_samples
 
 STARTS = (*INITIALIZERS, AS_BUILT)
 OURS = tuple(  # options of a run that are not arguments of the training function

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ikun_hessian.jobs.errors import UsageError
 from ikun_hessian.jobs.job import Own
-from ikun_hessian.jobs.user_code import load_function, readable, sources
+from ikun_hessian.jobs.user.code import load_function, readable, sources
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -116,7 +116,7 @@ class OwnTraining:
         from ikun.checkpoint import save_atomically
         from ikun.initializers.catalog import initialize_module
         from ikun.layer_statistics import batch_norm_by_batch
-        from ikun_hessian.jobs.user_network import adapt_options, located, open_own
+        from ikun_hessian.jobs.user.network import adapt_options, located, open_own
 
         first = out.with_name(f"{out.name}.start")
         began, passes = time.perf_counter(), 0
@@ -230,7 +230,7 @@ def seed_everything(seed: int) -> None:
 
 def code_of(own: Own, function: str) -> str:
     """Return the first 12 digits of the SHA-256 of the user's source files that a run depends on."""
-    from ikun_hessian.jobs.user_network import digest
+    from ikun_hessian.jobs.user.network import digest
 
     named = {"train": function, "--model": own.model, "--data": own.data, "--reset": own.reset}
     if own.loss and ":" in own.loss and not own.loss.startswith("tet:"):

@@ -19,7 +19,7 @@ from typing import Any
 
 from ikun_hessian.experiments.unit import Step, Unit, is_measured
 from ikun_hessian.jobs.errors import in_options
-from ikun_hessian.jobs.user_code import users_error
+from ikun_hessian.jobs.user.code import users_error
 
 FAILED = "ikun-hessian/failed/1"
 

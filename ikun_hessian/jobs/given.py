@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from hessian_tools.objective import Objective
-    from ikun_hessian.jobs.user_network import Opened
+    from ikun_hessian.jobs.user.network import Opened
 
 LOSS_NEEDED = (
     "{loss} is needed: give 'ce' (cross-entropy), 'mse', 'tet', or the function loss(outputs, targets) of the training"
@@ -159,8 +159,8 @@ def _found(
 ) -> Opened:
     """Adapt a network and check that the loss and the targets fit."""
     from ikun.adapters import adapt
-    from ikun_hessian.jobs.user_loss import loss_name
-    from ikun_hessian.jobs.user_network import adapt_options, open_network, time_explained
+    from ikun_hessian.jobs.user.loss import loss_name
+    from ikun_hessian.jobs.user.network import adapt_options, open_network, time_explained
 
     steps = opening.timesteps
     if opening.sequences and steps is None and getattr(x, "ndim", 0) > 1:
@@ -218,7 +218,7 @@ def _network(model: Any, path: Path | None, opening: Opening) -> tuple[nn.Module
 
 def _samples(data: Any, opening: Opening, limit: float, fewer: bool = False) -> tuple[Any, Tensor]:
     """Read the samples, with all random generators seeded and put back: a shuffled loader gives the same every time."""
-    from ikun_hessian.jobs.user_samples import samples_in
+    from ikun_hessian.jobs.user.samples import samples_in
 
     count = "all" if opening.samples is None else str(opening.samples)
     with seeded():

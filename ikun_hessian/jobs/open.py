@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ikun.data.datasets import Dataset
     from ikun.data.lazy import Images
     from ikun_hessian.jobs.job import Own
-    from ikun_hessian.jobs.user_network import Opened
+    from ikun_hessian.jobs.user.network import Opened
 
 
 SLOPES = {"slope x 1/2": {"steeper": 0.5}, "slope x 2": {"steeper": 2.0}}
@@ -100,7 +100,7 @@ def open_job(
     if own is not None and own.meant(path):
         if split != "train" or data_dir is not None:
             raise UsageError("--split and --data-dir are for checkpoints of ikun-hessian: use --data")
-        from ikun_hessian.jobs.user_network import open_own
+        from ikun_hessian.jobs.user.network import open_own
 
         source = source_of(open_own(path, own, samples=samples, surrogate=surrogate, memory=memory))
     else:
@@ -243,7 +243,7 @@ def source_of(found: Opened) -> Source:
     from hessian_tools import nested
     from ikun.adapters import variants
     from ikun.adapters.summary import firing_rates
-    from ikun_hessian.jobs.user_network import located
+    from ikun_hessian.jobs.user.network import located
 
     few = nested.selected(found.x, slice(3))
 

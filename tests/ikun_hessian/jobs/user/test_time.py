@@ -19,7 +19,7 @@ from hessian_tools.operators.curvature import hessian
 from hessian_tools.results.spectrum import load_spectrum
 from ikun_hessian.jobs.job import Job, Own
 from ikun_hessian.jobs.open import open_job
-from ikun_hessian.jobs.user_code import forget
+from ikun_hessian.jobs.user.code import forget
 
 TEXT = """
 import torch

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from ikun_hessian.jobs.errors import UsageError
 from ikun_hessian.jobs.job import Own
-from ikun_hessian.jobs.user_code import called, load_function, readable, sources, where
-from ikun_hessian.jobs.user_loss import fitting_targets, loss_by_name, loss_name, loss_of_option, tried_loss
-from ikun_hessian.jobs.user_samples import WHAT, read_samples
+from ikun_hessian.jobs.user.code import called, load_function, readable, sources, where
+from ikun_hessian.jobs.user.loss import fitting_targets, loss_by_name, loss_name, loss_of_option, tried_loss
+from ikun_hessian.jobs.user.samples import WHAT, read_samples
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

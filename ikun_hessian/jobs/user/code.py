@@ -22,7 +22,7 @@ from typing import Any
 
 from ikun_hessian.jobs.errors import UsageError
 
-OURS = Path(__file__).parents[2]
+OURS = Path(__file__).parents[3]
 PACKAGES = ("ikun_hessian", "hessian_tools", "ikun")
 FORM = "give module:function, or path/to/file.py:function"
 

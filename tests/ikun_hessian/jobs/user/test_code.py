@@ -16,7 +16,7 @@ from command_tools import ROOT, Capture, limited
 from torch import nn
 
 import cli
-from ikun_hessian.jobs.user_code import _is_users, load_function, sources
+from ikun_hessian.jobs.user.code import _is_users, load_function, sources
 
 FAST = ["--top", "2", "--smallest", "1", "--no-density", "--operator", "hessian"]
 NETWORK = """

@@ -15,7 +15,7 @@ from hessian_tools.operators.base import dense
 from hessian_tools.operators.curvature import hessian
 from ikun_hessian.jobs.job import Own
 from ikun_hessian.jobs.open import open_job
-from ikun_hessian.jobs.user_samples import read_samples
+from ikun_hessian.jobs.user.samples import read_samples
 
 TEXT = """
 import torch

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ikun_hessian.jobs.errors import UsageError
-from ikun_hessian.jobs.user_code import called, load_function, readable
+from ikun_hessian.jobs.user.code import called, load_function, readable
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ikun_hessian.jobs.errors import UsageError
-from ikun_hessian.jobs.user_code import called, load_function, readable
-from ikun_hessian.jobs.user_samples import kind_text
+from ikun_hessian.jobs.user.code import called, load_function, readable
+from ikun_hessian.jobs.user.samples import kind_text
 
 if TYPE_CHECKING:
     from torch import Tensor
