@@ -24,7 +24,7 @@ from hessian_tools.results.calibration import CALIBRATION_SCHEMA, CalibrationRes
 from hessian_tools.resume import Phases
 from ikun_hessian.cli.main import run
 from ikun_hessian.experiments.figures.calibration import study_figure, study_tables
-from ikun_hessian.jobs.calibration import calibration_of
+from ikun_hessian.jobs.analyses.calibration import calibration_of
 from ikun_hessian.jobs.open import open_job
 
 SURROGATES = ("atan:2", "atan:5", "sigmoid:4", "sigmoid:10", "triangle:1", "triangle:0.4")

@@ -62,7 +62,7 @@ def analyze(
     """
     from hessian_tools.analysis.settings import SpectrumSettings
     from ikun_hessian.api.spectrum import Analysis
-    from ikun_hessian.jobs.spectrum import analyse_spectrum
+    from ikun_hessian.jobs.analyses.spectrum import analyse_spectrum
 
     chosen, opening = split_options(SpectrumSettings, options, timesteps, samples)
     with opened_job(model, data, loss, opening) as (job, memory):
@@ -103,7 +103,7 @@ def flatness(
     """
     from hessian_tools.analysis.flatness.settings import FlatnessSettings
     from ikun_hessian.api.flatness import Flatness
-    from ikun_hessian.jobs.flatness import analyse_flatness
+    from ikun_hessian.jobs.analyses.flatness import analyse_flatness
 
     chosen, opening = split_options(FlatnessSettings, options, timesteps, samples)
     with opened_job(model, data, loss, opening) as (job, memory):
@@ -145,7 +145,7 @@ def landscape(
     """
     from hessian_tools.analysis.landscape import LandscapeSettings
     from ikun_hessian.api.landscape import Landscape
-    from ikun_hessian.jobs.landscape import analyse_landscape
+    from ikun_hessian.jobs.analyses.landscape import analyse_landscape
 
     chosen, opening = split_options(LandscapeSettings, options, timesteps, samples)
     with opened_job(model, data, loss, opening) as (job, memory):

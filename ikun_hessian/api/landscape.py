@@ -56,7 +56,7 @@ class Landscape(Report):
 
     def save(self, stem: str | Path) -> list[Path]:
         """Write STEM.landscape.json, .png and .pdf, and return their paths."""
-        from ikun_hessian.jobs.landscape import write_landscape
+        from ikun_hessian.jobs.analyses.landscape import write_landscape
 
         name = Path(f"{str(stem).removesuffix('.json').removesuffix('.landscape')}.landscape")
         name.parent.mkdir(parents=True, exist_ok=True)

@@ -180,7 +180,7 @@ class Analysis(Report):
         Returns:
             Paths of the files. `ikun_hessian.load` and the command line read the first.
         """
-        from ikun_hessian.jobs.spectrum import write_spectrum
+        from ikun_hessian.jobs.analyses.spectrum import write_spectrum
 
         name = Path(f"{str(stem).removesuffix('.json').removesuffix('.spectrum')}.spectrum")
         name.parent.mkdir(parents=True, exist_ok=True)

@@ -12,10 +12,10 @@ import click
 from ikun_hessian.cli.click_options import options, own_options, screen_options, threads_option
 from ikun_hessian.cli.inputs import checkpoint_files
 from ikun_hessian.cli.screen import dumps, echo, echo_opening, show_result
-from ikun_hessian.jobs.calibration import analyse_calibration, own_calibration
+from ikun_hessian.jobs.analyses.calibration import analyse_calibration, own_calibration
+from ikun_hessian.jobs.analyses.flatness import analyse_flatness, flatness_settings
 from ikun_hessian.jobs.device import half_of_the_memory, pick
 from ikun_hessian.jobs.existing_results import existing_result
-from ikun_hessian.jobs.flatness import analyse_flatness, flatness_settings
 from ikun_hessian.jobs.job import Own
 from ikun_hessian.jobs.open import open_job
 from ikun_hessian.jobs.options import FLATNESS, RESULTS

@@ -13,9 +13,9 @@ import click
 from ikun_hessian.cli.click_options import options, own_options, screen_options, threads_option
 from ikun_hessian.cli.inputs import checkpoint_files
 from ikun_hessian.cli.screen import dumps, echo, echo_opening, show_result
+from ikun_hessian.jobs.analyses.landscape import analyse_landscape, write_landscape, write_surfaces, write_together
 from ikun_hessian.jobs.device import half_of_the_memory, pick
 from ikun_hessian.jobs.existing_results import existing_result
-from ikun_hessian.jobs.landscape import analyse_landscape, write_landscape, write_surfaces, write_together
 from ikun_hessian.jobs.open import open_job
 from ikun_hessian.jobs.options import OPENING, RESULTS
 from ikun_hessian.jobs.results import result_stem, result_stems
@@ -214,7 +214,7 @@ def _trajectory(
     from hessian_tools.analysis.training_path import TrainingPathSettings
     from hessian_tools.io.json import clean, load_result
     from hessian_tools.results.training_path import TRAINING_PATH_SCHEMA, TrainingPath
-    from ikun_hessian.jobs.training_path import analyse_training_path, saved_snapshots, write_training_path
+    from ikun_hessian.jobs.analyses.training_path import analyse_training_path, saved_snapshots, write_training_path
     from ikun_hessian.reports.training_path import training_path_lines
 
     settings = TrainingPathSettings(directions, points, seed=seed, memory=memory)

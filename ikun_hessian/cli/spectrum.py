@@ -13,13 +13,13 @@ import click
 from ikun_hessian.cli.click_options import options, own_options, screen_options, threads_option
 from ikun_hessian.cli.inputs import checkpoint_files
 from ikun_hessian.cli.screen import echo, echo_opening, show_result
+from ikun_hessian.jobs.analyses.spectrum import analyse_spectrum, expectation, spectrum_settings, write_spectrum
 from ikun_hessian.jobs.device import half_of_the_memory, pick
 from ikun_hessian.jobs.existing_results import existing_result
 from ikun_hessian.jobs.job import Own
 from ikun_hessian.jobs.open import open_job
 from ikun_hessian.jobs.options import RESULTS, SPECTRUM
 from ikun_hessian.jobs.results import result_stems
-from ikun_hessian.jobs.spectrum import analyse_spectrum, expectation, spectrum_settings, write_spectrum
 
 if TYPE_CHECKING:
     from hessian_tools.results.spectrum import SpectrumResult

@@ -17,12 +17,12 @@ from ikun_hessian.experiments.preset import AnalysisTable, Preset, PresetError
 from ikun_hessian.experiments.step_sizes import check_sizes
 from ikun_hessian.experiments.study_record import STUDY_SCHEMA, others
 from ikun_hessian.experiments.unit import Step, Unit
+from ikun_hessian.jobs.analyses.flatness import flatness_settings
+from ikun_hessian.jobs.analyses.robustness import robustness_settings
+from ikun_hessian.jobs.analyses.spectrum import spectrum_settings
 from ikun_hessian.jobs.errors import in_options
-from ikun_hessian.jobs.flatness import flatness_settings
 from ikun_hessian.jobs.options import FLATNESS, ROBUSTNESS, SPECTRUM, TRAIN
-from ikun_hessian.jobs.robustness import robustness_settings
 from ikun_hessian.jobs.schema import OptionError, meant, read_options
-from ikun_hessian.jobs.spectrum import spectrum_settings
 from ikun_hessian.jobs.training import specifications
 
 if TYPE_CHECKING:

@@ -93,7 +93,7 @@ def _analyse(unit: Unit, step: Step, path: Path, stem: Path) -> None:
 def _written(unit: Unit, step: Step, path: Path, stem: Path) -> None:
     from hessian_tools.io.json import save_result
     from hessian_tools.resume import Phases, ResumeError
-    from ikun_hessian.jobs import flatness, robustness, spectrum
+    from ikun_hessian.jobs.analyses import flatness, robustness, spectrum
     from ikun_hessian.jobs.open import open_job
 
     where: dict[str, Any] = {"memory": unit.memory, "data_dir": unit.data_dir, "device": unit.device}

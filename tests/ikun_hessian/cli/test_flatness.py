@@ -19,7 +19,7 @@ from hessian_tools.io.json import load_result, save_result
 from hessian_tools.results.calibration import CALIBRATION_SCHEMA as CALIBRATION
 from hessian_tools.results.calibration import Calibration, CalibrationResult
 from hessian_tools.results.flatness import FLATNESS_SCHEMA, FlatnessResult
-from ikun_hessian.jobs.calibration import calibration_of, own_calibration
+from ikun_hessian.jobs.analyses.calibration import calibration_of, own_calibration
 from ikun_hessian.jobs.job import Job
 from ikun_hessian.jobs.open import open_job
 from ikun_hessian.jobs.progress_bar import Bar

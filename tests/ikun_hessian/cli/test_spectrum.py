@@ -238,7 +238,7 @@ def test_a_long_analysis_says_beforehand_what_it_takes(
     asked = ["spectrum", str(trained / "a.pt"), *FAST, "--no-density", "--out", str(tmp_path)]
     assert cli.run([*asked, "--tag", "short"]) == 0
     assert "expected" not in capsys.readouterr().err
-    monkeypatch.setattr("ikun_hessian.jobs.spectrum.LONG", 0.0)
+    monkeypatch.setattr("ikun_hessian.jobs.analyses.spectrum.LONG", 0.0)
     assert cli.run(asked) == 0
     said = capsys.readouterr().err
     assert re.search(r"expected    about \d+ min in all, \d+\.\d GiB of memory \(\d+ products of [\d.e-]+ s\)", said)

@@ -17,7 +17,7 @@ from hessian_tools.analysis.settings import SpectrumSettings
 from ikun.networks import Spec
 from ikun.training.spec import TrainingSpec
 from ikun_hessian.cli.main import cli, run
-from ikun_hessian.jobs import spectrum
+from ikun_hessian.jobs.analyses import spectrum
 from ikun_hessian.jobs.errors import UsageError
 from ikun_hessian.jobs.job import Own
 from ikun_hessian.jobs.options import FLATNESS, OPENING_PARAMETERS, OWN, RESULTS, ROBUSTNESS, SPECTRUM, TRAIN

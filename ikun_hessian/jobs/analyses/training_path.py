@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ikun_hessian.jobs.analyses.landscape import relaxed_objective
 from ikun_hessian.jobs.errors import UsageError
 from ikun_hessian.jobs.job import Job, measured_on
-from ikun_hessian.jobs.landscape import relaxed_objective
 from ikun_hessian.jobs.progress_bar import Bar
 
 if TYPE_CHECKING:

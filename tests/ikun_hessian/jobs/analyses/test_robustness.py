@@ -13,9 +13,9 @@ from hessian_tools.seeding import stream
 from ikun.checkpoint import load_checkpoint
 from ikun.data.corruptions import corrupted
 from ikun.training.loop import evaluate
+from ikun_hessian.jobs.analyses.robustness import analyse_robustness, robustness_settings
 from ikun_hessian.jobs.open import open_job
 from ikun_hessian.jobs.options import ROBUSTNESS
-from ikun_hessian.jobs.robustness import analyse_robustness, robustness_settings
 from ikun_hessian.jobs.schema import read_options
 
 WHERE = {"memory": 1.0, "data_dir": None, "device": "cpu"}
