@@ -223,29 +223,29 @@ from .results.landscape import (
 from .results.landscape import (
     Plane as Plane,
 )
-from .results.spectrum import (
+from .results.operator_spectrum import (
     Density as Density,
 )
-from .results.spectrum import (
+from .results.operator_spectrum import (
     Eigenvalue as Eigenvalue,
 )
-from .results.spectrum import (
+from .results.operator_spectrum import (
     Functional as Functional,
+)
+from .results.operator_spectrum import (
+    Search as Search,
+)
+from .results.operator_spectrum import (
+    Spectrum as Spectrum,
+)
+from .results.operator_spectrum import (
+    Trace as Trace,
 )
 from .results.spectrum import (
     SamplePoint as SamplePoint,
 )
 from .results.spectrum import (
-    Search as Search,
-)
-from .results.spectrum import (
-    Spectrum as Spectrum,
-)
-from .results.spectrum import (
     SpectrumResult as SpectrumResult,
-)
-from .results.spectrum import (
-    Trace as Trace,
 )
 from .results.spectrum import (
     load_spectrum as load_spectrum,

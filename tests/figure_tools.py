@@ -13,7 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from hessian_tools.results.spectrum import SPECTRUM_SCHEMA, Density, Eigenvalue, Spectrum, SpectrumResult, Trace
+from hessian_tools.results.operator_spectrum import Density, Eigenvalue, Spectrum, Trace
+from hessian_tools.results.spectrum import SPECTRUM_SCHEMA, SpectrumResult
 
 LAYERS = ("layers.conv1.weight", "layers.conv2.weight", "layers.fc.weight")
 TOPS, SMALLS = (8.0, 4.0, 3.0), (-2.0, -1.0)  # as saved: the most negative first

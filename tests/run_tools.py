@@ -17,8 +17,9 @@ from hessian_tools.io import json as results
 from hessian_tools.io.json import clean
 from hessian_tools.results import flatness, robustness
 from hessian_tools.results.flatness import SURROGATE, TRUE, FlatnessResult, Metric
+from hessian_tools.results.operator_spectrum import Spectrum
 from hessian_tools.results.robustness import Accuracy, RobustnessResult
-from hessian_tools.results.spectrum import Spectrum, SpectrumResult
+from hessian_tools.results.spectrum import SpectrumResult
 from ikun_hessian.experiments.runs import TRAINING_SCHEMA, TrainingRun
 
 EPOCHS = 12

@@ -6,17 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from hessian_tools.results.spectrum import (
-    SPECTRUM_SCHEMA,
-    Density,
-    Eigenvalue,
-    Functional,
-    SamplePoint,
-    Search,
-    Spectrum,
-    SpectrumResult,
-    Trace,
-)
+from hessian_tools.results.operator_spectrum import Density, Eigenvalue, Functional, Search, Spectrum, Trace
+from hessian_tools.results.spectrum import SPECTRUM_SCHEMA, SamplePoint, SpectrumResult
 
 NAN = float("nan")
 

@@ -11,7 +11,8 @@ import figure_tools
 import numpy as np
 import run_tools
 
-from hessian_tools.results.spectrum import SamplePoint, Spectrum, SpectrumResult
+from hessian_tools.results.operator_spectrum import Spectrum
+from hessian_tools.results.spectrum import SamplePoint, SpectrumResult
 from ikun_hessian.experiments.comparison_result import Comparison, Row
 from ikun_hessian.experiments.figures.chart import Mark, Panel
 from ikun_hessian.experiments.runs import TrainingRun

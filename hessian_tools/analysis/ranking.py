@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from hessian_tools.analysis.warnings import learned_nothing
 from hessian_tools.results.comparability import common_operators
 from hessian_tools.results.flatness import FlatnessResult, Metric
-from hessian_tools.results.spectrum import Eigenvalue, SpectrumResult, Trace
+from hessian_tools.results.operator_spectrum import Eigenvalue, Trace
+from hessian_tools.results.spectrum import SpectrumResult
 
 PRECISE = 0.1  # relative standard error up to which networks may be ranked
 NAMES = {"ggn": "GGN", "hessian": "Hessian", "fisher": "Fisher matrix"}

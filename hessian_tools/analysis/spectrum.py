@@ -38,7 +38,8 @@ from hessian_tools.operators.base import Operator
 from hessian_tools.operators.curvature import OPERATORS
 from hessian_tools.perturbation import class_count, count_correct
 from hessian_tools.progress import Meter, Show
-from hessian_tools.results.spectrum import SPECTRUM_SCHEMA, LossRise, SamplePoint, Spectrum, SpectrumResult, StepTrace
+from hessian_tools.results.operator_spectrum import Spectrum
+from hessian_tools.results.spectrum import SPECTRUM_SCHEMA, LossRise, SamplePoint, SpectrumResult, StepTrace
 from hessian_tools.resume import Phases
 
 

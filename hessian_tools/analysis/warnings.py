@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hessian_tools.results.spectrum import Spectrum, SpectrumResult
+from hessian_tools.results.operator_spectrum import Spectrum
+from hessian_tools.results.spectrum import SpectrumResult
 
 CONCENTRATED = 0.3  # share of one group in a variance, as in `sampling_error.CONCENTRATED` (this module needs no torch)
 # Importance of a warning: the numbers are wrong or mean nothing, they are uncertain, they are easily misread, a remark.

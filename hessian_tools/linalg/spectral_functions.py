@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hessian_tools.linalg.spectral_density import DensityEstimate
 from hessian_tools.linalg.trace import TraceEstimate, estimate_forms
-from hessian_tools.results.spectrum import Functional
+from hessian_tools.results.operator_spectrum import Functional
 
 
 def effective_dimension(density: DensityEstimate, size: int, z: float, slack: float = 0.0) -> Functional:

@@ -14,8 +14,9 @@ from hessian_tools.plots.curves import Array, SymlogAxis, ValueAxis, densities_o
 from hessian_tools.plots.line_panels import LIMIT_DASHES
 from hessian_tools.plots.spectrum_panels import has_data_error, is_lower_limit, marks
 from hessian_tools.plots.style import Colour, Look, operator_name, printable
+from hessian_tools.results.operator_spectrum import Spectrum
 from hessian_tools.results.provenance import Analysed
-from hessian_tools.results.spectrum import SamplePoint, Spectrum, SpectrumResult
+from hessian_tools.results.spectrum import SamplePoint, SpectrumResult
 from hessian_tools.results.trajectory import RANKS, axis_of
 
 

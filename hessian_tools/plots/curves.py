@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hessian_tools.results.spectrum import Density, SpectrumResult
+from hessian_tools.results.operator_spectrum import Density
+from hessian_tools.results.spectrum import SpectrumResult
 
 Array = npt.NDArray[np.float64]
 BROADENING = 1.0  # the constant c in sigma = c * (range of the nodes) / steps

@@ -36,7 +36,8 @@ from hessian_tools.plots.style import (
     symlog_ticks,
     text_width,
 )
-from hessian_tools.results.spectrum import Eigenvalue, Spectrum, SpectrumResult
+from hessian_tools.results.operator_spectrum import Eigenvalue, Spectrum
+from hessian_tools.results.spectrum import SpectrumResult
 
 DECADES = 4  # range of |lambda| drawn against rank; smaller values are drawn on the floor
 RUG = 0.055  # height of the row of ticks of one operator, as a fraction of the panel

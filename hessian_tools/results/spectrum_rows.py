@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from hessian_tools.results.spectrum import Eigenvalue, SpectrumResult, Trace
+from hessian_tools.results.operator_spectrum import Eigenvalue, Trace
+from hessian_tools.results.spectrum import SpectrumResult
 
 
 def layer_rows(result: SpectrumResult) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ from pathlib import PurePath
 from typing import Any
 
 from hessian_tools.results.comparability import comparable
-from hessian_tools.results.spectrum import Eigenvalue, SpectrumResult, Trace
+from hessian_tools.results.operator_spectrum import Eigenvalue, Trace
+from hessian_tools.results.spectrum import SpectrumResult
 
 RANKS = 5  # number of largest eigenvalues in the table
 # Settings that identify a training run: key in the result's `training`, name for the user.

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hessian_tools.results.spectrum import Eigenvalue, Spectrum, SpectrumResult
+from hessian_tools.results.operator_spectrum import Eigenvalue, Spectrum
+from hessian_tools.results.spectrum import SpectrumResult
 from hessian_tools.results.text import headline, with_error
 from ikun_hessian.api.report import Report, latex
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from hessian_tools.analysis.flatness.paired_differences import ALWAYS
 from hessian_tools.results.comparability import CONDITIONS, Unlike, differing
 from hessian_tools.results.flatness import MATCHED, TRUE, FlatnessResult
+from hessian_tools.results.operator_spectrum import Spectrum
 from hessian_tools.results.provenance import Analysed, AnalysedParts
-from hessian_tools.results.spectrum import Spectrum, SpectrumResult
+from hessian_tools.results.spectrum import SpectrumResult
 from ikun_hessian.experiments.grouping import (
     at_moment,
     ended_in_nan,

@@ -10,7 +10,8 @@ from hessian_tools.analysis.ranking import told_apart
 from hessian_tools.analysis.warnings import is_spiking, percent_of
 from hessian_tools.linalg.trace import LEAST_FORMS
 from hessian_tools.results.comparability import by_method, common_operators, method_of
-from hessian_tools.results.spectrum import Eigenvalue, Functional, SpectrumResult, Trace
+from hessian_tools.results.operator_spectrum import Eigenvalue, Functional, Trace
+from hessian_tools.results.spectrum import SpectrumResult
 from hessian_tools.results.text import with_error
 from ikun_hessian.reports.header import not_learned, opened
 from ikun_hessian.reports.text import field, paragraph, shortened, warning

@@ -16,7 +16,7 @@ from hessian_tools.linalg.lanczos import Eigenpairs, eigenpairs
 from hessian_tools.linalg.power_iteration import power_iteration
 from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator
-from hessian_tools.results.spectrum import Eigenvalue
+from hessian_tools.results.operator_spectrum import Eigenvalue
 
 
 def chosen_eigenpairs(

@@ -17,7 +17,7 @@ from hessian_tools.linalg.trace import TraceEstimate
 from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator
 from hessian_tools.operators.gram import GramError, gram_eigenvectors, gram_matrix, gram_numbers
-from hessian_tools.results.spectrum import Functional
+from hessian_tools.results.operator_spectrum import Functional
 
 DAMPING = 0.01  # relative to the largest eigenvalue, if none is given
 FEW_ROWS = 1500  # samples times outputs: with as many, the Gram matrix takes as long as Lanczos and probes

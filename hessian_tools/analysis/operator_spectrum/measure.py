@@ -38,7 +38,7 @@ from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator, scaled, symmetry_error
 from hessian_tools.operators.curvature import OPERATORS, CurvatureOperator
 from hessian_tools.perturbation import filter_norms
-from hessian_tools.results.spectrum import Density, Eigenvalue, Functional, Search, Spectrum, Trace
+from hessian_tools.results.operator_spectrum import Density, Eigenvalue, Functional, Search, Spectrum, Trace
 
 
 def measure(

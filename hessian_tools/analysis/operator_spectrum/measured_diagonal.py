@@ -14,7 +14,7 @@ from hessian_tools.linalg.lanczos import Eigenpairs
 from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator
 from hessian_tools.operators.curvature import ggn
-from hessian_tools.results.spectrum import Diagonal
+from hessian_tools.results.operator_spectrum import Diagonal
 
 MOST_ROWS = 20_000  # backward passes of single samples for an exact diagonal of the GGN
 

@@ -18,7 +18,8 @@ from hessian_tools.evaluation import differentiable
 from hessian_tools.linalg.trace import estimate_forms
 from hessian_tools.objective import Loss, Objective
 from hessian_tools.operators.curvature import pushforward
-from hessian_tools.results.spectrum import StepTrace, Trace
+from hessian_tools.results.operator_spectrum import Trace
+from hessian_tools.results.spectrum import StepTrace
 from hessian_tools.runtime.cuda import full_precision
 
 SEPARABLE = 1e-4  # largest relative difference between a loss and the mean of its values at single steps

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from hessian_tools.plots.style import operator_name
+from hessian_tools.results.operator_spectrum import Spectrum
 from hessian_tools.results.robustness import lost
-from hessian_tools.results.spectrum import Spectrum
 from ikun_hessian.experiments.figures.chart import Axis, Chart, Mark, NotEnoughError, Panel, samples_of
 from ikun_hessian.experiments.figures.minima import alike
 from ikun_hessian.experiments.grouping import (

@@ -13,7 +13,8 @@ from scipy import stats
 from hessian_tools.plots.curves import densities_of, density_curves, one_eigenvalue, symlog_axis
 from hessian_tools.plots.style import operator_name
 from hessian_tools.results.comparability import differing
-from hessian_tools.results.spectrum import Eigenvalue, SamplePoint, Spectrum, SpectrumResult
+from hessian_tools.results.operator_spectrum import Eigenvalue, Spectrum
+from hessian_tools.results.spectrum import SamplePoint, SpectrumResult
 from ikun_hessian.experiments.figures.chart import (
     Axis,
     Chart,

@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 
 from hessian_tools.plots.curves import Array, ValueAxis, density_curves, symlog_axis
-from hessian_tools.results.spectrum import Density, Eigenvalue, Functional, Spectrum, SpectrumResult
+from hessian_tools.results.operator_spectrum import Density, Eigenvalue, Functional, Spectrum
+from hessian_tools.results.spectrum import SpectrumResult
 from ikun_hessian.reports.html.chart import COLOURS, SvgChart, chosen_axis, legend, panels
 from ikun_hessian.reports.html.elements import (
     Html,

@@ -10,7 +10,8 @@ from hessian_tools.io.json import ResultError
 from hessian_tools.results.comparability import comparable
 from hessian_tools.results.flatness import TRUE, FlatnessResult, Metric
 from hessian_tools.results.landscape import LandscapeResult
-from hessian_tools.results.spectrum import Eigenvalue, SpectrumResult, Trace
+from hessian_tools.results.operator_spectrum import Eigenvalue, Trace
+from hessian_tools.results.spectrum import SpectrumResult
 from ikun_hessian.reports.flatness import flatness_cautions
 from ikun_hessian.reports.html.elements import Html, html, html_table, listed, number, percent, tag, value_with_error
 from ikun_hessian.reports.html.sources import MeasuredNetwork

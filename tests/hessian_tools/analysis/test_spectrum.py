@@ -21,7 +21,8 @@ from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators.base import dense
 from hessian_tools.operators.curvature import ggn, hessian
 from hessian_tools.perturbation import filter_norms, noise
-from hessian_tools.results.spectrum import Spectrum, SpectrumResult
+from hessian_tools.results.operator_spectrum import Spectrum
+from hessian_tools.results.spectrum import SpectrumResult
 from ikun.losses import LOSSES
 from ikun.networks import Network
 from ikun_hessian.reports.spectrum import spectrum_lines

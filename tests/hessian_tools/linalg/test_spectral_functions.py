@@ -20,7 +20,7 @@ from hessian_tools.linalg.spectral_density import DensityEstimate, density
 from hessian_tools.linalg.spectral_functions import effective_dimension, log_determinant, negative_share
 from hessian_tools.linalg.trace import rademacher
 from hessian_tools.operators.base import Dense, scaled
-from hessian_tools.results.spectrum import Functional
+from hessian_tools.results.operator_spectrum import Functional
 
 DAMPED = {"effective dimension": effective_dimension, "log determinant": log_determinant}
 

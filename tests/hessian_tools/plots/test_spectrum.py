@@ -29,7 +29,8 @@ from hessian_tools.plots.spectrum import rank_figure, spectrum_figure
 from hessian_tools.plots.style import save_figure
 from hessian_tools.results import spectrum as results
 from hessian_tools.results import trajectory
-from hessian_tools.results.spectrum import Density, Eigenvalue, Spectrum, SpectrumResult
+from hessian_tools.results.operator_spectrum import Density, Eigenvalue, Spectrum
+from hessian_tools.results.spectrum import SpectrumResult
 
 pytestmark = pytest.mark.usefixtures("warnings_are_errors")
 

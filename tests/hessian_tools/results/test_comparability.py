@@ -11,7 +11,8 @@ import pytest
 from hessian_tools.analysis.ranking import told_apart
 from hessian_tools.io.json import ResultError
 from hessian_tools.results.comparability import by_method, common_operators, comparable, labelled, method_of
-from hessian_tools.results.spectrum import SPECTRUM_SCHEMA, Eigenvalue, Spectrum, SpectrumResult, Trace
+from hessian_tools.results.operator_spectrum import Eigenvalue, Spectrum, Trace
+from hessian_tools.results.spectrum import SPECTRUM_SCHEMA, SpectrumResult
 from ikun_hessian.reports.spectrum import compare_lines
 
 NAN = math.nan

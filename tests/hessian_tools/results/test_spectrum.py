@@ -14,12 +14,8 @@ from hessian_tools.analysis.warnings import warnings_of
 from hessian_tools.io.files import write_atomically
 from hessian_tools.io.json import ResultError
 from hessian_tools.results.comparability import comparable, labelled
-from hessian_tools.results.spectrum import (
-    Trace,
-    load_spectrum,
-    save_spectrum,
-    to_json,
-)
+from hessian_tools.results.operator_spectrum import Trace
+from hessian_tools.results.spectrum import load_spectrum, save_spectrum, to_json
 
 NAN = float("nan")
 

@@ -18,7 +18,7 @@ from hessian_tools.analysis.landscape import LandscapeSettings, landscape
 from hessian_tools.analysis.settings import SpectrumSettings
 from hessian_tools.analysis.spectrum import spectrum
 from hessian_tools.objective import Objective, make_objective
-from hessian_tools.results.spectrum import Trace
+from hessian_tools.results.operator_spectrum import Trace
 from hessian_tools.results.text import brief, with_error
 from ikun.losses import mean_square
 

@@ -12,7 +12,8 @@ from figure_tools import run, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hessian_tools.results.spectrum import SpectrumResult, Trace
+from hessian_tools.results.operator_spectrum import Trace
+from hessian_tools.results.spectrum import SpectrumResult
 from hessian_tools.results.trajectory import RANKS, epoch, snapshots, stability_limit, trace_error, trajectory_rows
 
 

@@ -8,7 +8,8 @@ import pytest
 from spectra import NAN, full, sample
 
 from hessian_tools.results.comparability import labelled
-from hessian_tools.results.spectrum import Diagonal, StepTrace
+from hessian_tools.results.operator_spectrum import Diagonal
+from hessian_tools.results.spectrum import StepTrace
 from ikun_hessian.reports.spectrum import compare_lines, spectrum_lines
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from hessian_tools.analysis.operator_spectrum.eigenvalues import two_ends
 from hessian_tools.analysis.settings import SpectrumSettings
-from hessian_tools.results.spectrum import Eigenvalue
+from hessian_tools.results.operator_spectrum import Eigenvalue
 
 
 def pair(value: float) -> Eigenvalue:
