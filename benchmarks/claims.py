@@ -21,9 +21,9 @@ import numpy.typing as npt
 from scipy.stats import kendalltau, spearmanr
 
 from ikun.training.health import overdriven
-from ikun_hessian.experiments.comparison import compare_runs
+from ikun_hessian.experiments.comparison.comparison import compare_runs
+from ikun_hessian.experiments.comparison.statistics import LEAST, Interval, kendall, paired_shift
 from ikun_hessian.experiments.runs import gather
-from ikun_hessian.experiments.statistics import LEAST, Interval, kendall, paired_shift
 
 T = TypeVar("T")
 Json = dict[str, Any]

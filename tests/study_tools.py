@@ -13,7 +13,7 @@ import run_tools
 
 from hessian_tools.results.operator_spectrum import Spectrum
 from hessian_tools.results.spectrum import SamplePoint, SpectrumResult
-from ikun_hessian.experiments.comparison_result import Comparison, Row
+from ikun_hessian.experiments.comparison.result import Comparison, Row
 from ikun_hessian.experiments.figures.chart import Mark, Panel
 from ikun_hessian.experiments.runs import TrainingRun
 from ikun_hessian.reports.comparison import settings_lines

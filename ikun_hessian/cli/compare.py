@@ -15,7 +15,7 @@ from ikun_hessian.jobs.options import JSON
 
 if TYPE_CHECKING:
     from hessian_tools.results.spectrum import SpectrumResult
-    from ikun_hessian.experiments.comparison_result import Comparison
+    from ikun_hessian.experiments.comparison.result import Comparison
 
 
 SHOWN = 3  # reasons printed if nothing can be compared
@@ -70,8 +70,8 @@ def compare_command(
     worse than any number (for example: never reached).
     """
     from hessian_tools.io.json import ResultError
-    from ikun_hessian.experiments.comparison import ACCURACY, MARGIN, compare_settings
-    from ikun_hessian.experiments.pairing import chosen_runs, several_seeds
+    from ikun_hessian.experiments.comparison.comparison import ACCURACY, MARGIN, compare_settings
+    from ikun_hessian.experiments.comparison.pairing import chosen_runs, several_seeds
     from ikun_hessian.experiments.runs import gather
 
     if tag and Path(tag).name != tag:

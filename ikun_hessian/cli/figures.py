@@ -61,9 +61,9 @@ def figures_command(
     sharpness), robustness (loss of accuracy against sharpness), training (curvature during training), layers, samples,
     calibration. Figures that the runs cannot fill are skipped, with the reason; with --only that is an error.
     """
-    from ikun_hessian.experiments.comparison import ACCURACY
+    from ikun_hessian.experiments.comparison.comparison import ACCURACY
+    from ikun_hessian.experiments.comparison.pairing import chosen_runs
     from ikun_hessian.experiments.figures.figures import draw_all
-    from ikun_hessian.experiments.pairing import chosen_runs
     from ikun_hessian.experiments.runs import gather
 
     def report(text: str) -> None:

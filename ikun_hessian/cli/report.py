@@ -31,8 +31,8 @@ def report_command(paths: tuple[Path, ...], out: Path, by: str | None, title: st
     a single file and needs no network access. Results whose checkpoint has other weights now are not shown.
     """
     from hessian_tools.io.files import write_atomically
-    from ikun_hessian.experiments.comparison import ACCURACY
-    from ikun_hessian.experiments.pairing import require_condition
+    from ikun_hessian.experiments.comparison.comparison import ACCURACY
+    from ikun_hessian.experiments.comparison.pairing import require_condition
     from ikun_hessian.experiments.selection import parse_condition, study_defaults
     from ikun_hessian.reports.html.page import drawable, report_page
     from ikun_hessian.reports.html.sources import collect

@@ -266,7 +266,7 @@ def _tables(runs: Sequence[TrainingRun], by: str, found: Preset, folder: Path) -
     """Write tables.md, compare.csv and, if robustness was measured, robustness.csv. Return lines that name them."""
     from hessian_tools.io.files import write_atomically, write_table
     from hessian_tools.io.text import markdown
-    from ikun_hessian.experiments.comparison import compare_settings
+    from ikun_hessian.experiments.comparison.comparison import compare_settings
     from ikun_hessian.reports.comparison_files import settings_markdown, settings_rows
     from ikun_hessian.reports.robustness import robustness_markdown, robustness_rows
 

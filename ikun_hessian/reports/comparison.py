@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ikun_hessian.experiments.comparison_result import Comparison, Row
+from ikun_hessian.experiments.comparison.result import Comparison, Row
 from ikun_hessian.reports.comparison_text import (
     SIGNIFICANT,
     blocks,
@@ -63,7 +63,7 @@ def settings_lines(found: Mapping[str, Comparison | str]) -> list[str]:
 
     Args:
         found: For each setting, its comparison or the reason why its runs cannot be compared, as returned by
-            `ikun_hessian.experiments.comparison.compare_settings`.
+            `ikun_hessian.experiments.comparison.comparison.compare_settings`.
 
     Returns:
         The lines of all comparisons, followed by the legend.

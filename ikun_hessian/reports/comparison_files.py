@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hessian_tools.io.text import markdown
-from ikun_hessian.experiments.comparison_result import Comparison, Correlation, Row
-from ikun_hessian.experiments.statistics import Interval
+from ikun_hessian.experiments.comparison.result import Comparison, Correlation, Row
+from ikun_hessian.experiments.comparison.statistics import Interval
 from ikun_hessian.reports.comparison_text import (
     blocks,
     compared_settings,

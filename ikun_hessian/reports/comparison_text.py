@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from ikun_hessian.experiments import statistics as inference
-from ikun_hessian.experiments.comparison_result import Comparison, Row
+from ikun_hessian.experiments.comparison import statistics as inference
+from ikun_hessian.experiments.comparison.measures import OUTCOME, SPEED
+from ikun_hessian.experiments.comparison.result import Comparison, Row
+from ikun_hessian.experiments.comparison.statistics import LEAST, Interval
 from ikun_hessian.experiments.grouping import moment_of
-from ikun_hessian.experiments.measures import OUTCOME, SPEED
-from ikun_hessian.experiments.statistics import LEAST, Interval
 
 SIGNIFICANT = 0.05
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from hessian_tools.io.text import markdown
 from hessian_tools.results.robustness import lost
+from ikun_hessian.experiments.comparison.statistics import Interval, kendall, median
 from ikun_hessian.experiments.grouping import settings_groups, show
 from ikun_hessian.experiments.runs import TrainingRun
-from ikun_hessian.experiments.statistics import Interval, kendall, median
 
 
 def robustness_rows(runs: Sequence[TrainingRun], by: str) -> list[dict[str, Any]]:

@@ -12,8 +12,8 @@ from command_tools import FAST
 from run_tools import make_study
 
 import cli
-from ikun_hessian.experiments.comparison import compare_runs
-from ikun_hessian.experiments.comparison_result import Comparison
+from ikun_hessian.experiments.comparison.comparison import compare_runs
+from ikun_hessian.experiments.comparison.result import Comparison
 from ikun_hessian.experiments.runs import TrainingRun
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from hessian_tools.plots.style import operator_name
 from hessian_tools.results.operator_spectrum import Spectrum
 from hessian_tools.results.robustness import lost
+from ikun_hessian.experiments.comparison.measures import accuracy_gap
+from ikun_hessian.experiments.comparison.statistics import Interval, kendall
 from ikun_hessian.experiments.figures.chart import Axis, Chart, Mark, NotEnoughError, Panel, samples_of
 from ikun_hessian.experiments.figures.minima import alike
 from ikun_hessian.experiments.grouping import (
@@ -19,9 +21,7 @@ from ikun_hessian.experiments.grouping import (
     settings_groups,
     titled,
 )
-from ikun_hessian.experiments.measures import accuracy_gap
 from ikun_hessian.experiments.runs import TrainingRun
-from ikun_hessian.experiments.statistics import Interval, kendall
 
 Sharpness = Callable[[TrainingRun], float]
 MOST = 4  # largest number of measures of sharpness

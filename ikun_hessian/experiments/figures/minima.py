@@ -15,6 +15,7 @@ from hessian_tools.plots.style import operator_name
 from hessian_tools.results.comparability import differing
 from hessian_tools.results.operator_spectrum import Eigenvalue, Spectrum
 from hessian_tools.results.spectrum import SamplePoint, SpectrumResult
+from ikun_hessian.experiments.comparison.measures import ALIKE
 from ikun_hessian.experiments.figures.chart import (
     Axis,
     Chart,
@@ -37,7 +38,6 @@ from ikun_hessian.experiments.grouping import (
     show,
     titled,
 )
-from ikun_hessian.experiments.measures import ALIKE
 from ikun_hessian.experiments.runs import TrainingRun
 
 _Found = list[tuple[TrainingRun, SpectrumResult]]

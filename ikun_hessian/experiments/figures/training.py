@@ -11,6 +11,7 @@ import numpy as np
 from hessian_tools.plots.style import operator_name
 from hessian_tools.results.spectrum import SpectrumResult
 from hessian_tools.results.trajectory import trace_error
+from ikun_hessian.experiments.comparison.statistics import survival_median
 from ikun_hessian.experiments.figures.chart import (
     Axis,
     Chart,
@@ -37,7 +38,6 @@ from ikun_hessian.experiments.grouping import (
     survival,
 )
 from ikun_hessian.experiments.runs import TrainingRun
-from ikun_hessian.experiments.statistics import survival_median
 
 EPOCH = Axis("epoch", "epoch")
 SQUARE = Axis("E[f′(h)²]", "log")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from ikun_hessian.experiments.comparison_result import Comparison, Row
+from ikun_hessian.experiments.comparison.result import Comparison, Row
 from ikun_hessian.reports.comparison_text import (
     SIGNIFICANT,
     blocks,
@@ -31,7 +31,7 @@ WIDEST = 40  # characters of an interval
 
 
 def comparison_section(found: Mapping[str, Comparison | str]) -> Html:
-    """Return the comparisons of all settings (see `ikun_hessian.experiments.comparison.compare_settings`)."""
+    """Return the comparisons of all settings (see `experiments.comparison.comparison.compare_settings`)."""
     parts: list[Html] = []
     for name, c in found.items():
         body = _comparison(c) if isinstance(c, Comparison) else tag("p", f"Not compared: {c}", class_="note")

@@ -11,8 +11,8 @@ from importlib import resources
 
 from hessian_tools.io.json import ResultError
 from hessian_tools.io.text import one_line
-from ikun_hessian.experiments.comparison import ACCURACY, compare_settings
-from ikun_hessian.experiments.pairing import several_seeds
+from ikun_hessian.experiments.comparison.comparison import ACCURACY, compare_settings
+from ikun_hessian.experiments.comparison.pairing import several_seeds
 from ikun_hessian.reports.html.comparison import comparison_section
 from ikun_hessian.reports.html.elements import Html, html, tag
 from ikun_hessian.reports.html.flatness import flatness_section

@@ -13,8 +13,8 @@ from run_tools import make_run, make_study
 from study_tools import changed, row, text
 
 from hessian_tools.io.files import write_table
-from ikun_hessian.experiments.comparison import compare_runs, compare_settings
-from ikun_hessian.experiments.comparison_result import Comparison
+from ikun_hessian.experiments.comparison.comparison import compare_runs, compare_settings
+from ikun_hessian.experiments.comparison.result import Comparison
 from ikun_hessian.experiments.runs import TrainingRun
 from ikun_hessian.reports.comparison import comparison_lines
 from ikun_hessian.reports.comparison_files import comparison_rows, markdown_lines, settings_json, settings_markdown

@@ -14,10 +14,10 @@ from run_tools import LAYERS, make_run, make_study
 from study_tools import full_study, gain_study, marks, panel
 
 from hessian_tools.results.spectrum import SpectrumResult
-from ikun_hessian.experiments.comparison import compare_runs
+from ikun_hessian.experiments.comparison.comparison import compare_runs
+from ikun_hessian.experiments.comparison.measures import SPEED
 from ikun_hessian.experiments.figures.chart import NotEnoughError
 from ikun_hessian.experiments.figures.training import epochs_chart, gain_chart, start_chart, training_chart
-from ikun_hessian.experiments.measures import SPEED
 from ikun_hessian.experiments.runs import TrainingRun
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from ikun_hessian.experiments.censored import CensoredPairs, censored_pairs
-from ikun_hessian.experiments.sample_size import sample_size
-from ikun_hessian.experiments.statistics import LEAST, equivalence, least_pairs, signed_rank
+from ikun_hessian.experiments.comparison.censored import CensoredPairs, censored_pairs
+from ikun_hessian.experiments.comparison.sample_size import sample_size
+from ikun_hessian.experiments.comparison.statistics import LEAST, equivalence, least_pairs, signed_rank
 
 
 def exactly(n: int, mean: float, spread: float) -> npt.NDArray[np.float64]:

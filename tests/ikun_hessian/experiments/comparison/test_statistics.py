@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from ikun_hessian.experiments.statistics import (
+from ikun_hessian.experiments.comparison.statistics import (
     Interval,
     effect_size,
     equivalence,

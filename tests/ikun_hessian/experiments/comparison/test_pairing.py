@@ -10,9 +10,9 @@ from run_tools import make_run, make_study
 from study_tools import row, text
 
 from hessian_tools.io.json import ResultError
-from ikun_hessian.experiments.comparison import compare_runs, compare_settings
-from ikun_hessian.experiments.comparison_result import Comparison
-from ikun_hessian.experiments.pairing import chosen_runs, several_seeds
+from ikun_hessian.experiments.comparison.comparison import compare_runs, compare_settings
+from ikun_hessian.experiments.comparison.pairing import chosen_runs, several_seeds
+from ikun_hessian.experiments.comparison.result import Comparison
 from ikun_hessian.experiments.runs import TrainingRun
 
 

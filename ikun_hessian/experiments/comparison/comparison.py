@@ -4,8 +4,8 @@ For each measure, the comparison reports the median over seeds and the paired di
 with the same seed are paired, which cancels effects of the seed. If other settings vary too (optimizer, data, ...),
 each combination of them is compared on its own: pairs from different settings are not independent, and the effect of a
 level may differ between them. Positive measures are compared by their ratio, all others by their difference. The
-statistics are based on ranks (see `ikun_hessian.experiments.statistics`); a run that diverged counts as worse than any
-other.
+statistics are based on ranks (see `ikun_hessian.experiments.comparison.statistics`); a run that diverged counts as
+worse than any other.
 """
 
 from __future__ import annotations
@@ -20,9 +20,22 @@ import numpy.typing as npt
 
 from hessian_tools.io.json import ResultError
 from hessian_tools.results.comparability import Unlike, refuse_unlike
-from ikun_hessian.experiments import statistics as inference
-from ikun_hessian.experiments.censored import CensoredPairs, censored_pairs
-from ikun_hessian.experiments.comparison_result import Comparison, Correlation, Row, StartingCost
+from ikun_hessian.experiments.comparison import statistics as inference
+from ikun_hessian.experiments.comparison.censored import CensoredPairs, censored_pairs
+from ikun_hessian.experiments.comparison.measures import (
+    CURVATURES,
+    FLAT,
+    SPEED,
+    LeftOut,
+    Measure,
+    accuracy_gap,
+    measures,
+    unlike_results,
+    unlike_samples,
+)
+from ikun_hessian.experiments.comparison.pairing import Paired, pair_runs
+from ikun_hessian.experiments.comparison.result import Comparison, Correlation, Row, StartingCost
+from ikun_hessian.experiments.comparison.sample_size import sample_size
 from ikun_hessian.experiments.grouping import (
     at_moment,
     cut,
@@ -34,19 +47,6 @@ from ikun_hessian.experiments.grouping import (
     plain,
     settings_groups,
 )
-from ikun_hessian.experiments.measures import (
-    CURVATURES,
-    FLAT,
-    SPEED,
-    LeftOut,
-    Measure,
-    accuracy_gap,
-    measures,
-    unlike_results,
-    unlike_samples,
-)
-from ikun_hessian.experiments.pairing import Paired, pair_runs
-from ikun_hessian.experiments.sample_size import sample_size
 
 if TYPE_CHECKING:
     from ikun_hessian.experiments.runs import TrainingRun

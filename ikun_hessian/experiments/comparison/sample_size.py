@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from ikun_hessian.experiments.statistics import LEAST, LEVEL, NAN, Values, known_values, least_pairs
+from ikun_hessian.experiments.comparison.statistics import LEAST, LEVEL, NAN, Values, known_values, least_pairs
 
 POWER = 0.8
 EFFICIENCY = 3 / math.pi  # of the signed-rank test relative to the t test, for normal differences

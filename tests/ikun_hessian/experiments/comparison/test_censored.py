@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ikun_hessian.experiments.censored import CensoredPairs, censored_pairs
-from ikun_hessian.experiments.statistics import paired_shift, signed_rank
+from ikun_hessian.experiments.comparison.censored import CensoredPairs, censored_pairs
+from ikun_hessian.experiments.comparison.statistics import paired_shift, signed_rank
 
 
 def simulated(random: np.random.Generator, n: int, ratio: float, horizon: float, epochs: bool = False) -> CensoredPairs:

@@ -16,10 +16,10 @@ from scipy import stats
 from study_tools import changed, row, text
 
 from hessian_tools.io.json import ResultError
-from ikun_hessian.experiments.comparison import _differences, compare_runs, compare_settings
-from ikun_hessian.experiments.comparison_result import Comparison
-from ikun_hessian.experiments.measures import GAP
-from ikun_hessian.experiments.pairing import chosen_runs
+from ikun_hessian.experiments.comparison.comparison import _differences, compare_runs, compare_settings
+from ikun_hessian.experiments.comparison.measures import GAP
+from ikun_hessian.experiments.comparison.pairing import chosen_runs
+from ikun_hessian.experiments.comparison.result import Comparison
 from ikun_hessian.experiments.runs import TrainingRun
 from ikun_hessian.reports.comparison import comparison_lines, settings_lines
 from ikun_hessian.reports.comparison_files import settings_json, settings_markdown, settings_rows

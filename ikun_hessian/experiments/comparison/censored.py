@@ -18,7 +18,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from ikun_hessian.experiments.statistics import (
+from ikun_hessian.experiments.comparison.statistics import (
     INF,
     LEAST,
     LEVEL,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from ikun_hessian.experiments.measures import LeftOut
-from ikun_hessian.experiments.sample_size import SampleSize
-from ikun_hessian.experiments.statistics import Interval
+from ikun_hessian.experiments.comparison.measures import LeftOut
+from ikun_hessian.experiments.comparison.sample_size import SampleSize
+from ikun_hessian.experiments.comparison.statistics import Interval
 
 NAN = math.nan
 NO_INTERVAL, NO_SIZE = Interval(), SampleSize()
@@ -33,7 +33,7 @@ class Row:
         shift: Hodges-Lehmann estimate of the ratio or difference to the reference. The interval holds the values that
             the test of `p` does not reject.
         p: Exact p-value of the signed-rank test. For epochs with censored runs, times are truncated to the window in
-            which both runs of a pair were observed (see `ikun_hessian.experiments.censored`).
+            which both runs of a pair were observed (see `ikun_hessian.experiments.comparison.censored`).
         holm: p adjusted for the comparisons of the family by Holm's method.
         equivalence: p-value of the two one-sided tests that the ratio lies outside the margin, adjusted in the same
             way.
