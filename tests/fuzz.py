@@ -54,7 +54,8 @@ from ikun.networks import Network, Spec
 from ikun.training import loop as training
 from ikun.training.resume import read_resume
 from ikun.training.spec import TrainingSpec
-from ikun_hessian.experiments import grid, plan, preset, runs
+from ikun_hessian.experiments import runs
+from ikun_hessian.experiments.study import grid, plan, preset
 from ikun_hessian.reports.spectrum import compare_lines
 
 ROOT = Path(__file__).parents[1]

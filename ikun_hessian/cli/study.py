@@ -18,18 +18,18 @@ import click
 from ikun_hessian.cli.click_options import options
 from ikun_hessian.cli.screen import FailedError, echo
 from ikun_hessian.cli.signals import end_with, interrupted_by
-from ikun_hessian.experiments import preset
-from ikun_hessian.experiments.grid import run_grid
-from ikun_hessian.experiments.preset import AnalysisTable, Preset, PresetError
 from ikun_hessian.experiments.selection import parse_condition
+from ikun_hessian.experiments.study import preset
+from ikun_hessian.experiments.study.grid import run_grid
+from ikun_hessian.experiments.study.preset import AnalysisTable, Preset, PresetError
 from ikun_hessian.jobs.device import half_of_the_memory, pick
 from ikun_hessian.jobs.options import DATA_DIR, DEVICE, MOST_MEMORY
 from ikun_hessian.jobs.schema import Option
 
 if TYPE_CHECKING:
-    from ikun_hessian.experiments.plan import StudyPlan
     from ikun_hessian.experiments.runs import TrainingRun
-    from ikun_hessian.experiments.unit import Unit
+    from ikun_hessian.experiments.study.plan import StudyPlan
+    from ikun_hessian.experiments.study.unit import Unit
 
 
 PUBLISHED = AnalysisTable(
@@ -105,7 +105,7 @@ def study_command(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with _alone(folder):
-            from ikun_hessian.experiments.study_record import settle
+            from ikun_hessian.experiments.study.record import settle
 
             settle(plan.record, folder, force)
             failures = _work(plan.units, jobs)
@@ -142,7 +142,7 @@ def _published(found: Preset, wanted: bool | None) -> Preset:
 
 
 def _plan(found: Preset, folder: Path, data_dir: Path | None, device: str, memory: float, force: bool) -> StudyPlan:
-    from ikun_hessian.experiments import plan
+    from ikun_hessian.experiments.study import plan
 
     return plan.make(found, folder, data_dir=data_dir, device=device, memory=memory, leader=os.getpid(), force=force)
 
@@ -187,7 +187,7 @@ def _state(unit: Unit) -> str:
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the lock of a study's folder, after the worker processes of a killed study have ended there."""
     from hessian_tools.io.files import alone, locked
-    from ikun_hessian.experiments.runner import WORKING
+    from ikun_hessian.experiments.study.runner import WORKING
 
     with contextlib.ExitStack() as held:
         try:
@@ -224,7 +224,7 @@ def _work(units: Sequence[Unit], jobs: int) -> dict[str, str]:
 
 
 def _named(unit: Unit) -> tuple[str, str]:
-    from ikun_hessian.experiments.runner import run_unit
+    from ikun_hessian.experiments.study.runner import run_unit
 
     return unit.name, run_unit(unit)
 

@@ -39,7 +39,7 @@ def study_defaults(paths: Sequence[Path]) -> tuple[str | None, float | None]:
         ignored.
     """
     from hessian_tools.io.json import ResultError, load_result
-    from ikun_hessian.experiments.study_record import STUDY_SCHEMA
+    from ikun_hessian.experiments.study.record import STUDY_SCHEMA
 
     found: list[_Study] = []
     for folder in (path for path in paths if path.is_dir()):

@@ -32,7 +32,7 @@ from hessian_tools.io import files
 from hessian_tools.io.files import alone, locked
 from ikun.checkpoint import load_checkpoint, read_plain, save_checkpoint
 from ikun_hessian.cli.signals import end_by_signals
-from ikun_hessian.experiments import runner
+from ikun_hessian.experiments.study import runner
 from ikun_hessian.jobs import existing_results as earlier
 
 ROOT = Path(__file__).parents[2]
@@ -217,7 +217,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("begun")
 
-    for work in ("ikun.training.loop.train", "ikun_hessian.experiments.runner.run_unit"):
+    for work in ("ikun.training.loop.train", "ikun_hessian.experiments.study.runner.run_unit"):
         monkeypatch.setattr(work, never)
     for work in ("spectrum.spectrum", "flatness.flatness.flatness", "landscape.landscape"):
         monkeypatch.setattr(f"hessian_tools.analysis.{work}", never)

@@ -23,11 +23,11 @@ from hessian_tools.io.files import locked
 from ikun.checkpoint import save_checkpoint
 from ikun.training import loop as training
 from ikun_hessian.cli.study import _gathered
-from ikun_hessian.experiments import plan, runner
-from ikun_hessian.experiments import unit as unit_files
-from ikun_hessian.experiments.preset import read_preset
 from ikun_hessian.experiments.runs import gather
-from ikun_hessian.experiments.study_record import changed
+from ikun_hessian.experiments.study import plan, runner
+from ikun_hessian.experiments.study import unit as unit_files
+from ikun_hessian.experiments.study.preset import read_preset
+from ikun_hessian.experiments.study.record import changed
 
 TINY = """
 title = "Tiny"
@@ -400,7 +400,7 @@ def test_a_worker_dies_with_its_study(tmp_path: Path) -> None:
     """Whose lock it holds: the next study waits for it."""
     (tmp_path / "runs").mkdir()
     worker = "import sys, time; from types import SimpleNamespace as N\n"
-    worker += "from ikun_hessian.experiments.runner import _working\n"
+    worker += "from ikun_hessian.experiments.study.runner import _working\n"
     worker += "from pathlib import Path\n"
     worker += (
         "with _working(N(runs=Path(sys.argv[1]), study=int(sys.argv[2]))): print('up', flush=True); time.sleep(60)"

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ikun.initializers.names import INITIALIZERS
-from ikun_hessian.experiments.own_training import AS_BUILT, OwnTraining, code_of, refuse_call
-from ikun_hessian.experiments.preset import Preset, PresetError
-from ikun_hessian.experiments.step_sizes import check_sizes
-from ikun_hessian.experiments.unit import Step
+from ikun_hessian.experiments.study.own_training import AS_BUILT, OwnTraining, code_of, refuse_call
+from ikun_hessian.experiments.study.preset import Preset, PresetError
+from ikun_hessian.experiments.study.step_sizes import check_sizes
+from ikun_hessian.experiments.study.unit import Step
 from ikun_hessian.jobs.errors import UsageError
 from ikun_hessian.jobs.job import Own
 from ikun_hessian.jobs.options import OWN, TRAIN

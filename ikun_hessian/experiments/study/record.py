@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ikun_hessian.experiments import preset
-from ikun_hessian.experiments.preset import PresetError
+from ikun_hessian.experiments.study import preset
+from ikun_hessian.experiments.study.preset import PresetError
 
 STUDY_SCHEMA = "ikun-hessian/study/1"
 IN_NAMES = {

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ikun.initializers.catalog import INITIALIZERS
-from ikun_hessian.experiments import grid, plan, preset
-from ikun_hessian.experiments.preset import PresetError
+from ikun_hessian.experiments.study import grid, plan, preset
+from ikun_hessian.experiments.study.preset import PresetError
 
 TINY = """
 title = "T"

@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ikun_hessian.experiments import preset
-from ikun_hessian.experiments.grid import run_grid
-from ikun_hessian.experiments.our_training import OurTraining
-from ikun_hessian.experiments.own_plan import own_trainings
-from ikun_hessian.experiments.own_training import OwnTraining
-from ikun_hessian.experiments.preset import AnalysisTable, Preset, PresetError
-from ikun_hessian.experiments.step_sizes import check_sizes
-from ikun_hessian.experiments.study_record import STUDY_SCHEMA, others
-from ikun_hessian.experiments.unit import Step, Unit
+from ikun_hessian.experiments.study import preset
+from ikun_hessian.experiments.study.grid import run_grid
+from ikun_hessian.experiments.study.our_training import OurTraining
+from ikun_hessian.experiments.study.own_plan import own_trainings
+from ikun_hessian.experiments.study.own_training import OwnTraining
+from ikun_hessian.experiments.study.preset import AnalysisTable, Preset, PresetError
+from ikun_hessian.experiments.study.record import STUDY_SCHEMA, others
+from ikun_hessian.experiments.study.step_sizes import check_sizes
+from ikun_hessian.experiments.study.unit import Step, Unit
 from ikun_hessian.jobs.analyses.flatness import flatness_settings
 from ikun_hessian.jobs.analyses.robustness import robustness_settings
 from ikun_hessian.jobs.analyses.spectrum import spectrum_settings

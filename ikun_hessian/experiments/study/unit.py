@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ikun_hessian.experiments.our_training import OurTraining
-    from ikun_hessian.experiments.own_training import OwnTraining
+    from ikun_hessian.experiments.study.our_training import OurTraining
+    from ikun_hessian.experiments.study.own_training import OwnTraining
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from ikun_hessian.experiments.preset import PresetError
-from ikun_hessian.experiments.unit import Step
+from ikun_hessian.experiments.study.preset import PresetError
+from ikun_hessian.experiments.study.unit import Step
 
 
 def check_sizes(where: str, sizes: Mapping[str, int], steps: Sequence[Step]) -> None:

@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from ikun_hessian.experiments.preset import Preset, PresetError, text
+from ikun_hessian.experiments.study.preset import Preset, PresetError, text
 
 MOST_RUNS = 1000
 MOST_FORCED = 100_000  # more would not fit into memory

@@ -46,7 +46,7 @@ from typing import Any
 
 from ikun_hessian.jobs.schema import meant
 
-FOLDER = Path(__file__).parent / "presets"
+FOLDER = Path(__file__).parents[1] / "presets"
 LONGEST = 1000  # characters of an error message
 DEEPEST, MOST_VALUES = 30, 20_000  # nested tables and lists; keys and values of a file
 MOMENTS = ("final", "loss", "snapshots")

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ikun_hessian.experiments.unit import Step, Unit, is_measured
+from ikun_hessian.experiments.study.unit import Step, Unit, is_measured
 from ikun_hessian.jobs.errors import in_options
 from ikun_hessian.jobs.user.code import users_error
 
