@@ -26,9 +26,9 @@ from ikun.adapters.libraries.sinabs import SINABS
 from ikun.adapters.libraries.snntorch import SNNTORCH
 from ikun.adapters.libraries.spikingjelly import SPIKINGJELLY
 from ikun.adapters.node_choices import replace_neurons
-from ikun.adapters.readout import check_valid, parted
-from ikun.adapters.time_checks import check_independence, check_steps, time_axis_of
-from ikun.adapters.time_loop import InTime, TimePlan, clear_state
+from ikun.adapters.time.checks import check_independence, check_steps, time_axis_of
+from ikun.adapters.time.loop import InTime, TimePlan, clear_state
+from ikun.adapters.time.readout import check_valid, parted
 from ikun.adapters.two_jet import Jet, Steeper
 from ikun.adapters.validation import (
     detached,

@@ -7,7 +7,7 @@ from torch import Tensor
 from ikun.adapters.base import Library
 from ikun.adapters.libraries import norse_nodes, sinabs_nodes, snntorch_nodes, spikingjelly_nodes
 from ikun.adapters.neuron_nodes import Fit, use_nodes
-from ikun.adapters.time_loop import InTime
+from ikun.adapters.time.loop import InTime
 
 FITS: dict[str, Fit] = {
     "spikingjelly": spikingjelly_nodes.spikingjelly_node,

@@ -11,7 +11,7 @@ from hessian_tools.evaluation import copy_model
 from ikun.adapters.adapt_network import Adapted
 from ikun.adapters.base import AdapterError
 from ikun.adapters.summary import inputs_of
-from ikun.adapters.time_loop import InTime, clear_state
+from ikun.adapters.time.loop import InTime, clear_state
 from ikun.nodes.variants import Changed, Relaxing, ReversingTies
 
 STEP = 1e-5  # of the central difference that tests the derivative of a relaxed network

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ikun.adapters.base import Library, Slot, bases
-from ikun.adapters.time_loop import default_dtype
+from ikun.adapters.time.loop import default_dtype
 from ikun.adapters.two_jet import Jet, two_jet
 
 

@@ -112,7 +112,7 @@ class OwnTraining:
         from ikun.adapters.adapt_network import bare
         from ikun.adapters.layer_activity import layer_activity
         from ikun.adapters.summary import inputs_of
-        from ikun.adapters.time_loop import InTime
+        from ikun.adapters.time.loop import InTime
         from ikun.checkpoint import save_atomically
         from ikun.initializers.catalog import initialize_module
         from ikun.layer_statistics import batch_norm_by_batch

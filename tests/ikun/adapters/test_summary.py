@@ -14,7 +14,7 @@ from hessian_tools.operators.curvature import hessian
 from ikun.adapters import AdapterError, adapt
 from ikun.adapters.base import nothing
 from ikun.adapters.summary import described, firing_rates
-from ikun.adapters.time_loop import InTime, TimePlan
+from ikun.adapters.time.loop import InTime, TimePlan
 from ikun.losses import LOSSES
 from ikun.surrogates import Surrogate, spike
 

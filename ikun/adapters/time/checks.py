@@ -10,7 +10,7 @@ from torch import nn
 
 from hessian_tools import nested
 from ikun.adapters.base import AdapterError, Library, run_forward
-from ikun.adapters.time_loop import InTime
+from ikun.adapters.time.loop import InTime
 from ikun.adapters.two_jet import Jet, Steeper
 from ikun.adapters.validation import LEAK, coupled
 

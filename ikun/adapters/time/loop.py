@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hessian_tools import nested
 from ikun.adapters.base import AdapterError, run_forward
 from ikun.adapters.choices import OUTPUTS
-from ikun.adapters.readout import parted, read_out
+from ikun.adapters.time.readout import parted, read_out
 
 
 @dataclass(frozen=True)
