@@ -81,10 +81,11 @@ def test_samples_taken_for_time_are_refused(gain: float) -> None:
 
 def test_without_a_number_of_steps() -> None:
     spikingjelly = pytest.importorskip("spikingjelly.activation_based")
+    functional = pytest.importorskip("spikingjelly.activation_based.functional")
 
     def net(mode: str) -> nn.Module:
         made = nn.Sequential(spikingjelly.layer.Linear(5, 3), spikingjelly.neuron.IFNode())
-        spikingjelly.functional.set_step_mode(made, mode)
+        functional.set_step_mode(made, mode)
         return made
 
     with pytest.raises(AdapterError, match="the layers take the samples for time steps: give steps="):
