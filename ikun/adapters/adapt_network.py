@@ -25,7 +25,7 @@ from ikun.adapters.libraries.norse import NORSE
 from ikun.adapters.libraries.sinabs import SINABS
 from ikun.adapters.libraries.snntorch import SNNTORCH
 from ikun.adapters.libraries.spikingjelly import SPIKINGJELLY
-from ikun.adapters.node_choices import replace_neurons
+from ikun.adapters.nodes.choices import replace_neurons
 from ikun.adapters.time.checks import check_independence, check_steps, time_axis_of
 from ikun.adapters.time.loop import InTime, TimePlan, clear_state
 from ikun.adapters.time.readout import check_valid, parted

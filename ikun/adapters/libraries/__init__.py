@@ -1,1 +1,1 @@
-"""What is known of each library: its layers, its neurons as nodes, and its files."""
+"""What is known of each library: its layers, its state and its files."""

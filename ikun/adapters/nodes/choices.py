@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from ikun.adapters.base import Library
-from ikun.adapters.libraries import norse_nodes, sinabs_nodes, snntorch_nodes, spikingjelly_nodes
-from ikun.adapters.neuron_nodes import Fit, use_nodes
+from ikun.adapters.nodes import norse, sinabs, snntorch, spikingjelly
+from ikun.adapters.nodes.replacement import Fit, use_nodes
 from ikun.adapters.time.loop import InTime
 
 FITS: dict[str, Fit] = {
-    "spikingjelly": spikingjelly_nodes.spikingjelly_node,
-    "snntorch": snntorch_nodes.snntorch_node,
-    "norse": norse_nodes.norse_node,
-    "sinabs": sinabs_nodes.sinabs_node,
+    "spikingjelly": spikingjelly.spikingjelly_node,
+    "snntorch": snntorch.snntorch_node,
+    "norse": norse.norse_node,
+    "sinabs": sinabs.sinabs_node,
 }
 
 

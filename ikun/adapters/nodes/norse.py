@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hessian_tools.engine.nodes import valued
 from ikun.adapters.libraries.norse import norse_takes_time, surrogate_in
-from ikun.adapters.neuron_nodes import LibraryNode, Plan, UnfitError, surrogate_plan
+from ikun.adapters.nodes.replacement import LibraryNode, Plan, UnfitError, surrogate_plan
 from ikun.adapters.two_jet import Jet
 from ikun.nodes.autograd import neurons
 from ikun.nodes.passes import ScanSpec

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hessian_tools.engine.nodes import valued
 from ikun.adapters.libraries.sinabs import SpikeFunction
-from ikun.adapters.neuron_nodes import LibraryNode, Plan, UnfitError, library_class, surrogate_plan
+from ikun.adapters.nodes.replacement import LibraryNode, Plan, UnfitError, library_class, surrogate_plan
 from ikun.nodes.autograd import neurons
 from ikun.nodes.passes import ScanSpec
 

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from hessian_tools.engine.nodes import valued
 from hessian_tools.engine.tape import State, run_step
-from ikun.adapters.neuron_nodes import LibraryNode, Plan, UnfitError, library_class, library_surrogate, surrogate_plan
+from ikun.adapters.nodes.replacement import (
+    LibraryNode,
+    Plan,
+    UnfitError,
+    library_class,
+    library_surrogate,
+    surrogate_plan,
+)
 from ikun.nodes.autograd import neurons
 from ikun.nodes.passes import ScanSpec
 from ikun.nodes.recurrent import recurrent_neurons

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from hessian_tools.engine.tape import run_step
 from ikun.adapters.libraries.spikingjelly import takes_time
-from ikun.adapters.neuron_nodes import LibraryNode, Plan, UnfitError, library_class, library_surrogate, surrogate_plan
+from ikun.adapters.nodes.replacement import (
+    LibraryNode,
+    Plan,
+    UnfitError,
+    library_class,
+    library_surrogate,
+    surrogate_plan,
+)
 from ikun.nodes.autograd import neurons
 from ikun.nodes.passes import ScanSpec
 

@@ -10,8 +10,9 @@ import torch
 from node_oracle import X, compare
 from torch import Tensor, nn
 
-from ikun.adapters import adapt, node_choices
-from ikun.adapters.libraries import spikingjelly_nodes
+from ikun.adapters import adapt
+from ikun.adapters.nodes import choices
+from ikun.adapters.nodes import spikingjelly as spikingjelly_nodes
 from ikun.surrogates import Surrogate, spike
 
 functional, layer, neuron, surrogate, base = (
@@ -200,6 +201,6 @@ def test_a_node_with_other_equations_is_not_used(
         spec = replace(plan.spec, **({"threshold": 0.3} if exact else change))
         return base, replace(plan, spec=spec, exact=exact)
 
-    monkeypatch.setitem(node_choices.FITS, "spikingjelly", wrong)
+    monkeypatch.setitem(choices.FITS, "spikingjelly", wrong)
     nodes = compare(network(neuron.LIFNode, "m", v_threshold=0.4))
     assert nodes == {"1": reason, "3": reason}
