@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import cli
+from ikun_hessian.jobs.progress_bar import Bar
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "checkpoints"
@@ -42,6 +43,21 @@ def fails(capture: Capture, code: int, message: str, *arguments: str) -> None:
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     assert message in lines[0]
+
+
+def interrupted(run: list[str], phase: str, call: int) -> None:
+    """The command ends with code 130 if it is interrupted where it reports its progress in a phase."""
+    calls = 0
+
+    def stop(self: object, name: str, done: int, total: int, worst: float = 0.0) -> None:
+        nonlocal calls
+        calls += name == phase
+        if calls == call:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bar, "update", stop)
+        assert cli.run(run) == 130
 
 
 @contextlib.contextmanager

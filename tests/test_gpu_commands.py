@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from command_tools import FAST, Capture, equal, fails
+from command_tools import FAST, Capture, equal, fails, interrupted
 
 import cli
 from ikun.checkpoint import load_checkpoint
-from ikun_hessian.jobs.progress_bar import Bar
 
 pytestmark = [
     pytest.mark.gpu,
@@ -134,19 +133,9 @@ def test_a_command_runs_on_the_device_of_its_number(folder: Path, tmp_path: Path
     [("hessian: eigenvalues", 5), pytest.param("ggn: trace", 2, marks=pytest.mark.extended)],
 )
 def test_an_interrupted_run_resumes_on_the_device_bit_for_bit(
-    folder: Path, tmp_path: Path, phase: str, call: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, phase: str, call: int
 ) -> None:
     run = ["spectrum", str(folder / "a.pt"), *FAST, "--device", "cuda", "--memory", "1", "--out", str(tmp_path)]
-    calls = 0
-
-    def stop(self: object, name: str, done: int, total: int, worst: float) -> None:
-        nonlocal calls
-        calls += name == phase
-        if calls == call:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Bar, "update", stop)
-        assert cli.run(run) == 130
+    interrupted(run, phase, call)
     assert cli.run([*run, "--resume"]) == 0
     equal(tmp_path / "a", folder / "a.cuda.x")

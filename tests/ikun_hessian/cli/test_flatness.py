@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_tools import Capture, fails
+from command_tools import Capture, fails, interrupted
 from result_tools import numbers
 
 import cli
@@ -22,7 +22,6 @@ from hessian_tools.results.flatness import FLATNESS_SCHEMA, FlatnessResult
 from ikun_hessian.jobs.analyses.calibration import calibration_of, own_calibration
 from ikun_hessian.jobs.job import Job
 from ikun_hessian.jobs.open import open_job
-from ikun_hessian.jobs.progress_bar import Bar
 
 QUICK = ["--samples", "6", "--draws", "4", "--batch-size", "6"]
 
@@ -99,20 +98,10 @@ def test_other_settings_do_not_overwrite(trained: Path, measured: Path, capsys: 
 
 
 def test_an_interrupted_run_resumes_to_the_same_file(
-    trained: Path, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    trained: Path, measured: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     part = ["flatness", str(trained / "a.pt"), *QUICK, "--out", str(tmp_path)]
-    calls = 0
-
-    def stop(self: object, name: str, done: int, total: int, worst: float = 0.0) -> None:
-        nonlocal calls
-        calls += name == "hessian scaled: eigenvalues"
-        if calls == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Bar, "update", stop)
-        assert cli.run(part) == 130
+    interrupted(part, "hessian scaled: eigenvalues", 3)
     assert "with --resume to continue" in capsys.readouterr().err
     assert not (tmp_path / "a.flatness.json").exists()
     fails(capsys, 2, "an interrupted analysis. Use --resume", *part)

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_tools import Capture, fails
+from command_tools import Capture, fails, interrupted
 from result_tools import numbers
 
 import cli
 from hessian_tools.io.json import load_result
 from hessian_tools.results.landscape import LANDSCAPE_SCHEMA, LandscapeResult
-from ikun_hessian.jobs.progress_bar import Bar
 
 QUICK = ["--samples", "40", "--points", "5", "--plane-points", "3"]
 
@@ -92,20 +91,10 @@ def test_other_settings_do_not_overwrite(trained: Path, drawn: Path, capsys: Cap
 
 @pytest.mark.parametrize("phase", ["line gradient", "plane top1,negative"])
 def test_an_interrupted_run_resumes_to_the_same_file(
-    trained: Path, drawn: Path, tmp_path: Path, phase: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    trained: Path, drawn: Path, tmp_path: Path, phase: str, capsys: Capture
 ) -> None:
     part = ["landscape", str(trained / "a.pt"), *QUICK, "--out", str(tmp_path)]
-    calls = 0
-
-    def stop(self: object, name: str, done: int, total: int, worst: float) -> None:
-        nonlocal calls
-        calls += name == phase
-        if calls == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Bar, "update", stop)
-        assert cli.run(part) == 130
+    interrupted(part, phase, 3)
     assert "with --resume to continue" in capsys.readouterr().err
     assert not (tmp_path / "a.landscape.json").exists()
     fails(capsys, 2, "an interrupted analysis. Use --resume", *part)

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_tools import FAST, KILL, ROOT, Capture, equal, fails
+from command_tools import FAST, KILL, ROOT, Capture, equal, fails, interrupted
 
 import cli
-from ikun_hessian.jobs.progress_bar import Bar
 
 PHASES = ["symmetry", "eigenvalues", "density", "trace", "error from the data", "scale-free"]
 
@@ -22,21 +21,11 @@ PHASES = ["symmetry", "eigenvalues", "density", "trace", "error from the data", 
     ("phase", "call"), [*((f"hessian: {p}", c) for p in PHASES for c in (1, 2)), ("ggn: density", 9)]
 )
 def test_a_run_interrupted_in_any_phase_resumes_to_the_same_file(
-    analysed: Path, tmp_path: Path, phase: str, call: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    analysed: Path, tmp_path: Path, phase: str, call: int, capsys: Capture
 ) -> None:
     """Stopped at the beginning or in the middle of a phase, resumed: the same arrays as without the interruption."""
     part = ["spectrum", str(analysed / "a.pt"), *FAST, "--out", str(tmp_path)]
-    calls = 0
-
-    def stop(self: object, name: str, done: int, total: int, worst: float) -> None:
-        nonlocal calls
-        calls += name == phase
-        if calls == call:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Bar, "update", stop)
-        assert cli.run(part) == 130
+    interrupted(part, phase, call)
     assert cli.run([*part, "--resume"]) == 0
     equal(tmp_path / "a", analysed / "a")
     assert not list(tmp_path.glob("*.resume*"))
@@ -70,20 +59,11 @@ def test_a_killed_run_resumes_to_the_same_file(
     assert not list(tmp_path.glob("*.resume*"))
 
 
-def test_resuming_with_changed_settings_is_refused(
-    analysed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_resuming_with_changed_settings_is_refused(analysed: Path, tmp_path: Path, capsys: Capture) -> None:
     for file in ("a", "b"):
         shutil.copy(analysed / f"{file}.pt", tmp_path)
     part = ["spectrum", str(tmp_path / "a.pt"), *FAST]
-
-    def stop(self: object, name: str, done: int, total: int, worst: float) -> None:
-        if name == "hessian: density":
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Bar, "update", stop)
-        assert cli.run(part) == 130
+    interrupted(part, "hessian: density", 1)
     fails(capsys, 2, "an interrupted analysis. Use --resume", *part)
     fails(capsys, 2, "the settings changed since", *part, "--seed", "3", "--resume")
     fails(capsys, 2, "(--resume with the same settings, or --force)", *part, "--samples", "90", "--resume")
