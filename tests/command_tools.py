@@ -17,6 +17,22 @@ from ikun_hessian.jobs.progress_bar import Bar
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "checkpoints"
 FAST = ["--top", "3", "--smallest", "2", "--steps", "8", "--probes", "2", "--samples", "96"]
+TINY_TRAINING = """
+[train]
+model = "mlp"
+hidden = [8]
+norm = "none"
+epochs = 2
+subset = 64
+batch-size = 16
+"""
+TINY_SPECTRUM = """
+operator = "ggn"
+samples = 32
+top = 1
+smallest = 0
+density = false
+"""
 KILL = """
 import os, signal, sys
 import cli

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_tools import ROOT, TINY_SPECTRUM
 
 import cli
 from hessian_tools import resume as phases
@@ -35,9 +36,8 @@ from ikun_hessian.cli.signals import end_by_signals
 from ikun_hessian.experiments.study import runner
 from ikun_hessian.jobs import existing_results as earlier
 
-ROOT = Path(__file__).parents[2]
 SMALL = ["--model", "mlp", "--hidden", "6", "--norm", "none", "--subset", "40", "--batch-size", "20", "--lr", "0.02"]
-STUDY = """
+STUDY = f"""
 title = "Tiny"
 by = "init"
 seeds = 1
@@ -53,12 +53,7 @@ lr = 0.02
 [vary]
 init = ["kaiming", "ikun"]
 [[spectrum]]
-operator = "ggn"
-samples = 16
-top = 1
-smallest = 0
-density = false
-"""
+{TINY_SPECTRUM}"""
 # DATA and OUT are folders
 COMMANDS = {
     "train": " ".join([*SMALL, "--epochs 3 --snapshots 1 --out OUT/x.pt"]),
@@ -88,7 +83,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ended(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A command and the folders that the script left: whole, killed, signals."""
     folder = tmp_path_factory.mktemp(request.param)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     command = [sys.executable, __file__, request.param, str(data), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

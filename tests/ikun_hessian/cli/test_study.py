@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_tools import ROOT, Capture, fails, limited
+from command_tools import ROOT, TINY_SPECTRUM, TINY_TRAINING, Capture, fails, limited
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 import cli
@@ -29,21 +29,14 @@ from ikun_hessian.experiments.study import unit as unit_files
 from ikun_hessian.experiments.study.preset import read_preset
 from ikun_hessian.experiments.study.record import changed
 
-TINY = """
+TINY = f"""
 title = "Tiny"
 question = "Which?"
 by = "init"
 seeds = 2
 accuracy = 0.2
 figures = ["epochs"]
-[train]
-model = "mlp"
-hidden = [8]
-norm = "none"
-epochs = 2
-subset = 64
-batch-size = 16
-lr = 0.02
+{TINY_TRAINING}lr = 0.02
 save-at-loss = [0.11]
 [vary]
 init = ["kaiming", "ikun"]
@@ -51,12 +44,7 @@ init = ["kaiming", "ikun"]
 alpha = 0.1
 [[spectrum]]
 at = ["final", "loss"]
-operator = "ggn"
-samples = 32
-top = 1
-smallest = 0
-density = false
-[robustness]
+{TINY_SPECTRUM}[robustness]
 severities = [3]
 noise = [0.2]
 draws = 4

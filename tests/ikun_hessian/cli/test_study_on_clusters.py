@@ -13,30 +13,18 @@ from typing import Any
 
 import joblib
 import pytest
-from command_tools import Capture
+from command_tools import TINY_SPECTRUM, TINY_TRAINING, Capture
 
 import cli
 
-PRESET = """
+PRESET = f"""
 title = "Four runs"
 by = "init"
 seeds = 2
-[train]
-model = "mlp"
-hidden = [8]
-norm = "none"
-epochs = 2
-subset = 64
-batch-size = 16
-[vary]
+{TINY_TRAINING}[vary]
 init = ["kaiming", "xavier"]
 [[spectrum]]
-operator = "ggn"
-samples = 32
-top = 2
-smallest = 0
-density = false
-"""
+{TINY_SPECTRUM}"""
 
 
 @contextmanager
