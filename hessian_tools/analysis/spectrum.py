@@ -40,6 +40,7 @@ from hessian_tools.perturbation import class_count, count_correct
 from hessian_tools.progress import Meter, Show
 from hessian_tools.results.operator_spectrum import Spectrum
 from hessian_tools.results.spectrum import SPECTRUM_SCHEMA, LossRise, SamplePoint, SpectrumResult, StepTrace
+from hessian_tools.results.spectrum_rows import layer_of
 from hessian_tools.resume import Phases
 
 
@@ -260,7 +261,7 @@ def layer_objectives(objective: Objective) -> dict[str, Objective]:
     """Return one objective per layer (the parameters of one module), with all other parameters held constant."""
     names: dict[str, list[str]] = {}
     for name in objective.parameters:
-        names.setdefault(name.rpartition(".")[0] or name, []).append(name)
+        names.setdefault(layer_of(name), []).append(name)
     return {
         layer: dataclasses.replace(objective, parameters={name: objective.parameters[name] for name in own})
         for layer, own in names.items()

@@ -45,6 +45,7 @@ from hessian_tools.plots.style import (
 )
 from hessian_tools.results.comparability import common_operators
 from hessian_tools.results.spectrum import SpectrumResult
+from hessian_tools.results.spectrum_rows import layer_size
 from hessian_tools.results.trajectory import RANKS, snapshots, stability_limit, trace_error, trajectory_rows
 
 
@@ -115,7 +116,7 @@ def layers_figure(result: SpectrumResult, captioned: bool = True) -> Figure:
         # the blocks come first, so that zip does not consume an unused panel at the end
         for (name, block), ax in zip(result.blocks.items(), panels, strict=False):
             ax.set_title(printable(name, 24))
-            size = sum(n for parameter, n in result.parameters.items() if parameter.rpartition(".")[0] in (name, ""))
+            size = layer_size(result, name)
             draw_density(ax, replace(result, spectra={name: block}, num_parameters=size), {name: style}, axis)
             if not ax.get_subplotspec().is_first_col():
                 ax.set_ylabel("")

@@ -9,6 +9,16 @@ from hessian_tools.results.operator_spectrum import Eigenvalue, Trace
 from hessian_tools.results.spectrum import SpectrumResult
 
 
+def layer_of(parameter: str) -> str:
+    """Return the name of a parameter's layer: of the module that it is in, or its own name if it is in none."""
+    return parameter.rpartition(".")[0] or parameter
+
+
+def layer_size(result: SpectrumResult, layer: str) -> int:
+    """Return the number of parameters of a layer."""
+    return sum(size for name, size in result.parameters.items() if layer_of(name) == layer)
+
+
 def layer_rows(result: SpectrumResult) -> list[dict[str, Any]]:
     """Return one row per layer, for quantization and pruning: trace per parameter and lambda_max of its diagonal block.
 
@@ -22,15 +32,16 @@ def layer_rows(result: SpectrumResult) -> list[dict[str, Any]]:
     """
     rows = []
     for layer, block in result.blocks.items():
-        inside = [name for name in result.parameters if (name.rpartition(".")[0] or name) == layer]
-        count = sum(result.parameters[name] for name in inside)
+        count = layer_size(result, layer)
         top = block.eigenvalues[0]
         rows.append(
             {
                 "operator": result.main[0],
                 "layer": layer,
                 "parameters": count,
-                "weight_norm": math.hypot(*(result.weight_norms[name] for name in inside)),
+                "weight_norm": math.hypot(
+                    *(norm for name, norm in result.weight_norms.items() if layer_of(name) == layer)
+                ),
                 "lambda_max": top.value,
                 "lambda_max_residual": top.residual,
                 **_data_error("lambda_max", top),

@@ -12,6 +12,7 @@ from hessian_tools.linalg.trace import LEAST_FORMS
 from hessian_tools.results.comparability import by_method, common_operators, method_of
 from hessian_tools.results.operator_spectrum import Eigenvalue, Functional, Trace
 from hessian_tools.results.spectrum import SpectrumResult
+from hessian_tools.results.spectrum_rows import layer_size
 from hessian_tools.results.text import with_error
 from ikun_hessian.reports.header import not_learned, opened
 from ikun_hessian.reports.text import field, paragraph, shortened, warning
@@ -147,7 +148,7 @@ def _blocks(r: SpectrumResult) -> list[str]:
     lines = [f"{r.main[0]}: diagonal block of each layer"]
     lines.append(f"{'layer':<14} {'P':>9} {'lambda_max':>19} {'lambda_min':>10} {'trace':>21}")
     for name, s in r.blocks.items():
-        size = sum(n for parameter, n in r.parameters.items() if parameter.rpartition(".")[0] in (name, ""))
+        size = layer_size(r, name)
         top = with_error(s.eigenvalues[0].value, s.eigenvalues[0])
         low = f"{s.smallest_eigenvalues[0].value:.3g}" if s.smallest_eigenvalues else "-"
         trace = with_error(s.trace.estimate, s.trace) if s.trace else "-"

@@ -17,6 +17,7 @@ from hessian_tools.analysis.uncertainty.sampling_error import PROBES as DATA_PRO
 from hessian_tools.linalg.basis import orthogonalize
 from hessian_tools.objective import Objective
 from hessian_tools.operators.curvature import OPERATORS
+from hessian_tools.results.spectrum_rows import layer_of
 
 # Time of a product relative to one with the Hessian: measured on the networks of docs/speed.md, 0.65 to 0.8.
 RELATIVE = {"hessian": 1.0, "relaxed": 1.0, "ggn": 0.75, "fisher": 0.75, "smoothed": 0.75}
@@ -139,7 +140,7 @@ def _extras(objective: Objective, settings: SpectrumSettings) -> tuple[int, floa
 
     A product with the block of a layer takes about the time of a product with the whole operator.
     """
-    layers = len({name.rpartition(".")[0] or name for name in objective.parameters}) if settings.per_layer else 0
+    layers = len(set(map(layer_of, objective.parameters))) if settings.per_layer else 0
     total = objective.samples
     parts = [(n / total, 1 if n == total else settings.resamples) for n in settings.samples_curve]
     curve = sum(share * count * PART for share, count in parts)

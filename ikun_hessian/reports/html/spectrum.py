@@ -11,6 +11,7 @@ import numpy as np
 from hessian_tools.plots.curves import Array, ValueAxis, density_curves, symlog_axis
 from hessian_tools.results.operator_spectrum import Density, Eigenvalue, Functional, Spectrum
 from hessian_tools.results.spectrum import SpectrumResult
+from hessian_tools.results.spectrum_rows import layer_size
 from ikun_hessian.reports.html.chart import COLOURS, SvgChart, chosen_axis, legend, panels
 from ikun_hessian.reports.html.elements import (
     Html,
@@ -320,7 +321,7 @@ def _blocks(r: SpectrumResult) -> Html:
     """Return the table of the diagonal blocks."""
     rows = []
     for name, s in r.blocks.items():
-        size = sum(n for parameter, n in r.parameters.items() if parameter.rpartition(".")[0] in (name, ""))
+        size = layer_size(r, name)
         top, t = s.eigenvalues[0], s.trace
         trace = "–" if t is None else value_with_error(t.estimate, t.data_stderr, t.data_stderr_least)
         low = number(s.smallest_eigenvalues[0].value) if s.smallest_eigenvalues else "–"

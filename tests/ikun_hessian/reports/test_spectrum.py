@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 from spectra import NAN, full, sample
 
+from hessian_tools.plots import spectrum as figures
 from hessian_tools.results.comparability import labelled
 from hessian_tools.results.operator_spectrum import Diagonal
 from hessian_tools.results.spectrum import StepTrace
+from ikun_hessian.reports.html.spectrum import spectrum_section
 from ikun_hessian.reports.spectrum import compare_lines, spectrum_lines
 
 
@@ -67,6 +70,19 @@ def test_layers_are_listed_when_there_are_blocks() -> None:
     assert max(map(len, lines)) <= 80
     row = next(line for line in lines if line.startswith("fc1"))
     assert row.split()[:3] == ["fc1", "6", "3"]
+
+
+def test_a_parameter_of_no_module_is_a_layer_and_counts_in_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = sample().spectra["hessian"]
+    result = sample(parameters={"fc1.weight": 6, "fc1.bias": 2, "scale": 5}, blocks={"fc1": s, "scale": s})
+    rows = [line.split() for line in spectrum_lines(result)]
+    assert [row[1] for row in rows if row and row[0] in ("fc1", "scale") and len(row) > 4] == ["8", "5"]
+    page = spectrum_section([("a", result)])
+    assert [re.search(rf">{name}</th><td[^>]*>(\d+)<", str(page))[1] for name in ("fc1", "scale")] == ["8", "5"]
+    sizes = []
+    monkeypatch.setattr(figures, "draw_density", lambda ax, r, *_: sizes.append(r.num_parameters))
+    figures.layers_figure(result)
+    assert sizes == [8, 5]
 
 
 def test_a_plain_model_has_a_screen_too() -> None:
