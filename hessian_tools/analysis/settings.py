@@ -9,6 +9,7 @@ from hessian_tools.io.errors import check_scale
 from hessian_tools.linalg.trace import LEAST_ACCURACY, LEAST_PROBES
 
 CURVATURES = ("hessian", "ggn", "fisher")  # keys of operators.curvature.OPERATORS, without its imports
+DAMPING = 0.01  # of effective dimension and log determinant, relative to lambda_max, if none is given
 STEPS, PROBES = 60, 4  # defaults of the density if no accuracy is given
 
 

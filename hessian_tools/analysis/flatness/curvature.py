@@ -15,7 +15,7 @@ from hessian_tools.analysis.context import AnalysisError, Factory, require_symme
 from hessian_tools.analysis.flatness.context import Work
 from hessian_tools.analysis.flatness.relative import fisher_rao, matrices, relative_flatness
 from hessian_tools.analysis.planning.memory import budget
-from hessian_tools.analysis.settings import PROBES, STEPS
+from hessian_tools.analysis.settings import DAMPING, PROBES, STEPS
 from hessian_tools.analysis.uncertainty.sampling_error import data_errors, grouped, withheld
 from hessian_tools.linalg import spectral_functions as functions
 from hessian_tools.linalg.lanczos import Eigenpairs, eigenpairs
@@ -193,8 +193,8 @@ def _functionals(work: Work, op: CurvatureOperator, pairs: Eigenpairs, room: int
     run, size, given = work.run, work.objective.size, work.settings.damping
     exact = pairs if bool(pairs.converged.all()) else pairs.take(pairs.converged)
     spare = room - (0 if exact is pairs else len(exact.values))
-    z = given or 0.01 * float(pairs.values[0])
-    of = f"z = {z:.3g}" if given else f"z = {z:.3g}, 1% of lambda_max"
+    z = given or DAMPING * float(pairs.values[0])
+    of = f"z = {z:.3g}" if given else f"z = {z:.3g}, {DAMPING:.0%} of lambda_max"
     title, before = "ggn: density", run.phases.products
     step = run.meter.phase(title)
 

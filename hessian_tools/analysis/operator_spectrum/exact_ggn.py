@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hessian_tools.analysis.context import AnalysisContext
-from hessian_tools.analysis.settings import SpectrumSettings
+from hessian_tools.analysis.settings import DAMPING, SpectrumSettings
 from hessian_tools.linalg.lanczos import Eigenpairs, certified
 from hessian_tools.linalg.spectral_density import DensityEstimate
 from hessian_tools.linalg.trace import TraceEstimate
@@ -19,7 +19,6 @@ from hessian_tools.operators.base import Operator
 from hessian_tools.operators.gram import GramError, gram_eigenvectors, gram_matrix, gram_numbers
 from hessian_tools.results.operator_spectrum import Functional
 
-DAMPING = 0.01  # relative to the largest eigenvalue, if none is given
 FEW_ROWS = 1500  # samples times outputs: with as many, the Gram matrix takes as long as Lanczos and probes
 
 

@@ -26,7 +26,7 @@ from hessian_tools.analysis.operator_spectrum.exact_ggn import (
 )
 from hessian_tools.analysis.operator_spectrum.trace import trace_forms
 from hessian_tools.analysis.planning.memory import budget_of
-from hessian_tools.analysis.settings import STEPS, SpectrumSettings
+from hessian_tools.analysis.settings import DAMPING, STEPS, SpectrumSettings
 from hessian_tools.analysis.uncertainty.round_off import relative_round_off
 from hessian_tools.analysis.uncertainty.sampling_error import data_errors, grouped, withheld
 from hessian_tools.linalg import spectral_functions as functions
@@ -278,7 +278,7 @@ def _functions(
     definite = name in ("ggn", "fisher")
     if not definite:
         found["negative_share"] = functions.negative_share(spectral, size)
-    damping = settings.damping or (0.01 * highest.value if definite else 0.0)
+    damping = settings.damping or (DAMPING * highest.value if definite else 0.0)
     slack = 0.0 if definite else lowest.residual
     if damping > 0:
         with contextlib.suppress(ValueError):  # not positive definite: left out, with a warning
