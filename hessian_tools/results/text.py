@@ -26,13 +26,13 @@ class WithDataError(Protocol):
 def with_error(value: float, e: WithDataError) -> str:
     """Format a value and its standard error over the data, if known, or the lower limit of that."""
     if not math.isnan(e.data_stderr_least):
-        return f"{value:.3g} (> {one_digit(e.data_stderr_least)})"
-    return f"{value:.3g}" if math.isnan(e.data_stderr) else f"{value:.3g} +- {one_digit(e.data_stderr)}"
+        return f"{value:.3g} (> {rounded(e.data_stderr_least, 1)})"
+    return f"{value:.3g}" if math.isnan(e.data_stderr) else f"{value:.3g} +- {rounded(e.data_stderr, 1)}"
 
 
-def one_digit(error: float) -> str:
-    """Round an error to one digit, without an exponent below a million: 10, not 1e+01."""
-    return f"{float(f'{error:.1g}'):g}"
+def rounded(x: float, digits: int) -> str:
+    """Format a number with up to six significant digits, without an exponent below a million: 10, not 1e+01."""
+    return f"{float(f'{x:.{digits}g}'):g}"
 
 
 def brief(value: Any) -> str:

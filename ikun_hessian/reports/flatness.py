@@ -9,7 +9,7 @@ from pathlib import PurePath
 from hessian_tools.analysis.flatness.paired_differences import Difference, differences, incomparable, unlike
 from hessian_tools.results.calibration import CalibrationResult
 from hessian_tools.results.flatness import MATCHED, SURROGATE, FlatnessResult, Metric
-from hessian_tools.results.text import one_digit
+from hessian_tools.results.text import rounded
 from ikun_hessian.reports.header import not_learned, opened
 from ikun_hessian.reports.text import field, paragraph, shortened, warning
 
@@ -277,7 +277,7 @@ def _cell(m: Metric) -> str:
     errors = [e for e in (m.stderr, m.data_stderr) if math.isfinite(e)]
     if not errors or not math.isfinite(m.value) or math.isfinite(m.data_stderr_least):
         return _value(m.value, 4)
-    cells = [f"{_value(m.value, digits)} +- {one_digit(math.hypot(*errors))}" for digits in (3, 2, 1)]
+    cells = [f"{_value(m.value, digits)} +- {rounded(math.hypot(*errors), 1)}" for digits in (3, 2, 1)]
     return next((cell for cell in cells if len(cell) < COLUMN), cells[-1])
 
 

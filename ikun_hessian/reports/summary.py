@@ -13,7 +13,7 @@ from hessian_tools.results.flatness import FlatnessResult, Metric
 from hessian_tools.results.landscape import LandscapeResult
 from hessian_tools.results.provenance import Analysed
 from hessian_tools.results.spectrum import LossRise, SpectrumResult
-from hessian_tools.results.text import WithDataError
+from hessian_tools.results.text import WithDataError, rounded
 from ikun_hessian.reports.flatness import flatness_cautions
 from ikun_hessian.reports.header import read_from
 from ikun_hessian.reports.landscape import landscape_cautions, rises
@@ -182,23 +182,18 @@ def _table_head(spiking: bool) -> str:
     return f"{'curvature':<{LABEL}}{'lambda_max':<26}{'trace':<17}{whose:>23}".rstrip()
 
 
-def two_digits(error: float) -> str:
-    """Round an error to two digits, without an exponent below a million."""
-    return f"{float(f'{error:.2g}'):g}"
-
-
 def _cell(value: float, number: WithDataError) -> str:
     """Format a value with its standard error from the data."""
     if not math.isnan(number.data_stderr_least):
-        return f"{value:.3g} +- {two_digits(number.data_stderr_least)} or more"
-    return f"{value:.3g}" if math.isnan(number.data_stderr) else f"{value:.3g} +- {two_digits(number.data_stderr)}"
+        return f"{value:.3g} +- {rounded(number.data_stderr_least, 2)} or more"
+    return f"{value:.3g}" if math.isnan(number.data_stderr) else f"{value:.3g} +- {rounded(number.data_stderr, 2)}"
 
 
 def _rise(loss: float, rise: LossRise) -> str:
     """Say how much the loss itself rises under weight noise."""
     least = not math.isnan(rise.data_stderr_least)
     errors = [e for e in (rise.stderr, rise.data_stderr_least if least else rise.data_stderr) if not math.isnan(e)]
-    error = f" +- {two_digits(math.hypot(*errors))}{' or more' if least else ''}" if errors else ""
+    error = f" +- {rounded(math.hypot(*errors), 2)}{' or more' if least else ''}" if errors else ""
     change = f"rises by {rise.estimate:.3g}" if rise.estimate >= 0 else f"falls by {-rise.estimate:.3g}"
     share = f" ({rise.estimate / loss:+.0%})" if 0 < loss and abs(rise.estimate) < 100 * loss else ""
     return f"{change}{error}{share} under {rise.radius:.0%} weight noise"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from hessian_tools.io.text import without_control_codes
+from hessian_tools.results.text import rounded
 
 EMPTY_ELEMENTS = {"circle", "line", "rect", "path", "meta"}  # in SVG they must be closed
 MINUS = "−"
@@ -52,7 +53,7 @@ def number(x: float, digits: int = 4) -> str:
     """Format a number with a true minus sign, "–" if it is NaN."""
     if math.isnan(x):
         return "–"
-    return f"{float(f'{x:.{digits}g}'):g}".replace("-", MINUS)  # 10 instead of 1e+01
+    return rounded(x, digits).replace("-", MINUS)
 
 
 def value_with_error(value: float, error: float, least: float = math.nan) -> str:
