@@ -12,6 +12,7 @@ from hessian_tools.results.flatness import FlatnessResult, Metric
 from hessian_tools.results.operator_spectrum import Eigenvalue, Trace
 from hessian_tools.results.spectrum import SpectrumResult
 
+APART = 2.0  # standard errors of a difference above which two numbers are called different
 PRECISE = 0.1  # relative standard error up to which networks may be ranked
 NAMES = {"ggn": "GGN", "hessian": "Hessian", "fisher": "Fisher matrix"}
 
@@ -91,34 +92,68 @@ def told_apart(labelled: Sequence[tuple[str, SpectrumResult]]) -> Apart:
     told, close, unknown = list[str](), list[str](), list[str]()
     for kind in common_operators(list(labelled)):
         for name in ("lambda_max", "trace"):
-            numbers = [(label, n) for label, r in labelled if (n := _number(r, kind, name)) is not None]
-            if len(numbers) < len(labelled) or len(numbers) < 2:
+            numbers = ascending(labelled, kind, name)
+            if len(numbers) < 2:
                 continue
-            (low, a), *_, (high, b) = sorted(numbers, key=lambda pair: pair[1][0])
+            low, *_, high = numbers
             title = f"{NAMES.get(kind, kind)} {name}"
-            error = math.hypot(a[1], b[1])
-            if b[0] - a[0] <= 2 * error:  # also if the errors are only lower limits
-                close.append(title)
-            elif a[2] or b[2]:
-                unknown.append(title)
+            if low.is_below(high):
+                by = f"{1 - low.value / high.value:.0%} below" if low.value > 0 else "below"
+                error = math.hypot(low.error, high.error)
+                far = f"{(high.value - low.value) / error:.1f} standard errors" if error else "exact"
+                told.append(f"{title}: {low.label} is {by} {high.label} ({far})")
             else:
-                by = f"{1 - a[0] / b[0]:.0%} below" if a[0] > 0 else "below"
-                far = f"{(b[0] - a[0]) / error:.1f} standard errors" if error else "exact"
-                told.append(f"{title}: {low} is {by} {high} ({far})")
+                (close if low.is_close_to(high) else unknown).append(title)
     return Apart(tuple(told), tuple(close), tuple(unknown))
 
 
-def _number(result: SpectrumResult, kind: str, name: str) -> tuple[float, float, bool] | None:
-    """Return a number of a spectrum, its standard error, and whether that is unknown or only a lower limit."""
+@dataclass(frozen=True)
+class NetworkNumber:
+    """A number of one of several networks.
+
+    Attributes:
+        label: The network.
+        value: The number.
+        error: Its standard error; a lower limit, or NaN, if it is not known.
+        known: Whether the error is known.
+    """
+
+    label: str
+    value: float
+    error: float
+    known: bool
+
+    def is_close_to(self, other: NetworkNumber) -> bool:
+        """Return whether two numbers differ by at most `APART` standard errors, also if these are lower limits."""
+        return abs(other.value - self.value) <= APART * math.hypot(self.error, other.error)
+
+    def is_below(self, other: NetworkNumber) -> bool:
+        """Return whether the other number is larger by more than `APART` standard errors, which are known."""
+        return self.known and other.known and self.value < other.value and not self.is_close_to(other)
+
+
+def ascending(labelled: Sequence[tuple[str, SpectrumResult]], kind: str, name: str) -> list[NetworkNumber]:
+    """Return a number of every network, the lowest first; an empty list if a network does not have it.
+
+    Args:
+        labelled: Labels and results.
+        kind: Name of the operator.
+        name: "lambda_max" or "trace".
+    """
+    numbers = [_number(label, r, kind, name) for label, r in labelled]
+    return sorted((n for n in numbers if n), key=lambda n: n.value) if all(numbers) else []
+
+
+def _number(label: str, result: SpectrumResult, kind: str, name: str) -> NetworkNumber | None:
     spectrum = result.spectra[kind]
     number = spectrum.eigenvalues[0] if name == "lambda_max" else spectrum.trace
     if number is None:
         return None
     value = number.value if isinstance(number, Eigenvalue) else number.estimate
     if isinstance(number, Eigenvalue) and not number.converged:
-        return value, math.nan, True
+        return NetworkNumber(label, value, math.nan, False)
     known = _known(value, number)
-    return value, abs(known.error * value), known.least or not math.isfinite(known.error)
+    return NetworkNumber(label, value, abs(known.error * value), math.isfinite(known.error) and not known.least)
 
 
 def _verdict(tops: Mapping[str, Known], traces: Mapping[str, Known]) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 
+from hessian_tools.analysis.ranking import NetworkNumber, ascending
 from hessian_tools.io.json import ResultError
 from hessian_tools.results.comparability import comparable
 from hessian_tools.results.flatness import TRUE, FlatnessResult, Metric
@@ -18,7 +18,6 @@ from ikun_hessian.reports.html.sources import MeasuredNetwork
 from ikun_hessian.reports.html.spectrum import operator_title
 from ikun_hessian.reports.landscape import landscape_cautions
 
-APART = 2.0  # standard errors between two values that are called different
 MOST = 12  # networks whose warnings the summary counts one by one
 
 
@@ -110,28 +109,21 @@ def _ranking(spectra: Sequence[tuple[str, SpectrumResult]]) -> Iterator[str]:
         yield f"Do not compare the numbers of these networks: {str(error).removeprefix('not comparable: ')}."
         return
     common = [op for op in ("ggn", "hessian") if all(op in r.spectra for _, r in spectra)]
-    for op, what in itertools.product(common[:1], ("λ max", "trace")):
-        found = []
-        for name, r in spectra:
-            s = r.spectra[op]
-            if what == "λ max":
-                found.append((s.eigenvalues[0].value, s.eigenvalues[0].data_stderr, name))
-            elif s.trace is not None:
-                found.append((s.trace.estimate, s.trace.data_stderr, name))
-        if len(found) == len(spectra):
-            yield _order(f"{operator_title(op)} {what}", sorted(found))
+    for op, (what, name) in itertools.product(common[:1], (("λ max", "lambda_max"), ("trace", "trace"))):
+        if found := ascending(spectra, op, name):
+            yield _order(f"{operator_title(op)} {what}", found)
     yield "Training seeds vary too: rank initializers or methods by several seeds, not by one network each."
 
 
-def _order(title: str, found: Sequence[tuple[float, float, str]]) -> str:
+def _order(title: str, found: Sequence[NetworkNumber]) -> str:
     """Say which neighbours in an order differ by more than their errors."""
-    text, close = found[0][2], 0
-    for (a, ea, _), (b, eb, name) in itertools.pairwise(found):
-        sure = b - a > APART * math.hypot(ea, eb)  # False if an error is unknown
+    text, close = found[0].label, 0
+    for low, high in itertools.pairwise(found):
+        sure = low.is_below(high)
         close += not sure
-        text += f" {'<' if sure else '≈'} {name}"
+        text += f" {'<' if sure else '≈'} {high.label}"
     if not close:
-        return f"{title}: {text}. All neighbours differ by more than two standard errors over the data."
+        return f"{title}: {text}. All neighbours differ by more than two standard errors."
     which = "These two networks" if len(found) == 2 else f"Neighbours joined by ≈ ({close} of {len(found) - 1} pairs)"
     return f"{title}: {text}. {which} cannot be told apart with these samples."
 

@@ -15,9 +15,10 @@ from landscape_tools import made, not_finite, without_relaxed
 from run_tools import make_run, make_study, write_run, write_study
 from spectra import full, sample
 
+from hessian_tools.analysis.ranking import told_apart
 from hessian_tools.io import json as results
 from hessian_tools.io.json import ResultError
-from hessian_tools.results.spectrum import LossRise
+from hessian_tools.results.spectrum import LossRise, SpectrumResult
 from hessian_tools.results.training_path import TRAINING_PATH_SCHEMA, Snapshot, TrainingPath
 from ikun_hessian.experiments.runs import TrainingRun
 from ikun_hessian.reports.html.page import drawable, report_page
@@ -59,6 +60,24 @@ def test_the_loss_itself_is_in_the_summary_without_a_flatness_result() -> None:
 def test_networks_within_their_errors_are_not_ranked() -> None:
     runs = (run_of(f"r{k}", spectra={"": sample(f"r{k}", 1 + 0.01 * k)}) for k in range(2))
     assert "r0 ≈ r1. These two networks cannot be told apart" in report_page(of(*runs))
+
+
+def test_the_page_tells_apart_what_the_screen_does() -> None:
+    """Twice as large: the probes' errors of the traces count too, and eigenvalues that did not converge are unknown."""
+
+    def changed(name: str, scale: float) -> SpectrumResult:
+        result = sample(name, scale)
+        s = result.spectra["ggn"]
+        tops = tuple(dataclasses.replace(e, converged=False) for e in s.eigenvalues)
+        ggn = dataclasses.replace(s, eigenvalues=tops, trace=dataclasses.replace(s.trace, stderr=5 * scale))
+        return dataclasses.replace(result, spectra={"ggn": ggn})
+
+    results = [(name, changed(name, scale)) for name, scale in (("one", 1.0), ("two", 2.0))]
+    found = told_apart(results)
+    assert (found.told, found.close, found.unknown) == ((), ("GGN trace",), ("GGN lambda_max",))
+    page = report_page(of(*(run_of(name, spectra={"": r}) for name, r in results)))
+    assert "GGN λ max: one ≈ two." in page
+    assert "GGN trace: one ≈ two." in page
 
 
 def test_networks_measured_in_different_ways_are_not_ranked() -> None:
