@@ -19,7 +19,7 @@ SAMPLES = 256  # at most so many samples, and at most one batch, are used
 AGREE = 1e-3  # relative difference of outputs above which a spike differs between the two
 SAFETY = 4.0
 GRAPH = 6  # bytes of a double backward in float64, relative to those that a traced product keeps in float32
-ROOM = 2 * 2**30  # bytes for it if no limit is given
+ROOM = 4 * 2**30  # bytes of a batch if no limit is given
 
 
 def relative_round_off(
@@ -54,7 +54,7 @@ def relative_round_off(
     group = objective.group
     own = torch.arange(count) if group is None else torch.arange(count)[group.rank :: group.size]
     norms = torch.zeros(2, count, dtype=torch.float64, device=objective.device)
-    narrow, wide = (factory(o, o.batch_memory or ROOM) for o in pair)
+    narrow, wide = factory(pair[0], 0.0), factory(pair[1], objective.batch_memory or ROOM)
     for some in own.split(torch.get_num_threads()) if len(own) else ():  # a few at a time, to save memory
         columns = vectors[:, some]
         image = (wide @ columns).double()
@@ -66,16 +66,16 @@ def relative_round_off(
 
 
 def round_off_samples(objective: Objective) -> int:
-    """Return on how many samples the products are compared."""
-    return min(SAMPLES, objective.samples, max(objective.sizes))
+    """Return on how many samples the products are compared: as many as the memory of a batch allows, at least one."""
+    return max(1, min(SAMPLES, objective.samples, max(objective.sizes), _room(objective)))
 
 
-def _fits(objective: Objective, samples: int) -> bool:
-    """Return whether the graph of a double backward in float64 fits in memory. Its size is a rough guess."""
+def _room(objective: Objective) -> int:
+    """Return about how many samples a double backward in float64 can have in half the memory of a batch."""
     if (found := kept_bytes(objective)) is None:
-        return True
+        return SAMPLES
     once, each = found
-    return GRAPH * (once + each * samples) <= (objective.batch_memory or ROOM)
+    return int(((objective.batch_memory or ROOM) / 2 / GRAPH - once) / max(each, 1))
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def _both(objective: Objective) -> tuple[Objective, Objective] | None:
     part = replace(part, batches=part.batches[:1])  # those of the first shape, if shapes differ
     like = next(iter(parameters.values()))
     batch = (nested.converted(x, like), to(y, like))
-    wide = replace(part, model=model, parameters=parameters, batches=(batch,), traces=not _fits(objective, len(y)))
+    wide = replace(part, model=model, parameters=parameters, batches=(batch,), traces=_room(objective) < len(y))
     outputs, exact = part.outputs(x), wide.outputs(batch[0])
     gap = (outputs.double() - exact).abs().reshape(len(exact), -1).amax(1)
     alike = gap <= AGREE * exact.abs().max()
