@@ -39,6 +39,7 @@ class Case:
         state: Whether the scan starts from a state and stores its last one.
         static: Whether the input is the same at all steps.
         wide: Whether positions need 64 bits.
+        detached: Whether derivatives ignore the reset, so that dv/dh is 0 or 1.
     """
 
     dtype: str
@@ -47,16 +48,18 @@ class Case:
     state: bool = False
     static: bool = False
     wide: bool = False
+    detached: bool = False
 
     def __str__(self) -> str:
         pooled = "" if self.plane is None else ", pooled" if self.plane[0] % 2 == 0 else ", pooled, odd"
-        flags = [name for name in ("learned", "state", "static", "wide") if getattr(self, name)]
+        flags = [name for name in ("learned", "state", "static", "wide", "detached") if getattr(self, name)]
         return ", ".join([("float32" if self.dtype == "fp32" else "float64") + pooled, *flags])
 
 
 CASES = (
     Case("fp32"),
     Case("fp32", (28, 28), static=True),
+    Case("fp32", (28, 28), detached=True),
     Case("fp32", (7, 7), learned=True, state=True),
     Case("fp64", (28, 28)),
     Case("fp64", (7, 7), learned=True, state=True, wide=True),
@@ -121,6 +124,7 @@ def _arguments(
     kinds = dict.fromkeys(("steps", "size", "outputs", "blocks"), "i32")
     kinds |= {"size": "i64", "outputs": "i64"} if case.wide else {}
     kinds |= {"index": "*i64" if case.wide else "*i32", "totals": "*fp64"}
+    kinds |= {"c": "*u8"} if case.detached else {}
     signature = {n: "constexpr" if n in constants else kinds.get(n, f"*{case.dtype}") for n in names}
     aligned = [i for i, n in enumerate(names) if n not in constants and n not in ("steps", "blocks")]
     return (
