@@ -73,6 +73,20 @@ from .analysis.training_path import (
 from .analysis.training_path import (
     training_path as training_path,
 )
+from .analysis.true_hessian.analysis import true_hessian as true_hessian
+from .analysis.true_hessian.parts import (
+    true_forms as true_forms,
+)
+from .analysis.true_hessian.parts import (
+    true_operator as true_operator,
+)
+from .analysis.true_hessian.parts import (
+    true_projection as true_projection,
+)
+from .analysis.true_hessian.parts import (
+    true_trace as true_trace,
+)
+from .analysis.true_hessian.settings import TrueHessianSettings as TrueHessianSettings
 from .checks import ObjectiveError as ObjectiveError
 from .io.json import (
     ResultError as ResultError,
@@ -118,6 +132,7 @@ from .linalg.spectral_functions import (
 from .linalg.spectral_functions import (
     negative_share as negative_share,
 )
+from .linalg.stein import SteinHessian as SteinHessian
 from .linalg.trace import (
     TraceEstimate as TraceEstimate,
 )
@@ -258,6 +273,15 @@ from .results.training_path import (
 )
 from .results.training_path import (
     TrainingPath as TrainingPath,
+)
+from .results.true_hessian import (
+    DrawMean as DrawMean,
+)
+from .results.true_hessian import (
+    TrueHessianResult as TrueHessianResult,
+)
+from .results.true_hessian import (
+    load_true_hessian as load_true_hessian,
 )
 from .resume import (
     Phases as Phases,

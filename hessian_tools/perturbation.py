@@ -8,12 +8,12 @@ rescaled before a BatchNorm leaves the function unchanged, and it is perturbed i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import local
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hessian_tools import nested
 from hessian_tools.evaluation import copy_model
@@ -83,22 +83,18 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
 
     @torch.no_grad()
     def run(item: S) -> Tensor:
-        if not hasattr(own, "model"):
-            own.model = copy_model(objective.model)
-            named = dict(own.model.named_parameters())
-            own.parameters = [named[name] for name in objective.parameters]
+        model, parameters = _private_copy(objective, own)
         values = objective.split(point(item))
-        for p, value in zip(own.parameters, values, strict=True):
+        for p, value in zip(parameters, values, strict=True):
             p.copy_(value)
         parts = []
         for i in share or range(1):
             if objective.reset is not None:
-                objective.reset(own.model)
+                objective.reset(model)
             with full_precision(objective.device):
                 # the inputs are not bound to a name, so they are freed before the next batch is read
-                parts.append(nested.call(own.model, objective.batches[i][0]))
-        if not all(torch.equal(p, value.to(p)) for p, value in zip(own.parameters, values, strict=True)):
-            raise ObjectiveError("a forward pass changes the network's parameters: a Hessian needs fixed weights")
+                parts.append(nested.call(model, objective.batches[i][0]))
+        _require_unchanged(parameters, values)
         if len({part.shape[1:] for part in parts}) > 1:
             raise ValueError("the batches have outputs of different shapes: pad all samples to one length")
         if not divided:
@@ -111,6 +107,68 @@ def outputs_at(objective: Objective, point: Callable[[S], Tensor], items: Sequen
 
     found = in_threads(run, items) if objective.device.type == "cpu" else map(run, items)
     return map(objective.summed, found) if divided else found
+
+
+def batch_losses(
+    objective: Objective, points: Callable[[S, int], Iterable[Tensor]], items: Sequence[S], count: int
+) -> Iterator[Tensor]:
+    """Compute the loss of every batch at points in weight space that may differ from batch to batch.
+
+    On the CPU the items run in parallel, one thread each. The objective's own model is not changed. In a group the
+    processes share the batches, so every process must ask for the same items.
+
+    Args:
+        objective: The objective.
+        points: Maps an item and the index of a batch to `count` vectors of weights [P].
+        items: The items.
+        count: Number of points per item and batch.
+
+    Returns:
+        An iterator over the losses [count, B], float64 on the CPU, in the order of `items`. The loss of the objective
+        is their mean over the batches, weighted by the number of samples.
+
+    Raises:
+        ObjectiveError: If a forward pass changes the parameters.
+    """
+    own = local()
+    if objective.reset is not None:
+        objective.reset(objective.model)  # deepcopy fails on a state that has an autograd graph
+
+    @torch.no_grad()
+    def run(item: S) -> Tensor:
+        model, parameters = _private_copy(objective, own)
+        found = torch.zeros(count, len(objective.batches), dtype=torch.float64)
+        for b in objective.share:
+            x, y = objective.batches[b]
+            for j, weights in enumerate(points(item, b)):
+                values = objective.split(weights)
+                for p, value in zip(parameters, values, strict=True):
+                    p.copy_(value)
+                if objective.reset is not None:
+                    objective.reset(model)
+                with full_precision(objective.device):
+                    out = nested.call(model, x)
+                _require_unchanged(parameters, values)
+                found[j, b] = float(objective.loss(out.double(), _wide(y)))
+        return found
+
+    found = in_threads(run, items) if objective.device.type == "cpu" else map(run, items)
+    return (objective.summed(t.to(objective.device)).cpu() for t in found)
+
+
+def _private_copy(objective: Objective, own: local) -> tuple[nn.Module, list[Tensor]]:
+    """Return this thread's copy of the objective's model and its parameters, in the order of the weights."""
+    if not hasattr(own, "model"):
+        own.model = copy_model(objective.model)
+        named = dict(own.model.named_parameters())
+        own.parameters = [named[name] for name in objective.parameters]
+    return own.model, own.parameters
+
+
+def _require_unchanged(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Raise ObjectiveError unless the parameters have these values."""
+    if not all(torch.equal(p, value.to(p)) for p, value in zip(parameters, values, strict=True)):
+        raise ObjectiveError("a forward pass changes the network's parameters: a Hessian needs fixed weights")
 
 
 def _alike(objective: Objective) -> bool:
