@@ -123,14 +123,17 @@ class Objective:
     parts: tuple[int, ...] = ()
     traces: bool = True
 
-    def check_once(self) -> None:
+    def check_once(self, derivatives: bool = True) -> None:
         """Check the objective unless that is done (see `hessian_tools.checks.check`).
+
+        Args:
+            derivatives: Whether the derivatives of the network's own autograd functions are checked.
 
         Raises:
             ObjectiveError: If a check fails.
         """
         if not self.checked:
-            check_objective(self)
+            check_objective(self, derivatives)
             object.__setattr__(self, "checked", True)
 
     programs: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -280,6 +283,7 @@ def make_objective(
     device: torch.device | str | None = None,
     reset: Callable[[nn.Module], None] | None = None,
     check: bool = True,
+    forward_only: bool = False,
 ) -> Objective:
     """Build an objective on a private copy of `model`, in evaluation mode except for spiking neurons.
 
@@ -297,6 +301,8 @@ def make_objective(
         reset: Called with the model before every forward pass.
         check: Check on a few samples that the network is deterministic, that the output of a sample does not depend on
             the other samples, and that the loss is a mean over samples (see `hessian_tools.checks`).
+        forward_only: Whether only forward passes will be made, so that the derivatives of the network's own autograd
+            functions are not checked.
 
     Returns:
         The objective.
@@ -338,7 +344,7 @@ def make_objective(
         objective = objective.rebatched(batch_size)
     if check:
         check_copy(original, model, lambda: objective.outputs(objective.first_inputs(2)))
-        objective.check_once()
+        objective.check_once(derivatives=not forward_only)
     return replace(objective, checked=True)
 
 

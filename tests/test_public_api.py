@@ -74,7 +74,11 @@ def test_no_two_public_things_have_one_name() -> None:
                 if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                     found.setdefault(node.name, []).append(str(path.relative_to(FILE.parents[1])))
     passes = ("ikun/kernels/", "ikun/nodes/passes.py")
-    for name in ("flatness", "landscape"):  # of an objective in hessian_tools, and of a user's model in ikun_hessian
+    for name in (
+        "flatness",
+        "landscape",
+        "true_hessian",
+    ):  # of an objective in hessian_tools, and of a user's model in ikun_hessian
         assert len(found.pop(name)) == 2
     twice = {name: paths for name, paths in found.items() if len(paths) > 1}
     assert {n: p for n, p in twice.items() if not all(path.startswith(passes) for path in p)} == {}

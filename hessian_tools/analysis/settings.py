@@ -93,9 +93,15 @@ class SpectrumSettings:
                 "finite differences of the surrogate gradient are not a Hessian: they keep the spikes fixed, and the "
                 "matrix is not symmetric. Use hessian (the surrogate's 2-jet) or relaxed."
             )
+        if "true" in self.operators:
+            raise ValueError(
+                "operator true has an analysis of its own, from forward passes: hessian_tools.true_hessian, "
+                "ikun_hessian.true_hessian, or the command spectrum"
+            )
         if unknown := set(self.operators) - {*CURVATURES, "relaxed", "smoothed"}:
             raise ValueError(
-                f"unknown operator {', '.join(sorted(unknown))}: choose from {', '.join(CURVATURES)}, relaxed, smoothed"
+                f"unknown operator {', '.join(sorted(unknown))}: choose from {', '.join(CURVATURES)}, relaxed, "
+                "smoothed, true"
             )
         if not self.operators:
             raise ValueError("no operator chosen")

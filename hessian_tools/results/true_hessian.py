@@ -72,7 +72,7 @@ class GivenDirection:
 
 
 @dataclass(frozen=True)
-class Search:
+class EigenvectorSearch:
     """The search for eigenvectors, by the eigenvectors of a sample estimate of H.
 
     Attributes:
@@ -148,7 +148,7 @@ class TrueHessianResult:
     eigenvalues: tuple[TrueEigenvalue, ...]
     smallest_eigenvalues: tuple[TrueEigenvalue, ...]
     directions: tuple[GivenDirection, ...]
-    search: Search | None
+    search: EigenvectorSearch | None
     passes: dict[str, int]
     groups: int
     dtype: str
@@ -164,7 +164,7 @@ class TrueHessianResult:
         return float(self.settings["noise"])
 
     def __repr__(self) -> str:
-        parts = [f"lambda_max at least about {shown(e.form)}" for e in self.eigenvalues[:1]]
+        parts = [f"lambda_max {shown(e.form)} or more" for e in self.eigenvalues[:1]]
         parts += [f"trace {shown(self.trace)}"]
         return f"{headline(self)}\n  noise {self.noise:g}, in units of the noise: {', '.join(parts)}"
 

@@ -105,6 +105,7 @@ def adapt(
     replacement: Spike | None = None,
     steeper: float = 1.0,
     reset: Callable[[nn.Module], None] | None = None,
+    forward_only: bool = False,
 ) -> Adapted:
     """Copy a network as a function of batches that `make_objective` can use. The network itself is not changed.
 
@@ -133,6 +134,8 @@ def adapt(
         replacement: The same, but only for surrogates that cannot be differentiated twice.
         steeper: Factor a > 0. The surrogates that are not replaced have the derivative a f'(a x) instead of f'(x).
         reset: Clears state of the model that the library's own reset does not clear.
+        forward_only: Whether only forward passes will be made. Derivatives are not checked then, and surrogates that
+            cannot be differentiated twice are left as they are.
 
     Returns:
         The adapted network.
@@ -179,7 +182,8 @@ def adapt(
         return InTime(tried, plan, wrapped.clear, wrapped.live).forward_once(few)
 
     evaluation_mode(network, run)
-    surrogates = tuple(_settled(network, kind, surrogate, replacement, steeper, lambda: wrapped.forward_once(few)))
+    found = _settled(network, kind, surrogate, replacement, steeper, lambda: wrapped.forward_once(few), forward_only)
+    surrogates = tuple(found)
     evaluation_mode(network, run)
     if timed:
         wrapped.plan = plan = replace(plan, time_axis=time_axis_of(wrapped, few, first))
@@ -195,15 +199,15 @@ def adapt(
         result, clear = network, None  # unchanged, so that hand-written derivatives remain usable
     try:
         check_copy(bare(model), network, lambda: wrapped.forward_once(few))
-        y = try_network(wrapped, few)
+        y = try_network(wrapped, few, derivatives=not forward_only)
     except ObjectiveError as error:
         raise AdapterError("{}", error) from None
     if any(t.is_floating_point() for t in nested.tensors(few)):
         check_independence(wrapped, wrapped.converted(_few(x, network, 8)), first, by_step or name == "none")
     if steps is None and name != "none":
         check_steps(wrapped, kind, few)
-    warnings = [*_hooks(bare(model)), *_tried(kind, wrapped, few, y)]
-    nodes = replace_neurons(name, kind, wrapped, few)
+    warnings = [*_hooks(bare(model)), *(() if forward_only else _tried(kind, wrapped, few, y))]
+    nodes = {} if forward_only else replace_neurons(name, kind, wrapped, few)
     return Adapted(result, clear, name, plan, surrogates, tuple(warnings), nodes)
 
 
@@ -247,10 +251,12 @@ def _settled(
     replacement: Spike | None,
     steeper: float,
     forward: Callable[[], object],
+    forward_only: bool,
 ) -> Iterator[Found]:
     """Replace every surrogate in the network with a 2-jet, of its own derivatives or of those that were asked for.
 
-    A surrogate with trained parameters of its own is not replaced by a 2-jet, which holds them constant.
+    A surrogate with trained parameters of its own is not replaced by a 2-jet, which holds them constant. For forward
+    passes only, one that cannot be differentiated twice stays as it is.
     """
     for name, given in (("surrogate", surrogate), ("replacement", replacement)):
         if given is not None and not (verdict := check_surrogate(given)).exact:
@@ -272,6 +278,9 @@ def _settled(
             verdicts[key] = check_surrogate(function, trained), is_step(function)
         verdict, step = verdicts[key]
         other = replacement if surrogate is None and not verdict.exact else surrogate
+        if not verdict.exact and other is None and forward_only:
+            yield Found(slot.name, slot.label, verdict, False)
+            continue
         if not verdict.exact and other is None:
             raise AdapterError("surrogate {} ('{}'): {}; " + CURE, slot.label, slot.name, verdict.reason, **CURES)
         if other is not None and not step:

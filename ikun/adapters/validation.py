@@ -22,8 +22,13 @@ LEAK = "the network keeps state between calls (give {reset}, a function of the m
 MOST_FEATURES = 4096  # larger layers of neurons are checked with one entry per channel
 
 
-def try_network(model: nn.Module, x: Any) -> Tensor:
+def try_network(model: nn.Module, x: Any, derivatives: bool = True) -> Tensor:
     """Check that outputs and gradients are the same in two passes, and that derivatives exist and are finite.
+
+    Args:
+        model: The network.
+        x: Inputs.
+        derivatives: Whether derivatives are checked.
 
     Returns:
         The outputs [N, ...] at x.
@@ -40,10 +45,12 @@ def try_network(model: nn.Module, x: Any) -> Tensor:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise AdapterError("the network has no parameter that requires a gradient")
-    if not y.requires_grad:
+    if derivatives and not y.requires_grad:
         raise AdapterError("the outputs depend on no parameter: is a surrogate switched off, or a tensor detached?")
     if y.is_complex():
         raise AdapterError(f"the network's outputs are complex ({y.dtype}): return real numbers, such as their .abs()")
+    if not derivatives:
+        return y
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(y.shape, generator=generator).to(y)
     directions = [torch.randn(p.shape, generator=generator).to(p) for p in parameters]

@@ -1,4 +1,4 @@
-"""Analyse a network that is in memory: `analyze`, `flatness` and `landscape`."""
+"""Analyse a network that is in memory: `analyze`, `flatness`, `landscape` and `true_hessian`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ikun_hessian.api.flatness import Flatness
     from ikun_hessian.api.landscape import Landscape
     from ikun_hessian.api.spectrum import Analysis
+    from ikun_hessian.api.true_hessian import TrueHessian
     from ikun_hessian.jobs.job import Job
 
 Loss = str | Callable[..., Any]
@@ -153,8 +154,54 @@ def landscape(
         return Landscape(analyse_landscape(job, settings, None, shown=progress))
 
 
+def true_hessian(
+    model: Any,
+    data: Any = None,
+    loss: Loss | None = None,
+    *,
+    timesteps: int | None = None,
+    samples: int | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> TrueHessian:
+    """Measure the Hessian of a network's smoothed loss itself, from forward passes only.
+
+    The smoothed loss is the mean of the loss under weight noise. For a spiking network it has a curvature where the
+    loss itself is piecewise constant, and no surrogate is involved. The same numbers as from the command
+    `ikun-hessian spectrum --operator true`. The model is not changed.
+
+    Args:
+        model: See `analyze`, as for `data`, `loss`, `timesteps`, `samples` and `progress`.
+        data: Samples; None for those of a checkpoint.
+        loss: Name of a loss, or a function.
+        timesteps: Number of time steps.
+        samples: Number of samples; None for all.
+        progress: Whether to show a progress bar.
+        options: Fields of `hessian_tools.TrueHessianSettings`, such as noise=0.1, draws=4000 and operators="ggn" (whose
+            eigenvectors are measured too), and of `Opening`.
+
+    Returns:
+        The result, for example `r.trace.value`.
+
+    Raises:
+        ValueError: If the network, the samples or an option cannot be used.
+        FloatingPointError: If the loss is not finite under the noise.
+        TypeError: If an option does not exist.
+    """
+    from hessian_tools.analysis.true_hessian.settings import TrueHessianSettings
+    from ikun_hessian.api.true_hessian import TrueHessian
+    from ikun_hessian.jobs.true_hessian import analyse_true_hessian
+
+    chosen, opening = split_options(TrueHessianSettings, options, timesteps, samples)
+    with opened_job(model, data, loss, opening, forward_only=not chosen.get("operators")) as (job, memory):
+        settings = TrueHessianSettings(**{"memory": memory, **chosen})
+        return TrueHessian(analyse_true_hessian(job, settings, None, shown=progress))
+
+
 @contextmanager
-def opened_job(model: Any, data: Any, loss: Loss | None, opening: Opening) -> Iterator[tuple[Job, float]]:
+def opened_job(
+    model: Any, data: Any, loss: Loss | None, opening: Opening, forward_only: bool = False
+) -> Iterator[tuple[Job, float]]:
     """Open a network for an analysis that runs inside. The random generators and torch's settings are put back after.
 
     Raises:
@@ -162,7 +209,7 @@ def opened_job(model: Any, data: Any, loss: Loss | None, opening: Opening) -> It
     """
     try:
         with untouched():
-            yield open_given(model, data, loss, opening)
+            yield open_given(model, data, loss, opening, forward_only)
     except ParameterError as error:
         raise type(error)("{}", in_keywords(error)) from error.__cause__
 

@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from ikun_hessian.api.flatness import Flatness
     from ikun_hessian.api.landscape import Landscape
     from ikun_hessian.api.spectrum import Analysis
+    from ikun_hessian.api.true_hessian import TrueHessian
 
 
-def load(path: str | Path) -> Analysis | Flatness | Landscape | BatchHistogram:
+def load(path: str | Path) -> Analysis | Flatness | Landscape | BatchHistogram | TrueHessian:
     """Load a result that `save` or the command line wrote.
 
     Args:
-        path: NAME.spectrum.json, NAME.flatness.json, NAME.landscape.json or NAME.batches.json.
+        path: NAME.spectrum.json, NAME.flatness.json, NAME.landscape.json, NAME.true.json or NAME.batches.json.
 
     Returns:
         The result, of the kind that the file holds.
@@ -54,4 +55,9 @@ def load(path: str | Path) -> Analysis | Flatness | Landscape | BatchHistogram:
         from ikun_hessian.api.batches import BatchHistogram
 
         return BatchHistogram(load_result(path, BatchEigenvaluesResult, BATCHES_SCHEMA))
+    if kind == "true-hessian":
+        from hessian_tools.results.true_hessian import load_true_hessian
+        from ikun_hessian.api.true_hessian import TrueHessian
+
+        return TrueHessian(load_true_hessian(path))
     raise ResultError(f"{path}: not a result of analyze, flatness or landscape")

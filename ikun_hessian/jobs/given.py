@@ -74,7 +74,9 @@ class Opening:
     name: str | None = None
 
 
-def open_given(model: Any, data: Any, loss: str | Callable[..., Any] | None, opening: Opening) -> tuple[Job, float]:
+def open_given(
+    model: Any, data: Any, loss: str | Callable[..., Any] | None, opening: Opening, forward_only: bool = False
+) -> tuple[Job, float]:
     """Open a network with its samples.
 
     Args:
@@ -84,6 +86,7 @@ def open_given(model: Any, data: Any, loss: str | Callable[..., Any] | None, ope
             checkpoint.
         loss: Name of a loss, or a function loss(outputs, targets). None: that of the checkpoint.
         opening: The other options.
+        forward_only: Whether only forward passes will be made, so that the network needs no derivatives.
 
     Returns:
         The opened network, and the memory in GiB that an analysis may use.
@@ -97,6 +100,7 @@ def open_given(model: Any, data: Any, loss: str | Callable[..., Any] | None, ope
 
     path = Path(model) if isinstance(model, str | Path) else None
     shared: dict[str, Any] = {key: getattr(opening, key) for key in ("batch_size", "params", "dtype")}
+    shared["forward_only"] = forward_only
     if path is not None and path.suffix != ".nir" and data is None:
         device = opening.device or "cpu"
         memory = opening.memory or half_of_the_memory(device)
@@ -123,7 +127,7 @@ def open_given(model: Any, data: Any, loss: str | Callable[..., Any] | None, ope
     opening = dataclasses.replace(opening, name=name, surrogate=surrogate)
     if network is not model:  # a network of NIR takes [T, N, ...]
         opening = dataclasses.replace(opening, time_first=True)
-    found = _found(network, x, y, loss, opening, data_kind(data))
+    found = _found(network, x, y, loss, opening, data_kind(data), forward_only)
     return make_job(source_of(found), Path(), weights_digest(network), memory=memory, device=device, **shared), memory
 
 
@@ -155,7 +159,13 @@ def objective_of(
 
 
 def _found(
-    network: nn.Module, x: Any, y: Tensor, loss: str | Callable[..., Any], opening: Opening, data: str
+    network: nn.Module,
+    x: Any,
+    y: Tensor,
+    loss: str | Callable[..., Any],
+    opening: Opening,
+    data: str,
+    forward_only: bool = False,
 ) -> Opened:
     """Adapt a network and check that the loss and the targets fit."""
     from ikun.adapters import adapt
@@ -179,7 +189,9 @@ def _found(
         return adapt(network, x, **adapt_options(other))
 
     with time_explained(own, adapted):
-        return open_network(network, x, y, own, loss=named, reset=reset, surrogate=opening.surrogate)
+        return open_network(
+            network, x, y, own, loss=named, reset=reset, surrogate=opening.surrogate, forward_only=forward_only
+        )
 
 
 _SHARED = (

@@ -69,6 +69,7 @@ def open_job(
     data_dir: Path | None,
     device: str,
     group: Group | None = None,
+    forward_only: bool = False,
 ) -> Job:
     """Open a checkpoint and its data as the options say (jobs.options.OPENING, jobs.options.OWN).
 
@@ -86,6 +87,7 @@ def open_job(
         data_dir: Folder of the data set; None for the download cache.
         device: "cpu" or "cuda", from `pick`.
         group: Processes that share the work. All of them must call this function.
+        forward_only: Whether only forward passes will be made, so that the network needs no derivatives.
 
     Returns:
         The opened checkpoint.
@@ -102,7 +104,9 @@ def open_job(
             raise UsageError("--split and --data-dir are for checkpoints of ikun-hessian: use --data")
         from ikun_hessian.jobs.user.network import open_own
 
-        source = source_of(open_own(path, own, samples=samples, surrogate=surrogate, memory=memory))
+        source = source_of(
+            open_own(path, own, samples=samples, surrogate=surrogate, memory=memory, forward_only=forward_only)
+        )
     else:
         source = _ours(path, samples, split, surrogate, data_dir, memory)
 
@@ -119,6 +123,7 @@ def open_job(
         memory=memory,
         device=device,
         group=group,
+        forward_only=forward_only,
     )
 
 
@@ -133,6 +138,7 @@ def make_job(
     memory: float,
     device: str,
     group: Group | None = None,
+    forward_only: bool = False,
 ) -> Job:
     """Make the objective of an opened network, in batches that fit into the memory.
 
@@ -146,6 +152,7 @@ def make_job(
         memory: Memory in GiB.
         device: The device.
         group: Processes that share the work.
+        forward_only: Whether only forward passes will be made.
 
     Returns:
         The job.
@@ -174,13 +181,14 @@ def make_job(
             dtype=like.dtype,
             device=device,
             reset=reset,
+            forward_only=forward_only,
         )
         return dataclasses.replace(made, group=group, batch_memory=limit)
 
     workers = torch.get_num_threads() if device == "cpu" else 1
     limit = memory * 2**30 / 4 / workers
     probe = objective()
-    size = product_bytes(probe)
+    size = product_bytes(probe) if not forward_only else _bytes_or_none(probe)
     asked, batch_size = batch_size, _batch_size(probe, batch_size, size, memory * 2**30, workers, group)
     first = probe if asked else probe.rebatched(batch_size)  # without a copy of the samples
     few = _fitting(size, memory * 2**30 / 12, 512)  # an autograd pass takes about three times what a product keeps
@@ -191,6 +199,16 @@ def make_job(
     }
     plain = json.loads(json.dumps(provenance))
     return Job(path, first, objective, source.variants, source.threshold, plain)
+
+
+def _bytes_or_none(objective: Objective) -> tuple[float, float]:
+    """Return the bytes of a product as `product_bytes`, or zeros if the network has no second derivative."""
+    from hessian_tools.operators.curvature import product_bytes
+
+    try:
+        return product_bytes(objective)
+    except (ValueError, RuntimeError, NotImplementedError):
+        return 0.0, 0.0
 
 
 def _ours(path: Path, samples: str, split: str, surrogate: str | None, data_dir: Path | None, memory: float) -> Source:

@@ -214,7 +214,9 @@ SPECTRUM = (
     Option("method", str, "lanczos", "Eigenvalue algorithm.", choices=("lanczos", "power")),
     Option("backend", str, "own", "Implementation: this package or PyHessian.", choices=("own", "pyhessian")),
     Option(
-        "operator", str, (), "hessian, ggn, fisher, relaxed or smoothed. Repeatable [default: hessian and ggn].",
+        "operator", str, (),
+        "hessian, ggn, fisher, relaxed, smoothed or true (the Hessian of the smoothed spiking loss itself, from "
+        "forward passes only). Repeatable [default: hessian and ggn].",
         renamed="operators", multiple=True,
     ),
     Option("density", bool, True, "Whether to estimate the spectral density.", opposite="no-density"),
@@ -235,7 +237,7 @@ SPECTRUM = (
     DAMPING,
     Option(
         "noise", float, 0.1,
-        "Standard deviation of the weight noise of operator smoothed, relative to each filter's RMS.",
+        "Standard deviation of the weight noise of operators smoothed and true, relative to each filter's RMS.",
     ),
     Option(
         "time", str, None,
@@ -265,8 +267,9 @@ SPECTRUM = (
     ),
     Option("resamples", int, 5, "Number of random subsets of each size of --samples-curve."),
     Option(
-        "draws", int, 8,
-        "Number of weight perturbations for the sharpness of the loss itself, by forward passes only; 0 for none.",
+        "draws", int, None,
+        "Number of weight perturbations for the sharpness of the loss itself, by forward passes only; 0 for none "
+        "[default: 8]. With operator true: number of its forward passes [default: 4000].",
     ),
     Option(
         "trajectory", bool, False,

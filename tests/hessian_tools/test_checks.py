@@ -460,7 +460,9 @@ def test_a_bare_operator_checks_its_objective(factory: Callable[[Objective], Cur
 
 def test_an_objective_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[Objective] = []
-    monkeypatch.setattr("hessian_tools.objective.check_objective", checked.append)
+    monkeypatch.setattr(
+        "hessian_tools.objective.check_objective", lambda objective, derivatives: checked.append(objective)
+    )
     objective = by_hand(nn.Linear(3, 2), [])
     for factory in (hessian, hessian, ggn):
         factory(objective)

@@ -29,8 +29,8 @@ from torch import Tensor
 from hessian_tools.analysis.eigenvectors import layer_shares
 from hessian_tools.analysis.true_hessian import sampling
 from hessian_tools.analysis.true_hessian.sampling import Sampler, draw_mean
-from hessian_tools.analysis.true_hessian.settings import Plan, TrueHessianSettings, plan
-from hessian_tools.analysis.true_hessian.warnings import warnings_of
+from hessian_tools.analysis.true_hessian.settings import DrawPlan, TrueHessianSettings, draw_plan
+from hessian_tools.analysis.true_hessian.warnings import true_hessian_warnings
 from hessian_tools.evaluation import differentiable
 from hessian_tools.io.errors import ObjectiveError
 from hessian_tools.io.json import clean
@@ -43,8 +43,8 @@ from hessian_tools.operators.base import Operator, scaled
 from hessian_tools.progress import Show
 from hessian_tools.results.true_hessian import (
     TRUE_HESSIAN_SCHEMA,
+    EigenvectorSearch,
     GivenDirection,
-    Search,
     TrueEigenvalue,
     TrueHessianResult,
 )
@@ -85,6 +85,7 @@ def true_hessian(
         FloatingPointError: If the loss is not finite under the noise, or a product with an operator is not finite.
     """
     settings, phases, began = settings or TrueHessianSettings(), phases or Phases(), time.perf_counter()
+    settings = dataclasses.replace(settings, operators=tuple(operators or ()))
     meter = _Meter(progress)
     sampler = sampling.make_sampler(
         objective, settings.noise, group=settings.group, seed=settings.seed, phases=phases, report=meter
@@ -92,7 +93,7 @@ def true_hessian(
     weights = sampler.at.clone()
     given, labels = _given(sampler, settings, operators or {})
     fixed = int((sampler.unit == 0).sum())
-    planned = plan(settings, objective.size - fixed, given.shape[1], len(sampler.weights))
+    planned = draw_plan(settings, objective.size - fixed, given.shape[1], len(sampler.weights))
     meter.expected = dict(planned.passes)
 
     traces, smooth = sampling.trace_values(sampler, planned.trace)
@@ -134,7 +135,7 @@ def true_hessian(
         seconds=time.perf_counter() - began + phases.seconds,
         versions=versions(),
     )
-    return dataclasses.replace(result, warnings=tuple(warnings_of(result)))
+    return dataclasses.replace(result, warnings=tuple(true_hessian_warnings(result)))
 
 
 class _Meter:
@@ -178,7 +179,7 @@ def _given(
 
 
 def _measured_control(
-    sampler: Sampler, given: Tensor, labels: list[tuple[str, int, float, Tensor]], planned: Plan
+    sampler: Sampler, given: Tensor, labels: list[tuple[str, int, float, Tensor]], planned: DrawPlan
 ) -> tuple[tuple[Tensor, Tensor] | None, tuple[GivenDirection, ...]]:
     """Measure U'HU: return it with U as a control, and the curvature along the given directions."""
     if not planned.given:
@@ -194,8 +195,8 @@ def _measured_control(
 
 
 def _search(
-    sampler: Sampler, settings: TrueHessianSettings, control: tuple[Tensor, Tensor] | None, planned: Plan
-) -> tuple[Search | None, tuple[Tensor, Tensor] | None]:
+    sampler: Sampler, settings: TrueHessianSettings, control: tuple[Tensor, Tensor] | None, planned: DrawPlan
+) -> tuple[EigenvectorSearch | None, tuple[Tensor, Tensor] | None]:
     """Search for eigenvectors.
 
     Returns:
@@ -224,7 +225,7 @@ def _search(
     noisy = int((sampler.unit > 0).sum())
     cosines = torch.linalg.svdvals(halves[0].T @ halves[1]).square().clamp(0, 1)
     values = whole.values.tolist()
-    search = Search(
+    search = EigenvectorSearch(
         draws=count,
         spread=spread,
         threshold=spread * math.sqrt(noisy / count),
@@ -237,7 +238,7 @@ def _search(
 
 
 def _directions(
-    sampler: Sampler, given: Tensor, expected: tuple[Tensor, Tensor] | None, planned: Plan
+    sampler: Sampler, given: Tensor, expected: tuple[Tensor, Tensor] | None, planned: DrawPlan
 ) -> tuple[Tensor, int]:
     """Return the eigenvectors [P, n] of a measured V'HV: the largest first, then the smallest, and how many of each.
 

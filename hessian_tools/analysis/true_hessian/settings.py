@@ -26,6 +26,7 @@ class TrueHessianSettings:
             number of forward passes over all samples, and longer passes.
         seed: Random seed.
         memory: Memory in GiB for draws that are kept and for eigenvectors.
+        operators: Names of other operators whose eigenvectors are measured too.
     """
 
     noise: float = 0.1
@@ -35,6 +36,7 @@ class TrueHessianSettings:
     group: int = 64
     seed: int = 0
     memory: float = 4.0
+    operators: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_scale("noise", self.noise)
@@ -46,7 +48,7 @@ class TrueHessianSettings:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DrawPlan:
     """How the forward passes are divided.
 
     Attributes:
@@ -77,7 +79,7 @@ class Plan:
         }
 
 
-def plan(settings: TrueHessianSettings, size: int, given: int, groups: int) -> Plan:
+def draw_plan(settings: TrueHessianSettings, size: int, given: int, groups: int) -> DrawPlan:
     """Divide the forward passes between the stages.
 
     Args:
@@ -101,7 +103,7 @@ def plan(settings: TrueHessianSettings, size: int, given: int, groups: int) -> P
     if size > 2 * search * groups:
         search, most = 0, given
     if not most:
-        return Plan(total // TRACE_PASSES, 0, 0, 0, (0, 0), 0)
+        return DrawPlan(total // TRACE_PASSES, 0, 0, 0, (0, 0), 0)
     left -= 2 * search
     top = min(settings.top, most)
     low = min(settings.smallest, most - top)
@@ -109,4 +111,4 @@ def plan(settings: TrueHessianSettings, size: int, given: int, groups: int) -> P
     if top + low > room:  # both ends in the same proportion
         low = room * low // (top + low)
         top = room - low
-    return Plan(trace, search, on_given, projection, (top, low), left // (PASSES * (top + low)))
+    return DrawPlan(trace, search, on_given, projection, (top, low), left // (PASSES * (top + low)))

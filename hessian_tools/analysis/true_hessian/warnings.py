@@ -10,7 +10,7 @@ from hessian_tools.results.true_hessian import TrueHessianResult
 CONCENTRATED = 0.3  # share of one observation in a variance, from which the interval can be too short
 
 
-def warnings_of(r: TrueHessianResult) -> list[str]:
+def true_hessian_warnings(r: TrueHessianResult) -> list[str]:
     """Return warnings about conclusions that the numbers of a result do not support, in full sentences."""
     found = []
     asked = int(r.settings["top"]), int(r.settings["smallest"])

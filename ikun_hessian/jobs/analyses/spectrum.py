@@ -21,7 +21,12 @@ LONG = 60.0  # seconds from which an analysis says beforehand what it will take
 
 
 def spectrum_settings(
-    memory: float, operators: tuple[str, ...], curve: str | None, time: str | None = None, **options: Any
+    memory: float,
+    operators: tuple[str, ...],
+    curve: str | None,
+    time: str | None = None,
+    draws: int | None = None,
+    **options: Any,
 ) -> tuple[SpectrumSettings, dict[str, Any]]:
     """Split the options of `spectrum` into settings of the analysis and arguments of `open_job`.
 
@@ -30,6 +35,7 @@ def spectrum_settings(
         operators: Names of the operators; empty for the default.
         curve: Growing sample counts, for example "1,16,64"; None for no curve.
         time: Time that an analysis may take, for example "90s", "5m" or "1.5h"; None for no limit.
+        draws: Number of weight perturbations; None for the default.
         options: The other options, by parameter name.
 
     Returns:
@@ -48,6 +54,7 @@ def spectrum_settings(
         samples_curve=_counts(curve),
         memory=memory,
         time=None if time is None else _seconds(time),
+        draws=SpectrumSettings.draws if draws is None else draws,
     )
     return settings, opening
 

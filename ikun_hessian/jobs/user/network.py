@@ -55,7 +55,14 @@ class Opened:
 
 
 def open_own(
-    path: Path, own: Own, *, samples: str, surrogate: str | None, memory: float, fewer: bool = False
+    path: Path,
+    own: Own,
+    *,
+    samples: str,
+    surrogate: str | None,
+    memory: float,
+    fewer: bool = False,
+    forward_only: bool = False,
 ) -> Opened:
     """Open the network that `own` describes with the weights in a file, or the whole network in a .nir file.
 
@@ -66,6 +73,7 @@ def open_own(
         surrogate: Surrogate NAME:P to analyse with, in place of all surrogates; None for the network's own.
         memory: Memory in GiB. The samples may use a quarter of it.
         fewer: Whether there may be fewer samples than asked for.
+        forward_only: Whether only forward passes will be made, so that the network needs no derivatives.
 
     Returns:
         The opened network.
@@ -79,7 +87,7 @@ def open_own(
     if path.suffix == ".nir" and own.model is not None:
         raise UsageError(f"{path} holds a whole network: leave out --model")
     reset = load_function("--reset", own.reset) if own.model is not None and own.reset is not None else None
-    build = _nir(path, own) if own.model is None else _built(path, own, own.model)
+    build = _nir(path, own) if own.model is None else _built(path, own, own.model, forward_only)
     x, y = read_samples(own.data, samples, memory / 4, own.time_first_data, fewer)
     code = [load_function("--model", own.model)] if own.model is not None else []
     loss = loss_name(own.loss or "mse")
@@ -126,6 +134,7 @@ def open_network(
     loss: str | Callable[..., Any],
     reset: Callable[[nn.Module], None] | None,
     surrogate: str | None,
+    forward_only: bool = False,
 ) -> Opened:
     """Open a network that is in memory, as `open_own` opens one from a file.
 
@@ -137,6 +146,7 @@ def open_network(
         loss: Name of a loss, or a function loss(outputs, targets).
         reset: Clears the state of the network, in addition to the library's own reset.
         surrogate: Surrogate NAME:P to analyse with, in place of all surrogates; None for the network's own.
+        forward_only: Whether only forward passes will be made, so that the network needs no derivatives.
 
     Returns:
         The opened network.
@@ -154,7 +164,7 @@ def open_network(
         return known, []
 
     def build(x: Any, surrogate: Any, replacement: Any, steeper: float, reset: Any) -> Adapted:
-        return _adapted(network, x, own, surrogate, replacement, steeper, reset)
+        return _adapted(network, x, own, surrogate, replacement, steeper, reset, forward_only)
 
     return _opened(build, x, y, own, surrogate, reset, [], chosen, False)
 
@@ -263,7 +273,7 @@ def adapt_options(own: Own) -> dict[str, Any]:
     }
 
 
-def _built(path: Path, own: Own, model: str) -> Build:
+def _built(path: Path, own: Own, model: str, forward_only: bool = False) -> Build:
     """Build the user's network and load its weights. Returns a function that adapts it."""
     from torch import nn
 
@@ -287,19 +297,27 @@ def _built(path: Path, own: Own, model: str) -> Build:
 
     def build(x: Any, surrogate: Any, replacement: Any, steeper: float, reset: Any) -> Adapted:
         with readable(f"--model {model}", AdapterError):
-            adapted = _adapted(network, x, own, surrogate, replacement, steeper, reset)
+            adapted = _adapted(network, x, own, surrogate, replacement, steeper, reset, forward_only)
         return replace(adapted, warnings=(*notes, *adapted.warnings))
 
     return build
 
 
 def _adapted(
-    network: nn.Module, x: Any, own: Own, surrogate: Any, replacement: Any, steeper: float, reset: Any
+    network: nn.Module,
+    x: Any,
+    own: Own,
+    surrogate: Any,
+    replacement: Any,
+    steeper: float,
+    reset: Any,
+    forward_only: bool,
 ) -> Adapted:
-    """Adapt a network as `own` describes it."""
-    from ikun.adapters import adapt
+    """Adapt a network as `own` describes it, for forward passes only if it has no derivatives and none are needed."""
+    from ikun.adapters import AdapterError, adapt
 
-    return adapt(
+    make = partial(
+        adapt,
         network,
         x,
         **adapt_options(own),
@@ -308,6 +326,12 @@ def _adapted(
         steeper=steeper,
         reset=reset,
     )
+    try:
+        return make()
+    except AdapterError:
+        if not forward_only:
+            raise
+    return make(forward_only=True)
 
 
 def _nir(path: Path, own: Own) -> Build:

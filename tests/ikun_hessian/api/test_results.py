@@ -30,11 +30,12 @@ def reports() -> Reports:
         "flatness": ih.flatness(net, data, "ce", draws=4, probes=4, progress=False),
         "landscape": ih.landscape(net, data, "ce", points=5, planes=(("top1", "random1"),), plane_points=3),
         "batches": ih.lambda_max_histogram(net, data, "ce", batch_size=4, progress=False),
+        "true": ih.true_hessian(net, data, "ce", draws=600, top=2, smallest=1, operators="ggn", progress=False),
         "compared": ih.compare([Analysis(sample("ikun")), Analysis(sample("kaiming", scale=2))]),
     }
 
 
-@pytest.mark.parametrize("kind", ["spectrum", "flatness", "landscape", "batches", "compared"])
+@pytest.mark.parametrize("kind", ["spectrum", "flatness", "landscape", "batches", "true", "compared"])
 def test_a_result_shows_itself(reports: Reports, kind: str) -> None:
     report = reports[kind]
     name = type(report).__name__
@@ -48,7 +49,7 @@ def test_a_result_shows_itself(reports: Reports, kind: str) -> None:
     assert len(frame) > 3
 
 
-@pytest.mark.parametrize("kind", ["spectrum", "flatness", "landscape", "batches"])
+@pytest.mark.parametrize("kind", ["spectrum", "flatness", "landscape", "batches", "true"])
 def test_a_result_is_saved_and_loaded(reports: Reports, kind: str, tmp_path: Path) -> None:
     written = reports[kind].save(tmp_path / "sub" / "x")
     assert all(path.is_file() for path in written)
@@ -61,7 +62,7 @@ def test_a_result_is_saved_and_loaded(reports: Reports, kind: str, tmp_path: Pat
         assert found.save(path) == written  # the ending of a file may be given too
 
 
-@pytest.mark.parametrize("kind", ["spectrum", "flatness", "landscape", "batches"])
+@pytest.mark.parametrize("kind", ["spectrum", "flatness", "landscape", "batches", "true"])
 def test_a_result_is_cited(reports: Reports, kind: str) -> None:
     sentence, row = reports[kind].cite().splitlines()
     assert "ce loss" in sentence
