@@ -39,6 +39,7 @@ NOT_RUN = {
     "docs/long-runs.md": ["sets an environment variable"],
     "docs/presets.md": ["needs the study above"],
     "docs/training.md": ["a download"],
+    "docs/true-hessian.md": ["minutes"],
     "docs/tutorial.md": ["minutes"],
 }
 LIBRARIES = (

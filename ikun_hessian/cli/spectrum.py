@@ -84,6 +84,8 @@ def spectrum_command(
     if TRUE in options["operators"]:
         truth = true_hessian_settings(memory, options["operators"], options.pop("draws"), options)
         options["operators"] = truth.operators
+        if options["time"] is not None and not truth.operators:
+            raise click.UsageError("--time is for other operators than true: use --draws")
         if trajectory and not truth.operators:
             raise click.UsageError("--trajectory needs another operator than true: add --operator ggn")
     settings, opening = spectrum_settings(memory, **options)

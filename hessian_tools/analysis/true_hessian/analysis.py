@@ -6,9 +6,10 @@ surrogate, so that they hold for every network with a forward pass. The steps, e
 
 1. The trace, from the loss at two distances along random directions.
 2. A control S = U M U', if there are other operators: U are their eigenvectors, and M is a measurement of U'HU.
-3. The search: the extreme eigenvectors of the sample estimate S + Cov(c - z'Sz / 2, zz').
+3. The search: the extreme eigenvectors of the sample estimate S + Cov(c - z'Sz / 2, zz'). If its first draws show that
+   its noise will hide eigenvalues as large as those along U, it is given up, and its draws go to the last two steps.
 4. The projection V'HV on the candidates V, which are these eigenvectors and U, again with a control: what the steps
-   before say of V'HV. Its eigenvectors give the directions.
+   before say of V'HV. Its eigenvectors give the directions; entries off the diagonal that may be noise count as 0.
 5. The curvature v'Hv along every one of these directions.
 
 A direction does not depend on the draws that measure it, so that every v'Hv is unbiased for the direction v. It is a
@@ -20,16 +21,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hessian_tools.analysis.eigenvectors import layer_shares
+from hessian_tools.analysis.memory import budget
 from hessian_tools.analysis.true_hessian import sampling
 from hessian_tools.analysis.true_hessian.sampling import Sampler, draw_mean
-from hessian_tools.analysis.true_hessian.settings import DrawPlan, TrueHessianSettings, draw_plan
+from hessian_tools.analysis.true_hessian.settings import PILOT, DrawPlan, TrueHessianSettings, draw_plan
 from hessian_tools.analysis.true_hessian.warnings import true_hessian_warnings
 from hessian_tools.evaluation import differentiable
 from hessian_tools.io.errors import ObjectiveError
@@ -53,6 +56,7 @@ from hessian_tools.seeding import stream
 
 DEFINITE = ("ggn", "fisher")  # their smallest eigenvalues are 0
 STEPS = 150  # most products of a search for eigenvectors of a sample estimate, which is itself known to few digits
+CLEAR = 2.0  # standard errors from which an entry of a projection off the diagonal counts
 GIVEN_TOL = 1e-3  # of the eigenvectors of other operators
 
 
@@ -98,8 +102,14 @@ def true_hessian(
 
     traces, smooth = sampling.trace_values(sampler, planned.trace)
     control, directions = _measured_control(sampler, given, labels, planned)
-    search, expected = _search(sampler, settings, control, planned)
-    found, order = _directions(sampler, given, expected or control, planned)
+    pilot = None
+    if planned.search > PILOT and control is not None:
+        pilot = sampling.search_differences(sampler, PILOT)
+    if pilot is not None and control is not None and not _worthwhile(sampler, pilot, control, planned):
+        planned = draw_plan(settings, objective.size - fixed, given.shape[1], len(sampler.weights), PILOT)
+        meter.expected = dict(planned.passes)
+    search, expected = _search(sampler, settings, control, planned, pilot)
+    found, order = _directions(sampler, given, control, expected, planned)
     forms = []
     for i, v in enumerate(found.unbind(1)):
         values = sampling.line_values(sampler, v, planned.lines, i, f"eigenvalue {i + 1}")
@@ -160,10 +170,20 @@ def _given(
     for index, (name, op) in enumerate(operators.items()):
         top = min(settings.top, size)
         low = 0 if name in DEFINITE else min(settings.smallest, size - top)
-        generator = stream(settings.seed, 4, index)
+        room = budget(settings.memory * 2**30 / 4, size, top + low, dtype=op.dtype)
+        search = partial(
+            eigenpairs,
+            largest=top,
+            smallest=low,
+            generator=stream(settings.seed, 4, index),
+            tol=GIVEN_TOL,
+            max_products=300,
+            max_basis=room.vectors,
+            basis_dtype=room.basis_dtype,
+        )
 
-        def compute(op: Operator, top: int = top, low: int = low, rng: torch.Generator = generator) -> dict[str, Any]:
-            found = eigenpairs(op, top, low, generator=rng, tol=GIVEN_TOL, max_products=300)
+        def compute(op: Operator, search: Callable[[Operator], Eigenpairs] = search) -> dict[str, Any]:
+            found = search(op)
             return {"values": found.values, "vectors": found.vectors}
 
         found = sampler.phases.run(f"eigenvectors of {name}", scaled(op, unit), compute)
@@ -194,8 +214,27 @@ def _measured_control(
     return (given, m), tuple(measured)
 
 
+def _worthwhile(sampler: Sampler, pilot: Tensor, control: tuple[Tensor, Tensor], planned: DrawPlan) -> bool:
+    """Return whether a search can find eigenvalues as large as those along the given directions.
+
+    Args:
+        sampler: The loss under noise.
+        pilot: Second differences of the first pairs of the search.
+        control: The given directions and the measured projection on them.
+        planned: The plan with the search.
+    """
+    few = sampling.stein_hessian(sampler, pilot, control, range(len(pilot)))
+    spread = float((few.residual_variances @ sampler.weights.square()).sqrt())
+    noisy = int((sampler.unit > 0).sum())
+    return spread * math.sqrt(noisy / planned.search) < float(torch.linalg.eigvalsh(control[1]).abs().max())
+
+
 def _search(
-    sampler: Sampler, settings: TrueHessianSettings, control: tuple[Tensor, Tensor] | None, planned: DrawPlan
+    sampler: Sampler,
+    settings: TrueHessianSettings,
+    control: tuple[Tensor, Tensor] | None,
+    planned: DrawPlan,
+    pilot: Tensor | None,
 ) -> tuple[EigenvectorSearch | None, tuple[Tensor, Tensor] | None]:
     """Search for eigenvectors.
 
@@ -205,7 +244,7 @@ def _search(
     """
     if not planned.search:
         return None, None
-    c = sampling.search_differences(sampler, planned.search)
+    c = sampling.search_differences(sampler, planned.search, pilot)
     top, low = planned.directions
     memory = settings.memory * 2**30 / 4
 
@@ -238,28 +277,43 @@ def _search(
 
 
 def _directions(
-    sampler: Sampler, given: Tensor, expected: tuple[Tensor, Tensor] | None, planned: DrawPlan
+    sampler: Sampler,
+    given: Tensor,
+    control: tuple[Tensor, Tensor] | None,
+    expected: tuple[Tensor, Tensor] | None,
+    planned: DrawPlan,
 ) -> tuple[Tensor, int]:
     """Return the eigenvectors [P, n] of a measured V'HV: the largest first, then the smallest, and how many of each.
 
     Args:
         sampler: The loss under noise.
-        given: The given directions [P, k], orthonormal.
-        expected: Candidates and a guess of the projection on them, which serves as a control.
+        given: The given directions U [P, k], orthonormal.
+        control: U and the measured U'HU; None without given directions.
+        expected: Candidates and a guess of the projection on them, which serves as a control; None without a search.
         planned: The plan.
     """
     v = given
-    if expected is None or not planned.projection:
+    guessed = expected or control
+    if guessed is None or not planned.projection:
         return v[:, :0], 0
-    for column in expected[0].unbind(1):
+    found = guessed[0]
+    if given.shape[1]:  # of the search only what stands out of its noise
+        found = found[:, guessed[1].diagonal() != 0]
+    for column in found.unbind(1):
         rest, _ = orthogonalize(column, v)
         if rest.norm() > 1e-3:
             v = torch.cat([v, (rest / rest.norm())[:, None]], 1)
     second, y = sampling.projection(sampler, v, planned.projection, 1)
-    inside = v.T @ expected[0]
-    guess = (inside @ expected[1].to(v.device) @ inside.T).cpu()
+    inside = v.T @ guessed[0]
+    guess = (inside @ guessed[1].to(v.device) @ inside.T).cpu()
     left = second - ((y @ guess) * y).sum(2) / 2
-    m = guess + sampling.entries(left, y, sampler.weights).mean(0)
+    values = sampling.entries(left, y, sampler.weights)
+    m, k = guess + values.mean(0), given.shape[1]
+    if control is not None:
+        m[:k, :k] = (m[:k, :k] + control[1]) / 2  # two measurements from as many draws
+    # an entry that is noise would turn directions that are right
+    clear = m.abs() > CLEAR * values.std(0) / len(values) ** 0.5
+    m = torch.where(clear | torch.eye(len(m), dtype=torch.bool), m, 0)
     _, rotation = torch.linalg.eigh(m)
     top, low = planned.directions
     top = min(top, v.shape[1])

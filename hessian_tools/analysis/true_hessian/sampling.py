@@ -264,16 +264,24 @@ def entries(second: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     return found
 
 
-def search_differences(sampler: Sampler, pairs: int) -> Tensor:
-    """Compute the second differences [K, B] of K pairs z, -z of noise in all weights, for `stein_hessian`."""
+def search_differences(sampler: Sampler, pairs: int, first: Tensor | None = None) -> Tensor:
+    """Compute the second differences [K, B] of K pairs z, -z of noise in all weights, for `stein_hessian`.
+
+    Args:
+        sampler: The loss under noise.
+        pairs: K.
+        first: Those of the first pairs, if they are known.
+    """
+    start = 0 if first is None else len(first)
 
     def points(k: int, b: int) -> Iterator[Tensor]:
-        z = sampler.draw((SEARCH,), k, b)
+        z = sampler.draw((SEARCH,), start + k, b)
         yield z
         yield -z
 
-    losses = sampler.losses("search", points, pairs, 2)
-    return (losses.sum(1) - 2 * sampler.base) / (2 * sampler.scale**2)
+    losses = sampler.losses("search", points, pairs - start, 2)
+    rest = (losses.sum(1) - 2 * sampler.base) / (2 * sampler.scale**2)
+    return rest if first is None else torch.cat([first, rest])
 
 
 def stein_hessian(

@@ -10,6 +10,7 @@ LEAST_DRAWS = 400  # 12 observations of the trace, 20 of a projection, 12 of one
 LEAST_OBSERVATIONS = 12  # of a direction or the trace; an interval needs 10
 STRATA = 2  # steps along a direction in one observation, for each sign of the noise
 PASSES = 2 * (1 + 2 * STRATA)  # forward passes of one observation of a direction
+PILOT = 40  # pairs of a search from which follows whether it can find anything
 TRACE_PASSES = 6  # of one observation of the trace
 
 
@@ -58,6 +59,7 @@ class DrawPlan:
         projection: Observations of the projection on the candidates.
         directions: Number of largest and of smallest eigenvalues.
         lines: Observations of every one of them.
+        pilot: Pairs of a search that was given up.
     """
 
     trace: int
@@ -66,6 +68,7 @@ class DrawPlan:
     projection: int
     directions: tuple[int, int]
     lines: int
+    pilot: int = 0
 
     @property
     def passes(self) -> dict[str, int]:
@@ -73,13 +76,13 @@ class DrawPlan:
         return {
             "trace": TRACE_PASSES * self.trace,
             "given directions": 3 * self.given,
-            "search": 2 * self.search,
+            "search": 2 * (self.search or self.pilot),
             "projection": 3 * self.projection,
             "eigenvalues": PASSES * self.lines * sum(self.directions),
         }
 
 
-def draw_plan(settings: TrueHessianSettings, size: int, given: int, groups: int) -> DrawPlan:
+def draw_plan(settings: TrueHessianSettings, size: int, given: int, groups: int, pilot: int = 0) -> DrawPlan:
     """Divide the forward passes between the stages.
 
     Args:
@@ -87,6 +90,7 @@ def draw_plan(settings: TrueHessianSettings, size: int, given: int, groups: int)
         size: Number P of weights with noise.
         given: Number of given directions.
         groups: Number of groups of samples with draws of their own.
+        pilot: Number of pairs after which the search is given up; 0 if it is not.
 
     Returns:
         A tenth of the passes are for the trace, 15% for each projection, 30% for the eigenvalues, and the rest for the
@@ -100,8 +104,9 @@ def draw_plan(settings: TrueHessianSettings, size: int, given: int, groups: int)
     left = total - TRACE_PASSES * trace - 3 * (projection + on_given)
     search = max(4, (left - total * 3 // 10) // 2)
     most = size
-    if size > 2 * search * groups:
+    if pilot or size > 2 * search * groups:
         search, most = 0, given
+        left -= 2 * pilot
     if not most:
         return DrawPlan(total // TRACE_PASSES, 0, 0, 0, (0, 0), 0)
     left -= 2 * search
@@ -111,4 +116,4 @@ def draw_plan(settings: TrueHessianSettings, size: int, given: int, groups: int)
     if top + low > room:  # both ends in the same proportion
         low = room * low // (top + low)
         top = room - low
-    return DrawPlan(trace, search, on_given, projection, (top, low), left // (PASSES * (top + low)))
+    return DrawPlan(trace, search, on_given, projection, (top, low), left // (PASSES * (top + low)), pilot)

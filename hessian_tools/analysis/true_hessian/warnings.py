@@ -21,8 +21,8 @@ def true_hessian_warnings(r: TrueHessianResult) -> list[str]:
         )
     elif r.search is None:
         found.append(
-            f"The eigenvectors were not searched: {r.num_parameters:,} weights are too many for "
-            f"{r.settings['draws']:,} draws. The eigenvalues are those in the span of the given directions, and the "
+            f"The eigenvectors were not searched: the noise of {r.settings['draws']:,} draws of {r.num_parameters:,} "
+            f"weights would hide them. The eigenvalues are those in the span of the given directions, and the "
             "Hessian can have larger ones outside it."
         )
     elif r.eigenvalues and r.search.threshold > 0.7 * max(r.eigenvalues[0].form.value, 0.0):
