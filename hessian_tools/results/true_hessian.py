@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hessian_tools.io.json import load_result
-from hessian_tools.results.text import brief, headline, one_digit
+from hessian_tools.results.text import brief, headline, rounded
 
 TRUE_HESSIAN_SCHEMA = "ikun-hessian/true-hessian/1"
 
@@ -171,7 +171,7 @@ class TrueHessianResult:
 
 def shown(mean: DrawMean) -> str:
     """Format a mean and its standard error over the draws."""
-    return f"{mean.value:.3g} +- {one_digit(mean.stderr)}"
+    return f"{mean.value:.3g} +- {rounded(mean.stderr, 1)}"
 
 
 def load_true_hessian(path: str | Path) -> TrueHessianResult:

@@ -190,7 +190,7 @@ def true_hessian(
     """
     from hessian_tools.analysis.true_hessian.settings import TrueHessianSettings
     from ikun_hessian.api.true_hessian import TrueHessian
-    from ikun_hessian.jobs.true_hessian import analyse_true_hessian
+    from ikun_hessian.jobs.analyses.true_hessian import analyse_true_hessian
 
     chosen, opening = split_options(TrueHessianSettings, options, timesteps, samples)
     with opened_job(model, data, loss, opening, forward_only=not chosen.get("operators")) as (job, memory):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+from hessian_tools.results.text import rounded
 from hessian_tools.results.true_hessian import DrawMean, TrueEigenvalue, TrueHessianResult, shown
 from ikun_hessian.reports.header import opened
-from ikun_hessian.reports.summary import closed, entry, more, one_line_entry, opened_lines, two_digits
+from ikun_hessian.reports.summary import closed, entry, more, one_line_entry, opened_lines
 from ikun_hessian.reports.text import field, paragraph, shortened, warning
 
 BIAS = (
@@ -61,7 +62,7 @@ def _mean(mean: DrawMean) -> str:
     """Format a mean with its error and its interval."""
     low, high = mean.ci95
     interval = f", 95% interval {low:.3g} to {high:.3g}" if math.isfinite(low) else ""
-    return f"{mean.value:.3g} +- {two_digits(mean.stderr)}{interval}"
+    return f"{mean.value:.3g} +- {rounded(mean.stderr, 2)}{interval}"
 
 
 def _bound(pair: TrueEigenvalue, side: str) -> str:

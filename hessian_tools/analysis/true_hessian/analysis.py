@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessian_tools.analysis.eigenvectors import layer_shares
-from hessian_tools.analysis.memory import budget
+from hessian_tools.analysis.operator_spectrum.eigenvectors import layer_shares
+from hessian_tools.analysis.planning.memory import budget
 from hessian_tools.analysis.true_hessian import sampling
 from hessian_tools.analysis.true_hessian.sampling import Sampler, draw_mean
 from hessian_tools.analysis.true_hessian.settings import PILOT, DrawPlan, TrueHessianSettings, draw_plan

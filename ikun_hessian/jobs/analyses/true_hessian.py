@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ikun_hessian.jobs.analyses.spectrum import LONG
 from ikun_hessian.jobs.job import Job, measured_on
 from ikun_hessian.jobs.progress_bar import Bar
-from ikun_hessian.jobs.analyses.spectrum import LONG
 
 if TYPE_CHECKING:
     from hessian_tools.analysis.true_hessian.settings import TrueHessianSettings
