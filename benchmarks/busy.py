@@ -49,7 +49,9 @@ def larger(folder: Path) -> Path:
     path = folder / "larger.pt"
     train = ["train", "--channels", "32", "--subset", "256", "--epochs", "1", "--out", str(path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-m", "ikun_hessian", *train], env=environment, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "ikun_hessian", *train], env=environment, check=True, stdout=subprocess.DEVNULL
+    )
     return path
 
 

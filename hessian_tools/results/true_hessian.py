@@ -170,7 +170,9 @@ class TrueHessianResult:
 
 
 def shown(mean: DrawMean) -> str:
-    """Format a mean and its standard error over the draws."""
+    """Format a mean and its standard error over the draws. "not seen": no draw changed the loss."""
+    if mean.value == mean.stderr == 0:
+        return "not seen"
     return f"{mean.value:.3g} +- {rounded(mean.stderr, 1)}"
 
 

@@ -86,6 +86,8 @@ def spectrum_command(
         options["operators"] = truth.operators
         if options["time"] is not None and not truth.operators:
             raise click.UsageError("--time is for other operators than true: use --draws")
+        if options["per_layer"] and not truth.operators:
+            raise click.UsageError("--per-layer needs another operator than true: add --operator ggn")
         if trajectory and not truth.operators:
             raise click.UsageError("--trajectory needs another operator than true: add --operator ggn")
     settings, opening = spectrum_settings(memory, **options)

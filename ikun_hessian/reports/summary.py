@@ -227,7 +227,8 @@ def closed(lines: Sequence[str], warnings: Sequence[str], files: str, note: str)
 
     Args:
         lines: The lines so far.
-        warnings: Warnings of one sentence each, the most important first. As many as fit are shown, at most two.
+        warnings: Warnings of one sentence each, the most important first. As many as fit are shown, at most two. The
+            first one is cut if it does not fit.
         files: Names of the written files; "" for none. Long names lose their beginning if there is no room for them.
         note: The last line.
     """
@@ -237,9 +238,11 @@ def closed(lines: Sequence[str], warnings: Sequence[str], files: str, note: str)
         named = entry("files", shortened(files, SCREEN_WIDTH - LABEL))
     last = [*named, *last]
     body = list(lines)
-    for text in warnings[:MOST_WARNINGS]:
-        added = entry("! warning", text)
-        if len(body) + len(added) + len(last) > MOST_LINES:
+    for i, text in enumerate(warnings[:MOST_WARNINGS]):
+        added, room = entry("! warning", text), MOST_LINES - len(body) - len(last)
+        if len(added) > room:
+            if i == 0 and room > 0:
+                body += [*added[: room - 1], added[room - 1][: SCREEN_WIDTH - 1] + "…"]
             break
         body += added
     return "\n".join([*body, *last])

@@ -60,6 +60,8 @@ def true_hessian_brief(result: TrueHessianResult) -> str:
 
 def _mean(mean: DrawMean) -> str:
     """Format a mean with its error and its interval."""
+    if mean.value == mean.stderr == 0:
+        return shown(mean)
     low, high = mean.ci95
     interval = f", 95% interval {low:.3g} to {high:.3g}" if math.isfinite(low) else ""
     return f"{mean.value:.3g} +- {rounded(mean.stderr, 2)}{interval}"

@@ -16,8 +16,8 @@ def true_hessian_warnings(r: TrueHessianResult) -> list[str]:
     asked = int(r.settings["top"]), int(r.settings["smallest"])
     if r.search is None and not r.eigenvalues:
         found.append(
-            f"No eigenvalues: {r.num_parameters:,} weights are too many for {r.settings['draws']:,} draws. Name "
-            "another operator too, such as ggn: the eigenvalues in the span of its eigenvectors need few draws."
+            f"No eigenvalues: {r.num_parameters:,} weights are too many for {r.settings['draws']:,} draws; name "
+            "another operator too, such as ggn. The eigenvalues in the span of its eigenvectors need few draws."
         )
     elif r.search is None:
         found.append(

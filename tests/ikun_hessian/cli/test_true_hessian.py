@@ -196,6 +196,7 @@ def test_wrong_options_are_one_line(analysed: Path, capsys: Capture) -> None:
         "--trajectory",
     )
     fails(capsys, 2, "--time is for other operators", "spectrum", path, *QUICK, "--time", "5m")
+    fails(capsys, 2, "--per-layer needs another operator", "spectrum", path, *QUICK, "--per-layer")
     fails(capsys, 2, "unknown operator tru:", "spectrum", path, "--operator", "tru")
     with pytest.raises(ValueError, match="analysis of its own"):
         ih.analyze(path, operators=("true",))

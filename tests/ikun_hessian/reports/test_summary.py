@@ -8,7 +8,7 @@ import pytest
 from spectra import NAN, full, pair, sample
 
 from hessian_tools.results.spectrum import LossRise, SpectrumResult
-from ikun_hessian.reports.summary import MOST_LINES, spectrum_summary
+from ikun_hessian.reports.summary import MOST_LINES, closed, spectrum_summary
 
 RISE = LossRise(0.25, 0.03, 0.04, 0.1, 8)
 
@@ -86,3 +86,13 @@ def test_one_sample_gives_no_error() -> None:
     text = told(dataclasses.replace(base, spectra=spectra))
     assert "no: a single sample gives no error from the data" in text
     assert "falls by 0.1 +- 0.01" in text
+
+
+@pytest.mark.parametrize("lines", range(2, 12))
+def test_the_first_warning_is_cut_rather_than_left_out(lines: int) -> None:
+    long = "The draws are too few to find the eigenvectors: an eigenvalue below 0.021 cannot be found. " * 2
+    text = closed([f"line {i}" for i in range(lines)], [long.strip(), "Another."], "a.json", "a note")
+    rows = text.splitlines()
+    assert len(rows) <= max(MOST_LINES, lines + 2) and max(map(len, rows)) <= 80
+    assert ("! warning" in text) == (lines < 10)
+    assert ("…" in text) == (7 < lines < 10)

@@ -24,7 +24,7 @@ from hessian_tools.objective import Objective, make_objective
 from hessian_tools.operators.base import Dense, dense
 from hessian_tools.operators.curvature import ggn
 from hessian_tools.perturbation import noise_scales
-from hessian_tools.results.true_hessian import DrawMean, load_true_hessian
+from hessian_tools.results.true_hessian import DrawMean, load_true_hessian, shown
 from hessian_tools.resume import Phases
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -269,6 +269,7 @@ def test_a_change_that_no_draw_sees_has_no_interval() -> None:
     assert result.trace.value == 0 == result.trace.stderr
     assert math.isnan(result.trace.ci95[0])
     assert any("No draw changed the trace" in text for text in result.warnings)
+    assert shown(result.trace) == "not seen"
 
 
 def test_groups_of_samples_with_draws_of_their_own_have_the_same_mean() -> None:
