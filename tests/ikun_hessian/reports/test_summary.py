@@ -93,6 +93,7 @@ def test_the_first_warning_is_cut_rather_than_left_out(lines: int) -> None:
     long = "The draws are too few to find the eigenvectors: an eigenvalue below 0.021 cannot be found. " * 2
     text = closed([f"line {i}" for i in range(lines)], [long.strip(), "Another."], "a.json", "a note")
     rows = text.splitlines()
-    assert len(rows) <= max(MOST_LINES, lines + 2) and max(map(len, rows)) <= 80
+    assert len(rows) <= max(MOST_LINES, lines + 2)
+    assert max(map(len, rows)) <= 80
     assert ("! warning" in text) == (lines < 10)
     assert ("…" in text) == (7 < lines < 10)
