@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from hessian_tools.runtime.openmp import side_by_side
-from ikun.kernels.families import constants
+from ikun.kernels.families import family_constants
 from ikun.kernels.scan import (
     BLOCK,
     F,
@@ -209,7 +209,7 @@ def slopes(d: Dynamics, z: Tensor) -> tuple[Tensor, Tensor]:
     f1, c = torch.empty_like(z), torch.empty_like(z, dtype=dv_dtype(d, z.dtype))
     if not d.relaxed and z.device.type == "cpu" and usable(z) and (found := kernels()) is not None:
         flat = [t.view(-1).numpy() for t in (z, f1, c)]
-        family, p, q, _ = constants(d.surrogate)
+        family, p, q, _ = family_constants(d.surrogate)
         numbers = [flat[0].dtype.type(r) for r in (p, q, *reset_slope(d))]
         try:
             fixed = (flat[0], family, *numbers, d.reset == "soft", d.detach_reset)
@@ -306,7 +306,7 @@ def tangent(scan: Scan, dx: Tensor, dgain: Number = 0.0, state: Tensor | None = 
 def adjoint(scan: Scan, g: Tensor, z: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Number]:
     """Compute the adjoint of the scan. See `ikun.kernels.scan.torch_adjoint`."""
     out, kept = _gx(scan), (None,) * 3 if z is None else (z, scan.e, scan.gh)
-    family, _, q, k = (-1, 0.0, 0.0, 0.0) if scan.surrogate is None else constants(scan.surrogate)
+    family, _, q, k = (-1, 0.0, 0.0, 0.0) if scan.surrogate is None else family_constants(scan.surrogate)
     tensors, rates = (g, scan.f1, scan.c, scan.u, *kept, state), (scan.decay, scan.gain, *scan.reset, q, k)
     total = _launch("adjoint", scan.f1, scan.unit, tensors, rates, scan.index, out, (family,))
     return torch_adjoint(scan, g, z, state) if total is None else (out, total)

@@ -18,7 +18,7 @@ GAUSS = 5  # p exp(-q z^2);           k z f'
 LOGISTIC = 6  # p y / (1 + y)^2;      k s f' (1 - y) / (1 + y),  with y = exp(-q |z|)
 
 
-def constants(surrogate: Surrogate) -> tuple[int, float, float, float]:
+def family_constants(surrogate: Surrogate) -> tuple[int, float, float, float]:
     """Return (family, p, q, k) of a surrogate."""
     a, peak = surrogate.parameter, surrogate.peak
     match surrogate.name:

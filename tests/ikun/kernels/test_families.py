@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ikun.kernels import dispatch
-from ikun.kernels.families import constants
+from ikun.kernels.families import family_constants
 from ikun.neurons import Dynamics
 from ikun.surrogates import FAMILIES, Surrogate
 
@@ -24,4 +24,4 @@ def test_a_surrogate_without_kernels_is_refused() -> None:
         name, parameter, peak = "unknown", 1.0, 1.0
 
     with pytest.raises(ValueError, match="do not have the surrogate unknown"):
-        constants(Unknown())  # type: ignore[arg-type]
+        family_constants(Unknown())  # type: ignore[arg-type]
