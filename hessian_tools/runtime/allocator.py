@@ -11,8 +11,8 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 def keep_freed_memory(size: int = 2**30) -> None:
     """Keep up to `size` bytes of freed memory for the next tensors, where the C library is glibc.
 
-    glibc returns freed memory beyond 64 MiB to the system, which then makes every product write to new pages. That
-    took up to a third of a product's time. Tensors of 32 MiB and more are not kept.
+    glibc returns freed memory beyond 64 MiB to the system, so that every product writes to new pages, which takes time
+    in the kernel. Tensors of 32 MiB and more are not kept.
     """
     with suppress(OSError, AttributeError, TypeError):  # another C library
         library = ctypes.CDLL(None)
