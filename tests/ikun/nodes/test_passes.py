@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ikun.kernels import dispatch
 from ikun.kernels.scan import Scan, torch_adjoint, torch_adjoint_tangent, torch_tangent
 from ikun.nodes import passes
+from ikun.nodes.autograd import neurons
 from ikun.nodes.passes import ScanSpec, encode_spec
 from ikun.pooling import selection
 
@@ -123,3 +125,18 @@ def test_the_kernel_selects_the_entries_of_plain_torch(shape: tuple[int, ...], t
         expected = selection(s, ties).flatten(1)
         assert torch.equal(index, expected)
         assert torch.equal(y, s.flatten(1).gather(1, expected.long()))
+
+
+def test_a_traced_gradient_adds_no_zeros_of_the_size_of_a_layer() -> None:
+    """The adjoint of the input is the only one: what stands for it in the second derivative has no gradient."""
+    x = torch.randn(3, 2, 5, dtype=torch.float64)
+
+    def gradient(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        y, _ = neurons(x, ScanSpec(steps=3, ends=False))
+        (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return g
+
+    called = [str(node.target) for node in make_fx(gradient)(x).graph.nodes]
+    assert "ikun.adjoint.default" in called
+    assert not [name for name in called if name.startswith(("aten.add.", "aten.zeros."))]
