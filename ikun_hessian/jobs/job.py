@@ -96,3 +96,19 @@ def measured_on(objective: Objective) -> dict[str, Any]:
         "batches": objective.sizes,
         "parameters": {name: p.numel() for name, p in objective.parameters.items()},
     }
+
+
+def resume_key(job: Job, settings: Any, others: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return what the numbers of an analysis depend on. An interrupted run is resumed only if this has not changed.
+
+    Args:
+        job: The opened checkpoint.
+        settings: What is computed, a dataclass.
+        others: What else they depend on, by the name that a message gives it.
+    """
+    from hessian_tools.io.json import clean
+    from hessian_tools.io.versions import versions
+
+    key = {"settings": dataclasses.asdict(settings), **job.provenance, **measured_on(job.objective)}
+    cleaned: dict[str, Any] = clean({**key, "versions": versions(), **(others or {})})
+    return cleaned

@@ -7,9 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ikun_hessian.jobs.analyses.flatness import resume_key
 from ikun_hessian.jobs.errors import in_options
-from ikun_hessian.jobs.job import Job
+from ikun_hessian.jobs.job import Job, resume_key
 from ikun_hessian.jobs.progress_bar import Bar
 
 if TYPE_CHECKING:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ikun_hessian.jobs.errors import UsageError
-from ikun_hessian.jobs.job import Job, measured_on
+from ikun_hessian.jobs.job import Job, resume_key
 from ikun_hessian.jobs.options import OPENING_PARAMETERS
 from ikun_hessian.jobs.progress_bar import Bar
 
 if TYPE_CHECKING:
-    from hessian_tools.analysis.calibration import CalibrationSettings
     from hessian_tools.analysis.flatness.settings import FlatnessSettings
     from hessian_tools.results.flatness import FlatnessResult
 
@@ -43,16 +41,6 @@ def flatness_settings(
     opening = {name: options.pop(name) for name in OPENING_PARAMETERS}
     smoothed = (tuple(dict.fromkeys(noise)) or (0.1,)) if operators else ()
     return FlatnessSettings(**options, smoothed=smoothed, memory=memory), opening
-
-
-def resume_key(job: Job, settings: FlatnessSettings | CalibrationSettings) -> dict[str, Any]:
-    """Return what the numbers depend on. An interrupted run is resumed only if this has not changed."""
-    from hessian_tools.io.json import clean
-    from hessian_tools.io.versions import versions
-
-    key = {"settings": dataclasses.asdict(settings), **job.provenance, **measured_on(job.objective)}
-    cleaned: dict[str, Any] = clean({**key, "versions": versions()})
-    return cleaned
 
 
 def analyse_flatness(job: Job, settings: FlatnessSettings, stem: Path | None, shown: bool = True) -> FlatnessResult:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ikun_hessian.jobs.errors import UsageError
-from ikun_hessian.jobs.job import Job, measured_on
+from ikun_hessian.jobs.job import Job, resume_key
 from ikun_hessian.jobs.options import OPENING_PARAMETERS
 from ikun_hessian.jobs.progress_bar import Bar
 
@@ -96,20 +95,12 @@ def analyse_spectrum(
         shown: Whether to show a progress bar.
     """
     from hessian_tools.analysis.spectrum import spectrum
-    from hessian_tools.io.json import clean
-    from hessian_tools.io.versions import versions
     from hessian_tools.resume import Phases
     from ikun.smoothed_operator import smoothed
 
     if stem is not None:
         stem.parent.mkdir(parents=True, exist_ok=True)
-    key = {
-        "settings": dataclasses.asdict(settings),
-        **job.provenance,
-        **measured_on(job.objective),
-        "versions": versions(),
-    }
-    key["number of processes"] = group.size if group else 1
+    key = resume_key(job, settings, {"number of processes": group.size if group else 1})
     with Bar("", shown and (group is None or group.rank == 0)) as bar:
         return spectrum(
             job.objective,
@@ -120,7 +111,7 @@ def analyse_spectrum(
             over_time=job.another(over_time=True) if settings.per_step else None,
             provenance=job.provenance,
             progress=bar.update,
-            phases=Phases(Path(f"{stem}.resume") if stem else None, clean(key), group),
+            phases=Phases(Path(f"{stem}.resume") if stem else None, key, group),
         )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ikun_hessian.jobs.analyses.spectrum import LONG
-from ikun_hessian.jobs.job import Job, measured_on
+from ikun_hessian.jobs.job import Job, resume_key
 from ikun_hessian.jobs.progress_bar import Bar
 
 if TYPE_CHECKING:
@@ -57,19 +56,11 @@ def analyse_true_hessian(
         shown: Whether to show a progress bar.
     """
     from hessian_tools.analysis.true_hessian.analysis import true_hessian
-    from hessian_tools.io.json import clean
-    from hessian_tools.io.versions import versions
     from hessian_tools.resume import Phases
 
     if stem is not None:
         stem.parent.mkdir(parents=True, exist_ok=True)
-    key = {
-        "settings": dataclasses.asdict(settings),
-        **job.provenance,
-        **measured_on(job.objective),
-        "versions": versions(),
-        "number of processes": group.size if group else 1,
-    }
+    key = resume_key(job, settings, {"number of processes": group.size if group else 1})
     with Bar("", shown and (group is None or group.rank == 0)) as bar:
         return true_hessian(
             job.objective,
@@ -77,7 +68,7 @@ def analyse_true_hessian(
             operators=_operators(job, settings),
             provenance=job.provenance,
             progress=bar.update,
-            phases=Phases(Path(f"{stem}.resume") if stem else None, clean(key), group),
+            phases=Phases(Path(f"{stem}.resume") if stem else None, key, group),
         )
 
 

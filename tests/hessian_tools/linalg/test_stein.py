@@ -186,6 +186,13 @@ def test_errors_of_a_product_and_intervals_of_covariances_cover() -> None:
         assert inside / 300 > least
 
 
+def test_a_constant_in_the_differences_adds_no_noise() -> None:
+    c, y = normal(50, 2, seed=1), normal(50, 2, seed=2).square()
+    weights = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    torch.testing.assert_close(covariances(c + 100, y, weights), covariances(c, y, weights))
+    torch.testing.assert_close(covariances(c, y + 100, weights), covariances(c, y, weights))
+
+
 def test_a_single_draw_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 draws, not 1"):
         SteinHessian(torch.ones(1, 1), torch.ones(1), lambda k: torch.ones(1, 3), 3, torch.float64, torch.device("cpu"))
