@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from hessian_tools.engine.sums import is_sum, join_maps, join_sums
+from hessian_tools.engine.winograd_blocks import fuse_blocks
 
 aten = torch.ops.aten
 Rule = Callable[[fx.Graph], None]
@@ -223,5 +224,6 @@ def split(module: fx.GraphModule, results: Sequence[Sequence[fx.Node | None]]) -
         kept = [n for n in mine if n in later or any(u.op != "output" and stage[u] > k for u in n.users)]
         part.output(tuple(None if n is None else fetch(n) for n in [*outputs, *kept]))
         reuse_memory(part)
+        fuse_blocks(part)
         parts.append(StagePart(fx.GraphModule(module, part), tuple(inputs), tuple(n.name for n in kept)))
     return parts

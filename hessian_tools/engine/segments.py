@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from hessian_tools.engine.graph import StagePart, reuse_memory, stage_of_nodes
 from hessian_tools.engine.resizing import bytes_of, resized
+from hessian_tools.engine.winograd_blocks import fuse_blocks
 
 MOST_SEGMENTS = 64  # of a product; every segment is a function of its own
 
@@ -245,6 +246,7 @@ def _function(module: fx.GraphModule, part: _Part, samples: int) -> StagePart:
         inside[node] = graph.node_copy(node, fetch)
     graph.output(tuple(fetch(n) for n in [*part.ends, *part.kept]))
     reuse_memory(graph)
+    fuse_blocks(graph)
     made = StagePart(fx.GraphModule(module, graph), tuple(inputs), tuple(n.name for n in part.kept))
     return resized(made, samples) if samples else made
 

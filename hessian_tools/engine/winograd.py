@@ -51,48 +51,57 @@ def suits(x: Tensor, w: Tensor, geometry: Sequence[Any]) -> bool:
     return _kernels() is not None
 
 
-def _tiles(shape: Sequence[int], pad: int) -> tuple[int, int]:
+def tile_counts(shape: Sequence[int], pad: int) -> tuple[int, int]:
     """Return the numbers of tiles of inputs [N, C, H, W], vertically and horizontally."""
     down, across = ((n + 2 * pad + 1) // 4 for n in shape[2:])
     return down, across
 
 
-def _run(name: str, arguments: Sequence[Any], count: int, out: Tensor) -> Tensor:
-    """Run a kernel on `count` channels, divided among the threads."""
+def _run(name: str, arguments: Sequence[Any], count: int, out: Tensor, threads: int = 0) -> Tensor:
+    """Run a kernel on `count` channels, divided among the threads (0: as many as torch uses and the work is worth)."""
     kernel = getattr(_kernels(), name)
     arrays = [a.contiguous().numpy() if isinstance(a, Tensor) else a for a in arguments]
-    threads = max(1, min(torch.get_num_threads(), count, 1 + out.numel() // 32768))
+    threads = threads or max(1, min(torch.get_num_threads(), count, 1 + out.numel() // 32768))
     edges = [count * i // threads for i in range(threads + 1)]
     side_by_side([partial(kernel, *arrays, a, b, out.numpy()) for a, b in pairwise(edges)])
     return out
 
 
+def to_tiles(x: Tensor, pad: int, inputs: bool, out: Tensor, threads: int = 0) -> Tensor:
+    """Transform inputs, or gradients by outputs, [N, C, H, W] to `out` [36, C, N * tiles]."""
+    counts = tile_counts(x.shape, pad if inputs else 1)
+    return _run("images", (INPUTS if inputs else OUTPUTS, x, pad, *counts), x.shape[1], out, threads)
+
+
+def to_images(v: Tensor, bias: Tensor | None, pad: int, inputs: bool, out: Tensor, threads: int = 0) -> Tensor:
+    """Transform tiles [36, C, N * tiles] to gradients by inputs, or to outputs plus a bias [C], `out` [N, C, H, W]."""
+    shift = np.empty(0, v.numpy().dtype) if bias is None else bias
+    counts = tile_counts(out.shape, pad if inputs else 1)
+    arguments = INPUTS if inputs else OUTPUTS, v, shift, pad, *counts
+    return _run("images_adjoint", arguments, out.shape[1], out, threads)
+
+
 # ---------------------------------------------------------------- the linear maps and their adjoints, for a trace
 def winograd_inputs(x: Tensor, pad: int) -> Tensor:
     """Transform inputs [N, C, H, W] to [36, C, N * tiles]."""
-    down, across = _tiles(x.shape, pad)
-    out = x.new_empty(36, x.shape[1], len(x) * down * across)
-    return _run("images", (INPUTS, x, pad, down, across), x.shape[1], out)
+    down, across = tile_counts(x.shape, pad)
+    return to_tiles(x, pad, True, x.new_empty(36, x.shape[1], len(x) * down * across))
 
 
 def winograd_inputs_adjoint(v: Tensor, shape: Sequence[int], pad: int) -> Tensor:
     """The adjoint of `winograd_inputs` for inputs of a shape."""
-    arguments = INPUTS, v, np.empty(0, v.numpy().dtype), pad, *_tiles(shape, pad)
-    return _run("images_adjoint", arguments, shape[1], v.new_empty(list(shape)))
+    return to_images(v, None, pad, True, v.new_empty(list(shape)))
 
 
 def winograd_outputs(m: Tensor, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
     """Transform products [36, O, N * tiles] to outputs of a shape [N, O, H, W], and add a bias [O]."""
-    shift = np.empty(0, m.numpy().dtype) if bias is None else bias
-    arguments = OUTPUTS, m, shift, 0, *_tiles(shape, 1)
-    return _run("images_adjoint", arguments, shape[1], m.new_empty(list(shape)))
+    return to_images(m, bias, 0, False, m.new_empty(list(shape)))
 
 
 def winograd_outputs_adjoint(g: Tensor) -> Tensor:
     """The adjoint of `winograd_outputs` by m."""
-    down, across = _tiles(g.shape, 1)
-    out = g.new_empty(36, g.shape[1], len(g) * down * across)
-    return _run("images", (OUTPUTS, g, 0, down, across), g.shape[1], out)
+    down, across = tile_counts(g.shape, 1)
+    return to_tiles(g, 0, False, g.new_empty(36, g.shape[1], len(g) * down * across))
 
 
 def winograd_weights(w: Tensor) -> Tensor:
@@ -117,7 +126,7 @@ LINEAR = {OPS[name] for name in OPS if name != "winograd_outputs"}  # that one a
 
 @_ops["winograd_inputs"].register_fake
 def _(x: Tensor, pad: int) -> Tensor:
-    down, across = _tiles(x.shape, pad)
+    down, across = tile_counts(x.shape, pad)
     return x.new_empty(36, x.shape[1], len(x) * down * across)
 
 
@@ -133,7 +142,7 @@ def _(m: Tensor, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
 
 @_ops["winograd_outputs_adjoint"].register_fake
 def _(g: Tensor) -> Tensor:
-    down, across = _tiles(g.shape, 1)
+    down, across = tile_counts(g.shape, 1)
     return g.new_empty(36, g.shape[1], len(g) * down * across)
 
 
