@@ -23,6 +23,7 @@ from torch import Tensor
 from hessian_tools.runtime.openmp import side_by_side
 
 CHANNELS = 24  # least number of input and of output channels: with fewer, transforms take longer than they save
+WIDEST = 256  # columns that the kernels have room for
 INPUTS, OUTPUTS = (0,) * 6, (0,) * 4  # sizes of tiles, as the kernels take them
 
 
@@ -48,6 +49,8 @@ def suits(x: Tensor, w: Tensor, geometry: Sequence[Any]) -> bool:
         return False
     if min(w.shape[:2]) < CHANNELS or min(x.shape[2:]) + 2 * padding[0] < 5:  # 3 x 3 outputs
         return False
+    if x.shape[3] + 2 * padding[0] > WIDEST:
+        return False
     return _kernels() is not None
 
 
@@ -55,6 +58,11 @@ def tile_counts(shape: Sequence[int], pad: int) -> tuple[int, int]:
     """Return the numbers of tiles of inputs [N, C, H, W], vertically and horizontally."""
     down, across = ((n + 2 * pad + 1) // 4 for n in shape[2:])
     return down, across
+
+
+def samples_together(across: int) -> int:
+    """Return the number of samples whose tiles are mixed. Blocks of samples are multiples of it."""
+    return int(_kernels().samples_together(across))
 
 
 def _run(name: str, arguments: Sequence[Any], count: int, out: Tensor, threads: int = 0) -> Tensor:

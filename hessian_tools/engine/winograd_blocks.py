@@ -77,6 +77,12 @@ def _is_turned(node: Any) -> bool:
     return node.target is aten.transpose.int and node.args[1:] == (1, 2)
 
 
+def _source(node: Any, images: Sequence[fx.Node]) -> fx.Node:
+    """Return tiles, for a transposed view of tiles that are transformed here."""
+    found: fx.Node = node.args[0] if _is_turned(node) and node.args[0] in images else node
+    return found
+
+
 def _group_of(last: fx.Node) -> _Group | None:
     """Return the operations that are computed together with a transform to images."""
     group = _Group(last, products=_chain(last.args[0]))
@@ -84,7 +90,7 @@ def _group_of(last: fx.Node) -> _Group | None:
         tiles: Any = product.args[-1]
         if tiles.target in TO_TILES and tiles not in group.images:
             group.images.append(tiles)
-    if not group.images:
+    if not group.products:
         return None
     for tiles in group.images:
         for user in tiles.users:
@@ -130,12 +136,12 @@ def fuse_blocks(graph: fx.Graph) -> None:
 
 def _fuse(graph: fx.Graph, group: _Group) -> None:
     inside = group.inside()
-    of_inputs = TO_IMAGES[group.last.target]  # type: ignore[index]
+    of_inputs = TO_IMAGES[group.last.target]
     shape, pad, bias = (
         (group.last.args[1], group.last.args[2], None) if of_inputs else (group.last.args[2], 0, group.last.args[1])
     )
     images = tuple(
-        (n.args[0], n.args[1] if len(n.args) > 1 else 0, TO_TILES[n.target])  # type: ignore[index]
+        (n.args[0], n.args[1] if len(n.args) > 1 else 0, TO_TILES[n.target])
         for n in group.images
     )
     products = tuple((n.args[-2], group.number(n.args[-1])) for n in group.products)  # type: ignore[arg-type]
@@ -143,12 +149,8 @@ def _fuse(graph: fx.Graph, group: _Group) -> None:
     for chain in group.sums:
         pairs = []
         for node in chain:
-            left, right = node.args[-2:]
-            if _is_turned(right) and right.args[0] in group.images:  # type: ignore[union-attr]
-                right = right.args[0]  # type: ignore[union-attr]
-            elif right in group.images:
-                return
-            pairs.append((group.number(left), group.number(right)))  # type: ignore[arg-type]
+            left, right = (_source(n, group.images) for n in node.args[-2:])
+            pairs.append((group.number(left), group.number(right)))
         sums.append(tuple(pairs))
     rights = {n for some in sums for _, n in some}
     tiles = tuple((n, len(group.images) + i in rights) for i, n in enumerate(group.tiles))
@@ -205,21 +207,21 @@ def run_blocks(
     down, across = winograd.tile_counts(shape, pad if of_inputs else 1)
     size, count = down * across, shape[0]
     widths = [x.shape[1] for x, _, _ in images] + [shape[1]]
-    dtype = images[0][0]
-    each = 36 * size * sum(widths) * dtype.element_size()
+    like = products[0][0]
+    each = 36 * size * sum(widths) * like.element_size()
     threads = torch.get_num_threads()
-    held = max(1, BLOCK_BYTES // each)
-    if held * size * REUSE < max(widths) or count < 2 * held or count < threads:
+    together = winograd.samples_together(across)
+    held = together * max(1, BLOCK_BYTES // (each * together))
+    if held * size * REUSE < max(widths) or count < max(2, threads) * held:
         held = count
-    held = min(held, -(-count // threads)) if held < count else count
-    out = dtype.new_empty(shape)
-    kept = [dtype.new_empty(36, widths[i], count * size) for i in stored]
+    out = like.new_empty(shape)
+    kept = [like.new_empty(36, widths[i], count * size) for i in stored]
     blocks = [(a, min(a + held, count)) for a in range(0, count, held)]
     many = 1 if len(blocks) == 1 else min(threads, len(blocks))
     inner = threads if len(blocks) == 1 else 1
 
     def work(first: int, end: int) -> list[Tensor]:
-        space = [dtype.new_empty(36 * width * held * size) for width in widths]
+        space = [like.new_empty(36 * width * held * size) for width in widths]
         totals: list[Tensor] = []
         for a, b in blocks[first:end]:
             p, q = a * size, b * size

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-BLOCK = 64  # tiles that are transformed together, so that their entries are vectors
+BLOCK = 64  # entries that are transformed together, with strides that the compiler knows
 A, B = 9 / 16, 9 / 4  # squares of the points
 AB, A_B = A * B, A + B
 ROOT_A, ROOT_B = 3 / 4, 3 / 2
@@ -26,56 +26,75 @@ def _compiled(function):
 
 
 @njit(inline="always", error_model="numpy")
-def _map(size, d, r, many):
-    """Write M d to r. Row k of d and of r begins at k * many, and d has as many rows as `size` has entries."""
+def _map(size, d, step, r, stride, many):
+    """Write M d to r. Row k of d begins at k * step, that of r at k * stride, and has `many` entries."""
     one = d.dtype.type
     a, b, ab, a_b, root_a, root_b = one(A), one(B), one(AB), one(A_B), one(ROOT_A), one(ROOT_B)
     if len(size) == 6:
         for z in range(many):
-            d0, d1, d2 = d[z], d[many + z], d[2 * many + z]
-            d3, d4, d5 = d[3 * many + z], d[4 * many + z], d[5 * many + z]
+            d0, d1, d2 = d[z], d[step + z], d[2 * step + z]
+            d3, d4, d5 = d[3 * step + z], d[4 * step + z], d[5 * step + z]
             e, f = d4 - b * d2, root_a * (d3 - b * d1)
             u, v = d4 - a * d2, root_b * (d3 - a * d1)
             r[z] = ab * d0 - a_b * d2 + d4
-            r[many + z] = e + f
-            r[2 * many + z] = e - f
-            r[3 * many + z] = u + v
-            r[4 * many + z] = u - v
-            r[5 * many + z] = ab * d1 - a_b * d3 + d5
+            r[stride + z] = e + f
+            r[2 * stride + z] = e - f
+            r[3 * stride + z] = u + v
+            r[4 * stride + z] = u - v
+            r[5 * stride + z] = ab * d1 - a_b * d3 + d5
     else:
         for z in range(many):
-            d0, d1, d2, d3 = d[z], d[many + z], d[2 * many + z], d[3 * many + z]
+            d0, d1, d2, d3 = d[z], d[step + z], d[2 * step + z], d[3 * step + z]
             e, f = d0 + a * d2, root_a * (d1 + a * d3)
             u, v = d0 + b * d2, root_b * (d1 + b * d3)
             r[z] = d0
-            r[many + z] = e + f
-            r[2 * many + z] = e - f
-            r[3 * many + z] = u + v
-            r[4 * many + z] = u - v
-            r[5 * many + z] = d3
+            r[stride + z] = e + f
+            r[2 * stride + z] = e - f
+            r[3 * stride + z] = u + v
+            r[4 * stride + z] = u - v
+            r[5 * stride + z] = d3
 
 
 @njit(inline="always", error_model="numpy")
-def _adjoint(size, d, r, many):
-    """Write M' d to r."""
+def _adjoint(size, d, step, r, stride, many):
+    """Write M' d to r, with rows as in `_map`."""
     one = d.dtype.type
     a, b, ab, a_b, root_a, root_b = one(A), one(B), one(AB), one(A_B), one(ROOT_A), one(ROOT_B)
     for z in range(many):
-        d0, d1, d2 = d[z], d[many + z], d[2 * many + z]
-        d3, d4, d5 = d[3 * many + z], d[4 * many + z], d[5 * many + z]
+        d0, d1, d2 = d[z], d[step + z], d[2 * step + z]
+        d3, d4, d5 = d[3 * step + z], d[4 * step + z], d[5 * step + z]
         e, f, u, v = d1 + d2, root_a * (d1 - d2), d3 + d4, root_b * (d3 - d4)
         if len(size) == 6:
             r[z] = ab * d0
-            r[many + z] = ab * d5 - b * f - a * v
-            r[2 * many + z] = -a_b * d0 - b * e - a * u
-            r[3 * many + z] = f + v - a_b * d5
-            r[4 * many + z] = d0 + e + u
-            r[5 * many + z] = d5
+            r[stride + z] = ab * d5 - b * f - a * v
+            r[2 * stride + z] = -a_b * d0 - b * e - a * u
+            r[3 * stride + z] = f + v - a_b * d5
+            r[4 * stride + z] = d0 + e + u
+            r[5 * stride + z] = d5
         else:
             r[z] = d0 + e + u
-            r[many + z] = f + v
-            r[2 * many + z] = a * e + b * u
-            r[3 * many + z] = a * f + b * v + d5
+            r[stride + z] = f + v
+            r[2 * stride + z] = a * e + b * u
+            r[3 * stride + z] = a * f + b * v + d5
+
+
+@njit(inline="always")
+def _copy(source, target, many):
+    """Copy the first entries. Loops over views are faster than assignments of slices."""
+    for z in range(many):
+        target[z] = source[z]
+
+
+@njit(inline="always")
+def _add(source, target, many):
+    for z in range(many):
+        target[z] += source[z]
+
+
+@_compiled
+def samples_together(across):
+    """Return of how many samples the tiles are in the order (down, sample, across), so that rows of tiles are long."""
+    return 1 if across >= 16 else 32 // across
 
 
 @_compiled
@@ -83,63 +102,95 @@ def images(size, x, pad, down, across, first, last, out):
     """Write the transforms of the tiles of x [N, C, H, W] to out [36, C, N * down * across].
 
     Tiles of 6 x 6 overlap by 2, tiles of 4 x 4 do not. `size` is a tuple of 6 or 4 entries: numba compiles one version
-    for each, in which the size is a constant.
+    for each, in which the size is a constant. Tiles are in the order that `samples_together` says. Every loop runs
+    along memory, over columns for the vertical transform and over tiles for the horizontal one. The two columns by
+    which the last tiles of a row overlap the next are held apart (`extra`).
     """
     count, _, height, width = x.shape
-    rows = len(size)
-    many = count * down * across
-    plane = np.zeros((max(4 * down - 4 + rows, pad + height), max(4 * across - 4 + rows, pad + width)), x.dtype)
-    d, r = np.zeros(rows * rows * BLOCK, x.dtype), np.empty(6 * rows * BLOCK, x.dtype)
-    e = np.empty(6 * BLOCK, x.dtype)
-    for c in range(first, last):
-        p = q = 0
-        for n in range(count):
-            for i in range(height):
-                plane[pad + i, pad : pad + width] = x[n, c, i]
+    rows, group = len(size), samples_together(across)
+    tall = 4 * down + rows - 4
+    r, s = np.empty(6 * 4 * BLOCK, x.dtype), np.empty(6 * 2 * BLOCK, x.dtype)
+    phases, p, e = r.reshape((6 * BLOCK, 4)), np.zeros(rows * BLOCK, x.dtype), np.empty(6 * BLOCK, x.dtype)
+    inner = min(width, 4 * across - pad)
+    for begin in range(0, count, group):
+        held = min(group, count - begin)
+        tiles, line, ends = held * across, 4 * held * across, 2 * held
+        plane, extra = np.zeros(tall * line, x.dtype), np.zeros(tall * ends, x.dtype)
+        for c in range(first, last):
+            for n in range(held):
+                for i in range(height):
+                    source, to = x[begin + n, c, i], (pad + i) * line + n * 4 * across + pad
+                    _copy(source, plane[to:], inner)
+                    for j in range(inner, width):
+                        extra[(pad + i) * ends + 2 * n + pad + j - 4 * across] = source[j]
             for i in range(down):
-                for j in range(across):
-                    for k in range(rows):
-                        for m in range(rows):
-                            d[(k * rows + m) * BLOCK + q] = plane[4 * i + k, 4 * j + m]
-                    q += 1
-                    if q == BLOCK or p + q == many:
-                        _map(size, d, r, rows * BLOCK)
-                        for k in range(6):
-                            _map(size, r[k * rows * BLOCK : (k + 1) * rows * BLOCK], e, BLOCK)
-                            for m in range(6):
-                                out[6 * k + m, c, p : p + q] = e[m * BLOCK : m * BLOCK + q]
-                        p, q = p + q, 0
+                _map(size, plane[4 * i * line :], line, r, 4 * BLOCK, line)
+                _map(size, extra[4 * i * ends :], ends, s, 2 * BLOCK, ends)
+                to = begin * down * across + i * tiles
+                for k in range(6):
+                    row = phases[k * BLOCK : (k + 1) * BLOCK]
+                    for q in range(tiles):
+                        p[q] = row[q, 0]
+                        p[BLOCK + q] = row[q, 1]
+                        p[2 * BLOCK + q] = row[q, 2]
+                        p[3 * BLOCK + q] = row[q, 3]
+                    if rows == 6:
+                        _copy(p[1:], p[4 * BLOCK :], 2 * BLOCK - 1)
+                        for n in range(held):
+                            for m in range(2):
+                                p[(4 + m) * BLOCK + (n + 1) * across - 1] = s[2 * k * BLOCK + 2 * n + m]
+                    _map(size, p, BLOCK, e, BLOCK, tiles)
+                    for m in range(6):
+                        _copy(e[m * BLOCK :], out[6 * k + m, c, to:], tiles)
 
 
 @_compiled
 def images_adjoint(size, v, bias, pad, down, across, first, last, out):
     """Write the adjoint of `images` of v, plus the bias if it is not empty, to out [N, C, H, W]."""
     count, _, height, width = out.shape
-    rows = len(size)
-    many = count * down * across
-    plane = np.zeros((max(4 * down - 4 + rows, pad + height), max(4 * across - 4 + rows, pad + width)), v.dtype)
-    d, r = np.zeros(36 * BLOCK, v.dtype), np.empty(6 * rows * BLOCK, v.dtype)
-    e = np.empty((rows, rows * BLOCK), v.dtype)
-    for c in range(first, last):
-        shift = bias[c] if len(bias) else v.dtype.type(0)
-        p = q = held = 0
-        for n in range(count):
-            plane[:] = shift
+    rows, group = len(size), samples_together(across)
+    tall = 4 * down + rows - 4
+    r, s = np.empty(6 * 4 * BLOCK, v.dtype), np.empty(6 * 2 * BLOCK, v.dtype)
+    phases, p, d = r.reshape((6 * BLOCK, 4)), np.zeros(rows * BLOCK, v.dtype), np.empty(6 * BLOCK, v.dtype)
+    e, f = np.empty(rows * 4 * BLOCK, v.dtype), np.empty(rows * 2 * BLOCK, v.dtype)
+    inner = min(width, 4 * across - pad)
+    for begin in range(0, count, group):
+        held = min(group, count - begin)
+        tiles, line, ends = held * across, 4 * held * across, 2 * held
+        plane, extra = np.empty(tall * line, v.dtype), np.empty(tall * ends, v.dtype)
+        for c in range(first, last):
+            plane[:] = extra[:] = bias[c] if len(bias) else v.dtype.type(0)
             for i in range(down):
-                for j in range(across):
-                    if q == held:
-                        p, q, held = p + held, 0, min(BLOCK, many - p - held)
-                        for k in range(36):
-                            d[k * BLOCK : k * BLOCK + held] = v[k, c, p : p + held]
-                        _adjoint(size, d, r, 6 * BLOCK)
-                        for k in range(rows):
-                            _adjoint(size, r[k * 6 * BLOCK : (k + 1) * 6 * BLOCK], e[k], BLOCK)
-                    for k in range(rows):
-                        for m in range(rows):
-                            plane[4 * i + k, 4 * j + m] += e[k, m * BLOCK + q]
-                    q += 1
-            for i in range(height):
-                out[n, c, i] = plane[pad + i, pad : pad + width]
+                at = begin * down * across + i * tiles
+                for k in range(6):
+                    for m in range(6):
+                        _copy(v[6 * k + m, c, at:], d[m * BLOCK :], tiles)
+                    _adjoint(size, d, BLOCK, p, BLOCK, tiles)
+                    if rows == 6:
+                        for n in range(held):
+                            for m in range(2):
+                                last_tile = (4 + m) * BLOCK + (n + 1) * across - 1
+                                s[2 * k * BLOCK + 2 * n + m] = p[last_tile]
+                                p[last_tile] = 0
+                        _add(p[4 * BLOCK :], p[1:], tiles - 1)
+                        _add(p[5 * BLOCK :], p[BLOCK + 1 :], tiles - 1)
+                    row = phases[k * BLOCK : (k + 1) * BLOCK]
+                    for q in range(tiles):
+                        row[q, 0] = p[q]
+                        row[q, 1] = p[BLOCK + q]
+                        row[q, 2] = p[2 * BLOCK + q]
+                        row[q, 3] = p[3 * BLOCK + q]
+                _adjoint(size, r, 4 * BLOCK, e, 4 * BLOCK, line)
+                _adjoint(size, s, 2 * BLOCK, f, 2 * BLOCK, ends)
+                for k in range(rows):
+                    _add(e[4 * k * BLOCK :], plane[(4 * i + k) * line :], line)
+                    _add(f[2 * k * BLOCK :], extra[(4 * i + k) * ends :], ends)
+            for n in range(held):
+                for i in range(height):
+                    target, at = out[begin + n, c, i], (pad + i) * line + n * 4 * across + pad
+                    _copy(plane[at:], target, inner)
+                    for j in range(inner, width):
+                        target[j] = extra[(pad + i) * ends + 2 * n + pad + j - 4 * across]
 
 
 @_compiled

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessian_tools.engine import nodes, winograd
+from hessian_tools.engine import nodes, winograd, winograd_blocks
 from hessian_tools.engine.linearized import Linearized
 from hessian_tools.engine.trace import Program
 from hessian_tools.objective import Objective, make_objective
@@ -46,7 +46,7 @@ def same(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("pad", [0, 1, 2])
-@pytest.mark.parametrize("size", [(3, 3), (4, 6), (5, 9), (2, 1), (13, 12)])
+@pytest.mark.parametrize("size", [(3, 3), (4, 6), (5, 9), (2, 1), (13, 12), (5, 70), (3, 250)])
 def test_winograds_convolution_is_the_convolution(size: tuple[int, int], pad: int, small: None) -> None:
     if min(size) + 2 * pad < 3:
         pytest.skip("no output")
@@ -162,5 +162,60 @@ def test_products_are_added_to_each_other_and_values_are_the_networks(small: Non
     aten = torch.ops.aten
     assert calls[0][aten.convolution.default] == 5
     after = calls[2] + calls[3]
-    assert after[aten.baddbmm_.default] >= 6  # of 3 uses of the two convolutions: each twice or more
+    runs = [n for p in program.parts[2:] for n in p.run.graph.nodes if n.target is winograd_blocks.run_blocks]  # type: ignore[attr-defined]
+    assert len(runs) == 5  # the tangents of 3 uses of 2 convolutions, and the adjoints of those that need inputs'
+    assert [len(n.args[2]) for n in runs] == [1, 2, 2, 2, 2]  # products that are added: U x' and U' x
+    assert sum(len(pairs) for n in runs for pairs in n.args[4]) == 4
+    assert after[aten.bmm.default] + after[aten.baddbmm_.default] == 1  # the first convolution's weights
     assert after[aten.convolution.default] + after[aten.convolution_backward.default] <= 4  # the one with stride 2
+
+
+class Wide(nn.Module):
+    """Convolutions of images that are wide enough to be transformed one by one, with weights that are used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        x = x + torch.tanh(self.inner(x)) + torch.sin(self.inner(x * x))
+        y: Tensor = self.head(torch.tanh(x).mean((2, 3)))
+        return y
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+def test_blocks_of_samples_have_the_product_of_all_samples(
+    kind: str, threads: int, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(7, 2, 6, 62, dtype=torch.float64), torch.randint(3, (7,))
+    o = make_objective(Wide().double(), F.cross_entropy, (x, y), check=False)
+    v = torch.randn(o.size, dtype=torch.float64)
+    expected = Linearized(getattr(curvature, f"_autograd_{kind}")(o, o.batches[0]), 0)(v)
+    sizes: list[int] = []
+
+    def note(x: Tensor, *rest: Any) -> Tensor:
+        sizes.append(len(x))
+        return to_tiles(x, *rest)
+
+    to_tiles = winograd.to_tiles
+    monkeypatch.setattr(winograd, "to_tiles", note)
+    monkeypatch.setattr(winograd_blocks, "BLOCK_BYTES", 3 * 8 * 36 * 32 * 9)  # three samples of two or three tensors
+    torch.set_num_threads(threads)
+    try:
+        for memory in (1e9, 0):
+            found = curvature.OPERATORS[kind](o, memory) @ v
+            torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+    finally:
+        torch.set_num_threads(1)
+    assert 7 in sizes  # values are transformed at once,
+    assert {1, 3, 4} & set(sizes)  # tangents in blocks
+
+
+def test_wide_images_keep_their_form(small: None) -> None:
+    w, geometry = torch.randn(2, 2, 3, 3), ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    assert winograd.suits(torch.randn(1, 2, 4, 254), w, geometry)
+    assert not winograd.suits(torch.randn(1, 2, 4, 255), w, geometry)
