@@ -140,10 +140,7 @@ def _fuse(graph: fx.Graph, group: _Group) -> None:
     shape, pad, bias = (
         (group.last.args[1], group.last.args[2], None) if of_inputs else (group.last.args[2], 0, group.last.args[1])
     )
-    images = tuple(
-        (n.args[0], n.args[1] if len(n.args) > 1 else 0, TO_TILES[n.target])
-        for n in group.images
-    )
+    images = tuple((n.args[0], n.args[1] if len(n.args) > 1 else 0, TO_TILES[n.target]) for n in group.images)
     products = tuple((n.args[-2], group.number(n.args[-1])) for n in group.products)  # type: ignore[arg-type]
     sums = []
     for chain in group.sums:
