@@ -166,7 +166,7 @@ def train(
     settings = _settings(network, data, spec, train_set)
     begun = initialized(network, train_set, spec, device)
     reference, net = begun.network, copy.deepcopy(begun.network)
-    optimizer = _optimizer(net, spec)
+    optimizer = make_optimizer(net, spec)
     state: dict[str, Any] = {"epoch": 0, "history": [], "best": None, "stopped": False}
     if resume:
         state = read_resume(paths["resume"], settings)
@@ -194,7 +194,7 @@ def train(
             group["lr"] = learning_rate(spec, epoch)
         before = {k: v.detach().clone() for k, v in net.state_dict().items()}
         line: dict[str, Any] = {"epoch": epoch + 1, "lr": learning_rate(spec, epoch)}
-        for i, done in enumerate(_epoch(net, optimizer, train_set, spec, epoch), 1):
+        for i, done in enumerate(train_epoch(net, optimizer, train_set, spec, epoch), 1):
             line.update(done)
             if progress is not None:
                 progress(epoch * steps + i, spec.epochs * steps, f"epoch {epoch + 1}, loss {done['loss']:.4f}")
@@ -273,7 +273,7 @@ def _described(begun: Initialization, spec: TrainingSpec, data: Dataset) -> dict
     return {"seconds": begun.seconds, "forward_passes": begun.forward_passes, "layers": layers}
 
 
-def _optimizer(net: Network, spec: TrainingSpec) -> torch.optim.Optimizer:
+def make_optimizer(net: Network, spec: TrainingSpec) -> torch.optim.Optimizer:
     if spec.optimizer == "sgd":
         return torch.optim.SGD(net.parameters(), spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
     return torch.optim.Adam(net.parameters(), spec.lr, weight_decay=spec.weight_decay)
@@ -285,7 +285,7 @@ def _cuts(count: int, size: int) -> list[tuple[int, int]]:
     return cuts[:-1] if len(cuts) > 1 and cuts[-1][1] - cuts[-1][0] == 1 else cuts
 
 
-def _epoch(
+def train_epoch(
     net: Network, optimizer: torch.optim.Optimizer, data: Dataset, spec: TrainingSpec, epoch: int
 ) -> Iterator[dict[str, float]]:
     """Train for one epoch. Yields the means of loss, accuracy and gradient norm so far after every batch."""

@@ -27,6 +27,7 @@ from ikun_hessian.jobs.options import DATA_DIR, DEVICE, MOST_MEMORY
 from ikun_hessian.jobs.schema import Option
 
 if TYPE_CHECKING:
+    from ikun_hessian.experiments.generalization.network import NetworkUnit
     from ikun_hessian.experiments.runs import TrainingRun
     from ikun_hessian.experiments.study.plan import StudyPlan
     from ikun_hessian.experiments.study.unit import Unit
@@ -163,10 +164,17 @@ def _opening_lines(found: Preset, plan: StudyPlan, folder: Path, jobs: int) -> l
         f"study       {found.title} ({found.source})",
         *([f"question    {found.question}"] if found.question else []),
         f"runs        {len(plan.units)}, {done} done; {jobs} in parallel; in {folder}/runs",
-        f"steps       {', '.join(['training', *map(str, found.analyses)])}",
+        f"steps       {', '.join(['training', *_steps(found)])}",
         *(f"! data set {name} is skipped: {why}" for name, why in plan.skipped.items()),
         *([f"! all runs have {found.by} {levels.pop()}: there is nothing to compare"] if len(levels) == 1 else []),
     ]
+
+
+def _steps(found: Preset) -> list[str]:
+    """Return what is done with every run after its training."""
+    if found.generalization is not None:
+        return ["all measures at the matched training loss and at the end"]
+    return [str(analysis) for analysis in found.analyses]
 
 
 def _states(plan: StudyPlan, force: bool) -> list[str]:
@@ -177,7 +185,7 @@ def _states(plan: StudyPlan, force: bool) -> list[str]:
     return [f"{state:<{width}}{unit.name}" for state, unit in zip(states, plan.units, strict=True)]
 
 
-def _state(unit: Unit) -> str:
+def _state(unit: Unit | NetworkUnit) -> str:
     if unit.failure.exists():
         return "failed"
     return "done" if unit.done() else f"{unit.progress():.0%}"
@@ -201,7 +209,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _work(units: Sequence[Unit], jobs: int) -> dict[str, str]:
+def _work(units: Sequence[Unit | NetworkUnit], jobs: int) -> dict[str, str]:
     """Run all units that are not done. Return the reasons of those that failed, by name."""
     from joblib import Parallel, delayed
     from joblib.parallel import get_active_backend
@@ -223,14 +231,14 @@ def _work(units: Sequence[Unit], jobs: int) -> dict[str, str]:
     return failures
 
 
-def _named(unit: Unit) -> tuple[str, str]:
+def _named(unit: Unit | NetworkUnit) -> tuple[str, str]:
     from ikun_hessian.experiments.study.runner import run_unit
 
     return unit.name, run_unit(unit)
 
 
 @contextlib.contextmanager
-def _bar(units: Sequence[Unit], left: Sequence[Unit]) -> Iterator[Callable[[str], None]]:
+def _bar(units: Sequence[Unit | NetworkUnit], left: Sequence[Unit | NetworkUnit]) -> Iterator[Callable[[str], None]]:
     """Show a progress bar over all runs, and yield a function that prints a line above it.
 
     The progress is read from the files of the runs, so that it does not depend on where they are computed.
@@ -295,8 +303,9 @@ def _finish(found: Preset, plan: StudyPlan, folder: Path) -> list[str]:
     """Write tables and figures of the finished runs. Return lines that name them."""
     from hessian_tools.io.files import alone
     from ikun_hessian.experiments.figures.figures import draw_all
+    from ikun_hessian.experiments.generalization.network import NetworkUnit
 
-    runs = _gathered(plan.units, partial(echo, err=True))
+    runs = _gathered([u for u in plan.units if not isinstance(u, NetworkUnit)], partial(echo, err=True))
     if not runs:
         return ["! no tables or figures: no run has a usable file"]
     by = parse_condition(found.by)

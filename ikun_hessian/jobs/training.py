@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ikun_hessian.jobs.errors import UsageError
 
 if TYPE_CHECKING:
+    from ikun.data.datasets import Dataset
     from ikun.data.spec import DataSpec
     from ikun.networks import Spec
     from ikun.training.spec import TrainingSpec
@@ -28,6 +29,7 @@ def specifications(
     timesteps: int | None,
     coding: str | None,
     alpha: float | None = None,
+    samples: Dataset | None = None,
     **options: Any,
 ) -> tuple[Spec, DataSpec, TrainingSpec]:
     """Describe the network, the data and the training that the options of `train` ask for.
@@ -45,6 +47,7 @@ def specifications(
             number of frames.
         coding: Encoding of the inputs; None for the usual one of the data.
         alpha: Parameter of ikun and tdbn; None for the usual one of the initializer.
+        samples: The training samples, if they are loaded already.
         options: The other fields of TrainingSpec and of the network's Spec.
 
     Returns:
@@ -66,7 +69,7 @@ def specifications(
     spec = TrainingSpec(**{k: v for k, v in options.items() if k in fields})
     frames = (timesteps or FRAMES) if data_name == "n-mnist" else None
     probe = DataSpec(data_name, subset, spec.seed, image_size=image_size, frames=frames)
-    found = probe.load(data_dir=data_dir)
+    found = probe.load(data_dir=data_dir) if samples is None else samples
     if spec.patience and not held_out:
         held_out = max(1, len(found) // 10)
     if held_out and not 0 < held_out < len(found):

@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ikun_hessian.experiments.generalization.network import NetworkUnit
+from ikun_hessian.experiments.generalization.plan import units as network_units
+from ikun_hessian.experiments.generalization.settings import GeneralizationSettings
 from ikun_hessian.experiments.study import preset
 from ikun_hessian.experiments.study.grid import run_grid
 from ikun_hessian.experiments.study.our_training import OurTraining
@@ -38,14 +41,14 @@ class StudyPlan:
     """The work of a study.
 
     Attributes:
-        units: The runs with their analyses.
+        units: The runs with their analyses, or the networks of a study of generalization.
         skipped: Data sets that cannot be read, with the reason. Their runs are skipped.
         record: The content of study.json.
         others: Names of the runs in the folder that were made with other settings.
         refusal: The reason why the study is refused in this folder, or "".
     """
 
-    units: tuple[Unit, ...]
+    units: tuple[Unit | NetworkUnit, ...]
     skipped: dict[str, str]
     record: dict[str, Any]
     others: set[str]
@@ -83,6 +86,8 @@ def make(
     for figure in found.figures:
         if figure not in FIGURE_NAMES:
             raise PresetError(f"{found.source}: figures: no '{figure}'{meant(figure, FIGURE_NAMES)}")
+    if found.generalization is not None:
+        return _generalization(found, out, data_dir, device, leader, force)
     steps = tuple(_step(found.source, analysis, memory) for analysis in found.analyses)
     options_of = run_grid(found, force)
     skipped: dict[str, str] = {}
@@ -108,6 +113,30 @@ def make(
     if (count := len(made.levels(found.by))) > LEVELS:
         raise PresetError(f"{found.source}: by = '{found.by}' has {count} levels: figures can show at most {LEVELS}")
     return made
+
+
+def _generalization(
+    found: Preset, out: Path, data_dir: Path | None, device: str, leader: int, force: bool
+) -> StudyPlan:
+    """Plan a study of generalization (arguments as in `make`)."""
+    from ikun.data.download import DataError
+
+    assert found.generalization is not None
+    try:
+        settings = GeneralizationSettings.from_table(found.generalization)
+        where: dict[str, Any] = {"data_dir": data_dir, "device": device, "study": leader}
+        units, options = network_units(run_grid(found, force), settings, out / "runs", text=preset.text, **where)
+    except (DataError, PresetError):
+        raise
+    except ValueError as error:
+        raise PresetError(f"{found.source}: [generalization] {error}") from None
+    record = {
+        "schema": STUDY_SCHEMA,
+        **{key: getattr(found, key) for key in ("title", "question", "by", "accuracy")},
+        "runs": options,
+        "analyses": {"generalization final": settings.measured()},
+    }
+    return StudyPlan(units, {}, record, *others(record, out))
 
 
 def _own_record(unit: Unit, found: Preset) -> dict[str, Any]:

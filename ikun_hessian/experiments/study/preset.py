@@ -30,6 +30,8 @@ model = "nets:build"
 data = "nets:samples"
 train = "nets:train"            # called as train(network, **options) with the options of [train] and [vary]
 
+[generalization]                # one small result per network: see experiments.generalization.settings
+
 [quick]                         # changes for --quick: tables are merged key by key, other values are replaced
 [quick.train]
 epochs = 20
@@ -53,7 +55,7 @@ MOMENTS = ("final", "loss", "snapshots")
 ANALYSES = ("spectrum", "flatness", "robustness")
 _VALUE_KINDS = {str: "text", int: "a whole number", float: "a number", list: "a list"}
 PLAIN = {"title": str, "question": str, "by": str, "accuracy": float, "seeds": int, "figures": list}
-TABLES = ("train", "vary", "when", "own", *ANALYSES)
+TABLES = ("train", "vary", "when", "own", "generalization", *ANALYSES)
 
 
 class PresetError(ValueError):
@@ -100,6 +102,7 @@ class Preset:
         when: (key, value, options) in the order of the file: options of the runs in which `key` has this value.
         analyses: The analyses of every run.
         own: Options that describe a network of the user's own and its training function; empty for ours.
+        generalization: Settings of a study of generalization; None for all other studies.
     """
 
     source: str
@@ -114,6 +117,7 @@ class Preset:
     when: tuple[tuple[str, str, dict[str, Any]], ...]
     analyses: tuple[AnalysisTable, ...]
     own: dict[str, Any] = field(default_factory=dict)
+    generalization: dict[str, Any] | None = None
 
 
 def names() -> list[str]:
@@ -208,7 +212,16 @@ def _preset(path: Path, values: Mapping[str, Any], anywhere: Sequence[Mapping[st
         when=tuple(_when(path, values.get("when", {}), anywhere, varied)),
         analyses=tuple(a for command in ANALYSES for a in _analyses(path, command, values.get(command))),
         own=_table(path, "own", values.get("own", {})),
+        generalization=_generalization(path, values),
     )
+
+
+def _generalization(path: Path, values: Mapping[str, Any]) -> dict[str, Any] | None:
+    if "generalization" not in values:
+        return None
+    if wrong := [name for name in (*ANALYSES, "own") if name in values]:
+        raise PresetError(f"{path}: [{wrong[0]}] cannot be combined with [generalization]")
+    return _table(path, "generalization", values["generalization"])
 
 
 def _grids(path: Path, values: Mapping[str, Any]) -> list[dict[str, list[Any]]]:
@@ -315,8 +328,8 @@ def _changed(path: Path, values: dict[str, Any], change: str) -> dict[str, Any]:
     if table in ("", "vary") and any(key in grid for grid in grids):
         value = _value(written, listed=True)
         return {**values, "vary": [{**grid, key: value} for grid in grids]}
-    if table == "own" and "own" in values:
-        return {**values, "own": {**values["own"], key: _value(written)}}
+    if table in ("own", "generalization") and table in values:
+        return {**values, table: {**values[table], key: _value(written)}}
     if table in ("", "train"):
         train = {**values.get("train", {}), key: _value(written)}
         return {**values, "train": train, "when": _without(values.get("when", {}), key)}

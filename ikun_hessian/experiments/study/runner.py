@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ikun_hessian.experiments.generalization.network import NetworkUnit
 from ikun_hessian.experiments.study.unit import Step, Unit, is_measured
 from ikun_hessian.jobs.errors import in_options
 from ikun_hessian.jobs.user.code import users_error
@@ -24,7 +25,7 @@ from ikun_hessian.jobs.user.code import users_error
 FAILED = "ikun-hessian/failed/1"
 
 
-def run_unit(unit: Unit) -> str:
+def run_unit(unit: Unit | NetworkUnit) -> str:
     """Do the unfinished work of a unit. Return the reason of a failure in one line, or "".
 
     A failure is stored in NAME.failed.json, and the unit is tried again the next time. Errors that do not concern the
@@ -41,7 +42,9 @@ def run_unit(unit: Unit) -> str:
     try:
         with _working(unit):
             pick(unit.device)
-            if failure := _tried("train", lambda: _train(unit)):
+            if isinstance(unit, NetworkUnit):
+                failure = _tried("network", unit.run)
+            elif failure := _tried("train", partial(_train, unit)):
                 _describe(unit)
             else:
                 left = [work for work in unit.stems() if not is_measured(*work)]
@@ -146,7 +149,7 @@ WORKING = ".working.lock"  # shared lock of the processes that work on runs of a
 
 
 @contextlib.contextmanager
-def _working(unit: Unit) -> Iterator[None]:
+def _working(unit: Unit | NetworkUnit) -> Iterator[None]:
     """Hold the shared lock of the folder, and end this process if the study that started it has ended.
 
     Without this, a run could be computed by two processes at the same time.
@@ -159,7 +162,7 @@ def _working(unit: Unit) -> Iterator[None]:
         yield
 
 
-def _end_orphan(unit: Unit) -> None:
+def _end_orphan(unit: Unit | NetworkUnit) -> None:
     """End this worker process if the study that started it ended before the work began, as during imports."""
     kind = type(multiprocessing.current_process())
     if "loky" in kind.__module__ and unit.study not in (os.getpid(), os.getppid()):
