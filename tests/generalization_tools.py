@@ -15,6 +15,7 @@ data = "digits"
 subset = 60
 model = "mlp"
 norm = "none"
+schedule = "none"
 hidden = "6"
 epochs = 2
 batch-size = 16

@@ -231,7 +231,9 @@ def sign_errors(
     mean = float(np.mean([cell.value for cell in cells.values()]))
     n = sum(cell.n for cell in cells.values())
     where = max(cells, key=lambda key: cells[key].value)
-    overall = interval(mean, np.nanmean(draws, axis=0), n, 0.0, 1.0)
+    drawn_cells = np.array(draws)
+    some = np.isfinite(drawn_cells).any(0)  # draws with a pair in at least one cell
+    overall = interval(mean, np.nanmean(drawn_cells[:, some], axis=0), n, 0.0, 1.0)
     return SignErrors(overall, cells[where], where, cells, left_out)
 
 

@@ -197,7 +197,7 @@ def verdict(found: Interval) -> str:
         return "supported: flatter networks have the smaller gap"
     if found.high < 0:
         return "contradicted: flatter networks have the larger gap"
-    return "undecided: the interval contains 0"
+    return "undecided: the interval contains 0" if found.low <= 0 else "undecided: there is no interval"
 
 
 def _order(text: str) -> tuple[bool, list[float], str]:

@@ -24,8 +24,10 @@ from ikun_hessian.experiments.study.runner import run_unit
 
 
 def unit_in(folder: Path, text: str = TINY) -> NetworkUnit:
+    (folder / "out" / "runs").mkdir(parents=True)
     unit = next(u for u in planned(folder, text).units if isinstance(u, NetworkUnit) and u.training.optimizer == "adam")
-    return replace(unit, training=replace(unit.training, lr=0.02))
+    settings = replace(unit.settings, threshold=0.0935)
+    return replace(unit, settings=settings, training=replace(unit.training, lr=0.02, epochs=3))
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +48,8 @@ def checkpoint(unit: NetworkUnit, tmp_path_factory: pytest.TempPathFactory) -> i
 def test_the_network_is_that_of_train(unit: NetworkUnit, result: NetworkResult, checkpoint: ikun.Checkpoint) -> None:
     end = result.moments[END]
     last = checkpoint.history[-1]
-    assert (end.epoch, end.test_loss, end.test_accuracy) == (2, last["test_loss"], last["test_accuracy"])
-    weights = torch.cat([w.double().reshape(-1) for w in checkpoint.weights.values()])
+    assert (end.epoch, end.test_loss, end.test_accuracy) == (3, last["test_loss"], last["test_accuracy"])
+    weights = torch.cat([w.double().reshape(-1) for w in checkpoint.state.values()])
     begun = torch.cat(
         [p.detach().double().reshape(-1) for p in start(unit.network, unit.data.load(), unit.training).parameters()]
     )
@@ -61,7 +63,7 @@ def test_the_curvature_is_that_of_dense_matrices(
     unit: NetworkUnit, result: NetworkResult, checkpoint: ikun.Checkpoint
 ) -> None:
     net = ikun.Network(checkpoint.network)
-    net.load_state_dict(checkpoint.weights)
+    net.load_state_dict(checkpoint.state)
     data = unit.data.load()
     objective = ht.make_objective(net.eval(), LOSSES["mse"], (data.images[:40], data.labels[:40]))
     found = result.moments[END].measures
@@ -80,12 +82,12 @@ def test_the_curvature_is_that_of_dense_matrices(
 
 def test_the_matched_moment_is_the_first_epoch_at_the_threshold(unit: NetworkUnit, result: NetworkResult) -> None:
     losses = []
-    for epochs in (1, 2):
+    for epochs in (1, 2, 3):
         shorter = replace(unit, training=replace(unit.training, epochs=epochs))
         losses.append(trained_and_measured(shorter).moments[END].train_loss)
     assert losses[-1] == result.moments[END].train_loss
     first = next((i for i, loss in enumerate(losses, 1) if loss <= unit.settings.threshold), None)
-    assert first is not None, losses
+    assert first == 2, losses
     assert result.moments[MATCHED].epoch == first
     never = trained_and_measured(replace(unit, settings=replace(unit.settings, threshold=1e-9)))
     assert list(never.moments) == [END]
@@ -97,6 +99,7 @@ def test_all_measures_exist_and_the_slow_ones_only_at_the_matched_moment(result:
         assert tuple(at.measures) == NAMES
     assert math.isfinite(result.moments[MATCHED].measures["true along GGN"])
     assert math.isfinite(result.moments[MATCHED].measures[PRIMARY])
+    assert math.isnan(result.moments[END].measures["true along GGN"])
 
 
 def test_a_network_is_reproducible_and_survives_its_file(unit: NetworkUnit, result: NetworkResult) -> None:
@@ -110,7 +113,7 @@ def test_a_network_is_reproducible_and_survives_its_file(unit: NetworkUnit, resu
 
 def test_a_diverged_network_is_a_result_without_moments(tmp_path: Path) -> None:
     unit = unit_in(tmp_path)
-    unit = replace(unit, training=replace(unit.training, optimizer="sgd", lr=1e30))
+    unit = replace(unit, training=replace(unit.training, optimizer="sgd", lr=1e30, weight_decay=1e30))
     found = trained_and_measured(unit)
     assert found.diverged
     assert not found.moments
