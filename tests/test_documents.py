@@ -37,7 +37,7 @@ NOT_RUN = {
     "docs/gpu.md": ["needs a GPU"],
     "docs/index.md": ["installs"],
     "docs/long-runs.md": ["sets an environment variable"],
-    "docs/presets.md": ["needs the study above"],
+    "docs/presets.md": ["needs the study above", "hours"],
     "docs/training.md": ["a download"],
     "docs/true-hessian.md": ["minutes"],
     "docs/tutorial.md": ["minutes"],

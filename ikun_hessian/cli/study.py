@@ -172,7 +172,7 @@ def _opening_lines(found: Preset, plan: StudyPlan, folder: Path, jobs: int) -> l
 
 def _steps(found: Preset) -> list[str]:
     """Return what is done with every run after its training."""
-    if found.generalization is not None:
+    if found.generalization:
         return ["all measures at the matched training loss and at the end"]
     return [str(analysis) for analysis in found.analyses]
 
@@ -303,9 +303,14 @@ def _finish(found: Preset, plan: StudyPlan, folder: Path) -> list[str]:
     """Write tables and figures of the finished runs. Return lines that name them."""
     from hessian_tools.io.files import alone
     from ikun_hessian.experiments.figures.figures import draw_all
+    from ikun_hessian.experiments.generalization.finish import finish
     from ikun_hessian.experiments.generalization.network import NetworkUnit
 
-    runs = _gathered([u for u in plan.units if not isinstance(u, NetworkUnit)], partial(echo, err=True))
+    networks = [unit for unit in plan.units if isinstance(unit, NetworkUnit)]
+    if networks:
+        paths, threshold = [unit.path for unit in networks], networks[0].settings.threshold
+        return finish(paths, found.title, threshold, folder, partial(echo, err=True))
+    runs = _gathered([unit for unit in plan.units if not isinstance(unit, NetworkUnit)], partial(echo, err=True))
     if not runs:
         return ["! no tables or figures: no run has a usable file"]
     by = parse_condition(found.by)

@@ -51,4 +51,4 @@ def finish(paths: Sequence[Path], title: str, threshold: float, folder: Path, wa
     write_table(list(report.measure_rows(summary)), folder / "measures.csv")
     write_table(list(report.network_rows(results)), folder / "networks.csv")
     save_figure(figure_of(summary), folder / "figures" / "generalization")
-    return [*report.screen(summary), f"files       {folder}/tables.md, *.csv, figures/generalization.png"]
+    return [*report.screen(summary), f"files       {folder}/{{tables.md,measures.csv,networks.csv,figures}}"]

@@ -86,7 +86,7 @@ def make(
     for figure in found.figures:
         if figure not in FIGURE_NAMES:
             raise PresetError(f"{found.source}: figures: no '{figure}'{meant(figure, FIGURE_NAMES)}")
-    if found.generalization is not None:
+    if found.generalization:
         return _generalization(found, out, data_dir, device, leader, force)
     steps = tuple(_step(found.source, analysis, memory) for analysis in found.analyses)
     options_of = run_grid(found, force)
@@ -121,7 +121,9 @@ def _generalization(
     """Plan a study of generalization (arguments as in `make`)."""
     from ikun.data.download import DataError
 
-    assert found.generalization is not None
+    if found.analyses or found.own:
+        wrong = found.analyses[0].command if found.analyses else "own"
+        raise PresetError(f"{found.source}: [{wrong}] cannot be combined with [generalization]")
     try:
         settings = GeneralizationSettings.from_table(found.generalization)
         where: dict[str, Any] = {"data_dir": data_dir, "device": device, "study": leader}

@@ -102,7 +102,7 @@ class Preset:
         when: (key, value, options) in the order of the file: options of the runs in which `key` has this value.
         analyses: The analyses of every run.
         own: Options that describe a network of the user's own and its training function; empty for ours.
-        generalization: Settings of a study of generalization; None for all other studies.
+        generalization: Settings of a study of generalization; empty for all others.
     """
 
     source: str
@@ -117,7 +117,7 @@ class Preset:
     when: tuple[tuple[str, str, dict[str, Any]], ...]
     analyses: tuple[AnalysisTable, ...]
     own: dict[str, Any] = field(default_factory=dict)
-    generalization: dict[str, Any] | None = None
+    generalization: dict[str, Any] = field(default_factory=dict)
 
 
 def names() -> list[str]:
@@ -212,16 +212,8 @@ def _preset(path: Path, values: Mapping[str, Any], anywhere: Sequence[Mapping[st
         when=tuple(_when(path, values.get("when", {}), anywhere, varied)),
         analyses=tuple(a for command in ANALYSES for a in _analyses(path, command, values.get(command))),
         own=_table(path, "own", values.get("own", {})),
-        generalization=_generalization(path, values),
+        generalization=_table(path, "generalization", values.get("generalization", {})),
     )
-
-
-def _generalization(path: Path, values: Mapping[str, Any]) -> dict[str, Any] | None:
-    if "generalization" not in values:
-        return None
-    if wrong := [name for name in (*ANALYSES, "own") if name in values]:
-        raise PresetError(f"{path}: [{wrong[0]}] cannot be combined with [generalization]")
-    return _table(path, "generalization", values["generalization"])
 
 
 def _grids(path: Path, values: Mapping[str, Any]) -> list[dict[str, list[Any]]]:

@@ -39,7 +39,6 @@ def test_the_order_is_random_and_fixed_by_its_seed(tmp_path: Path) -> None:
 
 def test_a_prefix_of_the_order_is_a_fair_sample_of_the_preset() -> None:
     found = preset.read_preset(preset.find("generalization"))
-    assert found.generalization is not None
     settings = GeneralizationSettings.from_table(found.generalization)
     runs = run_grid(found)
     order = list(in_environments(runs, settings.environments, settings.order).values())

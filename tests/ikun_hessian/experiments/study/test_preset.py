@@ -270,8 +270,11 @@ def test_the_shipped_presets_are_valid(name: str, quick: bool) -> None:
         plan.parse_options(name, "train", {k: v for k, v in run.items() if k != "seed"})
     for analysis in found.analyses:
         plan._step(name, analysis, 1.0)
-    assert found.seeds >= 5
     assert found.question
+    if found.generalization:  # many small networks of few seeds: see test_plan of the study of generalization
+        assert len(options) * len(found.generalization["environments"]) <= (80 if quick else 1000)
+        return
+    assert found.seeds >= 5
     assert len(options) <= (135 if quick else 400)
     assert all(len(run) <= 60 for run in options)
 
