@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpecFromSubplotSpec
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
-from hessian_tools.plots.style import SMALL, WIDTH, add_caption, layout, looks, say, set_title, settled, styled
+from hessian_tools.plots.style import (
+    PANEL,
+    SMALL,
+    WIDTH,
+    add_caption,
+    layout,
+    log_places,
+    log_x_ticks,
+    looks,
+    numbers,
+    say,
+    set_title,
+    settled,
+    styled,
+)
 from ikun_hessian.experiments.generalization.measures import CONTROL, MEASURES, PRIMARY, SPIKING, SURROGATE
 from ikun_hessian.experiments.generalization.result import END, MATCHED
 from ikun_hessian.experiments.generalization.summary import ASKED, GAP, MeasureResult, Networks, Summary
 
 MARKERS = "os^Dv"
+PARTS = 12  # in which the points are drawn
 AXES = {
     "lr": "learning rate", "batch-size": "batch size", "hidden": "hidden layers", "weight-decay": "weight decay",
     "init": "initializer",
@@ -46,7 +62,7 @@ def figure_of(summary: Summary) -> Figure:
         for i, axis in enumerate(axes):
             ax = figure.add_subplot(cells[i], sharex=first, sharey=first)
             first = first or ax
-            set_title(ax, "abcdefghij"[i], AXES.get(axis, axis))
+            set_title(ax, chr(ord("a") + i), AXES.get(axis, axis))
             _scatter(ax, networks, i)
             ax.label_outer()
             if i % 2 == 0:
@@ -56,7 +72,7 @@ def figure_of(summary: Summary) -> Figure:
         if first is not None:
             _scale(first, networks)
         ax = figure.add_subplot(grid[1])
-        set_title(ax, "abcdefghijk"[len(axes)], "")
+        set_title(ax, chr(ord("a") + len(axes)), "")
         _correlations(ax, summary)
         add_caption(figure, caption(summary))
         return settled(figure)
@@ -81,12 +97,14 @@ def _scatter(ax: Axes, networks: Networks, axis: int) -> None:
     shades = looks(len(names))
     size = 5.0 if len(values) > 200 else 12.0
     handles = []
+    shown = np.random.default_rng(0).permutation(np.flatnonzero(np.isfinite(values) & (values > 0)))
+    for part in np.array_split(shown, PARTS):  # mixed, so that no level covers the others
+        for level in range(len(names)):
+            at = part[networks.grid.levels[part, axis] == level]
+            style: dict[str, Any] = {"color": [shades[level][0]], "marker": MARKERS[level % len(MARKERS)]}
+            ax.scatter(values[at], gaps[at], s=size, alpha=0.7, linewidths=0, rasterized=True, **style)
     for level, name in enumerate(names):
-        at = (networks.grid.levels[:, axis] == level) & np.isfinite(values) & (values > 0)
         colour, marker = shades[level][0], MARKERS[level % len(MARKERS)]
-        ax.scatter(
-            values[at], gaps[at], s=size, color=[colour], marker=marker, alpha=0.6, linewidths=0, rasterized=True
-        )
         handles.append(
             Line2D(
                 [], [], color=colour, marker=marker, linestyle="", markersize=3.5, label=_shown(name, axis, networks)
@@ -110,9 +128,9 @@ def _scale(ax: Axes, networks: Networks) -> None:
     if not shown.any():
         return
     low, high = (float(x) for x in np.quantile(values[shown], [0.002, 0.998]) * np.array([0.87, 1.15]))
-    ax.set_xscale("log")
-    ax.set_xlim(low, high)
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    ticks = log_places(low, high)[0]
+    log_x_ticks(ax, low, high, ticks, numbers(ticks), PANEL / 2)
+    ax.set_xticks([], minor=True)
     least, most = float(gaps[shown].min()), float(gaps[shown].max())
     room = 0.05 * max(most - least, 0.1)
     ax.set_ylim(least - room, most + 7 * room)  # space for the legends
