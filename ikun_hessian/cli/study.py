@@ -80,10 +80,10 @@ def study_command(
 ) -> None:
     """Train and analyse all runs of a study, then write its tables and figures.
 
-    NAME is a preset (see --list) or a TOML file of your own. To continue a study that was stopped, run the same command
-    again: finished work is kept. The results are OUT/runs, OUT/tables.md, OUT/compare.csv and OUT/figures. Keys of
-    --set are the options of `train`, spectrum.KEY, flatness.KEY, robustness.KEY, own.KEY, and the top-level keys of the
-    preset. A preset with a table [own] runs your code.
+    NAME is a preset (see --list) or a TOML file of your own. To continue a study that was stopped, run the same
+    command again: finished work is kept. The results are OUT/runs, OUT/tables.md, OUT/compare.csv and OUT/figures.
+    Keys of --set are the options of `train`, spectrum.KEY, flatness.KEY, robustness.KEY, own.KEY,
+    generalization.KEY, and the top-level keys of the preset. A preset with a table [own] runs your code.
     """
     if listed:
         echo("\n".join(_list()))
@@ -130,8 +130,13 @@ def _list() -> list[str]:
     lines = []
     for name in preset.names():
         full, quick = (preset.read_preset(preset.find(name), quick=q) for q in (False, True))
-        lines.append(f"{name:<16}{full.title} ({len(run_grid(full))} runs, --quick {len(run_grid(quick))})")
+        lines.append(f"{name:<16}{full.title} ({_count(full)} runs, --quick {_count(quick)})")
     return [*lines, f"files: {preset.FOLDER}/NAME.toml. Copy one, edit it, and pass its path."]
+
+
+def _count(found: Preset) -> int:
+    """Return the number of runs. A study of generalization repeats its grid in every environment."""
+    return len(run_grid(found)) * max(1, len(found.generalization.get("environments", {})))
 
 
 def _published(found: Preset, wanted: bool | None) -> Preset:
