@@ -29,7 +29,7 @@ class SpectrumSettings:
         accuracy: Wasserstein accuracy of the density, relative to the range of the spectrum. It determines the steps
             and the probes that are not given.
         steps: Lanczos steps of the density. If neither this nor an accuracy is given: at most 60, until twice as many
-            move the density by at most 0.1% of its range.
+            move the density by at most 0.3% of its range.
         probes: Number of probes of the density. If neither this nor an accuracy is given: 4, or 2 for more than about
             400,000 parameters (see `hessian_tools.linalg.spectral_density.default_probes`).
         trace_probes: Largest number of probes of the trace. Fewer are made if their error is below 0.3 of that from

@@ -23,6 +23,8 @@ class Linearized:
         parallel: Whether it can run in several threads at once, and be captured as a CUDA graph.
         path: How it is computed: "traced", or by "autograd".
         reason: Why the model could not be traced. Empty if it was.
+        outputs: For a Gauss-Newton or Fisher matrix, v -> (J v, B J v) [n, ...] with B the second derivative of the
+            loss by the outputs, so that v^T A v is their dot product. None if they are not known by themselves.
     """
 
     product: Callable[[Tensor], Tensor]
@@ -30,6 +32,7 @@ class Linearized:
     parallel: bool = True
     path: str = "traced"
     reason: str = ""
+    outputs: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, v: Tensor) -> Tensor:
         with torch.no_grad():

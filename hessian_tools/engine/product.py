@@ -58,14 +58,20 @@ def linearize_traced(objective: Objective, batch: Batch, kind: str, memory: floa
     del values
     storages.add(kept.values())
 
-    def product(v: Tensor) -> Tensor:
-        here = dict(kept)
+    def pushed(v: Tensor, here: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         here.update(zip(program.vector, _aligned(objective.split(v)), strict=True))
         (tangent,) = run_stage(program, 2, here)
-        here[program.tangent] = curve(tangent).contiguous()
+        return tangent, curve(tangent).contiguous()
+
+    def product(v: Tensor) -> Tensor:
+        here = dict(kept)
+        _, here[program.tangent] = pushed(v, here)
         return objective.flatten(run_stage(program, 3, here))
 
-    return Linearized(product, storages.alive([*state.values(), *nested.tensors(x), y]), path="traced")
+    nbytes = storages.alive([*state.values(), *nested.tensors(x), y])
+    return Linearized(
+        product, nbytes, path="traced", outputs=None if kind == "hessian" else lambda v: pushed(v, dict(kept))
+    )
 
 
 def _aligned(parts: Iterable[Tensor]) -> Iterator[Tensor]:

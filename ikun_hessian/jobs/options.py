@@ -221,7 +221,7 @@ SPECTRUM = (
     ),
     Option("density", bool, True, "Whether to estimate the spectral density.", opposite="no-density"),
     Option("steps", int, None,
-        "Lanczos steps per density probe [default: at most 60, until half as many give the same to 0.1% of its "
+        "Lanczos steps per density probe [default: at most 60, until half as many give the same to 0.3% of its "
         "range, or chosen by --accuracy].",
     ),
     Option("probes", int, None, "Number of density probes [default: 2 to 4, or chosen by --accuracy]."),

@@ -28,7 +28,7 @@ from hessian_tools.analysis.operator_spectrum.trace import trace_forms
 from hessian_tools.analysis.planning.memory import budget_of
 from hessian_tools.analysis.settings import DAMPING, STEPS, SpectrumSettings
 from hessian_tools.analysis.uncertainty.round_off import relative_round_off
-from hessian_tools.analysis.uncertainty.sampling_error import data_errors, grouped, withheld
+from hessian_tools.analysis.uncertainty.sampling_error import data_errors, sample_groups, withheld
 from hessian_tools.linalg import spectral_functions as functions
 from hessian_tools.linalg.lanczos import Eigenpairs, excess, random_vector
 from hessian_tools.linalg.lanczos_quadrature import quadrature, tridiagonal
@@ -114,11 +114,18 @@ def measure(
     ends = ends or phase(
         "second start", lambda op, random: {"nodes": _second_start(op, exact, random, spare, room.basis_dtype)}
     )
-    groups = factory(grouped(objective, torch.Generator().manual_seed(0)), 0)  # the same errors for every seed
+    parts = sample_groups(objective, torch.Generator().manual_seed(0))  # the same errors for every seed
+    groups = factory(objective.regrouped(parts), 0)
+
+    def forms_of(*blocks: Tensor) -> tuple[list[Tensor], Tensor]:
+        found = op.sample_forms(parts, *blocks)
+        groups.products += sum(v.shape[1] for v in blocks) if found else 0
+        return found or groups.batch_forms(*blocks)
+
     spread = run.phase(
         f"{name}: error from the data",
         groups,
-        lambda groups: data_errors(groups, pairs, exact, run.generator("data", index)),
+        lambda groups: data_errors(groups, pairs, exact, run.generator("data", index), forms_of),
     )
     if whole is not None:
         probe_trace, norm = exact_trace(whole), float(whole.norm())

@@ -5,6 +5,7 @@ distribution.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,13 +39,22 @@ def grouped(objective: Objective, generator: torch.Generator) -> Objective:
     Returns:
         The objective with the new batches.
     """
+    return objective.regrouped(sample_groups(objective, generator))
+
+
+def sample_groups(objective: Objective, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Return the samples of each group of `grouped`, as one index tensor [n] per group."""
     n = objective.samples
     count = max(min(GROUPS, n), math.ceil(n / max(objective.sizes)))
-    return objective.regrouped(torch.randperm(n, generator=generator).tensor_split(count))
+    return torch.randperm(n, generator=generator).tensor_split(count)
 
 
 def data_errors(
-    groups: CurvatureOperator, pairs: Eigenpairs, exact: Eigenpairs, generator: torch.Generator
+    groups: CurvatureOperator,
+    pairs: Eigenpairs,
+    exact: Eigenpairs,
+    generator: torch.Generator,
+    forms_of: Callable[..., tuple[list[Tensor], Tensor]] | None = None,
 ) -> dict[str, Any]:
     """Estimate standard errors of eigenvalues and trace over the data.
 
@@ -65,6 +75,7 @@ def data_errors(
         pairs: Eigenpairs, k of them.
         exact: The converged ones among `pairs`.
         generator: Random stream of the probes and the bootstrap.
+        forms_of: Another way to compute `groups.batch_forms`.
 
     Returns:
         Standard errors: "pairs", a tensor [k], and "trace", a number. They are NaN for a single group. The keys
@@ -72,7 +83,7 @@ def data_errors(
         before an error is reported.
     """
     probes, _ = orthogonalize(rademacher(groups, PROBES, generator), exact.vectors)
-    (forms, probed), counts = groups.batch_forms(pairs.vectors, probes)
+    (forms, probed), counts = (forms_of or groups.batch_forms)(pairs.vectors, probes)
     probed = probed.diagonal(dim1=1, dim2=2)
     diagonal = forms.diagonal(dim1=1, dim2=2)
     errors = standard_error(diagonal, counts)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -229,6 +231,47 @@ def test_batch_forms_average_to_the_whole() -> None:
     assert counts.tolist() == [5, 5, 3]
     torch.testing.assert_close((counts[:, None, None] * forms).sum(0) / 13, v.T @ (op @ v))
     torch.testing.assert_close(single, forms[:, :1, :1])
+
+
+@pytest.mark.parametrize(("make", "loss"), [(ggn, "ce"), (ggn, "mse"), (fisher, "ce")])
+@pytest.mark.parametrize("objective_of", [spiking, smooth])
+def test_sample_forms_are_those_of_the_dense_matrix_of_each_part(
+    make: Callable[[Objective], CurvatureOperator], loss: str, objective_of: Callable[..., Objective]
+) -> None:
+    objective = objective_of(samples=13, loss=loss)
+    parts = torch.randperm(13, generator=torch.Generator().manual_seed(3)).tensor_split([2, 3, 9])
+    v = torch.randn(objective.size, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    op = make(objective)
+    found = op.sample_forms(parts, v, v[:, 1:2])
+    assert found is not None
+    (forms, single), counts = found
+    assert op.products == 4
+    assert counts.tolist() == [2, 1, 6, 4]
+    _, _, w = functional(objective)
+    for part, form in zip(parts, forms, strict=True):
+        x, y = (torch.cat(side)[part] for side in zip(*objective.batches, strict=True))
+        jacobian = torch.autograd.functional.jacobian(lambda w, x=x: outputs_at(objective, x, w), w)
+        each = []
+        for i in range(len(part)):  # J^T B J and g g^T of every sample, by dense matrices of autograd
+            o = outputs_at(objective, x[i : i + 1], w).detach()
+            if make is ggn:
+                middle = torch.autograd.functional.hessian(lambda o, t=y[i : i + 1]: objective.loss(o, t), o)
+                middle = middle.reshape(o.numel(), o.numel())
+            else:
+                g = torch.autograd.functional.jacobian(lambda o, t=y[i : i + 1]: objective.loss(o, t), o).flatten()
+                middle = torch.outer(g, g)
+            image = jacobian[i].reshape(-1, len(w)) @ v
+            each.append(image.T @ middle @ image)
+        torch.testing.assert_close(form, torch.stack(each).mean(0), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(single, forms[:, 1:2, 1:2])
+
+
+def test_sample_forms_of_a_hessian_and_of_a_product_by_autograd_are_not_known() -> None:
+    objective = smooth()
+    parts = torch.arange(9).split(3)
+    v = torch.ones(objective.size, 1, dtype=torch.float64)
+    assert hessian(objective).sample_forms(parts, v) is None
+    assert ggn(dataclasses.replace(objective, traces=False)).sample_forms(parts, v) is None
 
 
 # --- algebra
