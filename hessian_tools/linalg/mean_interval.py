@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 # Fewest values for an interval. A quadratic form of random signs can take one value with probability 3/4 (three
@@ -41,7 +41,7 @@ def mean_interval(values: Tensor, least_spread: float = 0.0) -> tuple[float, flo
     spread = spread if math.isnan(spread) else max(spread, least_spread)
     if not spread > 0:
         return (mean, mean) if spread == 0 else (math.nan, math.nan)
-    quantile = float(stats.t.ppf(0.975, n - 1)) / math.sqrt(n)
+    quantile = float(special.stdtrit(n - 1, 0.975)) / math.sqrt(n)
     skewness = n**2 / ((n - 1) * (n - 2)) * float(((values - mean) / spread).pow(3).mean())
 
     def student(bound: float) -> float:

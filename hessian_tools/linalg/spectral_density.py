@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from hessian_tools.linalg.basis import orthogonalize
@@ -73,7 +72,9 @@ def wasserstein(nodes: Tensor, weights: Tensor, others: Tensor, other_weights: T
         others: Atoms [n] of the second distribution.
         other_weights: Their weights [n], which are scaled to sum to 1.
     """
-    return float(stats.wasserstein_distance(nodes, others, weights, other_weights))
+    signed = torch.cat([weights / weights.sum(), -other_weights / other_weights.sum()])
+    places, order = torch.cat([nodes, others]).sort()
+    return float(places.diff() @ signed[order].cumsum(0)[:-1].abs())
 
 
 def density(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -39,6 +38,7 @@ from hessian_tools.plots.style import (
     Look,
     add_caption,
     add_legend,
+    despine,
     layout,
     log_x_ticks,
     numbers,
@@ -225,7 +225,7 @@ def _scale_axis(ax: Axes, result: CalibrationResult) -> Array:
     ax.set_xticks(x, minor=True)
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("noise scale s")
-    sns.despine(ax=ax)
+    despine(ax)
     return x
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
@@ -22,6 +21,7 @@ from hessian_tools.plots.style import (
     WIDTH,
     Look,
     apart,
+    despine,
     log_ticks,
     looks,
     numbers,
@@ -152,7 +152,7 @@ def draw_identity(ax: Axes, x: SymlogAxis, y: SymlogAxis, width: float) -> None:
     ax.axvline(0, color="0.75", linewidth=0.6, zorder=0)
     if y.low < 0:
         ax.axhline(0, color="0.75", linewidth=0.6, zorder=0)
-    sns.despine(ax=ax)
+    despine(ax)
 
 
 def note(ax: Axes, text: str) -> None:

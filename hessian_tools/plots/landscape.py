@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
@@ -26,6 +25,7 @@ from hessian_tools.plots.style import (
     Look,
     add_caption,
     add_legend,
+    despine,
     layout,
     log_ticks,
     looks,
@@ -169,7 +169,7 @@ def draw_line(ax: Axes, line: Line, result: LandscapeResult, styles: dict[str, L
         0.5, 0.97, text, transform=ax.transAxes, ha="center", va="top", fontsize=SMALL, color="0.2", bbox=TEXT_BOX
     )  # fmt: skip
     _ends(ax, x)
-    sns.despine(ax=ax)
+    despine(ax)
 
 
 def _draw_accuracy(ax: Axes, line: Line, unit: float, labelled: bool) -> None:
@@ -180,7 +180,7 @@ def _draw_accuracy(ax: Axes, line: Line, unit: float, labelled: bool) -> None:
     )
     twin.set_ylim(0, 1.7)  # leaves space for the text above
     twin.set_yticks([0, 0.5, 1])
-    sns.despine(ax=twin, right=False, left=True)
+    despine(twin, ("top", "left"))
     twin.tick_params(color="0.6", labelcolor="0.4", labelright=labelled, labelbottom=False)
     twin.spines["right"].set_color("0.6")
     twin.set_zorder(ax.get_zorder() - 1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import seaborn as sns
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -21,6 +21,7 @@ from hessian_tools.plots.style import (
     Look,
     add_caption,
     add_legend,
+    despine,
     layout,
     looks,
     printable,
@@ -176,14 +177,14 @@ def _draw_lines(
     ends = [line.distances[-1] / r.weight_norm for r in results for line in (_lines(r)[name],)]
     ax.set_xlim(-max(ends), max(ends))
     ax.set_xticks([-max(ends), 0, max(ends)], [f"{v:.3g}".replace("-", "−") for v in (-max(ends), 0, max(ends))])
-    sns.despine(ax=ax)
+    despine(ax)
 
 
 def _draw_surface(ax: Any, plane: Plane, z: Any, unit: float, norm: Normalize, columns: int) -> None:
     """Draw one surface. Its height is the logarithm of the loss if the colour scale is logarithmic."""
     x, y = np.meshgrid(np.array(plane.distances) / unit, np.array(plane.distances) / unit)
     height = np.log10(z) if isinstance(norm, LogNorm) else z
-    colours = sns.color_palette("viridis", as_cmap=True)(norm(np.ma.masked_invalid(z)))
+    colours = colormaps["viridis"](norm(np.ma.masked_invalid(z)))
     ax.plot_surface(x, y, height, facecolors=colours, rstride=1, cstride=1, linewidth=0, antialiased=False, shade=False)
     ends = float(norm.vmin or 0.0), float(norm.vmax or 0.0)
     low, high = (math.log10(end) for end in ends) if isinstance(norm, LogNorm) else ends

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from hessian_tools.plots.curves import Array, ValueAxis, linear_axis, value_axis
-from hessian_tools.plots.style import PANEL, SMALL, Colour, Look, count_axis, say, value_scale
+from hessian_tools.plots.style import PANEL, SMALL, Colour, Look, count_axis, despine, say, value_scale
 from hessian_tools.results.spectrum import SamplePoint
 from hessian_tools.results.trajectory import RANKS
 
@@ -194,7 +193,7 @@ def draw_resamples(
             markeredgewidth=1.6 if first else 0.7, label=f"median {number}", zorder=2 if first else 1.9,
         )  # fmt: skip
     ax.set_xlabel("samples in the subset")
-    sns.despine(ax=ax)
+    despine(ax)
     return axis
 
 
@@ -216,7 +215,7 @@ def _epochs(ax: Axes, rows: Rows, axis: ValueAxis) -> Array:
     ax.set_xlabel(label)
     if axis.low < 0:
         ax.axhline(0, color="0.75", linewidth=0.6, zorder=0)
-    sns.despine(ax=ax)
+    despine(ax)
     return x
 
 

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -30,6 +29,7 @@ from hessian_tools.plots.style import (
     SMALL,
     Look,
     apart,
+    despine,
     log_ticks,
     printable,
     say,
@@ -113,7 +113,7 @@ def draw_cdf(ax: Axes, result: SpectrumResult, styles: dict[str, Look], axis: Sy
     ax.set_ylim(-0.03, 1.03)
     symlog_ticks(ax, axis)
     ax.set_ylabel("fraction of eigenvalues ≤ λ")
-    sns.despine(ax=ax)
+    despine(ax)
 
 
 def draw_ranks(ax: Axes, series: Sequence[tuple[Spectrum, Look]]) -> None:
@@ -148,7 +148,7 @@ def draw_ranks(ax: Axes, series: Sequence[tuple[Spectrum, Look]]) -> None:
     set_rank_axis(ax, tops, smalls)
     ax.set_xlabel("rank (1: largest λ, P: smallest)" if smalls else "rank (1: largest λ)")
     ax.set_ylabel("|eigenvalue λ|")
-    sns.despine(ax=ax)
+    despine(ax)
 
 
 def _draw_series(ax: Axes, pairs: Sequence[Eigenvalue], first: float, floor: float, low: float, look: Look) -> None:
@@ -188,13 +188,12 @@ def draw_layers(ax: Axes, spectrum: Spectrum) -> None:
     layers, shares = share_table([*tops, *smalls])
     if not layers:
         return say(ax, "no layer shares")
-    sns.heatmap(
-        shares, ax=ax, vmin=0, vmax=1, cmap="viridis", xticklabels=False, yticklabels=False,
-        cbar_kws={"label": "share of squared norm", "ticks": [0, 0.5, 1], "pad": 0.02, "fraction": 0.06},
-        rasterized=True,  # viewers draw hairlines between the cells of a vector image
-    )  # fmt: skip
-    bar = ax.collections[0].colorbar
-    assert bar is not None
+    # rasterized: viewers draw hairlines between the cells of a vector image
+    image = ax.pcolormesh(shares, vmin=0, vmax=1, cmap="viridis", rasterized=True)
+    ax.invert_yaxis()
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    bar = ax.figure.colorbar(image, ax=ax, label="share of squared norm", ticks=[0, 0.5, 1], pad=0.02, fraction=0.06)
     bar.outline.set_visible(False)
     assert bar.solids is not None
     bar.solids.set_rasterized(True)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import seaborn as sns
 from matplotlib import colormaps, style
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -57,12 +57,23 @@ STYLE: dict[str, Any] = {
 TEXT_BOX: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
 
 
+# "colorblind" of seaborn
+COLOURS = (
+    "#0173B2", "#DE8F05", "#029E73", "#D55E00", "#CC78BC", "#CA9161", "#FBAFE4", "#949494", "#ECE133", "#56B4E9",
+)  # fmt: skip
+
+
+def despine(ax: Axes, sides: Sequence[str] = ("top", "right")) -> None:
+    """Hide sides of the frame of a panel."""
+    ax.spines[list(sides)].set_visible(False)
+
+
 def looks(count: int) -> list[Look]:
     """Return `count` combinations of colour and dashes.
 
     Neighbours differ in both colour and dashes. No combination repeats within the first 40.
     """
-    colours = sns.color_palette("colorblind")
+    colours = [to_rgb(colour) for colour in COLOURS]
     dashes = [(0, d) if d else "-" for d in DASHES]
     return [(colours[i % len(colours)], dashes[i % len(dashes)]) for i in range(count)]
 

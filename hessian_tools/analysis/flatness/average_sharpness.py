@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from hessian_tools.analysis.flatness.settings import DRAWS, LPF_SIGMA, RADIUS
@@ -288,7 +288,7 @@ def pac_bayes_sigma(
 
     bottom = top = START
     point = evaluate(START, TOP - START + HALVINGS)
-    quantile = float(stats.t.ppf(0.975, draws // 2 - 1))
+    quantile = float(special.stdtrit(draws // 2 - 1, 0.975))
 
     def ends(p: NoiseEstimate) -> list[float]:
         """Return all known bounds of the mean drop."""
