@@ -18,6 +18,7 @@ from hessian_tools.operators.base import Operator
 SAMPLES = 256  # at most so many samples, and at most one batch, are used
 AGREE = 1e-3  # relative difference of outputs above which a spike differs between the two
 SAFETY = 4.0
+VECTORS = 4  # at most so many products are compared
 GRAPH = 6  # bytes of a double backward in float64, relative to those that a traced product keeps in float32
 ROOM = 4 * 2**30  # bytes of a batch if no limit is given
 
@@ -29,6 +30,7 @@ def relative_round_off(
 
     The products with each vector are computed in the objective's dtype and in float64, on at most 256 samples and at
     most as many as one batch has. With fewer samples the estimate is larger, because the errors of samples average out.
+    With more than `VECTORS` vectors, so many of them are used, and the largest error counts for all.
     Samples for which a spike differs between the two are left out: that is not round-off of a product. In a group, each
     process computes the products with some of the vectors.
 
@@ -42,6 +44,9 @@ def relative_round_off(
         precision of the dtype. All are 0.0 in float64.
     """
     count = vectors.shape[1]
+    if count > VECTORS:
+        few = vectors[:, spread(count, VECTORS).to(vectors.device)]
+        return [max(relative_round_off(objective, factory, few))] * count
     if objective.dtype == torch.float64:
         return [0.0] * count
     least = float(torch.finfo(objective.dtype).eps)
