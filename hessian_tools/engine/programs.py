@@ -171,6 +171,28 @@ def _for_any_number(
     return None
 
 
+def share_programs(known: Objective, other: Objective, change: Callable[[str], str]) -> None:
+    """Give an objective the products of another one, so that its network is not traced.
+
+    Their networks differ only in texts that are arguments of operations, such as the parameters of neurons. A product
+    that does not multiply by the Jacobian of the other network is left out. Every product is compared with the network
+    again when it is used first.
+
+    Args:
+        known: The objective whose products were traced.
+        other: The objective that gets them.
+        change: Function of a text that returns that of the other network.
+    """
+    few = nested.selected(known.batches[0][0], slice(SAMPLES))
+    for key, value in list(known.programs.items()):
+        program = value.program if isinstance(value, _General) else None
+        if program is None or program.module is None or program.constant or key[0] is not known.model:
+            continue
+        changed = program.with_texts(change)
+        if _derives(changed.resized(nested.sample_count(few)), other, few):
+            other.programs[(other.model, *key[1:])] = _General(changed)
+
+
 def _derives(program: Program, objective: Objective, x: Any) -> bool:
     """Return whether the product multiplies by the Jacobian J and by its transpose as autograd does.
 

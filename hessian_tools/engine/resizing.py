@@ -7,6 +7,7 @@ number in the graph that is a multiple of this prime then counts samples, and is
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,13 +100,17 @@ def resized(part: StagePart, samples: int) -> StagePart:
     def change(value: Any) -> Any:
         return resized_number(value, samples) if isinstance(value, int) and not isinstance(value, bool) else value
 
+    return StagePart(with_constants(part.run, change)[0], part.inputs, part.kept)
+
+
+def with_constants(module: Any, change: Callable[[Any], Any]) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """Return a graph with other constants as arguments of its operations, and its nodes by those of the given one."""
     graph = fx.Graph()
     inside: dict[fx.Node, fx.Node] = {}
-    run: Any = part.run
-    for node in run.graph.nodes:
+    for node in module.graph.nodes:
         made = graph.node_copy(node, inside.__getitem__)
         if node.op == "call_function":
             made.args = fx.node.map_aggregate(made.args, change)
             made.kwargs = fx.node.map_aggregate(made.kwargs, change)
         inside[node] = made
-    return StagePart(fx.GraphModule(run, graph), part.inputs, part.kept)
+    return fx.GraphModule(module, graph), inside

@@ -24,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hessian_tools import nested
 from hessian_tools.engine.graph import Rule, StagePart, simplify, split
 from hessian_tools.engine.reasons import UntraceableError, reason_of
-from hessian_tools.engine.resizing import bytes_of, resized
+from hessian_tools.engine.resizing import bytes_of, resized, with_constants
 from hessian_tools.engine.rewriting import Rewriting
 from hessian_tools.engine.tape import Inside
 from hessian_tools.evaluation import twice_differentiable
@@ -75,6 +75,16 @@ class Program:
         """About how many bytes a batch's kept values take, known without running it."""
         once, each = self.kept_bytes
         return once + each * self.samples
+
+    def with_texts(self, change: Callable[[str], str]) -> Program:
+        """Return the product with other texts as arguments of its operations."""
+
+        def changed(value: Any) -> Any:
+            return change(value) if isinstance(value, str) else value
+
+        module, nodes = with_constants(self.module, changed)
+        parts = [StagePart(with_constants(part.run, changed)[0], part.inputs, part.kept) for part in self.parts]
+        return replace(self, parts=parts, module=module, results=tuple(nodes[node] for node in self.results))
 
     def resized(self, samples: int) -> Program:
         """Return the product for batches of another number of samples, from one that was traced for many."""

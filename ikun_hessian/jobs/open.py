@@ -41,6 +41,8 @@ class Source:
         threshold: See Job.
         provenance: Description of data, network and training.
         activity: Function that returns the activity of the neurons on the given number of samples.
+        renamed: Function (steeper, **changes) that returns how texts in the traced network change with the model; None
+            if that is not known.
         loss_over_time: Whether the loss takes outputs over time [N, T, ...].
     """
 
@@ -52,6 +54,7 @@ class Source:
     threshold: float | None
     provenance: dict[str, Any]
     activity: Callable[[int], dict[str, Any]]
+    renamed: Callable[..., Callable[[str], str] | None] = lambda steeper, **changes: None
     loss_over_time: bool = False
 
 
@@ -161,6 +164,7 @@ def make_job(
 
     from hessian_tools import nested
     from hessian_tools.analysis.operator_spectrum.step_traces import mean_over_steps
+    from hessian_tools.engine.programs import share_programs
     from hessian_tools.objective import make_objective, to
     from hessian_tools.operators.curvature import product_bytes
 
@@ -182,12 +186,18 @@ def make_job(
             device=device,
             reset=reset,
             forward_only=forward_only,
+            check=not (alike := checked and changes.keys() <= {"ties"}),  # another slope or tie rule, the same network
         )
-        return dataclasses.replace(made, group=group, batch_memory=limit)
+        made = dataclasses.replace(made, group=group, batch_memory=limit)
+        if alike and (change := source.renamed(steeper, **changes)) is not None:
+            share_programs(probe, made, change)
+        return made
 
     workers = torch.get_num_threads() if device == "cpu" else 1
     limit = memory * 2**30 / 4 / workers
+    checked = False
     probe = objective()
+    checked = True
     size = product_bytes(probe) if not forward_only else _bytes_or_none(probe)
     asked, batch_size = batch_size, _batch_size(probe, batch_size, size, memory * 2**30, workers, group)
     first = probe if asked else probe.rebatched(batch_size)  # without a copy of the samples
@@ -235,6 +245,11 @@ def _ours(path: Path, samples: str, split: str, surrogate: str | None, data_dir:
         model = checkpoint.build(**{"surrogate": str(analysed.steeper(steeper)), **changes})
         return (OverTime(model).eval() if over_time else model), None
 
+    def renamed(steeper: float, **changes: Any) -> Callable[[str], str]:
+        old, new = (f'"surrogate": "{s.name}:{s.parameter!r}"' for s in (analysed, analysed.steeper(steeper)))
+        ties = changes.get("ties", network.ties)
+        return lambda text: text.replace(old, new).replace(f'"ties": "{network.ties}"', f'"ties": "{ties}"')
+
     def activity(few: int) -> dict[str, Any]:
         return {
             s.neuron: {"firing_rate": s.firing_rate, "dead": s.dead, "derivative_square": s.derivative_square}
@@ -253,7 +268,7 @@ def _ours(path: Path, samples: str, split: str, surrogate: str | None, data_dir:
         },
         "training": checkpoint.training,
     }
-    return Source(built, LOSSES[checkpoint.loss], x, y, variants, network.threshold, provenance, activity)
+    return Source(built, LOSSES[checkpoint.loss], x, y, variants, network.threshold, provenance, activity, renamed)
 
 
 def source_of(found: Opened) -> Source:
@@ -294,7 +309,7 @@ def source_of(found: Opened) -> Source:
         found.threshold,
         {"data": found.data, "network": found.network, "training": {}},
         lambda few: firing_rates(found.adapted(), nested.selected(found.x, slice(few))),
-        found.adapted().plan.readout == "none",
+        loss_over_time=found.adapted().plan.readout == "none",
     )
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cli
+from hessian_tools.engine import programs
 from hessian_tools.engine.product import least_bytes
 from hessian_tools.objective import Objective, Streamed, make_objective
 from hessian_tools.operators.curvature import hessian, product_bytes
@@ -123,6 +124,39 @@ def test_all_objectives_of_a_job_share_its_samples(trained: Path, batch_size: in
         for (x, y), (other_x, other_y) in zip(job.objective.batches, other.batches, strict=True):
             assert other_x.data_ptr() == x.data_ptr()  # converted to float64 only once
             assert other_y.data_ptr() == y.data_ptr()
+
+
+@pytest.mark.parametrize("surrogate", ["atan:2", "triangle:1", "sigmoid:4"])
+@pytest.mark.parametrize("change", [{"steeper": 0.5}, {"steeper": 2.0}, {"ties": "last"}])
+def test_a_variant_has_the_products_of_its_own_trace_without_being_traced(
+    change: dict[str, Any], surrogate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = open_job(
+        SHIPPED / "digits-csnn-ikun.pt", samples="30", split="train", batch_size=20, params="*", surrogate=surrogate,
+        dtype="float64", memory=1.0, data_dir=None, device="cpu",
+    )  # fmt: skip
+    v = torch.randn(job.objective.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    variant = job.another(**change)
+    own = hessian(dataclasses.replace(variant, programs={})) @ v
+    by_autograd = hessian(dataclasses.replace(variant, programs={}, traces=False)) @ v
+    monkeypatch.setattr(programs, "_trace", None)
+    shared = hessian(variant) @ v
+    assert torch.equal(shared, own)
+    torch.testing.assert_close(shared, by_autograd, rtol=1e-9, atol=1e-12 * float(own.abs().max()))
+    assert not torch.allclose(shared, hessian(job.objective) @ v, rtol=1e-2)
+
+
+def test_products_that_do_not_fit_a_variant_are_not_shared() -> None:
+    job = open_job(
+        SHIPPED / "digits-csnn-ikun.pt", samples="30", split="train", batch_size=20, params="*", surrogate=None,
+        dtype="float64", memory=1.0, data_dir=None, device="cpu",
+    )  # fmt: skip
+    for change in ({"steeper": 2.0}, {"ties": "last"}):
+        variant = dataclasses.replace(job.another(**change), programs={})
+        programs.share_programs(job.objective, variant, lambda text: text)
+        assert not variant.programs
+    programs.share_programs(job.objective, variant, lambda text: text.replace('"first"', '"last"'))
+    assert variant.programs
 
 
 def loss_and_gradient(objective: Objective) -> tuple[float, torch.Tensor]:
