@@ -10,6 +10,7 @@ from hessian_tools.linalg.trace import LEAST_ACCURACY, LEAST_PROBES
 
 CURVATURES = ("hessian", "ggn", "fisher")  # keys of operators.curvature.OPERATORS, without its imports
 DAMPING = 0.01  # of effective dimension and log determinant, relative to lambda_max, if none is given
+TOL = 1e-4  # smallest tolerance of the eigenpairs if none is given
 STEPS, PROBES = 60, 4  # defaults of the density if no accuracy is given
 
 
@@ -41,7 +42,10 @@ class SpectrumSettings:
         damping: Damping z of effective dimension and log determinant. With None it is 1% of lambda_max, for GGN and
             Fisher only.
         noise: Scale of the weight noise of operator `smoothed`, relative to each filter's root mean square.
-        tol: Tolerance of the eigenpairs: residual relative to the norm of the operator.
+        tol: Tolerance of the eigenpairs: residual relative to the norm of the operator. None: a tenth of the
+            eigenvalue's standard error over the data, but from 1e-4 to 1e-2 (see
+            `hessian_tools.analysis.uncertainty.tolerance`), and 1e-4 with
+            other methods than lanczos or if `vectors` are kept.
         seed: Random seed.
         memory: Memory in GiB for stored primals, the Lanczos basis and eigenvectors.
         max_products: Largest number of products for the eigenpairs of one operator.
@@ -73,7 +77,7 @@ class SpectrumSettings:
     exact: bool | None = None
     damping: float | None = None
     noise: float = 0.1
-    tol: float = 1e-4
+    tol: float | None = None
     seed: int = 0
     memory: float = 4.0
     max_products: int = 1000
@@ -86,6 +90,11 @@ class SpectrumSettings:
     samples_curve: tuple[int, ...] = ()
     resamples: int = 5
     draws: int = 8
+
+    @property
+    def tightest(self) -> float:
+        """The tolerance of the eigenpairs, or the smallest one that may follow from the error over the data."""
+        return self.tol or TOL
 
     def __post_init__(self) -> None:
         if any(name.startswith(("fd", "finite")) for name in self.operators):
@@ -115,7 +124,7 @@ class SpectrumSettings:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name} must be at least {bound}, not {value}")
-        if not 0 < self.tol < 1:
+        if self.tol is not None and not 0 < self.tol < 1:
             raise ValueError(f"tol must lie between 0 and 1, not {self.tol}")
         if self.accuracy is not None and not LEAST_ACCURACY <= self.accuracy < 1:
             raise ValueError(f"accuracy must lie between {LEAST_ACCURACY:g} and 1, not {self.accuracy}")

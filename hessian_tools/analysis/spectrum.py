@@ -25,6 +25,7 @@ from hessian_tools.analysis.planning.time_budget import fit
 from hessian_tools.analysis.settings import STEPS, SpectrumSettings
 from hessian_tools.analysis.uncertainty.sample_curve import samples_curve
 from hessian_tools.analysis.uncertainty.sampling_error import withheld
+from hessian_tools.analysis.uncertainty.tolerance import tolerance
 from hessian_tools.analysis.warnings import warnings_of
 from hessian_tools.evaluation import differentiable
 from hessian_tools.io.errors import ObjectiveError
@@ -226,10 +227,13 @@ def _spectra(
                 own = part.flatten([parts[name] for name in part.parameters])
                 blocks[layer], _ = measure(run, f"{name} of {layer}", part, _factory(name, run), own, i)
         if index == 0 and pairs.norm > 0:
+            e = spectra[name].eigenvalues[0]
+            error = e.data_stderr if np.isfinite(e.data_stderr) else e.data_stderr_least
+            tol = 1e-3 if run.settings.tol else tolerance(error, e.value, 1e-3)
             for i, (label, variant) in enumerate(variants.items()):
                 op = _factory(name, run)(variant, run.settings.memory * 2**30)
                 start = _near(pairs.vectors[:, 0], op, run.generator("variant", i))
-                sensitivity[label] = lambda_max(run, f"{name}: {label}", op, start)
+                sensitivity[label] = lambda_max(run, f"{name}: {label}", op, start, tol)
         del pairs  # up to gigabytes, which the next operator needs
     return spectra, blocks, sensitivity
 

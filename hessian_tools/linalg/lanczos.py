@@ -20,10 +20,14 @@ from hessian_tools.linalg.basis import combined, orthogonalize, rotate
 from hessian_tools.linalg.error_bounds import random_start_bound, temple_bounds
 from hessian_tools.operators.base import Operator
 
+# (Ritz vectors [P, k], values [k]) -> tolerances [k] relative to ||A||, and products [P, k] with the vectors if known
+Enough = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 # (products done, products expected, worst residual of the wanted pairs relative to ||A||, NaN while unknown)
 ProductProgress = Callable[[int, int, float], None]
 # If the next vector is shorter than this, relative to the operator, it is round-off and the Krylov space is invariant.
 BREAKDOWN = 1e-13
+CLOSE = 0.9  # of a tolerance from `enough`, at which the search stops
+LOOSE = 1e-2  # largest tolerance of a pair that `enough` may ask for
 BASIS, BASIS_BYTES = 400, 4 * 2**30  # default limits of a Lanczos basis: vectors, and bytes of float64
 
 
@@ -40,7 +44,7 @@ class Eigenpairs:
         residuals: Norms ||A v - value v|| [k].
         converged: Whether residual <= tol * norm [k].
         norm: The largest |Ritz value|, an estimate of ||A||.
-        tol: Relative tolerance.
+        tol: Relative tolerance, the largest one if they differ (see `eigenpairs`).
         products: Number of operator products, including those for the residuals.
         bounds: Error bounds [k]: min(residual, residual^2 / gap + round-off of a product) for converged pairs (Kato
             1949, Temple 1928), and the residual for the others. The gap ends where another eigenvalue can be, also one
@@ -86,19 +90,20 @@ def random_vector(op: Operator, generator: torch.Generator) -> Tensor:
 def certified(
     op: Operator,
     vectors: Tensor,
-    tol: float,
+    tol: float | Tensor,
     norm: float | None = None,
     others: tuple[Tensor, Tensor] | None = None,
     report: Callable[[], None] | None = None,
     steps: int = 0,
     unit: float | None = None,
+    images: Tensor | None = None,
 ) -> Eigenpairs:
     """Compute Rayleigh quotients and explicit residuals of orthonormal vectors, one product per vector.
 
     Args:
         op: The operator.
         vectors: Orthonormal vectors [P, k], float64.
-        tol: Relative tolerance for `converged`.
+        tol: Relative tolerance for `converged`, of all pairs or of each [k].
         norm: A lower bound on the estimate of ||A||, such as the largest |Ritz value| of the space.
         others: The remaining Ritz values [m] of the space that contains the vectors, and bounds on their residuals [m].
             Without them the gaps are unknown, and the error bounds are the residuals.
@@ -106,6 +111,7 @@ def certified(
         steps: Dimension of the Krylov space built from a random start, the size of the operator if no eigenvalue was
             missed. 0 if unknown; then the error bounds are the residuals.
         unit: Power of two that products are divided by (see `power_of_two`), if `norm` and `others` are in this unit.
+        images: Products [P, k] with the vectors, float64, if they are known.
 
     Returns:
         The pairs, in the order of the vectors.
@@ -116,7 +122,7 @@ def certified(
         norm /= unit
     values, residuals = torch.empty(2, vectors.shape[1], dtype=torch.float64)
     for i, v in enumerate(vectors.unbind(1)):
-        image = (op @ v).double()
+        image = (op @ v).double() if images is None else images[:, i]
         unit = power_of_two(image) if unit is None else unit
         image = image if unit == 1 else image / unit
         values[i] = value = float(v @ image)
@@ -138,7 +144,8 @@ def certified(
     if unit != 1:
         values, residuals, bounds = unit * values, unit * residuals, unit * bounds
     products = op.products - before
-    return Eigenpairs(values, vectors, residuals, converged, norm * unit, tol, products, bounds, low=low, high=high)
+    loosest = float(torch.as_tensor(tol).max())
+    return Eigenpairs(values, vectors, residuals, converged, norm * unit, loosest, products, bounds, low=low, high=high)
 
 
 def power_of_two(image: Tensor) -> float:
@@ -166,6 +173,7 @@ def eigenpairs(
     max_basis: int | None = None,
     basis_dtype: torch.dtype = torch.float64,
     start: Tensor | None = None,
+    enough: Enough | None = None,
     progress: ProductProgress | None = None,
 ) -> Eigenpairs:
     """Compute extreme eigenpairs by thick-restart Lanczos (Wu & Simon 2000).
@@ -195,6 +203,11 @@ def eigenpairs(
             float32 the search can only reach residuals of about 1e-7 ||A||, as with products in float32. Vectors,
             values and residuals are computed in float64 from products with the vectors, so that they hold in any case.
         start: Start vector [P] instead of a random one.
+        enough: Function of the wanted Ritz vectors [P, k] and values [k] that returns the tolerance [k] of each pair,
+            relative to the norm of the operator, and the products with the vectors [P, k], float64, or None. It is
+            called once, when all residuals are at most `LOOSE`. The search continues until every pair has its
+            tolerance, which is taken to be from `tol` to `LOOSE`. If they have it already, the given products replace
+            those for the explicit residuals.
         progress: Called after every product with (products done, products expected, worst relative residual).
 
     Returns:
@@ -233,6 +246,9 @@ def eigenpairs(
     del v
     before, scale, unit, j, steps, complete = op.products, 0.0, 1.0, 0, 0, False
     checks: list[tuple[int, float]] = []  # (products, worst relative residual)
+    # Stop below tol, because the explicit residual also contains round-off.
+    tols, images = torch.full((wanted,), tol, dtype=torch.float64), None
+    stops = 0.3 * tols
     # Wanted values and products when the space was last invariant, and the products up to which the search continues.
     closed, opened, deadline = torch.empty(0), 0, 0
 
@@ -271,9 +287,16 @@ def eigenpairs(
                 # It has at most as many distinct eigenvalues, so apart from round-off it needs no more products.
                 closed, opened, deadline = found, done, 2 * done - opened
             else:
-                checks.append((done, float(estimates[index].max() / ritz.abs().max())))
-                # Stop below tol, because the explicit residual also contains round-off.
-                settled = done > deadline and checks[-1][1] <= 0.3 * tol
+                found = estimates[index] / ritz.abs().max()
+                checks.append((done, float(found.max())))
+                if enough is not None and done > deadline and not last and checks[-1][1] <= CLOSE * LOOSE:
+                    vectors = combined(basis[:j], y[:, index].to(op.device))
+                    allowed, images = enough(vectors, unit * ritz[index])
+                    tols = allowed.nan_to_num(tol).clamp(tol, max(tol, LOOSE))
+                    stops, enough = torch.maximum(stops, CLOSE * tols), None
+                    images = images if bool((found <= stops).all()) else None
+                    del vectors
+                settled = done > deadline and bool((found <= stops).all())
         report()
         if settled or (last and j >= wanted):
             vectors = combined(basis[:j], y[:, index].to(op.device))
@@ -284,7 +307,7 @@ def eigenpairs(
             seen = size if complete else steps
             rounding = 0.0 if basis_dtype == torch.float64 else torch.finfo(basis_dtype).eps * scale
             others = ritz[rest], estimates[rest] + rounding
-            pairs = certified(op, vectors, tol, float(ritz.abs().max()), others, report, seen, unit)
+            pairs = certified(op, vectors, tols, float(ritz.abs().max()), others, report, seen, unit, images)
             return dataclasses.replace(pairs, products=op.products - before, steps=steps, complete=complete)
         if j == room:
             kept = _survivors(ritz, largest, smallest, magnitude, room)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from threading import Lock
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from hessian_tools.runtime.cuda import Captured, full_precision, side_stream
 from hessian_tools.runtime.storages import Storages
 from hessian_tools.runtime.threads import as_in_threads, in_threads
 
+T = TypeVar("T")
 Map = Callable[[Tensor], Tensor]  # one batch's product: [P] -> [P]
 _unknown_model = Lock()  # a model that cannot be traced may keep state, so that it runs in one thread at a time
 
@@ -109,10 +111,10 @@ class CurvatureOperator(Operator):
             self._used += size
         return Captured(product, product.nbytes) if self._graphs else product
 
-    def _over_batches(self, task: Callable[[Map, float], Tensor]) -> Iterator[Tensor]:
+    def _over_batches(self, task: Callable[[Map, float], T]) -> Iterator[T]:
         """Yield task(product, weight) for every batch of this rank, in order."""
 
-        def run(item: tuple[int, float]) -> Tensor:
+        def run(item: tuple[int, float]) -> T:
             i, weight = item
             return task(self._map(i), weight)
 
@@ -147,13 +149,15 @@ class CurvatureOperator(Operator):
         return total
 
     @differentiable
-    def batch_forms(self, *blocks: Tensor) -> tuple[list[Tensor], Tensor]:
+    def batch_forms(self, *blocks: Tensor, total: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
         """Compute the quadratic forms V^T A_b V of every batch b, or of every part of `Objective.regrouped`.
 
         Every batch multiplies each column once. Columns are processed in groups of at most half a GiB.
 
         Args:
             blocks: Blocks V [P, k].
+            total: Zeros [P, sum k], float64, to which the products with the columns of all blocks are added, in a
+                group those of this process.
 
         Returns:
             One tensor [B, k, k] per block, float64 on the CPU, and the number of samples [B] of each batch.
@@ -162,19 +166,23 @@ class CurvatureOperator(Operator):
         self.products += sum(v.shape[1] for v in blocks)
         columns = max(1, 2**29 // (8 * self.shape[0]))
 
-        def forms(product: Map, weight: float) -> Tensor:
-            rows = []
+        def forms(product: Map, weight: float) -> tuple[Tensor, list[Tensor]]:
+            rows, kept = [], []
             for block in blocks:
                 for some in block.split(columns, 1):
                     images = torch.stack(self._columns(product, some.to(self.dtype))).double()
                     rows.append((images @ block).flatten())
-            return torch.cat(rows).cpu()
+                    if total is not None:
+                        kept.append(weight * images.T)
+            return torch.cat(rows).cpu(), kept
 
         counts = torch.tensor(self.objective.sizes, dtype=torch.float64)
         rows = torch.zeros(len(counts), sum(v.shape[1] ** 2 for v in blocks), dtype=torch.float64)
         with full_precision(self.device):
-            for i, row in zip(self.objective.share, self._over_batches(forms), strict=True):
+            for i, (row, images) in zip(self.objective.share, self._over_batches(forms), strict=True):
                 rows[i] = row
+                if total is not None:
+                    total += torch.cat(images, 1)
         whole = self.objective.summed(rows.to(self.device)).cpu()
         if several := self.objective.parts:  # a part whose samples differ in shape is several batches
             owner = torch.repeat_interleave(torch.arange(len(several)), torch.tensor(several))

@@ -245,7 +245,10 @@ SPECTRUM = (
         "says what.",
         metavar="TIME",
     ),
-    Option("tol", float, 1e-4, "Residual, relative to the norm, at which an eigenpair has converged."),
+    Option("tol", float, None,
+        "Residual, relative to the norm, at which an eigenpair has converged [default: a tenth of the eigenvalue's "
+        "error from the data, from 0.0001 to 0.01].",
+    ),
     Option(
         "per-layer", bool, False,
         "Also analyse the diagonal block of each layer, for the first operator; .layers.csv has a row per layer.",

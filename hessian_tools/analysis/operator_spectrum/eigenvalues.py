@@ -12,7 +12,7 @@ from hessian_tools.analysis.context import AnalysisContext
 from hessian_tools.analysis.operator_spectrum.pyhessian import pyhessian_eigenpairs
 from hessian_tools.analysis.planning.memory import Budget, budget
 from hessian_tools.analysis.settings import SpectrumSettings
-from hessian_tools.linalg.lanczos import Eigenpairs, eigenpairs
+from hessian_tools.linalg.lanczos import Eigenpairs, Enough, eigenpairs
 from hessian_tools.linalg.power_iteration import power_iteration
 from hessian_tools.objective import Objective
 from hessian_tools.operators.base import Operator
@@ -27,23 +27,28 @@ def chosen_eigenpairs(
     settings: SpectrumSettings,
     generator: torch.Generator,
     room: Budget,
+    enough: Enough | None,
     progress: Callable[[int, int, float], None],
 ) -> Eigenpairs:
-    """Compute the eigenpairs with the method and the backend of the settings."""
+    """Compute the eigenpairs with the method and the backend of the settings.
+
+    Without a tolerance in the settings, the Lanczos process stops where `enough` tells.
+    """
     if settings.backend == "pyhessian":
-        return pyhessian_eigenpairs(objective, op, top, tol=settings.tol, seed=settings.seed)
+        return pyhessian_eigenpairs(objective, op, top, tol=settings.tightest, seed=settings.seed)
     if settings.method == "power":
-        return power_iteration(op, top, generator=generator, tol=settings.tol, progress=progress)
+        return power_iteration(op, top, generator=generator, tol=settings.tightest, progress=progress)
     return eigenpairs(
         op,
         0 if settings.magnitude else top,
         smallest,
         magnitude=top if settings.magnitude else 0,
         generator=generator,
-        tol=settings.tol,
+        tol=settings.tightest,
         max_products=settings.max_products,
         max_basis=room.vectors,
         basis_dtype=room.basis_dtype,
+        enough=None if settings.tol or settings.vectors else enough,
         progress=progress,
     )
 
@@ -62,14 +67,15 @@ def two_ends(found: Sequence[Eigenvalue], top: int, settings: SpectrumSettings) 
     return upper, lower
 
 
-def lambda_max(run: AnalysisContext, name: str, op: Operator, start: Tensor) -> float:
-    """Compute the largest eigenvalue of an operator, with a tolerance of 1e-3 of its norm.
+def lambda_max(run: AnalysisContext, name: str, op: Operator, start: Tensor, tol: float = 1e-3) -> float:
+    """Compute the largest eigenvalue of an operator.
 
     Args:
         run: Settings, progress and stored phases of the analysis.
         name: Name of the phase.
         op: The operator.
         start: Start vector [P].
+        tol: Residual, relative to the norm of the operator. The error of the value is of second order in it.
 
     Returns:
         The eigenvalue; NaN if it did not converge in 100 products.
@@ -82,7 +88,7 @@ def lambda_max(run: AnalysisContext, name: str, op: Operator, start: Tensor) -> 
             op,
             1,
             generator=torch.Generator(),
-            tol=1e-3,
+            tol=tol,
             max_products=100,
             max_basis=min(100, room.vectors),
             basis_dtype=room.basis_dtype,
@@ -108,7 +114,7 @@ def largest_eigenvalues(
         op,
         count,
         generator=generator,
-        tol=settings.tol,
+        tol=settings.tightest,
         max_products=settings.max_products,
         max_basis=room.vectors,
         basis_dtype=room.basis_dtype,

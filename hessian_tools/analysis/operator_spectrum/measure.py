@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from hessian_tools.analysis.planning.memory import budget_of
 from hessian_tools.analysis.settings import DAMPING, STEPS, SpectrumSettings
 from hessian_tools.analysis.uncertainty.round_off import relative_round_off
 from hessian_tools.analysis.uncertainty.sampling_error import data_errors, sample_groups, withheld
+from hessian_tools.analysis.uncertainty.tolerance import GroupForms, tolerance
 from hessian_tools.linalg import spectral_functions as functions
 from hessian_tools.linalg.lanczos import Eigenpairs, excess, random_vector
 from hessian_tools.linalg.lanczos_quadrature import quadrature, tridiagonal
@@ -80,20 +82,26 @@ def measure(
     asymmetry: float = phase("symmetry", lambda op, random: {"error": symmetry_error(op, random)})["error"]
     require_symmetry(name, asymmetry, op.dtype)
     autograd: str = run.phases.keep(f"{name}: path", lambda: {"reason": _reason(op)})["reason"]
+    parts = sample_groups(objective, torch.Generator().manual_seed(0))  # the same errors for every seed
+    groups = factory(objective.regrouped(parts), 0)
+    forms = GroupForms(op, groups, parts)
+    enough = partial(forms.enough, settings.tightest)
+
+    def search(op: Operator, random: torch.Generator) -> dict[str, Any]:
+        found = chosen_eigenpairs(objective, op, top, smallest, settings, random, room, enough, step)
+        if forms.vectors is not None and not torch.equal(found.vectors, forms.vectors):
+            op.products += forms.vectors.shape[1]  # made for the tolerance only
+        return vars(found)
+
     step = run.meter.phase(f"{name}: eigenvalues")
     whole: Tensor | None = None
     if name == "ggn" and (every := all_eigenvalues_if_chosen(run, objective, phase, top, step)) is not None:
         whole, smallest = every["values"], 0
         pairs = Eigenpairs(
-            **phase("eigenvalues", lambda op, random: vars(exact_pairs(op, **every, tol=settings.tol))),
+            **phase("eigenvalues", lambda op, random: vars(exact_pairs(op, **every, tol=settings.tightest))),
         )
     else:
-        pairs = Eigenpairs(
-            **phase(
-                "eigenvalues",
-                lambda op, random: vars(chosen_eigenpairs(objective, op, top, smallest, settings, random, room, step)),
-            )
-        )
+        pairs = Eigenpairs(**phase("eigenvalues", search))
     exact = pairs if bool(pairs.converged.all()) else pairs.take(pairs.converged)
     copied = 0 if exact is pairs else 8 // room.basis_dtype.itemsize * len(exact.values)
     spare = max(5, room.vectors - copied)  # vectors available to a density
@@ -114,18 +122,10 @@ def measure(
     ends = ends or phase(
         "second start", lambda op, random: {"nodes": _second_start(op, exact, random, spare, room.basis_dtype)}
     )
-    parts = sample_groups(objective, torch.Generator().manual_seed(0))  # the same errors for every seed
-    groups = factory(objective.regrouped(parts), 0)
-
-    def forms_of(*blocks: Tensor) -> tuple[list[Tensor], Tensor]:
-        found = op.sample_forms(parts, *blocks)
-        groups.products += sum(v.shape[1] for v in blocks) if found else 0
-        return found or groups.batch_forms(*blocks)
-
     spread = run.phase(
         f"{name}: error from the data",
         groups,
-        lambda groups: data_errors(groups, pairs, exact, run.generator("data", index), forms_of),
+        lambda groups: data_errors(groups, pairs, exact, run.generator("data", index), forms),
     )
     if whole is not None:
         probe_trace, norm = exact_trace(whole), float(whole.norm())
@@ -140,11 +140,13 @@ def measure(
         offset = float(exact.values.sum()) if settings.backend == "own" else 0.0
         probe_trace = estimate_forms(probed["forms"], offset, probed.get("variance", float("nan")))
         norm = frobenius(probed["squared"], exact)
+    first = int(pairs.values.argmax())
     free = lambda_max(
         run,
         f"{name}: scale-free",
         scaled(op, filter_norms(objective)),
         random_vector(op, run.generator("scale", index)),
+        1e-3 if settings.tol else tolerance(float(spread["pairs"][first]), float(pairs.values[first]), 1e-3),
     )
     scales = min(settings.scaled, size)
     ranks: list[float] = []

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hessian_tools.linalg.error_bounds import random_start_bound, temple_bounds
 from hessian_tools.linalg.lanczos import (
+    LOOSE,
     Eigenpairs,
     certified,
     eigenpairs,
@@ -655,3 +656,51 @@ def test_the_default_basis_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) 
         assert abs(float(pairs.values[0]) - exact) <= float(pairs.residuals[0]) + 1e-10
         steps.append(pairs.steps)
     assert steps[1] <= 12 < steps[0]
+
+
+@pytest.mark.parametrize(("asked", "given"), [(1e-3, True), (1e-3, False), (1e-7, True), (math.nan, True), (0.5, True)])
+def test_the_search_continues_to_the_tolerances_that_it_is_told(asked: float, given: bool) -> None:
+    values = torch.linspace(-1, 1, 400, dtype=torch.float64) ** 5
+    op, exact = with_eigenvalues(values)
+    calls = []
+
+    def enough(vectors: Tensor, found: Tensor) -> tuple[Tensor, Tensor | None]:
+        images = op.matrix @ vectors
+        calls.append((images - vectors * found).norm(dim=0))
+        return torch.full((5,), asked), images if given else None
+
+    def products(tol: float, **more: object) -> tuple[Eigenpairs, int]:
+        before = op.products
+        return eigenpairs(op, 3, 2, generator=seeded(1), tol=tol, **more), op.products - before  # type: ignore[arg-type]
+
+    tight, most = products(1e-9)
+    pairs, made = products(1e-9, enough=enough)
+    (residuals,) = calls
+    limit = 1e-9 if math.isnan(asked) else min(asked, LOOSE)
+    scale = float(exact.abs().max())
+    assert residuals.max() <= LOOSE * scale
+    explicit = (op.matrix @ pairs.vectors - pairs.vectors * pairs.values).norm(dim=0)
+    torch.testing.assert_close(pairs.residuals, explicit, rtol=1e-6, atol=1e-13)
+    assert pairs.residuals.max() <= limit * scale
+    assert pairs.converged.all()
+    assert pairs.tol == pytest.approx(limit)
+    assert made <= most
+    assert made < most or math.isnan(asked)
+    at_once = bool((residuals <= 0.9 * limit * scale).all())
+    steps = pairs.steps
+    assert made == steps + (0 if at_once and given else 5)
+    assert (pairs.values - tight.values).abs().max() <= limit * scale
+
+
+@given(st.integers(30, 60), st.integers(0, 10**6), st.floats(1e-6, 1))
+@settings(max_examples=30)
+def test_bounds_hold_at_tolerances_that_differ(n: int, seed: int, spread: float) -> None:
+    op, exact = with_eigenvalues(torch.randn(n, generator=seeded(seed)).cumsum(0), seed)
+
+    def enough(vectors: Tensor, found: Tensor) -> tuple[Tensor, Tensor | None]:
+        return LOOSE * spread ** torch.rand(4, generator=seeded(seed)).double(), None
+
+    pairs = eigenpairs(op, 2, 2, generator=seeded(seed + 1), tol=1e-9, enough=enough)
+    gaps = (exact[None] - pairs.values[:, None]).abs().amin(1)
+    assert pairs.converged.all()
+    assert (gaps <= pairs.residuals + 1e-12 * exact.abs().max()).all()
