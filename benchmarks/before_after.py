@@ -28,11 +28,13 @@ SHIPPED = ROOT / "checkpoints"
 
 def run(tree: Path, checkpoint: Path, samples: str) -> tuple[float, dict[str, Any]]:
     """Return the CPU seconds of one command, and its result."""
-    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(tree.resolve()), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as out:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "ikun_hessian", "spectrum", str(checkpoint), "--samples", samples]
-        subprocess.run([*command, "--threads", "1", "--out", out], env=environment, check=True, capture_output=True)
+        command = [sys.executable, "-m", "ikun_hessian", "spectrum", str(checkpoint.resolve()), "--samples", samples]
+        subprocess.run(
+            [*command, "--threads", "1", "--out", out], env=environment, check=True, capture_output=True, cwd=out
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         (file,) = Path(out).glob("*.spectrum.json")
         result = json.loads(file.read_text())

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from scipy.linalg import eigh
 from torch import Tensor
 
 from hessian_tools import nested
@@ -52,13 +53,11 @@ class Gram:
     Attributes:
         matrix: K [N C, N C], float64, rows ordered by sample and then by output.
         values: Its eigenvalues in descending order [N C], which are those of G; all others of G are zero.
-        vectors: Its eigenvectors [N C, N C], one per column.
         roots: R of every batch [n, C, C], with 1 / N of the mean over samples.
     """
 
     matrix: Tensor
     values: Tensor
-    vectors: Tensor
     roots: tuple[Tensor, ...]
 
 
@@ -91,8 +90,8 @@ def gram_matrix(objective: Objective, progress: Callable[[int, int], None] | Non
         matrix, roots = _assembled(objective, True, progress)
     except _MixedError:  # layers whose gradients by sample are not known
         matrix, roots = _assembled(objective, False, progress)
-    values, vectors = torch.linalg.eigh(matrix)
-    return Gram(matrix, values.flip(0).clamp_min(0), vectors.flip(1), tuple(roots))
+    values = torch.linalg.eigvalsh(matrix)
+    return Gram(matrix, values.flip(0).clamp_min(0), tuple(roots))
 
 
 def _assembled(
@@ -171,11 +170,14 @@ def gram_eigenvectors(objective: Objective, gram: Gram, count: int) -> Tensor:
         count: Number of eigenvectors. Eigenvalues that are zero have none, and their columns are zero.
     """
     found = torch.zeros(objective.size, count, dtype=torch.float64)
-    start = 0
+    rows, start = len(gram.matrix), 0
+    _, ascending = eigh(gram.matrix.numpy(), subset_by_index=[rows - min(count, rows), rows - 1])
+    vectors = torch.from_numpy(ascending).flip(1)
+    count = vectors.shape[1]
     for ((x, _), _), root in zip(objective.weighted_batches(), gram.roots, strict=True):
         with full_precision(objective.device):
             outputs = objective.outputs(x)
-            mine = gram.vectors[start : start + len(root) * root.shape[1], :count]
+            mine = vectors[start : start + len(root) * root.shape[1]]
             start += len(mine)
             u = torch.einsum("nqk,nqj->nkj", root, mine.view(len(root), root.shape[1], count).to(root))
             for j in range(count):
@@ -184,7 +186,8 @@ def gram_eigenvectors(objective: Objective, gram: Gram, count: int) -> Tensor:
                     retain_graph=j + 1 < count, allow_unused=True,
                 )  # fmt: skip
                 found[:, j] += objective.flatten(grads).cpu()
-    return found / gram.values[:count].sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    found[:, :count] /= gram.values[:count].sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    return found
 
 
 def _verify(objective: Objective, matrix: Tensor, roots: Sequence[Tensor]) -> None:
