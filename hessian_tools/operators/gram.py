@@ -86,16 +86,26 @@ def gram_matrix(objective: Objective, progress: Callable[[int, int], None] | Non
     """
     if any(p.is_complex() for p in objective.parameters.values()):
         raise GramError("the network has complex parameters")
-    try:
-        matrix, roots = _assembled(objective, True, progress)
-    except _MixedError:  # layers whose gradients by sample are not known
-        matrix, roots = _assembled(objective, False, progress)
+    matrix, roots = assembled(objective, lambda root: root, progress)
     values = torch.linalg.eigvalsh(matrix)
     return Gram(matrix, values.flip(0).clamp_min(0), tuple(roots))
 
 
+def assembled(
+    objective: Objective, chosen: Callable[[Tensor], Tensor], progress: Callable[[int, int], None] | None
+) -> tuple[Tensor, list[Tensor]]:
+    """Return K and R of every batch. `chosen` maps R [n, C, C] to the rows [n, m, C] that are used."""
+    try:
+        return _assembled(objective, True, chosen, progress)
+    except _MixedError:  # layers whose gradients by sample are not known
+        return _assembled(objective, False, chosen, progress)
+
+
 def _assembled(
-    objective: Objective, by_layer: bool, progress: Callable[[int, int], None] | None
+    objective: Objective,
+    by_layer: bool,
+    chosen: Callable[[Tensor], Tensor],
+    progress: Callable[[int, int], None] | None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Return K and R, with rows by layer, or all of them by backward passes for each sample."""
     weights = objective.batch_weights()
@@ -107,16 +117,16 @@ def _assembled(
             outputs, uses, others = forward_with_uses(objective, x)
             if not by_layer:
                 uses, others = [], set(objective.parameters)
-            count = outputs[0].numel()
+            if roots and outputs[0].numel() != roots[0].shape[2]:
+                raise GramError("the batches have outputs of different sizes")
+            root = chosen(_root(objective, (x, y), outputs.detach()) * weight**0.5)
+            roots.append(root)
+            count = root.shape[1]
             if objective.samples * count > ROWS:
                 raise GramError(
                     f"{objective.samples} samples with {count} outputs have {objective.samples * count} rows; at most "
-                    f"{ROWS} are possible: use fewer samples"
+                    f"{ROWS} are possible: use fewer samples, or hessian_tools.gram_estimate"
                 )
-            if roots and count != roots[0].shape[1]:
-                raise GramError("the batches have outputs of different sizes")
-            root = _root(objective, (x, y), outputs.detach()) * weight**0.5
-            roots.append(root)
             if outputs.requires_grad:
                 report = _reporter(progress, done, len(weights) * count)
                 _add(objective, parts, x, outputs, uses, others, root, report)
