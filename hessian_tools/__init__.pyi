@@ -191,6 +191,8 @@ from .operators.curvature import (
 from .operators.curvature import (
     hessian as hessian,
 )
+from .operators.gram_estimate import GramEstimate as GramEstimate
+from .operators.gram_estimate import gram_estimate as gram_estimate
 from .perturbation import (
     filter_norms as filter_norms,
 )

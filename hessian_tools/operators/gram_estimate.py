@@ -28,7 +28,7 @@ class GramEstimate:
 
     Attributes:
         values: Eigenvalues of the estimated matrix [N m], float64, in descending order. The matrix has the mean G, but
-            the largest eigenvalue of such a matrix is on average larger than that of G, and many small ones are missing.
+            its largest eigenvalue is on average larger than that of G, and many small ones are missing.
         trace: Trace of G, without bias.
         trace_stderr: Its standard error over the draws of rows. NaN with one row per sample.
         below: A lower estimate of the largest eigenvalue: the quadratic form of G, from a part of the draws, along the

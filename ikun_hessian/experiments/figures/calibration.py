@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
@@ -38,7 +39,6 @@ from hessian_tools.plots.style import (
     Colour,
     add_caption,
     add_legend,
-    despine,
     layout,
     printable,
     set_title,
@@ -226,7 +226,7 @@ def draw_columns(
     ax.tick_params(axis="x", which="major", length=0, pad=1.5)
     for g in range(1, len(groups)):
         ax.axvline(g - 0.5, color="0.85", linewidth=0.5, zorder=0)
-    despine(ax)
+    sns.despine(ax=ax)
     _count_beyond(ax, list(groups.values()), low, high)
 
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from hessian_tools.plots.curves import Array
-from hessian_tools.plots.style import SMALL, Colour, despine, looks, printable, say, shades
+from hessian_tools.plots.style import SMALL, Colour, looks, printable, say, shades
 from ikun_hessian.experiments.figures.axes import BEYOND, Range, gain_labels, set_x, set_y
 from ikun_hessian.experiments.figures.chart import Mark, Panel
 
@@ -134,7 +135,7 @@ def draw_panel(
             _draw(ax, kind, marks, x, y, look, found, dots)
     if panel.y.kind == "place":
         _name_places(ax, [m for m in panel.marks if m.x == 1], styles)
-    despine(ax)
+    sns.despine(ax=ax)
 
 
 def _name_places(ax: Axes, marks: Sequence[Mark], styles: Mapping[str, LevelLook]) -> None:

@@ -74,11 +74,11 @@ def figure_of(summary: Summary) -> Figure:
         ax = figure.add_subplot(grid[1])
         set_title(ax, chr(ord("a") + len(axes)), "")
         _correlations(ax, summary)
-        add_caption(figure, caption(summary))
+        add_caption(figure, figure_caption(summary))
         return settled(figure)
 
 
-def caption(summary: Summary) -> str:
+def figure_caption(summary: Summary) -> str:
     """Return the caption: what is shown, and of how many networks."""
     there = summary.networks[ASKED[0]]
     n, environments = len(there.grid.seed), len(there.environments)

@@ -13,7 +13,7 @@ from ikun_hessian.experiments.generalization.result import NetworkResult, load_n
 from ikun_hessian.experiments.generalization.summary import summarize
 
 
-def load(paths: Sequence[Path], warn: Callable[[str], None]) -> list[NetworkResult]:
+def network_results(paths: Sequence[Path], warn: Callable[[str], None]) -> list[NetworkResult]:
     """Read the results that exist. Files that cannot be used are skipped, with a warning."""
     found = []
     for path in paths:
@@ -42,11 +42,11 @@ def finish(paths: Sequence[Path], title: str, threshold: float, folder: Path, wa
     from hessian_tools.plots.style import save_figure
     from ikun_hessian.experiments.generalization.figure import figure_of
 
-    results = load(paths, warn)
+    results = network_results(paths, warn)
     if not results:
         return ["! no tables or figures: no network has a usable result"]
     summary = summarize(results, len(paths), threshold)
-    text = report.markdown(summary, escaped(title))
+    text = report.summary_page(summary, escaped(title))
     write_atomically(folder / "tables.md", lambda file: file.write(text.encode()))
     write_table(list(report.measure_rows(summary)), folder / "measures.csv")
     write_table(list(report.network_rows(results)), folder / "networks.csv")

@@ -25,7 +25,7 @@ RHO, STEPS, SEARCHES = 0.01, 10, 50  # radius relative to the weights, gradients
 
 
 @dataclass(frozen=True)
-class Measure:
+class SharpnessMeasure:
     """A measure.
 
     Attributes:
@@ -39,40 +39,42 @@ class Measure:
     short: str
 
 
-def _curvature(operator: str, group: str, short: str) -> list[Measure]:
+def _curvature(operator: str, group: str, short: str) -> list[SharpnessMeasure]:
     parts = (("lambda_max", "$\\lambda_{max}$"), ("trace", "trace"))
     return [
-        Measure(f"{operator} {part}{scaled}", group, f"{short} {symbol}{scaled}")
+        SharpnessMeasure(f"{operator} {part}{scaled}", group, f"{short} {symbol}{scaled}")
         for scaled in ("", " scaled")
         for part, symbol in parts
     ]
 
 
 MEASURES = (
-    Measure(PRIMARY, SPIKING, "PAC-Bayes $1/\\sigma^2$"),
-    Measure("adaptive average sharpness", SPIKING, "adaptive average"),
-    Measure("LPF", SPIKING, "LPF"),
-    Measure("SAM sharpness", SPIKING, "SAM"),
-    Measure("adaptive worst case", SPIKING, "adaptive worst case"),
-    Measure("critical sharpness", SPIKING, "critical sharpness"),
+    SharpnessMeasure(PRIMARY, SPIKING, "PAC-Bayes $1/\\sigma^2$"),
+    SharpnessMeasure("adaptive average sharpness", SPIKING, "adaptive average"),
+    SharpnessMeasure("LPF", SPIKING, "LPF"),
+    SharpnessMeasure("SAM sharpness", SPIKING, "SAM"),
+    SharpnessMeasure("adaptive worst case", SPIKING, "adaptive worst case"),
+    SharpnessMeasure("critical sharpness", SPIKING, "critical sharpness"),
     *_curvature("smoothed", SPIKING, "smoothed"),
-    Measure("true trace scaled", SPIKING, "true trace scaled"),
-    Measure("true along GGN", SPIKING, "true along GGN"),
-    Measure("true along GGN scaled", SPIKING, "true along GGN scaled"),
+    SharpnessMeasure("true trace scaled", SPIKING, "true trace scaled"),
+    SharpnessMeasure("true along GGN", SPIKING, "true along GGN"),
+    SharpnessMeasure("true along GGN scaled", SPIKING, "true along GGN scaled"),
     *_curvature("ggn", SURROGATE, "GGN"),
     *_curvature("hessian", SURROGATE, "Hessian"),
-    Measure("Fisher-Rao norm", SURROGATE, "Fisher-Rao"),
-    Measure("relative flatness", SURROGATE, "relative flatness"),
-    Measure("training loss", CONTROL, "training loss"),
-    Measure("learning rate", CONTROL, "learning rate"),
-    Measure("weight norm", CONTROL, "weight norm"),
-    Measure("distance from initialization", CONTROL, "distance from start"),
-    Measure("random number", CONTROL, "random number"),
+    SharpnessMeasure("Fisher-Rao norm", SURROGATE, "Fisher-Rao"),
+    SharpnessMeasure("relative flatness", SURROGATE, "relative flatness"),
+    SharpnessMeasure("training loss", CONTROL, "training loss"),
+    SharpnessMeasure("learning rate", CONTROL, "learning rate"),
+    SharpnessMeasure("weight norm", CONTROL, "weight norm"),
+    SharpnessMeasure("distance from initialization", CONTROL, "distance from start"),
+    SharpnessMeasure("random number", CONTROL, "random number"),
 )
 NAMES = tuple(m.name for m in MEASURES)
 
 
-def measure(objective: Objective, settings: GeneralizationSettings, *, true: bool = True) -> dict[str, float]:
+def measured_sharpness(
+    objective: Objective, settings: GeneralizationSettings, *, true: bool = True
+) -> dict[str, float]:
     """Compute all measures but the controls.
 
     PAC-Bayes sharpness is 1 / sigma^2, where sigma is the weight noise, relative to the root mean square of each

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ikun_hessian.experiments.generalization.measures import NAMES, measure
+from ikun_hessian.experiments.generalization.measures import NAMES, measured_sharpness
 from ikun_hessian.experiments.generalization.result import (
     END,
     ENDING,
@@ -165,7 +165,7 @@ def _moment(
         p.grad = None
     x = encode(train.images[:n], net.spec.timesteps, net.spec.coding, generator(spec.seed, 1)).to(unit.device)
     objective = make_objective(net, LOSSES[spec.loss], (x, train.labels[:n]))
-    found = measure(objective, unit.settings, true=true)
+    found = measured_sharpness(objective, unit.settings, true=true)
     weights = _weights(net)
     found |= {
         "training loss": trained[0],

@@ -50,7 +50,7 @@ def _interval(found: Interval) -> str:
     return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
-def markdown(summary: Summary, title: str) -> str:
+def summary_page(summary: Summary, title: str) -> str:
     """Return all results as Markdown tables, one for every moment and target."""
     lines = [f"# {title}", "", *(line.strip() for line in screen(summary)[:4]), ""]
     lines.insert(3, "")

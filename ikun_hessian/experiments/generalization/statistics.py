@@ -157,13 +157,13 @@ def granulated(
         if not len(at.first):
             continue
         value, drawn = _mean(_order(m, at) * _order(g, at), at, counts)
-        found[name] = interval(value, drawn, len(at.first), -1.0, 1.0)
+        found[name] = bootstrap_interval(value, drawn, len(at.first), -1.0, 1.0)
         draws.append(drawn)
         pairs += len(at.first)
     if not found:
         return Granulated(Interval(), {})
     mean = float(np.mean([tau.value for tau in found.values()]))
-    return Granulated(interval(mean, np.mean(draws, axis=0), pairs, -1.0, 1.0), found)
+    return Granulated(bootstrap_interval(mean, np.mean(draws, axis=0), pairs, -1.0, 1.0), found)
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def sign_errors(
                 continue
             here = Pairs(at.first[keep], at.second[keep], at.weight[keep])
             value, drawn = _mean((1 - _order(m, here) * _order(g, here)) / 2, here, counts)
-            cells[environment, name] = interval(value, drawn, len(here.first), 0.0, 1.0)
+            cells[environment, name] = bootstrap_interval(value, drawn, len(here.first), 0.0, 1.0)
             draws.append(drawn)
     if not cells:
         return SignErrors(Interval(), Interval(), (-1, ""), {}, left_out)
@@ -235,7 +235,7 @@ def sign_errors(
     where = max(cells, key=lambda key: cells[key].value)
     drawn_cells = np.array(draws)
     some = np.isfinite(drawn_cells).any(0)  # draws with a pair in at least one cell
-    overall = interval(mean, np.nanmean(drawn_cells[:, some], axis=0), n, 0.0, 1.0)
+    overall = bootstrap_interval(mean, np.nanmean(drawn_cells[:, some], axis=0), n, 0.0, 1.0)
     return SignErrors(overall, cells[where], where, cells, left_out)
 
 
@@ -300,7 +300,7 @@ def conditional_information(
     least = int(np.argmin(values))
     drawn = [informations(w[first] * w[second], [sets[least]])[0] for w in counts]
     names = [tuple(grid.axes[a] for a in s) for s in sets]
-    value = interval(values[least], np.array(drawn), len(first) // 2, 0.0, 1.0)
+    value = bootstrap_interval(values[least], np.array(drawn), len(first) // 2, 0.0, 1.0)
     return Information(value, names[least], dict(zip(names, values, strict=True)))
 
 
@@ -315,7 +315,7 @@ def _information(table: Floats) -> float:
     return float(mutual / entropy) if entropy > 0 else 0.0
 
 
-def interval(value: float, drawn: Floats, n: int, least: float, most: float) -> Interval:
+def bootstrap_interval(value: float, drawn: Floats, n: int, least: float, most: float) -> Interval:
     """Return a normal 95% interval with the standard deviation of bootstrap draws, within [least, most].
 
     Draws that are NaN are left out. Without two others, or without a spread, there is no interval.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ikun_hessian.experiments.comparison.statistics import Interval
-from ikun_hessian.experiments.generalization.measures import MEASURES, PRIMARY, Measure
+from ikun_hessian.experiments.generalization.measures import MEASURES, PRIMARY, SharpnessMeasure
 from ikun_hessian.experiments.generalization.result import MATCHED, MOMENTS, NetworkResult
 from ikun_hessian.experiments.generalization.statistics import (
     INFORMATION_DRAWS,
@@ -64,7 +64,7 @@ class MeasureResult:
         networks: Number of networks for which the measure exists.
     """
 
-    measure: Measure
+    measure: SharpnessMeasure
     granulated: Granulated
     signs: SignErrors
     information: Information
@@ -162,7 +162,7 @@ def summarize(results: Sequence[NetworkResult], planned: int, threshold: float) 
     return Summary(planned, len(results), diverged, networks, found, threshold)
 
 
-def judged(networks: Networks, measure: Measure, target: str, informed: bool = True) -> MeasureResult:
+def judged(networks: Networks, measure: SharpnessMeasure, target: str, informed: bool = True) -> MeasureResult:
     """Compute the statistics of one measure, over the networks for which it exists.
 
     Args:

@@ -15,7 +15,7 @@ from hessian_tools.operators.gram_estimate import GramEstimate, gram_estimate
 
 
 def objective(samples: int = 12) -> tuple[Objective, Tensor]:
-    """A small network and its Gauss-Newton matrix, from Jacobians and the softmax's second derivative in closed form."""
+    """A small network and its Gauss-Newton matrix, from Jacobians and the softmax's second derivative."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     x, y = 3 * torch.randn(samples, 4, dtype=torch.float64), torch.randint(3, (samples,))
@@ -78,7 +78,7 @@ def test_one_row_has_no_error_and_many_rows_approach_the_matrix() -> None:
 
 
 def test_more_samples_than_rows_of_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    o, exact = objective()
+    o, _ = objective()
     monkeypatch.setattr(gram, "ROWS", 30)
     with pytest.raises(gram.GramError, match="gram_estimate"):
         gram.gram_matrix(o)

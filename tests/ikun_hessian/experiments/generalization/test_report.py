@@ -87,7 +87,7 @@ def test_a_measure_that_no_network_has_has_no_result() -> None:
     ]
     found = summarize(results, 48, 0.03)
     assert found.results[ASKED]["LPF"].granulated.axes == {}
-    assert "LPF" in report.markdown(found, "Title")
+    assert "LPF" in report.summary_page(found, "Title")
     figure_of(found)
 
 
@@ -119,7 +119,7 @@ def test_no_network_at_the_threshold_is_said() -> None:
     results = [replace(r, moments={END: r.moments[END]}) for r in made()]
     found = summarize(results, 48, 0.03)
     assert report.screen(found)[0] == "primary     no answer: no network reached training loss 0.03"
-    report.markdown(found, "Title")
+    report.summary_page(found, "Title")
     figure_of(found)
 
 

@@ -15,9 +15,9 @@ from sklearn.metrics import mutual_info_score
 from ikun_hessian.experiments.generalization.statistics import (
     LEAST_PAIRS,
     Grid,
+    bootstrap_interval,
     conditional_information,
     granulated,
-    interval,
     resamples,
     sign_errors,
 )
@@ -207,9 +207,9 @@ def test_the_interval_of_psi_covers_its_value() -> None:
 
 
 def test_an_interval_without_a_spread_does_not_exist() -> None:
-    assert math.isnan(interval(0.5, np.full(9, 0.5), 3, 0, 1).low)
-    assert math.isnan(interval(0.5, np.array([np.nan, 0.4]), 3, 0, 1).low)
-    assert interval(0.9, np.array([0.0, 1.0]), 3, 0, 1).high == 1
+    assert math.isnan(bootstrap_interval(0.5, np.full(9, 0.5), 3, 0, 1).low)
+    assert math.isnan(bootstrap_interval(0.5, np.array([np.nan, 0.4]), 3, 0, 1).low)
+    assert bootstrap_interval(0.9, np.array([0.0, 1.0]), 3, 0, 1).high == 1
 
 
 def test_no_network_and_no_pair_have_no_answer() -> None:
