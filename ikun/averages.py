@@ -90,22 +90,24 @@ class Noisy:
         return fired([self.base.calls[i] for i in group], current)
 
     def slopes(self) -> dict[str, Tensor]:
-        """Return f1_k and c_k [T, M] of every call k."""
+        """Return f1_k, f2_k, c_k and c2_k [T, M] of every call k (see `averaged_slopes`)."""
         arrays: dict[str, Tensor] = {}
         for group in self.plan.groups:
             if group in self.plan.static:
                 floor = floor_of(self.base.calls[group[0]])
-                response = responses(partial(self.fire, group), self.currents[group[0]], floor)[0]
-                parts = response.split([self.base.calls[i].steps for i in group])
-                for i, part in zip(group, parts, strict=True):
-                    gain = self.base.calls[i].gain
-                    arrays[f"f1_{i}"] = part / (self.base.calls[i].spec.gain if gain is None else gain)
-                    arrays[f"c_{i}"] = torch.zeros_like(part)
+                found = responses(partial(self.fire, group), self.currents[group[0]], floor)[:2]
+                sizes = [self.base.calls[i].steps for i in group]
+                for i, one, two in zip(group, *(part.split(sizes) for part in found), strict=True):
+                    call = self.base.calls[i]
+                    gain = call.spec.gain if call.gain is None else call.gain
+                    arrays[f"f1_{i}"], arrays[f"f2_{i}"] = one / gain, two / gain**2
+                    arrays[f"c_{i}"] = arrays[f"c2_{i}"] = torch.zeros_like(one)
                 continue
             for i in group:
                 call = self.base.calls[i]
                 spread = (self.squares[i] / (self.count - 1)).sqrt().clamp_min(floor_of(call))
-                arrays[f"f1_{i}"], arrays[f"c_{i}"] = averaged_slopes(call, self.means[i], spread)
+                slopes = averaged_slopes(call, self.means[i], spread)
+                arrays.update({f"{name}_{i}": t for name, t in zip(("f1", "f2", "c", "c2"), slopes, strict=True)})
         return arrays
 
 
@@ -141,11 +143,13 @@ def floor_of(call: NeuronCall) -> float:
     return FLOOR * (call.spec.threshold or 1.0)
 
 
-def averaged_slopes(call: NeuronCall, mean: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the derivatives of the mean spike and of the mean potential for a normally distributed h - threshold.
+def averaged_slopes(call: NeuronCall, mean: Tensor, spread: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return two derivatives of the mean spike and of the mean potential for a normally distributed h - threshold.
 
         E s' = N(0; mean, spread^2) h'
         E v' = (P(silent) - (threshold - v_reset) N(0; mean, spread^2)) h'
+
+    The second derivatives are those of these two factors by the mean. The result is s', s'', v', v'' by h [T, M].
 
     because h = threshold where a spike appears or disappears. P(silent) is evaluated at the network's own weights. A
     detached reset is treated like one that is not detached.
@@ -157,10 +161,13 @@ def averaged_slopes(call: NeuronCall, mean: Tensor, spread: Tensor) -> tuple[Ten
     """
     s = call.spec
     f1 = torch.exp(-0.5 * (mean / spread).square()) / (spread * math.sqrt(2 * math.pi))
+    f2 = -mean / spread.square() * f1
     if s.reset == "soft":
         reset = s.threshold / s.decay if call.later == "subtract" and s.decay else s.threshold
-        return f1, 1 - reset * f1 if call.later != "none" else torch.ones_like(f1)
-    return f1, (call.z < 0).to(f1) - (s.threshold - s.v_reset) * f1
+        reset = 0.0 if call.later == "none" else reset
+        return f1, f2, 1 - reset * f1, -reset * f2
+    height = s.threshold - s.v_reset
+    return f1, f2, (call.z < 0).to(f1) - height * f1, -f1 - height * f2
 
 
 def _delayed(current: Tensor, spec: ScanSpec, reset: str) -> Tensor:

@@ -64,7 +64,7 @@ from torch import Tensor, nn
 from hessian_tools.engine.linearized import Linearized, curved
 from hessian_tools.evaluation import copy_model, differentiable, is_spiking_neuron, twice_differentiable
 from hessian_tools.objective import Batch, Loss, Objective
-from hessian_tools.operators.curvature import CurvatureOperator, linearize_ggn
+from hessian_tools.operators.curvature import CurvatureOperator, linearize_ggn, linearize_hessian
 from hessian_tools.perturbation import noise, noise_scales
 from hessian_tools.runtime.cuda import full_precision
 from ikun.averages import CallPlan, Noisy, floor_of, moments_of
@@ -77,7 +77,13 @@ SMOOTHED_DRAWS = 16  # default number of perturbed networks
 
 @differentiable
 def smoothed(
-    objective: Objective, memory: float = 4 * 2**30, *, scale: float = 0.1, draws: int = SMOOTHED_DRAWS, seed: int = 0
+    objective: Objective,
+    memory: float = 4 * 2**30,
+    *,
+    scale: float = 0.1,
+    draws: int = SMOOTHED_DRAWS,
+    seed: int = 0,
+    order: int = 1,
 ) -> CurvatureOperator:
     """Build the noise-matched Gauss-Newton operator of an objective.
 
@@ -90,23 +96,28 @@ def smoothed(
         scale: Noise scale s, relative to the root mean square of each filter.
         draws: Number of perturbed networks.
         seed: Random seed of the noise.
+        order: 1 for the Gauss-Newton form with the correction of the last hidden layer; 2 for all second derivatives of
+            the mean network (see docs/calibration.md).
 
     Returns:
         The operator.
 
     Raises:
-        ValueError: If scale is not positive, draws is less than 2, or the operator does not support the objective (see
-            `unsupported`).
+        ValueError: If scale is not positive, draws is less than 2, order is not 1 or 2, or the operator does not
+            support the objective (see `unsupported`).
     """
     if not 0 < scale < math.inf:
         raise ValueError(f"noise must be a positive number (relative to each filter's rms), not {scale}")
     if draws < 2:
         raise ValueError(f"at least 2 draws of noise are needed, not {draws}")
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2, not {order}")
     if reason := unsupported(objective):
         raise ValueError(reason)
-    averaged = _Averaged(objective)
+    averaged = _Averaged(objective, order)
     outputs, seen = _recorded(objective, copy_model(objective.model), objective.first_inputs(64))
-    averaged.plan = CallPlan.of(outputs, seen.calls)
+    plan = CallPlan.of(outputs, seen.calls)
+    averaged.plan = plan if order == 1 else replace(plan, closing=False)
     return CurvatureOperator(objective, partial(_linearize, averaged, scale=scale, draws=draws, seed=seed), memory)
 
 
@@ -151,20 +162,22 @@ class _Averaged(nn.Module):
 
     Attributes:
         plan: What the calls of the neurons are.
+        order: 1 if second derivatives are left out, 2 if not.
         shared: What its copies share. The lock is held from `set` to the end of the linearization.
     """
 
     tracing = TRACING
     network: nn.Module
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, order: int = 1) -> None:
         super().__init__()
         self.network = copy_model(objective.model, share=True)
-        self.plan = CallPlan([], [], [])
+        self.plan, self.order = CallPlan([], [], []), order
         self.shared = _Shared(objective)
 
     def set(self, arrays: dict[str, Tensor], alone: Sequence[Tensor]) -> None:
-        """Set the derivatives f1_k and c_k [T, M] of every call k, and the share of every entry of every pooling."""
+        """Set f1_k, f2_k, c_k, c2_k [T, M] of every call k, and the share of every entry of every pooling."""
+        arrays = {name: t for name, t in arrays.items() if self.order > 1 or "2_" not in name}
         named = {**arrays, **{f"share_{k}": share for k, share in enumerate(alone)}}
         for name in [*self._buffers]:
             delattr(self, name)
@@ -185,8 +198,10 @@ class _Averaged(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        def slopes(k: int) -> tuple[Tensor, Tensor]:
+        def slopes(k: int) -> tuple[Tensor, ...]:
             f1: Tensor = getattr(self, f"f1_{k}")
+            if self.order > 1:
+                return f1, *(getattr(self, f"{name}_{k}") for name in ("f2", "c", "c2"))
             return f1, getattr(self, f"c_{k}", f1)
 
         with Averaging(slopes, lambda k: getattr(self, f"share_{k}")) as mode:
@@ -232,9 +247,17 @@ def _linearize(
         out, seen = _recorded(objective, model, x)
         outputs += out / draws
         noisy.add(seen, index, draws)
-    form = _form(objective, plan, base, noisy, outputs, y)
+    slope, form = _form(objective, plan, base, noisy, outputs, y)
+
+    def expanded(o: Tensor, _: Tensor) -> Tensor:
+        step = o - o.detach()
+        value: Tensor = (slope.to(o) * step).sum() + (_Linear.apply(step, form) * step).sum() / 2
+        return value
+
     with averaged.shared.lock:
         averaged.set(noisy.slopes(), noisy.alone)
+        if averaged.order > 1:
+            return linearize_hessian(averaged.objective(expanded), batch)
         return linearize_ggn(averaged.objective(lambda o, _: (_Linear.apply(o, form) * o).sum() / 2), batch)
 
 
@@ -253,10 +276,14 @@ class _Linear(torch.autograd.Function):
 
 def _form(
     objective: Objective, plan: CallPlan, base: Recording, noisy: Noisy, outputs: Tensor, y: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """Return the second derivative of the mean loss by what `_Averaged` returns, as a map of tangents."""
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return two derivatives of the mean loss by what `_Averaged` returns, the second one as a map of tangents.
+
+    The first one is that by the currents, without the counts.
+    """
     if not plan.last:
-        return _output_hessian(objective, outputs, y)[1]
+        gradient, form = _output_hessian(objective, outputs, y)
+        return gradient.detach(), form
     calls = [base.calls[i] for i in plan.last]
     steps, factor = sum(call.steps for call in calls), plan.factor
 
@@ -265,8 +292,9 @@ def _form(
 
     moments = moments_of(rates, noisy.currents[plan.last[0]], outputs, floor_of(calls[0]))
     form, diagonal = _output_form(objective, outputs, y, *moments)
+    slope = _output_hessian(objective, outputs, y)[0].detach() * moments[0]
     if not plan.closing:
-        return form
+        return slope, form
     classes = outputs.shape[1]
     weight = cast(Readout, calls[0].readout).weight
     own = (math.sqrt(2) - 1) * diagonal @ (weight / steps).square()
@@ -275,7 +303,7 @@ def _form(
         current, count = o.split([classes, own.shape[1]], 1)
         return torch.cat([form(current), own * count], 1)
 
-    return whole
+    return slope, whole
 
 
 def _output_hessian(objective: Objective, outputs: Tensor, y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

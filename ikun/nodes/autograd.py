@@ -17,7 +17,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ikun.nodes.passes import ScanSpec, decode_spec, encode_spec, pass_of
 
-Slopes = Callable[[Tensor], tuple[Tensor, ...]]  # z -> f'(z), f''(z), and dv/dh if it is not that of the equations
+# z -> f'(z), f''(z), and dv/dh and d2v/dh2 if they are not those of the equations
+Slopes = Callable[[Tensor], tuple[Tensor, ...]]
 Values = tuple[Tensor, Tensor, Tensor]  # spikes, h - threshold, and potentials after the step, each [T, N, ...]
 
 
@@ -67,13 +68,13 @@ class _Adjoint(torch.autograd.Function):
         ctx: Any, g: Tensor, gv: Tensor | None, x: Tensor, v0: Tensor | None, gain: Tensor | None,
         z: Tensor, index: Tensor, u: Tensor, spec: str, jet: Slopes | None,
     ) -> Any:  # fmt: skip
-        f2 = None
+        f2, given = None, []
         if jet is None:
             f1, c = pass_of("slopes")(z, spec)
         else:
             f1, f2, *given = jet(z)
             c = given[0] if given else pass_of("reset_slopes")(z, f1, spec)
-        ctx.save_for_backward(g, gv, gain, z, f2, f1, c, index, u)
+        ctx.save_for_backward(g, gv, gain, z, f2, f1, c, index, u, given[1] if len(given) > 1 else None)
         ctx.spec = spec
         ctx.set_materialize_grads(False)
         return pass_of("adjoint")(g, gv, f1, c, index, u, gain, spec)
@@ -81,14 +82,27 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor | None, dv: Tensor | None, dgain: Tensor | None) -> Any:
-        g, gv, gain, z, f2, f1, c, index, u = ctx.saved_tensors
+        g, gv, gain, z, f2, f1, c, index, u, c2 = ctx.saved_tensors
         dx = torch.zeros_like(f1[:1]) if dx is None else dx
         at = (index, u, gain, ctx.spec)
         ds, dend = pass_of("tangent")(dx, dv, dgain, f1, c, *at)
         *_, e, gh = pass_of("adjoint_kept")(g, gv, z, f2, f1, c, *at)
+        if c2 is not None:
+            e = _curvature(g, gv, f1, f2, c, c2, decode_spec(ctx.spec).decay if gain is None else 1 - gain)
         gx, gv0, ggain = pass_of("adjoint_tangent")(None, None, dx, dv, dgain, f1, c, e, gh, *at)
         found = (ds, dend, gx, gv0, ggain)
         return *(t if n else None for t, n in zip(found, ctx.needs_input_grad, strict=False)), *(None,) * 5
+
+
+def _curvature(
+    g: Tensor, gv: Tensor | None, f1: Tensor, f2: Tensor, c: Tensor, c2: Tensor, decay: Tensor | float
+) -> Tensor:
+    """Return e = f'' gs + (d2v/dh2) gv [T, M], the coefficient of h' in the tangent of the adjoint."""
+    v, found = torch.zeros_like(f1[:1]) if gv is None else gv, []
+    for t in reversed(range(len(f1))):
+        found.append(f2[t : t + 1] * g[t : t + 1] + c2[t : t + 1] * v)
+        v = decay * (f1[t : t + 1] * g[t : t + 1] + c[t : t + 1] * v)
+    return torch.cat(found[::-1])
 
 
 def _given(x: Tensor, v0: Tensor | None, gain: Tensor | None, spec: str, values: Values) -> tuple[Tensor, ...]:
@@ -119,8 +133,8 @@ def neurons(
         spec: The parameters of the neurons. Pooling needs planes as the last two axes.
         v0: Potential before the first step [N, ...]; None: v_reset.
         gain: A learned gain []; the decay is then 1 - gain. None: `spec.gain` and `spec.decay`.
-        jet: The function z -> (f'(z), f''(z)), instead of those of `spec.surrogate`. It may also return dv/dh, and f''
-            then has no effect on first derivatives.
+        jet: The function z -> (f'(z), f''(z)), instead of those of `spec.surrogate`. It may also return dv/dh, and then
+            d2v/dh2, without which second derivatives are not exact. Pooling must not be fused then.
         values: Spikes, h - threshold, and potentials after the step, each [T, N, ...], as other code computed them.
             They are used instead of own values, from which they differ by rounding.
 

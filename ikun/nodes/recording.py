@@ -196,17 +196,19 @@ class Averaging(Following):
     """Gives the neurons other derivatives.
 
     Args:
-        slopes: Number of a call -> f' and dv/dh [T, M].
+        slopes: Number of a call -> f', f'', dv/dh and d2v/dh2 [T, M]; f' and dv/dh only if no second derivatives are
+            needed.
         share: Number of a pooling -> the share of every entry's derivative that passes, as in `Recording.alone`.
     """
 
-    def __init__(self, slopes: Callable[[int], tuple[Tensor, Tensor]], share: Callable[[int], Tensor]) -> None:
+    def __init__(self, slopes: Callable[[int], tuple[Tensor, ...]], share: Callable[[int], Tensor]) -> None:
         super().__init__()
         self.slopes, self.share = slopes, share
 
     def fired(self, x: Tensor, spec: ScanSpec, v0: Any, gain: Any, values: Any) -> tuple[Tensor, Tensor, Tensor]:
-        f1, c = self.slopes(len(self.calls))
-        y, end = neurons(x, spec, v0, gain, lambda z: (f1, torch.zeros_like(f1), c), values)
+        f1, *others = self.slopes(len(self.calls))
+        jet = (f1, *others) if len(others) > 1 else (f1, torch.zeros_like(f1), *others)
+        y, end = neurons(x, spec, v0, gain, lambda z: jet, values)
         return y, x.new_empty(0), end
 
     def pooled(self, pool: Any, y: Tensor, windows: Windows) -> Tensor:

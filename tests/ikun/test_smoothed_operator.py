@@ -282,10 +282,30 @@ def kernel(function: Callable[[Array], Array], currents: Array) -> tuple[Array, 
     return np.asarray(first), np.asarray(second)
 
 
+def of_outputs(objective: Objective, spikes: list[Array], currents: list[Array]) -> tuple[Array, Array]:
+    """Two derivatives of the mean loss by a constant current of the output neurons: [N, K] and [N, K, K]."""
+    spec: Spec = objective.model.spec  # type: ignore[assignment]
+    labels = objective.batches[0][1]
+    outputs, last = np.mean([s.mean(0) for s in spikes], 0), np.array(currents)
+    first, second = kernel(lambda c: fires(spec, c)[0].mean(0), last)
+    square = kernel(lambda c: (fires(spec, c)[0].mean(0) - outputs) ** 2, last)[1]
+    n, classes = outputs.shape
+    y = np.eye(classes)[labels.numpy()]
+    if inspect.unwrap(objective.loss) is LOSSES["mse"]:
+        slope, hessian = 2 * (outputs - y) / y.size, np.tile(2 * np.eye(classes) / y.size, (n, 1, 1))
+    else:
+        p = np.exp(outputs) / np.exp(outputs).sum(1, keepdims=True)
+        slope, hessian = (p - y) / n, (p[:, :, None] * np.eye(classes) - p[:, :, None] * p[:, None]) / n
+    m = hessian * first[:, :, None] * first[:, None]
+    for k in range(classes):
+        m[:, k, k] = slope[:, k] * second[:, k] + 0.5 * hessian[:, k, k] * square[:, k]
+    return slope * first, m
+
+
 def oracle(objective: Objective, scale: float, draws: int) -> Array:
     """docs/calibration.md for an MLP without norm and pooling; rates and currents [T, N, F], tangents [P, T, N, F]."""
     spec: Spec = objective.model.spec  # type: ignore[assignment]
-    steps, (x, labels) = spec.timesteps, objective.batches[0]
+    steps, x = spec.timesteps, objective.batches[0][0]
     weights = [p.detach().numpy() for p in objective.parameters.values()]
     inputs = np.repeat(x.flatten(1).numpy()[None], steps, 0)
     units = [np.sqrt((w**2).mean(1, keepdims=True)) for w in weights]
@@ -332,20 +352,7 @@ def oracle(objective: Objective, scale: float, draws: int) -> Array:
                 v = (own_z[i][t] < 0) * h - (spec.threshold - spec.v_reset) * tangent[:, t]
     a = current.mean(1)  # [P, N, K]
 
-    outputs = np.mean([found[0][-1].mean(0) for found in seen], 0)
-    last = np.array([found[1][-1] for found in seen])
-    first, second = kernel(lambda c: fires(spec, c)[0].mean(0), last)
-    square = kernel(lambda c: (fires(spec, c)[0].mean(0) - outputs) ** 2, last)[1]
-    n, classes = outputs.shape
-    y = np.eye(classes)[labels.numpy()]
-    if inspect.unwrap(objective.loss) is LOSSES["mse"]:
-        slope, hessian = 2 * (outputs - y) / y.size, np.tile(2 * np.eye(classes) / y.size, (n, 1, 1))
-    else:
-        p = np.exp(outputs) / np.exp(outputs).sum(1, keepdims=True)
-        slope, hessian = (p - y) / n, (p[:, :, None] * np.eye(classes) - p[:, :, None] * p[:, None]) / n
-    m = hessian * first[:, :, None] * first[:, None]
-    for k in range(classes):
-        m[:, k, k] = slope[:, k] * second[:, k] + 0.5 * hessian[:, k, k] * square[:, k]
+    _, m = of_outputs(objective, [found[0][-1] for found in seen], [found[1][-1] for found in seen])
     total = np.einsum("pnk,nkj,qnj->pq", a, m, a)
     if len(weights) > 1:
         spike = tangent.sum(1)  # the change of the last hidden neurons' counts [P, N, F]
@@ -372,6 +379,97 @@ def test_the_whole_operator_agrees_with_its_formulas(name: str, monkeypatch: pyt
     exact = oracle(objective, 0.3, 4)
     assert (np.abs(np.linalg.eigvalsh(exact)) > 1e-3 * np.abs(exact).max()).sum() > 3
     assert relative(dense(smoothed(objective, scale=0.3, draws=4)), exact) < 0.02
+
+
+def along(objective: Objective, direction: Tensor, scale: float, draws: int) -> float:
+    """v'Av of the second order: currents, potentials and spikes of the mean network, followed along v to second order.
+
+    For an MLP or a recurrent network without norm and pooling; images or coded inputs.
+    """
+    spec: Spec = objective.model.spec  # type: ignore[assignment]
+    steps, x = spec.timesteps, objective.batches[0][0].numpy()
+    static = x.ndim == 4
+    inputs = np.repeat(x.reshape(1, len(x), -1), steps, 0) if static else x.swapaxes(0, 1).reshape(steps, len(x), -1)
+    decay, gain = (1.0, 1.0) if spec.neuron == "if" else (1 - 1 / spec.tau, 1 / spec.tau)
+
+    def layers(flat: Tensor) -> list[tuple[Array, Array | None]]:
+        """Input weights and recurrent weights of every layer."""
+        named = {n: p.numpy() for n, p in zip(objective.parameters, objective.split(flat), strict=True)}
+        return [(w, named.get(n.replace("fc", "rec"))) for n, w in named.items() if n.startswith("fc")]
+
+    def run(flat: Tensor) -> list[tuple[Array, Array, Array]]:
+        """Spikes, currents and h - threshold of every layer."""
+        s, found = inputs, []
+        for w, r in layers(flat):
+            current, v, before = s @ w.T, spec.v_reset, np.zeros((len(x), len(w)))
+            z = np.zeros_like(current)
+            for t in range(steps):
+                current[t] += 0 if r is None else before @ r.T
+                h = decay * v + gain * current[t] + (1 - decay) * spec.v_reset
+                z[t], before = h - spec.threshold, (h >= spec.threshold) * 1.0
+                v = h - spec.threshold * before if spec.reset == "soft" else np.where(before > 0, spec.v_reset, h)
+            s = (z >= 0) * 1.0
+            found.append((s, current, z))
+        return found
+
+    weights, unit = objective.weights(), scale * noise_scales(objective)
+    seen = [run(weights + unit * noise(objective, 0, j)) for j in range(draws)]
+    s0, s1, s2 = inputs, np.zeros_like(inputs), np.zeros_like(inputs)
+    both = list(zip(layers(weights), layers(direction), run(weights), strict=True))
+    for i, ((w, r), (dw, dr), (own, _, own_z)) in enumerate(both):
+        a1, a2 = s1 @ w.T + s0 @ dw.T, s2 @ w.T + 2 * s1 @ dw.T
+        if i == len(both) - 1:
+            break
+        s0 = own
+        if i == 0 and static and r is None:
+            one, two = kernel(lambda c: fires(spec, c)[0], np.array([found[0][1] for found in seen]))
+            s1, s2 = one * a1, one * a2 + two * a1**2
+            continue
+        z = np.array([found[i][2] for found in seen])
+        mean, spread = z.mean(0), np.maximum(z.std(0, ddof=1), 1e-3 * spec.threshold)
+        density = norm.pdf(mean / spread) / spread
+        bend = -mean / spread**2 * density
+        s1, s2, v1, v2 = np.zeros_like(own), np.zeros_like(own), 0.0, 0.0
+        for t in range(steps):
+            if r is not None and dr is not None and t:
+                a1[t] += s1[t - 1] @ r.T + own[t - 1] @ dr.T
+                a2[t] += s2[t - 1] @ r.T + 2 * s1[t - 1] @ dr.T
+            h1, h2 = decay * v1 + gain * a1[t], decay * v2 + gain * a2[t]
+            s1[t], s2[t] = density[t] * h1, density[t] * h2 + bend[t] * h1**2
+            if spec.reset == "soft":
+                v1, v2 = h1 - spec.threshold * s1[t], h2 - spec.threshold * s2[t]
+            else:
+                height, silent = spec.threshold - spec.v_reset, own_z[t] < 0
+                v1, v2 = silent * h1 - height * s1[t], silent * h2 - density[t] * h1**2 - height * s2[t]
+    slope, m = of_outputs(objective, [found[-1][0] for found in seen], [found[-1][1] for found in seen])
+    a = a1.mean(0)
+    return float(np.einsum("nk,nkj,nj", a, m, a) + (slope * a2.mean(0)).sum())
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_second_order_agrees_with_its_formulas(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CELLS", 400)
+    monkeypatch.setattr(module, "REACH", 5.0)
+    objective = mlp(**WHOLE[name])
+    v = vectors(objective, 4)
+    found = (v * (smoothed(objective, scale=0.3, draws=4, order=2) @ v)).sum(0)
+    exact = [along(objective, column, 0.3, 4) for column in v.unbind(1)]
+    assert relative(found, np.array(exact)) < 0.02
+
+
+def test_the_second_order_of_a_recurrent_network_agrees_with_its_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CELLS", 400)
+    monkeypatch.setattr(module, "REACH", 5.0)
+    fields = {"model": "rsnn", "hidden": (4,), "timesteps": 3, "coding": "poisson", "norm": "none", "classes": 3}
+    net = Network(Spec(**fields, input_shape=(1, 1, 5))).double()  # type: ignore[arg-type]
+    for i, p in enumerate(net.parameters()):
+        p.data = normal(*p.shape, seed=i) / p.shape[1] ** 0.5 + 0.3
+    x = (torch.rand(5, 3, 1, 1, 5, generator=torch.Generator().manual_seed(9)) < 0.6).double()
+    objective = make_objective(net, LOSSES["mse"], (x, torch.arange(5) % 3))
+    v = vectors(objective, 4)
+    found = (v * (smoothed(objective, scale=0.3, draws=4, order=2) @ v)).sum(0)
+    exact = [along(objective, column, 0.3, 4) for column in v.unbind(1)]
+    assert relative(found, np.array(exact)) < 0.02
 
 
 # Norms of products, of the hand-written operator for feed-forward networks that this one replaced
@@ -445,9 +543,10 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("name", KINDS)
-def test_the_operator_is_symmetric_linear_and_finite(name: str) -> None:
-    op = smoothed(csnn(**KINDS[name]), scale=0.2, draws=4)
+def test_the_operator_is_symmetric_linear_and_finite(name: str, order: int) -> None:
+    op = smoothed(csnn(**KINDS[name]), scale=0.2, draws=4, order=order)
     assert symmetry_error(op, torch.Generator().manual_seed(0)) < 1e-13
     u, v = vectors(op.objective).unbind(1)
     assert (op @ u).norm() > 0.1
@@ -576,6 +675,8 @@ def test_bad_noise_and_draws_are_refused() -> None:
     for draws in (1, 0, -2):
         with pytest.raises(ValueError, match="at least 2 draws"):
             smoothed(objective, draws=draws)
+    with pytest.raises(ValueError, match="order must be 1 or 2"):
+        smoothed(objective, order=3)
 
 
 class Unknown(nn.Module):
