@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,25 @@ def agreement(predicted: Any, truth: Any, seed: int = 0, resamples: int = RESAMP
         within,
         slope,
     )
+
+
+def correlation_within_kinds(predicted: Any, truth: Any, kinds: Sequence[str]) -> float:
+    """Return the rank correlation that is left after the differences between kinds of directions are removed.
+
+    Args:
+        predicted: Predicted curvatures [K].
+        truth: Measured curvatures [K] of the same directions.
+        kinds: Kind of every direction [K].
+
+    Returns:
+        The correlation of the ranks, from which the mean rank of their kind is subtracted. NaN if nothing varies.
+    """
+    ranks = np.stack([stats.rankdata(predicted), stats.rankdata(truth)])
+    for kind in set(kinds):
+        own = np.array(kinds) == kind
+        ranks[:, own] -= ranks[:, own].mean(1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        return float((ranks[0] * ranks[1]).sum() / np.sqrt(np.square(ranks).sum(1).prod()))
 
 
 def _spearman(a: Any, b: Any) -> Any:

@@ -162,6 +162,7 @@ def calibrate(
                 lambda s=s: {  # type: ignore[misc]
                     "forms": {"smoothed": _forms(matched[s], v)},
                     "traces": {"smoothed": _trace(scaled(matched[s], noise_scales(objective)), settings.seed)},
+                    "redrawn": _forms(smoothed(objective, 0, scale=s, seed=settings.seed + 2), v),  # type: ignore[misc]
                 },
             )
         truth = phases.keep(f"truth {s}", lambda s=s: curvatures(objective, v, s, settings, tell))  # type: ignore[misc]
@@ -280,7 +281,7 @@ def curvatures(
         tell: Progress callback.
 
     Returns:
-        The fields `loss`, `movement`, `curvature`, `stderr`, `step`, `trace` and `trace_stderr` of `Scale`.
+        The fields `loss`, `movement`, `curvature`, `stderr`, `halves`, `step`, `trace` and `trace_stderr` of `Scale`.
 
     Raises:
         ValueError: If the noise does not change the outputs.
@@ -328,6 +329,7 @@ def curvatures(
         "movement": movement,
         "curvature": second.mean(1).tolist(),
         "stderr": (pairs.std(1) / math.sqrt(pairs.shape[1])).tolist(),
+        "halves": [pairs[:, half::2].mean(1).tolist() for half in (0, 1)],
         "step": steps,
         "trace": float(slopes.mean()),
         "trace_stderr": float(slopes.std() / math.sqrt(len(slopes))),
@@ -397,4 +399,6 @@ def _scale(
         traces=own.get("traces", {}),
         agreement={name: agreement(np.array(values), c, seed) for name, values in compared.items()},
         fitted=fitted,
+        halves=tuple(map(tuple, truth["halves"])),
+        redrawn=tuple(own.get("redrawn", ())),
     )

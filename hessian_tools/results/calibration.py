@@ -55,6 +55,8 @@ class Scale:
         traces: Trace of D A D, by operator, for the operators that depend on the noise scale.
         agreement: Agreement with the measured curvature, by operator.
         fitted: Label of the surrogate whose GGN is the operator "ggn, fitted"; "" if there is none.
+        halves: The curvature along each direction from either half of the noise draws; empty in older results.
+        redrawn: v'Av along each direction of the operator smoothed with other draws; empty without this operator.
     """
 
     scale: float
@@ -69,6 +71,8 @@ class Scale:
     traces: dict[str, float]
     agreement: dict[str, Agreement]
     fitted: str
+    halves: tuple[tuple[float, ...], ...] = ()
+    redrawn: tuple[float, ...] = ()
 
     __repr__ = brief
 

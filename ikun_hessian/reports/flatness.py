@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 
+import numpy as np
+
 from hessian_tools.analysis.flatness.paired_differences import Difference, differences, incomparable, unlike
-from hessian_tools.results.calibration import CalibrationResult
+from hessian_tools.results.calibration import Calibration, CalibrationResult, Scale
 from hessian_tools.results.flatness import MATCHED, SURROGATE, FlatnessResult, Metric
 from hessian_tools.results.text import rounded
 from ikun_hessian.reports.header import not_learned, opened
@@ -22,6 +24,7 @@ LEGEND = (
     "along surrogate gradients. search: with forward passes only. cost: products with the operator (p), gradients (g) "
     "and forward passes (f) over all samples, in addition to those of the rows above."
 )
+ONE_WIDTH = "ggn, gaussian:0.3"  # baseline of calibrations: one width for all neurons, networks and noise scales
 RANKS, SIZE = 0.7, (0.7, 1.4)  # calibration: smallest good rank correlation, range of good ratios true / predicted
 
 
@@ -198,6 +201,11 @@ def verdict_lines(calibration: CalibrationResult | None) -> list[str]:
             verdict = "order and size" if order and size else "order, not size" if order else "neither"
             rank, ratio = _range([a.correlation for a in found]), _range([a.ratio for a in found])
             lines.append(f"{'':<12}{op:<10}{rank:<18}{ratio:<18}{verdict}")
+    if lines and not any(line.endswith("order and size") for line in lines):
+        lines += field(
+            "", "No operator predicts order and size here. Measure the curvature along eigenvectors instead:"
+        )
+        lines += field("", "ikun-hessian spectrum CHECKPOINT --operator true --operator ggn --noise S")
     return lines
 
 
@@ -225,7 +233,32 @@ def calibration_lines(result: CalibrationResult) -> list[str]:
             rank = f"{a.correlation:.2f} [{a.ci95[0]:.2f}, {a.ci95[1]:.2f}]"
             ratio = f"{a.ratio:.3g} ({a.quartiles[0]:.3g}, {a.quartiles[1]:.3g})"
             lines.append(f"{shortened(title, 22):<23}{rank:<22}{ratio:<29}{a.within:>6.0%}")
-    return [*lines, *paragraph("band: share of the directions with true / predicted between 0.7 and 1.4")]
+        lines += _checks(c, s)
+    lines += paragraph("band: share of the directions with true / predicted between 0.7 and 1.4")
+    return lines + paragraph(
+        "within kinds: rank correlation after the differences between kinds of directions are removed. other draws: "
+        "the operator from other noise. one width: the GGN with the same Gaussian surrogate for all neurons. half of "
+        "the truth: the other half of its draws in place of an operator, which limits what an operator can reach"
+    )
+
+
+def _checks(c: Calibration, s: Scale) -> list[str]:
+    """Return lines that compare the operator smoothed with baselines, at one noise scale."""
+    from hessian_tools.analysis.agreement import agreement, correlation_within_kinds
+
+    rows = {
+        "smoothed": (s.predictions.get("smoothed", ()), s.curvature),
+        "smoothed, other draws": (s.redrawn, s.curvature),
+        "one width": (c.predictions.get(ONE_WIDTH, ()), s.curvature),
+        "half of the truth": s.halves or ((), ()),
+    }
+    lines = [f"{'check':<23}{'rank correlation':<22}{'within kinds':<16}true / predicted"]
+    for name, (predicted, truth) in rows.items():
+        if len(predicted):
+            a = agreement(np.array(predicted), np.array(truth), resamples=0)
+            inner = correlation_within_kinds(predicted, truth, c.kinds)
+            lines.append(f"{name:<23}{a.correlation:<22.2f}{inner:<16.2f}{a.ratio:.3g}")
+    return lines if len(lines) > 1 else []
 
 
 # --- several checkpoints

@@ -18,7 +18,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from hessian_tools.analysis import calibration as module
-from hessian_tools.analysis.agreement import agreement
+from hessian_tools.analysis.agreement import agreement, correlation_within_kinds
 from hessian_tools.analysis.calibration import (
     MAIN,
     CalibrationSettings,
@@ -116,6 +116,10 @@ def test_a_spiking_network_takes_all_operators_part() -> None:
         assert set(scale.agreement) == main | {"smoothed", "ggn, fitted"}
         assert scale.fitted in family
         assert set(scale.predictions) == set(scale.traces) == {"smoothed"}
+        np.testing.assert_allclose(np.mean(scale.halves, 0), scale.curvature, rtol=1e-9, atol=1e-12)
+        assert scale.halves[0] != scale.halves[1]
+        other = smoothed(objective, scale=scale.scale, seed=SMALL.seed + 2)
+        np.testing.assert_allclose(scale.redrawn, (v * (dense(other) @ v)).sum(0), rtol=1e-9, atol=1e-12)
         assert len(scale.curvature) == len(scale.stderr) == len(scale.step) == len(found.kinds)
         assert np.isfinite(scale.curvature).all()
         assert scale.movement > 0
@@ -334,6 +338,20 @@ def test_spearman_handles_ties_and_constants() -> None:
     flat = agreement(np.zeros(5), np.arange(5.0))
     assert math.isnan(flat.correlation)
     assert all(math.isnan(end) for end in flat.ci95)
+
+
+def test_correlation_within_kinds_ignores_differences_between_kinds() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.random((2, 30))
+    assert correlation_within_kinds(a, b, ["one"] * 30) == pytest.approx(stats.spearmanr(a, b).statistic)
+    kinds = [name for name in "xyz" for _ in range(10)]
+    large = np.repeat([0, 10, 20], 10)  # the kinds differ more than their members
+    apart = stats.spearmanr(a + large, b + large).statistic
+    inner = np.mean([stats.spearmanr(a[i : i + 10], b[i : i + 10]).statistic for i in (0, 10, 20)])
+    assert correlation_within_kinds(a + large, b + large, kinds) == pytest.approx(inner)
+    assert apart > 0.8 > abs(inner)
+    assert correlation_within_kinds(a, 2 * a + 1, kinds) == pytest.approx(1)
+    assert math.isnan(correlation_within_kinds(large, large, kinds))
 
 
 def test_agreement_depends_only_on_ranks_ratios_and_seed() -> None:

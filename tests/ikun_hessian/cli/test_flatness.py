@@ -14,6 +14,7 @@ from command_tools import Capture, fails, interrupted
 from result_tools import numbers
 
 import cli
+from hessian_tools.analysis.agreement import correlation_within_kinds
 from hessian_tools.analysis.calibration import CalibrationSettings
 from hessian_tools.io.json import load_result, save_result
 from hessian_tools.results.calibration import CALIBRATION_SCHEMA as CALIBRATION
@@ -129,6 +130,11 @@ def test_calibration_gives_the_verdict(trained: Path, tmp_path: Path, capsys: Ca
         title = name.replace("ggn, fitted", f"fitted: {scale.fitted}")
         row = f"{title:<23}{a.correlation:.2f} [{a.ci95[0]:.2f}, {a.ci95[1]:.2f}]"
         assert any(line.startswith(row) and line.endswith(f" {a.within:.0%}") for line in screen)
+    start = screen.index(next(line for line in screen if line.startswith("check ")))
+    checks = [line[:23].strip() for line in screen[start + 1 : start + 5]]
+    assert checks == ["smoothed", "smoothed, other draws", "one width", "half of the truth"]
+    inner = correlation_within_kinds(scale.halves[0], scale.halves[1], found.calibration.kinds)
+    assert screen[start + 4].split()[5] == f"{inner:.2f}"
     (at,) = [i for i, line in enumerate(screen) if line.startswith("calibrated")]
     verdict = screen[at : at + 5]
     assert "under noise 0.2, along" in verdict[0]
