@@ -119,10 +119,6 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
     Those of `smoothed` have the range over the seeds. An asterisk: the first seed passes all bars.
     """
-    lines = [
-        "| network | loss, accuracy | repeat of the truth | smoothed | second order | one width | GGN | Hessian |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
 
     def one(found: dict[str, float]) -> str:
         return f"{found['correlation']:.2f} / {found['within']:.2f} / {found['ratio']:.2f}"
@@ -131,14 +127,17 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         ends = {name: sorted(found[name] for found in each) for name in BARS}
         return " / ".join(f"{values[0]:.2f}..{values[-1]:.2f}" for values in ends.values())
 
-    names = {"smoothed 1": "smoothed", "second": "second order", "one width": "one width"}
-    names |= {"ggn": "GGN", "hessian": "Hessian"}
+    names = {"smoothed 1": "smoothed", "one width": "one width", "ggn": "GGN", "hessian": "Hessian"}
+    if all("second" in r["found"] for r in rows):
+        names["second"] = "second order"
+    heads = ["network", "loss, accuracy", "repeat of the truth", *names.values()]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     passed = {name: [0, 0, 0] for name in names}
     fair = [r for r in rows if passes(r["found"]["repeat"])]
     for r in rows:
         found = r["found"]
         cells = [spread([found[f"smoothed {seed}"] for seed in SEEDS])]
-        cells += [one(found[name]) for name in list(names)[1:] if name in found]
+        cells += [one(found[name]) for name in list(names)[1:]]
         for i, name in enumerate(names if r in fair else ()):
             values = found[name]
             whole, ranks = passes(values), passes({**values, "ratio": 1.0})

@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", ROOT / "checkpoints" / "README.md", *sorted((ROOT /
 NOT_RUN = {
     "README.md": ["installs", "a network of yours", "minutes", "installs"],
     "checkpoints/README.md": ["minutes"],
-    "docs/calibration.md": ["minutes"],
+    "docs/calibration.md": ["minutes", "an hour"],
     "docs/cluster.md": ["starts several processes", "a cluster", "a cluster"],
     "docs/event-data.md": ["a download"],
     "docs/findings.md": ["minutes", "hours", "minutes", "needs the repository's benchmarks"],
