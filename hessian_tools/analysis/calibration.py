@@ -399,6 +399,6 @@ def _scale(
         traces=own.get("traces", {}),
         agreement={name: agreement(np.array(values), c, seed) for name, values in compared.items()},
         fitted=fitted,
-        halves=tuple(map(tuple, truth["halves"])),
+        halves=tuple(map(tuple, truth.get("halves", ()))),  # none in a run that an older version began
         redrawn=tuple(own.get("redrawn", ())),
     )
