@@ -161,7 +161,7 @@ def _fuse(graph: fx.Graph, group: _Group) -> None:
     needed = [chain[0].args[0] for chain in group.sums if chain[0].target is aten.baddbmm_.default]
     fx.node.map_arg(arguments, needed.append)
     users = [u for n in results for u in n.users if u not in inside]
-    if any(n in inside for n in needed):
+    if not users or any(n in inside for n in needed):
         return
     first = min(users, key=order.__getitem__)
     if max(order[n] for n in needed) >= order[first]:
