@@ -62,7 +62,7 @@ def tile_counts(shape: Sequence[int], pad: int) -> tuple[int, int]:
 
 def samples_together(across: int) -> int:
     """Return the number of samples whose tiles are mixed. Blocks of samples are multiples of it."""
-    return int(_kernels().samples_together(across))
+    return int(_kernels().group_size(across))
 
 
 def _run(name: str, arguments: Sequence[Any], count: int, out: Tensor, threads: int = 0) -> Tensor:

@@ -92,7 +92,7 @@ def _add(source, target, many):
 
 
 @_compiled
-def samples_together(across):
+def group_size(across):
     """Return of how many samples the tiles are in the order (down, sample, across), so that rows of tiles are long."""
     return 1 if across >= 16 else 32 // across
 
@@ -102,12 +102,12 @@ def images(size, x, pad, down, across, first, last, out):
     """Write the transforms of the tiles of x [N, C, H, W] to out [36, C, N * down * across].
 
     Tiles of 6 x 6 overlap by 2, tiles of 4 x 4 do not. `size` is a tuple of 6 or 4 entries: numba compiles one version
-    for each, in which the size is a constant. Tiles are in the order that `samples_together` says. Every loop runs
+    for each, in which the size is a constant. Tiles are in the order that `group_size` says. Every loop runs
     along memory, over columns for the vertical transform and over tiles for the horizontal one. The two columns by
     which the last tiles of a row overlap the next are held apart (`extra`).
     """
     count, _, height, width = x.shape
-    rows, group = len(size), samples_together(across)
+    rows, group = len(size), group_size(across)
     tall = 4 * down + rows - 4
     r, s = np.empty(6 * 4 * BLOCK, x.dtype), np.empty(6 * 2 * BLOCK, x.dtype)
     phases, p, e = r.reshape((6 * BLOCK, 4)), np.zeros(rows * BLOCK, x.dtype), np.empty(6 * BLOCK, x.dtype)
@@ -148,7 +148,7 @@ def images(size, x, pad, down, across, first, last, out):
 def images_adjoint(size, v, bias, pad, down, across, first, last, out):
     """Write the adjoint of `images` of v, plus the bias if it is not empty, to out [N, C, H, W]."""
     count, _, height, width = out.shape
-    rows, group = len(size), samples_together(across)
+    rows, group = len(size), group_size(across)
     tall = 4 * down + rows - 4
     r, s = np.empty(6 * 4 * BLOCK, v.dtype), np.empty(6 * 2 * BLOCK, v.dtype)
     phases, p, d = r.reshape((6 * BLOCK, 4)), np.zeros(rows * BLOCK, v.dtype), np.empty(6 * BLOCK, v.dtype)
