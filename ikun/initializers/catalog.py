@@ -18,13 +18,13 @@ their membrane potential.
 | lsuv | orthonormal, then W / sqrt(Var(out)) until Var(out) is 1 | Mishkin & Matas 2016 |
 | fluctuation | N(0, ((threshold - rest) / xi)^2 / (fi nu e2)), xi = 1 | Rossbroich, Gygax & Zenke 2022 |
 | firing | N(0, 1 / (gain^2 fi P(u > threshold))), u: potential of the preceding layer | Micheli et al. 2024 |
+| two_sided | N(0, sqrt(v / (E[x^2] M)) / fi), so that forward gain times backward gain is 1 | ours |
 | gradient_stable | V with decay^2 + (gain^2 fi E[V^2] + (decay threshold)^2) m = 1 | Herranz-Celotti & Rouat 2022, IV |
 | tdbn | as kaiming; BatchNorm weights start at alpha threshold | Zheng et al. 2021 |
 
-`ikun.initializers.rules` and `ikun.initializers.fluctuation` state what is taken from each source and what is our own
-choice. ikun, delta_orthogonal,
-lsuv, fluctuation, firing and gradient_stable measure on a batch, layer by layer, and pool h over time, samples and
-units. nu and P in the table are E[x^2] of the layer's input. Biases are set to 0. BatchNorm parameters keep their
+`ikun.initializers.rules`, `ikun.initializers.fluctuation` and `ikun.initializers.two_sided` state what is taken from
+each source and what is our own choice. ikun, delta_orthogonal, lsuv, fluctuation, firing, two_sided and gradient_stable
+measure on a batch, and pool h over time, samples and units. v and M are explained in `ikun.initializers.two_sided`. nu and P in the table are E[x^2] of the layer's input. Biases are set to 0. BatchNorm parameters keep their
 values, except with tdbn. gradient_stable applies to the recurrent weights V only, and all other weights are drawn as
 with xavier.
 
@@ -66,6 +66,7 @@ from ikun.initializers.module_graph import stages_of_module
 from ikun.initializers.names import INITIALIZERS, LAWS
 from ikun.initializers.probe import Probe, Reset, Stage, reset_states, stages_of
 from ikun.initializers.rules import Solution
+from ikun.initializers.two_sided import two_sided
 from ikun.layer_statistics import fans
 from ikun.layers import Add
 from ikun.networks import Network
@@ -97,6 +98,7 @@ RULES: dict[str, Callable[[Probe, torch.Generator], list[Solution]]] = {
     "lsuv": rules.lsuv,
     "fluctuation": fluctuation,
     "firing": rules.firing,
+    "two_sided": two_sided,
     "gradient_stable": rules.gradient_stable,
 }
 

@@ -13,6 +13,7 @@ INITIALIZERS = (
     "lsuv",
     "fluctuation",
     "firing",
+    "two_sided",
     "gradient_stable",
     "tdbn",
 )
