@@ -23,10 +23,10 @@ their membrane potential.
 | tdbn | as kaiming; BatchNorm weights start at alpha threshold | Zheng et al. 2021 |
 
 `ikun.initializers.rules`, `ikun.initializers.fluctuation` and `ikun.initializers.two_sided` state what is taken from
-each source and what is our own choice. ikun, delta_orthogonal, lsuv, fluctuation, firing, two_sided and gradient_stable
-measure on a batch, and pool h over time, samples and units. v and M are explained in `ikun.initializers.two_sided`. nu and P in the table are E[x^2] of the layer's input. Biases are set to 0. BatchNorm parameters keep their
-values, except with tdbn. gradient_stable applies to the recurrent weights V only, and all other weights are drawn as
-with xavier.
+each source and what is our own choice, and the last explains v and M. ikun, delta_orthogonal, lsuv, fluctuation,
+firing, two_sided and gradient_stable measure on a batch, and pool h over time, samples and units. nu and P in the table
+are E[x^2] of the layer's input. Biases are set to 0. BatchNorm parameters keep their values, except with tdbn.
+gradient_stable applies to the recurrent weights V only, and all other weights are drawn as with xavier.
 
 ikun and firing need the distribution (law) of h, which itself depends on the weights:
 

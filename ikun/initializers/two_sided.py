@@ -16,8 +16,8 @@ The products F_2 ... F_L and B_2 ... B_L over all layers are then reciprocal to 
 the value at which both conditions hold, E[x^2] = v M. The first layer has v_1 = (threshold - rest)^2.
 
 Source: the two conditions are those of Glorot & Bengio 2010 and He et al. 2015, here with the surrogate derivative in
-the backward pass; that both hold at one variance of the current corresponds to the critical initialization of Schoenholz
-et al. 2017 (arXiv 1611.01232). The combination, and its measurement through all time steps, are our own choice.
+the backward pass. That both hold at one variance of the current corresponds to the critical initialization of
+Schoenholz et al. 2017 (arXiv 1611.01232). The combination, and its measurement through all time steps, are ours.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch import Tensor
 from ikun.initializers.probe import Arguments, Probe, Stage, entering, evaluating, forward
 from ikun.initializers.rules import Solution, normal
 from ikun.layer_statistics import batch_norm_by_batch, fans
+from ikun.neurons import Neuron
 
 TOLERANCE = 0.1  # of log(F B); single spikes flip from sweep to sweep, so that less is not always reached
 SWEEPS = 30
@@ -161,8 +162,9 @@ def measure_gains(probe: Probe, groups: Sequence[Sequence[Stage]], generator: to
             if not seen:
                 raise ValueError(f"the forward pass does not call layer {group[0].name} and its neurons")
         last = currents[-1]
-        steps = last[0].shape[0] if len(last) == 1 else 0
-        shape = last[0].shape[1:] if steps else last[0].shape
+        neuron = groups[-1][0].neuron
+        whole = isinstance(neuron, Neuron) or getattr(neuron, "step_mode", "s") == "m"  # one call for all steps
+        shape = last[0].shape[1:] if whole else last[0].shape
         u = torch.randn(shape, generator=generator, dtype=last[0].dtype).to(last[0].device)
         torch.autograd.backward(last, [u.expand_as(c) for c in last], inputs=[c for seen in currents for c in seen])
     probe.reset(probe.module)
