@@ -56,10 +56,11 @@ def figures_command(
     """Draw publication figures of training runs, each as PNG and PDF, with a CSV of the data shown.
 
     PATH is a folder of runs (a study), a checkpoint, or a result of a checkpoint. The figures are: start (variances and
-    firing rates at initialization), gain (epochs to reach an accuracy against the gain of the initial weights), epochs,
-    ranks (eigenvalues), one-image (spectra of one image and of many samples), gap (generalization gap against
-    sharpness), robustness (loss of accuracy against sharpness), training (curvature during training), layers, samples,
-    calibration. Figures that the runs cannot fill are skipped, with the reason; with --only that is an error.
+    firing rates at initialization), gain (epochs to reach an accuracy against the gain of the initial weights), depth
+    (accuracy against the number of layers), epochs, ranks (eigenvalues), one-image (spectra of one image and of many
+    samples), gap (generalization gap against sharpness), robustness (loss of accuracy against sharpness), training
+    (curvature during training), layers, samples, calibration. Figures that the runs cannot fill are skipped, with the
+    reason; with --only that is an error.
     """
     from ikun_hessian.experiments.comparison.comparison import ACCURACY
     from ikun_hessian.experiments.comparison.pairing import chosen_runs

@@ -36,7 +36,7 @@ from ikun_hessian.experiments.figures.gap import gap_chart, robustness_chart
 from ikun_hessian.experiments.figures.minima import layers_chart, one_image_chart, ranks_chart, samples_chart
 from ikun_hessian.experiments.figures.names import FIGURE_NAMES
 from ikun_hessian.experiments.figures.panels import LevelLook, draw_panel, level_legend, level_looks
-from ikun_hessian.experiments.figures.training import epochs_chart, gain_chart, start_chart, training_chart
+from ikun_hessian.experiments.figures.training import depth_chart, epochs_chart, gain_chart, start_chart, training_chart
 from ikun_hessian.experiments.grouping import display_name, levels
 from ikun_hessian.experiments.runs import TrainingRun
 
@@ -123,6 +123,7 @@ def charts(by: str, accuracy: float) -> dict[str, Callable[[Sequence[TrainingRun
     return {
         "start": partial(start_chart, by=by),
         "gain": partial(gain_chart, by=by, accuracy=accuracy),
+        "depth": partial(depth_chart, by=by),
         "epochs": partial(epochs_chart, by=by, accuracy=accuracy),
         "ranks": partial(ranks_chart, by=by),
         "one-image": partial(one_image_chart, by=by),

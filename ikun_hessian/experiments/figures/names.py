@@ -1,6 +1,6 @@
 """Names of the figures of a study. This module does not import the code that draws them."""
 
 FIGURE_NAMES = (
-    *("start", "gain", "epochs", "ranks", "one-image", "gap", "robustness"),
+    *("start", "gain", "depth", "epochs", "ranks", "one-image", "gap", "robustness"),
     *("training", "layers", "samples", "calibration"),
 )

@@ -1,4 +1,4 @@
-"""Charts of the initialization and the training of runs: start, gain, epochs and training."""
+"""Charts of the initialization and the training of runs: start, gain, depth, epochs and training."""
 
 from __future__ import annotations
 
@@ -142,6 +142,36 @@ def gain_chart(runs: Sequence[TrainingRun], by: str, accuracy: float) -> Chart:
     )
     caption += f"the initializer; {reading(panels)} (Kaplan–Meier) over seeds. never: not within the training."
     caption += f" Not drawn: {len(waiting)} with a log that ends before the training." if waiting else ""
+    return Chart(tuple(panels), by, caption, tuple(known))
+
+
+def depth_chart(runs: Sequence[TrainingRun], by: str) -> Chart:
+    """Chart the test accuracy at the end of training against the number of weight layers.
+
+    Args:
+        runs: The runs. Those that are not finished are left out; diverged runs count as worse than all others.
+        by: The condition that is compared.
+
+    Returns:
+        The chart.
+
+    Raises:
+        NotEnoughError: If no panel has two different depths.
+    """
+    known = [run for run in runs if layers_of(run) and run.log and over(run)]
+    panels = []
+    y = Axis("test accuracy", "linear")
+    for column, members in settings_groups(known, by, ("depth", "hidden")).items():
+        points: dict[str, list[tuple[float, float]]] = {}
+        for run in members:
+            final = -math.inf if ended_in_nan(run) else number_or_nan(run.log[-1].get("test_accuracy"))
+            points.setdefault(level(run, by), []).append((float(len(layers_of(run))), final))
+        marks = [mark for name, found in points.items() for mark in medians(name, found)]
+        if len({mark.x for mark in marks}) > 1:
+            panels.append(Panel(y.label, column, Axis("weight layers", "layer"), y, tuple(marks), tuple(members)))
+    if not panels:
+        raise NotEnoughError("all networks have the same number of layers: vary depth or hidden")
+    caption = f"Test accuracy at the end of training by the number of weight layers; {reading(panels)} over seeds."
     return Chart(tuple(panels), by, caption, tuple(known))
 
 

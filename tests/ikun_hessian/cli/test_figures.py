@@ -36,6 +36,7 @@ def test_figures_of_a_study_are_written(study: Path, tmp_path: Path, capsys: Cap
     left = [line for line in shown.err.splitlines() if line.startswith("! skipped figure ")]
     assert [line.split(":")[0].split()[-1] for line in left] == [
         "gain",
+        "depth",
         "one-image",
         "layers",
         "samples",

@@ -17,7 +17,7 @@ from hessian_tools.results.spectrum import SpectrumResult
 from ikun_hessian.experiments.comparison.comparison import compare_runs
 from ikun_hessian.experiments.comparison.measures import SPEED
 from ikun_hessian.experiments.figures.chart import NotEnoughError
-from ikun_hessian.experiments.figures.training import epochs_chart, gain_chart, start_chart, training_chart
+from ikun_hessian.experiments.figures.training import depth_chart, epochs_chart, gain_chart, start_chart, training_chart
 from ikun_hessian.experiments.runs import TrainingRun
 
 
@@ -85,6 +85,29 @@ def test_gain_shows_every_run_and_those_that_never_get_there() -> None:
     assert len(marks(gain_chart(sweep, "init", 0.9).panels[0], "median", "ikun")) > 3  # one seed is a line too
     with pytest.raises(NotEnoughError, match="vary gain"):
         gain_chart(make_study(["ikun"]), "init", 0.9)
+
+
+def test_depth_shows_the_last_accuracies_by_the_number_of_layers() -> None:
+    def deep(run: TrainingRun, layers: int) -> TrainingRun:
+        assert run.start is not None
+        start = {**run.start, "layers": [dict(run.start["layers"][0]) for _ in range(layers)]}
+        return dataclasses.replace(run, start=start, network={**run.network, "depth": layers})
+
+    shallow, many = make_study(seeds=range(5), diverged=()), make_study(seeds=range(5), diverged=())
+    runs = [*(deep(run, 5) for run in shallow), *(deep(run, 11) for run in many)]
+    unfinished = dataclasses.replace(runs[0], name="unfinished", finished=False)
+    diverged = [
+        dataclasses.replace(deep(make_run(seed=seed, diverged=True), 21), name=f"diverged{seed}") for seed in range(3)
+    ]
+    (found,) = depth_chart([*runs, unfinished, *diverged], "init").panels
+    shown = marks(found, "median", "kaiming")
+    assert [m.x for m in shown] == [5, 11, 21]
+    finals = [run.log[-1]["test_accuracy"] for run in shallow if run.value("init") == "kaiming"]
+    assert (shown[0].low, shown[0].value, shown[0].high) == pytest.approx(np.quantile(finals, [0.25, 0.5, 0.75]))
+    assert [m.n for m in shown] == [5, 5, 3]
+    assert shown[2].value == -math.inf
+    with pytest.raises(NotEnoughError, match="vary depth"):
+        depth_chart(shallow, "init")
 
 
 def test_medians_of_epochs_are_those_of_the_comparison() -> None:
