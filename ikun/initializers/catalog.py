@@ -19,6 +19,7 @@ their membrane potential.
 | fluctuation | N(0, ((threshold - rest) / xi)^2 / (fi nu e2)), xi = 1 | Rossbroich, Gygax & Zenke 2022 |
 | firing | N(0, 1 / (gain^2 fi P(u > threshold))), u: potential of the preceding layer | Micheli et al. 2024 |
 | two_sided | N(0, sqrt(v / (E[x^2] M)) / fi), so that forward gain times backward gain is 1 | ours |
+| relay | a I in hidden layers of one width, with backward gain 1; else N(0, v / (fi E[x^2])) | ours |
 | gradient_stable | V with decay^2 + (gain^2 fi E[V^2] + (decay threshold)^2) m = 1 | Herranz-Celotti & Rouat 2022, IV |
 | tdbn | as kaiming; BatchNorm weights start at alpha threshold | Zheng et al. 2021 |
 
@@ -65,6 +66,7 @@ from ikun.initializers.foreign_neurons import stand_in
 from ikun.initializers.module_graph import stages_of_module
 from ikun.initializers.names import INITIALIZERS, LAWS
 from ikun.initializers.probe import Probe, Reset, Stage, reset_states, stages_of
+from ikun.initializers.relay import relay
 from ikun.initializers.rules import Solution
 from ikun.initializers.two_sided import two_sided
 from ikun.layer_statistics import fans
@@ -99,6 +101,7 @@ RULES: dict[str, Callable[[Probe, torch.Generator], list[Solution]]] = {
     "fluctuation": fluctuation,
     "firing": rules.firing,
     "two_sided": two_sided,
+    "relay": relay,
     "gradient_stable": rules.gradient_stable,
 }
 

@@ -14,6 +14,7 @@ INITIALIZERS = (
     "fluctuation",
     "firing",
     "two_sided",
+    "relay",
     "gradient_stable",
     "tdbn",
 )

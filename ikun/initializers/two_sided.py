@@ -87,9 +87,7 @@ def two_sided(probe: Probe, generator: torch.Generator) -> list[Solution]:
         for s in group:
             normal(s.weights, generator)
             s.weights.weight.div_(math.sqrt(fans(s.weights.weight)[0]))
-        if not _normed(group):
-            current = probe.look(group).current
-            _scale(group, _distance(group) ** 2 / _positive(group, "current", float(current.double().var())))
+        unit_current(probe, group)
     start = generator.get_state()
     passes, errors = 0, [0.0] * len(groups)
     for passes in range(SWEEPS + 1):
@@ -179,15 +177,23 @@ def measure_gains(probe: Probe, groups: Sequence[Sequence[Stage]], generator: to
     return Gains(tuple(variances), tuple(gradients))
 
 
+def unit_current(probe: Probe, group: Sequence[Stage]) -> None:
+    """Scale the weights of a group to a current of variance (threshold - rest)^2, or 1 without neurons.
+
+    Layers before a norm, which their scale does not change, are left as they are. Raises ValueError if the current does
+    not vary.
+    """
+    if _normed(group):
+        return
+    model = group[0].model
+    distance = 1.0 if model is None else model.dynamics.threshold - model.dynamics.v_reset
+    variance = _positive(group, "current", float(probe.look(group).current.double().var()))
+    _scale(group, distance**2 / variance)
+
+
 def _normed(group: Sequence[Stage]) -> bool:
     """Whether a norm follows one of the layers."""
     return any(s.norm is not None for s in group)
-
-
-def _distance(group: Sequence[Stage]) -> float:
-    """Return threshold minus rest of the neurons. 1 without neurons."""
-    model = group[0].model
-    return 1.0 if model is None else model.dynamics.threshold - model.dynamics.v_reset
 
 
 def _scale(group: Sequence[Stage], factor: float) -> None:

@@ -126,7 +126,7 @@ TRAIN = (
     Option(
         "init", str, "ikun",
         "ikun, ikun_v1, ikun_v2, xavier, kaiming, lecun, normal, orthogonal, delta_orthogonal, lsuv, fluctuation, "
-        "firing, two_sided, gradient_stable, tdbn. Initializer of the weights.",
+        "firing, two_sided, relay, gradient_stable, tdbn. Initializer of the weights.",
         choices="ikun.initializers.names:INITIALIZERS",
     ),
     Option(

@@ -29,7 +29,7 @@ MORE: tuple[Colour, ...] = (  # black and three colours of Paul Tol's "muted" pa
 )
 KNOWN = (  # initializers with the same look in all figures, the most common first
     *("ikun", "kaiming", "xavier", "lecun", "normal", "ikun_v1", "ikun_v2", "orthogonal", "lsuv", "fluctuation"),
-    *("delta_orthogonal", "firing", "gradient_stable", "tdbn", "two_sided"),
+    *("delta_orthogonal", "firing", "gradient_stable", "tdbn", "two_sided", "relay"),
 )
 LINES = ("median", "slope", "curve", "steps")
 NOTES = {  # note of a mark: label in the legend, marker, face colour

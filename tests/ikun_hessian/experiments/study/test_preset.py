@@ -283,9 +283,11 @@ def test_no_initializer_is_forgotten() -> None:
     grids = preset.read_preset(preset.find("initializers")).grids
     assert set(grids[0]["init"]) == set(INITIALIZERS) - {
         "gradient_stable",
+        "relay",
         "tdbn",
     }  # tdbn: kaiming where the threshold is 1
     assert any("gradient_stable" in grid["init"] for grid in preset.read_preset(preset.find("depth")).grids)
+    assert all("relay" in grid["init"] for grid in preset.read_preset(preset.find("initialization")).grids)
 
 
 LARGE = {
