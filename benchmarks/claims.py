@@ -202,6 +202,45 @@ def variances(folder: Path) -> None:
         print(f"smallest: variance {most}zero in some layer in {zero} runs; squared gradient {gradient}")
 
 
+def deep(folder: Path) -> None:
+    """Accuracies at the end without a norm, and whether the gains at the start go with them.
+
+    Gains over the hidden layers: of the current's variance from the first to the last, and of the squared norm of the
+    gradient from the last to the first. Layers of one width have the same ratio of mean squares.
+    """
+    for path in sorted(folder.glob("initialization*")):
+        found = runs(folder, path.name)
+        points: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+        for key, of in grouped(found, lambda run: (run.setting("model"), run.setting("neuron"), depth_of(run))):
+            head = f"without a norm: {path.name}, {key[0]}, {key[1]}, depth {key[2]}, lr {of[0].setting('lr')}"
+            tables = {}
+            for init, some in grouped(of, lambda run: run.setting("init")):
+                tables[init] = {run.setting("seed"): run.log[-1]["test_accuracy"] for run in some}
+                accuracies = list(tables[init].values())
+                v, g = ([run.start(what) for run in some] for what in ("current_variance", "gradient_square"))
+                forward = [layers[-2] / max(layers[0], TINY) for layers in v]
+                backward = [layers[0] / max(layers[-2], TINY) for layers in g]
+                points[str(key)] += zip(accuracies, forward, backward, strict=True)
+                gains = f"gain forward {spread(forward)}, backward {spread(backward)}"
+                chance = sum(accuracy < CHANCE for accuracy in accuracies)
+                print(f"{head}: {init}: accuracy {spread(accuracies)}, {chance} of {len(some)} at chance; {gains}")
+            for init, others in tables.items():
+                shared = sorted(set(tables.get("relay", {})) & set(others))
+                if init != "relay" and len(shared) >= LEAST:
+                    shift = paired_shift([tables["relay"][seed] - others[seed] for seed in shared])
+                    print(f"{head}: relay minus {init}: {interval(shift)}")
+            for name, place in (("forward", 1), ("backward", 2)):
+                some_points = points[str(key)]
+                away = [-abs(math.log(max(point[place], TINY))) for point in some_points]
+                tau = interval(kendall(away, [point[0] for point in some_points]))
+                print(f"{head}: tau of accuracy and closeness of the {name} gain to 1: {tau}, {len(away)} runs")
+
+
+def depth_of(run: Run) -> int:
+    """Hidden layers of an mlp, convolutions of a csnn, blocks of a resnet."""
+    return len(run.setting("hidden")) if run.setting("model") == "mlp" else int(run.setting("depth"))
+
+
 def ends(run: Run, what: str) -> Array:
     """[2, layers, ...]: what the log has of every layer after the first and the last epoch."""
     return np.array([[run.log[i]["layers"][name][what] for name in run.start("name")] for i in (0, -1)])
@@ -353,7 +392,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     if not list(folder.glob("*/runs")):
         parser.error(f"{folder} holds no STUDY/runs: unpack the archives of docs/findings there")
-    for part in (minima, ratios, one_image, gain, variances, stationary, drift, failures, costs, robustness, evolution):
+    for part in (minima, ratios, one_image, gain, variances, deep, stationary, drift, failures, costs, robustness, evolution):
         part(folder)
 
 
