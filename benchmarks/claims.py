@@ -392,7 +392,20 @@ def main() -> None:
     folder = parser.parse_args().folder
     if not list(folder.glob("*/runs")):
         parser.error(f"{folder} holds no STUDY/runs: unpack the archives of docs/findings there")
-    for part in (minima, ratios, one_image, gain, variances, deep, stationary, drift, failures, costs, robustness, evolution):
+    for part in (
+        minima,
+        ratios,
+        one_image,
+        gain,
+        variances,
+        deep,
+        stationary,
+        drift,
+        failures,
+        costs,
+        robustness,
+        evolution,
+    ):
         part(folder)
 
 

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks import claims
+from benchmarks.depth_signal import class_share
 
 LAYERS = ("fc1", "fc2", "fc3")  # the last is the output layer
 
@@ -84,3 +86,41 @@ def test_forward_passes_of_every_initializer_are_counted(folder: Path, capsys: p
         "claim 10: ikun: 10 (10 to 10) forward passes, 0.500 s of a training of 4.0 s",
         "claim 10: lsuv: 13.5 (11 to 16) forward passes, 0.500 s of a training of 4.0 s",
     ]
+
+
+def test_deep_networks_are_grouped_by_depth_and_their_gains_are_those_of_the_hidden_layers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "initialization" / "runs"
+    folder.mkdir(parents=True)
+    for seed in range(5):
+        for init, accuracy in (("relay", 0.5 + 0.1 * seed), ("lsuv", 0.1 + 0.05 * seed)):
+            layers = [
+                {"current_variance": v, "gradient_square": g}
+                for v, g in ((1.0, 8.0), (2.0, 4.0), (4.0, 2.0), (9.0, 9.0))
+            ]
+            told = {"network": {"model": "mlp", "neuron": "if", "hidden": [8, 8, 8]}, "start": {"layers": layers}}
+            told["training"] = {"init": init, "seed": seed, "lr": 0.003}
+            (folder / f"{init}{seed}.train.json").write_text(json.dumps(told))
+            (folder / f"{init}{seed}.train.jsonl").write_text(
+                json.dumps({"epoch": 1, "test_accuracy": accuracy}) + "\n"
+            )
+    claims.deep(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    head = "without a norm: initialization, mlp, if, depth 3, lr 0.003: "
+    gains = "gain forward 4 (4 to 4), backward 4 (4 to 4)"
+    assert lines[:3] == [
+        f"{head}lsuv: accuracy 0.2 (0.1 to 0.3), 2 of 5 at chance; {gains}",
+        f"{head}relay: accuracy 0.7 (0.5 to 0.9), 0 of 5 at chance; {gains}",
+        f"{head}relay minus lsuv: 0.50 [0.40, 0.60]",
+    ]
+
+
+def test_the_share_between_classes_is_that_of_an_analysis_of_variance() -> None:
+    rng, labels = np.random.default_rng(0), np.repeat(np.arange(10), 400)
+    noise, means = rng.normal(size=(4000, 3)), rng.normal(size=(10, 3))
+    assert class_share(noise, labels) == pytest.approx(0, abs=0.003)
+    assert class_share(means[labels], labels) == pytest.approx(1)
+    expected = 2 * means.var(0).sum() / (2 * means.var(0).sum() + 3)
+    assert class_share(noise + np.sqrt(2) * means[labels], labels) == pytest.approx(expected, abs=0.02)
+    assert class_share(np.ones((4000, 3)), labels) == 0
