@@ -6,7 +6,8 @@ where gain is the factor of the neurons' current, one spike drives its neuron ov
 potential stays at rest. The spikes are then the same in all these layers, at any depth and for any a, and keep all that
 the first layer tells about the input. The forward pass leaves a free, and the backward pass determines it: the squared
 norm of a gradient is the same before the first and after the last of these layers (`ikun.initializers.two_sided`
-defines it). If the gradient shrinks with the smallest a, that one is kept. All other layers, such as the first one and
+defines it). If the gradient shrinks with the smallest a, or the reset is soft, so that a larger a would leave potential
+after a spike, the smallest a is kept. All other layers, such as the first one and
 the readout, are normal with a current of variance (threshold - rest)^2.
 
 Source: identity weights are those of Le et al. 2015 (arXiv 1504.00941) and Zagoruyko & Komodakis 2017 (arXiv
@@ -28,7 +29,7 @@ from ikun.initializers.rules import Solution, constants, normal
 from ikun.initializers.two_sided import TOLERANCE, measure_gains, unit_current
 from ikun.layer_statistics import fans
 
-MARGIN = 1.0001  # on the smallest a: round-off must not keep a neuron below its threshold
+MARGIN = 1.0001  # on the smallest a, if round-off would keep a neuron below its threshold
 LARGEST = 4.0  # of a, relative to its smallest value
 PASSES = 12
 
@@ -66,13 +67,13 @@ def relay(probe: Probe, generator: torch.Generator) -> list[Solution]:
                 s.weights.weight.div_(math.sqrt(fans(s.weights.weight)[0]))
             unit_current(probe, group)
     start, scale, error = generator.get_state(), 1.0, 0.0
-    low, high = 1.0, LARGEST
-    passes = 0
+    low, high, passes = 1.0, LARGEST, 0
+    free = all(_hard(groups[i][0]) for i in repeating)
     for passes in range(PASSES + 1):
         generator.set_state(start)  # the same gradient at the last layer in every pass
         backward = measure_gains(probe, groups, generator).backward
         error = sum(math.log(backward[i - 1]) for i in repeating)
-        if abs(error) < TOLERANCE or (error < 0 and scale == 1) or passes == PASSES:
+        if abs(error) < TOLERANCE or (error < 0 and scale == 1) or not free or passes == PASSES:
             break
         low, high = (scale, high) if error > 0 else (low, scale)
         wanted = math.sqrt(low * high)
@@ -95,6 +96,11 @@ def _repeats(group: Sequence[Stage]) -> bool:
     return len(group) == 1 and s.norm is None and s.model is not None and fitting
 
 
+def _hard(s: Stage) -> bool:
+    """Whether a spike resets the potential to rest, whatever a is. A subtractive reset leaves a rest that adds up."""
+    return s.model is not None and s.model.dynamics.reset == "hard"
+
+
 def _identity(s: Stage) -> None:
     """Set the weights to the smallest multiple of the identity that repeats spikes."""
     assert s.model is not None
@@ -103,4 +109,7 @@ def _identity(s: Stage) -> None:
         init.eye_(w)
     else:
         init.dirac_(w)
-    w.mul_(MARGIN * (s.model.dynamics.threshold - s.model.dynamics.v_reset) / constants(s.model)[1])
+    dynamics = s.model.dynamics
+    smallest = torch.full_like(w[:1, :1], (dynamics.threshold - dynamics.v_reset) / constants(s.model)[1])
+    below = bool((s.model.membrane(smallest.flatten(1)) < dynamics.threshold).any())
+    w.mul_(smallest.flatten()[0] * (MARGIN if below else 1.0))

@@ -59,6 +59,21 @@ def test_every_hidden_layer_repeats_the_spikes_of_the_first(
         assert np.array_equal(spikes, first)
 
 
+@pytest.mark.parametrize("reset", ["hard", "soft"])
+@pytest.mark.parametrize(("tau", "threshold"), [(3.0, 0.7), (5.0, 0.3), (7.0, 1.1)])
+def test_spikes_are_repeated_in_single_precision_and_with_a_soft_reset(
+    reset: str, tau: float, threshold: float
+) -> None:
+    net = mlp(5, neuron="lif", tau=tau, threshold=threshold, reset=reset, timesteps=8).float()
+    initialize(net, "relay", generator=seeded(), x=images())
+    seen: list[Tensor] = []
+    for *_, neuron in net.stages():
+        neuron.register_forward_hook(lambda m, a, spikes: seen.append(spikes.detach()))
+    net(images())
+    assert seen[0].any()
+    assert all(torch.equal(spikes, seen[0]) for spikes in seen[1:-1])
+
+
 def by_hand(net: Network, x: Tensor, at_output: np.ndarray) -> list[float]:
     """Squared norms of the gradients by the currents of every layer: hard reset to 0, threshold 1, no leak, atan:2."""
     steps, layer_input = net.spec.timesteps, [x.flatten(1).numpy()] * net.spec.timesteps
