@@ -1,4 +1,4 @@
-"""How much of the class is left in every layer at initialization: python benchmarks/depth_signal.py.
+"""How much of the class is left in every layer at initialization, without a norm: python benchmarks/depth_signal.py.
 
 For each layer, the share of the variance of its current (mean over time, on 256 digits) that is between classes. Random
 labels have a share of 0 on average, because the degrees of freedom are subtracted as in a one-way analysis of variance.
@@ -39,16 +39,18 @@ def main() -> None:
     arguments = parser.parse_args()
     data = DataSpec("digits").load("train")
     x, labels = torch.as_tensor(data.images[:256]), np.asarray(data.labels[:256])
-    for name in ("relay", "two_sided", "ikun", "lsuv", "fluctuation", "firing"):
+    rules = [(name, 1.0) for name in ("relay", "two_sided", "lsuv", "fluctuation", "firing")]
+    for name, alpha in [*rules, *(("ikun", alpha) for alpha in (0.05, 0.1, 0.3, 1.0))]:
         shares = []
         for seed in range(arguments.seeds):
             net = Network(Spec(model="mlp", hidden=(64,) * arguments.depth, norm="none"))
             generator = torch.Generator().manual_seed(seed)
-            initialize(net, name, generator=generator, x=x, alpha=0.1 if name == "ikun" else 1.0)
+            initialize(net, name, generator=generator, x=x, alpha=alpha)
             probe = Probe(net, stages_of(net), x)
             currents = [probe.look(group).current.double().mean(0).flatten(1).numpy() for group in probe.groups()]
             shares.append([class_share(current, labels) for current in currents])
-        print(f"{name}: {' '.join(f'{share:.3f}' for share in np.median(shares, 0))}", flush=True)
+        label = f"{name}, alpha {alpha:g}" if name == "ikun" else name
+        print(f"{label}: {' '.join(f'{share:.3f}' for share in np.median(shares, 0))}", flush=True)
 
 
 if __name__ == "__main__":
