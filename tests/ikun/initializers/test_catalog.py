@@ -72,7 +72,10 @@ def test_orthogonal_weights_have_orthonormal_rows_or_columns(shape: tuple[int, .
     np.testing.assert_allclose(small, np.eye(len(small)), atol=1e-12)
 
 
-@pytest.mark.parametrize("name", INITIALIZERS)
+FEEDFORWARD = ("two_sided", "relay")  # refuse recurrent layers
+
+
+@pytest.mark.parametrize("name", [n for n in INITIALIZERS if n not in FEEDFORWARD])
 def test_a_seed_decides_every_weight(name: str) -> None:
     found = []
     for seed in (5, 5, 6):
@@ -101,7 +104,7 @@ def test_formulas_without_a_law_draw_every_layer_and_need_no_batch(name: str) ->
 
 
 @pytest.mark.parametrize("model", ["csnn", "resnet", "rsnn"])
-@pytest.mark.parametrize("name", [n for n in INITIALIZERS if n not in (*FILLS, "tdbn")])
+@pytest.mark.parametrize("name", [n for n in INITIALIZERS if n not in (*FILLS, "tdbn", *FEEDFORWARD)])
 def test_rules_that_measure_draw_every_layer_and_count_their_passes(name: str, model: str) -> None:
     if name == "gradient_stable" and model != "rsnn":
         pytest.skip("for recurrent layers alone")
@@ -264,7 +267,30 @@ def test_analytic_weights_are_the_closed_rule(norm: str) -> None:
         square = 0.5 * math.erfc(1 / (scale * math.sqrt(2)))  # P(h >= threshold)
 
 
-@pytest.mark.parametrize("name", INITIALIZERS)
+@pytest.mark.parametrize("name", FEEDFORWARD)
+def test_rules_of_both_passes_draw_every_layer_from_the_seed_with_the_gain(name: str) -> None:
+    nets, solutions = [], []
+    for seed, gain in ((5, 1.0), (5, 1.0), (6, 1.0), (5, 0.3)):
+        torch.manual_seed(len(nets))  # the global stream does not matter, with dropout neither
+        net, calls = Network(Spec(model="mlp", hidden=(20, 20), norm="none", dropout=0.5)), []
+        with torch.no_grad():
+            for w in net.parameters():
+                w.fill_(torch.nan)
+        net.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        done = initialize(net, name, generator=seeded(seed), x=images(), gain=gain)
+        assert done.forward_passes == len(calls)
+        assert [s.layer for s in done.solutions] == ["fc1", "fc2", "fc3"]
+        nets.append(net.state_dict())
+        solutions.append(done.solutions)
+    first, again, other, scaled = nets
+    assert all(torch.equal(w, again[key]) for key, w in first.items())
+    assert not torch.equal(first["fc1.weight"], other["fc1.weight"])
+    assert not torch.equal(first["fc3.weight"], other["fc3.weight"])
+    assert all(torch.allclose(math.sqrt(0.3) * w, scaled[key], rtol=1e-6) for key, w in first.items())
+    assert [s.variance for s in solutions[3]] == pytest.approx([0.3 * s.variance for s in solutions[0]])
+
+
+@pytest.mark.parametrize("name", [n for n in INITIALIZERS if n not in FEEDFORWARD])
 def test_gain_multiplies_the_variance_of_every_weight_and_nothing_else(name: str) -> None:
     spec = Spec(model="rsnn", hidden=(20, 20), norm="bn", neuron="lif")
     plain, scaled = Network(spec), Network(spec)

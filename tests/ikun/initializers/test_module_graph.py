@@ -158,7 +158,7 @@ def weights(module: nn.Module) -> list[Tensor]:
     return [m.weight.detach() for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
 
 
-@pytest.mark.parametrize("name", [n for n in INITIALIZERS if n not in ("gradient_stable", "relay")])
+@pytest.mark.parametrize("name", [n for n in INITIALIZERS if n not in ("gradient_stable", "two_sided", "relay")])
 def test_a_look_alike_of_the_papers_network_gets_the_very_same_weights(name: str) -> None:
     ours, theirs = Network(Spec(channels=6, threshold=1.0)), MultiStep(6)
     found = initialize(ours, name, generator=seeded(3), x=images(), alpha=0.5)
