@@ -107,8 +107,8 @@ def settings_groups(
         apart_from: Further conditions that do not split the groups.
 
     Returns:
-        The runs of each group. A group is named by the fewest settings that distinguish it; the name is "" if no
-        setting varies.
+        The runs of each group, numbers by size and otherwise in the order of the runs. A group is named by the fewest
+        settings that distinguish it; the name is "" if no setting varies.
     """
     keys = [key for key in common_conditions(runs) if key != by and key not in apart_from]
     cells: list[tuple[Any, ...]] = [(level(run, by),) for run in runs]
@@ -120,7 +120,8 @@ def settings_groups(
     found: dict[str, list[TrainingRun]] = {}
     for run in runs:
         found.setdefault(", ".join(display_name(key, run.value(key)) for key in kept), []).append(run)
-    return found
+    order = {name: tuple(_number(show(some[0].value(key))) for key in kept) for name, some in found.items()}
+    return {name: found[name] for name in sorted(found, key=order.__getitem__)}
 
 
 def common_conditions(runs: Sequence[TrainingRun]) -> list[str]:

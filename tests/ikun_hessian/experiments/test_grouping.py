@@ -51,6 +51,8 @@ def test_settings_are_named_by_what_tells_them_apart() -> None:
         return [make_run(init, seed, training=training) for init in ("ikun", "kaiming") for seed in (0, 1)]
 
     assert list(settings_groups(made(), "init")) == [""]
+    depths = [run for depth in (10, 20, 5) for run in made(depth=depth)]
+    assert list(settings_groups(depths, "init")) == ["depth 5", "depth 10", "depth 20"]
     found = settings_groups([*made(optimizer="sgd", lr=0.1), *made(optimizer="adam", lr=0.001)], "init")
     assert {name: len(of) for name, of in found.items()} == {"sgd": 4, "adam": 4}
     found = settings_groups([*made(weight_decay=0.0), *made(weight_decay=0.5, schedule="none")], "init")
