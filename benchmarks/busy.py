@@ -27,6 +27,7 @@ WAYS: dict[str, dict[str, str]] = {
     "threads that spin": {"OMP_WAIT_POLICY": "ACTIVE"},
     "one thread each": {"OMP_NUM_THREADS": "1"},
 }
+KINDS = ("spectrum", "study", "pytest")
 Command = Callable[[Path, int], list[str]]
 
 
@@ -82,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rivals", type=int, default=2, help="most rivals")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS)
     options = parser.parse_args()
     counts = range(1, options.rivals + 2)
     with tempfile.TemporaryDirectory() as folder:
@@ -94,6 +96,8 @@ def main() -> None:
         print("| command | threads | " + " | ".join(f"{n} at once" for n in counts) + " |")
         print("| --- " * (2 + len(counts)) + "|")
         for name, command in commands.items():
+            if not name.startswith(tuple(options.only)):
+                continue
             for way, changes in WAYS.items():
                 rounds = [[seconds(command, n, changes) for n in counts] for _ in range(options.rounds)]
                 medians = [
