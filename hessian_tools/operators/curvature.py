@@ -222,7 +222,7 @@ class CurvatureOperator(Operator):
                 if 32 * len(vectors) * first[0].numel() > 2**29:
                     return torch.empty(0)
                 pairs = [first, *map(outputs, vectors[1:])]
-            a, b = (torch.stack([t.flatten(1) for t in side], 1).double() for side in zip(*pairs, strict=True))
+            a, b = (torch.stack([t.reshape(len(t), -1) for t in side], 1).double() for side in zip(*pairs, strict=True))
             halves = zip(a.split(widths, 1), b.split(widths, 1), strict=True)
             return len(a) * torch.cat([(tangents @ curved.mT).flatten(1) for tangents, curved in halves], 1).cpu()
 
