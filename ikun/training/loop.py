@@ -274,6 +274,7 @@ def _described(begun: Initialization, spec: TrainingSpec, data: Dataset) -> dict
 
 
 def make_optimizer(net: Network, spec: TrainingSpec) -> torch.optim.Optimizer:
+    """Return the optimizer of a specification, over all parameters."""
     if spec.optimizer == "sgd":
         return torch.optim.SGD(net.parameters(), spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
     return torch.optim.Adam(net.parameters(), spec.lr, weight_decay=spec.weight_decay)

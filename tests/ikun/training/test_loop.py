@@ -387,7 +387,7 @@ def test_patience_without_held_out_samples_is_refused(out: Path) -> None:
 def test_optimizer_is_the_update_by_hand(name: str, decay: float) -> None:
     """Two steps in float64: SGD with momentum .9, Adam with .9, .999, 1e-8; L2 weight decay in the gradient."""
     net = Network(dataclasses.replace(MLP, norm="none")).double()
-    optimizer = training._optimizer(net, TrainingSpec(optimizer=name, lr=0.01, weight_decay=decay))
+    optimizer = training.make_optimizer(net, TrainingSpec(optimizer=name, lr=0.01, weight_decay=decay))
     w = {k: v.detach().numpy().copy() for k, v in net.named_parameters()}
     m, v = ({k: np.zeros_like(q) for k, q in w.items()} for _ in range(2))
     data = DATA.load()
@@ -438,7 +438,7 @@ def test_every_sample_once_an_epoch_in_a_new_order(monkeypatch: pytest.MonkeyPat
     orders = []
     for epoch in (0, 1, 0):
         seen.clear()
-        list(training._epoch(net, training._optimizer(net, spec), data, spec, epoch))
+        list(training.train_epoch(net, training.make_optimizer(net, spec), data, spec, epoch))
         assert [len(s) for s in seen] == [20, 20, 20, 20, 16]
         orders.append(torch.cat(seen).flatten(1))
     flat = data.images.flatten(1)
@@ -568,7 +568,7 @@ def test_a_network_that_never_fires_comes_to_its_end(norm: str, out: Path, monke
 
 def diverge(monkeypatch: pytest.MonkeyPatch, epoch: int, batch: int = 1) -> None:
     """Spoil one weight after `batch` of `epoch`."""
-    original = training._epoch
+    original = training.train_epoch
 
     def spoilt(net: Network, *rest: Any) -> Any:
         for i, done in enumerate(original(net, *rest)):
@@ -577,7 +577,7 @@ def diverge(monkeypatch: pytest.MonkeyPatch, epoch: int, batch: int = 1) -> None
                     net.fc1.weight[0, 0] = math.nan
             yield done
 
-    monkeypatch.setattr(training, "_epoch", spoilt)
+    monkeypatch.setattr(training, "train_epoch", spoilt)
 
 
 def test_nan_ends_the_run_with_the_last_finite_weights(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
