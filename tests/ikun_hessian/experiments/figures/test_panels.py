@@ -51,7 +51,7 @@ def test_a_symlog_axis_is_linear_at_least_as_far_as_asked() -> None:
 def test_a_gain_is_named_as_a_fraction_where_it_is_one(gain: float, name: str) -> None:
     assert gain_name(gain) == name
     runs = [make_run(training={"gain": gain}), make_run(training={"gain": 7.0})]
-    assert list(settings_groups(runs, "init")) == [f"gain {name}", "gain 7"]
+    assert set(settings_groups(runs, "init")) == {f"gain {name}", "gain 7"}
 
 
 def test_gains_have_one_name_in_legend_and_axis() -> None:
