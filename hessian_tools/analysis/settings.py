@@ -44,8 +44,8 @@ class SpectrumSettings:
         noise: Scale of the weight noise of operator `smoothed`, relative to each filter's root mean square.
         tol: Tolerance of the eigenpairs: residual relative to the norm of the operator. None: a tenth of the
             eigenvalue's standard error over the data, but from 1e-4 to 1e-2 (see
-            `hessian_tools.analysis.uncertainty.tolerance`), and 1e-4 with
-            other methods than lanczos or if `vectors` are kept.
+            `hessian_tools.analysis.uncertainty.tolerance`). It is 1e-4 with a method other than lanczos, and if
+            `vectors` are kept.
         seed: Random seed.
         memory: Memory in GiB for stored primals, the Lanczos basis and eigenvectors.
         max_products: Largest number of products for the eigenpairs of one operator.

@@ -215,7 +215,7 @@ def run_blocks(
     kept = [like.new_empty(36, widths[i], count * size) for i in stored]
     blocks = [(a, min(a + held, count)) for a in range(0, count, held)]
     many = 1 if len(blocks) == 1 else min(threads, len(blocks))
-    inner = threads if len(blocks) == 1 else 1
+    inner = 0 if len(blocks) == 1 else 1  # threads of a transform; 0: as many as it is worth
 
     def work(first: int, end: int) -> list[Tensor]:
         space = [like.new_empty(36 * width * held * size) for width in widths]

@@ -30,7 +30,7 @@ def relative_round_off(
 
     The products with each vector are computed in the objective's dtype and in float64, on at most 256 samples and at
     most as many as one batch has. With fewer samples the estimate is larger, because the errors of samples average out.
-    With more than `VECTORS` vectors, so many of them are used, and the largest error counts for all.
+    Of more than `VECTORS` vectors only `VECTORS` are used, and the largest of their errors is that of all.
     Samples for which a spike differs between the two are left out: that is not round-off of a product. In a group, each
     process computes the products with some of the vectors.
 
