@@ -1,14 +1,14 @@
 """Weights with which every hidden layer repeats the spikes of the layer before it.
 
-A layer whose input are spikes, and that has as many output as input channels, starts as a multiple of the identity,
+A layer whose inputs are spikes, and that has as many output as input channels, starts as a multiple of the identity,
 W = a I, and a convolution as a times the identity at the centre of its kernel. From a = (threshold - rest) / gain on,
 where gain is the factor of the neurons' current, one spike drives its neuron over the threshold. Without spikes the
 potential stays at rest. The spikes are then the same in all these layers, at any depth and for any a, and keep all that
 the first layer tells about the input. The forward pass leaves a free, and the backward pass determines it: the squared
 norm of a gradient is the same before the first and after the last of these layers (`ikun.initializers.two_sided`
 defines it). If the gradient shrinks with the smallest a, or the reset is soft, so that a larger a would leave potential
-after a spike, the smallest a is kept. All other layers, such as the first one and
-the readout, are normal with a current of variance (threshold - rest)^2.
+after a spike, the smallest a is kept. All other layers, such as the first one and the readout, are normal with a
+current of variance (threshold - rest)^2.
 
 Source: identity weights are those of Le et al. 2015 (arXiv 1504.00941) and Zagoruyko & Komodakis 2017 (arXiv
 1706.00388) for other networks. The scale by threshold and backward gain is our own choice.
@@ -25,9 +25,8 @@ import torch
 from torch.nn import init
 
 from ikun.initializers.probe import Probe, Stage
-from ikun.initializers.rules import Solution, constants, normal
-from ikun.initializers.two_sided import TOLERANCE, measure_gains, unit_current
-from ikun.layer_statistics import fans
+from ikun.initializers.rules import Solution, constants
+from ikun.initializers.two_sided import TOLERANCE, draw_unit_current, measure_gains
 
 MARGIN = 1.0001  # on the smallest a, if round-off would keep a neuron below its threshold
 LARGEST = 4.0  # of a, relative to its smallest value
@@ -62,10 +61,7 @@ def relay(probe: Probe, generator: torch.Generator) -> list[Solution]:
         if i in repeating:
             _identity(group[0])
         else:
-            for s in group:
-                normal(s.weights, generator)
-                s.weights.weight.div_(math.sqrt(fans(s.weights.weight)[0]))
-            unit_current(probe, group)
+            draw_unit_current(probe, group, generator)
     start, scale, error = generator.get_state(), 1.0, 0.0
     low, high, passes = 1.0, LARGEST, 0
     free = all(_hard(groups[i][0]) for i in repeating)

@@ -84,10 +84,7 @@ def two_sided(probe: Probe, generator: torch.Generator) -> list[Solution]:
     for s in (s for group in groups for s in group if s.recurrent):
         raise ValueError(f"the two_sided rule has no solution for the recurrent layer {s.name}: choose gradient_stable")
     for group in groups:
-        for s in group:
-            normal(s.weights, generator)
-            s.weights.weight.div_(math.sqrt(fans(s.weights.weight)[0]))
-        unit_current(probe, group)
+        draw_unit_current(probe, group, generator)
     start = generator.get_state()
     passes, errors = 0, [0.0] * len(groups)
     for passes in range(SWEEPS + 1):
@@ -177,12 +174,15 @@ def measure_gains(probe: Probe, groups: Sequence[Sequence[Stage]], generator: to
     return Gains(tuple(variances), tuple(gradients))
 
 
-def unit_current(probe: Probe, group: Sequence[Stage]) -> None:
-    """Scale the weights of a group to a current of variance (threshold - rest)^2, or 1 without neurons.
+def draw_unit_current(probe: Probe, group: Sequence[Stage], generator: torch.Generator) -> None:
+    """Draw normal weights of a group that give a current of variance (threshold - rest)^2, or 1 without neurons.
 
-    Layers before a norm, which their scale does not change, are left as they are. Raises ValueError if the current does
+    Layers before a norm, where the scale has no effect, get the variance 1 / fi. Raises ValueError if the current does
     not vary.
     """
+    for s in group:
+        normal(s.weights, generator)
+        s.weights.weight.div_(math.sqrt(fans(s.weights.weight)[0]))
     if _normed(group):
         return
     model = group[0].model
@@ -206,5 +206,5 @@ def _positive(group: Sequence[Stage], what: str, value: float) -> float:
     """Return the value. Raise ValueError if it is not finite and positive."""
     if not 0 < value < math.inf:
         problem = "does not vary" if what == "current" and value == 0 else "is zero" if value == 0 else "is not finite"
-        raise ValueError(f"the two_sided rule has no solution for layer {group[0].name}: its {what} {problem}")
+        raise ValueError(f"the gains of layer {group[0].name} cannot be measured: its {what} {problem}")
     return value

@@ -187,11 +187,12 @@ class Wide(nn.Module):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", ["hessian", "ggn"])
+@pytest.mark.parametrize(("samples", "width", "block"), [(7, 62, 1), (20, 14, 8)])  # tiles of 8 samples are mixed
 def test_blocks_of_samples_have_the_product_of_all_samples(
-    kind: str, threads: int, small: None, monkeypatch: pytest.MonkeyPatch
+    samples: int, width: int, block: int, kind: str, threads: int, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    x, y = torch.randn(7, 2, 6, 62, dtype=torch.float64), torch.randint(3, (7,))
+    x, y = torch.randn(samples, 2, 6, width, dtype=torch.float64), torch.randint(3, (samples,))
     o = make_objective(Wide().double(), F.cross_entropy, (x, y), check=False)
     v = torch.randn(o.size, dtype=torch.float64)
     expected = Linearized(getattr(curvature, f"_autograd_{kind}")(o, o.batches[0]), 0)(v)
@@ -203,7 +204,8 @@ def test_blocks_of_samples_have_the_product_of_all_samples(
 
     to_tiles = winograd.to_tiles
     monkeypatch.setattr(winograd, "to_tiles", note)
-    monkeypatch.setattr(winograd_blocks, "BLOCK_BYTES", 3 * 8 * 36 * 32 * 9)  # three samples of two or three tensors
+    each = 8 * 36 * 6 * 2 * ((width + 2) // 4)  # bytes of the tiles of two tensors
+    monkeypatch.setattr(winograd_blocks, "BLOCK_BYTES", each if block == 1 else 3 * each)
     torch.set_num_threads(threads)
     try:
         for memory in (1e9, 0):
@@ -211,8 +213,8 @@ def test_blocks_of_samples_have_the_product_of_all_samples(
             torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
     finally:
         torch.set_num_threads(1)
-    assert 7 in sizes  # values are transformed at once,
-    assert {1, 3, 4} & set(sizes)  # tangents in blocks
+    # Values are transformed at once and tangents in blocks. 4 samples are also those of a comparison with autograd.
+    assert set(sizes) | {4} == {samples, block, 4}
 
 
 def test_wide_images_keep_their_form(small: None) -> None:

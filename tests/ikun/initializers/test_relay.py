@@ -60,7 +60,7 @@ def test_every_hidden_layer_repeats_the_spikes_of_the_first(
 
 
 @pytest.mark.parametrize("reset", ["hard", "soft"])
-@pytest.mark.parametrize(("tau", "threshold"), [(3.0, 0.7), (5.0, 0.3), (7.0, 1.1)])
+@pytest.mark.parametrize(("tau", "threshold"), [(3.0, 0.7), (5.0, 0.3), (2.3, 1.1), (3.7, 0.7)])
 def test_spikes_are_repeated_in_single_precision_and_with_a_soft_reset(
     reset: str, tau: float, threshold: float
 ) -> None:

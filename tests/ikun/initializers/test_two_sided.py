@@ -148,7 +148,5 @@ def test_what_has_no_solution_is_one_line() -> None:
     recurrent = Network(Spec(model="rsnn", hidden=(8,), norm="none"))
     with pytest.raises(ValueError, match=r"^the two_sided rule has no solution for the recurrent layer rec1: choose"):
         initialize(recurrent, "two_sided", generator=seeded(), x=images(8).float())
-    with pytest.raises(
-        ValueError, match=r"^the two_sided rule has no solution for layer fc1: its current does not vary$"
-    ):
+    with pytest.raises(ValueError, match=r"^the gains of layer fc1 cannot be measured: its current does not vary$"):
         initialize(mlp(), "two_sided", generator=seeded(), x=torch.zeros(8, 1, 8, 8, dtype=torch.float64))
