@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from hessian_tools.engine.convolution.blocks import fuse_blocks
 from hessian_tools.engine.sums import is_sum, join_maps, join_sums
-from hessian_tools.engine.winograd_blocks import fuse_blocks
 
 aten = torch.ops.aten
 Rule = Callable[[fx.Graph], None]

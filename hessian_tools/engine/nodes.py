@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hessian_tools.engine import winograd
+from hessian_tools.engine.convolution import winograd
 
 Geometry = tuple[
     Any, ...

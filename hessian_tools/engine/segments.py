@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from hessian_tools.engine.convolution.blocks import fuse_blocks
 from hessian_tools.engine.graph import StagePart, reuse_memory, stage_of_nodes
 from hessian_tools.engine.resizing import bytes_of, resized
-from hessian_tools.engine.winograd_blocks import fuse_blocks
 
 MOST_SEGMENTS = 64  # of a product; every segment is a function of its own
 

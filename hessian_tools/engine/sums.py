@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hessian_tools.engine.winograd import LINEAR
+from hessian_tools.engine.convolution.winograd import LINEAR
 
 aten = torch.ops.aten
 LEAST = 3  # summands that are worth joining

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessian_tools.engine import nodes, winograd, winograd_blocks
+from hessian_tools.engine import nodes
+from hessian_tools.engine.convolution import blocks, winograd
 from hessian_tools.engine.linearized import Linearized
 from hessian_tools.engine.trace import Program
 from hessian_tools.objective import Objective, make_objective
@@ -162,7 +163,7 @@ def test_products_are_added_to_each_other_and_values_are_the_networks(small: Non
     aten = torch.ops.aten
     assert calls[0][aten.convolution.default] == 5
     after = calls[2] + calls[3]
-    runs = [n for p in program.parts[2:] for n in p.run.graph.nodes if n.target is winograd_blocks.run_blocks]  # type: ignore[attr-defined]
+    runs = [n for p in program.parts[2:] for n in p.run.graph.nodes if n.target is blocks.run_blocks]  # type: ignore[attr-defined]
     assert len(runs) == 5  # the tangents of 3 uses of 2 convolutions, and the adjoints of those that need inputs'
     assert [len(n.args[2]) for n in runs] == [1, 2, 2, 2, 2]  # products that are added: U x' and U' x
     assert sum(len(pairs) for n in runs for pairs in n.args[4]) == 4
@@ -205,7 +206,7 @@ def test_blocks_of_samples_have_the_product_of_all_samples(
     to_tiles = winograd.to_tiles
     monkeypatch.setattr(winograd, "to_tiles", note)
     each = 8 * 36 * 6 * 2 * ((width + 2) // 4)  # bytes of the tiles of two tensors
-    monkeypatch.setattr(winograd_blocks, "BLOCK_BYTES", each if block == 1 else 3 * each)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", each if block == 1 else 3 * each)
     torch.set_num_threads(threads)
     try:
         for memory in (1e9, 0):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hessian_tools.engine import winograd
+from hessian_tools.engine.convolution import winograd
 from hessian_tools.runtime.openmp import side_by_side
 
 aten = torch.ops.aten

@@ -31,11 +31,11 @@ INPUTS, OUTPUTS = (0,) * 6, (0,) * 4  # sizes of tiles, as the kernels take them
 def _kernels() -> Any:
     """Return the module of kernels, or None after a warning if numba cannot be used."""
     try:
-        from hessian_tools.engine import winograd_kernels
+        from hessian_tools.engine.convolution import kernels
     except Exception as error:  # a broken installation may raise any exception
         warnings.warn(f"numba is not usable ({error}): convolutions are slower", stacklevel=2)
         return None
-    return winograd_kernels
+    return kernels
 
 
 def suits(x: Tensor, w: Tensor, geometry: Sequence[Any]) -> bool:
