@@ -1,4 +1,4 @@
-"""The transforms of Winograd's convolution (`hessian_tools.engine.convolution.winograd`), compiled by numba for the CPU.
+"""The transforms of `hessian_tools.engine.convolution.winograd`, compiled by numba for the CPU.
 
 A transform maps every tile t to M t M' [6, 6]. M is B' for tiles of the inputs [6, 6], A for tiles of the outputs
 [4, 4], and G for kernels [3, 3]. The matrices follow from the points 0, 3/4, -3/4, 3/2, -3/2 and infinity. A
